@@ -1,0 +1,196 @@
+//! The logical quantized matrix: values, scales and zero points, apart from any byte layout.
+
+use crate::scheme::{Granularity, Precision, ScaleDtype};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// How zero points are stored, if there are any: `w ≈ scale · (value − zero_point)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ZeroPoints {
+    /// Symmetric: every zero point is 0 and none is stored.
+    None,
+    /// One signed integer per granule, in the range of the precision.
+    I8,
+    /// One f32 per granule: binary with two free levels, where the middle lies anywhere.
+    F32,
+}
+
+/// Everything about a quantized matrix except its numbers.
+///
+/// ```
+/// use bitnet_core::{Granularity, MatrixSpec, Precision};
+/// let spec = MatrixSpec::new(4, 300, Precision::Ternary, Granularity::Group(128));
+/// assert_eq!(spec.granules_per_row(), 3);      // 128 + 128 + a tail of 44
+/// assert_eq!(spec.scales_len(), 12);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MatrixSpec {
+    /// N, the number of output features.
+    pub rows: usize,
+    /// K, the number of input features.
+    pub cols: usize,
+    /// Alphabet of the values.
+    pub precision: Precision,
+    /// Number of trit planes: `W ≈ Σ_p scale_p · T_p`. 1 except for ternary with several planes.
+    pub planes: usize,
+    /// What one scale covers.
+    pub granularity: Granularity,
+    /// How scales are stored; every scale is exactly representable in it.
+    pub scale_dtype: ScaleDtype,
+    /// How zero points are stored.
+    pub zero_points: ZeroPoints,
+}
+
+impl MatrixSpec {
+    /// A symmetric single-plane matrix with f32 scales.
+    pub fn new(rows: usize, cols: usize, precision: Precision, granularity: Granularity) -> Self {
+        Self { rows, cols, precision, planes: 1, granularity, scale_dtype: ScaleDtype::F32, zero_points: ZeroPoints::None }
+    }
+
+    /// Rows as a layout sees them: the planes stacked under one another, `planes · N`.
+    pub fn stacked_rows(&self) -> usize {
+        self.planes * self.rows
+    }
+
+    /// Number of values, `planes · N · K`.
+    pub fn values_len(&self) -> usize {
+        self.planes * self.rows * self.cols
+    }
+
+    /// Weights that the matrix stands for, `N · K`: the denominator of bits per weight.
+    pub fn weights_len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Granules along one row: `ceil(K / g)` for groups, else 1.
+    pub fn granules_per_row(&self) -> usize {
+        match self.granularity {
+            Granularity::Group(g) => self.cols.div_ceil(g),
+            Granularity::Tensor | Granularity::Channel => 1,
+        }
+    }
+
+    /// Number of scales, all planes together. Order: plane, row, group.
+    pub fn scales_len(&self) -> usize {
+        self.planes
+            * match self.granularity {
+                Granularity::Tensor => 1,
+                Granularity::Channel | Granularity::Group(_) => self.rows * self.granules_per_row(),
+            }
+    }
+
+    /// Index of the scale that covers row `row` and column `col` of plane `plane`.
+    pub fn scale_index(&self, plane: usize, row: usize, col: usize) -> usize {
+        match self.granularity {
+            Granularity::Tensor => plane,
+            Granularity::Channel => plane * self.rows + row,
+            Granularity::Group(g) => (plane * self.rows + row) * self.granules_per_row() + col / g,
+        }
+    }
+
+    /// Columns of one granule; the last granule of a row may be shorter.
+    pub fn granule_cols(&self) -> usize {
+        match self.granularity {
+            Granularity::Group(g) => g.min(self.cols).max(1),
+            Granularity::Tensor | Granularity::Channel => self.cols.max(1),
+        }
+    }
+
+    /// The same matrix with another number of rows: a horizontal strip of it.
+    pub fn with_rows(&self, rows: usize) -> Self {
+        Self { rows, ..self.clone() }
+    }
+
+    /// Checks that every size is representable and the fields agree with one another.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if `planes · N · K` overflows, [`Error::Scheme`] for a group of 0 columns, no plane at all, several planes of
+    /// something that is not ternary, or zero points that the precision does not have.
+    pub fn validate(&self) -> Result<()> {
+        let too_large = Error::TooLarge { rows: self.rows, cols: self.cols };
+        let cells = self.rows.checked_mul(self.cols).and_then(|n| n.checked_mul(self.planes)).ok_or(too_large.clone())?;
+        // Sixteen bytes a value is more than any buffer that this engine makes from one.
+        cells.checked_mul(16).filter(|&n| n <= isize::MAX as usize).ok_or(too_large)?;
+        if self.granularity == Granularity::Group(0) {
+            return Err(Error::Scheme("a group of 0 columns".into()));
+        }
+        if self.planes == 0 || self.planes > 3 || (self.planes > 1 && self.precision != Precision::Ternary) {
+            return Err(Error::Scheme(format!("{} planes of {}; 1 to 3 planes exist, and only of ternary", self.planes, self.precision)));
+        }
+        let zero_points_fit = match self.zero_points {
+            ZeroPoints::None => true,
+            ZeroPoints::I8 => !matches!(self.precision, Precision::Ternary | Precision::Binary),
+            ZeroPoints::F32 => self.precision == Precision::Binary,
+        };
+        if !zero_points_fit {
+            return Err(Error::Scheme(format!("{} has no {:?} zero points", self.precision, self.zero_points)));
+        }
+        Ok(())
+    }
+}
+
+/// A quantized matrix: `w[r, c] ≈ Σ_p scale[p, granule(r, c)] · (value[p, r, c] − zero_point[p, granule(r, c)])`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matrix {
+    /// Shape and conventions.
+    pub spec: MatrixSpec,
+    /// Logical signed values, `[planes, N, K]` row-major.
+    pub values: Vec<i8>,
+    /// Scales, `[planes, granules]`, each representable in `spec.scale_dtype`.
+    pub scales: Vec<f32>,
+    /// Zero points, `[granules]`; empty when `spec.zero_points` is [`ZeroPoints::None`].
+    pub zero_points: Vec<f32>,
+}
+
+impl Matrix {
+    /// Checks lengths against the spec.
+    ///
+    /// # Errors
+    /// [`Error::Length`] naming the slice, or what [`MatrixSpec::validate`] finds.
+    pub fn validate(&self) -> Result<()> {
+        self.spec.validate()?;
+        let length = |what, expected, got| if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) };
+        length("values", self.spec.values_len(), self.values.len())?;
+        length("scales", self.spec.scales_len(), self.scales.len())?;
+        let zero_points = if self.spec.zero_points == ZeroPoints::None { 0 } else { self.spec.scales_len() };
+        length("zero points", zero_points, self.zero_points.len())
+    }
+
+    /// Dequantizes row `row` into `out` (`K` elements).
+    ///
+    /// Each plane contributes `scale · (value − zero_point)`, computed in f32 in that order; planes are added in order.
+    ///
+    /// # Panics
+    /// If `row ≥ N` or `out.len() != K`.
+    pub fn dequantize_row_into(&self, row: usize, out: &mut [f32]) {
+        let spec = &self.spec;
+        assert!(row < spec.rows && out.len() == spec.cols, "row {row} of {} into {} of {} columns", spec.rows, out.len(), spec.cols);
+        for plane in 0..spec.planes {
+            let start = (plane * spec.rows + row) * spec.cols;
+            let values = &self.values[start..start + spec.cols];
+            let width = spec.granule_cols();
+            for (granule, (out, values)) in out.chunks_mut(width).zip(values.chunks(width)).enumerate() {
+                let index = spec.scale_index(plane, row, granule * width);
+                let scale = self.scales[index];
+                let zero = self.zero_points.get(index).copied().unwrap_or(0.0);
+                for (out, &value) in out.iter_mut().zip(values) {
+                    let term = scale * (f32::from(value) - zero);
+                    *out = if plane == 0 { term } else { *out + term };
+                }
+            }
+        }
+    }
+
+    /// Dequantizes the whole matrix, `[N, K]` row-major.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.spec.weights_len()];
+        if self.spec.cols > 0 {
+            for (row, out) in out.chunks_mut(self.spec.cols).enumerate() {
+                self.dequantize_row_into(row, out);
+            }
+        }
+        out
+    }
+}

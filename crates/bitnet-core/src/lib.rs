@@ -1,0 +1,24 @@
+//! Ternary and low-bit quantization on plain slices: no files, no threads, no unsafe.
+//!
+//! The way of a matrix through this crate:
+//!
+//! ```text
+//! f32 weights (N, K) ── fit ──► parameters of each granule (scale, zero point, threshold)
+//!                    ── encode ──► values (signed i8), scales as they will be stored
+//!                    ── Layout::pack ──► bytes of one wire layout
+//! ```
+//!
+//! Conventions of the whole engine: weights are row-major `(N = out_features, K = in_features)`, groups run along `K`,
+//! a *value* is the logical signed number and a *code* its stored unsigned pattern, and
+//! `w ≈ scale · (value − zero_point)`: the scale always multiplies.
+#![forbid(unsafe_code)]
+
+mod error;
+
+pub mod codes;
+pub mod pack;
+pub mod scheme;
+
+pub use codes::{Matrix, MatrixSpec, ZeroPoints};
+pub use error::{Error, Result};
+pub use scheme::{Granularity, Precision, ScaleDtype};

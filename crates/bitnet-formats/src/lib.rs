@@ -1,0 +1,2 @@
+//! Containers: safetensors, GGUF and HF `bitnet` folders.
+#![forbid(unsafe_code)]
