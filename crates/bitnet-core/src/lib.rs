@@ -13,12 +13,21 @@
 //! `w ≈ scale · (value − zero_point)`: the scale always multiplies.
 #![forbid(unsafe_code)]
 
+mod affine;
+mod binary;
 mod error;
+mod planes;
+mod ternary;
 
+pub mod activation;
 pub mod codes;
+pub mod granule;
+pub mod ops;
 pub mod pack;
+pub mod quantize;
 pub mod scheme;
+pub mod stats;
 
 pub use codes::{Matrix, MatrixSpec, ZeroPoints};
 pub use error::{Error, Result};
-pub use scheme::{Granularity, Precision, ScaleDtype};
+pub use scheme::{Granularity, Precision, ScaleDtype, Scheme};

@@ -1,0 +1,68 @@
+//! Binary weights: two levels, at ±s or anywhere.
+
+use crate::granule::{Granule, Importance};
+use crate::ops::{Above, Key, Moments, Ops};
+use crate::quantize::{Coder, Fitted};
+use crate::scheme::{BinarySplit, ScaleDtype};
+use crate::ternary::{best_cut, stored};
+use crate::{Error, Result};
+
+/// Chooses the two levels of one granule. The rules are at [`BinarySplit`].
+///
+/// Two free levels `low < high` are stored as `scale = (high − low) / 2` and `zero_point = −(low + high) / (high − low)`.
+pub(crate) fn fit<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    moments: &Moments,
+    (split, stochastic): (BinarySplit, Option<u64>),
+    scale_dtype: ScaleDtype,
+    importance: Option<Importance<'_>>,
+) -> Result<Fitted, G::Error> {
+    if importance.is_some() && split != BinarySplit::Optimal {
+        return Err(Error::Scheme(format!("importance with binary split {split:?}; only Optimal uses it")).into());
+    }
+    let mean = moments.sum / moments.count as f64;
+    let (cut, upper, lower) = match split {
+        BinarySplit::Zero => {
+            let scale = stored(scale_dtype, moments.mean_abs())?;
+            let coder = match stochastic {
+                Some(seed) => Coder::Stochastic { seed, scale },
+                None => Coder::Split(0.0),
+            };
+            return Ok(Fitted::one(scale, coder));
+        }
+        BinarySplit::Mean => {
+            let at = mean as f32;
+            // `Above` is strict and a weight at the mean counts as upper.
+            let upper = granule.fold(|_, w| ops.above(w, None, Key::Signed, at.next_down()), Above::then)?;
+            let below = Above { count: 0, weight: moments.count as f64 - upper.weight, sum: moments.sum - upper.sum };
+            (at, upper, below)
+        }
+        BinarySplit::Optimal => {
+            let (cut, upper) = best_cut(ops, granule, moments, importance, Key::Signed)?;
+            let all = granule.fold(|i, w| crate::ternary::above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY), Above::then)?;
+            let below = Above { count: 0, weight: all.weight - upper.weight, sum: all.sum - upper.sum };
+            (cut.next_up(), upper, below)
+        }
+    };
+    let (low, high) = match (lower.weight > 0.0, upper.weight > 0.0) {
+        (true, true) => (lower.mean(), upper.mean()),
+        // All weights are one number m: levels 0 and 2m or so would do; ±m needs no zero point.
+        _ => (-mean.abs(), mean.abs()),
+    };
+    let scale = stored(scale_dtype, (high - low) / 2.0)?;
+    if scale == 0.0 {
+        return Ok(Fitted::one(0.0, Coder::Constant(1)));
+    }
+    let zero_point = (-(low + high) / 2.0 / f64::from(scale)) as f32;
+    let at = if lower.weight > 0.0 && upper.weight > 0.0 { cut } else { 0.0 };
+    Ok(Fitted { scales: [scale, 0.0, 0.0], zero_point, coder: Coder::Split(at) })
+}
+
+/// A uniform number in [0, 1) for position `index`: splitmix64 of seed and position, so that order and threads do not matter.
+pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
+    let mut x = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((x ^ (x >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+}

@@ -1,0 +1,185 @@
+//! From weights to a [`Matrix`]: fit the parameters of each granule, then encode with them.
+
+use crate::granule::{Granule, Importance};
+use crate::ops::{Moments, Ops, Uniform};
+use crate::planes::Levels;
+use crate::scheme::{Granularity, Method, Scheme};
+use crate::{Error, Matrix, Result, ZeroPoints, affine, binary, planes, ternary};
+
+/// Everything that encoding a granule needs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Fitted {
+    /// Scale of each plane, as it will be stored.
+    pub scales: [f32; 3],
+    /// Zero point; 0 where there is none.
+    pub zero_point: f32,
+    pub(crate) coder: Coder,
+}
+
+/// How weights of a granule become values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Coder {
+    /// Every value is this one: a granule without weight.
+    Constant(i8),
+    /// `sign(w)·[|w| > cut]`.
+    Cut(f32),
+    /// `clip(round(w / s) + z)`. The step may differ from the stored scale (absmean codes with a least-squares scale).
+    Uniform(Uniform),
+    /// `+1 if w ≥ at else −1`.
+    Split(f32),
+    /// `+1` with probability `clip((w/scale + 1)/2, 0, 1)`, else −1.
+    Stochastic { seed: u64, scale: f32 },
+    /// The nearest of the levels that several planes make.
+    Levels(Levels),
+}
+
+impl Fitted {
+    pub(crate) fn one(scale: f32, coder: Coder) -> Self {
+        Self { scales: [scale, 0.0, 0.0], zero_point: 0.0, coder }
+    }
+
+    /// Writes the values of `w`; `index` is the position of `w[0]` in the matrix, `out` has one slice for each plane.
+    pub fn encode(&self, ops: &impl Ops, w: &[f32], index: usize, out: &mut [&mut [i8]]) {
+        let one = &mut *out[0];
+        match &self.coder {
+            Coder::Constant(value) => one.fill(*value),
+            Coder::Cut(cut) => ops.encode_cut(w, *cut, one),
+            Coder::Uniform(uniform) => ops.encode_uniform(w, uniform, one),
+            Coder::Split(at) => one.iter_mut().zip(w).for_each(|(q, &w)| *q = if w >= *at { 1 } else { -1 }),
+            Coder::Stochastic { seed, scale } => {
+                for (i, (q, &w)) in one.iter_mut().zip(w).enumerate() {
+                    let up = binary::uniform(*seed, (index + i) as u64) < (w / scale + 1.0) / 2.0;
+                    *q = if up { 1 } else { -1 };
+                }
+            }
+            Coder::Levels(levels) => levels.encode(w, out),
+        }
+    }
+}
+
+/// Chooses the parameters of one granule.
+///
+/// # Errors
+/// [`Error::NotFinite`] with the position inside the granule, [`Error::Scheme`] for a scheme or an importance that does not apply, and
+/// whatever reading the granule can fail with.
+pub fn fit<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    scheme: &Scheme,
+    importance: Option<Importance<'_>>,
+) -> Result<Fitted, G::Error> {
+    let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
+    if !moments.finite {
+        let first = granule.fold(|offset, w| w.iter().position(|w| !w.is_finite()).map(|i| (offset + i, w[i])), |a, b| a.or(b))?;
+        let (index, value) = first.unwrap_or((0, f32::NAN));
+        return Err(Error::NotFinite { index, value }.into());
+    }
+    if moments.max_abs() == 0.0 {
+        let empty = if matches!(scheme.method, Method::Binary { .. }) { 1 } else { 0 };
+        let coder = match scheme.method {
+            Method::Ternary { planes, .. } if planes > 1 => Coder::Levels(Levels::ZERO),
+            _ => Coder::Constant(empty),
+        };
+        return Ok(Fitted::one(0.0, coder));
+    }
+    match scheme.method {
+        Method::Ternary { planes: 1, threshold, scale } => {
+            ternary::fit(ops, granule, &moments, (threshold, scale), scheme.scale_dtype, scheme.rounding, importance)
+        }
+        Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, scheme.scale_dtype, importance),
+        Method::Binary { split, stochastic } => binary::fit(ops, granule, &moments, (split, stochastic), scheme.scale_dtype, importance),
+        Method::Int { mapping, clip, .. } => {
+            let kind = (scheme.precision()?, mapping, clip);
+            affine::fit(ops, granule, &moments, kind, (scheme.scale_dtype, scheme.rounding), importance)
+        }
+    }
+}
+
+/// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is row `first_row` of the matrix.
+///
+/// With [`Granularity::Tensor`] the parameters come from `fitted`, because they belong to the whole matrix; otherwise each granule of the
+/// strip gets its own and `fitted` must be `None`. The strips of a matrix, one after another, are the quantized matrix, plane by plane.
+///
+/// # Errors
+/// [`Error::Length`] for a strip that is not whole rows or an importance that is not `cols` long, [`Error::NotFinite`] with the position
+/// in the whole matrix, [`Error::Scheme`] for what the scheme cannot be.
+pub fn quantize_rows(
+    ops: &impl Ops,
+    weights: &[f32],
+    cols: usize,
+    first_row: usize,
+    scheme: &Scheme,
+    fitted: Option<&Fitted>,
+    importance: Option<&[f32]>,
+) -> Result<Matrix> {
+    if cols == 0 || !weights.len().is_multiple_of(cols) {
+        return Err(Error::Length { what: "weights", expected: weights.len().next_multiple_of(cols.max(1)), got: weights.len() });
+    }
+    if let Some(h) = importance.filter(|h| h.len() != cols) {
+        return Err(Error::Length { what: "importance", expected: cols, got: h.len() });
+    }
+    if fitted.is_some() != (scheme.granularity == Granularity::Tensor) {
+        return Err(Error::Scheme("parameters of the whole matrix go with granularity tensor, and with no other".into()));
+    }
+    let importance = importance.map(Importance::new).transpose()?;
+    let spec = scheme.spec(weights.len() / cols, cols)?;
+    let mut values = vec![0i8; spec.values_len()];
+    let mut scales = vec![0.0; spec.scales_len()];
+    let mut zero_points = vec![0.0; if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() }];
+    let mut planes: Vec<&mut [i8]> = if weights.is_empty() { vec![] } else { values.chunks_mut(weights.len()).collect() };
+    let width = spec.granule_cols();
+    for (row, weights) in weights.chunks(cols).enumerate() {
+        for (granule, w) in weights.chunks(width).enumerate() {
+            let (start, index) = (row * cols + granule * width, (first_row + row) * cols + granule * width);
+            let part = importance.and_then(|h| h.columns(granule * width, w.len()));
+            let fitted = match fitted {
+                Some(fitted) => *fitted,
+                None => fit(ops, w, scheme, part).map_err(|e| match e {
+                    Error::NotFinite { index: inside, value } => Error::NotFinite { index: index + inside, value },
+                    other => other,
+                })?,
+            };
+            let mut out: [&mut [i8]; planes::MAX_PLANES] = Default::default();
+            for (out, plane) in out.iter_mut().zip(&mut planes) {
+                *out = &mut plane[start..start + w.len()];
+            }
+            fitted.encode(ops, w, index, &mut out[..spec.planes]);
+            for plane in 0..spec.planes {
+                scales[spec.scale_index(plane, row, granule * width)] = fitted.scales[plane];
+            }
+            if let Some(zero) = zero_points.get_mut(spec.scale_index(0, row, granule * width)) {
+                *zero = fitted.zero_point;
+            }
+        }
+    }
+    Ok(Matrix { spec, values, scales, zero_points })
+}
+
+/// Quantizes a matrix in memory, `weights` of shape `[rows, cols]`.
+///
+/// `importance`, one non-negative number for each column, weighs the squared error; the optimal threshold, trit planes, the optimal binary
+/// split and the clip search use it, other rules refuse it.
+///
+/// # Errors
+/// As [`quantize_rows`].
+pub fn quantize(ops: &impl Ops, weights: &[f32], rows: usize, cols: usize, scheme: &Scheme, importance: Option<&[f32]>) -> Result<Matrix> {
+    let spec = scheme.spec(rows, cols)?;
+    if weights.len() != spec.weights_len() {
+        return Err(Error::Length { what: "weights", expected: spec.weights_len(), got: weights.len() });
+    }
+    if weights.is_empty() {
+        let scales = vec![0.0; spec.scales_len()];
+        let zero_points = if spec.zero_points == ZeroPoints::None { vec![] } else { scales.clone() };
+        return Ok(Matrix { spec, values: vec![], scales, zero_points });
+    }
+    let fitted = match scheme.granularity {
+        Granularity::Tensor => {
+            if let Some(h) = importance.filter(|h| h.len() != cols) {
+                return Err(Error::Length { what: "importance", expected: cols, got: h.len() });
+            }
+            Some(fit(ops, weights, scheme, importance.map(Importance::new).transpose()?)?)
+        }
+        Granularity::Channel | Granularity::Group(_) => None,
+    };
+    quantize_rows(ops, weights, cols, 0, scheme, fitted.as_ref(), importance.filter(|_| fitted.is_none()))
+}

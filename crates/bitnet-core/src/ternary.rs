@@ -1,0 +1,272 @@
+//! Ternary threshold rules: which weights become ±1, and by how much to multiply.
+
+use crate::granule::{Granule, Importance};
+use crate::ops::{Above, Key, Moments, Ops};
+use crate::quantize::{Coder, Fitted};
+use crate::scheme::{Rounding, ScaleDtype, ScaleRule, Threshold};
+use crate::{Error, Result};
+
+/// Chooses threshold and scale of one granule. The rules and their sources are at [`Threshold`].
+pub(crate) fn fit<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    moments: &Moments,
+    (threshold, scale_rule): (Threshold, ScaleRule),
+    scale_dtype: ScaleDtype,
+    rounding: Rounding,
+    importance: Option<Importance<'_>>,
+) -> Result<Fitted, G::Error> {
+    if importance.is_some() && threshold != Threshold::Optimal {
+        return Err(Error::Scheme(format!("importance with threshold {threshold:?}; only Optimal uses it")).into());
+    }
+    if let Some(s) = moments.ternary_magnitude() {
+        return Ok(Fitted::one(stored(scale_dtype, f64::from(s))?, Coder::Cut(0.0)));
+    }
+    let mean = moments.mean_abs();
+    let cut = match threshold {
+        Threshold::Absmean => {
+            let rule = stored(scale_dtype, mean)?;
+            let mut uniform = crate::ops::Uniform { scale: rule, zero: 0.0, low: -1, high: 1, rounding };
+            if scale_rule == ScaleRule::LeastSquares {
+                uniform.scale = mean as f32;
+                let kept = granule.fold(|_, w| kept_by(ops, w, &uniform), Above::then)?;
+                return Ok(Fitted::one(stored(scale_dtype, kept.mean())?, Coder::Uniform(uniform)));
+            }
+            return Ok(Fitted::one(rule, Coder::Uniform(uniform)));
+        }
+        Threshold::Optimal => return fit_optimal(ops, granule, moments, scale_dtype, importance),
+        Threshold::Mean => 0.7 * mean,
+        Threshold::Median => 0.8 * median(granule, moments)?,
+        Threshold::Adaptive => adaptive_factor(mean / moments.rms()) * mean,
+        Threshold::Factor(factor) => f64::from(factor) * mean,
+    } as f32;
+    let kept = granule.fold(|_, w| ops.above(w, None, Key::Magnitude, cut), Above::then)?;
+    Ok(Fitted::one(stored(scale_dtype, kept.mean())?, Coder::Cut(cut)))
+}
+
+/// The scale as it will be stored.
+pub(crate) fn stored(dtype: ScaleDtype, scale: f64) -> Result<f32> {
+    let rounded = dtype.round(scale as f32);
+    if rounded.is_finite() { Ok(rounded) } else { Err(Error::Scheme(format!("a scale of {scale:e} does not fit {dtype}"))) }
+}
+
+/// Count and Σ|w| of the weights that a uniform ternary quantizer does not send to 0.
+fn kept_by(ops: &impl Ops, w: &[f32], uniform: &crate::ops::Uniform) -> Above {
+    let mut values = [0i8; 1024];
+    let mut kept = Above::default();
+    for w in w.chunks(values.len()) {
+        let values = &mut values[..w.len()];
+        ops.encode_uniform(w, uniform, values);
+        for (&w, &q) in w.iter().zip(&*values) {
+            kept.count += u64::from(q != 0);
+            kept.sum += f64::from(w) * f64::from(q);
+        }
+    }
+    kept.weight = kept.count as f64;
+    kept
+}
+
+/// The factor t of [`Threshold::Adaptive`] for `ρ = mean|W| / rms(W)`.
+///
+/// Between the points it is linear; outside it is constant. The points belong to the generalised normal density `exp(−|x|^β)` with
+/// β = 0.4, 0.5, 0.6, 0.7, 0.8, 1 (Laplace), 1.25, 1.5, 2 (normal), 3, 6, ∞ (uniform): `ρ = Γ(2/β) / √(Γ(1/β)·Γ(3/β))`, and t is
+/// the maximum of `(E[|x|; |x|>Δ])² / P(|x|>Δ)` over Δ, divided by E|x|.
+fn adaptive_factor(rho: f64) -> f64 {
+    #[allow(clippy::approx_constant, reason = "0.7071 is the ratio of the Laplace density, to the digits of its neighbours")]
+    const POINTS: [(f64, f64); 12] = [
+        (0.4812, 2.5717),
+        (0.5477, 1.8555),
+        (0.5969, 1.5),
+        (0.6344, 1.2927),
+        (0.6639, 1.1594),
+        (0.7071, 1.0),
+        (0.743, 0.8936),
+        (0.7674, 0.8324),
+        (0.7979, 0.767),
+        (0.8273, 0.715),
+        (0.8529, 0.6798),
+        (0.866, 0.6667),
+    ];
+    let after = POINTS.iter().position(|&(r, _)| r >= rho).unwrap_or(POINTS.len());
+    match after {
+        0 => POINTS[0].1,
+        n if n == POINTS.len() => POINTS[n - 1].1,
+        n => {
+            let ((r0, t0), (r1, t1)) = (POINTS[n - 1], POINTS[n]);
+            t0 + (t1 - t0) * (rho - r0) / (r1 - r0)
+        }
+    }
+}
+
+/// The median of |w|; the mean of the two middle ones where their number is even.
+fn median<G: Granule + ?Sized>(granule: &G, moments: &Moments) -> Result<f64, G::Error> {
+    let n = moments.count;
+    let (first, second) = ((n - 1) / 2, n / 2);
+    // |w| as an integer keeps the order of |w|; its upper half names one of 2^15 buckets.
+    let bucket = |w: f32| (w.abs().to_bits() >> 16) as usize;
+    let (mut low, mut high, mut before) = (0, 1 << 15, 0u64);
+    if n > 1 << 16 {
+        let counts = granule.fold(
+            |_, w| {
+                let mut counts = vec![0u64; 1 << 15];
+                w.iter().for_each(|&w| counts[bucket(w)] += 1);
+                counts
+            },
+            |mut a, b| {
+                a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+                a
+            },
+        )?;
+        let mut seen = 0;
+        for (i, &count) in counts.iter().enumerate() {
+            if seen <= first && first < seen + count {
+                (low, before) = (i, seen);
+            }
+            if seen <= second && second < seen + count {
+                high = i + 1;
+            }
+            seen += count;
+        }
+    }
+    let mut middle = granule.fold(
+        |_, w| w.iter().filter(|&&w| (low..high).contains(&bucket(w))).map(|w| w.abs()).collect::<Vec<_>>(),
+        |mut a, b| {
+            a.extend(b);
+            a
+        },
+    )?;
+    let (left, &mut upper, _) = middle.select_nth_unstable_by((second - before) as usize, f32::total_cmp);
+    let lower = if first == second { upper } else { left.iter().copied().fold(0.0, f32::max) };
+    Ok((f64::from(lower) + f64::from(upper)) / 2.0)
+}
+
+/// [`Threshold::Optimal`].
+fn fit_optimal<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    moments: &Moments,
+    scale_dtype: ScaleDtype,
+    importance: Option<Importance<'_>>,
+) -> Result<Fitted, G::Error> {
+    let (cut, kept) = best_cut(ops, granule, moments, importance, Key::Magnitude)?;
+    let exact = kept.mean();
+    let nearest = stored(scale_dtype, exact)?;
+    if scale_dtype == ScaleDtype::F32 || nearest == 0.0 {
+        return Ok(Fitted::one(nearest, Coder::Cut(cut)));
+    }
+    // Of the two storable scales around the exact one, the better, each with the codes that are nearest to it.
+    let ulp = f32::from_bits(nearest.to_bits() + (1 << if scale_dtype == ScaleDtype::F16 { 13 } else { 16 })) - nearest;
+    let other = stored(scale_dtype, f64::from(if f64::from(nearest) < exact { nearest + ulp } else { nearest - ulp }))?;
+    let gain = |s: f32, a: Above| f64::from(s) * (2.0 * a.sum - f64::from(s) * a.weight);
+    let (a, b) = granule.fold(
+        |i, w| (above(ops, i, w, importance, Key::Magnitude, nearest / 2.0), above(ops, i, w, importance, Key::Magnitude, other / 2.0)),
+        |x, y| (x.0.then(y.0), x.1.then(y.1)),
+    )?;
+    let scale = if other > 0.0 && gain(other, b) > gain(nearest, a) { other } else { nearest };
+    Ok(Fitted::one(scale, Coder::Cut(scale / 2.0)))
+}
+
+/// [`Ops::above`] with the importance of the strip that starts at `offset`.
+pub(crate) fn above(ops: &impl Ops, offset: usize, w: &[f32], importance: Option<Importance<'_>>, key: Key, t: f32) -> Above {
+    match importance {
+        None => ops.above(w, None, key, t),
+        Some(h) => {
+            let mut all = Above::default();
+            h.rows(offset, w, |w, h| ops.above(w, Some(h), key, t), |part| all = all.then(part));
+            all
+        }
+    }
+}
+
+/// The cut with the least squared error, and what lies above it.
+///
+/// With `Key::Magnitude` one level serves the weights above the cut and 0 the rest; with `Key::Signed` each side has its own level. Both
+/// are one-dimensional clustering, so the best cut is half-way between the levels it makes: a fixed point of
+/// `T(t) = (mean above t + level below t) / 2`. Means of upper and lower parts grow with the cut, hence T grows too, and iterating it from
+/// below all weights and from above all weights closes in on the least and on the greatest fixed point. What remains in between is
+/// sorted and tried one by one, so the result is exact; no comparison sort of everything is needed.
+pub(crate) fn best_cut<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    moments: &Moments,
+    importance: Option<Importance<'_>>,
+    key: Key,
+) -> Result<(f32, Above), G::Error> {
+    let (mut low, mut high) = match key {
+        Key::Magnitude => (0.0, moments.max_abs() / 2.0),
+        Key::Signed => (moments.min, moments.max),
+    };
+    let pass = |low: f32, high: f32| {
+        granule.fold(
+            |i, w| (above(ops, i, w, importance, key, low), above(ops, i, w, importance, key, high)),
+            |x, y| (x.0.then(y.0), x.1.then(y.1)),
+        )
+    };
+    let all = match key {
+        Key::Magnitude => Above::default(),
+        Key::Signed => granule.fold(|i, w| above(ops, i, w, importance, key, f32::NEG_INFINITY), Above::then)?,
+    };
+    let below = |a: Above| Above { count: all.count.saturating_sub(a.count), weight: all.weight - a.weight, sum: all.sum - a.sum };
+    let level_below = |a: Above| match key {
+        Key::Magnitude => 0.0,
+        Key::Signed if a.count == all.count => f64::from(moments.min),
+        Key::Signed => below(a).mean(),
+    };
+    let level_above = |a: Above| if a.weight > 0.0 { a.mean() } else { f64::from(moments.max.max(moments.max_abs())) };
+    let enough = (moments.count / 64).max(128);
+    let (mut a, mut b) = pass(low, high)?;
+    for _ in 0..32 {
+        if a.count - b.count <= enough {
+            break;
+        }
+        let middle = |a: Above| ((level_above(a) + level_below(a)) / 2.0) as f32;
+        // Rounding to f32 may step over a fixed point by half an ulp; one ulp of slack keeps it inside.
+        let (next_low, next_high) = (middle(a).next_down().max(low), middle(b).next_up().min(high));
+        if next_low <= low && next_high >= high {
+            break;
+        }
+        (low, high) = (next_low, next_high.max(next_low));
+        (a, b) = pass(low, high)?;
+    }
+    // `b` lies above the bracket; go down through it one distinct key at a time.
+    let mut inside = granule.fold(
+        |i, w| {
+            let mut keys = Vec::new();
+            match importance {
+                None => keys.extend(w.iter().map(|&w| (key.of(w), 1.0f32)).filter(|&(u, _)| low < u && u <= high)),
+                Some(h) => h.rows(
+                    i,
+                    w,
+                    |w, h| w.iter().zip(h).map(|(&w, &h)| (key.of(w), h)).filter(|&(u, _)| low < u && u <= high).collect::<Vec<_>>(),
+                    |part| keys.extend(part),
+                ),
+            }
+            keys
+        },
+        |mut a, b| {
+            a.extend(b);
+            a
+        },
+    )?;
+    inside.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
+    let share = |a: Above| if a.weight > 0.0 { a.sum * a.sum / a.weight } else { 0.0 };
+    let gain = |a: Above| match key {
+        Key::Magnitude => share(a),
+        Key::Signed => share(a) + share(below(a)),
+    };
+    let mut kept = b;
+    let mut best = (high, kept, gain(kept));
+    let mut i = 0;
+    while i < inside.len() {
+        let u = inside[i].0;
+        while i < inside.len() && inside[i].0 == u {
+            let h = f64::from(inside[i].1);
+            kept = Above { count: kept.count + 1, weight: kept.weight + h, sum: kept.sum + h * f64::from(u) };
+            i += 1;
+        }
+        if gain(kept) > best.2 {
+            best = (inside.get(i).map_or(low, |next| next.0), kept, gain(kept));
+        }
+    }
+    Ok((best.0, best.1))
+}

@@ -1,0 +1,27 @@
+# `just` lists the recipes. `just ci` is what CI runs.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+default:
+    @just --list
+
+# Unit, integration and documentation tests of every crate.
+test:
+    cargo test --workspace --locked
+
+# Formatting, lints and documentation, each warning an error.
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+# Quantize, check and run the small model in assets/, end to end.
+demo:
+    cargo run --release --locked --bin bitnet -- demo
+
+# Download the real models that the larger tests use (177 MB); prints their folder.
+fetch:
+    scripts/fetch-models
+
+# Everything that must pass before a merge.
+ci: lint test
