@@ -1,0 +1,209 @@
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time.
+//!
+//! ```
+//! use bitnet_kernels::Kernels;
+//! use bitnet_core::ops::Ops;
+//! let kernels = Kernels::detect();
+//! let moments = kernels.moments(&[1.0, -3.0]);
+//! assert_eq!(moments.sum_abs, 4.0);
+//! println!("ran on {}", kernels.isa());
+//! ```
+//!
+//! A loop here is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
+//! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
+
+use bitnet_core::ops::{Above, Key, Moments, Ops, Scalar, Uniform};
+use std::fmt;
+use std::str::FromStr;
+
+/// An instruction set that loops are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Isa {
+    /// The target's baseline.
+    Scalar,
+    /// x86-64 with AVX2.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// All of them, narrow to wide.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// Whether this machine runs it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        })
+    }
+}
+
+/// Why no kernels could be had for a name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no instruction set of that name.
+    #[error("unknown instruction set '{got}', expected scalar, avx2 or avx512")]
+    UnknownIsa {
+        /// The name given.
+        got: String,
+    },
+    /// The machine does not have it.
+    #[error("this machine does not run {isa}")]
+    Unavailable {
+        /// The instruction set asked for.
+        isa: Isa,
+    },
+}
+
+impl FromStr for Isa {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self, Error> {
+        Self::ALL.into_iter().find(|isa| isa.to_string() == s).ok_or_else(|| Error::UnknownIsa { got: s.into() })
+    }
+}
+
+/// The loops for one instruction set. Having a value proves that the machine runs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernels {
+    isa: Isa,
+}
+
+impl Kernels {
+    /// The widest that the machine runs.
+    pub fn detect() -> Self {
+        Self::all().last().unwrap_or(Self { isa: Isa::Scalar })
+    }
+
+    /// The one that `BITNET_ISA` names, else the widest that the machine runs.
+    ///
+    /// # Errors
+    /// [`Error`] if the variable names nothing, or something that this machine does not run.
+    pub fn from_env() -> Result<Self, Error> {
+        match std::env::var("BITNET_ISA") {
+            Ok(name) => {
+                let isa = name.parse()?;
+                Self::new(isa).ok_or(Error::Unavailable { isa })
+            }
+            Err(_) => Ok(Self::detect()),
+        }
+    }
+
+    /// `None` if the machine does not run `isa`.
+    pub fn new(isa: Isa) -> Option<Self> {
+        isa.is_available().then_some(Self { isa })
+    }
+
+    /// One for each instruction set that the machine runs, narrow to wide.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Isa::ALL.into_iter().filter_map(Self::new)
+    }
+
+    /// The instruction set that runs.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+/// The oracle's loops under the target features of one instruction set.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled_for {
+    ($isa:ident, $features:literal) => {
+        mod $isa {
+            use bitnet_core::ops::{self, Above, Key, Moments, Uniform};
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn moments(w: &[f32]) -> Moments {
+                ops::moments(w)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
+                match key {
+                    Key::Magnitude => ops::above(w, h, Key::Magnitude, t),
+                    Key::Signed => ops::above(w, h, Key::Signed, t),
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn uniform_error(w: &[f32], h: Option<&[f32]>, quantizer: &Uniform) -> f64 {
+                ops::uniform_error(w, h, quantizer)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn encode_cut(w: &[f32], cut: f32, out: &mut [i8]) {
+                ops::encode_cut(w, cut, out);
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn encode_uniform(w: &[f32], quantizer: &Uniform, out: &mut [i8]) {
+                ops::encode_uniform(w, quantizer, out);
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+compiled_for!(avx2, "avx2");
+#[cfg(target_arch = "x86_64")]
+compiled_for!(avx512, "avx512f,avx512bw,avx512dq,avx512vl");
+
+/// Calls a loop for the instruction set of a [`Kernels`].
+macro_rules! dispatch {
+    ($self:ident, $loop:ident($($argument:expr),*)) => {
+        match $self.isa {
+            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::$loop($($argument),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::$loop($($argument),*) },
+            _ => Scalar.$loop($($argument),*),
+        }
+    };
+}
+
+impl Ops for Kernels {
+    fn moments(&self, w: &[f32]) -> Moments {
+        dispatch!(self, moments(w))
+    }
+
+    fn above(&self, w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
+        dispatch!(self, above(w, h, key, t))
+    }
+
+    fn uniform_error(&self, w: &[f32], h: Option<&[f32]>, quantizer: &Uniform) -> f64 {
+        dispatch!(self, uniform_error(w, h, quantizer))
+    }
+
+    fn encode_cut(&self, w: &[f32], cut: f32, out: &mut [i8]) {
+        dispatch!(self, encode_cut(w, cut, out));
+    }
+
+    fn encode_uniform(&self, w: &[f32], quantizer: &Uniform, out: &mut [i8]) {
+        dispatch!(self, encode_uniform(w, quantizer, out));
+    }
+}
