@@ -146,3 +146,34 @@ fn writes_what_python_wrote() {
     assert_eq!(file.len() as u64, encoded.file_len());
     assert_eq!(file, SMALL);
 }
+
+/// Blocks that ggml's C functions wrote for ternary values from a generator: the values come back.
+#[test]
+fn ternary_values_from_c() {
+    let mut state = 1u32;
+    let values: Vec<i8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((state >> 24) % 3) as i8 - 1
+    })
+    .take(256)
+    .collect();
+    let check = |ggml_type: GgmlType, hex: &str, value: fn(i8) -> f32| {
+        let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap()).collect();
+        let mut out = vec![f32::NAN; ggml_type.block_len()];
+        decode(ggml_type, &bytes, &mut out).unwrap();
+        assert_eq!(out, values[..out.len()].iter().map(|&v| value(v)).collect::<Vec<_>>(), "{ggml_type}");
+    };
+    check(
+        GgmlType::Tq1_0,
+        "35a01c4841984ca19268615183a01bfc73da1a7f6ae951193999db596f507a194e818759b000bd09e27e080c037504ff407c3017003c",
+        f32::from,
+    );
+    check(
+        GgmlType::Tq2_0,
+        "6499a05888192899499111689599a06a0596a055214a686008192641a1688560a295a6068900988268964291810501aa09560410914261222445a0808014116a003c",
+        f32::from,
+    );
+    check(GgmlType::Q2_0, "003c044415854909641189aa828945281a18", f32::from);
+    // One bit, and the mean of |v| as scale: here 0x3930.
+    check(GgmlType::Q1_0, "3039a2b73b5efbb96b67effedeb69ffbeef8", |v| if v >= 0 { 0.6484375 } else { -0.6484375 });
+}

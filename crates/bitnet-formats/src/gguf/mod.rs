@@ -37,7 +37,7 @@ pub const ALIGNMENT_KEY: &str = "general.alignment";
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Most dimensions that a tensor can have.
 pub const MAX_DIMS: usize = 4;
-/// Most levels of arrays in arrays; an array of numbers is one level.
+/// Most levels of arrays in arrays; an array of numbers is one level, and the only one that ggml's own loader accepts.
 pub const MAX_ARRAY_DEPTH: usize = 4;
 /// Most bytes before the data section, many times those of the largest vocabularies: bounds the memory that a hostile file can claim.
 pub const MAX_HEADER_BYTES: u64 = 256 << 20;

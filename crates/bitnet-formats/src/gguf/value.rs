@@ -20,6 +20,9 @@ pub(super) mod type_id {
     pub(in crate::gguf) const F64: u32 = 12;
 }
 
+/// Names of the value types by id.
+const TYPE_NAMES: [&str; 13] = ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"];
+
 /// One metadata value. The width of a number is part of the file, so it is kept.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
@@ -106,21 +109,7 @@ macro_rules! with_items {
 impl Value {
     /// The type in words, such as `u32`.
     pub const fn type_name(&self) -> &'static str {
-        match self {
-            Self::U8(_) => "u8",
-            Self::I8(_) => "i8",
-            Self::U16(_) => "u16",
-            Self::I16(_) => "i16",
-            Self::U32(_) => "u32",
-            Self::I32(_) => "i32",
-            Self::F32(_) => "f32",
-            Self::Bool(_) => "bool",
-            Self::String(_) => "string",
-            Self::Array(_) => "array",
-            Self::U64(_) => "u64",
-            Self::I64(_) => "i64",
-            Self::F64(_) => "f64",
-        }
+        TYPE_NAMES[self.type_id() as usize]
     }
 
     /// The type's id in files.
@@ -243,21 +232,7 @@ impl Array {
 
     /// The element type in words, such as `u32`.
     pub const fn type_name(&self) -> &'static str {
-        match self {
-            Self::U8(_) => "u8",
-            Self::I8(_) => "i8",
-            Self::U16(_) => "u16",
-            Self::I16(_) => "i16",
-            Self::U32(_) => "u32",
-            Self::I32(_) => "i32",
-            Self::F32(_) => "f32",
-            Self::Bool(_) => "bool",
-            Self::String(_) => "string",
-            Self::Array(_) => "array",
-            Self::U64(_) => "u64",
-            Self::I64(_) => "i64",
-            Self::F64(_) => "f64",
-        }
+        TYPE_NAMES[self.type_id() as usize]
     }
 
     /// The element type's id in files.

@@ -7,7 +7,7 @@ use super::{GgmlType, MAGIC, MAX_ARRAY_DEPTH, MAX_DIMS, MAX_HEADER_BYTES, VERSIO
 /// A tensor to be written: everything but its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutTensor {
-    /// Name, unique in the file.
+    /// Name, unique in the file. ggml's own loader accepts at most 63 bytes.
     pub name: String,
     /// Dimensions, row-major, outermost first, at most four.
     pub shape: Vec<usize>,
