@@ -1,2 +1,4 @@
 //! Containers: safetensors, GGUF and HF `bitnet` folders.
 #![forbid(unsafe_code)]
+
+pub mod gguf;
