@@ -3,7 +3,25 @@
 //! A layout turns the values of a matrix into bytes and back. Most leave scales to the container; the block types of ggml carry
 //! them inside ([`Layout::stores_scales`]). Layouts are little-endian and the same on every machine; docs/formats.md draws them.
 
-use crate::{Error, MatrixSpec, Result};
+mod auto;
+mod base3;
+mod bits;
+mod entropy;
+mod framed;
+mod ggml;
+mod hf_bitnet;
+mod hybrid;
+mod i2_s;
+mod int8;
+mod q_blocks;
+mod quads;
+mod run_length;
+mod sparse;
+mod tq_blocks;
+
+pub use auto::{auto, bits_per_weight};
+
+use crate::{Error, MatrixSpec, Precision, Result, ScaleDtype, ZeroPoints};
 use std::fmt::Debug;
 
 /// Size of the packed bytes, as far as it is known before packing.
@@ -74,9 +92,34 @@ pub trait Layout: Send + Sync + Debug {
     fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked>;
 }
 
+/// How many of [`layouts`], from the front, are our own. None of these carries scales.
+const OWN: usize = 11;
+
 /// Every layout there is, our own first.
 pub fn layouts() -> &'static [&'static dyn Layout] {
-    &[]
+    &[
+        &bits::ONE_BIT,
+        &bits::TWO_BIT,
+        &bits::THREE_BIT,
+        &bits::FOUR_BIT,
+        &int8::Int8,
+        &base3::Base3,
+        &bits::BYTE_ALIGNED,
+        &run_length::LAYOUT,
+        &sparse::LAYOUT,
+        &hybrid::LAYOUT,
+        &entropy::LAYOUT,
+        &hf_bitnet::HfBitnet,
+        &tq_blocks::TQ1_0,
+        &tq_blocks::TQ2_0,
+        &q_blocks::Q2_0,
+        &q_blocks::Q1_0,
+        &q_blocks::Q8_0,
+        &q_blocks::Q4_0,
+        &i2_s::GROUPS_OF_128,
+        &i2_s::GROUPS_OF_64,
+        &i2_s::FOUR_ROWS,
+    ]
 }
 
 /// The layout of that name.
@@ -89,4 +132,96 @@ pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
         got: name.into(),
         expected: layouts().iter().map(|l| l.name()).collect::<Vec<_>>().join(", "),
     })
+}
+
+/// A pattern that no writer produces, found by a coder that sees only a part of the packed bytes.
+#[derive(Debug, PartialEq)]
+struct Bad {
+    /// Offset into the bytes that the coder was given.
+    offset: usize,
+    what: String,
+}
+
+impl Bad {
+    fn new(offset: usize, what: impl Into<String>) -> Self {
+        Self { offset, what: what.into() }
+    }
+
+    /// The error for it, given where the coder's bytes begin.
+    fn at(self, layout: &'static str, start: usize) -> Error {
+        Error::Corrupt { layout, offset: start + self.offset, what: self.what }
+    }
+}
+
+fn unsupported(layout: &'static str, why: impl Into<String>) -> Error {
+    Error::Unsupported { layout, why: why.into() }
+}
+
+/// What every layout asks for: a valid spec of a countable number of rows, in one of the layout's precisions.
+fn check_precision(layout: &'static str, spec: &MatrixSpec, precisions: &[Precision]) -> Result<()> {
+    spec.validate()?;
+    spec.rows.checked_mul(spec.planes).ok_or(Error::TooLarge { rows: spec.rows, cols: spec.cols })?;
+    if precisions.contains(&spec.precision) {
+        return Ok(());
+    }
+    let names = precisions.iter().map(|p| p.name()).collect::<Vec<_>>().join(", ");
+    Err(unsupported(layout, format!("it holds {names} and the matrix is {}", spec.precision)))
+}
+
+/// The foreign layouts have no place for a second plane or for zero points.
+fn check_plain(layout: &'static str, spec: &MatrixSpec) -> Result<()> {
+    if spec.planes != 1 {
+        return Err(unsupported(layout, format!("it holds 1 plane and the matrix has {}", spec.planes)));
+    }
+    if spec.zero_points != ZeroPoints::None {
+        return Err(unsupported(layout, format!("it has no zero points and the matrix has {:?} ones", spec.zero_points)));
+    }
+    Ok(())
+}
+
+/// `K % block = 0`.
+fn check_cols(layout: &'static str, spec: &MatrixSpec, block: usize) -> Result<()> {
+    if spec.cols.is_multiple_of(block) {
+        return Ok(());
+    }
+    Err(unsupported(layout, format!("rows are cut into blocks of {block} and {} columns leave {}", spec.cols, spec.cols % block)))
+}
+
+/// The number of values and that each is in the alphabet.
+fn check_values(spec: &MatrixSpec, values: &[i8]) -> Result<()> {
+    check_len("values", spec.values_len(), values.len())?;
+    match first_outside(spec.precision, values) {
+        None => Ok(()),
+        Some(index) => Err(Error::Value { index, got: i32::from(values[index]), expected: spec.precision.alphabet() }),
+    }
+}
+
+/// The first value that is not in the alphabet.
+fn first_outside(precision: Precision, values: &[i8]) -> Option<usize> {
+    // A branch-free pass over all of it, and the search only if there is something to find.
+    let (low, high) = precision.range();
+    let bad = match precision {
+        Precision::Int8 => 0,
+        Precision::Binary => values.iter().fold(0u8, |bad, &v| bad | u8::from((v != 1) & (v != -1))),
+        _ => values.iter().fold(0u8, |bad, &v| bad | u8::from((v < low) | (v > high))),
+    };
+    if bad == 0 { None } else { values.iter().position(|&v| !precision.contains(v)) }
+}
+
+/// The number of scales, and that each is a finite number of the type it will be stored in.
+fn check_scales(layout: &'static str, spec: &MatrixSpec, dtype: ScaleDtype, scales: &[f32]) -> Result<()> {
+    check_len("scales", spec.scales_len(), scales.len())?;
+    match scales.iter().position(|&s| !is_stored(dtype, s)) {
+        None => Ok(()),
+        Some(i) => Err(unsupported(layout, format!("scale {i} is {:?}, which is no finite {dtype}", scales[i]))),
+    }
+}
+
+/// Whether the type holds exactly this number, and it is finite.
+fn is_stored(dtype: ScaleDtype, scale: f32) -> bool {
+    scale.is_finite() && dtype.round(scale).to_bits() == scale.to_bits()
+}
+
+fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) }
 }

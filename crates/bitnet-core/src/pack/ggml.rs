@@ -1,0 +1,123 @@
+//! The block types of ggml: a fixed number of values of one row, and their scale as f16, in a fixed number of bytes.
+//!
+//! Blocks follow one another along the row, rows follow one another without padding. Every block holds a scale of its own; here a granule
+//! covers whole blocks, so all blocks of a granule hold the same one. A foreign file whose blocks differ is read with
+//! [`Granularity::Group`] of one block. The scale may be negative (ggml writes such in some types) and is finite.
+
+use super::{
+    Bad, Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision, check_scales, check_values, unsupported,
+};
+use crate::{Granularity, MatrixSpec, Precision, Result, ScaleDtype};
+use half::f16;
+use std::fmt::Debug;
+use std::marker::PhantomData;
+
+/// One block type.
+pub(super) trait Block: Send + Sync + Debug {
+    const NAME: &'static str;
+    const SUMMARY: &'static str;
+    const PRECISION: Precision;
+    /// Values of a block.
+    const VALUES: usize;
+    /// Bytes of a block, the scale among them.
+    const BYTES: usize;
+    /// Where the two bytes of the scale are.
+    const SCALE_AT: usize;
+
+    /// Writes all of `block` (`BYTES` zeros) but the scale.
+    fn pack(values: &[i8], block: &mut [u8]);
+
+    /// Reads all of `block` but the scale.
+    fn unpack(block: &[u8], values: &mut [i8]) -> Result<(), Bad>;
+}
+
+/// The layout of one block type.
+#[derive(Debug)]
+pub(super) struct Ggml<B>(PhantomData<B>);
+
+impl<B: Block> Ggml<B> {
+    pub(super) const fn new() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<B: Block> Layout for Ggml<B> {
+    fn name(&self) -> &'static str {
+        B::NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        B::SUMMARY
+    }
+
+    fn stores_scales(&self) -> bool {
+        true
+    }
+
+    fn check(&self, spec: &MatrixSpec) -> Result<()> {
+        check_precision(B::NAME, spec, &[B::PRECISION])?;
+        check_plain(B::NAME, spec)?;
+        check_cols(B::NAME, spec, B::VALUES)?;
+        if spec.scale_dtype != ScaleDtype::F16 {
+            return Err(unsupported(B::NAME, format!("its scales are f16 and the matrix has {}", spec.scale_dtype)));
+        }
+        if let Granularity::Group(g) = spec.granularity
+            && !g.is_multiple_of(B::VALUES)
+        {
+            return Err(unsupported(B::NAME, format!("a block of {} values has one scale, and groups of {g} cut it", B::VALUES)));
+        }
+        if spec.values_len() == 0 && spec.scales_len() > 0 {
+            return Err(unsupported(B::NAME, format!("a {} × {} matrix has no block to hold its scale", spec.rows, spec.cols)));
+        }
+        Ok(())
+    }
+
+    fn packed_len(&self, spec: &MatrixSpec) -> PackedLen {
+        PackedLen::Exact(spec.values_len() / B::VALUES * B::BYTES)
+    }
+
+    fn chunk_rows(&self, _: &MatrixSpec) -> Option<usize> {
+        Some(1)
+    }
+
+    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], scales: &[f32], out: &mut Vec<u8>) -> Result<()> {
+        self.check(spec)?;
+        check_values(spec, values)?;
+        check_scales(B::NAME, spec, ScaleDtype::F16, scales)?;
+        let halves: Vec<[u8; 2]> = scales.iter().map(|&s| f16::from_f32(s).to_le_bytes()).collect();
+        let start = out.len();
+        out.resize(start + self.packed_len(spec).bound(), 0);
+        let per_row = spec.cols / B::VALUES;
+        for (i, (values, block)) in values.chunks_exact(B::VALUES).zip(out[start..].chunks_exact_mut(B::BYTES)).enumerate() {
+            B::pack(values, block);
+            let scale = halves[spec.scale_index(0, i / per_row, i % per_row * B::VALUES)];
+            block[B::SCALE_AT..B::SCALE_AT + 2].copy_from_slice(&scale);
+        }
+        Ok(())
+    }
+
+    fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked> {
+        self.check(spec)?;
+        check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
+        let mut values = vec![0; spec.values_len()];
+        let mut scales: Vec<f32> = Vec::with_capacity(spec.scales_len());
+        let per_row = spec.cols / B::VALUES;
+        for (i, (block, values)) in bytes.chunks_exact(B::BYTES).zip(values.chunks_exact_mut(B::VALUES)).enumerate() {
+            let corrupt = |bad: Bad| bad.at(B::NAME, i * B::BYTES);
+            B::unpack(block, values).map_err(corrupt)?;
+            let half = f16::from_le_bytes([block[B::SCALE_AT], block[B::SCALE_AT + 1]]);
+            if !half.is_finite() {
+                return Err(corrupt(Bad::new(B::SCALE_AT, format!("the scale {half}"))));
+            }
+            // Granules come up in order, so the first block of one is met exactly when its scale is not there yet.
+            match scales.get(spec.scale_index(0, i / per_row, i % per_row * B::VALUES)) {
+                None => scales.push(half.to_f32()),
+                Some(scale) if scale.to_bits() == half.to_f32().to_bits() => {}
+                Some(scale) => {
+                    return Err(corrupt(Bad::new(B::SCALE_AT, format!("the scale {half} in a granule that began with {scale}"))));
+                }
+            }
+        }
+        Ok(Unpacked { values, scales: Some(scales) })
+    }
+}
