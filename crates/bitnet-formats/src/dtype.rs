@@ -25,7 +25,7 @@ impl StoredType {
         match ggml {
             GgmlType::F32 => Self::Plain(Dtype::F32),
             GgmlType::F16 => Self::Plain(Dtype::F16),
-            GgmlType::BF16 => Self::Plain(Dtype::BF16),
+            GgmlType::Bf16 => Self::Plain(Dtype::BF16),
             GgmlType::F64 => Self::Plain(Dtype::F64),
             GgmlType::I8 => Self::Plain(Dtype::I8),
             GgmlType::I16 => Self::Plain(Dtype::I16),
@@ -41,7 +41,7 @@ impl StoredType {
             Self::Ggml(ggml) => Some(ggml),
             Self::Plain(Dtype::F32) => Some(GgmlType::F32),
             Self::Plain(Dtype::F16) => Some(GgmlType::F16),
-            Self::Plain(Dtype::BF16) => Some(GgmlType::BF16),
+            Self::Plain(Dtype::BF16) => Some(GgmlType::Bf16),
             Self::Plain(Dtype::F64) => Some(GgmlType::F64),
             Self::Plain(Dtype::I8) => Some(GgmlType::I8),
             Self::Plain(Dtype::I16) => Some(GgmlType::I16),
@@ -80,7 +80,9 @@ impl StoredType {
     /// # Errors
     /// A sentence if the type has no decoder or the lengths do not fit.
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) -> Result<(), String> {
-        let fits = |size: usize| if bytes.len() == out.len() * size { Ok(()) } else { Err(format!("{} bytes for {} elements", bytes.len(), out.len())) };
+        let fits = |size: usize| {
+            if bytes.len() == out.len() * size { Ok(()) } else { Err(format!("{} bytes for {} elements", bytes.len(), out.len())) }
+        };
         match self {
             Self::Plain(Dtype::F32) => {
                 fits(4)?;
@@ -92,7 +94,9 @@ impl StoredType {
             }
             Self::Plain(Dtype::BF16) => {
                 fits(2)?;
-                out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(o, b)| *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+                out.iter_mut()
+                    .zip(bytes.as_chunks::<2>().0)
+                    .for_each(|(o, b)| *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
             }
             Self::Plain(Dtype::F64) => {
                 fits(8)?;

@@ -112,12 +112,15 @@ impl Header {
             return Err(Error::file(path, format!("a safetensors header of at most {MAX_HEADER_BYTES} bytes"), format!("{size}")));
         }
         if size > file_len - 8 {
-            return Err(Error::file(path, format!("a safetensors header inside the {file_len} bytes of the file"), format!("{size} bytes")));
+            return Err(Error::file(
+                path,
+                format!("a safetensors header inside the {file_len} bytes of the file"),
+                format!("{size} bytes"),
+            ));
         }
         let mut json = vec![0; size as usize];
         crate::io::read_at(file, &mut json, 8).map_err(Error::io(path, "read"))?;
-        let items: Items =
-            serde_json::from_slice(&json).map_err(|e| Error::file(path, "a safetensors header in JSON", e.to_string()))?;
+        let items: Items = serde_json::from_slice(&json).map_err(|e| Error::file(path, "a safetensors header in JSON", e.to_string()))?;
         let data_len = file_len - 8 - size;
         let mut header = Self { metadata: vec![], tensors: vec![] };
         for item in items.0 {
@@ -129,7 +132,12 @@ impl Header {
                     let count = info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
                     let bytes = count.and_then(|n| StoredType::Plain(info.dtype).bytes(n)).map(|n| n as u64);
                     let Some(bytes) = bytes else {
-                        return Err(Error::tensor(path, &name, "a shape of whole, countable bytes", format!("{:?} {:?}", info.dtype, info.shape)));
+                        return Err(Error::tensor(
+                            path,
+                            &name,
+                            "a shape of whole, countable bytes",
+                            format!("{:?} {:?}", info.dtype, info.shape),
+                        ));
                     };
                     if begin > end || end > data_len {
                         return Err(Error::tensor(path, &name, format!("a byte range inside 0..{data_len}"), format!("{begin}..{end}")));
@@ -156,7 +164,12 @@ impl Header {
         for tensor in &header.tensors {
             if tensor.offset != at {
                 let what = if tensor.offset < at { "an overlap with the one before" } else { "a hole before it" };
-                return Err(Error::tensor(path, &tensor.name, format!("data from byte {at} on"), format!("{what}, from byte {}", tensor.offset)));
+                return Err(Error::tensor(
+                    path,
+                    &tensor.name,
+                    format!("data from byte {at} on"),
+                    format!("{what}, from byte {}", tensor.offset),
+                ));
             }
             at += tensor.len;
         }

@@ -1,0 +1,98 @@
+//! The document that quantized files carry: recipe, how each tensor is packed, and a checksum of each stored tensor.
+//!
+//! It is JSON under the key [`KEY`], in `__metadata__` of safetensors and among the keys of GGUF. docs/formats.md specifies it.
+
+use bitnet_core::{MatrixSpec, Scheme};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+/// Metadata key of the document.
+pub const KEY: &str = "bitnet.document";
+/// Version that this code writes and reads.
+pub const VERSION: u32 = 1;
+
+/// Everything about a quantized file that its tensors do not say themselves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Document {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Program and version that wrote the file.
+    pub generator: String,
+    /// The command's recipe, all defaults filled in.
+    pub recipe: serde_json::Value,
+    /// Quantized tensors by their name in the original model.
+    pub tensors: BTreeMap<String, Packed>,
+    /// xxh3-128 of the bytes of each stored tensor, 32 hex digits, by stored name.
+    pub checksums: BTreeMap<String, String>,
+    /// xxh3-128 over all the rest of the document and over name, type and shape of each stored tensor.
+    pub digest: String,
+}
+
+/// How one quantized tensor is stored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packed {
+    /// Shape of the original tensor.
+    pub shape: Vec<usize>,
+    /// The matrix.
+    pub spec: MatrixSpec,
+    /// The scheme that made it; absent if it was read already quantized.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub scheme: Option<Scheme>,
+    /// Name of the wire layout.
+    pub layout: String,
+    /// Stored tensor with the packed bytes.
+    pub packed: String,
+    /// Stored tensor with the scales, unless the layout carries them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub scale: Option<String>,
+    /// Whether the stored scale is 1/scale (HF `bitlinear`).
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub reciprocal: bool,
+    /// Stored tensor with the zero points, if there are any.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub zero_point: Option<String>,
+}
+
+impl Document {
+    /// The digest that belongs to the document and to these stored tensors: (name, type, shape).
+    pub fn compute_digest<'a>(&self, stored: impl Iterator<Item = (&'a str, String, &'a [usize])>) -> String {
+        let mut hasher = Xxh3::new();
+        let body = Self { digest: String::new(), ..self.clone() };
+        // A document is plain data: serialising it cannot fail.
+        hasher.update(serde_json::to_string(&body).unwrap_or_default().as_bytes());
+        for (name, dtype, shape) in stored {
+            hasher.update(format!("\n{name} {dtype} {shape:?}").as_bytes());
+        }
+        format!("{:032x}", hasher.digest128())
+    }
+}
+
+/// xxh3-128 of `bytes` as 32 hex digits.
+pub fn checksum(bytes: &[u8]) -> String {
+    format!("{:032x}", xxh3_128(bytes))
+}
+
+/// A checksum of bytes that come in pieces.
+#[derive(Clone, Default)]
+pub struct Checksum(Xxh3);
+
+impl Checksum {
+    /// Adds bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all bytes so far, as [`checksum`] gives it.
+    pub fn hex(&self) -> String {
+        format!("{:032x}", self.0.digest128())
+    }
+}
+
+impl std::fmt::Debug for Checksum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Checksum").field(&self.hex()).finish()
+    }
+}
