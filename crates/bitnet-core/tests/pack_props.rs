@@ -154,7 +154,7 @@ fn every_layout_takes_some_precision() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn packed_and_unpacked_is_the_same(seed: u64, rows in 0usize..40, cells in 0usize..1000, planes in 1usize..4, style in 0..STYLES, coarse in 0usize..5) {
@@ -272,7 +272,7 @@ fn entropy_comes_close_to_the_entropy() {
     let bits = bits_per_weight(round_trip(layout, &spec, &ternary, &[]).len(), 0, &spec);
     println!("entropy, ternary: {bits:.5} bits per weight, of {:.5}", entropy_bits(&ternary));
     assert!(bits <= 1.55 && bits <= 1.003 * entropy_bits(&ternary), "{bits}");
-    for (precision, sigma, slack) in [(Precision::Int4, 2.0, 1.003), (Precision::Int8, 29.0, 1.01), (Precision::Int8, 3.0, 1.01)] {
+    for (precision, sigma, slack) in [(Precision::Int4, 2.0, 1.003), (Precision::Int8, 29.0, 1.007), (Precision::Int8, 3.0, 1.003)] {
         let spec = MatrixSpec { precision, ..spec.clone() };
         let (low, high) = precision.range();
         let values: Vec<i8> =
@@ -344,13 +344,14 @@ fn absurd_sizes() {
         {
             for planes in [1, 3] {
                 for scale_dtype in [ScaleDtype::F32, ScaleDtype::F16] {
+                    let empty = rows == 0 || cols == 0;
                     let spec = MatrixSpec { planes, scale_dtype, ..MatrixSpec::new(rows, cols, precision, Granularity::Tensor) };
-                    if spec.validate().is_ok() && spec.values_len() == 0 {
-                        let _ = layout.unpack(&spec, &[]);
+                    if empty {
+                        let _ = (layout.unpack(&spec, &[]), layout.unpack(&spec, &[0; 40]));
                     } else {
                         assert!(layout.unpack(&spec, &[0; 40]).is_err(), "{} {spec:?}", layout.name());
                     }
-                    assert!(layout.pack_into(&spec, &[], &[], &mut Vec::new()).is_err() || spec.values_len() == 0);
+                    assert!(layout.pack_into(&spec, &[], &[], &mut Vec::new()).is_err() || empty);
                 }
             }
         }

@@ -6,7 +6,8 @@
 //! ```text
 //! 0, the values as one row of base-3 (ternary) or of fixed-width codes (the others)      where that is no longer
 //! 1, frequencies, states, words
-//!    frequencies   those of the first A − 1 symbols as varints; all A add up to M, the last is what remains
+//!    frequencies   those of the first A − 1 symbols as varints; all A add up to M, the last is what remains;
+//!                  a 0 is followed by a varint: how many more zeros come next
 //!    states        u32 LE, one for each lane: 4 lanes from 4096 values on, else 1
 //!    words         u16 LE, to the end of the body
 //! ```
@@ -133,8 +134,11 @@ fn encode_coded(precision: Precision, values: &[i8], out: &mut Vec<u8>) {
         counts[symbol(precision, v)] += 1;
     }
     let freqs = frequencies(&counts, 1 << bits);
-    for &f in &freqs[..freqs.len() - 1] {
-        write_varint(f as usize, out);
+    for run in freqs[..freqs.len() - 1].chunk_by(|&a, &b| a == 0 && b == 0) {
+        write_varint(run[0] as usize, out);
+        if run[0] == 0 {
+            write_varint(run.len() - 1, out);
+        }
     }
     // (frequency, sum of those before it) of each value, by its bit pattern.
     let mut ranges = [(0u32, 0u32); 256];
@@ -178,19 +182,36 @@ impl Slot {
     }
 }
 
-fn decode_coded(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<(), Bad> {
+/// The slots that the frequencies at the beginning of the body describe, M of them, and where the states begin.
+fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), Bad> {
     let mut at = 0;
     let total = 1usize << scale_bits(precision);
     let mut slots = Vec::with_capacity(total);
-    for s in 0..precision.levels() {
+    let last = precision.levels() - 1;
+    let (mut s, mut after_zeros) = (0, false);
+    while s <= last {
         let (start, left) = (at, total - slots.len());
-        let freq = if s + 1 < precision.levels() { read_varint(body, &mut at)? } else { left };
+        let freq = if s < last { read_varint(body, &mut at)? } else { left };
         if freq > left {
             return Err(Bad::new(start, format!("the frequency {freq} where {left} of {total} are left")));
         }
         // At most 2^14, so it fits.
         slots.extend((0..freq as u16).map(|offset| Slot { freq: freq as u16, offset, value: value(precision, s) }));
+        s += 1;
+        if freq == 0 && s <= last {
+            let more = read_varint(body, &mut at)?;
+            if after_zeros || more > last - s {
+                return Err(Bad::new(start, format!("{} frequencies of 0 from symbol {} of {}", more + 1, s - 1, last + 1)));
+            }
+            s += more;
+        }
+        after_zeros = freq == 0;
     }
+    Ok((slots, at))
+}
+
+fn decode_coded(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<(), Bad> {
+    let (slots, at) = read_slots(precision, body)?;
     match (precision, values.len() < LANES_FROM) {
         (Precision::Int8, true) => decode_words::<14, 1>(&slots, body, at, values),
         (Precision::Int8, false) => decode_words::<14, LANES>(&slots, body, at, values),

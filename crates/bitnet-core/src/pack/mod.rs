@@ -157,10 +157,14 @@ fn unsupported(layout: &'static str, why: impl Into<String>) -> Error {
     Error::Unsupported { layout, why: why.into() }
 }
 
-/// What every layout asks for: a valid spec of a countable number of rows, in one of the layout's precisions.
+/// What every layout asks for: a valid spec, with rows and columns that can be counted in bytes, in one of the layout's precisions.
 fn check_precision(layout: &'static str, spec: &MatrixSpec, precisions: &[Precision]) -> Result<()> {
     spec.validate()?;
-    spec.rows.checked_mul(spec.planes).ok_or(Error::TooLarge { rows: spec.rows, cols: spec.cols })?;
+    // A matrix of no columns may still have any number of rows, and the reverse: no product with them is to overflow.
+    let limit = isize::MAX as usize / 64;
+    if spec.rows > limit || spec.cols > limit {
+        return Err(Error::TooLarge { rows: spec.rows, cols: spec.cols });
+    }
     if precisions.contains(&spec.precision) {
         return Ok(());
     }
