@@ -5,8 +5,7 @@ use crate::granule::{Granule, Importance};
 use crate::ops::{Moments, Ops, Uniform};
 use crate::quantize::{Coder, Fitted};
 use crate::scheme::Rounding;
-use crate::scheme::{Clip, Mapping, Precision, ScaleDtype};
-use crate::ternary::stored;
+use crate::scheme::{Clip, Mapping, Precision, ScaleStorage};
 
 /// Shares of the range that [`Clip::Search`] tries, in 64ths.
 const SHARES: std::ops::RangeInclusive<u32> = 16..=64;
@@ -17,7 +16,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     granule: &G,
     moments: &Moments,
     (precision, mapping, clip): (Precision, Mapping, Clip),
-    (scale_dtype, rounding): (ScaleDtype, Rounding),
+    (storage, rounding): (ScaleStorage, Rounding),
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && clip != Clip::Search {
@@ -27,10 +26,10 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     let quantizer = |min: f64, max: f64| -> Result<Uniform> {
         let mut uniform = Uniform { scale: 0.0, zero: 0.0, low, high, rounding };
         match mapping {
-            Mapping::Symmetric => uniform.scale = stored(scale_dtype, max.max(-min) / f64::from(high))?,
+            Mapping::Symmetric => uniform.scale = storage.round(max.max(-min) / f64::from(high))?,
             Mapping::Asymmetric => {
                 let (min, max) = (min.min(0.0), max.max(0.0));
-                uniform.scale = stored(scale_dtype, (max - min) / f64::from(i32::from(high) - i32::from(low)))?;
+                uniform.scale = storage.round((max - min) / f64::from(i32::from(high) - i32::from(low)))?;
                 if uniform.scale > 0.0 {
                     let zero = (f64::from(low) - min / f64::from(uniform.scale)).round_ties_even();
                     uniform.zero = zero.clamp(f64::from(low), f64::from(high)) as f32;

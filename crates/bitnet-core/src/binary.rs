@@ -3,8 +3,8 @@
 use crate::granule::{Granule, Importance};
 use crate::ops::{Above, Key, Moments, Ops};
 use crate::quantize::{Coder, Fitted};
-use crate::scheme::{BinarySplit, ScaleDtype};
-use crate::ternary::{best_cut, stored};
+use crate::scheme::{BinarySplit, ScaleStorage};
+use crate::ternary::best_cut;
 use crate::{Error, Result};
 
 /// Chooses the two levels of one granule. The rules are at [`BinarySplit`].
@@ -15,7 +15,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     granule: &G,
     moments: &Moments,
     (split, stochastic): (BinarySplit, Option<u64>),
-    scale_dtype: ScaleDtype,
+    storage: ScaleStorage,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && split != BinarySplit::Optimal {
@@ -24,7 +24,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     let mean = moments.sum / moments.count as f64;
     let (cut, upper, lower) = match split {
         BinarySplit::Zero => {
-            let scale = stored(scale_dtype, moments.mean_abs())?;
+            let scale = storage.round(moments.mean_abs())?;
             let coder = match stochastic {
                 Some(seed) => Coder::Stochastic { seed, scale },
                 None => Coder::Split(0.0),
@@ -50,7 +50,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         // All weights are one number m: levels 0 and 2m or so would do; ±m needs no zero point.
         _ => (-mean.abs(), mean.abs()),
     };
-    let scale = stored(scale_dtype, (high - low) / 2.0)?;
+    let scale = storage.round((high - low) / 2.0)?;
     if scale == 0.0 {
         return Ok(Fitted::one(0.0, Coder::Constant(1)));
     }

@@ -7,8 +7,8 @@
 use crate::granule::{Granule, Importance};
 use crate::ops::{Above, Key, Moments, Ops};
 use crate::quantize::{Coder, Fitted};
-use crate::scheme::ScaleDtype;
-use crate::ternary::{above, best_cut, stored};
+use crate::scheme::ScaleStorage;
+use crate::ternary::{above, best_cut};
 use crate::{Error, Result};
 
 /// Most planes there are.
@@ -157,14 +157,14 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     granule: &G,
     moments: &Moments,
     planes: usize,
-    scale_dtype: ScaleDtype,
+    storage: ScaleStorage,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if !(1..=MAX_PLANES).contains(&planes) {
         return Err(Error::Scheme(format!("{planes} trit planes; 1 to {MAX_PLANES} exist")).into());
     }
     if let Some(s) = moments.ternary_magnitude() {
-        let scales = [stored(scale_dtype, f64::from(s))?, 0.0, 0.0];
+        let scales = [storage.round(f64::from(s))?, 0.0, 0.0];
         return Ok(Fitted { scales, zero_point: 0.0, coder: Coder::Levels(Levels::new(&scales[..planes])) });
     }
     let (_, kept) = best_cut(ops, granule, moments, importance, Key::Magnitude)?;
@@ -202,7 +202,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     let mut scales = best.map_or([0.0; MAX_PLANES], |(alpha, _)| alpha);
     scales[..planes].sort_unstable_by(|a, b| b.total_cmp(a));
     for scale in &mut scales[..planes] {
-        *scale = stored(scale_dtype, f64::from(*scale))?;
+        *scale = storage.round(f64::from(*scale))?;
     }
     scales[planes..].fill(0.0);
     Ok(Fitted { scales, zero_point: 0.0, coder: Coder::Levels(Levels::new(&scales[..planes])) })

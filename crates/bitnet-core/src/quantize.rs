@@ -84,13 +84,15 @@ pub fn fit<G: Granule + ?Sized>(
     }
     match scheme.method {
         Method::Ternary { planes: 1, threshold, scale } => {
-            ternary::fit(ops, granule, &moments, (threshold, scale), scheme.scale_dtype, scheme.rounding, importance)
+            ternary::fit(ops, granule, &moments, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)
         }
-        Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, scheme.scale_dtype, importance),
-        Method::Binary { split, stochastic } => binary::fit(ops, granule, &moments, (split, stochastic), scheme.scale_dtype, importance),
+        Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, scheme.scale_storage(), importance),
+        Method::Binary { split, stochastic } => {
+            binary::fit(ops, granule, &moments, (split, stochastic), scheme.scale_storage(), importance)
+        }
         Method::Int { mapping, clip, .. } => {
             let kind = (scheme.precision()?, mapping, clip);
-            affine::fit(ops, granule, &moments, kind, (scheme.scale_dtype, scheme.rounding), importance)
+            affine::fit(ops, granule, &moments, kind, (scheme.scale_storage(), scheme.rounding), importance)
         }
     }
 }

@@ -6,9 +6,60 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
+/// Gives a fieldless enum the names that files and the command line use: `ALL`, `name`, `Display`, `FromStr`, and serde as that string.
+macro_rules! named {
+    ($type:ident, $what:literal, { $($variant:ident = $name:literal),+ $(,)? }) => {
+        impl $type {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The name that files and the command line use.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),+ }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.name())
+            }
+        }
+
+        impl FromStr for $type {
+            type Err = Error;
+            fn from_str(s: &str) -> Result<Self> {
+                Self::ALL.iter().copied().find(|x| x.name() == s).ok_or_else(|| Error::UnknownName {
+                    what: $what,
+                    got: s.into(),
+                    expected: [$($name),+].join(", "),
+                })
+            }
+        }
+
+        as_string!($type);
+    };
+}
+
+/// serde through `Display` and `FromStr`.
+macro_rules! as_string {
+    ($type:ident) => {
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let s = std::borrow::Cow::<'_, str>::deserialize(deserializer)?;
+                s.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
 /// Alphabet of the quantized values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// {−1, +1}.
     Binary,
@@ -24,10 +75,9 @@ pub enum Precision {
     Int8,
 }
 
-impl Precision {
-    /// All precisions, coarse to fine.
-    pub const ALL: [Self; 6] = [Self::Binary, Self::Ternary, Self::Int2, Self::Int3, Self::Int4, Self::Int8];
+named!(Precision, "precision", { Binary = "binary", Ternary = "ternary", Int2 = "int2", Int3 = "int3", Int4 = "int4", Int8 = "int8" });
 
+impl Precision {
     /// Smallest and largest value.
     pub const fn range(self) -> (i8, i8) {
         match self {
@@ -75,40 +125,10 @@ impl Precision {
             Self::Int8 => "-128..=127",
         }
     }
-
-    /// The name that files and the command line use.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Binary => "binary",
-            Self::Ternary => "ternary",
-            Self::Int2 => "int2",
-            Self::Int3 => "int3",
-            Self::Int4 => "int4",
-            Self::Int8 => "int8",
-        }
-    }
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Precision {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| Error::UnknownName {
-            what: "precision",
-            got: s.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
-    }
 }
 
 /// What one scale covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Granularity {
     /// One scale for the matrix.
     Tensor,
@@ -144,22 +164,10 @@ impl FromStr for Granularity {
     }
 }
 
-impl From<Granularity> for String {
-    fn from(g: Granularity) -> Self {
-        g.to_string()
-    }
-}
-
-impl TryFrom<String> for Granularity {
-    type Error = Error;
-    fn try_from(s: String) -> Result<Self> {
-        s.parse()
-    }
-}
+as_string!(Granularity);
 
 /// How a scale is stored. Codes are chosen knowing the scale after this rounding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleDtype {
     /// IEEE binary32.
     F32,
@@ -169,10 +177,9 @@ pub enum ScaleDtype {
     Bf16,
 }
 
-impl ScaleDtype {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+named!(ScaleDtype, "scale type", { F32 = "f32", F16 = "f16", Bf16 = "bf16" });
 
+impl ScaleDtype {
     /// The nearest number that the type holds (ties to even), as f32.
     ///
     /// ```
@@ -204,37 +211,10 @@ impl ScaleDtype {
             Self::Bf16 => out.extend(half::bf16::from_f32(scale).to_le_bytes()),
         }
     }
-
-    /// The name that files and the command line use.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
-
-impl fmt::Display for ScaleDtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for ScaleDtype {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|d| d.name() == s).ok_or_else(|| Error::UnknownName {
-            what: "scale type",
-            got: s.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
-    }
 }
 
 /// What `round` does with a number half-way between two integers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Rounding {
     /// To the even neighbour, as IEEE 754, torch and numpy do.
     #[default]
@@ -244,6 +224,8 @@ pub enum Rounding {
     /// Up: `floor(x + 0.5)`, as onebitllms does.
     HalfUp,
 }
+
+named!(Rounding, "rounding", { HalfEven = "half-even", HalfAway = "half-away", HalfUp = "half-up" });
 
 impl Rounding {
     /// The integer that `x` becomes.
@@ -258,8 +240,7 @@ impl Rounding {
 }
 
 /// Which weights of a granule become ±1. `mean` and `median` are over |w|, zeros included.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Threshold {
     /// `s = mean|W|`, `q = clip(round(W / s), −1, 1)` (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764).
     #[default]
@@ -280,9 +261,41 @@ pub enum Threshold {
     Factor(f32),
 }
 
+impl fmt::Display for Threshold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Absmean => f.pad("absmean"),
+            Self::Mean => f.pad("mean"),
+            Self::Median => f.pad("median"),
+            Self::Adaptive => f.pad("adaptive"),
+            Self::Optimal => f.pad("optimal"),
+            Self::Factor(factor) => f.pad(&format!("factor:{factor}")),
+        }
+    }
+}
+
+impl FromStr for Threshold {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "absmean" => Ok(Self::Absmean),
+            "mean" => Ok(Self::Mean),
+            "median" => Ok(Self::Median),
+            "adaptive" => Ok(Self::Adaptive),
+            "optimal" => Ok(Self::Optimal),
+            _ => s.strip_prefix("factor:").and_then(|x| x.parse().ok()).map(Self::Factor).ok_or_else(|| Error::UnknownName {
+                what: "threshold",
+                got: s.into(),
+                expected: "absmean, mean, median, adaptive, optimal, factor:X".into(),
+            }),
+        }
+    }
+}
+
+as_string!(Threshold);
+
 /// Where the scale of a ternary granule comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ScaleRule {
     /// As the threshold rule says. Every rule but [`Threshold::Absmean`] says least squares.
     #[default]
@@ -291,9 +304,74 @@ pub enum ScaleRule {
     LeastSquares,
 }
 
+named!(ScaleRule, "scale rule", { Rule = "rule", LeastSquares = "least-squares" });
+
+/// Whether the container stores a scale or its inverse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ScaleForm {
+    /// The scale.
+    #[default]
+    Direct,
+    /// 1/scale, as HF `bitlinear` folders do. The scale that counts is then `1/x` in f32 for the stored x.
+    Inverse,
+}
+
+named!(ScaleForm, "scale form", { Direct = "direct", Inverse = "inverse" });
+
+/// Everything about the storage of a scale: what it becomes between the quantizer and a reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScaleStorage {
+    /// Type of the stored number.
+    pub dtype: ScaleDtype,
+    /// What the number is.
+    pub form: ScaleForm,
+}
+
+impl ScaleStorage {
+    /// The scale that a reader will find.
+    ///
+    /// # Errors
+    /// [`Error::Scheme`] if the type cannot hold it.
+    pub fn round(self, scale: f64) -> Result<f32> {
+        Ok(self.around(scale)?.0)
+    }
+
+    /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32 scales have none: both are the same).
+    ///
+    /// # Errors
+    /// [`Error::Scheme`] if the type cannot hold it.
+    pub fn around(self, scale: f64) -> Result<(f32, f32)> {
+        let too_large = || Error::Scheme(format!("a scale of {scale:e} does not fit {} ({})", self.dtype, self.form));
+        let exact = match self.form {
+            ScaleForm::Direct => scale,
+            ScaleForm::Inverse if scale == 0.0 => return Ok((0.0, 0.0)),
+            ScaleForm::Inverse => scale.recip(),
+        };
+        let nearest = self.dtype.round(exact as f32);
+        let other = match self.dtype {
+            ScaleDtype::F32 => nearest,
+            ScaleDtype::F16 | ScaleDtype::Bf16 => {
+                // Neighbours of a positive number differ by one in the last bit that the type keeps; rounding repairs subnormals.
+                let step = if self.dtype == ScaleDtype::F16 { 1 << 13 } else { 1 << 16 };
+                let bits = nearest.to_bits();
+                let bits = if f64::from(nearest) < exact { bits.saturating_add(step) } else { bits.saturating_sub(step) };
+                self.dtype.round(f32::from_bits(bits))
+            }
+        };
+        let back = |x: f32| match self.form {
+            ScaleForm::Direct => x,
+            ScaleForm::Inverse => x.recip(),
+        };
+        let (nearest, other) = (back(nearest), back(other));
+        if !nearest.is_finite() {
+            return Err(too_large());
+        }
+        Ok((nearest, if other.is_finite() { other } else { nearest }))
+    }
+}
+
 /// How two levels are placed for binary weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BinarySplit {
     /// `q = +1 if w ≥ 0 else −1`, `s = mean|W|`: the least squared error that `±s` can reach (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279).
     #[default]
@@ -304,9 +382,10 @@ pub enum BinarySplit {
     Optimal,
 }
 
+named!(BinarySplit, "binary split", { Zero = "zero", Mean = "mean", Optimal = "optimal" });
+
 /// Whether an integer range is symmetric about zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mapping {
     /// `s = max|W| / qmax` with `qmax = 2^(b−1) − 1`, no zero point.
     #[default]
@@ -315,9 +394,10 @@ pub enum Mapping {
     Asymmetric,
 }
 
+named!(Mapping, "mapping", { Symmetric = "symmetric", Asymmetric = "asymmetric" });
+
 /// How much of the range of an integer granule is kept; what lies outside saturates.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Clip {
     /// All of it.
     #[default]
@@ -327,6 +407,33 @@ pub enum Clip {
     /// The share i/64 of the range, i from 16 to 64, with the least squared error.
     Search,
 }
+
+impl fmt::Display for Clip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.pad("none"),
+            Self::Rms(times) => f.pad(&format!("rms:{times}")),
+            Self::Search => f.pad("search"),
+        }
+    }
+}
+
+impl FromStr for Clip {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "none" => Ok(Self::None),
+            "search" => Ok(Self::Search),
+            _ => s.strip_prefix("rms:").and_then(|x| x.parse().ok()).map(Self::Rms).ok_or_else(|| Error::UnknownName {
+                what: "clip",
+                got: s.into(),
+                expected: "none, search, rms:X".into(),
+            }),
+        }
+    }
+}
+
+as_string!(Clip);
 
 /// What to quantize to, and by which rule.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -380,13 +487,28 @@ pub struct Scheme {
     pub granularity: Granularity,
     /// How scales are stored.
     pub scale_dtype: ScaleDtype,
+    /// Whether the container stores scales or their inverses.
+    #[serde(default)]
+    pub scale_form: ScaleForm,
     /// What happens at ties.
     pub rounding: Rounding,
 }
 
 impl Scheme {
-    fn new(method: Method) -> Self {
-        Self { method, granularity: Granularity::Tensor, scale_dtype: ScaleDtype::F32, rounding: Rounding::HalfEven }
+    /// A method with one f32 scale for the matrix and ties to even.
+    pub fn new(method: Method) -> Self {
+        Self {
+            method,
+            granularity: Granularity::Tensor,
+            scale_dtype: ScaleDtype::F32,
+            scale_form: ScaleForm::Direct,
+            rounding: Rounding::HalfEven,
+        }
+    }
+
+    /// How the scales are stored.
+    pub fn scale_storage(&self) -> ScaleStorage {
+        ScaleStorage { dtype: self.scale_dtype, form: self.scale_form }
     }
 
     /// Ternary with one plane, per tensor, f32 scales, half to even.
@@ -470,7 +592,9 @@ impl Scheme {
                 }
             }
         }
-        let spec = MatrixSpec { rows, cols, precision, planes, granularity: self.granularity, scale_dtype: self.scale_dtype, zero_points };
+        // The inverse of a stored number is an f32, whatever the number's own type is.
+        let scale_dtype = if self.scale_form == ScaleForm::Inverse { ScaleDtype::F32 } else { self.scale_dtype };
+        let spec = MatrixSpec { rows, cols, precision, planes, granularity: self.granularity, scale_dtype, zero_points };
         spec.validate()?;
         Ok(spec)
     }

@@ -1,9 +1,11 @@
 //! What quantization lost: streaming error statistics of `(w, ŵ)` pairs and of codes.
 
+use serde::{Deserialize, Serialize};
+
 /// Sums over pairs of an original weight `w` and its reconstruction `ŵ`, from which every figure follows.
 ///
 /// Strips may be measured apart and joined with [`ErrorStats::then`].
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct ErrorStats {
     /// Pairs.
     pub count: u64,

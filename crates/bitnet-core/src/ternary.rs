@@ -3,7 +3,7 @@
 use crate::granule::{Granule, Importance};
 use crate::ops::{Above, Key, Moments, Ops};
 use crate::quantize::{Coder, Fitted};
-use crate::scheme::{Rounding, ScaleDtype, ScaleRule, Threshold};
+use crate::scheme::{Rounding, ScaleRule, ScaleStorage, Threshold};
 use crate::{Error, Result};
 
 /// Chooses threshold and scale of one granule. The rules and their sources are at [`Threshold`].
@@ -12,7 +12,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     granule: &G,
     moments: &Moments,
     (threshold, scale_rule): (Threshold, ScaleRule),
-    scale_dtype: ScaleDtype,
+    storage: ScaleStorage,
     rounding: Rounding,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
@@ -20,34 +20,28 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         return Err(Error::Scheme(format!("importance with threshold {threshold:?}; only Optimal uses it")).into());
     }
     if let Some(s) = moments.ternary_magnitude() {
-        return Ok(Fitted::one(stored(scale_dtype, f64::from(s))?, Coder::Cut(0.0)));
+        return Ok(Fitted::one(storage.round(f64::from(s))?, Coder::Cut(0.0)));
     }
     let mean = moments.mean_abs();
     let cut = match threshold {
         Threshold::Absmean => {
-            let rule = stored(scale_dtype, mean)?;
+            let rule = storage.round(mean)?;
             let mut uniform = crate::ops::Uniform { scale: rule, zero: 0.0, low: -1, high: 1, rounding };
             if scale_rule == ScaleRule::LeastSquares {
                 uniform.scale = mean as f32;
                 let kept = granule.fold(|_, w| kept_by(ops, w, &uniform), Above::then)?;
-                return Ok(Fitted::one(stored(scale_dtype, kept.mean())?, Coder::Uniform(uniform)));
+                return Ok(Fitted::one(storage.round(kept.mean())?, Coder::Uniform(uniform)));
             }
             return Ok(Fitted::one(rule, Coder::Uniform(uniform)));
         }
-        Threshold::Optimal => return fit_optimal(ops, granule, moments, scale_dtype, importance),
+        Threshold::Optimal => return fit_optimal(ops, granule, moments, storage, importance),
         Threshold::Mean => 0.7 * mean,
         Threshold::Median => 0.8 * median(granule, moments)?,
         Threshold::Adaptive => adaptive_factor(mean / moments.rms()) * mean,
         Threshold::Factor(factor) => f64::from(factor) * mean,
     } as f32;
     let kept = granule.fold(|_, w| ops.above(w, None, Key::Magnitude, cut), Above::then)?;
-    Ok(Fitted::one(stored(scale_dtype, kept.mean())?, Coder::Cut(cut)))
-}
-
-/// The scale as it will be stored.
-pub(crate) fn stored(dtype: ScaleDtype, scale: f64) -> Result<f32> {
-    let rounded = dtype.round(scale as f32);
-    if rounded.is_finite() { Ok(rounded) } else { Err(Error::Scheme(format!("a scale of {scale:e} does not fit {dtype}"))) }
+    Ok(Fitted::one(storage.round(kept.mean())?, Coder::Cut(cut)))
 }
 
 /// Count and Σ|w| of the weights that a uniform ternary quantizer does not send to 0.
@@ -145,18 +139,15 @@ fn fit_optimal<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
     moments: &Moments,
-    scale_dtype: ScaleDtype,
+    storage: ScaleStorage,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     let (cut, kept) = best_cut(ops, granule, moments, importance, Key::Magnitude)?;
-    let exact = kept.mean();
-    let nearest = stored(scale_dtype, exact)?;
-    if scale_dtype == ScaleDtype::F32 || nearest == 0.0 {
+    let (nearest, other) = storage.around(kept.mean())?;
+    if nearest == other || nearest == 0.0 {
         return Ok(Fitted::one(nearest, Coder::Cut(cut)));
     }
     // Of the two storable scales around the exact one, the better, each with the codes that are nearest to it.
-    let ulp = f32::from_bits(nearest.to_bits() + (1 << if scale_dtype == ScaleDtype::F16 { 13 } else { 16 })) - nearest;
-    let other = stored(scale_dtype, f64::from(if f64::from(nearest) < exact { nearest + ulp } else { nearest - ulp }))?;
     let gain = |s: f32, a: Above| f64::from(s) * (2.0 * a.sum - f64::from(s) * a.weight);
     let (a, b) = granule.fold(
         |i, w| (above(ops, i, w, importance, Key::Magnitude, nearest / 2.0), above(ops, i, w, importance, Key::Magnitude, other / 2.0)),

@@ -132,7 +132,7 @@ fn accepted(layout: &dyn Layout, spec: &MatrixSpec, bytes: &[u8], found: Unpacke
 
 fn each(mut f: impl FnMut(&'static dyn Layout, Precision)) {
     for &layout in layouts() {
-        for precision in Precision::ALL {
+        for precision in Precision::ALL.iter().copied() {
             if fitted(layout, 4, 256, precision, Granularity::Tensor).is_some() {
                 f(layout, precision);
             }
@@ -223,7 +223,7 @@ proptest! {
     #[test]
     fn auto_is_the_shortest_of_our_own(seed: u64, rows in 0usize..20, cols in 0usize..200, style in 0..STYLES) {
         let mut random = Random(seed);
-        for precision in Precision::ALL {
+        for precision in Precision::ALL.iter().copied() {
             let spec = MatrixSpec::new(rows, cols, precision, Granularity::Tensor);
             let (values, scales) = (values(&spec, style, &mut random), scales(&spec, &mut random));
             let (chosen, bytes) = auto(&spec, &values, &scales).unwrap();

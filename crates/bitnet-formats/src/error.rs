@@ -76,7 +76,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// [`Error::Io`] for `map_err`.
-    pub fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_path_buf();
         move |source| Self::Io { path, action, source }
     }
@@ -97,7 +97,7 @@ impl Error {
     }
 
     /// [`Error::Matrix`] for `map_err`.
-    pub fn matrix(path: &Path, tensor: &str) -> impl FnOnce(bitnet_core::Error) -> Self {
+    pub fn matrix(path: &Path, tensor: &str) -> impl FnOnce(bitnet_core::Error) -> Self + use<> {
         let (path, tensor) = (path.to_path_buf(), tensor.to_string());
         move |source| Self::Matrix { path, tensor, source }
     }

@@ -18,6 +18,7 @@ pub mod dtype;
 pub mod gguf;
 pub mod hf;
 pub mod logical;
+pub mod output;
 pub mod safetensors;
 pub mod source;
 

@@ -180,23 +180,30 @@ impl Header {
     }
 }
 
+/// A tensor of a header to be written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutEntry {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: safetensors::Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its byte range, counted from the end of the header.
+    pub range: (u64, u64),
+}
+
 /// Encodes a header, padded with spaces to `padded_len` bytes including the 8 of the length, or to the next multiple of 8 if `None`.
-///
-/// `tensors` holds name, dtype, shape and byte range relative to the end of the header.
 ///
 /// # Errors
 /// A sentence if the header does not fit `padded_len` or [`MAX_HEADER_BYTES`].
-pub fn encode_header(
-    metadata: &[(String, String)],
-    tensors: &[(String, safetensors::Dtype, Vec<usize>, (u64, u64))],
-    padded_len: Option<usize>,
-) -> Result<Vec<u8>, String> {
+pub fn encode_header(metadata: &[(String, String)], tensors: &[OutEntry], padded_len: Option<usize>) -> Result<Vec<u8>, String> {
     let mut object = serde_json::Map::new();
     if !metadata.is_empty() {
         let strings: serde_json::Map<_, _> = metadata.iter().map(|(k, v)| (k.clone(), v.as_str().into())).collect();
         object.insert("__metadata__".into(), strings.into());
     }
-    for (name, dtype, shape, (begin, end)) in tensors {
+    for OutEntry { name, dtype, shape, range: (begin, end) } in tensors {
         object.insert(name.clone(), serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}));
     }
     let json = serde_json::Value::Object(object).to_string();

@@ -17,7 +17,7 @@ impl Layout for Int8 {
     }
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {
-        check_precision(self.name(), spec, &Precision::ALL)
+        check_precision(self.name(), spec, Precision::ALL)
     }
 
     fn packed_len(&self, spec: &MatrixSpec) -> PackedLen {
