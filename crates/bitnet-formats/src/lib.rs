@@ -13,6 +13,7 @@
 mod error;
 mod io;
 
+pub mod arch;
 pub mod document;
 pub mod dtype;
 pub mod gguf;
