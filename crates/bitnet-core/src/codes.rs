@@ -193,4 +193,71 @@ impl Matrix {
         }
         out
     }
+
+    /// The same matrix with scales of another granularity, if that loses nothing.
+    ///
+    /// Finer is always possible. Coarser is possible where the granules that would share a scale have equal ones; those whose weights are all
+    /// 0 do not count, whatever scale they have.
+    ///
+    /// # Errors
+    /// [`Error::Scheme`] naming the two scales that differ.
+    pub fn with_granularity(self, granularity: Granularity) -> Result<Self> {
+        let spec = MatrixSpec { granularity, ..self.spec.clone() };
+        spec.validate()?;
+        if spec == self.spec {
+            return Ok(self);
+        }
+        let mut found: Vec<Option<(f32, f32)>> = vec![None; spec.scales_len()];
+        let mut dead: Vec<Option<(f32, f32)>> = found.clone();
+        let (old_width, new_width) = (self.spec.granule_cols(), spec.granule_cols());
+        for plane in 0..spec.planes {
+            for row in 0..spec.rows {
+                let line = &self.values[(plane * spec.rows + row) * spec.cols..][..spec.cols];
+                let mut start = 0;
+                while start < spec.cols {
+                    let end = ((start / old_width + 1) * old_width).min((start / new_width + 1) * new_width).min(spec.cols);
+                    let (from, to) = (self.spec.scale_index(plane, row, start), spec.scale_index(plane, row, start));
+                    let scale = (self.scales[from], self.zero_points.get(from).copied().unwrap_or(0.0));
+                    if line[start..end].iter().all(|&v| f32::from(v) == scale.1) || scale.0 == 0.0 {
+                        dead[to] = dead[to].or(Some(scale));
+                    } else if *found[to].get_or_insert(scale) != scale {
+                        let other = found[to].unwrap_or(scale);
+                        return Err(Error::Scheme(format!(
+                            "one scale for each {granularity}: row {row}, column {start} has {:e}, others {:e}",
+                            scale.0, other.0
+                        )));
+                    }
+                    start = end;
+                }
+            }
+        }
+        let chosen: Vec<(f32, f32)> = found.into_iter().zip(dead).map(|(found, dead)| found.or(dead).unwrap_or_default()).collect();
+        let scales = chosen.iter().map(|c| c.0).collect();
+        let zero_points = if spec.zero_points == ZeroPoints::None { vec![] } else { chosen.iter().map(|c| c.1).collect() };
+        Ok(Self { spec, values: self.values, scales, zero_points })
+    }
+
+    /// The matrix whose row `r` is row `order[r]` of this one.
+    ///
+    /// # Panics
+    /// If an index is not below `N`.
+    pub fn select_rows(&self, order: &[usize]) -> Self {
+        let spec = self.spec.with_rows(order.len());
+        let rows = |width: usize, all: &[i8]| -> Vec<i8> {
+            let stride = self.spec.rows * width;
+            (0..spec.planes).flat_map(|p| order.iter().flat_map(move |&r| &all[p * stride + r * width..][..width])).copied().collect()
+        };
+        let per_row = self.spec.granules_per_row();
+        let granules = |all: &[f32]| -> Vec<f32> {
+            if self.spec.granularity == Granularity::Tensor || all.is_empty() {
+                return all.to_vec();
+            }
+            let stride = self.spec.rows * per_row;
+            (0..all.len() / stride.max(1))
+                .flat_map(|p| order.iter().flat_map(move |&r| &all[p * stride + r * per_row..][..per_row]))
+                .copied()
+                .collect()
+        };
+        Self { values: rows(self.spec.cols, &self.values), scales: granules(&self.scales), zero_points: granules(&self.zero_points), spec }
+    }
 }

@@ -19,6 +19,8 @@ impl StoredType {
     pub const F32: Self = Self::Plain(Dtype::F32);
     /// Bytes.
     pub const U8: Self = Self::Plain(Dtype::U8);
+    /// Signed bytes.
+    pub const I8: Self = Self::Plain(Dtype::I8);
 
     /// The type of a GGUF tensor; those that safetensors has too are [`StoredType::Plain`].
     pub fn from_ggml(ggml: GgmlType) -> Self {

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use std::path::Path;
 
 /// What `weight_scale` means on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum LinearClass {
     /// `bitlinear`, the default: the file holds 1/scale.
     BitLinear,

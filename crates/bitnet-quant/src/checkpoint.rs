@@ -1,0 +1,715 @@
+//! The main path: a whole model, tensor by tensor, in bounded memory.
+//!
+//! ```text
+//! for each tensor:                                      (this thread)           (writer thread)
+//!   tensor granularity: passes over strips ── fit ──┐
+//!   strips of rows, in windows, on all threads:     ▼
+//!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
+//! ```
+//!
+//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory holds a window of strips; the values of
+//! one tensor (a byte each) only where its layout packs a matrix as a whole.
+
+use crate::plan::{Job, Pack, Sidecar, Unit, Work};
+use crate::{Error, Result};
+use bitnet_core::granule::Granule;
+use bitnet_core::pack::{self, Layout};
+use bitnet_core::quantize::{Fitted, fit, quantize_rows};
+use bitnet_core::scheme::ScaleForm;
+use bitnet_core::stats::{CodeHistogram, ErrorStats};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
+use bitnet_formats::output::Writer;
+use bitnet_formats::{Content, Source, dtype};
+use bitnet_kernels::Kernels;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+/// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
+const STRIP_WEIGHTS: usize = 1 << 18;
+/// Strips that are in memory together. A constant, so that a window is the same for every number of threads.
+const WINDOW: usize = 8;
+/// Bytes of one piece of a copied tensor.
+const COPY_BYTES: usize = 4 << 20;
+
+/// Sees a job advance.
+pub trait Progress: Sync {
+    /// Work on a tensor begins.
+    fn tensor(&self, _name: &str) {}
+    /// This many more bytes of the input are done.
+    fn advance(&self, _bytes: u64) {}
+}
+
+impl Progress for () {}
+
+/// How a job runs.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    /// Threads that quantize; 0 for one on each core.
+    pub threads: usize,
+    /// The loops.
+    pub kernels: Kernels,
+    /// Who watches.
+    pub progress: &'a dyn Progress,
+    /// Set to stop at the next strip; what is done stays for the next run.
+    pub interrupt: &'a AtomicBool,
+    /// What happens to a target that exists.
+    pub existing: Existing,
+}
+
+/// What happens to a target that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It is an error.
+    Refuse,
+    /// It is replaced when the new one is complete.
+    Replace,
+}
+
+/// What became of one tensor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TensorReport {
+    /// Its name in the output.
+    pub name: String,
+    /// What it became: a precision, a float type, or `copied`.
+    pub became: String,
+    /// Wire layout, if it is quantized.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub layout: Option<String>,
+    /// Granularity, if it is quantized.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub granularity: Option<Granularity>,
+    /// Number of weights.
+    pub weights: u64,
+    /// Bytes in the output, scales and padding included.
+    pub bytes: u64,
+    /// What quantization lost, if this run quantized it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<ErrorStats>,
+    /// Order-0 entropy of the values in bits, if this run quantized it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub entropy: Option<f64>,
+    /// What a person should know.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub note: Option<String>,
+}
+
+impl TensorReport {
+    /// Bits per weight, scales and padding included.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.weights.max(1) as f64
+    }
+}
+
+/// What became of the checkpoint.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Tensors, in the order of the source.
+    pub tensors: Vec<TensorReport>,
+    /// Size of the written file.
+    pub file_bytes: u64,
+    /// Bytes of all tensors of the source.
+    pub input_bytes: u64,
+    /// Tensors that an earlier, interrupted run had done.
+    pub resumed: usize,
+    /// Wall-clock time.
+    pub elapsed: Duration,
+}
+
+/// Runs a job and writes `target`.
+///
+/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on from there and ends with the same bytes.
+/// Any other failure leaves nothing behind.
+///
+/// # Errors
+/// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights that cannot be quantized, and [`Error::File`]
+/// for what cannot be read or written.
+pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
+    let start = Instant::now();
+    check_target(job.source, target, options.existing)?;
+    let folder = job.sidecars.is_some().then(|| {
+        let mut name = target.as_os_str().to_os_string();
+        name.push(".");
+        name.push(bitnet_formats::output::PARTIAL);
+        PathBuf::from(name)
+    });
+    let file = match &folder {
+        Some(folder) => {
+            fs::create_dir_all(folder).map_err(bitnet_formats::Error::io(folder, "create"))?;
+            folder.join("model.safetensors")
+        }
+        None => target.to_path_buf(),
+    };
+    let clean = |error: Error| {
+        if let (Some(folder), false) = (&folder, matches!(error, Error::Interrupted)) {
+            let _ = fs::remove_dir_all(folder);
+        }
+        error
+    };
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .build()
+        .map_err(|e| clean(Error::Recipe(format!("{} threads: {e}", options.threads))))?;
+    let writer = Writer::open(&file, job.layout.clone()).map_err(|e| clean(e.into()))?;
+    let resumed = writer.notes().len();
+    let mut reports: Vec<TensorReport> = writer.notes().iter().filter_map(|note| serde_json::from_value(note.clone()).ok()).collect();
+
+    let outcome = std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel::<Message>(4);
+        let thread = scope.spawn(move || {
+            let mut writer = writer;
+            for message in receiver {
+                if let Err(error) = message.apply(&mut writer) {
+                    return (writer, Err(error));
+                }
+            }
+            (writer, Ok(()))
+        });
+        let worked = pool.install(|| {
+            let mut fresh = vec![];
+            for unit in &job.units[resumed.min(job.units.len())..] {
+                let worker = Worker { job, unit, options, out: &sender };
+                fresh.push(worker.run()?);
+            }
+            Ok(fresh)
+        });
+        drop(sender);
+        // A thread that panicked has said why; there is nothing better to do than to go down with it.
+        let (writer, written) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // What the system refused comes first: it is why the channel broke.
+        match (written, worked) {
+            (Err(error), _) => Err((writer, Error::from(error))),
+            (Ok(()), Err(error)) => Err((writer, error)),
+            (Ok(()), Ok(fresh)) => Ok((writer, fresh)),
+        }
+    });
+    let (writer, fresh) = match outcome {
+        Ok(done) => done,
+        Err((writer, error)) => {
+            if !matches!(error, Error::Interrupted) {
+                writer.abandon();
+            }
+            return Err(clean(error));
+        }
+    };
+    reports.extend(fresh);
+    let file_bytes = writer.finish().map_err(|e| {
+        let _ = fs::remove_file(&file);
+        clean(e.into())
+    })?;
+    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
+        place_folder(folder, sidecars, target).map_err(clean)?;
+    }
+    Ok(Summary { tensors: reports, file_bytes, input_bytes: job.input_bytes(), resumed, elapsed: start.elapsed() })
+}
+
+/// The target must not be what is read, and must not exist unless it may be replaced.
+fn check_target(source: &Source, target: &Path, existing: Existing) -> Result<()> {
+    if let Ok(target_path) = fs::canonicalize(target) {
+        let same = |path: &Path| fs::canonicalize(path).is_ok_and(|p| p == target_path);
+        if same(&source.path) || source.files.iter().any(|f| same(&f.path)) {
+            return Err(Error::SameFile { path: target.to_path_buf() });
+        }
+        if existing == Existing::Refuse {
+            return Err(Error::Exists { path: target.to_path_buf() });
+        }
+    }
+    Ok(())
+}
+
+/// Fills the folder with the other files of the model and gives it its name.
+fn place_folder(folder: &Path, sidecars: &std::collections::BTreeMap<String, Sidecar>, target: &Path) -> Result<()> {
+    for (name, sidecar) in sidecars {
+        let path = folder.join(name);
+        match sidecar {
+            Sidecar::Copy(from) => fs::copy(from, &path).map(drop),
+            Sidecar::Bytes(bytes) => fs::write(&path, bytes),
+        }
+        .map_err(bitnet_formats::Error::io(&path, "write"))?;
+    }
+    if target.exists() {
+        // Only reached where the user asked to replace. The old one goes last, when the new one is complete.
+        let removed = if target.is_dir() { fs::remove_dir_all(target) } else { fs::remove_file(target) };
+        removed.map_err(bitnet_formats::Error::io(target, "replace"))?;
+    }
+    Ok(fs::rename(folder, target).map_err(bitnet_formats::Error::io(target, "rename to"))?)
+}
+
+/// What the writer thread is told.
+enum Message {
+    Append(usize, Vec<u8>),
+    End(usize),
+    Layout(String, &'static str),
+    Commit(serde_json::Value),
+}
+
+impl Message {
+    fn apply(self, writer: &mut Writer) -> bitnet_formats::Result<()> {
+        match self {
+            Self::Append(index, bytes) => writer.append(index, &bytes),
+            Self::End(index) => writer.end(index),
+            Self::Layout(name, layout) => {
+                writer.set_layout(&name, layout);
+                Ok(())
+            }
+            Self::Commit(note) => writer.commit(note),
+        }
+    }
+}
+
+/// Rows of a tensor as f32, wherever they come from.
+struct Rows<'a> {
+    source: &'a Source,
+    from: From<'a>,
+    cols: usize,
+    order: Option<&'a [usize]>,
+}
+
+enum From<'a> {
+    Stored(usize),
+    Matrix(&'a Matrix),
+}
+
+/// Buffers that a thread keeps.
+#[derive(Default)]
+struct Scratch {
+    bytes: Vec<u8>,
+    weights: Vec<f32>,
+    back: Vec<f32>,
+}
+
+impl Rows<'_> {
+    fn read(&self, rows: Range<usize>, bytes: &mut Vec<u8>, out: &mut Vec<f32>) -> Result<()> {
+        let cols = self.cols;
+        out.resize(rows.len() * cols, 0.0);
+        match (&self.from, self.order) {
+            (From::Stored(stored), None) => self.source.read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?,
+            (From::Stored(stored), Some(order)) => {
+                for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols)) {
+                    self.source.read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
+                }
+            }
+            (From::Matrix(matrix), order) => {
+                for (row, out) in rows.zip(out.chunks_mut(cols)) {
+                    matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor as one granule: its strips, read anew at each pass.
+struct Strips<'a> {
+    rows: &'a Rows<'a>,
+    count: usize,
+    strip: usize,
+}
+
+impl Granule for Strips<'_> {
+    type Error = Error;
+
+    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
+        let mut all: Option<T> = None;
+        for window in windows(self.count, self.strip) {
+            let parts: Vec<Result<T>> = window
+                .into_par_iter()
+                .map_init(Scratch::default, |scratch, rows| {
+                    let first = rows.start * self.rows.cols;
+                    self.rows.read(rows, &mut scratch.bytes, &mut scratch.weights)?;
+                    Ok(map(first, &scratch.weights))
+                })
+                .collect();
+            for part in parts {
+                let part = part?;
+                all = Some(match all {
+                    Some(all) => join(all, part),
+                    None => part,
+                });
+            }
+        }
+        Ok(all.unwrap_or_else(|| map(0, &[])))
+    }
+}
+
+/// Row ranges of `strip` rows, [`WINDOW`] of them at a time.
+fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
+    let strips = count.div_ceil(strip);
+    (0..strips.div_ceil(WINDOW))
+        .map(move |w| (w * WINDOW..((w + 1) * WINDOW).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect())
+}
+
+struct Worker<'a> {
+    job: &'a Job<'a>,
+    unit: &'a Unit,
+    options: &'a Options<'a>,
+    out: &'a SyncSender<Message>,
+}
+
+impl Worker<'_> {
+    fn send(&self, message: Message) -> Result<()> {
+        // The writer is gone only after an error of its own, which then counts.
+        self.out.send(message).map_err(|_| Error::Interrupted)
+    }
+
+    fn check_interrupt(&self) -> Result<()> {
+        if self.options.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    fn advance(&self, share: usize, of: usize) {
+        let Some(index) = self.unit.tensor else { return };
+        let bytes = self.job.source.tensors[index].bytes(self.job.source);
+        self.options.progress.advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
+    }
+
+    fn error(&self, error: Error) -> Error {
+        match (error, self.unit.tensor) {
+            (Error::Core(source), Some(index)) => {
+                let tensor = &self.job.source.tensors[index];
+                let path = tensor.stored().first().map_or(self.job.source.path.as_path(), |&i| self.job.source.file_of(i));
+                Error::Tensor { path: path.to_path_buf(), tensor: tensor.name.clone(), source }
+            }
+            (other, _) => other,
+        }
+    }
+
+    fn run(&self) -> Result<TensorReport> {
+        self.check_interrupt()?;
+        self.options.progress.tensor(&self.unit.name);
+        let report = match &self.unit.work {
+            Work::Literal(bytes) => self.literal(bytes),
+            Work::Copy => self.copy(),
+            Work::Cast(dtype) => self.cast(*dtype),
+            Work::Pack(pack) => self.pack(pack),
+        }
+        .map_err(|e| self.error(e))?;
+        self.send(Message::Commit(serde_json::to_value(&report).unwrap_or_default()))?;
+        Ok(report)
+    }
+
+    fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
+        let weights = self.unit.tensor.map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
+        TensorReport {
+            name: self.unit.name.clone(),
+            became: became.to_string(),
+            layout: None,
+            granularity: None,
+            weights,
+            bytes,
+            error: None,
+            entropy: None,
+            note: self.unit.note.clone(),
+        }
+    }
+
+    fn literal(&self, bytes: &[u8]) -> Result<TensorReport> {
+        self.send(Message::Append(self.unit.data, bytes.to_vec()))?;
+        self.send(Message::End(self.unit.data))?;
+        Ok(self.report("f32", bytes.len() as u64))
+    }
+
+    fn copy(&self) -> Result<TensorReport> {
+        let source = self.job.source;
+        let Some(index) = self.unit.tensor else { return Ok(self.report("nothing", 0)) };
+        let tensor = &source.tensors[index];
+        let Some(&stored) = tensor.stored().first() else { return Ok(self.report("nothing", 0)) };
+        let len = source.stored[stored].len;
+        let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
+        let mut buffer = vec![];
+        let mut send = |buffer: &mut Vec<u8>| -> Result<()> {
+            self.advance(buffer.len(), len as usize);
+            self.send(Message::Append(self.unit.data, std::mem::take(buffer)))?;
+            self.check_interrupt()
+        };
+        match &self.unit.rows {
+            None => {
+                let mut at = 0;
+                while at < len {
+                    buffer.resize((len - at).min(COPY_BYTES as u64) as usize, 0);
+                    source.read(stored, at, &mut buffer)?;
+                    at += buffer.len() as u64;
+                    send(&mut buffer)?;
+                }
+            }
+            Some(order) => {
+                for &row in order {
+                    let end = buffer.len();
+                    buffer.resize(end + row_bytes as usize, 0);
+                    source.read(stored, row as u64 * row_bytes, &mut buffer[end..])?;
+                    if buffer.len() >= COPY_BYTES {
+                        send(&mut buffer)?;
+                    }
+                }
+                send(&mut buffer)?;
+            }
+        }
+        self.send(Message::End(self.unit.data))?;
+        Ok(self.report(format!("copied {}", source.stored[stored].dtype), len))
+    }
+
+    /// Calls `f` with the rows of the unit's tensor.
+    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>, usize) -> Result<T>) -> Result<T> {
+        let source = self.job.source;
+        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else { return Err(Error::Recipe("a literal has no rows".into())) };
+        // Strips of a one-dimensional tensor are strips of elements.
+        let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
+        let order = self.unit.rows.as_deref();
+        match &tensor.content {
+            Content::Float(stored) | Content::Opaque(stored) => {
+                // Blocks must not be cut: with them a row is the last dimension.
+                let cols = if source.stored[*stored].dtype.block() > 1 { tensor.shape.last().copied().unwrap_or(1) } else { cols };
+                f(&Rows { source, from: From::Stored(*stored), cols, order }, tensor.elements() / cols.max(1))
+            }
+            Content::Quantized(q) => {
+                let matrix = source.matrix(&tensor.name, q)?;
+                f(&Rows { source, from: From::Matrix(&matrix), cols, order }, rows)
+            }
+        }
+    }
+
+    fn cast(&self, to: ScaleDtype) -> Result<TensorReport> {
+        let bytes = self.with_rows(|rows, count| {
+            let mut total = 0;
+            for window in windows(count, strip_rows(rows.cols)) {
+                self.check_interrupt()?;
+                let done: usize = window.iter().map(Range::len).sum();
+                let parts: Vec<Result<Vec<u8>>> = window
+                    .into_par_iter()
+                    .map_init(Scratch::default, |scratch, range| {
+                        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+                        let mut out = vec![];
+                        dtype::encode(to, &scratch.weights, &mut out);
+                        Ok(out)
+                    })
+                    .collect();
+                for part in parts {
+                    let part = part?;
+                    total += part.len() as u64;
+                    self.send(Message::Append(self.unit.data, part))?;
+                }
+                self.advance(done, count);
+            }
+            Ok(total)
+        })?;
+        self.send(Message::End(self.unit.data))?;
+        Ok(self.report(to, bytes))
+    }
+
+    fn pack(&self, pack: &Pack) -> Result<TensorReport> {
+        match &pack.scheme {
+            Some(scheme) => self.with_rows(|rows, _| self.quantize(pack, scheme, rows)),
+            None => self.recode(pack),
+        }
+    }
+
+    fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
+        let spec = &pack.spec;
+        // The rows of the matrix, whatever a row of blocks is: both hold the same weights in the same order.
+        let rows = Rows { source: rows.source, from: rows.from.again(), cols: spec.cols, order: rows.order };
+        let chunk = pack.layout.and_then(|l| l.chunk_rows(spec)).filter(|_| spec.planes == 1);
+        let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
+        let fitted: Option<Fitted> = match scheme.granularity {
+            Granularity::Tensor if spec.weights_len() > 0 => {
+                Some(fit(&self.options.kernels, &Strips { rows: &rows, count: spec.rows, strip }, scheme, None)?)
+            }
+            _ => None,
+        };
+        let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
+        let mut scales = vec![0.0f32; spec.scales_len()];
+        let mut zeros = vec![0.0f32; if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() }];
+        let mut error = ErrorStats::default();
+        let mut histogram = CodeHistogram::default();
+        let mut packed_bytes = 0;
+        for window in windows(if spec.cols == 0 { 0 } else { spec.rows }, strip) {
+            self.check_interrupt()?;
+            let parts: Vec<Result<Part>> = window
+                .into_par_iter()
+                .map_init(Scratch::default, |scratch, range| {
+                    self.quantize_strip(pack, scheme, &rows, fitted.as_ref(), chunk.is_some(), range, scratch)
+                })
+                .collect();
+            for part in parts {
+                let part = part?;
+                let (count, first) = (part.matrix.spec.rows, part.first_row);
+                error = error.then(part.error);
+                histogram.merge(&part.histogram);
+                if let Some(whole) = &mut whole {
+                    for plane in 0..spec.planes {
+                        let from = &part.matrix.values[plane * count * spec.cols..][..count * spec.cols];
+                        whole[(plane * spec.rows + first) * spec.cols..][..from.len()].copy_from_slice(from);
+                    }
+                } else {
+                    packed_bytes += part.packed.len() as u64;
+                    self.send(Message::Append(self.unit.data, part.packed))?;
+                }
+                place_granules(spec, first, &part.matrix.scales, &mut scales);
+                place_granules(spec, first, &part.matrix.zero_points, &mut zeros);
+                self.advance(count, spec.rows);
+            }
+        }
+        if spec.weights_len() == 0 {
+            whole = Some(vec![]);
+        }
+        let mut layout = pack.layout;
+        if let Some(values) = whole {
+            let bytes = self.pack_whole(pack, &values, &scales, &mut layout)?;
+            packed_bytes += bytes.len() as u64;
+            self.send(Message::Append(self.unit.data, bytes))?;
+        }
+        let bytes = packed_bytes + self.finish_matrix(pack, &scales, &zeros)?;
+        let mut report = self.packed_report(pack, layout, bytes);
+        report.error = Some(error);
+        report.entropy = Some(histogram.entropy_bits());
+        Ok(report)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call site; a struct would only rename the arguments")]
+    fn quantize_strip(
+        &self,
+        pack: &Pack,
+        scheme: &Scheme,
+        rows: &Rows<'_>,
+        fitted: Option<&Fitted>,
+        packed_by_strip: bool,
+        range: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Result<Part> {
+        let first_row = range.start;
+        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+        let cols = pack.spec.cols;
+        let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, None)?;
+        scratch.back.resize(scratch.weights.len(), 0.0);
+        for (row, out) in scratch.back.chunks_mut(cols).enumerate() {
+            matrix.dequantize_row_into(row, out);
+        }
+        let error = ErrorStats::measure(&scratch.weights, &scratch.back);
+        let mut histogram = CodeHistogram::default();
+        histogram.add(&matrix.values);
+        let mut packed = vec![];
+        if let (Some(layout), true) = (pack.layout, packed_by_strip) {
+            layout.pack_into(&matrix.spec, &matrix.values, &matrix.scales, &mut packed)?;
+            matrix.values = vec![];
+        }
+        Ok(Part { first_row, packed, matrix, error, histogram })
+    }
+
+    fn recode(&self, pack: &Pack) -> Result<TensorReport> {
+        let source = self.job.source;
+        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else { return Err(Error::Recipe("a literal has no codes".into())) };
+        let Content::Quantized(q) = &tensor.content else { return Err(Error::Recipe("floats have no codes".into())) };
+        let mut matrix = source.matrix(&tensor.name, q)?.with_granularity(pack.spec.granularity)?;
+        if let Some(order) = &self.unit.rows {
+            matrix = matrix.select_rows(order);
+        }
+        for scale in &mut matrix.scales {
+            *scale = pack.spec.scale_dtype.round(*scale);
+            if !scale.is_finite() {
+                return Err(bitnet_core::Error::Scheme(format!("a scale that does not fit {}", pack.spec.scale_dtype)).into());
+            }
+        }
+        matrix.spec = pack.spec.clone();
+        let mut layout = pack.layout;
+        let bytes = self.pack_whole(pack, &matrix.values, &matrix.scales, &mut layout)?;
+        let mut total = bytes.len() as u64;
+        self.send(Message::Append(self.unit.data, bytes))?;
+        total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
+        self.advance(1, 1);
+        Ok(self.packed_report(pack, layout, total))
+    }
+
+    fn pack_whole(&self, pack: &Pack, values: &[i8], scales: &[f32], layout: &mut Option<&'static dyn Layout>) -> Result<Vec<u8>> {
+        match layout {
+            Some(layout) => {
+                let mut bytes = Vec::with_capacity(layout.packed_len(&pack.spec).bound().min(values.len() * 4 + 64));
+                layout.pack_into(&pack.spec, values, scales, &mut bytes)?;
+                Ok(bytes)
+            }
+            None => {
+                let (picked, bytes) = pack::auto(&pack.spec, values, scales)?;
+                *layout = Some(picked);
+                self.send(Message::Layout(self.unit.name.clone(), picked.name()))?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Writes scales and zero points where they are stored apart, and ends the unit's tensors. Returns the bytes written.
+    fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
+        self.send(Message::End(self.unit.data))?;
+        let mut total = 0;
+        let mut put = |index: usize, bytes: Vec<u8>| -> Result<()> {
+            total += bytes.len() as u64;
+            self.send(Message::Append(index, bytes))?;
+            self.send(Message::End(index))
+        };
+        if let Some(index) = self.unit.scale {
+            let mut bytes = vec![];
+            match pack.scale_form {
+                ScaleForm::Direct => dtype::encode(pack.scale_dtype, scales, &mut bytes),
+                ScaleForm::Inverse => scales.iter().for_each(|&s| pack.scale_dtype.write(inverse(s), &mut bytes)),
+            }
+            put(index, bytes)?;
+        }
+        if let Some(index) = self.unit.zero {
+            let bytes = match pack.spec.zero_points {
+                ZeroPoints::F32 => zeros.iter().flat_map(|z| z.to_le_bytes()).collect(),
+                _ => zeros.iter().map(|&z| z as i8 as u8).collect(),
+            };
+            put(index, bytes)?;
+        }
+        Ok(total)
+    }
+
+    fn packed_report(&self, pack: &Pack, layout: Option<&'static dyn Layout>, bytes: u64) -> TensorReport {
+        let planes = pack.spec.planes;
+        let became = if planes > 1 { format!("{planes} × {}", pack.spec.precision) } else { pack.spec.precision.to_string() };
+        TensorReport { layout: layout.map(|l| l.name().into()), granularity: Some(pack.spec.granularity), ..self.report(became, bytes) }
+    }
+}
+
+/// A quantized strip.
+struct Part {
+    first_row: usize,
+    packed: Vec<u8>,
+    /// Its values are gone if it is packed.
+    matrix: Matrix,
+    error: ErrorStats,
+    histogram: CodeHistogram,
+}
+
+impl<'a> From<'a> {
+    fn again(&self) -> From<'a> {
+        match self {
+            Self::Stored(index) => From::Stored(*index),
+            Self::Matrix(matrix) => From::Matrix(matrix),
+        }
+    }
+}
+
+/// Rows of a strip.
+fn strip_rows(cols: usize) -> usize {
+    (STRIP_WEIGHTS / cols.max(1)).max(1)
+}
+
+/// Copies the granules of a strip that begins at `first_row` to their place among all of them.
+fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
+    let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
+    let first = if spec.granularity == Granularity::Tensor { 0 } else { first_row * spec.granules_per_row() };
+    for plane in 0..if strip.is_empty() { 0 } else { spec.planes } {
+        let from = &strip[plane * per_plane.0..][..per_plane.0];
+        all[plane * per_plane.1 + first..][..from.len()].copy_from_slice(from);
+    }
+}
+
+/// The f32 whose inverse is `scale`, if there is one; else the inverse of `scale`.
+///
+/// Inverting twice may be off by one in the last place, and then a file written again would not have the same bytes.
+fn inverse(scale: f32) -> f32 {
+    let near = scale.recip();
+    [near, near.next_up(), near.next_down()].into_iter().find(|x| x.recip() == scale).unwrap_or(near)
+}
