@@ -3,7 +3,7 @@
 use crate::granule::{Granule, Importance};
 use crate::ops::{Moments, Ops, Uniform};
 use crate::planes::Levels;
-use crate::scheme::{Granularity, Method, Scheme};
+use crate::scheme::{Granularity, Method, ScaleForm, Scheme};
 use crate::{Error, Matrix, Result, ZeroPoints, affine, binary, planes, ternary};
 
 /// Everything that encoding a granule needs.
@@ -80,7 +80,11 @@ pub fn fit<G: Granule + ?Sized>(
             Method::Ternary { planes, .. } if planes > 1 => Coder::Levels(Levels::ZERO),
             _ => Coder::Constant(empty),
         };
-        return Ok(Fitted::one(0.0, coder));
+        let dead = match scheme.scale_form {
+            ScaleForm::Direct => 0.0,
+            ScaleForm::Inverse => scheme.scale_storage().round(0.0)?,
+        };
+        return Ok(Fitted::one(dead, coder));
     }
     match scheme.method {
         Method::Ternary { planes: 1, threshold, scale } => {

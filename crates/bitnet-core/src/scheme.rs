@@ -328,6 +328,23 @@ pub struct ScaleStorage {
 }
 
 impl ScaleStorage {
+    /// What is stored for the scale of an all-zero granule where inverses are stored: finite in every type, as 1/0 is not.
+    pub const DEAD_INVERSE: f32 = 32768.0;
+
+    /// The number that is stored for a scale: itself, or the f32 whose inverse it is.
+    ///
+    /// Inverting twice may be off by one in the last place, so a neighbour whose inverse is exactly `scale` is taken where there is one.
+    pub fn to_stored(self, scale: f32) -> f32 {
+        match self.form {
+            ScaleForm::Direct => scale,
+            ScaleForm::Inverse if scale == 0.0 => Self::DEAD_INVERSE,
+            ScaleForm::Inverse => {
+                let near = scale.recip();
+                [near, near.next_up(), near.next_down()].into_iter().find(|x| x.recip() == scale).unwrap_or(near)
+            }
+        }
+    }
+
     /// The scale that a reader will find.
     ///
     /// # Errors
@@ -344,7 +361,7 @@ impl ScaleStorage {
         let too_large = || Error::Scheme(format!("a scale of {scale:e} does not fit {} ({})", self.dtype, self.form));
         let exact = match self.form {
             ScaleForm::Direct => scale,
-            ScaleForm::Inverse if scale == 0.0 => return Ok((0.0, 0.0)),
+            ScaleForm::Inverse if scale == 0.0 => f64::from(Self::DEAD_INVERSE),
             ScaleForm::Inverse => scale.recip(),
         };
         let nearest = self.dtype.round(exact as f32);

@@ -26,7 +26,7 @@ pub struct Document {
     pub tensors: BTreeMap<String, Packed>,
     /// xxh3-128 of the bytes of each stored tensor, 32 hex digits, by stored name.
     pub checksums: BTreeMap<String, String>,
-    /// xxh3-128 over all the rest of the document and over name, type and shape of each stored tensor.
+    /// xxh3-128 over all the rest of the document and over name, type and shape of each stored tensor, by name.
     pub digest: String,
 }
 
@@ -63,6 +63,8 @@ impl Document {
         let body = Self { digest: String::new(), ..self.clone() };
         // A document is plain data: serialising it cannot fail.
         hasher.update(serde_json::to_string(&body).unwrap_or_default().as_bytes());
+        let mut stored: Vec<_> = stored.collect();
+        stored.sort();
         for (name, dtype, shape) in stored {
             hasher.update(format!("\n{name} {dtype} {shape:?}").as_bytes());
         }

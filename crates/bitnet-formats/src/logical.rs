@@ -4,7 +4,7 @@ use crate::document::Packed;
 use crate::dtype::StoredType;
 use crate::gguf::GgmlType;
 use crate::hf::{BitnetConfig, Mode};
-use crate::source::{Kind, Source, Stored};
+use crate::source::{Kind, OpenOptions, Source, Stored};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
@@ -96,21 +96,32 @@ impl Tensor {
 }
 
 /// Groups the stored tensors of a source.
-pub(crate) fn tensors(source: &Source) -> Result<Vec<Tensor>> {
+pub(crate) fn tensors(source: &Source, options: &OpenOptions) -> Result<Vec<Tensor>> {
     let mut taken = vec![false; source.stored.len()];
     let mut found: Vec<(usize, Tensor)> = vec![];
     let mut take = |tensor: Tensor, found: &mut Vec<(usize, Tensor)>| {
-        let first = tensor.stored().into_iter().inspect(|&i| taken[i] = true).next().unwrap_or(0);
-        found.push((first, tensor));
+        for i in tensor.stored() {
+            if std::mem::replace(&mut taken[i], true) {
+                let name = &source.stored[i].name;
+                return Err(Error::tensor(
+                    source.file_of(i),
+                    name,
+                    "a part of one quantized tensor",
+                    format!("a part of '{}' too", tensor.name),
+                ));
+            }
+        }
+        found.push((tensor.stored().first().copied().unwrap_or(0), tensor));
+        Ok(())
     };
     if let Some(document) = &source.document {
         for (name, packed) in &document.tensors {
-            take(from_document(source, name, packed)?, &mut found);
+            take(from_document(source, name, packed)?, &mut found)?;
         }
     } else if let Some(bitnet) = source.bitnet.filter(|b| b.mode == Mode::Offline) {
         for (i, stored) in source.stored.iter().enumerate() {
             if let Some(tensor) = from_hf(source, i, stored, bitnet)? {
-                take(tensor, &mut found);
+                take(tensor, &mut found)?;
             }
         }
     } else if let Some((i, stored)) = orphan_scale(source) {
@@ -123,7 +134,7 @@ pub(crate) fn tensors(source: &Source) -> Result<Vec<Tensor>> {
     }
     for (i, stored) in source.stored.iter().enumerate() {
         if !taken[i] {
-            let content = match foreign_block(source, i, stored)? {
+            let content = match foreign_block(source, i, stored, options)? {
                 Some(q) => Content::Quantized(q),
                 None if stored.dtype.is_float() => Content::Float(i),
                 None => Content::Opaque(i),
@@ -153,6 +164,9 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
     };
     let path = &source.files[0].path;
     let layout = pack::by_name(&packed.layout).map_err(Error::matrix(path, name))?;
+    if packed.reciprocal && packed.scale.is_none() {
+        return Err(Error::tensor(path, name, "a stored scale, for it is said to be an inverse", "none"));
+    }
     let q = Quantized {
         spec: packed.spec.clone(),
         layout,
@@ -163,18 +177,19 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
         },
         zero_points: packed.zero_point.as_deref().map(find).transpose()?,
     };
-    if let Some(bitnet) = source.bitnet {
-        if layout.name() == "hf-bitnet" && bitnet.linear_class.is_reciprocal() != packed.reciprocal {
-            return Err(Error::config(
-                &source.path.join("config.json"),
-                "quantization_config.linear_class",
-                format!(
-                    "the convention of tensor '{name}', whose scale is stored {}",
-                    if packed.reciprocal { "as 1/scale" } else { "as it is" }
-                ),
-                format!("'{}'", bitnet.linear_class.name()),
-            ));
-        }
+    if let Some(bitnet) = source.bitnet
+        && layout.name() == "hf-bitnet"
+        && bitnet.linear_class.is_reciprocal() != packed.reciprocal
+    {
+        return Err(Error::config(
+            &source.path.join("config.json"),
+            "quantization_config.linear_class",
+            format!(
+                "the convention of tensor '{name}', whose scale is stored {}",
+                if packed.reciprocal { "as 1/scale" } else { "as it is" }
+            ),
+            format!("'{}'", bitnet.linear_class.name()),
+        ));
     }
     check(source, name, &q)?;
     let elements = packed.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
@@ -209,10 +224,21 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
             format!("{} of {}", stored.elements(), stored.dtype),
         ))
     };
+    if q.layout.stores_scales() && q.scales != Scales::Inside {
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("no stored scales, for layout {} carries them", q.layout.name()),
+            "a tensor of scales",
+        ));
+    }
     match q.scales {
         Scales::Inside if !q.layout.stores_scales() => return Err(Error::tensor(path, name, "a stored tensor of scales", "none")),
         Scales::Inside => {}
-        // A reciprocal has its own type on disk: the scale itself is 1/x in f32.
+        Scales::Stored { reciprocal: true, .. } if q.spec.scale_dtype != ScaleDtype::F32 => {
+            return Err(Error::tensor(path, name, "scales of f32, for they are inverses of what is stored", q.spec.scale_dtype.name()));
+        }
+        // The stored number has its own type: the scale itself is 1/x in f32.
         Scales::Stored { index, reciprocal: true } => sized(index, source.stored[index].dtype)?,
         Scales::Stored { index, reciprocal: false } => sized(index, q.spec.scale_dtype.into())?,
     }
@@ -255,7 +281,7 @@ fn from_hf(source: &Source, index: usize, stored: &Stored, bitnet: BitnetConfig)
 }
 
 /// A ternary or binary GGUF tensor that somebody else wrote: one scale for each block.
-fn foreign_block(source: &Source, index: usize, stored: &Stored) -> Result<Option<Quantized>> {
+fn foreign_block(source: &Source, index: usize, stored: &Stored, options: &OpenOptions) -> Result<Option<Quantized>> {
     let StoredType::Ggml(ggml) = stored.dtype else { return Ok(None) };
     let Some((layout, precision)) = foreign_layout(ggml) else { return Ok(None) };
     if source.kind != Kind::Gguf || stored.shape.is_empty() {
@@ -269,6 +295,7 @@ fn foreign_block(source: &Source, index: usize, stored: &Stored) -> Result<Optio
         other => (Granularity::Group(other.block_len()), ScaleDtype::F16),
     };
     let spec = MatrixSpec { scale_dtype, ..MatrixSpec::new(rows, cols, precision, granularity) };
+    let layout = if ggml == GgmlType::I2S { &options.i2s_layout } else { layout };
     let layout = pack::by_name(layout).map_err(Error::matrix(path, &stored.name))?;
     let q = Quantized { spec, layout, packed: index, scales: Scales::Inside, zero_points: None };
     check(source, &stored.name, &q)?;
@@ -282,6 +309,7 @@ fn foreign_layout(ggml: GgmlType) -> Option<(&'static str, Precision)> {
         GgmlType::Tq2_0 => Some(("tq2_0", Precision::Ternary)),
         GgmlType::Q2_0 => Some(("q2_0", Precision::Ternary)),
         GgmlType::Q1_0 => Some(("q1_0", Precision::Binary)),
+        // Which of the three orders it is, the caller says.
         GgmlType::I2S => Some(("i2_s", Precision::Ternary)),
         _ => None,
     }

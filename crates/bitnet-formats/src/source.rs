@@ -64,6 +64,19 @@ impl Stored {
     }
 }
 
+/// What a file may leave open.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Layout of I2_S tensors that another program wrote: `i2_s`, `i2_s-g64` or `i2_s-x4`. One type id stands for all three.
+    pub i2s_layout: String,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { i2s_layout: "i2_s".into() }
+    }
+}
+
 /// An open checkpoint.
 #[derive(Debug)]
 pub struct Source {
@@ -95,6 +108,14 @@ impl Source {
     /// # Errors
     /// Whatever makes the checkpoint unreadable, named with its file and tensor: see [`Error`].
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, &OpenOptions::default())
+    }
+
+    /// [`Source::open`] for files that do not say everything about themselves.
+    ///
+    /// # Errors
+    /// As [`Source::open`]; [`Error::Matrix`] for a layout that does not exist.
+    pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self> {
         let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
         let mut source = Self {
             path: path.to_path_buf(),
@@ -126,7 +147,7 @@ impl Source {
             }
         }
         source.read_document()?;
-        source.tensors = logical::tensors(&source)?;
+        source.tensors = logical::tensors(&source, options)?;
         source.check_scales()?;
         Ok(source)
     }
@@ -353,18 +374,20 @@ impl Source {
     }
 
     /// Refuses a folder whose scales plainly follow the other convention than its config says.
+    ///
+    /// Only tensors in the hf-bitnet layout are judged.
     fn check_scales(&self) -> Result<()> {
         let Some(BitnetConfig { linear_class, mode: Mode::Offline }) = self.bitnet else { return Ok(()) };
         let mut scales = vec![];
         for tensor in &self.tensors {
-            if let Content::Quantized(Quantized { scales: Scales::Stored { index, reciprocal }, spec, .. }) = &tensor.content {
-                if self.stored[*index].elements() == 1 {
-                    let s = self.floats(*index)?[0];
-                    if !(s.is_finite() && s >= 0.0) || (*reciprocal && s == 0.0) {
-                        return Err(Error::tensor(self.file_of(*index), &self.stored[*index].name, "a positive scale", s.to_string()));
-                    }
-                    scales.push((if *reciprocal { 1.0 / s } else { s }, spec.cols));
+            if let Content::Quantized(Quantized { scales: Scales::Stored { index, reciprocal }, spec, .. }) = &tensor.content
+                && self.stored[*index].elements() == 1
+            {
+                let s = self.floats(*index)?[0];
+                if !(s.is_finite() && s >= 0.0) || (*reciprocal && s == 0.0) {
+                    return Err(Error::tensor(self.file_of(*index), &self.stored[*index].name, "a positive scale", s.to_string()));
                 }
+                scales.push((if *reciprocal { 1.0 / s } else { s }, spec.cols));
             }
         }
         match judge_scales(&scales) {

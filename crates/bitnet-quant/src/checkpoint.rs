@@ -11,11 +11,11 @@
 //! one tensor (a byte each) only where its layout packs a matrix as a whole.
 
 use crate::plan::{Job, Pack, Sidecar, Unit, Work};
+use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
 use crate::{Error, Result};
-use bitnet_core::granule::Granule;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
-use bitnet_core::scheme::ScaleForm;
+use bitnet_core::scheme::ScaleStorage;
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
 use bitnet_formats::output::Writer;
@@ -30,10 +30,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-/// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
-const STRIP_WEIGHTS: usize = 1 << 18;
-/// Strips that are in memory together. A constant, so that a window is the same for every number of threads.
-const WINDOW: usize = 8;
 /// Bytes of one piece of a copied tensor.
 const COPY_BYTES: usize = 4 << 20;
 
@@ -159,7 +155,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
     let resumed = writer.notes().len();
     let mut reports: Vec<TensorReport> = writer.notes().iter().filter_map(|note| serde_json::from_value(note.clone()).ok()).collect();
 
-    let outcome = std::thread::scope(|scope| {
+    let (writer, outcome) = std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel::<Message>(4);
         let thread = scope.spawn(move || {
             let mut writer = writer;
@@ -183,14 +179,13 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         let (writer, written) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // What the system refused comes first: it is why the channel broke.
         match (written, worked) {
-            (Err(error), _) => Err((writer, Error::from(error))),
-            (Ok(()), Err(error)) => Err((writer, error)),
-            (Ok(()), Ok(fresh)) => Ok((writer, fresh)),
+            (Err(error), _) => (writer, Err(Error::from(error))),
+            (Ok(()), outcome) => (writer, outcome),
         }
     });
-    let (writer, fresh) = match outcome {
-        Ok(done) => done,
-        Err((writer, error)) => {
+    let fresh: Vec<TensorReport> = match outcome {
+        Ok(fresh) => fresh,
+        Err(error) => {
             if !matches!(error, Error::Interrupted) {
                 writer.abandon();
             }
@@ -260,88 +255,6 @@ impl Message {
             Self::Commit(note) => writer.commit(note),
         }
     }
-}
-
-/// Rows of a tensor as f32, wherever they come from.
-struct Rows<'a> {
-    source: &'a Source,
-    from: From<'a>,
-    cols: usize,
-    order: Option<&'a [usize]>,
-}
-
-enum From<'a> {
-    Stored(usize),
-    Matrix(&'a Matrix),
-}
-
-/// Buffers that a thread keeps.
-#[derive(Default)]
-struct Scratch {
-    bytes: Vec<u8>,
-    weights: Vec<f32>,
-    back: Vec<f32>,
-}
-
-impl Rows<'_> {
-    fn read(&self, rows: Range<usize>, bytes: &mut Vec<u8>, out: &mut Vec<f32>) -> Result<()> {
-        let cols = self.cols;
-        out.resize(rows.len() * cols, 0.0);
-        match (&self.from, self.order) {
-            (From::Stored(stored), None) => self.source.read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?,
-            (From::Stored(stored), Some(order)) => {
-                for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols)) {
-                    self.source.read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
-                }
-            }
-            (From::Matrix(matrix), order) => {
-                for (row, out) in rows.zip(out.chunks_mut(cols)) {
-                    matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A tensor as one granule: its strips, read anew at each pass.
-struct Strips<'a> {
-    rows: &'a Rows<'a>,
-    count: usize,
-    strip: usize,
-}
-
-impl Granule for Strips<'_> {
-    type Error = Error;
-
-    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
-        let mut all: Option<T> = None;
-        for window in windows(self.count, self.strip) {
-            let parts: Vec<Result<T>> = window
-                .into_par_iter()
-                .map_init(Scratch::default, |scratch, rows| {
-                    let first = rows.start * self.rows.cols;
-                    self.rows.read(rows, &mut scratch.bytes, &mut scratch.weights)?;
-                    Ok(map(first, &scratch.weights))
-                })
-                .collect();
-            for part in parts {
-                let part = part?;
-                all = Some(match all {
-                    Some(all) => join(all, part),
-                    None => part,
-                });
-            }
-        }
-        Ok(all.unwrap_or_else(|| map(0, &[])))
-    }
-}
-
-/// Row ranges of `strip` rows, [`WINDOW`] of them at a time.
-fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
-    let strips = count.div_ceil(strip);
-    (0..strips.div_ceil(WINDOW))
-        .map(move |w| (w * WINDOW..((w + 1) * WINDOW).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect())
 }
 
 struct Worker<'a> {
@@ -421,7 +334,7 @@ impl Worker<'_> {
         let len = source.stored[stored].len;
         let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffer = vec![];
-        let mut send = |buffer: &mut Vec<u8>| -> Result<()> {
+        let send = |buffer: &mut Vec<u8>| -> Result<()> {
             self.advance(buffer.len(), len as usize);
             self.send(Message::Append(self.unit.data, std::mem::take(buffer)))?;
             self.check_interrupt()
@@ -453,28 +366,17 @@ impl Worker<'_> {
     }
 
     /// Calls `f` with the rows of the unit's tensor.
-    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>, usize) -> Result<T>) -> Result<T> {
+    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
-        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else { return Err(Error::Recipe("a literal has no rows".into())) };
-        // Strips of a one-dimensional tensor are strips of elements.
-        let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
-        let order = self.unit.rows.as_deref();
-        match &tensor.content {
-            Content::Float(stored) | Content::Opaque(stored) => {
-                // Blocks must not be cut: with them a row is the last dimension.
-                let cols = if source.stored[*stored].dtype.block() > 1 { tensor.shape.last().copied().unwrap_or(1) } else { cols };
-                f(&Rows { source, from: From::Stored(*stored), cols, order }, tensor.elements() / cols.max(1))
-            }
-            Content::Quantized(q) => {
-                let matrix = source.matrix(&tensor.name, q)?;
-                f(&Rows { source, from: From::Matrix(&matrix), cols, order }, rows)
-            }
+        match self.unit.tensor {
+            Some(index) => with_rows(source, &source.tensors[index], self.unit.rows.as_deref(), f),
+            None => Err(Error::Recipe("a literal has no rows".into())),
         }
     }
 
     fn cast(&self, to: ScaleDtype) -> Result<TensorReport> {
-        let bytes = self.with_rows(|rows, count| {
-            let mut total = 0;
+        let bytes = self.with_rows(|rows| {
+            let (mut total, count) = (0, rows.count);
             for window in windows(count, strip_rows(rows.cols)) {
                 self.check_interrupt()?;
                 let done: usize = window.iter().map(Range::len).sum();
@@ -502,21 +404,17 @@ impl Worker<'_> {
 
     fn pack(&self, pack: &Pack) -> Result<TensorReport> {
         match &pack.scheme {
-            Some(scheme) => self.with_rows(|rows, _| self.quantize(pack, scheme, rows)),
+            Some(scheme) => self.with_rows(|rows| self.quantize(pack, scheme, &rows.reshaped(pack.spec.cols))),
             None => self.recode(pack),
         }
     }
 
     fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
         let spec = &pack.spec;
-        // The rows of the matrix, whatever a row of blocks is: both hold the same weights in the same order.
-        let rows = Rows { source: rows.source, from: rows.from.again(), cols: spec.cols, order: rows.order };
         let chunk = pack.layout.and_then(|l| l.chunk_rows(spec)).filter(|_| spec.planes == 1);
         let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
         let fitted: Option<Fitted> = match scheme.granularity {
-            Granularity::Tensor if spec.weights_len() > 0 => {
-                Some(fit(&self.options.kernels, &Strips { rows: &rows, count: spec.rows, strip }, scheme, None)?)
-            }
+            Granularity::Tensor if spec.weights_len() > 0 => Some(fit(&self.options.kernels, &Strips { rows, strip }, scheme, None)?),
             _ => None,
         };
         let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
@@ -530,7 +428,7 @@ impl Worker<'_> {
             let parts: Vec<Result<Part>> = window
                 .into_par_iter()
                 .map_init(Scratch::default, |scratch, range| {
-                    self.quantize_strip(pack, scheme, &rows, fitted.as_ref(), chunk.is_some(), range, scratch)
+                    self.quantize_strip(pack, scheme, rows, fitted.as_ref(), chunk.is_some(), range, scratch)
                 })
                 .collect();
             for part in parts {
@@ -649,10 +547,8 @@ impl Worker<'_> {
         };
         if let Some(index) = self.unit.scale {
             let mut bytes = vec![];
-            match pack.scale_form {
-                ScaleForm::Direct => dtype::encode(pack.scale_dtype, scales, &mut bytes),
-                ScaleForm::Inverse => scales.iter().for_each(|&s| pack.scale_dtype.write(inverse(s), &mut bytes)),
-            }
+            let storage = ScaleStorage { dtype: pack.scale_dtype, form: pack.scale_form };
+            scales.iter().for_each(|&s| pack.scale_dtype.write(storage.to_stored(s), &mut bytes));
             put(index, bytes)?;
         }
         if let Some(index) = self.unit.zero {
@@ -682,20 +578,6 @@ struct Part {
     histogram: CodeHistogram,
 }
 
-impl<'a> From<'a> {
-    fn again(&self) -> From<'a> {
-        match self {
-            Self::Stored(index) => From::Stored(*index),
-            Self::Matrix(matrix) => From::Matrix(matrix),
-        }
-    }
-}
-
-/// Rows of a strip.
-fn strip_rows(cols: usize) -> usize {
-    (STRIP_WEIGHTS / cols.max(1)).max(1)
-}
-
 /// Copies the granules of a strip that begins at `first_row` to their place among all of them.
 fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
     let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
@@ -704,12 +586,4 @@ fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut 
         let from = &strip[plane * per_plane.0..][..per_plane.0];
         all[plane * per_plane.1 + first..][..from.len()].copy_from_slice(from);
     }
-}
-
-/// The f32 whose inverse is `scale`, if there is one; else the inverse of `scale`.
-///
-/// Inverting twice may be off by one in the last place, and then a file written again would not have the same bytes.
-fn inverse(scale: f32) -> f32 {
-    let near = scale.recip();
-    [near, near.next_up(), near.next_down()].into_iter().find(|x| x.recip() == scale).unwrap_or(near)
 }

@@ -24,9 +24,13 @@
 
 mod error;
 mod plan;
+mod rows;
 
 pub mod checkpoint;
+pub mod compare;
+pub mod inspect;
 pub mod recipe;
+pub mod verify;
 
 pub use bitnet_formats::Source;
 pub use error::{Error, Result};

@@ -610,11 +610,11 @@ impl<'a> Builder<'a> {
     }
 
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
-        if let Container::Gguf(metadata) = &mut self.container {
-            if let Some(file_type) = file_type(&self.tensors) {
-                let after = metadata.iter().position(|(k, _)| k == "general.architecture").map_or(0, |i| i + 1);
-                metadata.insert(after, ("general.file_type".into(), gguf::Value::from(file_type)));
-            }
+        if let Container::Gguf(metadata) = &mut self.container
+            && let Some(file_type) = file_type(&self.tensors)
+        {
+            let after = metadata.iter().position(|(k, _)| k == "general.architecture").map_or(0, |i| i + 1);
+            metadata.insert(after, ("general.file_type".into(), gguf::Value::from(file_type)));
         }
         self.finish_config()?;
         let document = Document {

@@ -141,20 +141,20 @@ impl Choices {
     /// A choice of precision does not inherit the choices that belong to another precision.
     pub fn over(&self, base: &Self) -> Self {
         let mut base = base.clone();
-        if let Some(target) = self.precision {
-            if base.precision.unwrap_or(Target::Quantized(Precision::Ternary)) != target {
-                base = Self {
-                    threshold: None,
-                    scale: None,
-                    planes: None,
-                    split: None,
-                    seed: None,
-                    mapping: None,
-                    clip: None,
-                    layout: None,
-                    ..base
-                };
-            }
+        if let Some(target) = self.precision
+            && base.precision.unwrap_or(Target::Quantized(Precision::Ternary)) != target
+        {
+            base = Self {
+                threshold: None,
+                scale: None,
+                planes: None,
+                split: None,
+                seed: None,
+                mapping: None,
+                clip: None,
+                layout: None,
+                ..base
+            };
         }
         inherit!(self, base, precision, threshold, scale, planes, split, seed, mapping, clip, granularity, scale_dtype, rounding, layout)
     }

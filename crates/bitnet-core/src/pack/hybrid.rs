@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! 0   the block's values in base-3, as one row
-//! 1   a body of run-length (a block of one value throughout takes five bytes)
+//! 1   a body of run-length (a full block of one non-zero value takes five bytes)
 //! 2   a body of sparse
 //! ```
 //!
@@ -30,7 +30,7 @@ const SPARSE: u8 = 2;
 impl Coder for Hybrid {
     const NAME: &'static str = "hybrid";
     const SUMMARY: &'static str =
-        "ternary, the shortest of base-3, run-length and sparse for each block, at most 1.6 bits per weight (ours)";
+        "ternary, the shortest of base-3, run-length and sparse for each block, at most 1.6 bits per weight and 5 bytes per block (ours)";
     const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
 
     fn bound(_: Precision, n: usize) -> usize {

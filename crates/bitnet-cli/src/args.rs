@@ -1,0 +1,229 @@
+//! The command line.
+
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
+use bitnet_core::{Granularity, ScaleDtype};
+use bitnet_formats::hf::LinearClass;
+use bitnet_quant::recipe::{Choices, Format, Rule, Target};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Ternary and low-bit weights: quantize, inspect, convert, compare, verify.
+#[derive(Debug, Parser)]
+#[command(name = "bitnet", version, max_term_width = 120)]
+pub(crate) struct Cli {
+    /// Print one JSON document on stdout.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Quantize a checkpoint: a .safetensors file, a folder with config.json, or a .gguf.
+    Quantize(Box<QuantizeArgs>),
+    /// List tensors and honest bits per weight, and report what looks wrong.
+    Inspect(InspectArgs),
+    /// Write the same codes in another container or layout.
+    Convert(ConvertArgs),
+    /// Write every tensor as floats.
+    Dequantize(DequantizeArgs),
+    /// What was lost, tensor by tensor.
+    Compare(CompareArgs),
+    /// Check every byte against its checksum.
+    Verify(VerifyArgs),
+    /// Quantize the built-in model in several ways and print bits against error.
+    Demo(DemoArgs),
+}
+
+/// Where the result goes and how the job runs.
+#[derive(Debug, Args)]
+pub(crate) struct JobArgs {
+    /// Where to write: a .safetensors or .gguf file, or a folder.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) out: PathBuf,
+    /// Replace the output if it exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Threads; 0 for one on each core.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) threads: usize,
+    /// No progress bar.
+    #[arg(long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// The checkpoint.
+    #[arg(value_name = "IN")]
+    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    /// Recipe in TOML; flags count more than it.
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) config: Option<PathBuf>,
+    /// Container: safetensors, hf-bitnet, gguf. Default: by the ending of --out.
+    #[arg(long)]
+    pub(crate) format: Option<Format>,
+    /// Scale convention of hf-bitnet: bitlinear (1/scale, the default) or autobitlinear (scale).
+    #[arg(long, value_name = "CLASS")]
+    pub(crate) linear_class: Option<LinearClass>,
+    /// Tensors to quantize, instead of every two-dimensional *.weight.
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) include: Vec<String>,
+    /// Tensors to keep, besides embeddings, heads, norms and routers.
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) exclude: Vec<String>,
+    /// Precision for the tensors that a glob matches, excluded ones too; may be given several times.
+    #[arg(long, value_name = "GLOB=PRECISION", value_parser = parse_rule)]
+    pub(crate) rule: Vec<Rule>,
+    #[command(flatten)]
+    pub(crate) choices: ChoiceArgs,
+}
+
+/// The fields of [`Choices`] as flags.
+#[derive(Debug, Args)]
+pub(crate) struct ChoiceArgs {
+    /// binary, ternary, int2, int3, int4, int8; f32, f16, bf16; keep [default: ternary].
+    #[arg(long)]
+    precision: Option<Target>,
+    /// Ternary rule: absmean, mean, median, adaptive, optimal, factor:X [default: absmean; optimal for several planes].
+    #[arg(long)]
+    threshold: Option<Threshold>,
+    /// Ternary scale: rule, least-squares [default: rule].
+    #[arg(long)]
+    scale: Option<ScaleRule>,
+    /// Trit planes: 1, 2 or 3 [default: 1].
+    #[arg(long, value_name = "N")]
+    planes: Option<usize>,
+    /// Binary levels: zero, mean, optimal [default: zero].
+    #[arg(long)]
+    split: Option<BinarySplit>,
+    /// Seed of stochastic binary weights [default: deterministic].
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Integers: symmetric, asymmetric [default: symmetric].
+    #[arg(long)]
+    mapping: Option<Mapping>,
+    /// Range of integers: none, search, rms:X [default: none].
+    #[arg(long)]
+    clip: Option<Clip>,
+    /// What one scale covers: tensor, channel, group:N [default: channel; the block in GGUF; tensor in hf-bitnet].
+    #[arg(long)]
+    granularity: Option<Granularity>,
+    /// How scales are stored: f32, f16, bf16 [default: f32; f16 in GGUF; the model's type in hf-bitnet].
+    #[arg(long, value_name = "TYPE")]
+    scale_dtype: Option<ScaleDtype>,
+    /// Ties: half-even, half-away, half-up [default: half-even].
+    #[arg(long)]
+    rounding: Option<Rounding>,
+    /// Wire layout by name, or auto for the smallest [default: the plain one of the precision].
+    #[arg(long, value_name = "NAME")]
+    layout: Option<String>,
+}
+
+impl ChoiceArgs {
+    pub(crate) fn choices(&self) -> Choices {
+        Choices {
+            precision: self.precision,
+            threshold: self.threshold,
+            scale: self.scale,
+            planes: self.planes,
+            split: self.split,
+            seed: self.seed,
+            mapping: self.mapping,
+            clip: self.clip,
+            granularity: self.granularity,
+            scale_dtype: self.scale_dtype,
+            rounding: self.rounding,
+            layout: self.layout.clone(),
+        }
+    }
+}
+
+fn parse_rule(s: &str) -> Result<Rule, String> {
+    let (glob, precision) = s.rsplit_once('=').ok_or("expected GLOB=PRECISION")?;
+    let precision = precision.parse().map_err(|e: bitnet_core::Error| e.to_string())?;
+    Ok(Rule { glob: glob.into(), choices: Choices { precision: Some(precision), ..Choices::default() } })
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// The checkpoint.
+    #[arg(value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// Read headers only: no findings about weights.
+    #[arg(long)]
+    pub(crate) headers: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// The checkpoint.
+    #[arg(value_name = "IN")]
+    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    /// Container: safetensors, hf-bitnet, gguf. Default: by the ending of --out.
+    #[arg(long)]
+    pub(crate) format: Option<Format>,
+    /// Wire layout of quantized tensors, or auto [default: the one they have, if the container holds it].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) layout: Option<String>,
+    /// Scale convention of hf-bitnet: bitlinear or autobitlinear.
+    #[arg(long, value_name = "CLASS")]
+    pub(crate) linear_class: Option<LinearClass>,
+    /// Order of codes in I2_S tensors of the input, which the file does not say: i2_s, i2_s-g64, i2_s-x4.
+    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
+    pub(crate) i2s_order: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DequantizeArgs {
+    /// The checkpoint.
+    #[arg(value_name = "IN")]
+    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    /// Type of the floats: f32, f16, bf16.
+    #[arg(long, default_value = "f32")]
+    pub(crate) dtype: ScaleDtype,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The checkpoint before.
+    pub(crate) original: PathBuf,
+    /// The checkpoint after.
+    pub(crate) quantized: PathBuf,
+    /// Fail (exit 1) where a tensor's SQNR is below this many dB.
+    #[arg(long, value_name = "DB", allow_negative_numbers = true)]
+    pub(crate) min_sqnr: Option<f64>,
+    /// Fail where a tensor's cosine similarity is below this.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(crate) min_cosine: Option<f64>,
+    /// Fail where a tensor's mean squared error is above this.
+    #[arg(long, value_name = "X")]
+    pub(crate) max_mse: Option<f64>,
+    /// Fail where a larger share of a tensor's weights changed sign.
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) max_sign_flips: Option<f64>,
+    /// Fail where the quantized tensors together take more bits per weight.
+    #[arg(long, value_name = "BITS")]
+    pub(crate) max_bpw: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// The file or folder.
+    #[arg(value_name = "FILE")]
+    pub(crate) input: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Keep the files in this folder, which must not exist yet.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) keep: Option<PathBuf>,
+}

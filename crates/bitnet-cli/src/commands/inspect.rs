@@ -1,0 +1,78 @@
+//! `bitnet inspect`
+
+use crate::Answer;
+use crate::args::InspectArgs;
+use crate::print::{Output, Table, bytes, shape};
+use bitnet_kernels::Kernels;
+use bitnet_quant::Source;
+use bitnet_quant::inspect::{lint, tensors};
+use serde_json::json;
+
+pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {
+    let source = Source::open(&args.input)?;
+    let tensors = tensors(&source);
+    let findings = if args.headers { vec![] } else { lint(&source, Kernels::from_env()?)? };
+    let mut table = Table::new(&["tensor", "shape", "stored as", "precision", "scales", "bytes", "bits/weight"]);
+    for t in &tensors {
+        let spec = t.spec.as_ref();
+        let precision = spec.map(|s| if s.planes > 1 { format!("{} × {}", s.planes, s.precision) } else { s.precision.to_string() });
+        table.row(vec![
+            t.name.clone(),
+            shape(&t.shape),
+            t.stored_as.clone(),
+            precision.unwrap_or_default(),
+            spec.map(|s| s.granularity.to_string()).unwrap_or_default(),
+            t.bytes.to_string(),
+            format!("{:.3}", t.bits_per_weight()),
+        ]);
+    }
+    out.table(&table);
+    let file_bytes: u64 = source.files.iter().map(|f| f.len).sum();
+    let weights: u64 = tensors.iter().map(|t| t.weights()).sum();
+    let file_bits = file_bytes as f64 * 8.0 / weights.max(1) as f64;
+    let low: Vec<_> = tensors.iter().filter(|t| t.spec.is_some()).collect();
+    let low_weights: u64 = low.iter().map(|t| t.weights()).sum();
+    let low_bits = low.iter().map(|t| t.bytes).sum::<u64>() as f64 * 8.0 / low_weights.max(1) as f64;
+    out.line("");
+    if !low.is_empty() {
+        out.line(format!("{} quantized tensors, {low_weights} weights at {low_bits:.3} bits", low.len()));
+    }
+    out.line(format!(
+        "{}: {} tensors, {weights} weights, {}, {file_bits:.3} bits per weight in all",
+        args.input.display(),
+        tensors.len(),
+        bytes(file_bytes)
+    ));
+    if let Some(document) = &source.document {
+        out.line(format!("written by {}", document.generator));
+    }
+    if let Some(bitnet) = source.bitnet {
+        out.line(format!("quantization_config: {} ({:?})", bitnet.linear_class.name(), bitnet.mode));
+    }
+    for f in &findings {
+        out.line(format!("{}: {}: {}", f.check, f.tensor, f.what));
+    }
+    out.document(json!({
+        "path": args.input.display().to_string(),
+        "file_bytes": file_bytes,
+        "weights": weights,
+        "bits_per_weight": file_bits,
+        "quantized_weights": low_weights,
+        "quantized_bits_per_weight": if low.is_empty() { None } else { Some(low_bits) },
+        "generator": source.document.as_ref().map(|d| &d.generator),
+        "recipe": source.document.as_ref().map(|d| &d.recipe),
+        "linear_class": source.bitnet.map(|b| b.linear_class.name()),
+        "tensors": tensors.iter().map(|t| json!({
+            "name": t.name,
+            "shape": t.shape,
+            "stored_as": t.stored_as,
+            "precision": t.spec.as_ref().map(|s| s.precision.name()),
+            "planes": t.spec.as_ref().map(|s| s.planes),
+            "granularity": t.spec.as_ref().map(|s| s.granularity.to_string()),
+            "bytes": t.bytes,
+            "bits_per_weight": t.bits_per_weight(),
+        })).collect::<Vec<_>>(),
+        "findings": if args.headers { None } else { Some(findings.iter().map(|f| json!({"tensor": f.tensor, "check": f.check, "what": f.what})).collect::<Vec<_>>()) },
+    }));
+    Ok(Answer::Yes)
+}

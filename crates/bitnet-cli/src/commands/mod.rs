@@ -1,0 +1,9 @@
+//! One file for each command.
+
+pub(crate) mod compare;
+pub(crate) mod convert;
+pub(crate) mod demo;
+pub(crate) mod dequantize;
+pub(crate) mod inspect;
+pub(crate) mod quantize;
+pub(crate) mod verify;

@@ -1,0 +1,101 @@
+//! The one place that prints results: tables for people, one JSON document for programs.
+
+use std::io::{self, Write};
+
+/// Collects what a command prints; nothing is printed twice, and nothing half.
+pub(crate) struct Output {
+    json: bool,
+    text: String,
+    document: Option<serde_json::Value>,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json, text: String::new(), document: None }
+    }
+
+    /// A line for people.
+    pub(crate) fn line(&mut self, line: impl AsRef<str>) {
+        self.text += line.as_ref().trim_end();
+        self.text.push('\n');
+    }
+
+    /// A table for people.
+    pub(crate) fn table(&mut self, table: &Table) {
+        for line in table.lines() {
+            self.line(line);
+        }
+    }
+
+    /// The document for programs.
+    pub(crate) fn document(&mut self, document: serde_json::Value) {
+        self.document = Some(document);
+    }
+
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        match &self.document {
+            Some(document) if self.json => writeln!(out, "{document:#}"),
+            _ => out.write_all(self.text.as_bytes()),
+        }?;
+        out.flush()
+    }
+}
+
+/// Rows of cells; the first column is aligned left, the others right.
+pub(crate) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub(crate) fn new(head: &[&str]) -> Self {
+        Self { rows: vec![head.iter().map(|s| (*s).into()).collect()] }
+    }
+
+    pub(crate) fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |c: usize| self.rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let line = |row: &Vec<String>| {
+            let cells = row.iter().zip(&widths).enumerate();
+            cells.map(|(c, (cell, &w))| if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") }).collect::<Vec<_>>().join("  ")
+        };
+        let mut lines: Vec<String> = self.rows.iter().map(line).collect();
+        lines.insert(1, "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)));
+        lines
+    }
+}
+
+/// Bytes for people.
+pub(crate) fn bytes(n: u64) -> String {
+    match n {
+        0..10_000 => format!("{n} B"),
+        10_000..10_000_000 => format!("{:.1} kB", n as f64 / 1e3),
+        10_000_000..10_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
+        _ => format!("{:.2} GB", n as f64 / 1e9),
+    }
+}
+
+/// Decibels for people.
+pub(crate) fn decibels(db: f64) -> String {
+    if db.is_infinite() && db > 0.0 { "exact".into() } else { format!("{db:.2}") }
+}
+
+/// A shape for people.
+pub(crate) fn shape(shape: &[usize]) -> String {
+    if shape.is_empty() { "scalar".into() } else { shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×") }
+}
+
+/// A share in percent.
+pub(crate) fn percent(share: f64) -> String {
+    format!("{:.2} %", share * 100.0)
+}
+
+/// A number whose size is not known.
+pub(crate) fn scientific(x: f64) -> String {
+    if x == 0.0 { "0".into() } else { format!("{x:.2e}") }
+}

@@ -1,0 +1,78 @@
+//! Proof that a file holds the bytes that were written.
+
+use crate::{Error, Result};
+use bitnet_formats::document::{Checksum, Document};
+use bitnet_formats::{Content, Source};
+use rayon::prelude::*;
+
+/// What is wrong with one part of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// The stored tensor, or `document`.
+    pub part: String,
+    /// What was found.
+    pub what: String,
+}
+
+/// What [`verify`] found.
+#[derive(Debug, Clone)]
+pub struct Verification {
+    /// Stored tensors whose checksum was computed.
+    pub checked: usize,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Everything that is not as it was written; empty if the file is whole.
+    pub damage: Vec<Damage>,
+}
+
+/// Compares every stored tensor with its checksum and the document with its digest, and unpacks every quantized tensor.
+///
+/// # Errors
+/// [`Error::File`] if the file carries no checksums, or cannot be read.
+pub fn verify(source: &Source) -> Result<Verification> {
+    let Some(document) = &source.document else {
+        return Err(bitnet_formats::Error::file(&source.path, "a file with checksums in a bitnet.document", "none").into());
+    };
+    let mut damage = vec![];
+    check_digest(source, document, &mut damage);
+    let sums: Vec<Result<String>> = (0..source.stored.len()).into_par_iter().map(|i| checksum(source, i)).collect();
+    for (stored, sum) in source.stored.iter().zip(sums) {
+        let sum = sum?;
+        match document.checksums.get(&stored.name) {
+            Some(expected) if *expected == sum => {}
+            Some(expected) => damage.push(Damage { part: stored.name.clone(), what: format!("expected checksum {expected}, got {sum}") }),
+            None => damage.push(Damage { part: stored.name.clone(), what: "expected a checksum in the document, got none".into() }),
+        }
+    }
+    for name in document.checksums.keys().filter(|name| source.find_stored(name).is_none()) {
+        damage.push(Damage { part: name.clone(), what: "expected a stored tensor, got none".into() });
+    }
+    for tensor in &source.tensors {
+        let Content::Quantized(q) = &tensor.content else { continue };
+        if let Err(error) = source.matrix(&tensor.name, q) {
+            damage.push(Damage { part: tensor.name.clone(), what: error.to_string() });
+        }
+    }
+    Ok(Verification { checked: source.stored.len(), bytes: source.stored.iter().map(|s| s.len).sum(), damage })
+}
+
+fn check_digest(source: &Source, document: &Document, damage: &mut Vec<Damage>) {
+    let got = document.compute_digest(source.stored.iter().map(|s| (s.name.as_str(), s.dtype.to_string(), &s.shape[..])));
+    if got != document.digest {
+        damage.push(Damage { part: "document".into(), what: format!("expected digest {}, got {got}", document.digest) });
+    }
+}
+
+fn checksum(source: &Source, stored: usize) -> Result<String> {
+    let len = source.stored[stored].len;
+    let mut buffer = vec![0; len.min(1 << 20) as usize];
+    let mut sum = Checksum::default();
+    let mut at = 0;
+    while at < len {
+        let n = (len - at).min(buffer.len() as u64) as usize;
+        source.read(stored, at, &mut buffer[..n]).map_err(Error::from)?;
+        sum.update(&buffer[..n]);
+        at += n as u64;
+    }
+    Ok(sum.hex())
+}
