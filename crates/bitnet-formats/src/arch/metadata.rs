@@ -180,7 +180,7 @@ struct Rope {
 impl Rope {
     /// From `rope_parameters` (since transformers 5), or from `rope_theta` and `rope_scaling`.
     fn read(config: &Config, architecture: Architecture, head_dim: usize) -> Result<Self> {
-        if head_dim % 2 != 0 {
+        if !head_dim.is_multiple_of(2) {
             return Err(config.bad("head_dim", "an even number"));
         }
         let key = if config.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
@@ -329,7 +329,7 @@ pub fn hf_config(path: &Path, metadata: &[(String, gguf::Value)], shape: &dyn Fn
     };
     let scaling = match (keys.get("rope.scaling.type").map(gguf::Value::as_str), keys.optional_float("rope.scaling.factor")?) {
         (None | Some(Some("none")), _) | (Some(Some("linear")), None) => Value::Null,
-        (Some(Some("linear")), Some(factor)) if factor == 1.0 => Value::Null,
+        (Some(Some("linear")), Some(1.0)) => Value::Null,
         (Some(Some("linear")), Some(factor)) => json!({"rope_type": "linear", "factor": factor}),
         _ => return Err(keys.bad("rope.scaling.type", "'none' or 'linear'")),
     };

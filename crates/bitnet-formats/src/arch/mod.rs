@@ -135,7 +135,7 @@ fn order(
         Architecture::Llama if module.ends_with(".self_attn.k_proj") => counts.kv_heads,
         _ => return Ok(None),
     };
-    if heads == 0 || rows == 0 || rows % heads != 0 || rows / heads % 2 != 0 {
+    if heads == 0 || rows == 0 || !rows.is_multiple_of(heads) || !(rows / heads).is_multiple_of(2) {
         let expected = format!("rows of {heads} heads with an even number each");
         return Err(Error::tensor(Path::new("model"), hf_name, expected, format!("{rows} rows")));
     }

@@ -156,10 +156,8 @@ fn express(tokenizer: &Value, settings: &Value, config: &Value, vocab_size: usiz
         *slot = Some(if special || !plan.spaces { text.into() } else { text.replace(SPACE, " ") });
         types[id] = if special { kind::CONTROL } else { kind::USER_DEFINED };
     }
-    if plan.spaces {
-        if let Some(kind) = unknown.and_then(|id| types.get_mut(id)) {
-            *kind = kind::UNKNOWN;
-        }
+    if let Some(kind) = unknown.and_then(|id| types.get_mut(id)).filter(|_| plan.spaces) {
+        *kind = kind::UNKNOWN;
     }
     let unused = tokens.iter().filter(|t| t.is_none()).count();
     if unused > 0 {
