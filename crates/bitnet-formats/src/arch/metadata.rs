@@ -148,6 +148,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     put("vocab_size", size(vocab_size));
     if architecture == Architecture::Bitnet {
         put("hidden_activation", activation.into());
+        if activation == "relu2" {
+            notes.push("llama.cpp from before it read bitnet.hidden_activation computes SiLU instead of relu2 and says nothing: so does the one in llama-cpp-python 0.3.36".into());
+        }
     }
     if rope.freqs.is_some() {
         notes.push(format!("llama3 rope scaling is the tensor {ROPE_FREQS}"));
@@ -367,3 +370,7 @@ pub fn hf_config(path: &Path, metadata: &[(String, gguf::Value)], shape: &dyn Fn
     }
     Ok(config)
 }
+
+#[cfg(test)]
+#[path = "metadata_tests.rs"]
+mod tests;

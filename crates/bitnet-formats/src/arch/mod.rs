@@ -175,7 +175,7 @@ mod tests {
         let two_heads_of_eight = vec![0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15];
         // numpy: np.arange(16).reshape(4, 2, 2).swapaxes(1, 2).reshape(-1)
         let four_heads_of_four = vec![0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15];
-        let order = |name| row_order(Architecture::Llama, COUNTS, name, 16).unwrap();
+        let order = |name: &str| row_order(Architecture::Llama, COUNTS, name, 16).unwrap();
         assert_eq!(order("model.layers.3.self_attn.k_proj.weight"), Some(two_heads_of_eight));
         for kind in ["weight", "bias"] {
             assert_eq!(order(&format!("model.layers.3.self_attn.q_proj.{kind}")), Some(four_heads_of_four.clone()));

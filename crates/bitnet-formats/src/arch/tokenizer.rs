@@ -5,7 +5,7 @@
 //! | BPE on GPT-2's byte alphabet | `gpt2` | by the pre-tokenizer: see [`PRE`] |
 //! | BPE on text with ▁ for a space and 256 byte tokens | `llama` | none |
 //! | BPE on text with ▁ for a space, no byte tokens | `gpt2` | `sarvam-moe`, which merges by rank on characters |
-//! | Unigram with 256 byte tokens | `llama`, merging by score: an approximation | none |
+//! | Unigram | `t5`, which searches the likeliest pieces and knows no byte tokens | none |
 //! | anything else, or none | `none` | none |
 
 use super::{find, shown};
@@ -124,12 +124,12 @@ fn express(tokenizer: &Value, settings: &Value, config: &Value, vocab_size: usiz
     let (mut tokens, mut scores) = vocabulary(model, vocab_size)?;
     let plan = match model["type"].as_str() {
         Some("BPE") => plan_bpe(tokenizer, &tokens, &merges, &mut notes)?,
-        Some("Unigram") => plan_unigram(tokenizer, &tokens, &mut notes)?,
+        Some("Unigram") => plan_unigram(tokenizer, &mut notes)?,
         _ => return Err(format!("its model is {}", shown(model.get("type")))),
     };
 
     let mut types: Vec<i32> = tokens.iter().map(|t| if t.is_some() { kind::NORMAL } else { kind::UNUSED }).collect();
-    if plan.model == "llama" {
+    if plan.model == "llama" || plan.model == "t5" {
         for (token, kind) in tokens.iter().zip(&mut types) {
             if token.as_deref().and_then(byte_token).is_some() {
                 *kind = kind::BYTE;
@@ -156,9 +156,7 @@ fn express(tokenizer: &Value, settings: &Value, config: &Value, vocab_size: usiz
         *slot = Some(if special || !plan.spaces { text.into() } else { text.replace(SPACE, " ") });
         types[id] = if special { kind::CONTROL } else { kind::USER_DEFINED };
     }
-    if plan.spaces
-        && let Some(kind) = unknown.and_then(|id| types.get_mut(id))
-    {
+    if let Some(kind) = unknown.and_then(|id| types.get_mut(id)).filter(|_| plan.spaces) {
         *kind = kind::UNKNOWN;
     }
     let unused = tokens.iter().filter(|t| t.is_none()).count();
@@ -318,7 +316,7 @@ fn plan_bpe(tokenizer: &Value, tokens: &[Option<String>], merges: &[(String, Str
     if ignore_merges {
         return Err("it ignores merges".into());
     }
-    let (prefix, pieces) = spaces(tokenizer, &normalizers, &splits)?;
+    let (prefix, pieces) = spaces(tokenizer, &normalizers, &splits, notes)?;
     let whole = |token: &str| match pieces {
         Pieces::Text => true,
         Pieces::Words => token.chars().skip_while(|&c| c == SPACE).all(|c| c != SPACE) && !token.contains('\n'),
@@ -340,15 +338,18 @@ fn plan_bpe(tokenizer: &Value, tokens: &[Option<String>], merges: &[(String, Str
     Ok(Plan { model: "gpt2", pre: Some("sarvam-moe"), prefix: false, spaces: true })
 }
 
-fn plan_unigram(tokenizer: &Value, tokens: &[Option<String>], notes: &mut Vec<String>) -> Result<Plan, String> {
+fn plan_unigram(tokenizer: &Value, notes: &mut Vec<String>) -> Result<Plan, String> {
     let normalizers = normalizers(tokenizer, notes);
     let splits = steps(tokenizer, "pre_tokenizer", "pretokenizers");
-    let (prefix, _) = spaces(tokenizer, &normalizers, &splits)?;
-    if tokenizer["model"]["byte_fallback"] != true || !has_all_bytes(tokens) {
-        return Err("it is a Unigram model without byte tokens".into());
+    let (prefix, pieces) = spaces(tokenizer, &normalizers, &splits, notes)?;
+    if !matches!(pieces, Pieces::Text) {
+        return Err("it is a Unigram model on pieces of the text".into());
     }
-    notes.push("the tokenizer is a Unigram model: llama.cpp merges by its scores instead of searching the likeliest pieces, and some texts get other tokens".into());
-    Ok(Plan { model: "llama", pre: None, prefix, spaces: true })
+    // Its `llama` kind merges by score, which finds other pieces in most texts.
+    if tokenizer["model"]["byte_fallback"] == true {
+        notes.push("llama.cpp takes the unknown token where this Unigram tokenizer takes bytes".into());
+    }
+    Ok(Plan { model: "t5", pre: None, prefix, spaces: true })
 }
 
 /// The words that a byte-level pre-tokenizer makes; `None` if it is none of the known ones.
@@ -382,7 +383,7 @@ enum Pieces {
 }
 
 /// Whether a space goes before the text, and what is merged, for a tokenizer that writes ▁ for a space.
-fn spaces(tokenizer: &Value, normalizers: &[&Value], splits: &[&Value]) -> Result<(bool, Pieces), String> {
+fn spaces(tokenizer: &Value, normalizers: &[&Value], splits: &[&Value], notes: &mut Vec<String>) -> Result<(bool, Pieces), String> {
     let (mut prefix, mut replaced) = (false, false);
     for step in normalizers {
         match step["type"].as_str() {
@@ -396,10 +397,14 @@ fn spaces(tokenizer: &Value, normalizers: &[&Value], splits: &[&Value]) -> Resul
         match step["type"].as_str() {
             Some("Metaspace") if step["replacement"] == "▁" => {
                 replaced = true;
-                prefix |= match step["prepend_scheme"].as_str() {
+                let adds = match step["prepend_scheme"].as_str() {
                     Some(scheme) => scheme != "never",
                     None => step["add_prefix_space"] != false,
                 };
+                if adds {
+                    prefix = true;
+                    notes.push("llama.cpp also puts a space before a text that begins with one, and after every special token; the tokenizer's Metaspace step does not".into());
+                }
                 if step["split"] != false {
                     pieces = Pieces::Spaces;
                 }
@@ -574,3 +579,7 @@ pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)
     }
     Some((tokenizer, settings))
 }
+
+#[cfg(test)]
+#[path = "tokenizer_tests.rs"]
+mod tests;
