@@ -20,7 +20,11 @@ pub(crate) enum Answer {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => return fail(&usage(&error)),
+        Err(help) => help.exit(),
+    };
     let mut out = print::Output::new(cli.json);
     let result = match &cli.command {
         Command::Quantize(args) => commands::quantize::run(args, &mut out),
@@ -41,6 +45,14 @@ fn main() -> ExitCode {
         },
         Err(error) => fail(&error),
     }
+}
+
+/// What is wrong with the command line, in one line: clap says it in the first paragraph.
+fn usage(error: &clap::Error) -> anyhow::Error {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty() && !line.starts_with("Usage:"));
+    let line = lines.collect::<Vec<_>>().join(" ");
+    anyhow::anyhow!("{}; see --help", line.trim_start_matches("error: "))
 }
 
 /// One line on stderr, and the exit status.

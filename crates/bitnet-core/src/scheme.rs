@@ -340,7 +340,8 @@ impl ScaleStorage {
             ScaleForm::Inverse if scale == 0.0 => Self::DEAD_INVERSE,
             ScaleForm::Inverse => {
                 let near = scale.recip();
-                [near, near.next_up(), near.next_down()].into_iter().find(|x| x.recip() == scale).unwrap_or(near)
+                let candidates = [self.dtype.round(near), near, near.next_up(), near.next_down()];
+                candidates.into_iter().find(|x| x.recip() == scale).unwrap_or(near)
             }
         }
     }

@@ -204,7 +204,7 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
         Key::Signed => below(a).mean(),
     };
     let level_above = |a: Above| if a.weight > 0.0 { a.mean() } else { f64::from(moments.max.max(moments.max_abs())) };
-    let enough = (moments.count / 64).max(128);
+    let enough = (moments.count / 64).max(8);
     let (mut a, mut b) = pass(low, high)?;
     for _ in 0..32 {
         if a.count - b.count <= enough {

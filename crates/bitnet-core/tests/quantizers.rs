@@ -2,7 +2,7 @@
 
 use bitnet_core::ops::Scalar;
 use bitnet_core::quantize::quantize;
-use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Threshold};
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Error, Granularity, Matrix, ScaleDtype, Scheme};
 use proptest::prelude::*;
@@ -400,5 +400,84 @@ fn every_invalid_combination_is_a_typed_error() {
         Scheme { method: Method::Binary { split: BinarySplit::Mean, stochastic: Some(1) }, ..Scheme::binary(BinarySplit::Mean) },
     ] {
         assert!(matches!(quantize(&Scalar, &[1.0, 0.5], 1, 2, &scheme, None), Err(Error::Scheme(_))), "{scheme:?}");
+    }
+}
+
+/// Bytes of the packed values and of the scales, for each weight.
+fn bits_per_weight(m: &Matrix, layout: &str) -> f64 {
+    let mut bytes = vec![];
+    bitnet_core::pack::by_name(layout).unwrap().pack_into(&m.spec, &m.values, &m.scales, &mut bytes).unwrap();
+    (bytes.len() + m.scales.len() * m.spec.scale_dtype.bytes()) as f64 * 8.0 / m.spec.weights_len() as f64
+}
+
+#[test]
+fn entropy_coded_ternary_is_under_1_56_bits_and_under_log2_3() {
+    let m = run(&normal(256 * 4096), 4096, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel));
+    let bits = bits_per_weight(&m, "entropy");
+    assert!(bits <= 1.56, "{bits}");
+    let m = run(&laplace(256 * 4096), 4096, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel));
+    assert!(bits_per_weight(&m, "entropy") < bits, "heavier tails have more zeros");
+}
+
+#[test]
+fn two_planes_take_at_most_3_5_bits() {
+    let scheme = Scheme::planes(2).with_granularity(Granularity::Group(128)).with_scale_dtype(ScaleDtype::F16);
+    let bits = bits_per_weight(&run(&normal(1 << 16), 1024, &scheme), "base-3");
+    assert!(bits <= 3.5, "{bits}");
+}
+
+#[test]
+fn the_median_of_many_weights_is_exact_too() {
+    // More than fit the direct selection, and an even number of them.
+    let w = laplace(200_000);
+    let mut sorted: Vec<f64> = w.iter().map(|w| f64::from(w.abs())).collect();
+    sorted.sort_by(f64::total_cmp);
+    let cut = (0.8 * (sorted[99_999] + sorted[100_000]) / 2.0) as f32;
+    let m = run(&w, w.len(), &Scheme::ternary(Threshold::Median));
+    let kept = w.iter().filter(|w| w.abs() > cut).count();
+    assert_eq!(m.values.iter().filter(|&&q| q != 0).count(), kept);
+}
+
+#[test]
+fn inverse_scales_survive_storage_in_every_type() {
+    let w = normal(4096);
+    for dtype in [ScaleDtype::F32, ScaleDtype::F16, ScaleDtype::Bf16] {
+        for threshold in [Threshold::Absmean, Threshold::Optimal] {
+            let scheme = Scheme { scale_form: ScaleForm::Inverse, ..Scheme::ternary(threshold).with_scale_dtype(dtype) };
+            let m = run(&w, 4096, &scheme);
+            let stored = scheme.scale_storage().to_stored(m.scales[0]);
+            assert_eq!(dtype.round(stored), stored, "{stored} is no {dtype}");
+            assert_eq!(stored.recip(), m.scales[0], "read back from {dtype}");
+            assert_eq!(m.spec.scale_dtype, ScaleDtype::F32);
+            let again = run(&m.dequantize(), 4096, &scheme);
+            assert_eq!((&again.values, &again.scales), (&m.values, &m.scales), "{dtype} {threshold}");
+            let dead = run(&[0.0; 8], 8, &scheme);
+            assert_eq!(dead.dequantize(), [0.0; 8]);
+            assert!(dtype.round(scheme.scale_storage().to_stored(dead.scales[0])).is_finite());
+        }
+    }
+}
+
+#[test]
+fn granularity_changes_only_where_nothing_is_lost() {
+    let w = [1.0, -1.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0];
+    let channel = run(&w, 4, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel));
+    let groups = channel.clone().with_granularity(Granularity::Group(2)).unwrap();
+    assert_eq!(groups.dequantize(), w);
+    assert_eq!(groups.clone().with_granularity(Granularity::Channel).unwrap(), channel);
+    let error = groups.with_granularity(Granularity::Tensor).unwrap_err().to_string();
+    assert!(error.contains("5e-1") && error.contains("1e0"), "{error}");
+}
+
+#[test]
+fn selected_rows_take_their_scales_along() {
+    let w: Vec<f32> = (0..12).map(|i| (i as f32 - 5.0) * 0.3).collect();
+    for scheme in [Scheme::planes(2), Scheme::int(4), Scheme::ternary(Threshold::Mean)] {
+        for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(3)] {
+            let m = run(&w, 4, &scheme.with_granularity(granularity));
+            let back = m.dequantize();
+            let turned = m.select_rows(&[2, 0, 1]).dequantize();
+            assert_eq!(turned, [&back[8..], &back[..8]].concat(), "{scheme:?} {granularity}");
+        }
     }
 }

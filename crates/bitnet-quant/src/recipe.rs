@@ -203,7 +203,7 @@ impl Choices {
 }
 
 /// Choices for the tensors that a glob matches.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Rule {
     /// The glob. `*` matches any characters, `?` one.
     #[serde(rename = "match")]
@@ -211,6 +211,20 @@ pub struct Rule {
     /// The choices, over those of the recipe.
     #[serde(flatten)]
     pub choices: Choices,
+}
+
+impl<'de> Deserialize<'de> for Rule {
+    /// By hand, because a flattened struct does not refuse unknown fields.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error as _;
+        let mut fields = serde_json::Map::deserialize(deserializer)?;
+        let glob = match fields.remove("match") {
+            Some(serde_json::Value::String(glob)) => glob,
+            other => return Err(D::Error::custom(format!("a rule needs match = \"GLOB\", got {}", other.unwrap_or_default()))),
+        };
+        let choices = Choices::deserialize(serde_json::Value::Object(fields)).map_err(D::Error::custom)?;
+        Ok(Self { glob, choices })
+    }
 }
 
 /// What `bitnet quantize` does to a checkpoint.

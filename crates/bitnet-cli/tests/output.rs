@@ -1,0 +1,242 @@
+//! Where the result goes: never over the input, never half, and nothing left when it cannot go there.
+
+mod common;
+
+use common::{Dir, gauss, llama, safetensors};
+use std::fs;
+use std::process::Command;
+
+const QUANTIZE: &[&str] = &["quantize", "in.safetensors", "--out"];
+
+fn to(out: &'static str) -> Vec<&'static str> {
+    [QUANTIZE, &[out]].concat()
+}
+
+#[test]
+fn an_output_that_exists_stays() {
+    let dir = Dir::small();
+    dir.write("out.safetensors", "mine").write("folder/file", "mine");
+    dir.refuses(&to("out.safetensors"), &["out.safetensors", "exists already"]);
+    llama(&dir, "m");
+    dir.refuses(&["quantize", "m", "--out", "folder"], &["folder", "exists already"]);
+    dir.refuses(&["convert", "in.safetensors", "--out", "out.safetensors"], &["out.safetensors", "exists already"]);
+    dir.refuses(&["dequantize", "in.safetensors", "--out", "out.safetensors"], &["out.safetensors", "exists already"]);
+}
+
+#[test]
+fn force_replaces_it() {
+    let dir = Dir::small();
+    dir.run(&to("new.safetensors")).is(0);
+    dir.write("out.safetensors", "mine");
+    dir.run(&[to("out.safetensors"), vec!["--force"]].concat()).is(0);
+    assert_eq!(dir.read("new.safetensors"), dir.read("out.safetensors"));
+    assert_eq!(dir.files().len(), 3);
+}
+
+#[test]
+fn force_replaces_a_folder_that_holds_a_model() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    let args = ["quantize", "m", "--out", "out", "--format", "hf-bitnet"];
+    dir.run(&args).is(0);
+    let first = dir.files();
+    dir.write("out/model.safetensors", "damaged").write("out/old.json", "{}");
+    dir.run(&[&args[..], &["--force"]].concat()).is(0);
+    assert_eq!(dir.files(), first);
+}
+
+/// --force says that the output may go, not that the model it is made from may.
+#[test]
+fn force_does_not_remove_a_folder_around_the_input() {
+    let dir = Dir::new();
+    llama(&dir, "models/m");
+    dir.write("models/notes.txt", "mine");
+    dir.refuses(&["quantize", "models/m", "--out", "models", "--force"], &["models", "input"]);
+    dir.refuses(&["quantize", "models/m/", "--out", "models/../models/", "--force"], &["models", "input"]);
+}
+
+/// A folder of other things is no output of ours: it is not swept away.
+#[test]
+fn force_does_not_remove_a_folder_that_is_no_model() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    dir.write("home/letters/one.txt", "mine");
+    dir.refuses(&["quantize", "m", "--out", "home", "--force"], &["home", "config.json"]);
+}
+
+#[test]
+fn force_does_not_put_a_file_in_the_place_of_a_folder() {
+    let dir = Dir::small();
+    dir.write("out.safetensors/mine", "mine");
+    dir.refuses(&[to("out.safetensors"), vec!["--force"]].concat(), &["out.safetensors", "director"]);
+}
+
+#[test]
+fn the_input_is_no_output() {
+    let dir = Dir::small();
+    let absolute = dir.at("in.safetensors").display().to_string();
+    for force in [&[][..], &["--force"]] {
+        for out in ["in.safetensors", "./in.safetensors", "../".repeat(40).as_str(), absolute.as_str()] {
+            // Many times up from anywhere is the root; from there the absolute path leads back.
+            let out = if out.starts_with("../..") { format!("{out}{}", absolute.trim_start_matches('/')) } else { out.into() };
+            dir.refuses(&[QUANTIZE, &[&out], force].concat(), &["in.safetensors", "is the input"]);
+        }
+    }
+}
+
+#[test]
+fn the_input_through_a_link_is_no_output() {
+    let dir = Dir::small();
+    llama(&dir, "m");
+    std::os::unix::fs::symlink("in.safetensors", dir.at("link.safetensors")).unwrap();
+    fs::hard_link(dir.at("in.safetensors"), dir.at("hard.safetensors")).unwrap();
+    std::os::unix::fs::symlink("m", dir.at("n")).unwrap();
+    dir.refuses(&[to("link.safetensors"), vec!["--force"]].concat(), &["link.safetensors", "is the input"]);
+    dir.refuses(&["quantize", "link.safetensors", "--out", "in.safetensors", "--force"], &["in.safetensors", "is the input"]);
+    dir.refuses(&["quantize", "m", "--out", "n", "--force"], &["n is the input"]);
+    dir.refuses(&["quantize", "n", "--out", "m", "--force"], &["m is the input"]);
+    dir.refuses(&["quantize", "m", "--out", "./m/", "--force"], &["is the input"]);
+    dir.refuses(&["quantize", "m", "--out", "m/model.safetensors", "--force"], &["is the input"]);
+    // A hard link is another name: replacing it leaves the first name alone.
+    let before = dir.read("in.safetensors");
+    dir.run(&[to("hard.safetensors"), vec!["--force"]].concat()).is(0);
+    assert_eq!(dir.read("in.safetensors"), before);
+}
+
+#[test]
+fn a_folder_that_does_not_exist() {
+    let dir = Dir::small();
+    llama(&dir, "m");
+    dir.refuses(&to("no/out.safetensors"), &["no/out.safetensors", "No such file"]);
+    dir.refuses(&["quantize", "m", "--out", "no/way/out"], &["no/way/out", "No such file"]);
+}
+
+#[test]
+fn a_path_below_a_file() {
+    let dir = Dir::small();
+    llama(&dir, "m");
+    dir.refuses(&to("in.safetensors/out.safetensors"), &["in.safetensors/out.safetensors", "Not a directory"]);
+    dir.refuses(&["quantize", "m", "--out", "in.safetensors/out"], &["in.safetensors/out", "Not a directory"]);
+}
+
+#[test]
+fn a_device_is_no_output() {
+    let dir = Dir::small();
+    dir.refuses(&to("/proc/out.safetensors"), &["/proc/out.safetensors"]);
+}
+
+/// Another process that writes the same target keeps its work.
+#[test]
+fn a_target_that_another_process_writes() {
+    let dir = Dir::small();
+    llama(&dir, "m");
+    for (journal, args) in [
+        ("out.safetensors.bitnet-journal", to("out.safetensors")),
+        ("out.bitnet-partial/model.safetensors.bitnet-journal", vec!["quantize", "m", "--out", "out"]),
+    ] {
+        dir.write(journal, "theirs\n");
+        let file = fs::File::open(dir.at(journal)).unwrap();
+        file.lock().unwrap();
+        dir.refuses(&args, &[args[3], "another one at work"]);
+        drop(file);
+        dir.run(&args).is(0);
+        assert!(!dir.at(journal).exists());
+    }
+}
+
+#[test]
+fn a_folder_holds_what_the_model_needs_and_no_more() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    dir.write("m/tokenizer.json", "{}").write("m/pytorch_model.bin", "old").write("m/.git/x", "x").write("m/sub/x", "x");
+    dir.write("m/other.safetensors.bitnet-journal", "x");
+    dir.run(&["quantize", "m", "--out", "out"]).is(0);
+    let files: Vec<String> = dir.files().into_keys().filter(|f| f.starts_with("out")).collect();
+    assert_eq!(files, ["out/", "out/config.json", "out/model.safetensors", "out/tokenizer.json"]);
+    assert_eq!(dir.read("out/tokenizer.json"), b"{}");
+}
+
+/// Runs the program in a folder of its own file system of `size` bytes, and then says what is left there. `None` where mounting is not allowed.
+fn on_a_full_disk(dir: &Dir, size: &str, fill: &str, args: &[&str]) -> Option<(i32, String, String)> {
+    fs::create_dir_all(dir.at("disk")).unwrap();
+    let script = format!(
+        "mount -t tmpfs -o size={size} none disk 2>/dev/null || exit 77; {fill}; \"$0\" \"$@\"; s=$?; echo \"left: $(ls -A disk)\"; exit $s"
+    );
+    let output = Command::new("unshare")
+        .args(["-m", "--propagation", "private", "sh", "-c", &script, env!("CARGO_BIN_EXE_bitnet")])
+        .args(args)
+        .current_dir(dir.path())
+        .output();
+    match output {
+        Ok(output) if output.status.code() != Some(77) && !output.stdout.is_empty() => {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            Some((output.status.code().unwrap(), text(&output.stdout), text(&output.stderr)))
+        }
+        _ => {
+            println!("skipped: a private tmpfs cannot be mounted here");
+            None
+        }
+    }
+}
+
+#[track_caller]
+fn full(dir: &Dir, size: &str, fill: &str, args: &[&str], left: &str) {
+    let before = dir.files();
+    let Some((status, out, err)) = on_a_full_disk(dir, size, fill, args) else { return };
+    assert_eq!((status, out.trim()), (2, format!("left: {left}").trim()), "{err}");
+    assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains("No space left") && err.contains("disk/"), "{err}");
+    let mut after = dir.files();
+    after.remove("disk/");
+    assert!(before.iter().all(|(name, bytes)| name == "disk/" || after.get(name) == Some(bytes)), "the input changed");
+}
+
+#[test]
+fn a_disk_that_fills_up_under_a_file() {
+    let dir = Dir::new();
+    dir.write("in.safetensors", safetensors(&[gauss("a.weight", &[700, 1100], 0.02), gauss("b.weight", &[700, 1100], 0.02)]));
+    full(&dir, "64k", ":", &["quantize", "in.safetensors", "--out", "disk/out.safetensors"], "");
+    full(&dir, "256k", ":", &["quantize", "in.safetensors", "--out", "disk/out.safetensors"], "");
+    full(&dir, "256k", ":", &["quantize", "in.safetensors", "--out", "disk/out.safetensors", "--layout", "auto"], "");
+    full(&dir, "64k", ":", &["dequantize", "in.safetensors", "--out", "disk/out.safetensors"], "");
+}
+
+#[test]
+fn a_disk_that_fills_up_under_a_folder() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    dir.write("m/tokenizer.json", vec![b' '; 100_000]);
+    let args = ["quantize", "m", "--out", "disk/out", "--format", "hf-bitnet"];
+    full(&dir, "64k", ":", &args, "");
+    // Enough for the weights, not for the tokenizer beside them.
+    full(&dir, "220k", ":", &args, "");
+    full(&dir, "64k", ":", &["quantize", "m", "--out", "disk/out.gguf"], "");
+}
+
+#[test]
+fn a_disk_that_is_full_from_the_start() {
+    let dir = Dir::small();
+    llama(&dir, "m");
+    let fill = "cat /dev/zero > disk/full 2>/dev/null";
+    full(&dir, "64k", fill, &["quantize", "in.safetensors", "--out", "disk/out.safetensors"], "full");
+    full(&dir, "64k", fill, &["quantize", "m", "--out", "disk/out"], "full");
+}
+
+/// The room for the header is a hole until the end: the last write may be the one that fails.
+#[test]
+fn a_disk_that_fills_up_at_any_page_leaves_an_old_output_alone() {
+    let dir = Dir::new();
+    dir.write("in.safetensors", safetensors(&[gauss("a.weight", &[128, 128], 0.02)]));
+    let args = ["quantize", "in.safetensors", "--out", "disk/out.safetensors", "--force"];
+    let mut refused = 0;
+    for pages in 1..8 {
+        let fill = format!("echo mine > disk/out.safetensors; head -c {} /dev/zero > disk/full", (8 - pages) * 4096);
+        let Some((status, out, err)) = on_a_full_disk(&dir, "36k", &fill, &args) else { return };
+        if status == 0 {
+            continue;
+        }
+        refused += 1;
+        assert_eq!((status, out.trim()), (2, "left: full\nout.safetensors"), "{pages} pages: {err}");
+        assert!(err.contains("No space left") && err.lines().count() == 1, "{err}");
+    }
+    assert!(refused >= 2, "{refused}");
+}
