@@ -15,7 +15,7 @@ lint:
     cargo clippy --workspace --all-targets --locked -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
-# Quantize, check and run the small model in assets/, end to end.
+# Quantize the small model in assets/ in several ways: bits against error.
 demo:
     cargo run --release --locked --bin bitnet -- demo
 
@@ -24,4 +24,5 @@ fetch:
     scripts/fetch-models
 
 # Everything that must pass before a merge.
-ci: lint test
+ci:
+    .ci/run

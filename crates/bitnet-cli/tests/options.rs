@@ -38,7 +38,7 @@ fn unknown_values_are_named_with_those_there_are() {
 
 #[test]
 fn numbers_that_are_none() {
-    for (flag, value) in [("--threads", "two"), ("--threads", "-1"), ("--planes", "x"), ("--seed", "0x")] {
+    for (flag, value) in [("--threads", "two"), ("--planes", "x"), ("--seed", "0x")] {
         refused(&[flag, value], &[flag, value]);
     }
     for planes in ["0", "4"] {
@@ -48,7 +48,7 @@ fn numbers_that_are_none() {
         refused(&["--threshold", threshold], &["factor"]);
     }
     for clip in ["rms:0", "rms:-1", "rms:NaN"] {
-        refused(&["--precision", "int4", "--clip", clip], &["rms"]);
+        refused(&["--precision", "int4", "--clip", clip], &["clip"]);
     }
 }
 

@@ -75,11 +75,11 @@ fn force_does_not_put_a_file_in_the_place_of_a_folder() {
 fn the_input_is_no_output() {
     let dir = Dir::small();
     let absolute = dir.at("in.safetensors").display().to_string();
-    for force in [&[][..], &["--force"]] {
-        for out in ["in.safetensors", "./in.safetensors", "../".repeat(40).as_str(), absolute.as_str()] {
-            // Many times up from anywhere is the root; from there the absolute path leads back.
-            let out = if out.starts_with("../..") { format!("{out}{}", absolute.trim_start_matches('/')) } else { out.into() };
-            dir.refuses(&[QUANTIZE, &[&out], force].concat(), &["in.safetensors", "is the input"]);
+    // Many times up from anywhere is the root; from there the absolute path leads back.
+    let round = format!("{}{}", "../".repeat(40), absolute.trim_start_matches('/'));
+    for out in ["in.safetensors", "./in.safetensors", &round, &absolute] {
+        for force in [&[][..], &["--force"]] {
+            dir.refuses(&[QUANTIZE, &[out], force].concat(), &["in.safetensors", "is the input"]);
         }
     }
 }
@@ -145,6 +145,16 @@ fn a_target_that_another_process_writes() {
 }
 
 #[test]
+fn a_folder_named_with_a_slash() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    dir.run(&["quantize", "m/", "--out", "out/"]).is(0);
+    dir.run(&["verify", "out/"]).is(0);
+    assert_eq!(dir.files().len(), 6, "{:?}", dir.files().keys());
+    dir.refuses(&["quantize", "m/", "--out", "out/"], &["out/", "exists already"]);
+}
+
+#[test]
 fn a_folder_holds_what_the_model_needs_and_no_more() {
     let dir = Dir::new();
     llama(&dir, "m");
@@ -160,7 +170,7 @@ fn a_folder_holds_what_the_model_needs_and_no_more() {
 fn on_a_full_disk(dir: &Dir, size: &str, fill: &str, args: &[&str]) -> Option<(i32, String, String)> {
     fs::create_dir_all(dir.at("disk")).unwrap();
     let script = format!(
-        "mount -t tmpfs -o size={size} none disk 2>/dev/null || exit 77; {fill}; \"$0\" \"$@\"; s=$?; echo \"left: $(ls -A disk)\"; exit $s"
+        "mount -t tmpfs -o size={size} none disk 2>/dev/null || exit 77; {fill}; \"$0\" \"$@\"; s=$?; echo \"left: $(ls -A disk)\"; head -c 4 disk/out.safetensors 2>/dev/null; exit $s"
     );
     let output = Command::new("unshare")
         .args(["-m", "--propagation", "private", "sh", "-c", &script, env!("CARGO_BIN_EXE_bitnet")])
@@ -204,10 +214,10 @@ fn a_disk_that_fills_up_under_a_file() {
 fn a_disk_that_fills_up_under_a_folder() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.write("m/tokenizer.json", vec![b' '; 100_000]);
+    dir.write("m/vocab.txt", vec![b' '; 100_000]);
     let args = ["quantize", "m", "--out", "disk/out", "--format", "hf-bitnet"];
     full(&dir, "64k", ":", &args, "");
-    // Enough for the weights, not for the tokenizer beside them.
+    // Enough for the weights, not for the vocabulary beside them.
     full(&dir, "220k", ":", &args, "");
     full(&dir, "64k", ":", &["quantize", "m", "--out", "disk/out.gguf"], "");
 }
@@ -235,7 +245,7 @@ fn a_disk_that_fills_up_at_any_page_leaves_an_old_output_alone() {
             continue;
         }
         refused += 1;
-        assert_eq!((status, out.trim()), (2, "left: full\nout.safetensors"), "{pages} pages: {err}");
+        assert_eq!((status, out.trim()), (2, "left: full\nout.safetensors\nmine"), "{pages} pages: {err}");
         assert!(err.contains("No space left") && err.lines().count() == 1, "{err}");
     }
     assert!(refused >= 2, "{refused}");

@@ -171,8 +171,13 @@ impl Writer {
             written: BTreeMap::new(),
             notes: vec![],
         };
-        writer.resume()?;
-        Ok(writer)
+        match writer.resume() {
+            Ok(()) => Ok(writer),
+            Err(error) => {
+                writer.abandon();
+                Err(error)
+            }
+        }
     }
 
     /// Takes over what the journal vouches for, and cuts off the rest.
@@ -304,11 +309,19 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes the header and gives the file its name. Returns the size of the file.
+    /// Writes the header and gives the file its name. Returns the size of the file. Where that fails, nothing is left.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Tensor`] if a tensor is missing.
     pub fn finish(mut self) -> Result<u64> {
+        let result = self.complete();
+        if result.is_err() {
+            self.abandon();
+        }
+        result
+    }
+
+    fn complete(&mut self) -> Result<u64> {
         let mut document = self.layout.document.clone();
         let mut tensors = self.layout.tensors.clone();
         for (index, tensor) in tensors.iter_mut().enumerate() {

@@ -19,7 +19,7 @@ use bitnet_core::scheme::ScaleStorage;
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
 use bitnet_formats::output::Writer;
-use bitnet_formats::{Content, Source, dtype};
+use bitnet_formats::{Content, dtype};
 use bitnet_kernels::Kernels;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -127,16 +127,22 @@ pub struct Summary {
 /// for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
-    check_target(job.source, target, options.existing)?;
+    check_target(job, target, options.existing)?;
     let folder = job.sidecars.is_some().then(|| {
-        let mut name = target.as_os_str().to_os_string();
+        // Without a slash at the end, behind which the ending would be a name of its own.
+        let mut name = target.components().as_path().as_os_str().to_os_string();
         name.push(".");
         name.push(bitnet_formats::output::PARTIAL);
         PathBuf::from(name)
     });
     let file = match &folder {
         Some(folder) => {
-            fs::create_dir_all(folder).map_err(bitnet_formats::Error::io(folder, "create"))?;
+            match fs::create_dir(folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(bitnet_formats::Error::io(folder, "create")(error).into());
+                }
+                _ => {}
+            }
             folder.join("model.safetensors")
         }
         None => target.to_path_buf(),
@@ -151,7 +157,11 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .num_threads(options.threads)
         .build()
         .map_err(|e| clean(Error::Recipe(format!("{} threads: {e}", options.threads))))?;
-    let writer = Writer::open(&file, job.layout.clone()).map_err(|e| clean(e.into()))?;
+    let writer = Writer::open(&file, job.layout.clone()).map_err(|e| {
+        // Only if it is empty: it may be the work of another process.
+        folder.iter().for_each(|folder| drop(fs::remove_dir(folder)));
+        e
+    })?;
     let resumed = writer.notes().len();
     let mut reports: Vec<TensorReport> = writer.notes().iter().filter_map(|note| serde_json::from_value(note.clone()).ok()).collect();
 
@@ -193,25 +203,29 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         }
     };
     reports.extend(fresh);
-    let file_bytes = writer.finish().map_err(|e| {
-        let _ = fs::remove_file(&file);
-        clean(e.into())
-    })?;
+    let file_bytes = writer.finish().map_err(|e| clean(e.into()))?;
     if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
         place_folder(folder, sidecars, target).map_err(clean)?;
     }
     Ok(Summary { tensors: reports, file_bytes, input_bytes: job.input_bytes(), resumed, elapsed: start.elapsed() })
 }
 
-/// The target must not be what is read, and must not exist unless it may be replaced.
-fn check_target(source: &Source, target: &Path, existing: Existing) -> Result<()> {
+/// The target must not be what is read or a folder around it, and must not exist unless it may be replaced. Of folders only models may.
+fn check_target(job: &Job<'_>, target: &Path, existing: Existing) -> Result<()> {
+    let source = job.source;
     if let Ok(target_path) = fs::canonicalize(target) {
-        let same = |path: &Path| fs::canonicalize(path).is_ok_and(|p| p == target_path);
-        if same(&source.path) || source.files.iter().any(|f| same(&f.path)) {
+        let inside = |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
+        if inside(&source.path) || source.files.iter().any(|f| inside(&f.path)) {
             return Err(Error::SameFile { path: target.to_path_buf() });
         }
         if existing == Existing::Refuse {
             return Err(Error::Exists { path: target.to_path_buf() });
+        }
+        if target_path.is_dir() && job.sidecars.is_none() {
+            return Err(bitnet_formats::Error::file(target, "a file to replace", "a directory").into());
+        }
+        if target_path.is_dir() && !target_path.join("config.json").is_file() {
+            return Err(bitnet_formats::Error::file(target, "a model to replace", "a directory without config.json").into());
         }
     }
     Ok(())

@@ -31,8 +31,8 @@ pub enum Error {
         /// The target.
         path: PathBuf,
     },
-    /// The target is what is read.
-    #[error("{} is the input; the output needs another path", path.display())]
+    /// The target is what is read, or a folder around it.
+    #[error("{} is the input or holds it; the output needs another path", path.display())]
     SameFile {
         /// The target.
         path: PathBuf,

@@ -93,24 +93,28 @@ impl<'a> Job<'a> {
     /// # Errors
     /// [`Error::Recipe`] for choices that do not exist, do not apply, or select nothing; [`Error::Tensor`] for a layout that cannot hold a tensor.
     pub fn quantize(source: &'a Source, recipe: &Recipe, out: &std::path::Path) -> Result<Self> {
-        let selector = recipe.selector(&source.tensors)?;
+        let selector = recipe.selector(source)?;
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
         let mut count = 0;
         for (i, tensor) in source.tensors.iter().enumerate() {
             match selector.choices(tensor) {
                 None => builder.keep(i)?,
-                Some(choices) => match choices.target() {
-                    Target::Keep => builder.keep(i)?,
-                    Target::Float(dtype) => builder.cast(i, dtype, None)?,
-                    Target::Quantized(_) => {
-                        count += 1;
-                        builder.quantize(i, &choices)?;
+                Some(choices) => {
+                    // Also for floats: a choice that does not apply to them is an error.
+                    choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)?;
+                    match choices.target() {
+                        Target::Keep => builder.keep(i)?,
+                        Target::Float(dtype) => builder.cast(i, dtype, None)?,
+                        Target::Quantized(_) => {
+                            count += 1;
+                            builder.quantize(i, &choices)?;
+                        }
                     }
-                },
+                }
             }
         }
         if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
-            return Err(Error::Recipe("selects no tensor; see --include and --exclude".into()));
+            return Err(Error::Recipe(format!("selects no tensor of {}; see --include and --exclude", source.path.display())));
         }
         builder.finish(serde_json::to_value(recipe).unwrap_or_default())
     }

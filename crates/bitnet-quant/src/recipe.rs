@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold};
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{Content, Tensor};
+use bitnet_formats::{Content, Source, Tensor};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -301,7 +301,7 @@ impl Recipe {
     ///
     /// # Errors
     /// [`Error::Recipe`] for a glob that is not one, and for one that matches nothing (the default globs may).
-    pub(crate) fn selector<'a>(&'a self, tensors: &[Tensor]) -> Result<Selector<'a>> {
+    pub(crate) fn selector<'a>(&'a self, source: &Source) -> Result<Selector<'a>> {
         let compile = |glob: &str| {
             let matcher = GlobBuilder::new(glob).literal_separator(false).build();
             matcher.map(|g| g.compile_matcher()).map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
@@ -320,12 +320,24 @@ impl Recipe {
         globs.extend(self.rules.iter().map(|r| r.glob.clone()));
         for glob in globs {
             let matcher = compile(&glob)?;
-            if !tensors.iter().any(|t| matcher.is_match(&t.name)) {
-                return Err(Error::Recipe(format!("'{glob}' matches no tensor")));
+            if !source.tensors.iter().any(|t| matcher.is_match(&t.name)) {
+                return Err(Error::Recipe(format!("'{glob}' matches no tensor of {}", source.path.display())));
+            }
+        }
+        for (rule, glob) in self.rules.iter().zip(&selector.rules) {
+            let target = rule.choices.over(&self.default).target();
+            if target != Target::Keep && !source.tensors.iter().any(|t| glob.is_match(&t.name) && can_become(t, target)) {
+                let (glob, path) = (&rule.glob, source.path.display());
+                return Err(Error::Recipe(format!("'{glob}' matches no tensor of {path} that can become {target}")));
             }
         }
         Ok(selector)
     }
+}
+
+/// Whether a tensor holds numbers, and rows of them if it is to be quantized.
+fn can_become(tensor: &Tensor, target: Target) -> bool {
+    !matches!(tensor.content, Content::Opaque(_)) && (!matches!(target, Target::Quantized(_)) || tensor.shape.len() >= 2)
 }
 
 /// A recipe with its globs compiled.
@@ -347,8 +359,7 @@ impl Selector<'_> {
         let matches = |globs: &[GlobMatcher]| globs.iter().any(|g| g.is_match(&tensor.name));
         if let Some(i) = self.rules.iter().position(|g| g.is_match(&tensor.name)) {
             let choices = self.recipe.rules[i].choices.over(&self.recipe.default);
-            let quantized = matches!(choices.target(), Target::Quantized(_));
-            return (!quantized || tensor.shape.len() >= 2).then_some(choices);
+            return can_become(tensor, choices.target()).then_some(choices);
         }
         let selected = tensor.shape.len() == 2 && matches(&self.include) && !matches(&self.exclude);
         selected.then(|| self.recipe.default.clone())

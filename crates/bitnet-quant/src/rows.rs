@@ -44,12 +44,12 @@ impl Rows<'_> {
         match (&self.from, self.order) {
             (From::Stored(stored), None) => self.source.read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?,
             (From::Stored(stored), Some(order)) => {
-                for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols)) {
+                for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
                     self.source.read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
                 }
             }
             (From::Matrix(matrix), order) => {
-                for (row, out) in rows.zip(out.chunks_mut(cols)) {
+                for (row, out) in rows.zip(out.chunks_mut(cols.max(1))) {
                     matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
                 }
             }

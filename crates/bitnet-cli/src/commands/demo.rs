@@ -48,7 +48,7 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let temporary;
     let folder: &Path = match &args.keep {
         Some(path) => {
-            fs::create_dir(path).with_context(|| format!("cannot create {}", path.display()))?;
+            fs::create_dir(path).map_err(|e| anyhow::anyhow!("cannot create {}: {e}", path.display()))?;
             path
         }
         None => {

@@ -3,13 +3,12 @@
 use crate::args::QuantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use anyhow::Context;
 use bitnet_quant::{Job, Recipe, Source};
 
 pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let mut recipe = match &args.config {
         Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text = std::fs::read_to_string(path).map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
             Recipe::from_toml(&text).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?
         }
         None => Recipe::default(),
