@@ -15,6 +15,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+# transformers decorates its bitnet layers with torch.compile; the functions as they are written need no C++ compiler.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(os.environ.get("BITNET_BIN", ROOT / "target/release/bitnet"))
 MODELS = Path(os.environ.get("BITNET_MODELS", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bitnet-quant/models"))

@@ -50,7 +50,7 @@ def check(path, original):
     # checksums and digest, section 6.1
     assert document["checksums"] == {name: xxhash.xxh3_128(raw).hexdigest() for name, (_, _, raw) in tensors.items()}
     hashed = text.rstrip(" ").replace(f'"digest":"{document["digest"]}"', '"digest":""')
-    hashed += "".join(f"\n{name} {dtype} [{', '.join(map(str, shape))}]" for name, (dtype, shape, _) in tensors.items())
+    hashed += "".join(f"\n{name} {dtype} [{', '.join(map(str, shape))}]" for name, (dtype, shape, _) in sorted(tensors.items()))
     assert document["digest"] == xxhash.xxh3_128(hashed.encode()).hexdigest()
     # the package, both frameworks
     with safe_open(path, framework="pt") as f:

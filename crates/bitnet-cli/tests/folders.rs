@@ -247,7 +247,8 @@ fn a_config_that_contradicts_our_document() {
         let text = String::from_utf8(dir.read(&path)).unwrap();
         assert!(text.contains(&format!("\"linear_class\": \"{class}\"")), "{text}");
         dir.write(&path, text.replace(&format!("\"{class}\""), &format!("\"{other}\"")));
-        for args in [&["inspect", class][..], &["dequantize", class, "--out", "f.safetensors"], &["convert", class, "--out", "c.safetensors"]]
+        for args in
+            [&["inspect", class][..], &["dequantize", class, "--out", "f.safetensors"], &["convert", class, "--out", "c.safetensors"]]
         {
             dir.refuses(args, &[&path, "quantization_config.linear_class", &format!("'{other}'")]);
         }

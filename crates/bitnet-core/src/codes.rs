@@ -110,9 +110,13 @@ impl MatrixSpec {
     /// something that is not ternary, or zero points that the precision does not have.
     pub fn validate(&self) -> Result<()> {
         let too_large = Error::TooLarge { rows: self.rows, cols: self.cols };
-        let cells = self.rows.checked_mul(self.cols).and_then(|n| n.checked_mul(self.planes)).ok_or(too_large.clone())?;
-        // Sixteen bytes a value is more than any buffer that this engine makes from one.
-        cells.checked_mul(16).filter(|&n| n <= isize::MAX as usize).ok_or(too_large)?;
+        // Sixteen bytes a value is more than any buffer that this engine makes from one; a side alone counts too, where the other is 0.
+        const MOST: usize = isize::MAX as usize / 64;
+        let side = self.rows.max(self.cols);
+        let cells = self.rows.checked_mul(self.cols).and_then(|n| n.checked_mul(self.planes));
+        if side > MOST || cells.is_none_or(|n| n > MOST) {
+            return Err(too_large);
+        }
         if self.granularity == Granularity::Group(0) {
             return Err(Error::Scheme("a group of 0 columns".into()));
         }

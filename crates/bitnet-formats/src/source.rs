@@ -12,6 +12,7 @@ use crate::safetensors::Header;
 use crate::{Error, Result};
 use bitnet_core::{Matrix, ZeroPoints};
 use serde_json::Value;
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -100,6 +101,8 @@ pub struct Source {
     pub document: Option<Document>,
     /// `quantization_config`, if the folder has one.
     pub bitnet: Option<BitnetConfig>,
+    /// Index of each stored tensor by name, and of each of the model's.
+    names: (HashMap<String, usize>, HashMap<String, usize>),
 }
 
 impl Source {
@@ -128,6 +131,7 @@ impl Source {
             gguf: vec![],
             document: None,
             bitnet: None,
+            names: Default::default(),
         };
         if meta.is_dir() {
             source.open_folder(path)?;
@@ -148,6 +152,7 @@ impl Source {
         }
         source.read_document()?;
         source.tensors = logical::tensors(&source, options)?;
+        source.names.1 = source.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         source.check_scales()?;
         Ok(source)
     }
@@ -168,6 +173,7 @@ impl Source {
         for t in header.tensors {
             if only.is_none_or(|only| only(&t.name)) {
                 let dtype = StoredType::Plain(t.dtype);
+                self.names.0.insert(t.name.clone(), self.stored.len());
                 self.stored.push(Stored { name: t.name, shape: t.shape, dtype, file: index, offset: t.offset, len: t.len });
             }
         }
@@ -190,6 +196,7 @@ impl Source {
                 len: t.len,
             })
             .collect();
+        self.names.0 = self.stored.iter().enumerate().map(|(i, s)| (s.name.clone(), i)).collect();
         Ok(())
     }
 
@@ -220,7 +227,7 @@ impl Source {
             }
             for (tensor, file) in map {
                 let file = file.as_str().unwrap_or_default();
-                if !self.stored.iter().any(|s| &s.name == tensor) {
+                if self.find_stored(tensor).is_none() {
                     return Err(Error::tensor(&path.join(file), tensor, "the tensor that the index puts here", "none of that name"));
                 }
             }
@@ -276,12 +283,12 @@ impl Source {
 
     /// Index of the stored tensor of that name.
     pub fn find_stored(&self, name: &str) -> Option<usize> {
-        self.stored.iter().position(|s| s.name == name)
+        self.names.0.get(name).copied()
     }
 
     /// The tensor of that name.
     pub fn find(&self, name: &str) -> Option<&Tensor> {
-        self.tensors.iter().find(|t| t.name == name)
+        self.names.1.get(name).map(|&i| &self.tensors[i])
     }
 
     /// Fills `buffer` with the bytes of a stored tensor from byte `start` of it on.

@@ -135,33 +135,30 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         name.push(bitnet_formats::output::PARTIAL);
         PathBuf::from(name)
     });
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .build()
+        .map_err(|e| Error::Recipe(format!("{} threads: {e}", options.threads)))?;
     let file = match &folder {
-        Some(folder) => {
-            match fs::create_dir(folder) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                    return Err(bitnet_formats::Error::io(folder, "create")(error).into());
-                }
-                _ => {}
+        Some(folder) => match fs::create_dir(folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(bitnet_formats::Error::io(folder, "create")(error).into());
             }
-            folder.join("model.safetensors")
-        }
+            _ => folder.join("model.safetensors"),
+        },
         None => target.to_path_buf(),
     };
+    let writer = Writer::open(&file, job.layout.clone()).inspect_err(|_| {
+        // Only if it is empty: it may be the work of another process.
+        folder.iter().for_each(|folder| drop(fs::remove_dir(folder)));
+    })?;
+    // From here on the writer's lock is ours, and so is the folder.
     let clean = |error: Error| {
         if let (Some(folder), false) = (&folder, matches!(error, Error::Interrupted)) {
             let _ = fs::remove_dir_all(folder);
         }
         error
     };
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(options.threads)
-        .build()
-        .map_err(|e| clean(Error::Recipe(format!("{} threads: {e}", options.threads))))?;
-    let writer = Writer::open(&file, job.layout.clone()).map_err(|e| {
-        // Only if it is empty: it may be the work of another process.
-        folder.iter().for_each(|folder| drop(fs::remove_dir(folder)));
-        e
-    })?;
     let resumed = writer.notes().len();
     let mut reports: Vec<TensorReport> = writer.notes().iter().filter_map(|note| serde_json::from_value(note.clone()).ok()).collect();
 

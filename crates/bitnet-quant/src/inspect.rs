@@ -64,8 +64,8 @@ pub fn tensors(source: &Source) -> Vec<TensorInfo> {
         .collect()
 }
 
-/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`, `already-ternary`, `corrupt` (e.g. code 3), `scale`
-/// (convention against numbers) and `k` (columns that block layouts do not divide).
+/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`, `already-ternary`,
+/// `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against numbers) and `k` (columns that block layouts do not divide).
 ///
 /// # Errors
 /// [`crate::Error::File`] for what cannot be read.
@@ -89,7 +89,13 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                     }
                 }
             },
-            Content::Float(_) => lint_floats(source, tensor, kernels, &mut find)?,
+            Content::Float(stored) => {
+                let dtype = source.stored[*stored].dtype;
+                if dtype.block() > 1 {
+                    find("already-quantized", format!("stored as {dtype}: quantizing it again adds to the error it has"));
+                }
+                lint_floats(source, tensor, kernels, &mut find)?;
+            }
         }
     }
     Ok(findings)

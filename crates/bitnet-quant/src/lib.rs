@@ -36,3 +36,8 @@ pub use bitnet_formats::Source;
 pub use error::{Error, Result};
 pub use plan::{GENERATOR, Job};
 pub use recipe::{Format, Recipe};
+
+/// The examples of the README compile and hold.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
