@@ -2,7 +2,9 @@
 
 llama.cpp multiplies low-bit weights with activations that it rounds: to f16 for F16 weights, to 8 bits in blocks of 256 for TQ1_0 and
 TQ2_0 (its Q8_K), in blocks of 32 for the others (Q8_0). The linear layers of the reference round alike, so the logits agree closely.
-Bounds are on max |difference| / max |logit|.
+Bounds are on max |difference| / max |logit|. What is left comes from roundings that fall to the other side of a tie
+and are carried through the layers. SmolLM2 has activations so uneven that this alone makes a few percent, in a file
+of other people just as in ours: that file is the control.
 """
 
 import llama_cpp
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from conftest import figure, make_llama, read_gguf, run
 from transformers import AutoModelForCausalLM
 
-BOUND = 5e-3
+F16, BOUND, SMOLLM2 = 1e-3, 0.02, 0.1
 TOKENS = {"llama": 512, "glassllm": 1024, "smollm2": 49152}
 
 
@@ -136,7 +138,7 @@ def test_small_llama(kind, tie, tmp_path):
     run("quantize", model, "--out", out, *args.split())
     assert number in kinds(out)
     worst, same, gguf, hf = compare(out, dequantized_folder(out, tmp_path), TOKENS["llama"])
-    assert worst < BOUND, worst
+    assert worst < (F16 if kind == "f16" else BOUND), worst
     figure(f"llama.cpp, small llama {'tied' if tie else 'untied'}, {kind}: logits within {worst:.2e} of the largest, greedy tokens equal at {same:.0%}")
     if kind == "f16":
         ids = [7, 8, 9, 10]
@@ -155,7 +157,7 @@ def test_the_bound_can_fail(tmp_path):
     for change in (lambda n, w: w * np.float32(1.1) if "down_proj" in n else w, lambda n, w: w[::-1].copy() if "q_proj" in n else w):
         save_file({n: change(n, w) for n, w in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
         worst, *_ = compare(out, folder, TOKENS["llama"], prompts=1)
-        assert worst > 5 * BOUND, worst
+        assert worst > 2 * BOUND, worst
 
 
 @pytest.mark.parametrize("precision", ["f16", "ternary", "int8"])
@@ -166,22 +168,31 @@ def test_glassllm(precision, glassllm, tmp_path):
     down = [kind for name, (kind, *_) in read_gguf(out)[1].items() if "ffn_down" in name]
     assert down == [1] * 4 and {"f16": 1, "ternary": 42, "int8": 8}[precision] in kinds(out)
     worst, same, gguf, hf = compare(out, dequantized_folder(out, tmp_path), TOKENS["glassllm"])
-    assert worst < BOUND, worst
+    assert worst < (F16 if precision == "f16" else BOUND), worst
     figure(f"llama.cpp, glassllm {precision}: logits within {worst:.2e} of the largest, greedy tokens equal at {same:.0%}")
     if precision == "f16":
         ids = gguf.tokenize(b"Alice was beginning to get very tired", add_bos=True)
         assert greedy(lambda i: gguf_logits(gguf, i), ids, 24) == greedy(lambda i: hf_logits(hf, i), ids, 24)
 
 
-@pytest.mark.parametrize("precision", ["int8", "ternary"])
+@pytest.mark.parametrize("precision", ["original", "f16", "int8", "ternary"])
 def test_smollm2(precision, smollm2, tmp_path):
-    """The real model requantized: Q8_0, and TQ2_0 (rows of 1536) with Q2_0 (rows of 576)."""
+    """The real model as it came (Q4_1, the control) and requantized: F16; Q8_0; TQ2_0 (rows of 1536) with Q2_0 (rows of 576)."""
     out = tmp_path / "out.gguf"
-    run("quantize", smollm2, "--out", out, "--precision", precision)
-    assert kinds(out) == ({8} if precision == "int8" else {8, 35, 42})
-    worst, same, *_ = compare(out, dequantized_folder(out, tmp_path), TOKENS["smollm2"], prompts=1)
-    assert worst < BOUND, worst
+    if precision == "original":
+        out.symlink_to(smollm2)
+    else:
+        run("quantize", smollm2, "--out", out, "--precision", precision)
+    # The embedding, which is the head too, is Q8_0 in all of them.
+    assert kinds(out) == {"original": {3, 8}, "f16": {1, 8}, "int8": {8}, "ternary": {8, 35, 42}}[precision]
+    worst, same, gguf, hf = compare(out, dequantized_folder(out, tmp_path), TOKENS["smollm2"], prompts=1)
+    assert worst < (BOUND if precision == "f16" else SMOLLM2), worst
     figure(f"llama.cpp, SmolLM2 {precision}: logits within {worst:.2e} of the largest, greedy tokens equal at {same:.0%}")
+    if precision == "f16":
+        ids = gguf.tokenize(b"The capital of France is", add_bos=False)
+        tokens = greedy(lambda i: gguf_logits(gguf, i), ids, 6)
+        assert tokens == greedy(lambda i: hf_logits(hf, i), ids, 6)
+        assert b"Paris" in gguf.detokenize(tokens)
 
 
 def test_i2_s_is_for_bitnet_cpp_alone(llama256, tmp_path):

@@ -59,7 +59,8 @@ def logits(model, ids):
 
 
 def relative(a, b):
-    assert torch.isfinite(a).all()
+    if not torch.isfinite(a).all():
+        return float("inf")
     return float((a - b).abs().max() / b.abs().max())
 
 

@@ -33,6 +33,9 @@ use std::time::{Duration, Instant};
 /// Bytes of one piece of a copied tensor.
 const COPY_BYTES: usize = 4 << 20;
 
+/// Most threads that a job takes: each holds a few strips.
+pub const MAX_THREADS: usize = 1024;
+
 /// Sees a job advance.
 pub trait Progress: Sync {
     /// Work on a tensor begins.
@@ -135,6 +138,9 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         name.push(bitnet_formats::output::PARTIAL);
         PathBuf::from(name)
     });
+    if options.threads > MAX_THREADS {
+        return Err(Error::Recipe(format!("at most {MAX_THREADS} threads, got {}", options.threads)));
+    }
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(options.threads)
         .build()

@@ -9,8 +9,8 @@ use std::ops::Range;
 
 /// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
 const STRIP_WEIGHTS: usize = 1 << 18;
-/// Strips that are in memory together. A constant, so that a window is the same for every number of threads.
-const WINDOW: usize = 8;
+/// Strips for each thread that are in memory together: enough that no thread waits long for the slowest.
+const STRIPS_PER_THREAD: usize = 4;
 /// Rows of a tensor as f32, wherever they come from.
 pub(crate) struct Rows<'a> {
     source: &'a Source,
@@ -62,6 +62,46 @@ impl Rows<'_> {
 pub(crate) struct Strips<'a> {
     pub(crate) rows: &'a Rows<'a>,
     /// Rows of a strip.
+    pub(crate) strip: usize,
+}
+
+impl Granule for Strips<'_> {
+    type Error = Error;
+
+    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
+        let mut all: Option<T> = None;
+        for window in windows(self.rows.count, self.strip) {
+            let parts: Vec<Result<T>> = window
+                .into_par_iter()
+                .map_init(Scratch::default, |scratch, rows| {
+                    let first = rows.start * self.rows.cols;
+                    self.rows.read(rows, &mut scratch.bytes, &mut scratch.weights)?;
+                    Ok(map(first, &scratch.weights))
+                })
+                .collect();
+            for part in parts {
+                let part = part?;
+                all = Some(match all {
+                    Some(all) => join(all, part),
+                    None => part,
+                });
+            }
+        }
+        Ok(all.unwrap_or_else(|| map(0, &[])))
+    }
+}
+
+/// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are joined in the order of the strips, so what
+/// is computed does not depend on that number.
+pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
+    let strips = count.div_ceil(strip);
+    let window = STRIPS_PER_THREAD * rayon::current_num_threads();
+    (0..strips.div_ceil(window)).map(move |w| {
+        (w * window..((w + 1) * window).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect()
+    })
+}
+
+/// Rows of a strip.
     pub(crate) strip: usize,
 }
 
