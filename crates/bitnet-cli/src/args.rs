@@ -148,6 +148,11 @@ fn parse_rule(s: &str) -> Result<Rule, String> {
     Ok(Rule { glob: glob.into(), choices: Choices { precision: Some(precision), ..Choices::default() } })
 }
 
+/// A gate's limit. NaN would let everything pass.
+fn parse_limit(s: &str) -> Result<f64, String> {
+    s.parse().ok().filter(|x: &f64| !x.is_nan()).ok_or_else(|| "expected a number".into())
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// The checkpoint.
@@ -198,19 +203,19 @@ pub(crate) struct CompareArgs {
     /// The checkpoint after.
     pub(crate) quantized: PathBuf,
     /// Fail (exit 1) where a tensor's SQNR is below this many dB.
-    #[arg(long, value_name = "DB", allow_negative_numbers = true)]
+    #[arg(long, value_name = "DB", allow_negative_numbers = true, value_parser = parse_limit)]
     pub(crate) min_sqnr: Option<f64>,
     /// Fail where a tensor's cosine similarity is below this.
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = parse_limit)]
     pub(crate) min_cosine: Option<f64>,
     /// Fail where a tensor's mean squared error is above this.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", value_parser = parse_limit)]
     pub(crate) max_mse: Option<f64>,
     /// Fail where a larger share of a tensor's weights changed sign.
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", value_parser = parse_limit)]
     pub(crate) max_sign_flips: Option<f64>,
     /// Fail where the quantized tensors together take more bits per weight.
-    #[arg(long, value_name = "BITS")]
+    #[arg(long, value_name = "BITS", value_parser = parse_limit)]
     pub(crate) max_bpw: Option<f64>,
 }
 

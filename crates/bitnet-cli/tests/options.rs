@@ -40,6 +40,7 @@ fn numbers_that_are_none() {
     for (flag, value) in [("--threads", "two"), ("--planes", "x"), ("--seed", "0x")] {
         refused(&[flag, value], &[flag, value]);
     }
+    refused(&["--threads", "1000000"], &["threads", "1000000", "1024"]);
     for planes in ["0", "4"] {
         refused(&["--planes", planes], &["planes", planes]);
     }
@@ -63,6 +64,7 @@ fn an_unknown_flag_or_command() {
     dir.refuses(&["compare", "in.safetensors"], &["<QUANTIZED>"]);
     dir.refuses(&["verify"], &["<FILE>"]);
     dir.refuses(&["compare", "in.safetensors", "in.safetensors", "--min-sqnr", "many"], &["--min-sqnr", "many"]);
+    dir.refuses(&["compare", "in.safetensors", "in.safetensors", "--max-mse", "nan"], &["--max-mse", "nan"]);
     dir.refuses(&["convert", "in.safetensors", "--out", "o.safetensors", "--i2s-order", "i2"], &["--i2s-order", "i2_s-g64"]);
     dir.refuses(&["dequantize", "in.safetensors", "--out", "o.safetensors", "--dtype", "f64"], &["f64", "bf16"]);
 }

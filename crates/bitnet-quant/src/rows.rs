@@ -96,46 +96,8 @@ impl Granule for Strips<'_> {
 pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
     let strips = count.div_ceil(strip);
     let window = STRIPS_PER_THREAD * rayon::current_num_threads();
-    (0..strips.div_ceil(window)).map(move |w| {
-        (w * window..((w + 1) * window).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect()
-    })
-}
-
-/// Rows of a strip.
-    pub(crate) strip: usize,
-}
-
-impl Granule for Strips<'_> {
-    type Error = Error;
-
-    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
-        let mut all: Option<T> = None;
-        for window in windows(self.rows.count, self.strip) {
-            let parts: Vec<Result<T>> = window
-                .into_par_iter()
-                .map_init(Scratch::default, |scratch, rows| {
-                    let first = rows.start * self.rows.cols;
-                    self.rows.read(rows, &mut scratch.bytes, &mut scratch.weights)?;
-                    Ok(map(first, &scratch.weights))
-                })
-                .collect();
-            for part in parts {
-                let part = part?;
-                all = Some(match all {
-                    Some(all) => join(all, part),
-                    None => part,
-                });
-            }
-        }
-        Ok(all.unwrap_or_else(|| map(0, &[])))
-    }
-}
-
-/// Row ranges of `strip` rows, [`WINDOW`] of them at a time.
-pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
-    let strips = count.div_ceil(strip);
-    (0..strips.div_ceil(WINDOW))
-        .map(move |w| (w * WINDOW..((w + 1) * WINDOW).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect())
+    (0..strips.div_ceil(window))
+        .map(move |w| (w * window..((w + 1) * window).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect())
 }
 
 /// Rows of a strip.
