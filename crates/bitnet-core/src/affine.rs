@@ -36,6 +36,11 @@ pub(crate) fn fit<G: Granule + ?Sized>(
                 }
             }
         }
+        // The largest value must not stand for infinity.
+        let reach = f32::from(high).max(-f32::from(low)) + uniform.zero.abs();
+        while !(uniform.scale * reach).is_finite() {
+            uniform.scale = storage.round(f64::from(uniform.scale) * 0.99)?;
+        }
         Ok(uniform)
     };
     let (min, max) = (f64::from(moments.min), f64::from(moments.max));

@@ -21,7 +21,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     if importance.is_some() && split != BinarySplit::Optimal {
         return Err(Error::Scheme(format!("importance with binary split {split:?}; only Optimal uses it")).into());
     }
-    let mean = moments.sum / moments.count as f64;
+    let mut mean = moments.sum / moments.count as f64;
     let (cut, upper, lower) = match split {
         BinarySplit::Zero => {
             let scale = storage.round(moments.mean_abs())?;
@@ -42,6 +42,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
             let (cut, upper) = best_cut(ops, granule, moments, importance, Key::Signed)?;
             let all = granule.fold(|i, w| crate::ternary::above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY), Above::then)?;
             let below = Above { count: 0, weight: all.weight - upper.weight, sum: all.sum - upper.sum };
+            mean = all.mean();
             (cut.next_up(), upper, below)
         }
     };
@@ -52,7 +53,8 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     };
     let scale = storage.round((high - low) / 2.0)?;
     if scale == 0.0 {
-        return Ok(Fitted::one(0.0, Coder::Constant(1)));
+        // Two levels too close together for the type of the scale: one level for all.
+        return Ok(Fitted::one(storage.round(mean.abs())?, Coder::Constant(if mean < 0.0 { -1 } else { 1 })));
     }
     let zero_point = (-(low + high) / 2.0 / f64::from(scale)) as f32;
     let at = if lower.weight > 0.0 && upper.weight > 0.0 { cut } else { 0.0 };

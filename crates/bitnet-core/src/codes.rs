@@ -205,7 +205,7 @@ impl Matrix {
     ///
     /// # Errors
     /// [`Error::Scheme`] naming the two scales that differ.
-    pub fn with_granularity(self, granularity: Granularity) -> Result<Self> {
+    pub fn with_granularity(mut self, granularity: Granularity) -> Result<Self> {
         let spec = MatrixSpec { granularity, ..self.spec.clone() };
         spec.validate()?;
         if spec == self.spec {
@@ -216,13 +216,17 @@ impl Matrix {
         let (old_width, new_width) = (self.spec.granule_cols(), spec.granule_cols());
         for plane in 0..spec.planes {
             for row in 0..spec.rows {
-                let line = &self.values[(plane * spec.rows + row) * spec.cols..][..spec.cols];
+                let line = &mut self.values[(plane * spec.rows + row) * spec.cols..][..spec.cols];
                 let mut start = 0;
                 while start < spec.cols {
                     let end = ((start / old_width + 1) * old_width).min((start / new_width + 1) * new_width).min(spec.cols);
                     let (from, to) = (self.spec.scale_index(plane, row, start), spec.scale_index(plane, row, start));
                     let scale = (self.scales[from], self.zero_points.get(from).copied().unwrap_or(0.0));
-                    if line[start..end].iter().all(|&v| f32::from(v) == scale.1) || scale.0 == 0.0 {
+                    // Under the scale 0 every value stands for 0; under another one only the value 0 does.
+                    if scale.0 == 0.0 && spec.zero_points == ZeroPoints::None && spec.precision.contains(0) {
+                        line[start..end].fill(0);
+                    }
+                    if line[start..end].iter().all(|&v| f32::from(v) == scale.1) {
                         dead[to] = dead[to].or(Some(scale));
                     } else if *found[to].get_or_insert(scale) != scale {
                         let other = found[to].unwrap_or(scale);

@@ -75,18 +75,9 @@ pub fn fit<G: Granule + ?Sized>(
         return Err(Error::NotFinite { index, value }.into());
     }
     if moments.max_abs() == 0.0 {
-        let empty = if matches!(scheme.method, Method::Binary { .. }) { 1 } else { 0 };
-        let coder = match scheme.method {
-            Method::Ternary { planes, .. } if planes > 1 => Coder::Levels(Levels::ZERO),
-            _ => Coder::Constant(empty),
-        };
-        let dead = match scheme.scale_form {
-            ScaleForm::Direct => 0.0,
-            ScaleForm::Inverse => scheme.scale_storage().round(0.0)?,
-        };
-        return Ok(Fitted::one(dead, coder));
+        return Ok(dead(scheme)?);
     }
-    match scheme.method {
+    let fitted = match scheme.method {
         Method::Ternary { planes: 1, threshold, scale } => {
             ternary::fit(ops, granule, &moments, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)
         }
@@ -98,7 +89,23 @@ pub fn fit<G: Granule + ?Sized>(
             let kind = (scheme.precision()?, mapping, clip);
             affine::fit(ops, granule, &moments, kind, (scheme.scale_storage(), scheme.rounding), importance)
         }
-    }
+    }?;
+    // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is written.
+    Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
+}
+
+/// A granule of zeros.
+fn dead(scheme: &Scheme) -> Result<Fitted> {
+    let coder = match scheme.method {
+        Method::Ternary { planes, .. } if planes > 1 => Coder::Levels(Levels::ZERO),
+        Method::Binary { .. } => Coder::Constant(1),
+        _ => Coder::Constant(0),
+    };
+    let scale = match scheme.scale_form {
+        ScaleForm::Direct => 0.0,
+        ScaleForm::Inverse => scheme.scale_storage().round(0.0)?,
+    };
+    Ok(Fitted::one(scale, coder))
 }
 
 /// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is row `first_row` of the matrix.

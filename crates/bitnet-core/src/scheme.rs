@@ -355,6 +355,7 @@ impl ScaleStorage {
     }
 
     /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32 scales have none: both are the same).
+    /// A scale that is too small for the type becomes 0, and the granule then holds only zeros; one that is too large is an error.
     ///
     /// # Errors
     /// [`Error::Scheme`] if the type cannot hold it.
@@ -365,7 +366,15 @@ impl ScaleStorage {
             ScaleForm::Inverse if scale == 0.0 => f64::from(Self::DEAD_INVERSE),
             ScaleForm::Inverse => scale.recip(),
         };
-        let nearest = self.dtype.round(exact as f32);
+        let mut nearest = self.dtype.round(exact as f32);
+        if self.form == ScaleForm::Inverse && nearest.is_infinite() {
+            // The inverse of a tiny scale: the largest number of the type stands for the smallest scale there is.
+            nearest = match self.dtype {
+                ScaleDtype::F32 => f32::MAX,
+                ScaleDtype::F16 => half::f16::MAX.to_f32(),
+                ScaleDtype::Bf16 => half::bf16::MAX.to_f32(),
+            };
+        }
         let other = match self.dtype {
             ScaleDtype::F32 => nearest,
             ScaleDtype::F16 | ScaleDtype::Bf16 => {

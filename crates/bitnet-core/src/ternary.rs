@@ -174,8 +174,9 @@ pub(crate) fn above(ops: &impl Ops, offset: usize, w: &[f32], importance: Option
 /// With `Key::Magnitude` one level serves the weights above the cut and 0 the rest; with `Key::Signed` each side has its own level. Both
 /// are one-dimensional clustering, so the best cut is half-way between the levels it makes: a fixed point of
 /// `T(t) = (mean above t + level below t) / 2`. Means of upper and lower parts grow with the cut, hence T grows too, and iterating it from
-/// below all weights and from above all weights closes in on the least and on the greatest fixed point. What remains in between is
-/// sorted and tried one by one, so the result is exact; no comparison sort of everything is needed.
+/// below all weights and from above all weights closes in on the least and on the greatest fixed point. If many keys remain in between,
+/// one more pass finds the parts of the bracket that can hold a fixed point at all. What is left is sorted and tried one by one, so the
+/// result is exact, and memory holds about 2^20 keys, or those of one narrow part.
 pub(crate) fn best_cut<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -200,17 +201,17 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
     let below = |a: Above| Above { count: all.count.saturating_sub(a.count), weight: all.weight - a.weight, sum: all.sum - a.sum };
     let level_below = |a: Above| match key {
         Key::Magnitude => 0.0,
-        Key::Signed if a.count == all.count => f64::from(moments.min),
+        Key::Signed if below(a).weight <= 0.0 || a.count == all.count => f64::from(moments.min),
         Key::Signed => below(a).mean(),
     };
     let level_above = |a: Above| if a.weight > 0.0 { a.mean() } else { f64::from(moments.max.max(moments.max_abs())) };
+    let middle = |a: Above| ((level_above(a) + level_below(a)) / 2.0) as f32;
     let enough = (moments.count / 64).max(8);
     let (mut a, mut b) = pass(low, high)?;
     for _ in 0..32 {
         if a.count - b.count <= enough {
             break;
         }
-        let middle = |a: Above| ((level_above(a) + level_below(a)) / 2.0) as f32;
         // Rounding to f32 may step over a fixed point by half an ulp; one ulp of slack keeps it inside.
         let (next_low, next_high) = (middle(a).next_down().max(low), middle(b).next_up().min(high));
         if next_low <= low && next_high >= high {
@@ -219,45 +220,132 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
         (low, high) = (next_low, next_high.max(next_low));
         (a, b) = pass(low, high)?;
     }
-    // `b` lies above the bracket; go down through it one distinct key at a time.
-    let mut inside = granule.fold(
-        |i, w| {
-            let mut keys = Vec::new();
-            match importance {
-                None => keys.extend(w.iter().map(|&w| (key.of(w), 1.0f32)).filter(|&(u, _)| low < u && u <= high)),
-                Some(h) => h.rows(
-                    i,
-                    w,
-                    |w, h| w.iter().zip(h).map(|(&w, &h)| (key.of(w), h)).filter(|&(u, _)| low < u && u <= high).collect::<Vec<_>>(),
-                    |part| keys.extend(part),
-                ),
+    let share = |a: Above| if a.weight > 0.0 { a.sum * a.sum / a.weight } else { 0.0 };
+    let gain = |a: Above| match key {
+        Key::Magnitude => share(a),
+        Key::Signed => share(a) + share(below(a)),
+    };
+    let mut best = (high, b, gain(b));
+    // Brackets that may hold the best cut, with what lies above each.
+    let mut brackets = vec![(low, high, b, a.count - b.count, 0)];
+    while let Some((low, high, above, count, depth)) = brackets.pop() {
+        if gain(above) > best.2 {
+            best = (high, above, gain(above));
+        }
+        if count == 0 {
+            continue;
+        }
+        if count > MOST_SORTED && depth < 4 {
+            brackets.extend(
+                narrow(granule, importance, key, (low, high, above), &middle)?.into_iter().map(|(l, h, a, n)| (l, h, a, n, depth + 1)),
+            );
+            continue;
+        }
+        let mut inside = keys_inside(granule, importance, key, low, high)?;
+        inside.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
+        // Go down one distinct key at a time.
+        let mut kept = above;
+        let mut i = 0;
+        while i < inside.len() {
+            let u = inside[i].0;
+            while i < inside.len() && inside[i].0 == u {
+                let h = f64::from(inside[i].1);
+                kept = Above { count: kept.count + 1, weight: kept.weight + h, sum: kept.sum + h * f64::from(u) };
+                i += 1;
             }
+            if gain(kept) > best.2 {
+                best = (inside.get(i).map_or(low, |next| next.0), kept, gain(kept));
+            }
+        }
+    }
+    Ok((best.0, best.1))
+}
+
+/// Keys that are sorted at a time: 8 MiB of them.
+const MOST_SORTED: u64 = 1 << 20;
+/// Parts that a bracket with more keys is cut into.
+const PARTS: usize = 4096;
+
+/// The keys in `(low, high]` with their importance.
+fn keys_inside<G: Granule + ?Sized>(
+    granule: &G,
+    importance: Option<Importance<'_>>,
+    key: Key,
+    low: f32,
+    high: f32,
+) -> Result<Vec<(f32, f32)>, G::Error> {
+    granule.fold(
+        |offset, w| {
+            let mut keys = vec![];
+            each_key(offset, w, importance, key, |u, h| {
+                if low < u && u <= high {
+                    keys.push((u, h));
+                }
+            });
             keys
         },
         |mut a, b| {
             a.extend(b);
             a
         },
-    )?;
-    inside.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
-    let share = |a: Above| if a.weight > 0.0 { a.sum * a.sum / a.weight } else { 0.0 };
-    let gain = |a: Above| match key {
-        Key::Magnitude => share(a),
-        Key::Signed => share(a) + share(below(a)),
-    };
-    let mut kept = b;
-    let mut best = (high, kept, gain(kept));
-    let mut i = 0;
-    while i < inside.len() {
-        let u = inside[i].0;
-        while i < inside.len() && inside[i].0 == u {
-            let h = f64::from(inside[i].1);
-            kept = Above { count: kept.count + 1, weight: kept.weight + h, sum: kept.sum + h * f64::from(u) };
-            i += 1;
-        }
-        if gain(kept) > best.2 {
-            best = (inside.get(i).map_or(low, |next| next.0), kept, gain(kept));
-        }
+    )
+}
+
+/// Calls `f` with the key and the importance of each weight.
+fn each_key(offset: usize, w: &[f32], importance: Option<Importance<'_>>, key: Key, mut f: impl FnMut(f32, f32)) {
+    match importance {
+        None => w.iter().for_each(|&w| f(key.of(w), 1.0)),
+        Some(h) => h.rows(offset, w, |w, h| w.iter().zip(h).for_each(|(&w, &h)| f(key.of(w), h)), drop),
     }
-    Ok((best.0, best.1))
+}
+
+/// A bracket, what lies above it, and the number of keys in it.
+type Bracket = (f32, f32, Above, u64);
+
+/// The parts of a bracket that may hold a fixed point, by one pass that sums each part. `middle` is T of what lies above a cut; as T grows
+/// with the cut, a part can hold a fixed point only if it meets the values of T between its two ends.
+fn narrow<G: Granule + ?Sized>(
+    granule: &G,
+    importance: Option<Importance<'_>>,
+    key: Key,
+    (low, high, above): (f32, f32, Above),
+    middle: &impl Fn(Above) -> f32,
+) -> Result<Vec<Bracket>, G::Error> {
+    let edge = |i: usize| (f64::from(low) + (f64::from(high) - f64::from(low)) * i as f64 / PARTS as f64) as f32;
+    let edges: Vec<f32> = (0..=PARTS).map(|i| if i == PARTS { high } else { edge(i) }).collect();
+    let width = (f64::from(high) - f64::from(low)) / PARTS as f64;
+    let parts = granule.fold(
+        |offset, w| {
+            let mut parts = vec![Above::default(); PARTS];
+            each_key(offset, w, importance, key, |u, h| {
+                if low < u && u <= high {
+                    // Part i holds the keys in (edges[i], edges[i + 1]]; the division may be off by one.
+                    let mut i = (((f64::from(u) - f64::from(low)) / width) as usize).min(PARTS - 1);
+                    while i > 0 && u <= edges[i] {
+                        i -= 1;
+                    }
+                    while i + 1 < PARTS && u > edges[i + 1] {
+                        i += 1;
+                    }
+                    parts[i] = parts[i].then(Above { count: 1, weight: f64::from(h), sum: f64::from(h) * f64::from(u) });
+                }
+            });
+            parts
+        },
+        |mut a, b| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a = a.then(b));
+            a
+        },
+    )?;
+    let mut found = vec![];
+    let mut over = above;
+    for i in (0..PARTS).rev() {
+        let with = over.then(parts[i]);
+        let (least, most) = (middle(with).next_down(), middle(over).next_up());
+        if least <= edges[i + 1] && most >= edges[i] {
+            found.push((edges[i], edges[i + 1], over, parts[i].count));
+        }
+        over = with;
+    }
+    Ok(found)
 }

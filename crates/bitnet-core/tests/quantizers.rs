@@ -172,7 +172,8 @@ proptest! {
         let (got, expected) = (weighted_error(&w, &ones, &m), brute_force_optimal(&w, &ones));
         prop_assert!(got <= expected + 1e-6 * signal, "{got} > {expected}");
         let mut random = Random(seed);
-        let h: Vec<f32> = w.iter().map(|_| random.uniform() as f32).collect();
+        let h: Vec<f32> = w.iter().map(|_| if random.uniform() < 0.2 { 0.0 } else { random.uniform() as f32 }).collect();
+        prop_assume!(h.iter().any(|&h| h > 0.0));
         let m = quantize(&Scalar, &w, 1, w.len(), &Scheme::ternary(Threshold::Optimal), Some(&h)).unwrap();
         let (got, expected) = (weighted_error(&w, &h, &m), brute_force_optimal(&w, &h));
         prop_assert!(got <= expected + 1e-6 * signal, "with importance: {got} > {expected}");
@@ -184,6 +185,26 @@ proptest! {
         let signal: f64 = w.iter().map(|&w| f64::from(w).powi(2)).sum();
         let got = weighted_error(&w, &vec![1.0; w.len()], &m);
         let expected = brute_force_two_levels(&w);
+        prop_assert!(got <= expected + 1e-5 * signal, "{got} > {expected}");
+    }
+
+    #[test]
+    fn two_free_levels_with_importance_equal_brute_force(w in weights(), seed in any::<u64>()) {
+        let mut random = Random(seed);
+        // A third of the columns do not count at all.
+        let h: Vec<f32> = w.iter().map(|_| if random.uniform() < 0.33 { 0.0 } else { random.uniform() as f32 }).collect();
+        prop_assume!(h.iter().any(|&h| h > 0.0));
+        let m = quantize(&Scalar, &w, 1, w.len(), &Scheme::binary(BinarySplit::Optimal), Some(&h)).unwrap();
+        let mut order: Vec<usize> = (0..w.len()).collect();
+        order.sort_by(|&a, &b| w[a].total_cmp(&w[b]));
+        let part = |part: &[usize]| {
+            let weight: f64 = part.iter().map(|&i| f64::from(h[i])).sum();
+            let mean = part.iter().map(|&i| f64::from(h[i]) * f64::from(w[i])).sum::<f64>() / weight.max(1e-300);
+            part.iter().map(|&i| f64::from(h[i]) * (f64::from(w[i]) - mean).powi(2)).sum::<f64>()
+        };
+        let expected = (0..=w.len()).map(|k| part(&order[..k]) + part(&order[k..])).fold(f64::INFINITY, f64::min);
+        let signal: f64 = w.iter().zip(&h).map(|(&w, &h)| f64::from(h) * f64::from(w).powi(2)).sum();
+        let got = weighted_error(&w, &h, &m);
         prop_assert!(got <= expected + 1e-5 * signal, "{got} > {expected}");
     }
 
@@ -480,4 +501,60 @@ fn selected_rows_take_their_scales_along() {
             assert_eq!(turned, [&back[8..], &back[..8]].concat(), "{scheme:?} {granularity}");
         }
     }
+}
+
+#[test]
+fn optimal_is_exact_where_two_fixed_points_hold_most_of_many_weights() {
+    // Nine tenths near 1, one tenth near 3: cuts below 1 and near 2 are both fixed points, with most keys in between.
+    let w = samples(1 << 22, |r| if r.uniform() < 0.9 { 1.0 + 0.2 * r.normal() } else { 3.0 + 0.2 * r.normal() });
+    let m = run(&w, w.len(), &Scheme::ternary(Threshold::Optimal));
+    let mut sorted: Vec<f64> = w.iter().map(|w| f64::from(w.abs())).collect();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let (mut sum, mut best) = (0.0, (0.0, 0));
+    for (i, w) in sorted.iter().enumerate() {
+        sum += w;
+        let gain = sum * sum / (i + 1) as f64;
+        if gain > best.0 {
+            best = (gain, i + 1);
+        }
+    }
+    let kept = m.values.iter().filter(|&&q| q != 0).count();
+    assert!(kept.abs_diff(best.1) <= 1, "{kept} kept, the best is {}", best.1);
+}
+
+#[test]
+fn a_scale_too_small_for_its_type_makes_zeros_and_nothing_else() {
+    let tiny = [1e-9f32, -1e-9, 0.0, 1e-9];
+    for scheme in [Scheme::ternary(Threshold::Absmean), Scheme::ternary(Threshold::Optimal), Scheme::planes(2), Scheme::int(4)] {
+        let m = run(&tiny, 4, &scheme.with_scale_dtype(ScaleDtype::F16));
+        assert!(m.values.iter().all(|&q| q == 0) && m.scales.iter().all(|&s| s == 0.0), "{scheme:?}: {m:?}");
+    }
+    let row = [0.01f32, 0.01 + 1e-9, 0.01, 0.01];
+    for split in [BinarySplit::Mean, BinarySplit::Optimal] {
+        let back = run(&row, 4, &Scheme::binary(split).with_scale_dtype(ScaleDtype::F16)).dequantize();
+        assert!(back.iter().all(|v| (v - 0.01).abs() < 1e-5), "{split}: {back:?}");
+    }
+    let inverse = Scheme { scale_form: ScaleForm::Inverse, ..Scheme::ternary(Threshold::Absmean).with_scale_dtype(ScaleDtype::F16) };
+    let m = run(&tiny, 4, &inverse);
+    assert!(inverse.scale_storage().to_stored(m.scales[0]).is_finite() && m.scales[0] > 0.0);
+}
+
+#[test]
+fn no_reconstruction_is_infinite() {
+    let w = [f32::MAX, -f32::MAX, 1.0, 0.0];
+    for mapping in [Mapping::Symmetric, Mapping::Asymmetric] {
+        for bits in [2, 3, 4, 8] {
+            let scheme = Scheme { method: Method::Int { bits, mapping, clip: Clip::None }, ..Scheme::int(bits) };
+            assert!(run(&w, 4, &scheme).dequantize().iter().all(|v| v.is_finite()), "{bits} bits {mapping}");
+        }
+    }
+}
+
+#[test]
+fn zeros_under_a_zero_scale_stay_zeros_in_a_coarser_granularity() {
+    // As another writer may store it: codes that are not 0 under a scale that is.
+    let spec = bitnet_core::MatrixSpec::new(1, 4, bitnet_core::Precision::Ternary, Granularity::Group(2));
+    let m = Matrix { spec, values: vec![1, -1, -1, -1], scales: vec![1.0, 0.0], zero_points: vec![] };
+    let merged = m.clone().with_granularity(Granularity::Tensor).unwrap();
+    assert_eq!(merged.dequantize(), [1.0, -1.0, 0.0, 0.0]);
 }
