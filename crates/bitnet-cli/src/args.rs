@@ -30,10 +30,40 @@ pub(crate) enum Command {
     Dequantize(DequantizeArgs),
     /// What was lost, tensor by tensor.
     Compare(CompareArgs),
-    /// Check every byte against its checksum.
+    /// Check tensors, metadata and the files beside them against their checksums.
     Verify(VerifyArgs),
     /// Quantize the built-in model in several ways and print bits against error.
     Demo(DemoArgs),
+}
+
+/// What is read.
+#[derive(Debug, Args)]
+pub(crate) struct InputArgs {
+    /// The checkpoint: a .safetensors file, a folder with config.json, or a .gguf.
+    #[arg(value_name = "IN")]
+    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// What a file may leave open.
+#[derive(Debug, Args)]
+pub(crate) struct OpenArgs {
+    /// Order of codes in I2_S tensors that another program wrote, which the file does not say: i2_s, i2_s-g64, i2_s-x4.
+    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
+    i2s_order: String,
+}
+
+impl OpenArgs {
+    pub(crate) fn open(&self, path: &std::path::Path) -> bitnet_formats::Result<bitnet_formats::Source> {
+        bitnet_formats::Source::open_with(path, &bitnet_formats::source::OpenOptions { i2s_layout: self.i2s_order.clone() })
+    }
+}
+
+impl InputArgs {
+    pub(crate) fn open(&self) -> bitnet_formats::Result<bitnet_formats::Source> {
+        self.open.open(&self.input)
+    }
 }
 
 /// Where the result goes and how the job runs.
@@ -55,9 +85,8 @@ pub(crate) struct JobArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct QuantizeArgs {
-    /// The checkpoint.
-    #[arg(value_name = "IN")]
-    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) input: InputArgs,
     #[command(flatten)]
     pub(crate) job: JobArgs,
     /// Recipe in TOML; flags count more than it.
@@ -155,9 +184,8 @@ fn parse_limit(s: &str) -> Result<f64, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// The checkpoint.
-    #[arg(value_name = "FILE")]
-    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) input: InputArgs,
     /// Read headers only: no findings about weights.
     #[arg(long)]
     pub(crate) headers: bool,
@@ -165,9 +193,8 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
-    /// The checkpoint.
-    #[arg(value_name = "IN")]
-    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) input: InputArgs,
     #[command(flatten)]
     pub(crate) job: JobArgs,
     /// Container: safetensors, hf-bitnet, gguf. Default: by the ending of --out.
@@ -179,16 +206,12 @@ pub(crate) struct ConvertArgs {
     /// Scale convention of hf-bitnet: bitlinear or autobitlinear.
     #[arg(long, value_name = "CLASS")]
     pub(crate) linear_class: Option<LinearClass>,
-    /// Order of codes in I2_S tensors of the input, which the file does not say: i2_s, i2_s-g64, i2_s-x4.
-    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
-    pub(crate) i2s_order: String,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct DequantizeArgs {
-    /// The checkpoint.
-    #[arg(value_name = "IN")]
-    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) input: InputArgs,
     #[command(flatten)]
     pub(crate) job: JobArgs,
     /// Type of the floats: f32, f16, bf16.
@@ -202,6 +225,8 @@ pub(crate) struct CompareArgs {
     pub(crate) original: PathBuf,
     /// The checkpoint after.
     pub(crate) quantized: PathBuf,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
     /// Fail (exit 1) where a tensor's SQNR is below this many dB.
     #[arg(long, value_name = "DB", allow_negative_numbers = true, value_parser = parse_limit)]
     pub(crate) min_sqnr: Option<f64>,
@@ -221,9 +246,8 @@ pub(crate) struct CompareArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
-    /// The file or folder.
-    #[arg(value_name = "FILE")]
-    pub(crate) input: PathBuf,
+    #[command(flatten)]
+    pub(crate) input: InputArgs,
 }
 
 #[derive(Debug, Args)]

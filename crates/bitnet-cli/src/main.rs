@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             Ok(()) if answer == Answer::Yes => ExitCode::SUCCESS,
             Ok(()) => ExitCode::from(1),
             // Whoever reads our output has seen enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::from(u8::from(answer == Answer::No)),
             Err(error) => fail(&error.into()),
         },
         Err(error) => fail(&error),
@@ -59,7 +59,7 @@ fn usage(error: &clap::Error) -> anyhow::Error {
 fn fail(error: &anyhow::Error) -> ExitCode {
     let interrupted = matches!(error.downcast_ref(), Some(bitnet_quant::Error::Interrupted));
     // The messages of the crates hold their causes already; a chain would say everything twice.
-    let line = error.to_string().replace('\n', " ");
+    let line = print::printable(&error.to_string().replace('\n', " "));
     let _ = writeln!(std::io::stderr(), "error: {line}");
     ExitCode::from(if interrupted { 130 } else { 2 })
 }

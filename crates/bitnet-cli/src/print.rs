@@ -16,7 +16,7 @@ impl Output {
 
     /// A line for people.
     pub(crate) fn line(&mut self, line: impl AsRef<str>) {
-        self.text += line.as_ref().trim_end();
+        self.text += printable(line.as_ref().trim_end()).as_str();
         self.text.push('\n');
     }
 
@@ -42,6 +42,11 @@ impl Output {
     }
 }
 
+/// Control characters as escapes: names come from files, and must not steer a terminal.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
 /// Rows of cells; the first column is aligned left, the others right.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
@@ -53,7 +58,7 @@ impl Table {
     }
 
     pub(crate) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
+        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     fn lines(&self) -> Vec<String> {

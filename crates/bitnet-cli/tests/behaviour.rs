@@ -107,7 +107,9 @@ fn a_truncated_or_longer_file_is_damaged() {
     let good = dir.read("out.safetensors");
     for len in [0, 5, 8, 100, good.len() / 2, good.len() - 1] {
         dir.write("bad.safetensors", &good[..len]);
-        dir.run(&["verify", "bad.safetensors"]).is(1);
+        // Too short to tell that it was one of ours: bad input, not a damaged file.
+        let ours = good[..len].windows(15).any(|w| w == b"bitnet.document");
+        dir.run(&["verify", "bad.safetensors"]).is(if ours { 1 } else { 2 });
         dir.refuses(&["inspect", "bad.safetensors"], &["bad.safetensors"]);
     }
     dir.write("bad.safetensors", [good, vec![0]].concat());

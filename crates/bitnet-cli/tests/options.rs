@@ -62,7 +62,7 @@ fn an_unknown_flag_or_command() {
     dir.refuses(&["dequantize", "in.safetensors"], &["--out"]);
     dir.refuses(&["quantize", "--out", "out.safetensors"], &["<IN>"]);
     dir.refuses(&["compare", "in.safetensors"], &["<QUANTIZED>"]);
-    dir.refuses(&["verify"], &["<FILE>"]);
+    dir.refuses(&["verify"], &["<IN>"]);
     dir.refuses(&["compare", "in.safetensors", "in.safetensors", "--min-sqnr", "many"], &["--min-sqnr", "many"]);
     dir.refuses(&["compare", "in.safetensors", "in.safetensors", "--max-mse", "nan"], &["--max-mse", "nan"]);
     dir.refuses(&["convert", "in.safetensors", "--out", "o.safetensors", "--i2s-order", "i2"], &["--i2s-order", "i2_s-g64"]);

@@ -169,20 +169,32 @@ impl Matrix {
     /// # Panics
     /// If `row ≥ N` or `out.len() != K`.
     pub fn dequantize_row_into(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.spec.cols, "a row of {} columns", self.spec.cols);
+        self.dequantize_part_into(row, 0, out);
+    }
+
+    /// Dequantizes the columns of row `row` from `first` on into `out`, as [`Matrix::dequantize_row_into`] does.
+    ///
+    /// # Panics
+    /// If `row ≥ N` or `first + out.len() > K`.
+    pub fn dequantize_part_into(&self, row: usize, first: usize, out: &mut [f32]) {
         let spec = &self.spec;
-        assert!(row < spec.rows && out.len() == spec.cols, "row {row} of {} into {} of {} columns", spec.rows, out.len(), spec.cols);
+        assert!(row < spec.rows && first + out.len() <= spec.cols, "row {row} of {}, column {first} of {}", spec.rows, spec.cols);
+        let width = spec.granule_cols();
         for plane in 0..spec.planes {
-            let start = (plane * spec.rows + row) * spec.cols;
-            let values = &self.values[start..start + spec.cols];
-            let width = spec.granule_cols();
-            for (granule, (out, values)) in out.chunks_mut(width).zip(values.chunks(width)).enumerate() {
-                let index = spec.scale_index(plane, row, granule * width);
+            let values = &self.values[(plane * spec.rows + row) * spec.cols + first..][..out.len()];
+            let mut at = 0;
+            while at < out.len() {
+                let column = first + at;
+                let end = (at + width - column % width).min(out.len());
+                let index = spec.scale_index(plane, row, column);
                 let scale = self.scales[index];
                 let zero = self.zero_points.get(index).copied().unwrap_or(0.0);
-                for (out, &value) in out.iter_mut().zip(values) {
+                for (out, &value) in out[at..end].iter_mut().zip(&values[at..end]) {
                     let term = scale * (f32::from(value) - zero);
                     *out = if plane == 0 { term } else { *out + term };
                 }
+                at = end;
             }
         }
     }

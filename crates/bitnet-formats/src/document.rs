@@ -2,6 +2,8 @@
 //!
 //! It is JSON under the key [`KEY`], in `__metadata__` of safetensors and among the keys of GGUF. docs/formats.md specifies it.
 
+use crate::gguf;
+use crate::output::Container;
 use bitnet_core::{MatrixSpec, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,6 +28,10 @@ pub struct Document {
     pub tensors: BTreeMap<String, Packed>,
     /// xxh3-128 of the bytes of each stored tensor, 32 hex digits, by stored name.
     pub checksums: BTreeMap<String, String>,
+    /// xxh3-128 of each file that the writer put beside this one (config.json, tokenizer), by name.
+    pub files: BTreeMap<String, String>,
+    /// xxh3-128 of the container's own metadata, the document excepted: [`metadata_checksum`].
+    pub metadata: String,
     /// xxh3-128 over all the rest of the document and over name, type and shape of each stored tensor, by name.
     pub digest: String,
 }
@@ -72,6 +78,33 @@ impl Document {
     }
 }
 
+/// xxh3-128 of a container's own metadata, the document excepted.
+///
+/// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key. Of GGUF: the header of a file that has these
+/// keys, in file order, and no tensors.
+///
+/// # Errors
+/// [`gguf::Error`] for keys that no GGUF can have.
+pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
+    match container {
+        Container::Safetensors(metadata) => {
+            let mut pairs: Vec<_> = metadata.iter().filter(|(k, _)| k != KEY).collect();
+            pairs.sort();
+            let mut sum = Checksum::default();
+            for (key, value) in pairs {
+                sum.update(format!("{key}\0{value}\0").as_bytes());
+            }
+            Ok(sum.hex())
+        }
+        Container::Gguf(metadata) => {
+            let own: Vec<_> = metadata.iter().filter(|(k, _)| k != KEY).cloned().collect();
+            let alignment = own.iter().find(|(k, _)| k == gguf::ALIGNMENT_KEY).and_then(|(_, v)| v.as_u64());
+            let alignment = alignment.and_then(|a| u32::try_from(a).ok()).unwrap_or(gguf::DEFAULT_ALIGNMENT);
+            Ok(checksum(&gguf::encode_header(&own, &[], alignment)?.bytes))
+        }
+    }
+}
+
 /// xxh3-128 of `bytes` as 32 hex digits.
 pub fn checksum(bytes: &[u8]) -> String {
     format!("{:032x}", xxh3_128(bytes))
@@ -96,5 +129,22 @@ impl Checksum {
 impl std::fmt::Debug for Checksum {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Checksum").field(&self.hex()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The example of docs/formats.md, whose numbers come from Python's xxhash.
+    #[test]
+    fn the_digest_of_the_example_in_the_docs() {
+        let docs = include_str!("../../../docs/formats.md");
+        let text = docs.lines().find(|line| line.starts_with(r#"{"version":1,"#)).unwrap();
+        let document: Document = serde_json::from_str(text).unwrap();
+        let metadata = Container::Safetensors(vec![("format".into(), "pt".into()), (KEY.into(), text.into())]);
+        assert_eq!(metadata_checksum(&metadata).unwrap(), document.metadata);
+        let digest = document.compute_digest([("w_packed", "U8".to_string(), &[4usize, 75][..])].into_iter());
+        assert!(docs.contains(&format!("`{digest}`")), "{digest}");
     }
 }

@@ -88,6 +88,10 @@ impl BitnetConfig {
                 return Err(Error::config(path, "quantization_config.quantization_mode", "offline or online", format!("'{other}'")));
             }
         };
+        if quantization.get("use_rms_norm").is_some_and(|v| v.as_bool() != Some(false) && !v.is_null()) {
+            let got = quantization["use_rms_norm"].to_string();
+            return Err(Error::config(path, "quantization_config.use_rms_norm", "false: the extra norm is not supported yet", got));
+        }
         Ok(Some(Self { linear_class, mode }))
     }
 

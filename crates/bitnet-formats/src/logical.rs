@@ -142,8 +142,24 @@ pub(crate) fn tensors(source: &Source, options: &OpenOptions) -> Result<Vec<Tens
             found.push((i, Tensor { name: stored.name.clone(), shape: stored.shape.clone(), content }));
         }
     }
+    if source.bitnet.is_some_and(|b| b.mode == Mode::Offline && !b.linear_class.is_reciprocal()) {
+        refuse_biases(source, &found)?;
+    }
     found.sort_by_key(|(first, _)| *first);
     Ok(found.into_iter().map(|(_, tensor)| tensor).collect())
+}
+
+/// `autobitlinear` multiplies the bias by the scale too, so a bias there is not the bias of the layer. Nothing here knows how to say that in
+/// another container.
+fn refuse_biases(source: &Source, found: &[(usize, Tensor)]) -> Result<()> {
+    for (_, tensor) in found.iter().filter(|(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.name() == "hf-bitnet")) {
+        let bias = tensor.name.strip_suffix("weight").and_then(|layer| source.find_stored(&format!("{layer}bias")));
+        if let Some(bias) = bias {
+            let expected = "no bias beside a packed weight: linear_class autobitlinear scales it too, which is not supported";
+            return Err(Error::tensor(source.file_of(bias), &source.stored[bias].name, expected, "one"));
+        }
+    }
+    Ok(())
 }
 
 /// A packed weight with a scale, but nothing that says by which convention.
@@ -204,6 +220,16 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
     let path = source.file_of(q.packed);
     q.spec.validate().map_err(Error::matrix(path, name))?;
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
+    let expected = match source.kind {
+        Kind::Gguf => ggml_type_of(q.layout.name()).map(StoredType::Ggml),
+        Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
+    };
+    let got = source.stored[q.packed].dtype;
+    if expected != Some(got) {
+        let expected = expected
+            .map_or_else(|| "a layout that GGUF has".into(), |t| format!("type {t}, in which layout {} is stored", q.layout.name()));
+        return Err(Error::tensor(path, name, expected, format!("{got}: another program has changed the file")));
+    }
     let got = source.stored[q.packed].len;
     let fits = match q.layout.packed_len(&q.spec) {
         PackedLen::Exact(n) => got == n as u64,
@@ -324,7 +350,7 @@ pub fn ggml_type_of(layout: &str) -> Option<GgmlType> {
         "q1_0" => Some(GgmlType::Q1_0),
         "q8_0" => Some(GgmlType::Q8_0),
         "q4_0" => Some(GgmlType::Q4_0),
-        "i2_s" => Some(GgmlType::I2S),
+        "i2_s" | "i2_s-g64" | "i2_s-x4" => Some(GgmlType::I2S),
         _ => None,
     }
 }

@@ -30,6 +30,15 @@ pub enum Container {
     Gguf(Vec<(String, gguf::Value)>),
 }
 
+/// What happens to a target that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It is an error.
+    Refuse,
+    /// It is replaced when the new one is complete.
+    Replace,
+}
+
 /// A tensor to be written.
 #[derive(Debug, Clone)]
 pub struct OutTensor {
@@ -134,6 +143,8 @@ impl Writer {
         let blank = "0".repeat(32);
         layout.document.checksums = layout.tensors.iter().map(|t| (t.name.clone(), blank.clone())).collect();
         layout.document.digest = blank;
+        layout.document.metadata =
+            document::metadata_checksum(&layout.container).map_err(|source| Error::Gguf { path: target.to_path_buf(), source })?;
         let (header_len, offsets, tail) = place(target, &layout)?;
         let create = |path: &Path| {
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(Error::io(path, "create"))
@@ -313,15 +324,15 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Tensor`] if a tensor is missing.
-    pub fn finish(mut self) -> Result<u64> {
-        let result = self.complete();
+    pub fn finish(mut self, existing: Existing) -> Result<u64> {
+        let result = self.complete(existing);
         if result.is_err() {
             self.abandon();
         }
         result
     }
 
-    fn complete(&mut self) -> Result<u64> {
+    fn complete(&mut self, existing: Existing) -> Result<u64> {
         let mut document = self.layout.document.clone();
         let mut tensors = self.layout.tensors.clone();
         for (index, tensor) in tensors.iter_mut().enumerate() {
@@ -351,7 +362,7 @@ impl Writer {
         self.file.set_len(len).map_err(Error::io(&self.partial, "write"))?;
         self.file.sync_all().map_err(Error::io(&self.partial, "write"))?;
         self.journal.flush().map_err(Error::io(&self.journal_path, "write"))?;
-        fs::rename(&self.partial, &self.target).map_err(Error::io(&self.target, "rename to"))?;
+        place_file(&self.partial, &self.target, existing).map_err(Error::io(&self.target, "rename to"))?;
         fs::remove_file(&self.journal_path).map_err(Error::io(&self.journal_path, "remove"))?;
         Ok(len)
     }
@@ -360,6 +371,21 @@ impl Writer {
     pub fn abandon(self) {
         let _ = fs::remove_file(&self.partial);
         let _ = fs::remove_file(&self.journal_path);
+    }
+}
+
+/// Gives a finished file its name.
+fn place_file(from: &Path, to: &Path, existing: Existing) -> std::io::Result<()> {
+    if existing == Existing::Replace {
+        return fs::rename(from, to);
+    }
+    // A link is refused where the name is taken meanwhile; a rename would replace what is there.
+    match fs::hard_link(from, to) {
+        Ok(()) => fs::remove_file(from),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(error),
+        // A file system without links.
+        Err(_) if !to.exists() => fs::rename(from, to),
+        Err(error) => Err(error),
     }
 }
 
@@ -391,9 +417,10 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
             }
             let mut worst = tensors.clone();
             let mut end = tail;
+            let bound = tail + tensors.iter().map(|t| t.len.bound() as u64).sum::<u64>();
             let mut worst_offsets = vec![];
             for (tensor, offset) in worst.iter_mut().zip(&offsets) {
-                worst_offsets.push(offset.unwrap_or(tail + tensors.iter().map(|t| t.len.bound() as u64).sum::<u64>()));
+                worst_offsets.push(offset.unwrap_or(bound));
                 if offset.is_none() {
                     end += tensor.len.bound() as u64;
                     tensor.shape = vec![tensor.len.bound()];

@@ -8,6 +8,7 @@ use crate::dtype::StoredType;
 use crate::gguf;
 use crate::hf::{BitnetConfig, Mode, Verdict, judge_scales};
 use crate::logical::{self, Content, Quantized, Scales, Tensor};
+use crate::output::Container;
 use crate::safetensors::Header;
 use crate::{Error, Result};
 use bitnet_core::{Matrix, ZeroPoints};
@@ -101,6 +102,8 @@ pub struct Source {
     pub document: Option<Document>,
     /// `quantization_config`, if the folder has one.
     pub bitnet: Option<BitnetConfig>,
+    /// What was assumed where the files do not say it, each a sentence for a person.
+    pub notes: Vec<String>,
     /// Index of each stored tensor by name, and of each of the model's.
     names: (HashMap<String, usize>, HashMap<String, usize>),
 }
@@ -131,6 +134,7 @@ impl Source {
             gguf: vec![],
             document: None,
             bitnet: None,
+            notes: vec![],
             names: Default::default(),
         };
         if meta.is_dir() {
@@ -152,6 +156,12 @@ impl Source {
         }
         source.read_document()?;
         source.tensors = logical::tensors(&source, options)?;
+        let foreign = source.document.is_none() && source.stored.iter().any(|s| s.dtype == StoredType::Ggml(gguf::GgmlType::I2S));
+        if foreign {
+            source
+                .notes
+                .push(format!("I2_S codes are read in the order {}: the file does not say which of three it is", options.i2s_layout));
+        }
         source.names.1 = source.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         source.check_scales()?;
         Ok(source)
@@ -184,6 +194,10 @@ impl Source {
         let file = &self.files[index];
         let header = gguf::Header::read(&file.file, file.len).map_err(|source| Error::Gguf { path: file.path.clone(), source })?;
         self.gguf = header.metadata;
+        let parts = self.gguf.iter().find(|(k, _)| k == "split.count").and_then(|(_, v)| v.as_u64());
+        if let Some(parts) = parts.filter(|&n| n > 1) {
+            return Err(Error::config(&self.files[index].path, "split.count", "1: a GGUF in one file", format!("{parts} parts")));
+        }
         self.stored = header
             .tensors
             .into_iter()
@@ -276,6 +290,14 @@ impl Source {
         Ok(())
     }
 
+    /// The container's own metadata.
+    pub fn container(&self) -> Container {
+        match self.kind {
+            Kind::Gguf => Container::Gguf(self.gguf.clone()),
+            Kind::Safetensors | Kind::Folder => Container::Safetensors(self.metadata.clone()),
+        }
+    }
+
     /// The file that holds a stored tensor.
     pub fn file_of(&self, stored: usize) -> &Path {
         &self.files[self.stored[stored].file].path
@@ -329,13 +351,18 @@ impl Source {
     /// As [`Source::read`], and [`Error::Tensor`] if the type holds no floats.
     pub fn read_floats(&self, stored: usize, range: Range<usize>, bytes: &mut Vec<u8>, out: &mut [f32]) -> Result<()> {
         let tensor = &self.stored[stored];
-        let sizes = (tensor.dtype.bytes(range.start), tensor.dtype.bytes(range.len()));
-        let (Some(start), Some(len)) = sizes else {
-            return Err(Error::tensor(self.file_of(stored), &tensor.name, "elements of whole bytes", tensor.dtype.to_string()));
-        };
-        bytes.resize(len, 0);
-        self.read(stored, start as u64, bytes)?;
-        tensor.dtype.decode(bytes, out).map_err(|e| Error::tensor(self.file_of(stored), &tensor.name, "weights", e))
+        // Piece by piece, so that the scratch stays small beside a long row. A multiple of every block.
+        const PIECE: usize = 1 << 18;
+        for (piece, out) in out[..range.len()].chunks_mut(PIECE).enumerate() {
+            let sizes = (tensor.dtype.bytes(range.start + piece * PIECE), tensor.dtype.bytes(out.len()));
+            let (Some(start), Some(len)) = sizes else {
+                return Err(Error::tensor(self.file_of(stored), &tensor.name, "elements of whole bytes", tensor.dtype.to_string()));
+            };
+            bytes.resize(len, 0);
+            self.read(stored, start as u64, bytes)?;
+            tensor.dtype.decode(bytes, out).map_err(|e| Error::tensor(self.file_of(stored), &tensor.name, "weights", e))?;
+        }
+        Ok(())
     }
 
     /// Reads and unpacks a quantized tensor: values, scales and zero points, all checked.

@@ -18,11 +18,13 @@ use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::ScaleStorage;
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
+pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::Kernels;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -30,6 +32,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+/// Weights that are reconstructed and measured at a time.
+const MEASURED: usize = 1 << 14;
 /// Bytes of one piece of a copied tensor.
 const COPY_BYTES: usize = 4 << 20;
 
@@ -59,15 +63,6 @@ pub struct Options<'a> {
     pub interrupt: &'a AtomicBool,
     /// What happens to a target that exists.
     pub existing: Existing,
-}
-
-/// What happens to a target that exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Existing {
-    /// It is an error.
-    Refuse,
-    /// It is replaced when the new one is complete.
-    Replace,
 }
 
 /// What became of one tensor.
@@ -206,9 +201,9 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         }
     };
     reports.extend(fresh);
-    let file_bytes = writer.finish().map_err(|e| clean(e.into()))?;
+    let file_bytes = writer.finish(options.existing).map_err(|e| clean(e.into()))?;
     if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
-        place_folder(folder, sidecars, target).map_err(clean)?;
+        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
     }
     Ok(Summary { tensors: reports, file_bytes, input_bytes: job.input_bytes(), resumed, elapsed: start.elapsed() })
 }
@@ -227,29 +222,63 @@ fn check_target(job: &Job<'_>, target: &Path, existing: Existing) -> Result<()> 
         if target_path.is_dir() && job.sidecars.is_none() {
             return Err(bitnet_formats::Error::file(target, "a file to replace", "a directory").into());
         }
-        if target_path.is_dir() && !target_path.join("config.json").is_file() {
-            return Err(bitnet_formats::Error::file(target, "a model to replace", "a directory without config.json").into());
+        if target_path.is_dir() && !is_model_folder(&target_path) {
+            let expected = "a model to replace: config.json, weights and files beside them";
+            return Err(bitnet_formats::Error::file(target, expected, "a directory with something else in it").into());
         }
     }
     Ok(())
 }
 
 /// Fills the folder with the other files of the model and gives it its name.
-fn place_folder(folder: &Path, sidecars: &std::collections::BTreeMap<String, Sidecar>, target: &Path) -> Result<()> {
+fn place_folder(folder: &Path, sidecars: &BTreeMap<String, Sidecar>, target: &Path, existing: Existing) -> Result<()> {
+    use bitnet_formats::Error as FileError;
+    // What a killed run of another model left is not part of this one.
+    for entry in fs::read_dir(folder).map_err(FileError::io(folder, "list"))?.filter_map(|e| e.ok()) {
+        if entry.file_name() != "model.safetensors" {
+            fs::remove_file(entry.path()).map_err(FileError::io(&entry.path(), "remove"))?;
+        }
+    }
     for (name, sidecar) in sidecars {
         let path = folder.join(name);
         match sidecar {
             Sidecar::Copy(from) => fs::copy(from, &path).map(drop),
             Sidecar::Bytes(bytes) => fs::write(&path, bytes),
         }
-        .map_err(bitnet_formats::Error::io(&path, "write"))?;
+        .map_err(FileError::io(&path, "write"))?;
     }
-    if target.exists() {
-        // Only reached where the user asked to replace. The old one goes last, when the new one is complete.
-        let removed = if target.is_dir() { fs::remove_dir_all(target) } else { fs::remove_file(target) };
-        removed.map_err(bitnet_formats::Error::io(target, "replace"))?;
+    let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(FileError::io(to, "rename to"));
+    if !target.exists() {
+        return Ok(rename(folder, target)?);
     }
-    Ok(fs::rename(folder, target).map_err(bitnet_formats::Error::io(target, "rename to"))?)
+    if existing == Existing::Refuse {
+        return Err(Error::Exists { path: target.to_path_buf() });
+    }
+    // The old one keeps its bytes until the new one has its name.
+    let mut old = folder.as_os_str().to_os_string();
+    old.push("-replaced");
+    let old = PathBuf::from(old);
+    rename(target, &old)?;
+    if let Err(error) = rename(folder, target) {
+        let _ = fs::rename(&old, target);
+        return Err(error.into());
+    }
+    let removed = if old.is_dir() { fs::remove_dir_all(&old) } else { fs::remove_file(&old) };
+    Ok(removed.map_err(FileError::io(&old, "remove"))?)
+}
+
+/// Whether a folder holds a model and nothing else: files beside a config.json and weights.
+fn is_model_folder(path: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(path) else { return false };
+    let mut weights = false;
+    for entry in entries {
+        let Ok(entry) = entry else { return false };
+        if !entry.path().is_file() {
+            return false;
+        }
+        weights |= entry.file_name().to_string_lossy().ends_with(".safetensors");
+    }
+    weights && path.join("config.json").is_file()
 }
 
 /// What the writer thread is told.
@@ -400,7 +429,14 @@ impl Worker<'_> {
                 let parts: Vec<Result<Vec<u8>>> = window
                     .into_par_iter()
                     .map_init(Scratch::default, |scratch, range| {
+                        let first = range.start * rows.cols;
                         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+                        let lost = scratch.weights.iter().position(|w| w.is_finite() && !to.round(*w).is_finite());
+                        if let Some(i) = lost {
+                            let index = first + i;
+                            let what = format!("weight {index} is {}, which {to} cannot hold", scratch.weights[i]);
+                            return Err(bitnet_core::Error::Scheme(what).into());
+                        }
                         let mut out = vec![];
                         dtype::encode(to, &scratch.weights, &mut out);
                         Ok(out)
@@ -431,7 +467,9 @@ impl Worker<'_> {
         let chunk = pack.layout.and_then(|l| l.chunk_rows(spec)).filter(|_| spec.planes == 1);
         let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
         let fitted: Option<Fitted> = match scheme.granularity {
-            Granularity::Tensor if spec.weights_len() > 0 => Some(fit(&self.options.kernels, &Strips { rows, strip }, scheme, None)?),
+            Granularity::Tensor if spec.weights_len() > 0 => {
+                Some(fit(&self.options.kernels, &Strips { rows, strip, interrupt: self.options.interrupt }, scheme, None)?)
+            }
             _ => None,
         };
         let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
@@ -498,11 +536,15 @@ impl Worker<'_> {
         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
         let cols = pack.spec.cols;
         let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, None)?;
-        scratch.back.resize(scratch.weights.len(), 0.0);
-        for (row, out) in scratch.back.chunks_mut(cols).enumerate() {
-            matrix.dequantize_row_into(row, out);
+        let mut error = ErrorStats::default();
+        scratch.back.resize(cols.min(MEASURED), 0.0);
+        for (row, weights) in scratch.weights.chunks(cols).enumerate() {
+            for (part, weights) in weights.chunks(MEASURED).enumerate() {
+                let back = &mut scratch.back[..weights.len()];
+                matrix.dequantize_part_into(row, part * MEASURED, back);
+                error = error.then(ErrorStats::measure(weights, back));
+            }
         }
-        let error = ErrorStats::measure(&scratch.weights, &scratch.back);
         let mut histogram = CodeHistogram::default();
         histogram.add(&matrix.values);
         let mut packed = vec![];

@@ -10,7 +10,7 @@ use bitnet_formats::document::{self, Document, Packed};
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_formats::logical::ggml_type_of;
 use bitnet_formats::output::{self, Container, OutTensor};
-use bitnet_formats::{Content, Kind, Source, StoredType, Tensor, gguf};
+use bitnet_formats::{Content, Kind, Scales, Source, StoredType, Tensor, gguf};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use xxhash_rust::xxh3::xxh3_128;
@@ -212,8 +212,13 @@ impl<'a> Builder<'a> {
             packed: BTreeMap::new(),
             sidecars: None,
             config: source.config.clone(),
-            notes: vec![],
+            notes: source.notes.clone(),
         };
+        if source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
+            builder.notes.push(
+                "quantization_mode online: the model makes these weights ternary in each forward pass; here they count as floats".into(),
+            );
+        }
         if format == Format::Gguf {
             builder.start_gguf()?;
         } else {
@@ -261,6 +266,9 @@ impl<'a> Builder<'a> {
                     let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
                     let weights = [".safetensors", ".bin", ".gguf", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".index.json"];
                     let ours = [output::PARTIAL, output::JOURNAL];
+                    if path.is_dir() && !name.starts_with('.') && !ours.iter().any(|w| name.ends_with(w)) {
+                        self.notes.push(format!("the folder {name} is not copied"));
+                    }
                     if path.is_file() && !name.starts_with('.') && !weights.iter().chain(&ours).any(|w| name.ends_with(w)) {
                         sidecars.insert(name, Sidecar::Copy(path));
                     }
@@ -270,7 +278,15 @@ impl<'a> Builder<'a> {
                 let shape = |name: &str| source.find_stored(name).map(|i| source.stored[i].shape.clone());
                 self.config = Some(arch::hf_config(&source.path, &source.gguf, &shape)?);
                 self.naming = Naming::ToHf(Architecture::from_gguf(&source.gguf)?, HeadCounts::from_gguf(&source.gguf)?);
-                self.notes.push("the tokenizer stays in the GGUF: only config.json and weights are written".into());
+                match arch::hf_tokenizer(&source.gguf) {
+                    Some((tokenizer, config)) => {
+                        for (name, json) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", config)] {
+                            let text = serde_json::to_string_pretty(&json).unwrap_or_default();
+                            sidecars.insert(name.into(), Sidecar::Bytes(text.into_bytes()));
+                        }
+                    }
+                    None => self.notes.push("the tokenizer of this GGUF cannot be said as a tokenizer.json; it is not written".into()),
+                }
             }
             Kind::Safetensors => {
                 return Err(Error::Recipe(format!(
@@ -402,6 +418,17 @@ impl<'a> Builder<'a> {
             }
             None => default_layouts(self.format, precision)?,
         };
+        if self.format == Format::HfBitnet {
+            if let Some(dtype) = choices.scale_dtype.filter(|&d| d != self.model_dtype()) {
+                let model = self.model_dtype();
+                return Err(Error::Recipe(format!("format hf-bitnet stores scales in the model's type {model}, not {dtype}")));
+            }
+            let bias = tensor.name.strip_suffix("weight").and_then(|layer| self.source.find(&format!("{layer}bias")));
+            if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
+                let why = format!("linear_class autobitlinear multiplies the bias '{}' by the scale too; bitlinear does not", bias.name);
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported { layout: "hf-bitnet", why }));
+            }
+        }
         let mut first_refusal = None;
         let mut possible = false;
         for &layout in &allowed {
@@ -487,6 +514,12 @@ impl<'a> Builder<'a> {
         granularities.iter().flat_map(|&g| dtypes.iter().map(move |&d| (g, d))).collect()
     }
 
+    /// The type of a stored tensor of scales.
+    fn scale_dtype_of(&self, stored: usize) -> ScaleDtype {
+        let dtype = self.source.stored[stored].dtype;
+        ScaleDtype::ALL.iter().copied().find(|&d| StoredType::from(d) == dtype).unwrap_or(ScaleDtype::F32)
+    }
+
     /// The type of the model's weights, as its config says.
     fn model_dtype(&self) -> ScaleDtype {
         let dtype = |key: &str| self.config.as_ref().and_then(|c| c.get(key)).and_then(|v| v.as_str());
@@ -538,11 +571,28 @@ impl<'a> Builder<'a> {
                     match layout.check(&spec) {
                         Err(why) => refusal = refusal.or(Some(why)),
                         Ok(()) => {
-                            let rounded = dtype != q.spec.scale_dtype && dtype != ScaleDtype::F32;
-                            let note = rounded.then(|| format!("codes exact, scales rounded from {} to {dtype}", q.spec.scale_dtype));
                             let hf = self.format == Format::HfBitnet;
                             let form = if hf && self.linear_class.is_reciprocal() { ScaleForm::Inverse } else { ScaleForm::Direct };
-                            let pack = Pack { scheme: None, spec, layout: Some(layout), scale_dtype: dtype, scale_form: form };
+                            // The type of the stored numbers, and the type that every scale has when it is read again.
+                            let (stored, spec) = match (form, q.scales) {
+                                (ScaleForm::Inverse, Scales::Stored { index, reciprocal: true }) => (self.scale_dtype_of(index), spec),
+                                (ScaleForm::Inverse, _) => (ScaleDtype::F32, MatrixSpec { scale_dtype: ScaleDtype::F32, ..spec }),
+                                // transformers gives weight_scale the type of the model.
+                                (ScaleForm::Direct, _) if hf => {
+                                    (self.model_dtype(), MatrixSpec { scale_dtype: self.model_dtype(), ..spec })
+                                }
+                                (ScaleForm::Direct, _) => (dtype, spec),
+                            };
+                            let from = q.spec.scale_dtype;
+                            let note = match form {
+                                ScaleForm::Inverse if spec.scale_dtype == from && stored != ScaleDtype::F32 => None,
+                                ScaleForm::Inverse => {
+                                    Some("codes exact, scales to the last bit of f32: their inverses are stored".to_string())
+                                }
+                                ScaleForm::Direct if spec.scale_dtype == from || spec.scale_dtype == ScaleDtype::F32 => None,
+                                ScaleForm::Direct => Some(format!("codes exact, scales rounded from {from} to {stored}")),
+                            };
+                            let pack = Pack { scheme: None, spec, layout: Some(layout), scale_dtype: stored, scale_form: form };
                             return self.pack(index, pack, note);
                         }
                     }
@@ -621,12 +671,22 @@ impl<'a> Builder<'a> {
             metadata.insert(after, ("general.file_type".into(), gguf::Value::from(file_type)));
         }
         self.finish_config()?;
+        let mut files = BTreeMap::new();
+        for (name, sidecar) in self.sidecars.iter().flatten() {
+            let sum = match sidecar {
+                Sidecar::Bytes(bytes) => document::checksum(bytes),
+                Sidecar::Copy(path) => document::checksum(&std::fs::read(path).map_err(bitnet_formats::Error::io(path, "read"))?),
+            };
+            files.insert(name.clone(), sum);
+        }
         let document = Document {
             version: document::VERSION,
             generator: GENERATOR.into(),
             recipe,
             tensors: self.packed,
             checksums: BTreeMap::new(),
+            files,
+            metadata: String::new(),
             digest: String::new(),
         };
         let mut job = serde_json::to_string(&document).unwrap_or_default();

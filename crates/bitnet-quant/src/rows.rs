@@ -6,6 +6,7 @@ use bitnet_core::granule::Granule;
 use bitnet_formats::{Content, Source, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
 const STRIP_WEIGHTS: usize = 1 << 18;
@@ -63,6 +64,8 @@ pub(crate) struct Strips<'a> {
     pub(crate) rows: &'a Rows<'a>,
     /// Rows of a strip.
     pub(crate) strip: usize,
+    /// Set to stop.
+    pub(crate) interrupt: &'a AtomicBool,
 }
 
 impl Granule for Strips<'_> {
@@ -71,6 +74,9 @@ impl Granule for Strips<'_> {
     fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
         let mut all: Option<T> = None;
         for window in windows(self.rows.count, self.strip) {
+            if self.interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
             let parts: Vec<Result<T>> = window
                 .into_par_iter()
                 .map_init(Scratch::default, |scratch, rows| {

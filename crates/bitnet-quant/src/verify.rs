@@ -1,7 +1,7 @@
 //! Proof that a file holds the bytes that were written.
 
 use crate::{Error, Result};
-use bitnet_formats::document::{Checksum, Document};
+use bitnet_formats::document::{self, Checksum, Document};
 use bitnet_formats::{Content, Source};
 use rayon::prelude::*;
 
@@ -25,7 +25,8 @@ pub struct Verification {
     pub damage: Vec<Damage>,
 }
 
-/// Compares every stored tensor with its checksum and the document with its digest, and unpacks every quantized tensor.
+/// Compares every stored tensor, the container's metadata and the files written beside it with their checksums and the document with its
+/// digest, and unpacks every quantized tensor.
 ///
 /// # Errors
 /// [`Error::File`] if the file carries no checksums, or cannot be read.
@@ -35,6 +36,7 @@ pub fn verify(source: &Source) -> Result<Verification> {
     };
     let mut damage = vec![];
     check_digest(source, document, &mut damage);
+    check_surroundings(source, document, &mut damage)?;
     let sums: Vec<Result<String>> = (0..source.stored.len()).into_par_iter().map(|i| checksum(source, i)).collect();
     for (stored, sum) in source.stored.iter().zip(sums) {
         let sum = sum?;
@@ -61,6 +63,30 @@ fn check_digest(source: &Source, document: &Document, damage: &mut Vec<Damage>) 
     if got != document.digest {
         damage.push(Damage { part: "document".into(), what: format!("expected digest {}, got {got}", document.digest) });
     }
+}
+
+/// The container's own metadata, and the files beside it.
+fn check_surroundings(source: &Source, document: &Document, damage: &mut Vec<Damage>) -> Result<()> {
+    let path = &source.files[0].path;
+    let got = document::metadata_checksum(&source.container())
+        .map_err(|error| bitnet_formats::Error::Gguf { path: path.clone(), source: error })?;
+    if got != document.metadata {
+        damage.push(Damage { part: "metadata".into(), what: format!("expected checksum {}, got {got}", document.metadata) });
+    }
+    let folder = path.parent().unwrap_or(std::path::Path::new("."));
+    for (name, expected) in &document.files {
+        // A name from a file: never a way out of the folder.
+        let plain = std::path::Path::new(name).file_name().is_some_and(|n| n == name.as_str());
+        let got = match plain.then(|| std::fs::read(folder.join(name))) {
+            Some(Ok(bytes)) => document::checksum(&bytes),
+            Some(Err(error)) => error.to_string(),
+            None => "no plain name".into(),
+        };
+        if got != *expected {
+            damage.push(Damage { part: name.clone(), what: format!("expected checksum {expected}, got {got}") });
+        }
+    }
+    Ok(())
 }
 
 fn checksum(source: &Source, stored: usize) -> Result<String> {

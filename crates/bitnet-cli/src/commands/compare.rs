@@ -5,12 +5,11 @@ use crate::args::CompareArgs;
 use crate::job::Bar;
 use crate::print::{Output, Table, decibels, percent, scientific};
 use bitnet_core::stats::ErrorStats;
-use bitnet_quant::Source;
 use bitnet_quant::compare::{Comparison, Scope, compare};
 use serde_json::{Value, json};
 
 pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let (original, quantized) = (Source::open(&args.original)?, Source::open(&args.quantized)?);
+    let (original, quantized) = (args.open.open(&args.original)?, args.open.open(&args.quantized)?);
     let bar = Bar::new(original.stored.iter().map(|s| s.len).sum(), false);
     let result = compare(&original, &quantized, &bar)?;
     drop(bar);

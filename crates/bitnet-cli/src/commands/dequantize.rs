@@ -3,10 +3,10 @@
 use crate::args::DequantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use bitnet_quant::{Job, Source};
+use bitnet_quant::Job;
 
 pub(crate) fn run(args: &DequantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let source = Source::open(&args.input)?;
+    let source = args.input.open()?;
     let plan = Job::dequantize(&source, args.dtype, &args.job.out)?;
     job::run(&plan, &source, &args.job, out)?;
     Ok(Answer::Yes)

@@ -4,12 +4,11 @@ use crate::Answer;
 use crate::args::InspectArgs;
 use crate::print::{Output, Table, bytes, shape};
 use bitnet_kernels::Kernels;
-use bitnet_quant::Source;
 use bitnet_quant::inspect::{lint, tensors};
 use serde_json::json;
 
 pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let source = Source::open(&args.input)?;
+    let source = args.input.open()?;
     let tensors = tensors(&source);
     let findings = if args.headers { vec![] } else { lint(&source, Kernels::from_env()?)? };
     let mut table = Table::new(&["tensor", "shape", "stored as", "precision", "scales", "bytes", "bits/weight"]);
@@ -39,7 +38,7 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
     }
     out.line(format!(
         "{}: {} tensors, {weights} weights, {}, {file_bits:.3} bits per weight in all",
-        args.input.display(),
+        args.input.input.display(),
         tensors.len(),
         bytes(file_bytes)
     ));
@@ -49,11 +48,14 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
     if let Some(bitnet) = source.bitnet {
         out.line(format!("quantization_config: {} ({:?})", bitnet.linear_class.name(), bitnet.mode));
     }
+    for note in &source.notes {
+        out.line(format!("note: {note}"));
+    }
     for f in &findings {
         out.line(format!("{}: {}: {}", f.check, f.tensor, f.what));
     }
     out.document(json!({
-        "path": args.input.display().to_string(),
+        "path": args.input.input.display().to_string(),
         "file_bytes": file_bytes,
         "weights": weights,
         "bits_per_weight": file_bits,
@@ -61,6 +63,7 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         "quantized_bits_per_weight": if low.is_empty() { None } else { Some(low_bits) },
         "generator": source.document.as_ref().map(|d| &d.generator),
         "recipe": source.document.as_ref().map(|d| &d.recipe),
+        "notes": source.notes,
         "linear_class": source.bitnet.map(|b| b.linear_class.name()),
         "tensors": tensors.iter().map(|t| json!({
             "name": t.name,

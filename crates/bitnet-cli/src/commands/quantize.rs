@@ -3,7 +3,7 @@
 use crate::args::QuantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use bitnet_quant::{Job, Recipe, Source};
+use bitnet_quant::{Job, Recipe};
 
 pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let mut recipe = match &args.config {
@@ -23,7 +23,7 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
     recipe.exclude.extend(args.exclude.iter().cloned());
     recipe.rules.splice(0..0, args.rule.iter().cloned());
     recipe.default = args.choices.choices().over(&recipe.default);
-    let source = Source::open(&args.input)?;
+    let source = args.input.open()?;
     let plan = Job::quantize(&source, &recipe, &args.job.out)?;
     job::run(&plan, &source, &args.job, out)?;
     Ok(Answer::Yes)

@@ -3,21 +3,33 @@
 use crate::Answer;
 use crate::args::VerifyArgs;
 use crate::print::{Output, bytes};
-use bitnet_quant::Source;
+use bitnet_formats::document::KEY;
 use bitnet_quant::verify::{Damage, Verification, verify};
 use serde_json::json;
+use std::io::Read;
+use std::path::Path;
+
+/// Whether the header, or what is left of it, names our document.
+fn carries_document(path: &Path) -> bool {
+    let model = path.join("model.safetensors");
+    let path = if path.is_dir() { model.as_path() } else { path };
+    let mut head = vec![];
+    let read = std::fs::File::open(path).and_then(|file| file.take(64 << 20).read_to_end(&mut head));
+    read.is_ok() && head.windows(KEY.len()).any(|w| w == KEY.as_bytes())
+}
 
 pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let result = match Source::open(&args.input) {
+    let result = match args.input.open() {
         Ok(source) => verify(&source)?,
         Err(error @ bitnet_formats::Error::Io { .. }) => return Err(error.into()),
-        // A header that does not hold together is damage as much as a wrong byte is.
+        // A file of ours whose header does not hold together is damaged; anything else is no file for this command.
+        Err(error) if !carries_document(&args.input.input) => return Err(error.into()),
         Err(error) => Verification { checked: 0, bytes: 0, damage: vec![Damage { part: "header".into(), what: error.to_string() }] },
     };
     for damage in &result.damage {
         out.line(format!("damaged: {}: {}", damage.part, damage.what));
     }
-    let path = args.input.display();
+    let path = args.input.input.display();
     match result.damage.len() {
         0 => out.line(format!("{path}: whole: {} stored tensors, {} checked", result.checked, bytes(result.bytes))),
         n => out.line(format!("{path}: damaged in {n} places of {} stored tensors", result.checked)),

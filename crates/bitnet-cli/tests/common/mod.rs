@@ -136,7 +136,7 @@ impl Dir {
         assert!(before == after, "{args:?} changed a file");
     }
 
-    /// Every command that reads `input` must refuse it; `verify` must call it damaged.
+    /// Every command that reads `input` must refuse it; `verify` must call it damaged if it is one of our files.
     #[track_caller]
     pub(crate) fn refuses_input(&self, input: &str, parts: &[&str]) {
         self.refuses(&["inspect", input], parts);
@@ -144,11 +144,19 @@ impl Dir {
         self.refuses(&["convert", input, "--out", "out.safetensors"], parts);
         self.refuses(&["dequantize", input, "--out", "out.safetensors"], parts);
         self.refuses(&["compare", input, input], parts);
+        if !carries_document(&self.path().join(input)) {
+            return self.refuses(&["verify", input], parts);
+        }
         let verify = self.run(&["verify", input, "--json"]);
         verify.is(1);
         let what = verify.json()["damage"][0]["what"].to_string().replace("\\\"", "\"");
         assert!(parts.iter().all(|part| what.contains(part)), "{parts:?} in {what}");
     }
+}
+
+fn carries_document(path: &Path) -> bool {
+    let path = if path.is_dir() { path.join("model.safetensors") } else { path.to_path_buf() };
+    fs::read(path).is_ok_and(|bytes| bytes.windows(15).any(|w| w == b"bitnet.document"))
 }
 
 fn walk(folder: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8>>) {
