@@ -114,7 +114,9 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
         "The file as it comes has {:.1} kB. Figures are of the linear layers, read back from each written file;",
         original_bytes as f64 / 1e3
     ));
-    out.line("bits per weight include scales and padding. In GGUF the matrices with 341 columns stay F16: no block divides them.");
+    out.line(
+        "bits per weight include scales and padding. GGUF has no block for 341 columns and transformers none for 341 rows: those stay F16.",
+    );
     out.line("");
     out.table(&table);
     let all_whole = lines.iter().all(|l| l["whole"] == true);
