@@ -78,10 +78,7 @@ def main():
         left = sorted(p.name for p in work.iterdir())
         resumed = 0
         if first is None:
-            if out.exists():  # killed after the rename
-                for p in work.glob("out.safetensors.bitnet-*"):
-                    p.unlink()
-            else:
+            if not out.exists():
                 journal = work / "out.safetensors.bitnet-journal"
                 resumed = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
                 status, _, peak = run(command)

@@ -362,8 +362,9 @@ impl Writer {
         self.file.set_len(len).map_err(Error::io(&self.partial, "write"))?;
         self.file.sync_all().map_err(Error::io(&self.partial, "write"))?;
         self.journal.flush().map_err(Error::io(&self.journal_path, "write"))?;
-        place_file(&self.partial, &self.target, existing).map_err(Error::io(&self.target, "rename to"))?;
+        // The journal first: a kill between the two leaves a file to be written again, and never a finished one with a journal beside it.
         fs::remove_file(&self.journal_path).map_err(Error::io(&self.journal_path, "remove"))?;
+        place_file(&self.partial, &self.target, existing).map_err(Error::io(&self.target, "rename to"))?;
         Ok(len)
     }
 
