@@ -15,7 +15,7 @@ const STRIPS_PER_THREAD: usize = 4;
 /// Rows of a tensor as f32, wherever they come from.
 pub(crate) struct Rows<'a> {
     source: &'a Source,
-    from: From<'a>,
+    from: Origin<'a>,
     /// Number of rows.
     pub(crate) count: usize,
     /// Weights of a row.
@@ -24,7 +24,7 @@ pub(crate) struct Rows<'a> {
 }
 
 #[derive(Clone, Copy)]
-enum From<'a> {
+enum Origin<'a> {
     Stored(usize),
     Matrix(&'a Matrix),
 }
@@ -43,13 +43,13 @@ impl Rows<'_> {
         let cols = self.cols;
         out.resize(rows.len() * cols, 0.0);
         match (&self.from, self.order) {
-            (From::Stored(stored), None) => self.source.read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?,
-            (From::Stored(stored), Some(order)) => {
+            (Origin::Stored(stored), None) => self.source.read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?,
+            (Origin::Stored(stored), Some(order)) => {
                 for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
                     self.source.read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
                 }
             }
-            (From::Matrix(matrix), order) => {
+            (Origin::Matrix(matrix), order) => {
                 for (row, out) in rows.zip(out.chunks_mut(cols.max(1))) {
                     matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
                 }
@@ -121,14 +121,14 @@ pub(crate) fn with_rows<T>(source: &Source, tensor: &Tensor, order: Option<&[usi
         Content::Float(stored) | Content::Opaque(stored) => {
             let blocks = source.stored[*stored].dtype.block() > 1;
             let cols = if blocks { tensor.shape.last().copied().unwrap_or(1) } else { cols };
-            f(&Rows { source, from: From::Stored(*stored), count: tensor.elements() / cols.max(1), cols, order })
+            f(&Rows { source, from: Origin::Stored(*stored), count: tensor.elements() / cols.max(1), cols, order })
         }
         Content::Quantized(q) => {
             let matrix = source.matrix(&tensor.name, q)?;
             // The same weights in the same order, if the matrix of the file has other rows than the tensor.
             f(&Rows {
                 source,
-                from: From::Matrix(&matrix),
+                from: Origin::Matrix(&matrix),
                 count: matrix.spec.rows,
                 cols: matrix.spec.cols,
                 order: order.filter(|_| matrix.spec.rows == rows),

@@ -1,0 +1,235 @@
+//! Which layout and which scales a tensor gets.
+
+use super::{Builder, Pack};
+use crate::recipe::{Choices, Format, Target};
+use crate::{Error, Result};
+use bitnet_core::pack::{self, Layout};
+use bitnet_core::scheme::ScaleForm;
+use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
+use bitnet_formats::hf::LinearClass;
+use bitnet_formats::{Content, Scales, StoredType, output};
+
+impl Builder<'_> {
+    pub(super) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
+        let tensor = &self.source.tensors[index];
+        let Target::Quantized(precision) = choices.target() else { return self.keep(index) };
+        let Some((rows, cols)) = tensor.matrix_shape() else { return self.keep(index) };
+        let named = match choices.layout.as_deref() {
+            None => None,
+            Some(output::AUTO) if self.format == Format::Safetensors => return self.quantize_auto(index, choices),
+            Some(output::AUTO) => {
+                return Err(Error::Recipe("layout auto picks among our own layouts, which only safetensors holds".into()));
+            }
+            Some(name) => Some(pack::by_name(name)?),
+        };
+        let allowed: Vec<&'static dyn Layout> = match named {
+            Some(layout) if output::stores(&self.container, layout.name()) && self.format != Format::HfBitnet => vec![layout],
+            Some(layout) if self.format == Format::HfBitnet && layout.name() == "hf-bitnet" => vec![layout],
+            Some(layout) => {
+                return Err(Error::Recipe(format!("format {} does not hold layout {}", self.format_name(), layout.name())));
+            }
+            None => default_layouts(self.format, precision)?,
+        };
+        if self.format == Format::HfBitnet {
+            if let Some(dtype) = choices.scale_dtype.filter(|&d| d != self.model_dtype()) {
+                let model = self.model_dtype();
+                return Err(Error::Recipe(format!("format hf-bitnet stores scales in the model's type {model}, not {dtype}")));
+            }
+            let bias = tensor.name.strip_suffix("weight").and_then(|layer| self.source.find(&format!("{layer}bias")));
+            if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
+                let why = format!("linear_class autobitlinear multiplies the bias '{}' by the scale too; bitlinear does not", bias.name);
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported { layout: "hf-bitnet", why }));
+            }
+        }
+        let mut first_refusal = None;
+        let mut possible = false;
+        for &layout in &allowed {
+            for (granularity, dtype) in self.scale_choices(layout, choices) {
+                let form = if self.format == Format::HfBitnet && self.linear_class.is_reciprocal() {
+                    ScaleForm::Inverse
+                } else {
+                    ScaleForm::Direct
+                };
+                let Some(scheme) = choices.scheme(granularity, dtype, form)? else { return self.keep(index) };
+                let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
+                match layout.check(&spec) {
+                    Ok(()) if self.format == Format::HfBitnet && rows % 4 != 0 => {
+                        first_refusal.get_or_insert(bitnet_core::Error::Unsupported {
+                            layout: layout.name(),
+                            why: format!("transformers needs a multiple of 4 rows, and it has {rows}"),
+                        });
+                    }
+                    Ok(()) => {
+                        let pack = Pack { scheme: Some(scheme), spec, layout: Some(layout), scale_dtype: dtype, scale_form: form };
+                        return self.pack(index, pack, None);
+                    }
+                    Err(why) => {
+                        // Whether the shape is to blame, or what the user asked for.
+                        let free = Choices { granularity: None, scale_dtype: None, ..choices.clone() };
+                        possible |= self.scale_choices(layout, &free).iter().any(|&(g, d)| {
+                            choices
+                                .scheme(g, d, form)
+                                .ok()
+                                .flatten()
+                                .and_then(|s| s.spec(rows, cols).ok())
+                                .is_some_and(|s| layout.check(&s).is_ok())
+                        });
+                        first_refusal.get_or_insert(why);
+                    }
+                }
+            }
+        }
+        let refusal = first_refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
+        let fallback = named.is_none() && !possible && self.format != Format::Safetensors;
+        if !fallback {
+            return Err(self.tensor_error(tensor)(refusal));
+        }
+        let note = format!("not quantized: {refusal}");
+        match self.format {
+            Format::Gguf => self.cast(index, ScaleDtype::F16, Some(format!("{note}; kept as F16"))),
+            _ => {
+                self.keep(index)?;
+                if let Some(unit) = self.units.last_mut() {
+                    unit.note = Some(note);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn quantize_auto(&mut self, index: usize, choices: &Choices) -> Result<()> {
+        let tensor = &self.source.tensors[index];
+        let Some((rows, cols)) = tensor.matrix_shape() else { return self.keep(index) };
+        let granularity = choices.granularity.unwrap_or(Granularity::Channel);
+        let dtype = choices.scale_dtype.unwrap_or(ScaleDtype::F32);
+        let Some(scheme) = choices.scheme(granularity, dtype, ScaleForm::Direct)? else { return self.keep(index) };
+        let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
+        self.pack(index, Pack { scheme: Some(scheme), spec, layout: None, scale_dtype: dtype, scale_form: ScaleForm::Direct }, None)
+    }
+
+    /// Granularities and scale types to try for a layout: what was chosen, else the finest that costs nothing.
+    pub(super) fn scale_choices(&self, layout: &dyn Layout, choices: &Choices) -> Vec<(Granularity, ScaleDtype)> {
+        let granularities: Vec<Granularity> = match choices.granularity {
+            Some(granularity) => vec![granularity],
+            None if self.format == Format::HfBitnet || layout.name() == "hf-bitnet" => vec![Granularity::Tensor],
+            None if layout.stores_scales() => {
+                [32, 64, 128, 256].map(Granularity::Group).into_iter().chain([Granularity::Channel, Granularity::Tensor]).collect()
+            }
+            None => vec![Granularity::Channel],
+        };
+        let dtypes = match choices.scale_dtype {
+            Some(dtype) => vec![dtype],
+            None if layout.stores_scales() => vec![ScaleDtype::F16, ScaleDtype::F32],
+            None if self.format == Format::HfBitnet => vec![self.model_dtype()],
+            None => vec![ScaleDtype::F32],
+        };
+        granularities.iter().flat_map(|&g| dtypes.iter().map(move |&d| (g, d))).collect()
+    }
+
+    /// The type of the model's weights, as its config says.
+    pub(super) fn model_dtype(&self) -> ScaleDtype {
+        let dtype = |key: &str| self.config.as_ref().and_then(|c| c.get(key)).and_then(|v| v.as_str());
+        match dtype("dtype").or(dtype("torch_dtype")) {
+            Some("bfloat16") => ScaleDtype::Bf16,
+            Some("float16") => ScaleDtype::F16,
+            _ => ScaleDtype::F32,
+        }
+    }
+
+    /// The type of a stored tensor of scales.
+    pub(super) fn scale_dtype_of(&self, stored: usize) -> ScaleDtype {
+        let dtype = self.source.stored[stored].dtype;
+        ScaleDtype::ALL.iter().copied().find(|&d| StoredType::from(d) == dtype).unwrap_or(ScaleDtype::F32)
+    }
+
+    pub(super) fn format_name(&self) -> &'static str {
+        match self.format {
+            Format::Safetensors => "safetensors",
+            Format::HfBitnet => "hf-bitnet",
+            Format::Gguf => "gguf",
+        }
+    }
+
+    /// The values of a quantized source as they are, in a layout of that name or in one that suits.
+    pub(super) fn recode(&mut self, index: usize, layout: Option<&str>) -> Result<()> {
+        let tensor = &self.source.tensors[index];
+        let Content::Quantized(q) = &tensor.content else { return self.keep(index) };
+        let layouts = match (layout, self.format) {
+            (Some(output::AUTO), Format::Safetensors) => {
+                let pack = Pack {
+                    scheme: None,
+                    spec: q.spec.clone(),
+                    layout: None,
+                    scale_dtype: q.spec.scale_dtype,
+                    scale_form: ScaleForm::Direct,
+                };
+                return self.pack(index, pack, None);
+            }
+            (Some(name), _) => vec![pack::by_name(name)?],
+            (None, Format::HfBitnet) => default_layouts(self.format, q.spec.precision)?,
+            (None, _) if output::stores(&self.container, q.layout.name()) && q.layout.name() != "hf-bitnet" => vec![q.layout],
+            (None, _) => default_layouts(self.format, q.spec.precision)?,
+        };
+        let mut refusal = None;
+        for layout in layouts {
+            if !output::stores(&self.container, layout.name()) || (self.format == Format::HfBitnet && layout.name() != "hf-bitnet") {
+                return Err(Error::Recipe(format!("format {} does not hold layout {}", self.format_name(), layout.name())));
+            }
+            let granularities =
+                [q.spec.granularity].into_iter().chain([32, 64, 128, 256].map(Granularity::Group)).chain([Granularity::Tensor]);
+            for granularity in granularities {
+                for dtype in [q.spec.scale_dtype, ScaleDtype::F16, ScaleDtype::F32] {
+                    let spec = MatrixSpec { granularity, scale_dtype: dtype, ..q.spec.clone() };
+                    match layout.check(&spec) {
+                        Err(why) => refusal = refusal.or(Some(why)),
+                        Ok(()) => {
+                            let hf = self.format == Format::HfBitnet;
+                            let form = if hf && self.linear_class.is_reciprocal() { ScaleForm::Inverse } else { ScaleForm::Direct };
+                            // The type of the stored numbers, and the type that every scale has when it is read again.
+                            let (stored, spec) = match (form, q.scales) {
+                                (ScaleForm::Inverse, Scales::Stored { index, reciprocal: true }) => (self.scale_dtype_of(index), spec),
+                                (ScaleForm::Inverse, _) => (ScaleDtype::F32, MatrixSpec { scale_dtype: ScaleDtype::F32, ..spec }),
+                                // transformers gives weight_scale the type of the model.
+                                (ScaleForm::Direct, _) if hf => {
+                                    (self.model_dtype(), MatrixSpec { scale_dtype: self.model_dtype(), ..spec })
+                                }
+                                (ScaleForm::Direct, _) => (dtype, spec),
+                            };
+                            let from = q.spec.scale_dtype;
+                            let note = match form {
+                                ScaleForm::Inverse if spec.scale_dtype == from && stored != ScaleDtype::F32 => None,
+                                ScaleForm::Inverse => {
+                                    Some("codes exact, scales to the last bit of f32: their inverses are stored".to_string())
+                                }
+                                ScaleForm::Direct if spec.scale_dtype == from || spec.scale_dtype == ScaleDtype::F32 => None,
+                                ScaleForm::Direct => Some(format!("codes exact, scales rounded from {from} to {stored}")),
+                            };
+                            let pack = Pack { scheme: None, spec, layout: Some(layout), scale_dtype: stored, scale_form: form };
+                            return self.pack(index, pack, note);
+                        }
+                    }
+                }
+            }
+        }
+        Err(self.tensor_error(tensor)(refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()))))
+    }
+}
+
+/// Layouts to try for a precision when none is named.
+pub(super) fn default_layouts(format: Format, precision: Precision) -> Result<Vec<&'static dyn Layout>> {
+    let names: &[&str] = match (format, precision) {
+        (Format::Safetensors, Precision::Binary) => &["one-bit"],
+        (Format::Safetensors, Precision::Ternary | Precision::Int2) => &["two-bit"],
+        (Format::Safetensors, Precision::Int3) => &["three-bit"],
+        (Format::Safetensors, Precision::Int4) => &["four-bit"],
+        (Format::Safetensors, Precision::Int8) => &["i8"],
+        (Format::HfBitnet, Precision::Ternary) => &["hf-bitnet"],
+        (Format::Gguf, Precision::Ternary) => &["tq2_0", "q2_0"],
+        (Format::Gguf, Precision::Binary) => &["q1_0"],
+        (Format::Gguf, Precision::Int4) => &["q4_0"],
+        (Format::Gguf, Precision::Int8) => &["q8_0"],
+        (Format::HfBitnet, other) => return Err(Error::Recipe(format!("format hf-bitnet holds ternary weights, not {other}"))),
+        (Format::Gguf, other) => return Err(Error::Recipe(format!("format gguf has no type for {other}"))),
+    };
+    names.iter().map(|name| Ok(pack::by_name(name)?)).collect()
+}
