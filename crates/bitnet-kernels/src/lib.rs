@@ -12,7 +12,10 @@
 //! A loop here is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
+mod pool;
 pub mod ternary;
+
+pub use pool::Pool;
 
 use bitnet_core::ops::{Above, Key, Moments, Ops, Scalar, Uniform};
 use std::fmt;

@@ -1,11 +1,10 @@
-//! The operands: weights in the kernel layout, and activations laid out for them.
+//! Ternary weights in the kernel layout.
 
 use super::{MAX_COLS, PANEL, STEP, STEP_BYTES};
-use crate::Error;
-use bitnet_core::activation::{ActivationGranularity, ActivationMethod, quantize};
-use bitnet_core::scheme::Rounding;
-use bitnet_core::{Granularity, Matrix, Precision};
+use crate::{Error, Pool};
+use bitnet_core::{Granularity, Matrix, Precision, ZeroPoints};
 use std::ops::Range;
+use std::sync::Mutex;
 
 /// Ternary weights `(N, K)` in the kernel layout. Private to this crate and this process: it is never written to a file.
 #[derive(Debug, Clone)]
@@ -14,66 +13,110 @@ pub struct Prepacked {
     cols: usize,
     /// Columns of a scale group; all of them unless the scales go by group.
     group: usize,
-    granularity: Granularity,
+    /// `[panels, steps]` of 256 bytes.
     data: Vec<Line>,
-    scales: Vec<f32>,
+    scales: Scales,
 }
 
 /// 64 bytes that begin at a multiple of 64.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(crate) struct Line([u8; 64]);
+struct Line([u8; 64]);
 
+/// Lines of a step.
+const LINES: usize = STEP_BYTES / 64;
 /// Code of the value 0 in all four fields.
 const ZERO: u8 = 0b01_01_01_01;
+
+#[derive(Debug, Clone)]
+enum Scales {
+    /// One for all.
+    Tensor([f32; PANEL]),
+    /// `[panels, groups]`, missing rows 0.
+    Rows(Vec<[f32; PANEL]>),
+}
+
+fn unsupported(why: String) -> Error {
+    bitnet_core::Error::Unsupported { layout: "the ternary kernels", why }.into()
+}
 
 impl Prepacked {
     /// Lays a ternary matrix of one plane out for the kernels.
     ///
     /// # Errors
-    /// [`Error::Matrix`] for another precision, several planes, or more than [`MAX_COLS`] columns, and for a matrix whose parts do not fit one another.
-    pub fn new(matrix: &Matrix) -> Result<Self, Error> {
+    /// [`Error::Matrix`] for another precision, several planes, zero points, a value that is not a trit, or more than [`MAX_COLS`]
+    /// columns, and for a matrix whose parts do not fit one another.
+    pub fn new(matrix: &Matrix, pool: &Pool) -> Result<Self, Error> {
         matrix.validate()?;
         let spec = &matrix.spec;
-        if spec.precision != Precision::Ternary || spec.planes != 1 {
-            return Err(bitnet_core::Error::Unsupported {
-                layout: "the ternary kernels",
-                why: format!("{} planes of {}, one of ternary expected", spec.planes, spec.precision),
-            }
-            .into());
+        if spec.precision != Precision::Ternary || spec.planes != 1 || spec.zero_points != ZeroPoints::None {
+            return Err(unsupported(format!("{} planes of {}, zero points {:?}", spec.planes, spec.precision, spec.zero_points)));
         }
         if spec.cols > MAX_COLS {
-            return Err(bitnet_core::Error::Unsupported {
-                layout: "the ternary kernels",
-                why: format!("{} columns, at most {MAX_COLS}", spec.cols),
-            }
-            .into());
+            return Err(unsupported(format!("{} columns, at most {MAX_COLS}", spec.cols)));
         }
         let group = match spec.granularity {
             Granularity::Group(g) => g.min(spec.cols.max(1)),
             Granularity::Tensor | Granularity::Channel => spec.cols.max(1),
         };
-        let mut packed =
-            Self { rows: spec.rows, cols: spec.cols, group, granularity: spec.granularity, data: vec![], scales: matrix.scales.clone() };
-        let lines = packed.panels() * packed.steps() * STEP_BYTES / 64;
-        packed.data = vec![Line([ZERO; 64]); lines];
-        for row in 0..spec.rows {
-            let values = &matrix.values[row * spec.cols..][..spec.cols];
-            let (panel, lane) = (row / PANEL, row % PANEL);
-            for g in 0..packed.groups() {
-                let columns = g * group..((g + 1) * group).min(spec.cols);
-                let first_step = packed.first_step(g);
-                for (step, values) in values[columns].chunks(STEP).enumerate() {
-                    let at = ((panel * packed.steps() + first_step + step) * STEP_BYTES) + 4 * lane;
-                    for (i, &value) in values.iter().enumerate() {
-                        let (field, byte) = (i / 4, at + i % 4);
-                        let slot = &mut packed.data[byte / 64].0[byte % 64];
-                        *slot = *slot & !(3 << (2 * field)) | ((value + 1) as u8) << (2 * field);
-                    }
+        let mut packed = Self { rows: spec.rows, cols: spec.cols, group, data: vec![], scales: Scales::Tensor([0.0; PANEL]) };
+        let panel_lines = packed.steps() * LINES;
+        packed.data = vec![Line([ZERO; 64]); packed.panels() * panel_lines];
+        packed.scales = match spec.granularity {
+            Granularity::Tensor => Scales::Tensor([matrix.scales[0]; PANEL]),
+            Granularity::Channel | Granularity::Group(_) => {
+                let groups = packed.groups();
+                let mut scales = vec![[0.0; PANEL]; packed.panels() * groups];
+                for (i, &scale) in matrix.scales.iter().enumerate() {
+                    let (row, g) = (i / groups, i % groups);
+                    scales[row / PANEL * groups + g][row % PANEL] = scale;
+                }
+                Scales::Rows(scales)
+            }
+        };
+        if packed.data.is_empty() {
+            return Ok(packed);
+        }
+        let mut data = std::mem::take(&mut packed.data);
+        let panels: Vec<_> = data.chunks_mut(panel_lines).map(Mutex::new).collect();
+        let broken = Mutex::new(None::<usize>);
+        pool.run(panels.len(), |panel| {
+            // One part has each panel, so the lock is free; a poisoned one belongs to a part that panicked, which ends the run.
+            let mut lines = panels[panel].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Some(index) = packed.lay_out(panel, &matrix.values, &mut lines) {
+                let mut first = broken.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                *first = Some(first.map_or(index, |f| f.min(index)));
+            }
+        });
+        drop(panels);
+        if let Some(index) = broken.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            return Err(unsupported(format!("value {} at {index} is not -1, 0 or 1", matrix.values[index])));
+        }
+        packed.data = data;
+        Ok(packed)
+    }
+
+    /// Writes the codes of one panel; the index of a value that is not a trit.
+    fn lay_out(&self, panel: usize, values: &[i8], lines: &mut [Line]) -> Option<usize> {
+        for row in panel * PANEL..self.rows.min((panel + 1) * PANEL) {
+            let at = 4 * (row % PANEL);
+            let values = &values[row * self.cols..][..self.cols];
+            // Without an early exit this runs in wide registers; the search for the place is for the one row that needs it.
+            if values.iter().fold(false, |bad, v| bad | !(-1..=1).contains(v)) {
+                return values.iter().position(|v| !(-1..=1).contains(v)).map(|i| row * self.cols + i);
+            }
+            for (g, values) in values.chunks(self.group).enumerate() {
+                let steps = lines[self.group_steps(g).start * LINES..].chunks_mut(LINES);
+                for (step, values) in steps.zip(values.chunks(STEP)) {
+                    let mut trits = [0; STEP];
+                    trits[..values.len()].copy_from_slice(values);
+                    let quads = trits.as_chunks::<4>().0.iter().map(|q| u32::from_le_bytes(q.map(|v| (v + 1) as u8)));
+                    let codes = quads.rev().fold(0, |codes, quad| codes << 2 | quad);
+                    step[at / 64].0[at % 64..][..4].copy_from_slice(&codes.to_le_bytes());
                 }
             }
         }
-        Ok(packed)
+        None
     }
 
     /// N, the number of output features.
@@ -91,6 +134,10 @@ impl Prepacked {
         self.data.len() * 64
     }
 
+    pub(crate) fn group(&self) -> usize {
+        self.group
+    }
+
     pub(crate) fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }
@@ -100,140 +147,34 @@ impl Prepacked {
         self.cols.div_ceil(self.group)
     }
 
-    fn steps_per_group(&self) -> usize {
-        self.group.div_ceil(STEP)
-    }
-
-    fn first_step(&self, group: usize) -> usize {
-        group * self.steps_per_group()
-    }
-
     /// Steps of a whole row.
     pub(crate) fn steps(&self) -> usize {
         match self.groups() {
             0 => 0,
-            n => self.first_step(n - 1) + (self.cols - (n - 1) * self.group).div_ceil(STEP),
+            n => self.group_steps(n - 1).end,
         }
     }
 
     /// Steps of one group.
     pub(crate) fn group_steps(&self, group: usize) -> Range<usize> {
-        self.first_step(group)..self.first_step(group + 1).min(self.steps())
+        let first = group * self.group.div_ceil(STEP);
+        let cols = self.group.min(self.cols - group * self.group);
+        first..first + cols.div_ceil(STEP)
     }
 
-    /// The codes of one panel in one group: whole steps.
-    pub(crate) fn group_bytes(&self, panel: usize, group: usize) -> &[u8] {
-        let steps = self.group_steps(group);
-        let first = (panel * self.steps() + steps.start) * (STEP_BYTES / 64);
-        let lines = &self.data[first..first + steps.len() * (STEP_BYTES / 64)];
+    /// The codes of some steps of a panel.
+    pub(crate) fn codes(&self, panel: usize, steps: Range<usize>) -> &[u8] {
+        let first = (panel * self.steps() + steps.start) * LINES;
+        let lines = &self.data[first..first + steps.len() * LINES];
         // SAFETY: a `Line` is 64 bytes without padding, so the slice is `64 · lines.len()` initialised bytes.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 64) }
     }
 
-    /// `out (+)= scale · sum` for the rows from `first` on: sets where `group` is the first, adds where it is not.
-    pub(crate) fn scale_into(&self, group: usize, first: usize, sums: &[i32; PANEL], out: &mut [f32]) {
-        for (i, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
-            let scale = match self.granularity {
-                Granularity::Tensor => self.scales[0],
-                Granularity::Channel => self.scales[first + i],
-                Granularity::Group(_) => self.scales[(first + i) * self.groups() + group],
-            };
-            let term = sum as f32 * scale;
-            *out = if group == 0 { term } else { *out + term };
+    /// The scale of each row of a panel in a group.
+    pub(crate) fn scales(&self, panel: usize, group: usize) -> &[f32; PANEL] {
+        match &self.scales {
+            Scales::Tensor(scales) => scales,
+            Scales::Rows(scales) => &scales[panel * self.groups() + group],
         }
-    }
-
-    /// Panics unless `x` was laid out for these weights: the one check that every kernel rests on.
-    pub(crate) fn check(&self, x: &Activations) {
-        assert!(
-            x.cols == self.cols && x.group == self.group && x.stride == self.steps() * STEP,
-            "activations laid out for {} columns in groups of {}, weights have {} in groups of {}",
-            x.cols,
-            x.group,
-            self.cols,
-            self.group
-        );
-    }
-}
-
-/// int8 activations `(M, K)`, each row laid out in the steps of the weights it will meet.
-#[derive(Debug, Clone)]
-pub struct Activations {
-    rows: usize,
-    cols: usize,
-    group: usize,
-    /// Bytes of a row: whole steps.
-    stride: usize,
-    steps_per_group: usize,
-    values: Vec<i8>,
-    /// One for each token.
-    scales: Vec<f32>,
-    /// Σ x of each token and group.
-    sums: Vec<i32>,
-    groups: usize,
-}
-
-impl Activations {
-    /// Quantizes `x`, `[M, K]` row-major, to int8 with one absmax scale for each token, for a product with `w`.
-    ///
-    /// # Errors
-    /// [`Error::Matrix`] if `x` is not whole rows of K, or holds NaN or infinity.
-    pub fn quantize(x: &[f32], w: &Prepacked) -> Result<Self, Error> {
-        let q = quantize(x, w.cols.max(1), ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven)?;
-        Self::from_values(&q.values, &q.scales, w)
-    }
-
-    /// Lays out activations that are quantized already: `values` of `[M, K]` row-major, one scale for each of M tokens.
-    ///
-    /// # Errors
-    /// [`Error::Matrix`] if the lengths do not fit.
-    pub fn from_values(values: &[i8], scales: &[f32], w: &Prepacked) -> Result<Self, Error> {
-        let rows = scales.len();
-        if values.len() != rows * w.cols {
-            return Err(bitnet_core::Error::Length { what: "activations", expected: rows * w.cols, got: values.len() }.into());
-        }
-        let stride = w.steps() * STEP;
-        let mut x = Self {
-            rows,
-            cols: w.cols,
-            group: w.group,
-            stride,
-            steps_per_group: w.steps_per_group(),
-            values: vec![0; rows * stride],
-            scales: scales.to_vec(),
-            sums: Vec::with_capacity(rows * w.groups()),
-            groups: w.groups(),
-        };
-        for row in 0..rows {
-            for group in 0..w.groups() {
-                let columns = group * w.group..((group + 1) * w.group).min(w.cols);
-                let from = &values[row * w.cols..][columns];
-                x.values[row * stride + w.first_step(group) * STEP..][..from.len()].copy_from_slice(from);
-                x.sums.push(from.iter().map(|&v| i32::from(v)).sum());
-            }
-        }
-        Ok(x)
-    }
-
-    /// M, the number of tokens.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    pub(crate) fn stride(&self) -> usize {
-        self.stride
-    }
-
-    pub(crate) fn scale(&self, token: usize) -> f32 {
-        self.scales[token]
-    }
-
-    pub(crate) fn sum(&self, token: usize, group: usize) -> i32 {
-        self.sums[token * self.groups + group]
-    }
-
-    /// The values of `tokens` rows from `token` on, beginning at the first step of `group`; a row follows every [`Activations::stride`] bytes.
-    pub(crate) fn group(&self, token: usize, tokens: usize, group: usize) -> &[i8] {
-        &self.values[token * self.stride + group * self.steps_per_group * STEP..(token + tokens) * self.stride]
     }
 }

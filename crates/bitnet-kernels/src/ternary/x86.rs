@@ -1,32 +1,24 @@
-//! Tile kernels for x86-64. Each loads a step once and meets it with up to six tokens.
+//! Tiles for x86-64.
+//!
+//! AVX-512 takes all 64 rows of a step in four registers. With 256-bit registers a tile goes through [`BLOCK`] steps, 4 KiB of weights,
+//! four times, 16 rows each, so that the accumulators of six tokens fit 16 registers; blocks follow one another, which keeps the
+//! stream of weights sequential.
 
-use super::scalar::TOKENS;
-use super::{BLOCK_STEPS, PANEL, STEP, STEP_BYTES};
+use super::tiles::{Columns, Sums, Tiles, finish, unpack};
+use super::{MAX_PRODUCT, PANEL, STEP, STEP_BYTES, STEP_CODES};
 use std::arch::x86_64::*;
 
-/// One tile kernel, for a number of tokens that is known at compile time.
-macro_rules! by_tokens {
-    ($name:ident, $inner:ident, $features:literal, $($n:literal)+) => {
-        /// As [`super::scalar::tile`].
-        ///
-        /// # Safety
-        #[doc = concat!("The machine has ", $features, ".")]
-        pub(crate) unsafe fn $name(weights: &[u8], x: &[i8], stride: usize, tokens: usize, sums: &mut [[i32; PANEL]; TOKENS]) {
-            let steps = weights.len() / STEP_BYTES;
-            // The bound of every pointer below: the last token's last step lies inside `x`.
-            assert!(tokens <= TOKENS && (tokens == 0 || (tokens - 1) * stride + steps * STEP <= x.len()));
-            match tokens {
-                // SAFETY: the caller vouches for the features, the assertion above for the bounds.
-                $($n => unsafe { $inner::<$n>(weights, x, stride, sums) },)+
-                _ => {}
-            }
-        }
-    };
-}
+pub(super) const AVX512: Tiles =
+    Tiles { direct: avx512::direct, dense: avx512::dense, unpack: avx512::unpack_codes, finish: avx512::finish_rows };
+pub(super) const AVX_VNNI: Tiles =
+    Tiles { direct: avx_vnni::direct, dense: avx_vnni::dense, unpack: avx_vnni::unpack_codes, finish: avx_vnni::finish_rows };
+pub(super) const AVX2: Tiles = Tiles { direct: avx2::direct, dense: avx2::dense, unpack: avx2::unpack_codes, finish: avx2::finish_rows };
 
-by_tokens!(avx512_vnni, avx512_vnni_tokens, "AVX-512 F, BW and VNNI", 1 2 3 4 5 6);
-by_tokens!(avx_vnni, avx_vnni_tokens, "AVX2 and AVX-VNNI", 1 2 3 4 5 6);
-by_tokens!(avx2, avx2_tokens, "AVX2", 1 2 3 4 5 6);
+/// Steps that a 256-bit tile goes through before it adds to the sums.
+const BLOCK: usize = 16;
+
+// AVX2 adds two products at once in 16 bits, four times a step.
+const _: () = assert!((BLOCK * 4) as i64 * 2 * MAX_PRODUCT <= 1 << 15);
 
 /// Four activations of a token, as every lane meets them.
 ///
@@ -38,166 +30,246 @@ unsafe fn four(x: *const i8) -> i32 {
     unsafe { x.cast::<i32>().read_unaligned() }
 }
 
-/// With one token, fields stay in place and have accumulators of their own; with more, shifting once serves all tokens.
-///
-/// # Safety
-/// AVX-512 F, BW, VNNI; `x` holds T rows, `stride` apart, of the columns of `weights`' steps.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn avx512_vnni_tokens<const T: usize>(weights: &[u8], x: &[i8], stride: usize, sums: &mut [[i32; PANEL]; TOKENS]) {
-    for (block, weights) in weights.chunks(BLOCK_STEPS * STEP_BYTES).enumerate() {
-        let x = x[block * BLOCK_STEPS * STEP..].as_ptr();
-        let steps = weights.len() / STEP_BYTES;
-        let w = weights.as_ptr();
-        let mut total = [[_mm512_setzero_si512(); 2]; T];
-        if T == 1 {
-            let mut acc = [[_mm512_setzero_si512(); 4]; 2];
-            let masks = [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0u32 as i32].map(|m| _mm512_set1_epi32(m));
-            for step in 0..steps {
-                // SAFETY: `step < steps` whole steps of `weights` and of the one token.
-                unsafe {
-                    let w = [load512(w.add(step * STEP_BYTES)), load512(w.add(step * STEP_BYTES + 64))];
-                    for field in 0..4 {
-                        let x = _mm512_set1_epi32(four(x.add(step * STEP + 4 * field)));
-                        for half in 0..2 {
-                            acc[half][field] = _mm512_dpbusd_epi32(acc[half][field], _mm512_and_si512(w[half], masks[field]), x);
-                        }
-                    }
-                }
-            }
-            for half in 0..2 {
-                let [a, b, c, d] = acc[half];
-                let ab = _mm512_add_epi32(a, _mm512_srai_epi32::<2>(b));
-                let cd = _mm512_add_epi32(_mm512_srai_epi32::<4>(c), _mm512_srai_epi32::<6>(d));
-                total[0][half] = _mm512_add_epi32(ab, cd);
-            }
-        } else {
-            let mask = _mm512_set1_epi8(3);
-            for step in 0..steps {
-                // SAFETY: `step < steps` whole steps of `weights` and of each of T tokens.
-                unsafe {
-                    let mut w = [load512(w.add(step * STEP_BYTES)), load512(w.add(step * STEP_BYTES + 64))];
-                    for field in 0..4 {
-                        let codes = w.map(|w| _mm512_and_si512(w, mask));
-                        for (token, total) in total.iter_mut().enumerate() {
-                            let x = _mm512_set1_epi32(four(x.add(token * stride + step * STEP + 4 * field)));
-                            for half in 0..2 {
-                                total[half] = _mm512_dpbusd_epi32(total[half], codes[half], x);
-                            }
-                        }
-                        w = w.map(|w| _mm512_srli_epi16::<2>(w));
-                    }
-                }
-            }
-        }
-        for (total, sums) in total.iter().zip(sums.iter_mut()) {
-            for (half, &total) in total.iter().enumerate() {
-                let sums = &mut sums[16 * half..16 * half + 16];
-                // SAFETY: 16 sums of 4 bytes, unaligned access.
-                unsafe {
-                    let old = _mm512_loadu_si512(sums.as_ptr().cast());
-                    _mm512_storeu_si512(sums.as_mut_ptr().cast(), _mm512_add_epi32(old, total));
-                }
-            }
-        }
-    }
-}
-
-/// # Safety
-/// 64 bytes are readable.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn load512(p: *const u8) -> __m512i {
-    // SAFETY: the caller's.
-    unsafe { _mm512_loadu_si512(p.cast()) }
-}
-
-/// The four eights of rows of a panel with 256-bit registers.
-///
-/// # Safety
-/// AVX2 and AVX-VNNI; bounds as in [`avx512_vnni_tokens`].
-#[target_feature(enable = "avx2,avxvnni")]
-unsafe fn avx_vnni_tokens<const T: usize>(weights: &[u8], x: &[i8], stride: usize, sums: &mut [[i32; PANEL]; TOKENS]) {
-    let steps = weights.len() / STEP_BYTES;
-    let mask = _mm256_set1_epi8(3);
-    // Rows in halves, so that T · 2 accumulators, two weights and one activation fit 16 registers.
-    for half in 0..2 {
-        let mut total = [[_mm256_setzero_si256(); 2]; T];
-        for step in 0..steps {
-            // SAFETY: `step < steps` whole steps of `weights` and of each of T tokens.
+/// Entry points: bounds, the number of tokens as a constant, and the plain loops under the features.
+macro_rules! entries {
+    ($features:literal) => {
+        /// # Safety
+        #[doc = concat!("The machine has ", $features, ".")]
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn direct(weights: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+            x.check(weights.len() / STEP_BYTES * STEP, sums.len());
+            // SAFETY: the tile's bound was checked on the line above.
             unsafe {
-                let at = weights.as_ptr().add(step * STEP_BYTES + 64 * half);
-                let mut w = [_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(32).cast())];
+                match sums.len() {
+                    1 => direct_tile::<1, 4>(weights, x, sums),
+                    2 => direct_tile::<2, 2>(weights, x, sums),
+                    3 => direct_tile::<3, 2>(weights, x, sums),
+                    4 => direct_tile::<4, 1>(weights, x, sums),
+                    5 => direct_tile::<5, 1>(weights, x, sums),
+                    6 => direct_tile::<6, 1>(weights, x, sums),
+                    _ => {}
+                }
+            }
+        }
+
+        /// # Safety
+        #[doc = concat!("The machine has ", $features, ".")]
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn dense(codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+            x.check(codes.len() / STEP_CODES * STEP, sums.len());
+            // SAFETY: the tile's bound was checked on the line above.
+            unsafe {
+                match sums.len() {
+                    1 => dense_tile::<1>(codes, x, sums),
+                    2 => dense_tile::<2>(codes, x, sums),
+                    3 => dense_tile::<3>(codes, x, sums),
+                    4 => dense_tile::<4>(codes, x, sums),
+                    5 => dense_tile::<5>(codes, x, sums),
+                    6 => dense_tile::<6>(codes, x, sums),
+                    _ => {}
+                }
+            }
+        }
+
+        /// # Safety
+        #[doc = concat!("The machine has ", $features, ".")]
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn unpack_codes(weights: &[u8], out: &mut [u8]) {
+            unpack(weights, out);
+        }
+
+        /// # Safety
+        #[doc = concat!("The machine has ", $features, ".")]
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn finish_rows(term: &Term<'_>, sums: &Sums, out: &mut [f32]) {
+            // With a constant length the loops have no tail.
+            match out.as_chunks_mut::<PANEL>().0 {
+                [out] => finish(term, sums, out),
+                _ => finish(term, sums, out),
+            }
+        }
+    };
+}
+
+mod avx512 {
+    use super::super::tiles::Term;
+    use super::*;
+
+    entries!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
+
+    /// Steps that are summed before fields are shifted down.
+    const FIELD_STEPS: usize = 1 << 14;
+    // The top field holds its code times 64 and has four products a step.
+    const _: () = assert!(FIELD_STEPS as i64 * 4 * 64 * MAX_PRODUCT <= i32::MAX as i64);
+
+    /// Fields f with the same f mod C share accumulators: C = 4 needs no shift, C = 1 a shift for each field.
+    ///
+    /// # Safety
+    /// `x` holds T rows of the columns of `weights`' steps.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn direct_tile<const T: usize, const C: usize>(weights: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+        let masks: [__m512i; C] = std::array::from_fn(|c| _mm512_set1_epi8((3u8 << (2 * c)) as i8));
+        for (block, weights) in weights.chunks(FIELD_STEPS * STEP_BYTES).enumerate() {
+            let (steps, w) = (weights.len() / STEP_BYTES, weights.as_ptr());
+            let mut acc = [[[_mm512_setzero_si512(); 4]; C]; T];
+            for step in 0..steps {
+                // SAFETY: inside `weights`, which has `steps` whole steps.
+                let mut w: [__m512i; 4] = std::array::from_fn(|v| unsafe { _mm512_loadu_si512(w.add(step * STEP_BYTES + 64 * v).cast()) });
                 for field in 0..4 {
-                    let codes = w.map(|w| _mm256_and_si256(w, mask));
-                    for (token, total) in total.iter_mut().enumerate() {
-                        let x = _mm256_set1_epi32(four(x.as_ptr().add(token * stride + step * STEP + 4 * field)));
-                        for i in 0..2 {
-                            total[i] = _mm256_dpbusd_avx_epi32(total[i], codes[i], x);
+                    if field > 0 && field % C == 0 {
+                        w = w.map(|w| if C == 1 { _mm512_srli_epi16::<2>(w) } else { _mm512_srli_epi16::<4>(w) });
+                    }
+                    let codes = w.map(|w| _mm512_and_si512(w, masks[field % C]));
+                    for (token, acc) in acc.iter_mut().enumerate() {
+                        let at = token * x.stride + (block * FIELD_STEPS + step) * STEP + 4 * field;
+                        // SAFETY: inside `x`, which the caller vouches for.
+                        let x = _mm512_set1_epi32(unsafe { four(x.values.as_ptr().add(at)) });
+                        for (acc, codes) in acc[field % C].iter_mut().zip(codes) {
+                            *acc = _mm512_dpbusd_epi32(*acc, codes, x);
                         }
                     }
-                    w = w.map(|w| _mm256_srli_epi16::<2>(w));
+                }
+            }
+            for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
+                for (v, sums) in sums.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                    let mut total = acc[0][v];
+                    for (c, acc) in acc.iter().enumerate().skip(1) {
+                        total = _mm512_add_epi32(total, _mm512_sra_epi32(acc[v], _mm_cvtsi32_si128(2 * c as i32)));
+                    }
+                    add(sums, total);
                 }
             }
         }
-        store256(&total, half, sums);
+    }
+
+    /// # Safety
+    /// `x` holds T rows of the columns of `codes`' steps.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn dense_tile<const T: usize>(codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+        let mut acc = [[_mm512_setzero_si512(); 4]; T];
+        for quad in 0..codes.len() / (4 * PANEL) {
+            let at = codes.as_ptr().wrapping_add(quad * 4 * PANEL);
+            // SAFETY: inside `codes`, which has so many quads.
+            let w: [__m512i; 4] = std::array::from_fn(|v| unsafe { _mm512_loadu_si512(at.add(64 * v).cast()) });
+            for (token, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: inside `x`, which the caller vouches for.
+                let x = _mm512_set1_epi32(unsafe { four(x.values.as_ptr().add(token * x.stride + 4 * quad)) });
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = _mm512_dpbusd_epi32(*acc, w, x);
+                }
+            }
+        }
+        for (acc, sums) in acc.iter().zip(sums) {
+            for (&acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
+                add(sums, acc);
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(sums: &mut [i32; 16], total: __m512i) {
+        // SAFETY: 16 sums of 4 bytes; neither access needs alignment.
+        unsafe {
+            let old = _mm512_loadu_si512(sums.as_ptr().cast());
+            _mm512_storeu_si512(sums.as_mut_ptr().cast(), _mm512_add_epi32(old, total));
+        }
     }
 }
 
-/// Steps whose products fit 16 bits: a pair of codes ≤ 2 times int8 lies in −512 ..= 508, and a step adds four pairs.
-const PAIR_STEPS: usize = 16;
-const _: () = assert!(PAIR_STEPS * 4 * 512 <= 1 << 15);
+/// The 256-bit tiles. `$dot(acc, codes, x)` adds products, `$close(acc)` makes 32-bit sums of an accumulator.
+macro_rules! narrow {
+    ($module:ident, $features:literal, $dot:expr, $close:expr) => {
+        mod $module {
+            use super::super::tiles::Term;
+            use super::*;
 
-/// # Safety
-/// AVX2; bounds as in [`avx512_vnni_tokens`].
-#[target_feature(enable = "avx2")]
-unsafe fn avx2_tokens<const T: usize>(weights: &[u8], x: &[i8], stride: usize, sums: &mut [[i32; PANEL]; TOKENS]) {
-    let steps = weights.len() / STEP_BYTES;
-    let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
-    for half in 0..2 {
-        let mut total = [[_mm256_setzero_si256(); 2]; T];
-        let mut first = 0;
-        while first < steps {
-            let last = (first + PAIR_STEPS).min(steps);
-            let mut pairs = [[_mm256_setzero_si256(); 2]; T];
-            for step in first..last {
-                // SAFETY: `step < steps` whole steps of `weights` and of each of T tokens.
-                unsafe {
-                    let at = weights.as_ptr().add(step * STEP_BYTES + 64 * half);
-                    let mut w = [_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(32).cast())];
-                    for field in 0..4 {
-                        let codes = w.map(|w| _mm256_and_si256(w, mask));
-                        for (token, pairs) in pairs.iter_mut().enumerate() {
-                            let x = _mm256_set1_epi32(four(x.as_ptr().add(token * stride + step * STEP + 4 * field)));
-                            for i in 0..2 {
-                                pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(codes[i], x));
+            entries!($features);
+
+            /// Fields are shifted down one after the other: `C` is for wider registers.
+            ///
+            /// # Safety
+            /// `x` holds T rows of the columns of `weights`' steps.
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn direct_tile<const T: usize, const C: usize>(weights: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+                let mask = _mm256_set1_epi8(3);
+                for (block, weights) in weights.chunks(BLOCK * STEP_BYTES).enumerate() {
+                    for quarter in 0..4 {
+                        let mut acc = [[_mm256_setzero_si256(); 2]; T];
+                        for step in 0..weights.len() / STEP_BYTES {
+                            let at = weights.as_ptr().wrapping_add(step * STEP_BYTES + 64 * quarter);
+                            // SAFETY: inside `weights`, which has so many steps.
+                            let mut w: [__m256i; 2] = std::array::from_fn(|v| unsafe { _mm256_loadu_si256(at.add(32 * v).cast()) });
+                            for field in 0..4 {
+                                let codes = w.map(|w| _mm256_and_si256(w, mask));
+                                for (token, acc) in acc.iter_mut().enumerate() {
+                                    let at = token * x.stride + (block * BLOCK + step) * STEP + 4 * field;
+                                    // SAFETY: inside `x`, which the caller vouches for.
+                                    let x = _mm256_set1_epi32(unsafe { four(x.values.as_ptr().add(at)) });
+                                    for (acc, codes) in acc.iter_mut().zip(codes) {
+                                        *acc = $dot(*acc, codes, x);
+                                    }
+                                }
+                                w = w.map(|w| _mm256_srli_epi16::<2>(w));
                             }
                         }
-                        w = w.map(|w| _mm256_srli_epi16::<2>(w));
+                        for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
+                            for (&acc, sums) in acc.iter().zip(&mut sums.as_chunks_mut::<8>().0[2 * quarter..]) {
+                                add(sums, $close(acc));
+                            }
+                        }
                     }
                 }
             }
-            for (total, pairs) in total.iter_mut().zip(&pairs) {
-                for i in 0..2 {
-                    total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(pairs[i], ones));
+
+            /// # Safety
+            /// `x` holds T rows of the columns of `codes`' steps.
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn dense_tile<const T: usize>(codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+                for (block, codes) in codes.chunks(BLOCK * STEP_CODES).enumerate() {
+                    for quarter in 0..4 {
+                        let mut acc = [[_mm256_setzero_si256(); 2]; T];
+                        for quad in 0..codes.len() / (4 * PANEL) {
+                            let at = codes.as_ptr().wrapping_add(quad * 4 * PANEL + 64 * quarter);
+                            // SAFETY: inside `codes`, which has so many quads.
+                            let w: [__m256i; 2] = std::array::from_fn(|v| unsafe { _mm256_loadu_si256(at.add(32 * v).cast()) });
+                            for (token, acc) in acc.iter_mut().enumerate() {
+                                let at = token * x.stride + block * BLOCK * STEP + 4 * quad;
+                                // SAFETY: inside `x`, which the caller vouches for.
+                                let x = _mm256_set1_epi32(unsafe { four(x.values.as_ptr().add(at)) });
+                                for (acc, w) in acc.iter_mut().zip(w) {
+                                    *acc = $dot(*acc, w, x);
+                                }
+                            }
+                        }
+                        for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
+                            for (&acc, sums) in acc.iter().zip(&mut sums.as_chunks_mut::<8>().0[2 * quarter..]) {
+                                add(sums, $close(acc));
+                            }
+                        }
+                    }
                 }
             }
-            first = last;
-        }
-        store256(&total, half, sums);
-    }
-}
 
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store256<const T: usize>(total: &[[__m256i; 2]; T], half: usize, sums: &mut [[i32; PANEL]; TOKENS]) {
-    for (total, sums) in total.iter().zip(sums.iter_mut()) {
-        for (i, &total) in total.iter().enumerate() {
-            let sums = &mut sums[16 * half + 8 * i..][..8];
-            // SAFETY: 8 sums of 4 bytes, unaligned access.
-            unsafe {
-                let old = _mm256_loadu_si256(sums.as_ptr().cast());
-                _mm256_storeu_si256(sums.as_mut_ptr().cast(), _mm256_add_epi32(old, total));
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn add(sums: &mut [i32; 8], total: __m256i) {
+                // SAFETY: 8 sums of 4 bytes; neither access needs alignment.
+                unsafe {
+                    let old = _mm256_loadu_si256(sums.as_ptr().cast());
+                    _mm256_storeu_si256(sums.as_mut_ptr().cast(), _mm256_add_epi32(old, total));
+                }
             }
         }
-    }
+    };
 }
+
+narrow!(avx_vnni, "avx2,avxvnni", _mm256_dpbusd_avx_epi32, |acc| acc);
+narrow!(avx2, "avx2", |acc, codes, x| _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)), |acc| _mm256_madd_epi16(
+    acc,
+    _mm256_set1_epi16(1)
+));
