@@ -11,22 +11,45 @@ use std::time::Instant;
 /// Bytes that are cycled through so that no cache holds them.
 const COLD_BYTES: usize = 600 << 20;
 
-/// Seconds: smallest, median and largest of a few batches of at least 30 ms.
-fn time(mut call: impl FnMut()) -> [f64; 3] {
-    let mut seconds = |calls: usize| {
-        let begin = Instant::now();
-        (0..calls).for_each(|_| call());
-        begin.elapsed().as_secs_f64()
-    };
-    let once = seconds(1).max(1e-9);
-    let calls = (0.03 / once).ceil() as usize;
-    let mut all: Vec<f64> = (0..7).map(|_| seconds(calls) / calls as f64).collect();
-    all.sort_by(f64::total_cmp);
-    [all[0], all[3], all[6]]
+/// Turns of each measurement; a turn lasts about [`TURN`] seconds for the ceiling and as long for the operation.
+const TURNS: usize = 21;
+/// See [`TURNS`].
+const TURN: f64 = 0.01;
+
+/// Seconds of one call, over enough calls for a turn.
+fn turn(mut call: impl FnMut(), calls: usize) -> f64 {
+    let begin = Instant::now();
+    (0..calls).for_each(|_| call());
+    begin.elapsed().as_secs_f64() / calls as f64
 }
 
-fn spread([best, median, worst]: [f64; 3], amount: f64) -> String {
-    format!("{:7.1} ({:.1} … {:.1})", amount / median / 1e9, amount / worst / 1e9, amount / best / 1e9)
+/// Smallest, median and largest.
+fn summary(mut all: Vec<f64>) -> [f64; 3] {
+    all.sort_by(f64::total_cmp);
+    [all[0], all[all.len() / 2], all[all.len() - 1]]
+}
+
+/// Something to measure: what one call does, and how much of it.
+struct Work<'a> {
+    amount: f64,
+    call: Box<dyn FnMut() + 'a>,
+}
+
+impl Work<'_> {
+    fn calls(&mut self) -> usize {
+        (TURN / turn(&mut self.call, 1).max(1e-9)).ceil() as usize
+    }
+}
+
+/// Rates of `work` a second, and its shares of a ceiling measured in turns with it; `scale` turns its amount into the ceiling's.
+fn against(mut ceiling: Work<'_>, mut work: Work<'_>, scale: f64) -> String {
+    let (of_ceiling, of_work) = (ceiling.calls(), work.calls());
+    let turns: Vec<[f64; 2]> =
+        (0..TURNS).map(|_| [ceiling.amount / turn(&mut ceiling.call, of_ceiling), work.amount / turn(&mut work.call, of_work)]).collect();
+    let [low, median, high] = summary(turns.iter().map(|t| t[1] / 1e9).collect());
+    let [from, share, to] = summary(turns.iter().map(|t| 100.0 * t[1] * scale / t[0]).collect());
+    let [_, top, _] = summary(turns.iter().map(|t| t[0] / 1e9).collect());
+    format!("{median:6.1} ({low:.1} … {high:.1}), {share:.0} % ({from:.0} … {to:.0}) of {top:.1}")
 }
 
 fn matrix(rows: usize, cols: usize) -> Matrix {
@@ -44,28 +67,30 @@ fn activations(w: &Prepacked, tokens: usize) -> Activations {
     Activations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
 }
 
-/// Bytes per second read by summing `bytes` on the pool.
-fn read(pool: &Pool, bytes: usize) -> f64 {
-    let data = vec![1u64; bytes / 8];
-    let parts = pool.threads() * 4;
-    let seconds = time(|| {
-        pool.run(parts, |part| {
-            black_box(machine::sum(&data[part * data.len() / parts..(part + 1) * data.len() / parts]));
-        })
-    });
-    bytes as f64 / seconds[1]
+/// Reads of `data` on the pool, a sixteenth of the cold bytes at most in a call, each call where the last one ended.
+fn reading<'a>(pool: &'a Pool, data: &'a [u64]) -> Work<'a> {
+    let words = data.len().min(COLD_BYTES / 16 / 8);
+    let mut at = 0;
+    let call = move || {
+        let data = &data[at..at + words];
+        pool.run(pool.threads(), |part| {
+            black_box(machine::sum(&data[part * words / pool.threads()..(part + 1) * words / pool.threads()]));
+        });
+        at = if at + 2 * words <= data.len() { at + words } else { 0 };
+    };
+    Work { amount: (8 * words) as f64, call: Box::new(call) }
 }
 
-/// Multiply-adds per second of the byte dot product on registers alone.
-fn dot_peak(pool: &Pool) -> f64 {
-    const ROUNDS: usize = 20_000;
-    let macs = pool.threads() * machine::dots(0) * ROUNDS;
-    let seconds = time(|| {
+/// Multiply-adds of the byte dot product on registers alone.
+fn dots(pool: &Pool) -> Work<'_> {
+    const ROUNDS: usize = 2000;
+    let amount = (pool.threads() * machine::dots(0) * ROUNDS) as f64;
+    let call = move || {
         pool.run(pool.threads(), |_| {
             black_box(machine::dots(ROUNDS));
         })
-    });
-    macs as f64 / seconds[0]
+    };
+    Work { amount, call: Box::new(call) }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -79,13 +104,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => Kernels::detect(),
     };
     let pool = Pool::new(threads)?;
-    let fork = time(|| pool.run(2 * threads, |_| ()));
-    println!("{} on {threads} thread(s), fork-join {:.2} µs ({:.2} … {:.2})", kernels.isa(), fork[1] * 1e6, fork[0] * 1e6, fork[2] * 1e6);
-    let (dram, cache) = (read(&pool, COLD_BYTES), read(&pool, threads << 20));
-    let peak = dot_peak(&pool);
-    println!("reads {:.1} GB/s from memory, {:.1} GB/s from L2; byte dot product {:.0} G MAC/s", dram / 1e9, cache / 1e9, peak / 1e9);
+    let fork = summary((0..TURNS).map(|_| 1e6 * turn(|| pool.run(2 * threads, |_| ()), 1000)).collect());
+    println!("{} on {threads} thread(s), fork-join {:.2} µs ({:.2} … {:.2})", kernels.isa(), fork[1], fork[0], fork[2]);
+    println!("median (smallest … largest) of {TURNS} turns; shares are of the ceiling in the same turn");
 
-    println!("\nM = 1, G weights/s: median (worst … best) of 7");
+    let (cold, warm) = (vec![1u64; COLD_BYTES / 8], vec![1u64; threads << 16]);
+    println!("\nG weights/s, share of the bytes read in GB/s");
     for (rows, cols) in [(6912, 2560), (2560, 6912), (4096, 14336), (1024, 2560)] {
         let matrix = matrix(rows, cols);
         let begin = Instant::now();
@@ -93,34 +117,28 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let prepack = (rows * cols) as f64 / begin.elapsed().as_secs_f64();
         let hot = packed.bytes() <= 1 << 20;
         let copies = vec![packed.clone(); if hot { 1 } else { COLD_BYTES.div_ceil(packed.bytes()) }];
-        let mut y = vec![0.0; 4 * rows];
         for tokens in [1, 4] {
-            let x = activations(&packed, tokens);
+            let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * rows]);
             let mut at = 0;
-            let seconds = time(|| {
-                kernels.ternary_matmul(&pool, &copies[at], &x, None, &mut y[..tokens * rows]);
+            let call = || {
+                kernels.ternary_matmul(&pool, &copies[at], &x, None, &mut y);
                 at = (at + 1) % copies.len();
-            });
-            let share = packed.bytes() as f64 / seconds[1] / if hot { cache } else { dram };
-            let place = if hot { "L2" } else { "memory" };
-            println!(
-                "{rows:5} × {cols:5} from {place:6} M = {tokens}: {}, {:.0} % of the read bandwidth",
-                spread(seconds, (rows * cols) as f64),
-                100.0 * share
-            );
+            };
+            let work = Work { amount: (rows * cols) as f64, call: Box::new(call) };
+            let bytes = packed.bytes() as f64 / (rows * cols) as f64;
+            let result = against(reading(&pool, if hot { &warm } else { &cold }), work, bytes);
+            println!("{rows:5} × {cols:5} M = {tokens} from {}: {result}", if hot { "L2    " } else { "memory" });
         }
-        println!("{rows:5} × {cols:5} prepack: {:.2} G weights/s", prepack / 1e9);
+        println!("{rows:5} × {cols:5} prepack: {:.2}", prepack / 1e9);
     }
 
-    println!("\nM > 1, G MAC/s: median (worst … best) of 7");
-    let matrix = matrix(6912, 2560);
-    let packed = Prepacked::new(&matrix, &pool)?;
-    for tokens in [2, 4, 6, 7, 8, 16, 32, 128, 512] {
-        let x = activations(&packed, tokens);
-        let mut y = vec![0.0; tokens * 6912];
-        let seconds = time(|| kernels.ternary_matmul(&pool, &packed, &x, None, &mut y));
-        let macs = (tokens * 6912 * 2560) as f64;
-        println!(" 6912 ×  2560 M = {tokens:3}: {}, {:.0} % of the peak", spread(seconds, macs), 100.0 * macs / seconds[1] / peak);
+    println!("\nG MAC/s, share of the byte dot product on registers");
+    let packed = Prepacked::new(&matrix(6912, 2560), &pool)?;
+    for tokens in [1, 2, 3, 4, 6, 8, 12, 16, 32, 128, 512] {
+        let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * 6912]);
+        let call = || kernels.ternary_matmul(&pool, &packed, &x, None, &mut y);
+        let work = Work { amount: (tokens * 6912 * 2560) as f64, call: Box::new(call) };
+        println!(" 6912 ×  2560 M = {tokens:3}: {}", against(dots(&pool), work, 1.0));
     }
     Ok(())
 }

@@ -8,8 +8,8 @@ use crate::{Isa, Kernels, Pool};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// From so many tokens on, a panel is unpacked to bytes once and met with tiles of [`TOKENS`] tokens.
-const DENSE: usize = TOKENS + 1;
+/// From so many tokens on, a panel is unpacked to bytes once; fewer go over the two-bit codes of a panel twice at most.
+const DENSE: usize = 2 * TOKENS + 1;
 /// Steps that are unpacked at once: 32 KiB of codes.
 const DENSE_STEPS: usize = 32;
 /// Tokens whose sums are kept at once: 48 KiB.
@@ -167,18 +167,22 @@ impl Kernels {
 /// # Safety
 /// The machine has the instruction set of `tiles`; no other thread has these panels.
 unsafe fn direct(tiles: &Tiles, w: &Prepacked, x: &Activations, panels: Range<usize>, sink: &impl Sink) {
+    let parts = x.rows().div_ceil(TOKENS);
     for panel in panels {
         for group in 0..w.groups() {
             let steps = w.group_steps(group);
-            let mut sums = [[0; PANEL]; TOKENS];
-            let sums = &mut sums[..x.rows()];
-            for (token, sums) in sums.iter_mut().enumerate() {
-                *sums = [-x.sum(token, group); PANEL];
-            }
-            // SAFETY: the caller's.
-            unsafe {
-                (tiles.direct)(w.codes(panel, steps.clone()), x.from(0, steps.start), sums);
-                sums.iter().enumerate().for_each(|(token, sums)| sink.put(panel, token, group, sums));
+            for part in 0..parts {
+                let tokens = part * x.rows() / parts..(part + 1) * x.rows() / parts;
+                let mut sums = [[0; PANEL]; TOKENS];
+                let sums = &mut sums[..tokens.len()];
+                for (token, sums) in tokens.clone().zip(sums.iter_mut()) {
+                    *sums = [-x.sum(token, group); PANEL];
+                }
+                // SAFETY: the caller's.
+                unsafe {
+                    (tiles.direct)(w.codes(panel, steps.clone()), x.from(tokens.start, steps.start), sums);
+                    tokens.zip(sums).for_each(|(token, sums)| sink.put(panel, token, group, sums));
+                }
             }
         }
     }

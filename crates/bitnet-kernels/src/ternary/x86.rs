@@ -43,7 +43,7 @@ macro_rules! entries {
                 match sums.len() {
                     1 => direct_tile::<1, 4>(weights, x, sums),
                     2 => direct_tile::<2, 2>(weights, x, sums),
-                    3 => direct_tile::<3, 2>(weights, x, sums),
+                    3 => direct_tile::<3, 1>(weights, x, sums),
                     4 => direct_tile::<4, 1>(weights, x, sums),
                     5 => direct_tile::<5, 1>(weights, x, sums),
                     6 => direct_tile::<6, 1>(weights, x, sums),
