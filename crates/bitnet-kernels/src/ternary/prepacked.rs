@@ -1,6 +1,7 @@
 //! Ternary weights in the kernel layout.
 
 use super::{MAX_COLS, PANEL, STEP, STEP_BYTES};
+use crate::lines::{Line, Lines};
 use crate::{Error, Pool};
 use bitnet_core::{Granularity, Matrix, Precision, ZeroPoints};
 use std::ops::Range;
@@ -14,14 +15,9 @@ pub struct Prepacked {
     /// Columns of a scale group; all of them unless the scales go by group.
     group: usize,
     /// `[panels, steps]` of 256 bytes.
-    data: Vec<Line>,
+    data: Lines,
     scales: Scales,
 }
-
-/// 64 bytes that begin at a multiple of 64.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 /// Lines of a step.
 const LINES: usize = STEP_BYTES / 64;
@@ -59,9 +55,9 @@ impl Prepacked {
             Granularity::Group(g) => g.min(spec.cols.max(1)),
             Granularity::Tensor | Granularity::Channel => spec.cols.max(1),
         };
-        let mut packed = Self { rows: spec.rows, cols: spec.cols, group, data: vec![], scales: Scales::Tensor([0.0; PANEL]) };
+        let data = Lines::filled(Line([ZERO; 64]), 0);
+        let mut packed = Self { rows: spec.rows, cols: spec.cols, group, data, scales: Scales::Tensor([0.0; PANEL]) };
         let panel_lines = packed.steps() * LINES;
-        packed.data = vec![Line([ZERO; 64]); packed.panels() * panel_lines];
         packed.scales = match spec.granularity {
             Granularity::Tensor => Scales::Tensor([matrix.scales[0]; PANEL]),
             Granularity::Channel | Granularity::Group(_) => {
@@ -74,11 +70,8 @@ impl Prepacked {
                 Scales::Rows(scales)
             }
         };
-        if packed.data.is_empty() {
-            return Ok(packed);
-        }
-        let mut data = std::mem::take(&mut packed.data);
-        let panels: Vec<_> = data.chunks_mut(panel_lines).map(Mutex::new).collect();
+        let mut data = Lines::filled(Line([ZERO; 64]), packed.panels() * panel_lines);
+        let panels: Vec<_> = data.chunks_mut(panel_lines.max(1)).map(Mutex::new).collect();
         let broken = Mutex::new(None::<usize>);
         pool.run(panels.len(), |panel| {
             // One part has each panel, so the lock is free; a poisoned one belongs to a part that panicked, which ends the run.
@@ -165,9 +158,7 @@ impl Prepacked {
     /// The codes of some steps of a panel.
     pub(crate) fn codes(&self, panel: usize, steps: Range<usize>) -> &[u8] {
         let first = (panel * self.steps() + steps.start) * LINES;
-        let lines = &self.data[first..first + steps.len() * LINES];
-        // SAFETY: a `Line` is 64 bytes without padding, so the slice is `64 · lines.len()` initialised bytes.
-        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 64) }
+        Lines::bytes(&self.data[first..first + steps.len() * LINES])
     }
 
     /// The scale of each row of a panel in a group.
