@@ -1,4 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time.
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of [`ternary`]
+//! weights with int8 activations.
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -9,7 +10,7 @@
 //! println!("ran on {}", kernels.isa());
 //! ```
 //!
-//! A loop here is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
+//! A loop of `ops` is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
 mod lines;

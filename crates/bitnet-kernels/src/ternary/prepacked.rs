@@ -27,7 +27,7 @@ const ZERO: u8 = 0b01_01_01_01;
 #[derive(Debug, Clone)]
 enum Scales {
     /// One for all.
-    Tensor([f32; PANEL]),
+    Tensor(Box<[f32; PANEL]>),
     /// `[panels, groups]`, missing rows 0.
     Rows(Vec<[f32; PANEL]>),
 }
@@ -56,10 +56,10 @@ impl Prepacked {
             Granularity::Tensor | Granularity::Channel => spec.cols.max(1),
         };
         let data = Lines::filled(Line([ZERO; 64]), 0);
-        let mut packed = Self { rows: spec.rows, cols: spec.cols, group, data, scales: Scales::Tensor([0.0; PANEL]) };
+        let mut packed = Self { rows: spec.rows, cols: spec.cols, group, data, scales: Scales::Rows(vec![]) };
         let panel_lines = packed.steps() * LINES;
         packed.scales = match spec.granularity {
-            Granularity::Tensor => Scales::Tensor([matrix.scales[0]; PANEL]),
+            Granularity::Tensor => Scales::Tensor(Box::new([matrix.scales[0]; PANEL])),
             Granularity::Channel | Granularity::Group(_) => {
                 let groups = packed.groups();
                 let mut scales = vec![[0.0; PANEL]; packed.panels() * groups];

@@ -97,8 +97,9 @@ mod avx512 {
 
     entries!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
 
-    /// How far ahead weights are asked for, a page and more: the hardware's prefetchers stop at each.
-    const AHEAD: usize = 4096;
+    /// Bytes ahead at which weights are asked for. The scheduler holds the products of some three steps that wait for memory and no load
+    /// beyond them; a prefetch waits for nothing.
+    const AHEAD: usize = 12288;
     /// Steps that are summed before fields are shifted down.
     const FIELD_STEPS: usize = 1 << 14;
     // The top field holds its code times 64 and has four products a step.
@@ -117,7 +118,7 @@ mod avx512 {
             let mut acc = [[[_mm512_setzero_si512(); 4]; C]; T];
             for step in 0..steps {
                 for line in 0..4 {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(step * STEP_BYTES + 64 * line + AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(step * STEP_BYTES + 64 * line + AHEAD).cast());
                 }
                 // SAFETY: inside `weights`, which has `steps` whole steps.
                 let mut w: [__m512i; 4] = std::array::from_fn(|v| unsafe { _mm512_loadu_si512(w.add(step * STEP_BYTES + 64 * v).cast()) });
