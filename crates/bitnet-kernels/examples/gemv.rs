@@ -6,6 +6,7 @@ use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::ternary::{Activations, Prepacked};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Bytes that are cycled through so that no cache holds them.
@@ -63,7 +64,7 @@ fn matrix(rows: usize, cols: usize) -> Matrix {
 }
 
 fn activations(w: &Prepacked, tokens: usize) -> Activations {
-    let values: Vec<i8> = (0..tokens * w.cols()).map(|i| (i * 2_654_435_761 >> 9) as i8).collect();
+    let values: Vec<i8> = (0..tokens * w.cols()).map(|i| ((i * 2_654_435_761) >> 9) as i8).collect();
     Activations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
 }
 
@@ -117,7 +118,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => Kernels::detect(),
     };
     let pool = Pool::new(threads)?;
-    let fork = summary((0..TURNS).map(|_| 1e6 * turn(|| pool.run(2 * threads, |_| ()), 1000)).collect());
+    // A part ends when every thread has one, so that the caller cannot do them all before a worker has come.
+    let fork = || {
+        let here = AtomicUsize::new(0);
+        pool.run(threads, |_| {
+            here.fetch_add(1, Ordering::AcqRel);
+            while here.load(Ordering::Acquire) < threads {
+                std::hint::spin_loop();
+            }
+        });
+    };
+    let fork = summary((0..TURNS).map(|_| 1e6 * turn(fork, 200)).collect());
     println!("{} on {threads} thread(s), fork-join {:.2} µs ({:.2} … {:.2})", kernels.isa(), fork[1], fork[0], fork[2]);
     println!("median (smallest … largest) of {TURNS} turns; shares are of the ceiling in the same turn");
 
