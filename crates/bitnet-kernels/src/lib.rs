@@ -1,4 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time.
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of [`ternary`]
+//! weights with int8 activations.
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -9,8 +10,14 @@
 //! println!("ran on {}", kernels.isa());
 //! ```
 //!
-//! A loop here is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
+//! A loop of `ops` is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
+
+mod lines;
+mod pool;
+pub mod ternary;
+
+pub use pool::Pool;
 
 use bitnet_core::ops::{Above, Key, Moments, Ops, Scalar, Uniform};
 use std::fmt;
@@ -24,13 +31,15 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    /// x86-64 with AVX2 and AVX-VNNI.
+    AvxVnni,
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
 }
 
 impl Isa {
     /// All of them, narrow to wide.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512];
 
     /// Whether this machine runs it.
     pub fn is_available(self) -> bool {
@@ -39,11 +48,14 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
@@ -56,21 +68,25 @@ impl fmt::Display for Isa {
         f.pad(match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
         })
     }
 }
 
 /// Why no kernels could be had for a name.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// There is no instruction set of that name.
-    #[error("unknown instruction set '{got}', expected scalar, avx2 or avx512")]
+    #[error("unknown instruction set '{got}', expected scalar, avx2, avxvnni or avx512")]
     UnknownIsa {
         /// The name given.
         got: String,
     },
+    /// The matrix or the activations are not what the kernels take.
+    #[error(transparent)]
+    Matrix(#[from] bitnet_core::Error),
     /// The machine does not have it.
     #[error("this machine does not run {isa}")]
     Unavailable {
@@ -177,7 +193,7 @@ macro_rules! dispatch {
         match $self.isa {
             // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::$loop($($argument),*) },
+            Isa::Avx2 | Isa::AvxVnni => unsafe { avx2::$loop($($argument),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => unsafe { avx512::$loop($($argument),*) },

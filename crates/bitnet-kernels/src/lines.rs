@@ -1,0 +1,122 @@
+//! Memory for prepacked weights: aligned to cache lines, on huge pages where the system grants them.
+
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+/// 64 bytes that begin at a multiple of 64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u8; 64]);
+
+/// A huge page of x86-64 and of aarch64 with 4 KiB pages.
+const HUGE: usize = 2 << 20;
+
+/// A fixed number of lines. From the size of a huge page on they begin at one, and huge pages are asked for.
+pub(crate) struct Lines {
+    data: NonNull<Line>,
+    len: usize,
+}
+
+// SAFETY: the lines are owned, like those of a `Vec<Line>`.
+unsafe impl Send for Lines {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for Lines {}
+
+impl Lines {
+    fn layout(len: usize) -> Layout {
+        let bytes = len.checked_mul(size_of::<Line>()).expect("lines fit the address space");
+        let align = if bytes >= HUGE { HUGE } else { align_of::<Line>() };
+        Layout::from_size_align(bytes, align).expect("lines fit the address space")
+    }
+
+    /// `len` lines, all the same.
+    ///
+    /// # Panics
+    /// If they exceed the address space; like a `Vec`, it aborts where there is no memory.
+    pub(crate) fn filled(line: Line, len: usize) -> Self {
+        if len == 0 {
+            return Self { data: NonNull::dangling(), len };
+        }
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a size other than 0.
+        let Some(data) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
+        #[cfg(target_os = "linux")]
+        if layout.align() == HUGE {
+            // SAFETY: advice about an allocation of ours changes no byte of it. Where it is refused, pages stay small, which is the fallback.
+            unsafe { libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
+        }
+        let data = data.cast::<Line>();
+        for i in 0..len {
+            // SAFETY: the allocation has room for `len` lines and is aligned for them.
+            unsafe { data.add(i).write(line) };
+        }
+        Self { data, len }
+    }
+
+    /// The bytes of `lines`.
+    pub(crate) fn bytes(lines: &[Line]) -> &[u8] {
+        // SAFETY: a `Line` is 64 bytes without padding, so these are `64 · len` initialised bytes.
+        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
+    }
+}
+
+impl Deref for Lines {
+    type Target = [Line];
+    fn deref(&self) -> &[Line] {
+        // SAFETY: `filled` initialised `len` lines there, which this value owns.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for Lines {
+    fn deref_mut(&mut self) -> &mut [Line] {
+        // SAFETY: as in `deref`, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: `filled` allocated it with this layout.
+            unsafe { dealloc(self.data.as_ptr().cast(), Self::layout(self.len)) };
+        }
+    }
+}
+
+impl Clone for Lines {
+    fn clone(&self) -> Self {
+        let mut lines = Self::filled(Line([0; 64]), self.len);
+        lines.copy_from_slice(self);
+        lines
+    }
+}
+
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} lines", self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_aligned_filled_and_cloned() {
+        for len in [0, 1, 3, HUGE / 64 - 1, HUGE / 64, HUGE / 64 + 1] {
+            let mut lines = Lines::filled(Line([7; 64]), len);
+            assert_eq!(lines.len(), len);
+            assert!(lines.iter().all(|l| *l == Line([7; 64])));
+            assert_eq!(lines.as_ptr() as usize % if len * 64 >= HUGE { HUGE } else { 64 }, 0);
+            if let Some(last) = lines.last_mut() {
+                last.0[63] = 9;
+            }
+            let copy = lines.clone();
+            assert_eq!(*copy, *lines);
+            assert_eq!(Lines::bytes(&copy).last(), (len > 0).then_some(&9));
+        }
+    }
+}
