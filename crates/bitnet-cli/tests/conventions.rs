@@ -196,3 +196,21 @@ fn a_reader_that_leaves_does_not_turn_no_into_yes() {
     child.stdout.take().unwrap().read_exact(&mut first).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
 }
+
+#[test]
+fn columns_that_no_block_divides_stay_exact_floats_in_a_converted_gguf() {
+    let dir = Dir::new();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/glassllm-en");
+    dir.run(&["quantize", model, "--out", "h", "--format", "hf-bitnet"]).is(0);
+    let run = dir.run(&["convert", "h", "--out", "g.gguf"]);
+    assert!(run.is(0).stdout().contains("341 columns") && run.stdout().contains("kept exactly, as F32"), "{}", run.stdout());
+    // The scales of the packed ones are rounded to f16, which a note says; the others are equal to the bit.
+    let run = dir.run(&["compare", "h", "g.gguf", "--json"]);
+    for tensor in run.is(0).json()["tensors"].as_array().unwrap() {
+        let name = tensor["name"].as_str().unwrap();
+        assert!(tensor["stored_as"] != "F32" || tensor["exact"] == true, "{name}");
+        assert!(tensor["cosine"].as_f64().unwrap() > 0.999999, "{name}");
+    }
+    // A layout that is named is not replaced.
+    dir.refuses(&["convert", "h", "--out", "n.gguf", "--layout", "q2_0"], &["down_proj", "q2_0", "341 columns"]);
+}

@@ -211,8 +211,18 @@ impl Builder<'_> {
                 }
             }
         }
-        Err(self.tensor_error(tensor)(refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()))))
+        let refusal = refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
+        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&q.spec) {
+            return self.cast(index, ScaleDtype::F32, Some(format!("not packed: {refusal}; kept exactly, as F32")));
+        }
+        Err(self.tensor_error(tensor)(refusal))
     }
+}
+
+/// Whether no block type of GGUF would take the matrix even with the plainest scales.
+fn shape_is_to_blame(spec: &MatrixSpec) -> bool {
+    let plain = MatrixSpec { planes: 1, granularity: Granularity::Tensor, scale_dtype: ScaleDtype::F16, ..spec.clone() };
+    default_layouts(Format::Gguf, spec.precision).is_ok_and(|layouts| layouts.iter().all(|l| l.check(&plain).is_err()))
 }
 
 /// Layouts to try for a precision when none is named.
