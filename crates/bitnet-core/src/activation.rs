@@ -1,5 +1,6 @@
 //! Activations: absmax integers and signs, one scale for each token or for the whole tensor.
 
+use crate::names::named;
 use crate::scheme::Rounding;
 use crate::{Error, Result};
 
@@ -14,6 +15,8 @@ pub enum ActivationMethod {
     Sign,
 }
 
+named!(ActivationMethod, "activation method", { Int8 = "int8", Int4 = "int4", Sign = "sign" });
+
 /// What one activation scale covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationGranularity {
@@ -22,6 +25,8 @@ pub enum ActivationGranularity {
     /// The whole tensor.
     Tensor,
 }
+
+named!(ActivationGranularity, "activation granularity", { Token = "token", Tensor = "tensor" });
 
 /// Quantized activations, `x ≈ scale · value`.
 #[derive(Debug, Clone, PartialEq)]

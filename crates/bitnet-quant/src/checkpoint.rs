@@ -13,6 +13,7 @@
 use crate::plan::{Job, Pack, Sidecar, Unit, Work};
 use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
 use crate::{Error, Result};
+use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::ScaleStorage;
@@ -468,7 +469,8 @@ impl Worker<'_> {
         let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
         let fitted: Option<Fitted> = match scheme.granularity {
             Granularity::Tensor if spec.weights_len() > 0 => {
-                Some(fit(&self.options.kernels, &Strips { rows, strip, interrupt: self.options.interrupt }, scheme, None)?)
+                let h = pack.importance.as_deref().map(Importance::new).transpose()?;
+                Some(fit(&self.options.kernels, &Strips { rows, strip, interrupt: self.options.interrupt }, scheme, h)?)
             }
             _ => None,
         };
@@ -535,7 +537,8 @@ impl Worker<'_> {
         let first_row = range.start;
         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
         let cols = pack.spec.cols;
-        let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, None)?;
+        let h = pack.importance.as_deref().filter(|_| fitted.is_none());
+        let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, h)?;
         let mut error = ErrorStats::default();
         scratch.back.resize(cols.min(MEASURED), 0.0);
         for (row, weights) in scratch.weights.chunks(cols).enumerate() {

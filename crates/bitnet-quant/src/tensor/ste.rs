@@ -1,0 +1,90 @@
+//! Fake quantization with the straight-through estimator: `x̂ = dequantize(quantize(x))` forwards, the identity backwards.
+
+use super::{check_kind, matrix_shape, token_shape};
+use crate::matrix;
+use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
+use bitnet_core::scheme::{Rounding, Scheme};
+use bitnet_kernels::Kernels;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use half::{bf16, f16};
+
+/// A weight matrix by a scheme.
+pub(super) struct FakeWeights {
+    pub(super) scheme: Scheme,
+    pub(super) kernels: Kernels,
+}
+
+/// Activations, one scale for each token.
+pub(super) struct FakeActivations(pub(super) ActivationMethod);
+
+impl FakeWeights {
+    /// `[N, K]` to the same shape, with `∂x̂/∂x = 1`.
+    pub(super) fn apply(self, weights: &Tensor) -> crate::Result<Tensor> {
+        check_kind(weights)?;
+        matrix_shape(weights)?;
+        Ok(weights.contiguous()?.apply_op1(self)?)
+    }
+}
+
+impl FakeActivations {
+    /// `[…, K]` to the same shape, with `∂x̂/∂x = 1`.
+    pub(super) fn apply(self, x: &Tensor) -> crate::Result<Tensor> {
+        check_kind(x)?;
+        token_shape(x)?;
+        Ok(x.contiguous()?.apply_op1(self)?)
+    }
+}
+
+/// Runs `f` on the elements as f32 and stores its result in their type.
+fn floats(storage: &CpuStorage, layout: &Layout, f: impl FnOnce(&[f32]) -> crate::Result<Vec<f32>>) -> Result<(CpuStorage, Shape)> {
+    let (start, end) = layout.contiguous_offsets().ok_or_else(|| candle_core::Error::msg("fake quantization needs contiguous tensors"))?;
+    let f = |x: &[f32]| f(x).map_err(candle_core::Error::wrap);
+    let out = match storage {
+        CpuStorage::F32(x) => CpuStorage::F32(f(&x[start..end])?),
+        CpuStorage::F16(x) => {
+            let x: Vec<f32> = x[start..end].iter().map(|x| x.to_f32()).collect();
+            CpuStorage::F16(f(&x)?.into_iter().map(f16::from_f32).collect())
+        }
+        CpuStorage::BF16(x) => {
+            let x: Vec<f32> = x[start..end].iter().map(|x| x.to_f32()).collect();
+            CpuStorage::BF16(f(&x)?.into_iter().map(bf16::from_f32).collect())
+        }
+        _ => return Err(candle_core::Error::msg("fake quantization needs f32, f16 or bf16")),
+    };
+    Ok((out, layout.shape().clone()))
+}
+
+impl CustomOp1 for FakeWeights {
+    fn name(&self) -> &'static str {
+        "fake-quantize-weights"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, rest) = layout.dims().split_first().map_or((1, &[][..]), |(&n, rest)| (n, rest));
+        let shape = if rest.is_empty() { (1, rows) } else { (rows, rest.iter().product()) };
+        floats(storage, layout, |w| Ok(matrix::quantize(self.kernels, w, shape, &self.scheme, None)?.dequantize()))
+    }
+
+    fn bwd(&self, _arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.clone()))
+    }
+}
+
+impl CustomOp1 for FakeActivations {
+    fn name(&self) -> &'static str {
+        "fake-quantize-activations"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let cols = layout.dims().last().copied().unwrap_or(1).max(1);
+        floats(storage, layout, |x| {
+            let q = activation::quantize(x, cols, self.0, ActivationGranularity::Token, Rounding::HalfEven)?;
+            let tokens = q.values.chunks(cols).zip(&q.scales);
+            Ok(tokens.flat_map(|(q, &s)| q.iter().map(move |&q| s * f32::from(q))).collect())
+        })
+    }
+
+    fn bwd(&self, _arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.clone()))
+    }
+}
