@@ -22,6 +22,12 @@ fn main() -> Result {
     small_things()
 }
 
+/// Makes a thing and drops it, in the time that is measured.
+fn keep<T>(thing: T) -> Result {
+    black_box(thing);
+    Ok(())
+}
+
 /// Medians of several things, each done once in every turn.
 fn medians<const N: usize>(mut things: [&mut dyn FnMut() -> Result; N]) -> Result<[Duration; N]> {
     let mut times = [const { Vec::new() }; N];
@@ -48,9 +54,9 @@ fn weights() -> Result {
     let scheme = Scheme::ternary(Threshold::Absmean);
     let one = Runtime::new(&Compute { threads: 1, ..Compute::default() })?;
     let [kernel, single, all] = medians([
-        &mut || Ok(drop(black_box(quantize(&one.machine.kernels, &slice, N, N, &scheme, None)?))),
-        &mut || Ok(drop(black_box(quantize_tensor(&one, &w, &scheme, None)?))),
-        &mut || Ok(drop(black_box(absmean_quantize_weights(&w, &Device::Cpu)?))),
+        &mut || keep(quantize(&one.machine.kernels, &slice, N, N, &scheme, None)?),
+        &mut || keep(quantize_tensor(&one, &w, &scheme, None)?),
+        &mut || keep(absmean_quantize_weights(&w, &Device::Cpu)?),
     ])?;
     let speed = |t: Duration| 4.0 * (N * N) as f64 / 1e9 / t.as_secs_f64();
     println!("absmean, {N} x {N} f32: kernel {:.2} GB/s on one thread", speed(kernel));
@@ -91,8 +97,13 @@ fn small_things() -> Result {
             }
             Ok(())
         },
-        &mut || Ok((0..MANY).try_for_each(|_| black_box(&config).validate())?),
-        &mut || (0..MANY).try_for_each(|_| Ok(drop(black_box(ConfigurationPreset::AccuracyOptimized.build()?)))),
+        &mut || {
+            for _ in 0..MANY {
+                black_box(&config).validate()?;
+            }
+            Ok(())
+        },
+        &mut || (0..MANY).try_for_each(|_| keep(ConfigurationPreset::AccuracyOptimized.build()?)),
         &mut || {
             for _ in 0..MANY {
                 error = (error + 0.013) % 0.5;

@@ -2,6 +2,13 @@
 //!
 //! The second moments `h_k = E[x_k²]` are the importance of input channels: `Σ_k h_k·(w_k − ŵ_k)²` is the expected squared error of the
 //! output that the error of a row of weights causes, if channels are uncorrelated.
+//!
+//! The file is JSON. Another program may write it, with zeros for what it does not know:
+//!
+//! ```text
+//! {"version": 1, "layers": {"fc.weight": {"tokens": 2, "min": -2.0, "max": 3.0, "sum_squares": [10.0, 4.25],
+//!                                         "reach": 4.0, "bins": [2048 counts from -reach to reach]}}}
+//! ```
 
 use crate::{Error, Result};
 use bitnet_core::Precision;
@@ -60,7 +67,7 @@ impl LayerStatistics {
             let expected = x.len().next_multiple_of(k.max(1)).max(k);
             return Err(bitnet_core::Error::Length { what: "activations", expected, got: x.len() }.into());
         }
-        let moments = crate::matrix::moments(bitnet_kernels::Kernels::detect(), x)?;
+        let moments = crate::rows::moments(bitnet_kernels::Kernels::detect(), x)?;
         if x.is_empty() {
             return Ok(());
         }

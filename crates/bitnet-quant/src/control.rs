@@ -12,7 +12,6 @@
 
 use crate::{Error, Result};
 use bitnet_core::Precision;
-use bitnet_core::stats::ErrorStats;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -49,11 +48,6 @@ impl QuantizationStats {
     pub fn sqnr_db(&self) -> f32 {
         -20.0 * self.quantization_error.log10()
     }
-}
-
-/// `√(Σ(x − x̂)² / Σx²)`; 0 where both are all zero.
-pub(crate) fn relative_error(error: &ErrorStats) -> f32 {
-    if error.noise == 0.0 { 0.0 } else { (error.noise / error.signal).sqrt() as f32 }
 }
 
 /// Bounds and temper of a [`PrecisionController`].
@@ -131,10 +125,10 @@ impl PrecisionControlConfig {
         } else if !self.precisions.contains(&self.initial) {
             wrong.push(format!("control.initial: expected one of control.precisions, got {}", self.initial));
         }
-        if !(self.min_sqnr_db < self.max_sqnr_db) {
+        if self.min_sqnr_db.is_nan() || self.max_sqnr_db.is_nan() || self.min_sqnr_db >= self.max_sqnr_db {
             wrong.push(format!("control.max_sqnr_db: expected more than min_sqnr_db = {}, got {}", self.min_sqnr_db, self.max_sqnr_db));
         }
-        if !(self.margin_db >= 0.0) {
+        if self.margin_db.is_nan() || self.margin_db < 0.0 {
             wrong.push(format!("control.margin_db: expected at least 0, got {}", self.margin_db));
         }
         if self.patience == 0 {
@@ -294,7 +288,7 @@ impl PrecisionController {
     /// # Errors
     /// [`Error::Invalid`] for bounds that are not `low <= high`.
     pub fn add_metric(&mut self, name: &str, bounds: [f32; 2]) -> Result<()> {
-        if !(bounds[0] <= bounds[1]) {
+        if bounds.iter().any(|b| b.is_nan()) || bounds[0] > bounds[1] {
             return Err(Error::Invalid(vec![format!("metric '{name}': expected bounds [low, high], got {bounds:?}")]));
         }
         self.metrics.insert(name.into(), Metric { bounds, last: bounds[0] });
@@ -322,7 +316,7 @@ impl PrecisionController {
     /// [`Error::Invalid`] for an error or a compression ratio that is negative or NaN; nothing is recorded then.
     pub fn adjust_precision_dynamically(&mut self, stats: &QuantizationStats) -> Result<Option<PrecisionAdjustment>> {
         for (name, got) in [("quantization_error", stats.quantization_error), ("compression_ratio", stats.compression_ratio)] {
-            if !(got >= 0.0) {
+            if got.is_nan() || got < 0.0 {
                 return Err(Error::Invalid(vec![format!("{name}: expected at least 0, got {got}")]));
             }
         }

@@ -47,7 +47,7 @@ pub enum Error {
     /// candle could not do it.
     #[cfg(feature = "tensor")]
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(Box<candle_core::Error>),
     /// The target exists.
     #[error("{} exists already", path.display())]
     Exists {
@@ -71,6 +71,13 @@ pub enum Error {
     /// The caller asked to stop. What is done stays, and the same job goes on from there.
     #[error("interrupted; the same command goes on from here")]
     Interrupted,
+}
+
+#[cfg(feature = "tensor")]
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Candle(Box::new(error))
+    }
 }
 
 impl Error {

@@ -23,7 +23,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
-#[cfg(any(feature = "tensor", feature = "calibration"))]
+#[cfg(feature = "tensor")]
 mod matrix;
 mod names;
 mod plan;
@@ -96,6 +96,6 @@ pub mod prelude {
 }
 
 /// The examples of the README compile and hold.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "tensor"))]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

@@ -1,9 +1,8 @@
 //! Matrices in memory through the quantizers of `bitnet-core`, on the threads of the current rayon pool.
 
+use crate::Result;
 use crate::rows::{strip_rows, windows};
-use crate::{Error, Result};
 use bitnet_core::granule::{Granule, Importance};
-use bitnet_core::ops::Moments;
 use bitnet_core::quantize::{fit, quantize_rows};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Matrix, Scheme, ZeroPoints};
@@ -108,6 +107,7 @@ pub(crate) fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
 }
 
 /// `Σ h_k·(w − ŵ)²`.
+#[cfg(feature = "advanced")]
 pub(crate) fn weighted_error(weights: &[f32], matrix: &Matrix, h: &[f32]) -> f64 {
     let mut back = vec![0.0; matrix.spec.cols];
     let mut sum = 0.0;
@@ -116,15 +116,4 @@ pub(crate) fn weighted_error(weights: &[f32], matrix: &Matrix, h: &[f32]) -> f64
         sum += w.iter().zip(&back).zip(h).map(|((w, v), h)| f64::from(*h) * f64::from(w - v).powi(2)).sum::<f64>();
     }
     sum
-}
-
-/// Moments of finite numbers.
-pub(crate) fn moments(kernels: Kernels, x: &[f32]) -> Result<Moments> {
-    use bitnet_core::ops::Ops;
-    let moments = kernels.moments(x);
-    if moments.finite {
-        return Ok(moments);
-    }
-    let (index, value) = x.iter().copied().enumerate().find(|(_, v)| !v.is_finite()).unwrap_or((0, f32::NAN));
-    Err(Error::Core(bitnet_core::Error::NotFinite { index, value }))
 }

@@ -3,8 +3,8 @@
 use crate::config::{QuantizationConfig, QuantizationConfigBuilder};
 use crate::recipe::{Choices, Target};
 use crate::{Error, Result};
+use bitnet_core::Precision;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, ScaleRule, Scheme, Threshold};
-use bitnet_core::{Precision, pack};
 use bitnet_formats::output::AUTO;
 
 /// Symmetric integers, or such with zero points.
@@ -297,9 +297,4 @@ impl TryFrom<QuantizationSchemeConfig> for QuantizationConfig {
             .optimization_level(how.memory_optimization_level)
             .build()
     }
-}
-
-/// The layout of that name, or `None` for `auto`.
-pub(crate) fn layout_named(name: &str) -> Result<Option<&'static dyn pack::Layout>> {
-    if name == AUTO { Ok(None) } else { Ok(Some(pack::by_name(name)?)) }
 }

@@ -216,7 +216,7 @@ pub(crate) struct Builder<'a> {
     pub(crate) units: Vec<Unit>,
     pub(crate) tensors: Vec<OutTensor>,
     packed: BTreeMap<String, Packed>,
-    sidecars: Option<BTreeMap<String, Sidecar>>,
+    pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
     importance: BTreeMap<String, Vec<f32>>,

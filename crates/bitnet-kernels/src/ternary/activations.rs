@@ -3,7 +3,7 @@
 use super::tiles::Columns;
 use super::{Prepacked, STEP};
 use crate::Error;
-use bitnet_core::activation::{ActivationGranularity, ActivationMethod, quantize};
+use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
 
 /// int8 activations `(M, K)`, each row laid out in the steps of the weights it will meet.
@@ -21,6 +21,8 @@ pub struct Activations {
     scales: Vec<f32>,
     /// Σ x, `[M, groups]`.
     sums: Vec<i32>,
+    /// Values before they are laid out.
+    scratch: activation::Activations,
 }
 
 impl Activations {
@@ -29,8 +31,24 @@ impl Activations {
     /// # Errors
     /// [`Error::Matrix`] if `x` is not whole rows of K, or holds NaN or infinity.
     pub fn quantize(x: &[f32], w: &Prepacked) -> Result<Self, Error> {
-        let q = quantize(x, w.cols(), ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven)?;
-        Self::from_values(&q.values, &q.scales, w)
+        let mut activations = Self::from_values(&[], &[], w)?;
+        activations.requantize(x, w, ActivationMethod::Int8)?;
+        Ok(activations)
+    }
+
+    /// Quantizes other activations by any method in place of these, for a product with `w`. Allocates only where these were never so many.
+    ///
+    /// # Errors
+    /// As [`Activations::quantize`]; these are then as they were.
+    pub fn requantize(&mut self, x: &[f32], w: &Prepacked, method: ActivationMethod) -> Result<(), Error> {
+        let mut scratch = std::mem::replace(&mut self.scratch, activation::Activations { values: vec![], scales: vec![] });
+        let how = (method, ActivationGranularity::Token, Rounding::HalfEven);
+        let done = activation::quantize_into(x, w.cols(), how, &mut scratch);
+        if done.is_ok() {
+            self.lay_out(&scratch.values, &scratch.scales, w);
+        }
+        self.scratch = scratch;
+        Ok(done?)
     }
 
     /// Lays out activations that are quantized already: `values` of `[M, K]` row-major, one scale for each of M tokens.
@@ -38,20 +56,31 @@ impl Activations {
     /// # Errors
     /// [`Error::Matrix`] if the lengths do not fit.
     pub fn from_values(values: &[i8], scales: &[f32], w: &Prepacked) -> Result<Self, Error> {
-        let (rows, cols, group, stride) = (scales.len(), w.cols(), w.group(), w.steps() * STEP);
+        let (rows, cols) = (scales.len(), w.cols());
         if rows.checked_mul(cols) != Some(values.len()) {
             return Err(bitnet_core::Error::Length { what: "activations", expected: rows.saturating_mul(cols), got: values.len() }.into());
         }
-        let mut laid = vec![0; rows * stride];
-        let mut sums = Vec::with_capacity(rows * w.groups());
+        let scratch = activation::Activations { values: vec![], scales: vec![] };
+        let mut new = Self { rows, cols, group: 0, groups: 0, values: vec![], stride: 0, scales: vec![], sums: vec![], scratch };
+        new.lay_out(values, scales, w);
+        Ok(new)
+    }
+
+    fn lay_out(&mut self, values: &[i8], scales: &[f32], w: &Prepacked) {
+        let (rows, cols, group, stride) = (scales.len(), w.cols(), w.group(), w.steps() * STEP);
+        (self.rows, self.cols, self.group, self.groups, self.stride) = (rows, cols, group, w.groups(), stride);
+        self.scales.clear();
+        self.scales.extend_from_slice(scales);
+        self.values.clear();
+        self.values.resize(rows * stride, 0);
+        self.sums.clear();
         for row in 0..rows {
             let values = &values[row * cols..][..cols];
             for (g, from) in values.chunks(group).enumerate() {
-                laid[row * stride + w.group_steps(g).start * STEP..][..from.len()].copy_from_slice(from);
-                sums.push(from.iter().map(|&v| i32::from(v)).sum());
+                self.values[row * stride + w.group_steps(g).start * STEP..][..from.len()].copy_from_slice(from);
+                self.sums.push(from.iter().map(|&v| i32::from(v)).sum());
             }
         }
-        Ok(Self { rows, cols, group, groups: w.groups(), values: laid, stride, scales: scales.to_vec(), sums })
     }
 
     /// M, the number of tokens.

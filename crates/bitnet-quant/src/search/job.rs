@@ -2,7 +2,7 @@
 
 use super::{Candidate, select};
 use crate::calibration::{Calibration, importance};
-use crate::checkpoint::Options;
+use crate::checkpoint::{Options, check_target, threads};
 use crate::config::Search;
 use crate::plan::{Builder, Work};
 use crate::recipe::{Choices, Format, Recipe, Rule, Target};
@@ -28,6 +28,7 @@ pub fn resolve(source: &Source, recipe: &Recipe, out: &Path, options: &Options<'
     let Some(search) = &recipe.search else { return Ok(recipe.clone()) };
     recipe.validate()?;
     let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
+    check_target(source, builder.sidecars.is_some(), out, options.existing)?;
     let selector = recipe.selector(source)?;
     let grid = grid(recipe.format, &recipe.default)?;
     let (mut fixed_bytes, mut weights) = (0, 0);
@@ -35,11 +36,11 @@ pub fn resolve(source: &Source, recipe: &Recipe, out: &Path, options: &Options<'
     for (index, tensor) in source.tensors.iter().enumerate() {
         let Some(choices) = selector.choices(tensor) else { continue };
         if selector.has_rule(&tensor.name) {
-            if matches!(choices.target(), Target::Quantized(_)) {
-                if let Some((bytes, _)) = builder.planned(index, &choices)? {
-                    fixed_bytes += bytes;
-                    weights += tensor.elements() as u64;
-                }
+            if matches!(choices.target(), Target::Quantized(_))
+                && let Some((bytes, _)) = builder.planned(index, &choices)?
+            {
+                fixed_bytes += bytes;
+                weights += tensor.elements() as u64;
             }
             continue;
         }
@@ -72,8 +73,7 @@ pub fn resolve(source: &Source, recipe: &Recipe, out: &Path, options: &Options<'
         let reachable = least as f64 * 8.0 / weights as f64;
         return Err(Error::Recipe(format!("target_bpw {bits}: the smallest settings take {reachable:.3} bits per weight")));
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).build();
-    let pool = pool.map_err(|e| Error::Recipe(format!("{} threads: {e}", options.threads)))?;
+    let pool = threads(options.threads)?;
     let mut candidates = vec![];
     for (tensor, importance, possible) in &tensors {
         options.progress.tensor(&tensor.name);

@@ -6,12 +6,12 @@
 //!
 //! A layer is *latent* or *packed*. Latent, it holds float weights; where a gradient is wanted it computes the formula above in floats,
 //! with the identity as the gradient of both roundings (straight-through estimator), so that
-//! `dX = dY · Ŵ`, `dW = dYᵀ · X̂`, `db = Σ dY`. Packed, it holds the weights in the layout of the kernels and nothing else of them, and
-//! multiplies integers. A latent layer without gradients packs its weights at the first forward pass and again when they have changed.
+//! `dX = dY · Ŵ`, `dW = dYᵀ · X̂`, `db = Σ dY`. Packed, it holds the weights in the layout of the kernels and nothing else of them,
+//! multiplies integers, and has a gradient for its input alone. A latent layer without gradients packs its weights at the first forward pass and again when they have changed.
 
 use super::kernel::Packed;
 use super::runtime::Runtime;
-use super::ste::{FakeActivations, FakeWeights};
+use super::ste::{FakeActivations, FakeWeights, PackedProduct};
 use super::{matrix_shape, not_empty, token_shape, with_floats};
 use crate::config::{Activations, QuantizationConfig};
 use crate::names::QuantizationScheme;
@@ -259,7 +259,7 @@ impl BitLinear {
         if let Some(bias) = bias.as_ref().filter(|b| b.dims() != [config.out_features]) {
             return Err(Error::input("bias", format!("shape [{}]", config.out_features), format!("{:?}", bias.dims())));
         }
-        weight.contiguous().map_err(Error::from).and_then(|w| super::check_kind(&w))?;
+        super::check_kind(&weight)?;
         Self::from_parts(config, weight, bias, None)
     }
 
@@ -338,13 +338,16 @@ impl BitLinear {
         })
     }
 
-    /// Quantizes latent weights and lets go of them. A packed layer stays as it is.
+    /// Quantizes latent weights and lets go of them; from then on only the input gets a gradient. A packed layer stays as it is.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN, [`Error::Kernels`] for a scheme that has no product.
     pub fn pack(&mut self) -> Result<()> {
         if let State::Latent(weight) = &self.state {
             self.state = State::Packed(self.packed(weight)?);
+            let frozen = |t: &mut Tensor| *t = t.detach();
+            self.bias.iter_mut().for_each(frozen);
+            self.norm.iter_mut().flat_map(|n| [Some(&mut n.weight), n.bias.as_mut()]).flatten().for_each(frozen);
             *self.cache.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         }
         Ok(())
@@ -414,32 +417,42 @@ impl BitLinear {
         Ok(self.cache.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|(of, _)| *of == checksum))
     }
 
-    /// The formula in floats, differentiable in input, weights, bias, gain and shift.
-    fn differentiable(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        let mut x = x.clone();
-        if let Some(norm) = &self.norm {
-            if norm.kind == SubNorm::Layer {
-                x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    /// The norm in candle's operations.
+    fn normed(&self, x: &Tensor) -> Result<Tensor> {
+        let Some(norm) = &self.norm else { return Ok(x.clone()) };
+        let centred = if norm.kind == SubNorm::Layer { x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)? } else { x.clone() };
+        let power = (centred.sqr()?.mean_keepdim(D::Minus1)? + norm.eps)?.sqrt()?;
+        let x = centred.broadcast_div(&power)?.broadcast_mul(&norm.weight)?;
+        Ok(match &norm.bias {
+            Some(bias) => x.broadcast_add(bias)?,
+            None => x,
+        })
+    }
+
+    /// The formula as a part of a graph: in floats for latent weights, which then get a gradient, in integers for packed ones.
+    fn differentiable(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.normed(x)?;
+        let y = match &self.state {
+            State::Latent(weight) => {
+                let x = match self.activations.method() {
+                    Some(method) => FakeActivations(method).apply(&x)?,
+                    None => x,
+                };
+                let weight = FakeWeights { scheme: self.scheme, kernels: self.runtime.machine.kernels }.apply(weight)?;
+                let weight = weight.to_dtype(x.dtype())?;
+                let (tokens, k) = token_shape(&x)?;
+                let mut shape = x.dims().to_vec();
+                shape.splice(shape.len() - 1.., [self.out_features]);
+                x.reshape((tokens, k))?.matmul(&weight.t()?)?.reshape(shape)?
             }
-            let power = (x.sqr()?.mean_keepdim(D::Minus1)? + norm.eps)?.sqrt()?;
-            x = x.broadcast_div(&power)?.broadcast_mul(&norm.weight)?;
-            if let Some(bias) = &norm.bias {
-                x = x.broadcast_add(bias)?;
+            State::Packed(packed) => {
+                PackedProduct { packed: packed.clone(), runtime: self.runtime.clone(), activations: self.activations }.apply(&x)?
             }
+        };
+        match &self.bias {
+            Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
+            None => Ok(y),
         }
-        if let Some(method) = self.activations.method() {
-            x = FakeActivations(method).apply(&x)?;
-        }
-        let weight = FakeWeights { scheme: self.scheme, kernels: self.runtime.machine.kernels }.apply(weight)?;
-        let weight = weight.to_dtype(x.dtype())?;
-        let (tokens, k) = token_shape(&x)?;
-        let mut shape = x.dims().to_vec();
-        *shape.last_mut().unwrap_or(&mut 0) = self.out_features;
-        let mut y = x.reshape((tokens, k))?.matmul(&weight.t()?)?.reshape(shape)?;
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
-        }
-        Ok(y)
     }
 
     /// The formula in integers. Everything but the output comes from pooled memory.
@@ -481,7 +494,7 @@ impl BitLinear {
             return Err(Error::input("input", format!("{} features", self.in_features), format!("shape {:?}", x.dims())));
         }
         match &self.state {
-            State::Latent(weight) if train => self.differentiable(x, weight),
+            _ if train => self.differentiable(x),
             State::Latent(weight) => self.integer(x, &*self.packed(weight)?),
             State::Packed(packed) => self.integer(x, packed),
         }
@@ -600,23 +613,24 @@ fn checksum(w: &[f32]) -> u128 {
     hash.digest128()
 }
 
-/// A forward pass: integers, except for a latent layer whose weights or input are part of a graph.
+/// A forward pass: part of the graph if input, weights, bias or norm are; else in integers.
 impl Module for BitLinear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let graph = x.track_op() || self.weight().is_some_and(Tensor::track_op);
+        let norm = self.norm.iter().flat_map(|n| [Some(&n.weight), n.bias.as_ref()]);
+        let graph = [Some(x), self.weight(), self.bias()].into_iter().chain(norm).flatten().any(Tensor::track_op);
         self.run(x, graph).map_err(candle)
     }
 }
 
 fn candle(error: Error) -> candle_core::Error {
     match error {
-        Error::Candle(error) => error,
+        Error::Candle(error) => *error,
         other => candle_core::Error::wrap(other),
     }
 }
 
 impl BitLinear {
-    /// With gradients where `train`, else in integers even if the weights are variables.
+    /// As a part of the graph where `train`, else apart from it, in integers, even if the weights are variables.
     ///
     /// # Errors
     /// [`Error::Input`] for another number of features, device or type.

@@ -3,10 +3,23 @@
 use super::runtime::Runtime;
 use crate::config::Activations;
 use crate::{Error, Result};
-use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
-use bitnet_core::scheme::Rounding;
 use bitnet_core::{Matrix, MatrixSpec};
 use bitnet_kernels::ternary::{self, Prepacked};
+use std::sync::{Mutex, PoisonError};
+
+/// Laid out activations that are used again.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch(Mutex<Vec<ternary::Activations>>);
+
+impl Scratch {
+    fn take(&self) -> Option<ternary::Activations> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+
+    fn put(&self, activations: ternary::Activations) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(activations);
+    }
+}
 
 /// Weights in the layout of the kernels, and nothing else of them.
 #[derive(Debug)]
@@ -41,17 +54,17 @@ impl Packed {
         bias: Option<&[f32]>,
         out: &mut [f32],
     ) -> Result<()> {
-        let (kernels, pool) = (runtime.machine.kernels, &runtime.pool);
-        let acts = match activations.method() {
-            None => return Err(Error::input("activations", "int8, int4 or sign", "float")),
-            Some(ActivationMethod::Int8) => ternary::Activations::quantize(x, &self.weights)?,
-            Some(method) => {
-                let q = activation::quantize(x, self.spec.cols, method, ActivationGranularity::Token, Rounding::HalfEven)?;
-                ternary::Activations::from_values(&q.values, &q.scales, &self.weights)?
-            }
+        let method = activations.method().ok_or_else(|| Error::input("activations", "int8, int4 or sign", "float"))?;
+        let mut acts = match runtime.scratch.take() {
+            Some(acts) => acts,
+            None => ternary::Activations::from_values(&[], &[], &self.weights)?,
         };
-        kernels.ternary_matmul(pool, &self.weights, &acts, bias, out);
-        Ok(())
+        let done = acts.requantize(x, &self.weights, method);
+        if done.is_ok() {
+            runtime.machine.kernels.ternary_matmul(&runtime.pool, &self.weights, &acts, bias, out);
+        }
+        runtime.scratch.put(acts);
+        Ok(done?)
     }
 
     /// The values again, by the product with the identity matrix.

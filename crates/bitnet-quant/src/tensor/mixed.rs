@@ -1,6 +1,6 @@
 //! Mixed precision on tensors: layers with kinds, precision raised where quality asks for it, and the search of [`crate::search`].
 
-use super::quantizer::{QuantizedTensor, quantize_activations, quantize_tensor};
+use super::quantizer::{QuantizedTensor, layout_named, quantize_activations, quantize_tensor};
 use super::runtime::Runtime;
 use super::{check_device, matrix_shape, with_floats};
 use crate::calibration::{Calibration, importance};
@@ -210,7 +210,7 @@ impl MixedPrecisionQuantizer {
         let scheme = choices.plain_scheme()?.ok_or_else(|| Error::input("precision", "one that is quantized", choices.target()))?;
         let mut quantized = quantize_tensor(&self.runtime, weights, &scheme, None)?;
         quantized.pack_with(match choices.layout.as_deref() {
-            Some(name) => crate::names::layout_named(name)?,
+            Some(name) => layout_named(name)?,
             None => Some(pack::by_name(PackingConfig::bitnet().layout_for(precision))?),
         })?;
         Ok(quantized)

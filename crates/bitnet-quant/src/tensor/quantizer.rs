@@ -3,15 +3,17 @@
 use super::runtime::Runtime;
 use super::{check_device, matrix_shape, not_empty, token_shape, with_floats};
 use crate::config::{Compute, QuantizationConfig};
-use crate::control::{PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats, relative_error};
+use crate::control::{PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats};
 use crate::matrix;
-use crate::names::{QuantizationPrecision, QuantizationSchemeConfig, layout_named};
+use crate::names::{QuantizationPrecision, QuantizationSchemeConfig};
 use crate::{Error, Result};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::memory::BitNetTensor;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::scheme::{Rounding, Scheme, Threshold};
+use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
+use bitnet_formats::output::AUTO;
 use candle_core::{DType, Device, Shape, Tensor};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -154,7 +156,7 @@ impl QuantizedTensor {
         let matrix = self.matrix()?;
         let mean = |x: &[f32]| (x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len().max(1) as f64) as f32;
         with_floats(original, |x| {
-            let moments = matrix::moments(bitnet_kernels::Kernels::detect(), x)?;
+            let moments = crate::rows::moments(bitnet_kernels::Kernels::detect(), x)?;
             Ok(QuantizationStats {
                 elements_count: x.len(),
                 quantization_error: relative_error(&matrix::measure(x, &matrix)),
@@ -166,6 +168,16 @@ impl QuantizedTensor {
             })
         })
     }
+}
+
+/// `√(Σ(x − x̂)² / Σx²)`; 0 where nothing is lost.
+fn relative_error(error: &ErrorStats) -> f32 {
+    if error.noise == 0.0 { 0.0 } else { (error.noise / error.signal).sqrt() as f32 }
+}
+
+/// The layout of that name, or `None` for `auto`.
+pub(super) fn layout_named(name: &str) -> Result<Option<&'static dyn Layout>> {
+    if name == AUTO { Ok(None) } else { Ok(Some(pack::by_name(name)?)) }
 }
 
 /// Turns tensors into low-bit tensors. Implement it for a method of your own.

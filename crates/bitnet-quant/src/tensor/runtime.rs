@@ -1,10 +1,11 @@
 //! What layers compute with: kernels, threads and scratch memory.
 
+use super::kernel::Scratch;
 use crate::config::{Compute, Machine};
 use crate::{Error, Result};
 use bitnet_core::memory::HybridMemoryPool;
 use bitnet_kernels::Pool;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Kernels, threads and scratch memory, shared by layers.
 ///
@@ -22,6 +23,8 @@ pub struct Runtime {
     pub pool: Pool,
     /// Scratch of forward passes.
     pub memory: HybridMemoryPool,
+    /// Quantized activations of forward passes.
+    pub(super) scratch: Scratch,
     /// Threads of quantizers; `None`: rayon's own.
     workers: Option<rayon::ThreadPool>,
 }
@@ -42,23 +45,22 @@ impl Runtime {
             n => Some(rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|e| refused(&e))?),
         };
         let pool = Pool::new(machine.threads).map_err(|e| refused(&e))?;
-        Ok(Arc::new(Self { machine, pool, memory: HybridMemoryPool::new(), workers }))
+        Ok(Arc::new(Self { machine, pool, memory: HybridMemoryPool::new(), scratch: Scratch::default(), workers }))
     }
 
-    /// The one of this configuration: shared by all who ask for the default.
+    /// The one of this configuration: shared by all who ask for it, as long as the program runs.
     ///
     /// # Errors
     /// As [`Runtime::new`].
     pub fn of(compute: &Compute) -> Result<Arc<Self>> {
-        static SHARED: OnceLock<Arc<Runtime>> = OnceLock::new();
-        if *compute != Compute::default() {
-            return Self::new(compute);
-        }
-        if let Some(shared) = SHARED.get() {
-            return Ok(shared.clone());
+        static SHARED: Mutex<Vec<(Compute, Arc<Runtime>)>> = Mutex::new(vec![]);
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, runtime)) = shared.iter().find(|(of, _)| of == compute) {
+            return Ok(runtime.clone());
         }
         let fresh = Self::new(compute)?;
-        Ok(SHARED.get_or_init(|| fresh).clone())
+        shared.push((compute.clone(), fresh.clone()));
+        Ok(fresh)
     }
 
     /// Runs `f` on the threads of quantizers.
