@@ -135,6 +135,9 @@ fn each_mistake_has_its_message() {
     let error = |r: bitnet_quant::Result<BitLinear>| r.unwrap_err().to_string();
     assert!(error(BitLinear::from_tensors(normal(&[8, 4]), None, &config)).contains("expected shape [4, 8], got [8, 4]"));
     assert!(error(BitLinear::from_tensors(normal(&[4, 8]), Some(normal(&[8])), &config)).contains("bias: expected shape [4], got [8]"));
+    assert!(error(BitLinear::from_tensors(normal(&[4, 8]), Some(normal(&[4])), &config)).contains("bias: expected none, got one"));
+    let normed = BitLinearConfig { norm: Some(SubNorm::Rms), ..config.clone() };
+    assert!(error(BitLinear::from_tensors(normal(&[4, 8]), None, &normed)).contains("norm"));
     assert!(error(BitLinear::new(BitLinearConfig::new(0, 4))).contains("in_features"));
     let spec = MatrixSpec::new(4, 8, Precision::Ternary, Granularity::Channel);
     let short = Matrix { spec, values: vec![0; 31], scales: vec![1.0; 4], zero_points: vec![] };

@@ -246,10 +246,10 @@ impl BitLinear {
         Ok(layer)
     }
 
-    /// A latent layer from weights `[N, K]` and a bias `[N]`. Variables among them get gradients.
+    /// A layer without norm from weights `[N, K]` and a bias `[N]`. Variables among them get gradients.
     ///
     /// # Errors
-    /// [`Error::Input`] for shapes, types or devices that do not fit the configuration.
+    /// [`Error::Input`] for shapes, types, devices, a bias or a norm that do not fit the configuration.
     pub fn from_tensors(weight: Tensor, bias: Option<Tensor>, config: &BitLinearConfig) -> Result<Self> {
         config.validate()?;
         let expected = [config.out_features, config.in_features];
@@ -258,6 +258,12 @@ impl BitLinear {
         }
         if let Some(bias) = bias.as_ref().filter(|b| b.dims() != [config.out_features]) {
             return Err(Error::input("bias", format!("shape [{}]", config.out_features), format!("{:?}", bias.dims())));
+        }
+        if bias.is_some() != config.bias {
+            return Err(Error::input("bias", if config.bias { "one" } else { "none" }, if config.bias { "none" } else { "one" }));
+        }
+        if let Some(norm) = config.norm {
+            return Err(Error::input("norm", "none; BitLinear::load takes its weights", format!("{norm:?}")));
         }
         super::check_kind(&weight)?;
         Self::from_parts(config, weight, bias, None)
@@ -286,7 +292,7 @@ impl BitLinear {
     }
 
     /// Reads `{name}.weight`, and `{name}.bias` if there is one, from a checkpoint that [`Source`] opens. Weights that are quantized there
-    /// keep their values and scales and make a packed layer; floats make a latent one.
+    /// keep their values and scales and make a packed layer; floats make a latent one, with the choices that the configuration has for this name.
     ///
     /// # Errors
     /// [`Error::Input`] if there is no such matrix, [`Error::File`] for what cannot be read.
@@ -294,7 +300,7 @@ impl BitLinear {
         let absent = |what: String| Error::input("layer", format!("a matrix '{what}'"), "none");
         let weight = format!("{name}.weight");
         let tensor = source.find(&weight).ok_or_else(|| absent(weight.clone()))?;
-        let (n, k) = tensor.matrix_shape().ok_or_else(|| absent(weight))?;
+        let (n, k) = tensor.matrix_shape().ok_or_else(|| absent(weight.clone()))?;
         let floats = |tensor: &bitnet_formats::Tensor| -> Result<Vec<f32>> {
             let mut out = vec![];
             crate::rows::with_rows(source, tensor, None, |rows| rows.read(0..rows.count, &mut vec![], &mut out))?;
@@ -304,7 +310,8 @@ impl BitLinear {
             Some(bias) => Some(Tensor::from_vec(floats(bias)?, n, &Device::Cpu)?),
             None => None,
         };
-        let config = BitLinearConfig { bias: bias.is_some(), config: config.clone(), ..BitLinearConfig::new(k, n) };
+        let config = QuantizationConfig { default: config.choices_for(&weight)?, ..config.clone() };
+        let config = BitLinearConfig { bias: bias.is_some(), config, ..BitLinearConfig::new(k, n) };
         match &tensor.content {
             Content::Quantized(q) => Self::from_matrix(&source.matrix(&tensor.name, q)?, bias, &config.config),
             _ => Self::from_tensors(Tensor::from_vec(floats(tensor)?, (n, k), &Device::Cpu)?, bias, &config),
