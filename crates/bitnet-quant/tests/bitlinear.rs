@@ -149,6 +149,48 @@ fn each_mistake_has_its_message() {
     assert!(matches!(absmean_quantize_weights(&Tensor::new(1f32, &CPU).unwrap(), &CPU), Err(Error::Input { .. })));
 }
 
+#[test]
+fn every_scheme_packs_and_computes_what_it_fakes() {
+    let builder = QuantizationConfig::builder;
+    let schemes = [
+        builder().precision(Precision::Binary),
+        builder().precision(Precision::Binary).binary_threshold(BinaryThresholdMethod::Optimal).group_size(32),
+        builder().ternary_method(TernaryMethod::OptimalThreshold).group_size(20),
+        builder().planes(2).group_size(32),
+        builder().planes(3),
+        builder().precision(Precision::Int2).strategy(QuantizationStrategy::Asymmetric).group_size(32),
+        builder().precision(Precision::Int3),
+        builder().precision(Precision::Int4).group_size(64),
+        builder().precision(Precision::Int4).strategy(QuantizationStrategy::Asymmetric).group_size(32),
+        builder().precision(Precision::Int8),
+        builder().precision(Precision::Int8).strategy(QuantizationStrategy::Asymmetric),
+    ];
+    let (w, x) = (normal(&[70, 100]), normal(&[3, 100]));
+    for scheme in schemes {
+        for activations in [Activations::Int8, Activations::Int4, Activations::Sign, Activations::Float] {
+            let config = scheme.clone().activations(activations).build().unwrap();
+            let one_plane_of_trits = config.default.precision() == Some(Precision::Ternary) && config.default.planes.is_none();
+            let mut layer = BitLinear::from_tensors(w.clone(), None, &BitLinearConfig { config, ..BitLinearConfig::new(100, 70) }).unwrap();
+            let faked = layer.forward_t(&x, true).unwrap();
+            let before = layer.quantized_weights().unwrap();
+            layer.pack().unwrap();
+            assert_eq!(layer.quantized_weights().unwrap(), before, "{:?}", before.spec);
+            match layer.forward_t(&x, false) {
+                Ok(packed) => {
+                    // Sums of 100 terms in another order: f32 has 24 bits.
+                    let largest = (packed - &faked).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                    let size = faked.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                    assert!(largest <= 1e-5 * size, "{:?} {activations:?}: {largest} of {size}", before.spec);
+                }
+                Err(error) => {
+                    assert!(activations == Activations::Float && !one_plane_of_trits, "{:?} {activations:?}: {error}", before.spec);
+                    assert!(error.to_string().contains("float activations"), "{error}");
+                }
+            }
+        }
+    }
+}
+
 /// Tensors of any shape, type and contents.
 fn any_tensor() -> impl Strategy<Value = Tensor> {
     let number = prop_oneof![

@@ -462,7 +462,7 @@ impl BitLinear {
         }
     }
 
-    /// The formula in integers. Everything but the output comes from pooled memory.
+    /// The formula in integers (in floats where activations stay floats). With quantized activations all but the output is pooled memory.
     fn integer(&self, x: &Tensor, packed: &Packed) -> Result<Tensor> {
         let (tokens, k) = token_shape(x)?;
         let (n, runtime) = (self.out_features, &*self.runtime);

@@ -1,22 +1,22 @@
 //! The one place that knows the products of `bitnet-kernels`.
 
 use super::runtime::Runtime;
+use crate::Result;
 use crate::config::Activations;
-use crate::{Error, Result};
-use bitnet_core::{Matrix, MatrixSpec};
-use bitnet_kernels::ternary::{self, Prepacked};
+use bitnet_core::{Matrix, MatrixSpec, ZeroPoints};
+use bitnet_kernels::matmul::{self, Prepacked};
 use std::sync::{Mutex, PoisonError};
 
 /// Laid out activations that are used again.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch(Mutex<Vec<ternary::Activations>>);
+pub(crate) struct Scratch(Mutex<Vec<matmul::Activations>>);
 
 impl Scratch {
-    fn take(&self) -> Option<ternary::Activations> {
+    fn take(&self) -> Option<matmul::Activations> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 
-    fn put(&self, activations: ternary::Activations) {
+    fn put(&self, activations: matmul::Activations) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(activations);
     }
 }
@@ -26,26 +26,28 @@ impl Scratch {
 pub(crate) struct Packed {
     spec: MatrixSpec,
     scales: Vec<f32>,
+    zero_points: Vec<f32>,
     weights: Prepacked,
 }
 
 impl Packed {
     /// # Errors
-    /// [`Error::Kernels`] for a matrix that has no product.
+    /// [`crate::Error::Kernels`] for a matrix that has no product.
     pub(crate) fn new(matrix: &Matrix, runtime: &Runtime) -> Result<Self> {
-        Ok(Self { spec: matrix.spec.clone(), scales: matrix.scales.clone(), weights: Prepacked::new(matrix, &runtime.pool)? })
+        let weights = Prepacked::new(matrix, &runtime.pool)?;
+        Ok(Self { spec: matrix.spec.clone(), scales: matrix.scales.clone(), zero_points: matrix.zero_points.clone(), weights })
     }
 
     pub(crate) fn spec(&self) -> &MatrixSpec {
         &self.spec
     }
 
-    /// Bytes of codes, scales and padding.
+    /// Bytes of codes, scales, zero points and padding.
     pub(crate) fn bytes(&self) -> usize {
-        self.weights.bytes() + size_of_val(&self.scales[..])
+        self.weights.memory() + size_of_val(&self.scales[..]) + size_of_val(&self.zero_points[..])
     }
 
-    /// `out = x̂ · Ŵᵀ + bias`, x of `[M, K]` and out of `[M, N]`, with x quantized as said.
+    /// `out = x̂ · Ŵᵀ + bias`, x of `[M, K]` and out of `[M, N]`, with x quantized as said. Floats go with ternary weights of one plane only.
     pub(crate) fn product(
         &self,
         runtime: &Runtime,
@@ -54,36 +56,48 @@ impl Packed {
         bias: Option<&[f32]>,
         out: &mut [f32],
     ) -> Result<()> {
-        let method = activations.method().ok_or_else(|| Error::input("activations", "int8, int4 or sign", "float"))?;
+        let (kernels, pool, w) = (runtime.machine.kernels, &runtime.pool, &self.weights);
+        let Some(method) = activations.method() else {
+            kernels.matmul(pool, w, &matmul::Activations::floats(x, w)?, bias, out);
+            return Ok(());
+        };
         let mut acts = match runtime.scratch.take() {
             Some(acts) => acts,
-            None => ternary::Activations::from_values(&[], &[], &self.weights)?,
+            None => matmul::Activations::from_values(&[], &[], w)?,
         };
-        let done = acts.requantize(x, &self.weights, method);
+        let done = acts.requantize_for(w, x, method);
         if done.is_ok() {
-            runtime.machine.kernels.ternary_matmul(&runtime.pool, &self.weights, &acts, bias, out);
+            kernels.matmul(pool, w, &acts, bias, out);
         }
         runtime.scratch.put(acts);
         Ok(done?)
     }
 
-    /// The values again, by the product with the identity matrix.
+    /// The values again, by the product with the identity matrix: sums of `value − zero point`, if that is an integer.
     pub(crate) fn unpack(&self, runtime: &Runtime) -> Result<Matrix> {
         const TOKENS: usize = 64;
-        let (rows, cols) = (self.spec.rows, self.spec.cols);
-        let mut values = vec![0i8; rows * cols];
-        let mut sums = vec![0i32; TOKENS * rows];
+        let spec = &self.spec;
+        let (rows, cols) = (spec.rows, spec.cols);
+        let mut values = vec![0i8; spec.values_len()];
+        let mut sums = vec![0i32; spec.planes * TOKENS * rows];
         for first in (0..cols).step_by(TOKENS) {
             let tokens = TOKENS.min(cols - first);
             let mut one_hot = vec![0i8; tokens * cols];
             (0..tokens).for_each(|t| one_hot[t * cols + first + t] = 1);
-            let acts = ternary::Activations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
-            let sums = &mut sums[..tokens * rows];
-            runtime.machine.kernels.ternary_sums(&runtime.pool, &self.weights, &acts, sums);
-            for (t, sums) in sums.chunks(rows).enumerate() {
-                sums.iter().enumerate().for_each(|(row, &q)| values[row * cols + first + t] = q as i8);
+            let acts = matmul::Activations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
+            let sums = &mut sums[..spec.planes * tokens * rows];
+            runtime.machine.kernels.matmul_sums(&runtime.pool, &self.weights, &acts, sums);
+            for (i, sums) in sums.chunks(rows).enumerate() {
+                let (plane, col) = (i / tokens, first + i % tokens);
+                for (row, &sum) in sums.iter().enumerate() {
+                    let zero = match spec.zero_points {
+                        ZeroPoints::I8 => self.zero_points[spec.scale_index(plane, row, col)] as i32,
+                        ZeroPoints::None | ZeroPoints::F32 => 0,
+                    };
+                    values[(plane * rows + row) * cols + col] = (sum + zero) as i8;
+                }
             }
         }
-        Ok(Matrix { spec: self.spec.clone(), values, scales: self.scales.clone(), zero_points: vec![] })
+        Ok(Matrix { spec: spec.clone(), values, scales: self.scales.clone(), zero_points: self.zero_points.clone() })
     }
 }
