@@ -14,6 +14,7 @@
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
 mod lines;
+pub mod machine;
 mod pool;
 pub mod stream;
 pub mod ternary;
