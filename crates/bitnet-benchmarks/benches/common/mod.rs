@@ -12,7 +12,7 @@ use std::time::Duration;
 const WORKING_SET: usize = 8 << 20;
 
 /// Checks and then times every contender of these groups.
-pub fn run(groups: &[Group], rivals: Rivals) {
+pub(crate) fn run(groups: &[Group], rivals: Rivals) {
     let mut criterion = Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(50))

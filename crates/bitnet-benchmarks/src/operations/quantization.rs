@@ -27,18 +27,18 @@ pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
     ];
     let ternary = ternary.into_iter().map(|(name, threshold, granularity, passes)| {
         let scheme = Scheme::ternary(threshold).with_granularity(granularity);
-        Planned::new(Group::Quantization, name, move |machine| ternary_case(name, &scheme, passes, rivals, machine))
+        Planned::new(Group::Quantization, name, move |machine| ternary_case(name, scheme, passes, rivals, machine))
     });
     let tokens = "absmax int8, a scale for each token";
     ternary.chain([Planned::new(Group::Quantization, tokens, move |machine| tokens_case(tokens, rivals, machine))]).collect()
 }
 
 /// Weights from memory to packed codes; the data is read `passes` times.
-fn ternary_case(name: &str, scheme: &Scheme, passes: usize, rivals: Rivals, machine: &Machine) -> Result<Case> {
+fn ternary_case(name: &str, scheme: Scheme, passes: usize, rivals: Rivals, machine: &Machine) -> Result<Case> {
     let rows = MATRIX.min(machine.working_set() / 4).div_ceil(COLS);
     let matrix = weights(rows * COLS);
     let layout = pack::by_name("two-bit")?;
-    let expected = bitnet_core::quantize::quantize(&Scalar, &matrix, rows, COLS, scheme, None)?;
+    let expected = bitnet_core::quantize::quantize(&Scalar, &matrix, rows, COLS, &scheme, None)?;
     let mut bytes = vec![];
     layout.pack_into(&expected.spec, &expected.values, &expected.scales, &mut bytes)?;
     let expected = Arc::new((bytes, expected.scales));
@@ -46,7 +46,7 @@ fn ternary_case(name: &str, scheme: &Scheme, passes: usize, rivals: Rivals, mach
 
     let mut contenders = vec![];
     for kernels in kernels(rivals) {
-        let (data, expected, scheme, pool) = (Arc::clone(&data), Arc::clone(&expected), scheme.clone(), Arc::clone(machine.pool()));
+        let (data, expected, pool) = (Arc::clone(&data), Arc::clone(&expected), Arc::clone(machine.pool()));
         let call = move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::Packed>>)| {
             let w = Weights::F32(&data[*at..][..rows * COLS]);
             *packed = Some(stream::quantize(kernels, &pool, w, rows, COLS, &scheme, layout));
@@ -75,6 +75,9 @@ fn ternary_case(name: &str, scheme: &Scheme, passes: usize, rivals: Rivals, mach
     })
 }
 
+/// Activations, their values and their scales.
+type Tokens = Mutex<(Vec<f32>, Vec<i8>, Vec<f32>)>;
+
 /// Tokens in L2 to int8; with several threads each has its own tokens.
 fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
     let (threads, tokens) = (machine.pool().threads(), (machine.in_l2() / (4 * TOKEN)).max(1));
@@ -84,7 +87,7 @@ fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
     let contender = |kernels: bitnet_kernels::Kernels| {
         let (x, expected, pool) = (Arc::clone(&x), Arc::clone(&expected), Arc::clone(machine.pool()));
         let parts: Vec<_> = (0..threads).map(|_| Mutex::new((x.to_vec(), vec![0i8; x.len()], vec![f32::NAN; tokens]))).collect();
-        let call = move |parts: &mut Vec<Mutex<(Vec<f32>, Vec<i8>, Vec<f32>)>>| {
+        let call = move |parts: &mut Vec<Tokens>| {
             pool.run(threads, |part| {
                 let (x, q, scales) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
                 for ((x, q), scale) in x.chunks(TOKEN).zip(q.chunks_mut(TOKEN)).zip(scales) {
@@ -92,7 +95,7 @@ fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
                 }
             });
         };
-        let check = move |parts: &Vec<Mutex<(Vec<f32>, Vec<i8>, Vec<f32>)>>| {
+        let check = move |parts: &Vec<Tokens>| {
             parts.iter().try_for_each(|part| {
                 let (_, q, scales) = &*part.lock().unwrap_or_else(PoisonError::into_inner);
                 super::same("values", &expected.values, q)?;

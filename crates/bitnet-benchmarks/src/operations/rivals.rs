@@ -49,8 +49,8 @@ impl Reference {
     pub(super) fn check(&self, y: &[f32]) -> Result<(), String> {
         for (token, expected) in self.tokens.iter().zip(self.expected.chunks(self.rows)) {
             for (row, (&got, &(value, bound))) in y[token * self.rows..].iter().zip(expected).enumerate() {
-                // Not the other way round: NaN is far off too.
-                if !((f64::from(got) - value).abs() <= bound) {
+                let off = (f64::from(got) - value).abs();
+                if off.is_nan() || off > bound {
                     return Err(format!("token {token}, row {row}: expected {value:.6} ± {bound:.1e}, got {got}"));
                 }
             }
