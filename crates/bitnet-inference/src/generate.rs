@@ -125,6 +125,12 @@ impl<'m> Session<'m> {
         self.cache.bytes()
     }
 
+    /// Forgets everything; the room stays.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.cache.truncate(0);
+    }
+
     /// Makes `tokens` the content of the session: what it begins with already is kept, the rest computed. Returns the logits after the last one and the
     /// number of tokens that were computed.
     ///

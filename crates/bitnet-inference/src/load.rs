@@ -13,6 +13,7 @@ use bitnet_kernels::dense::{BLOCK, Data, Matrix, quantize_blocks};
 use bitnet_kernels::ternary::Prepacked;
 use std::collections::HashSet;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 /// What the inputs of ternary layers are.
@@ -27,6 +28,18 @@ pub enum ActivationType {
     Float,
 }
 
+impl FromStr for ActivationType {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "int8" => Ok(Self::Int8),
+            "float" => Ok(Self::Float),
+            _ => Err(Error::Option { option: "activations", expected: "auto, int8 or float", got: format!("'{s}'") }),
+        }
+    }
+}
+
 /// How weights with float activations are held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FloatType {
@@ -38,6 +51,18 @@ pub enum FloatType {
     Bf16,
     /// 8-bit integers with one f16 scale for each 32 columns (Q8_0): about 44 dB for normal weights.
     Int8,
+}
+
+impl FromStr for FloatType {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "exact" => Ok(Self::Exact),
+            "bf16" => Ok(Self::Bf16),
+            "int8" => Ok(Self::Int8),
+            _ => Err(Error::Option { option: "type of weights", expected: "exact, bf16 or int8", got: format!("'{s}'") }),
+        }
+    }
 }
 
 /// What a graph takes its weights from. Names are those of Hugging Face, without `.weight`.
