@@ -3,7 +3,8 @@
 use super::elementwise::exp;
 use super::matrix::{Bytes, Floats, Halves, Row, Rows};
 use super::product::tile;
-use super::{LANES, Step};
+use super::LANES;
+use super::lanes::Lanes;
 
 /// Positions whose scores are kept at once.
 const BLOCK: usize = 64;
@@ -56,26 +57,34 @@ impl Attention<'_> {
     }
 }
 
+/// # Safety
+/// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) fn attend(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+pub(super) unsafe fn attend<L: Lanes>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
     for (q, out) in q.chunks_exact(a.head_dim).zip(out.chunks_exact_mut(a.head_dim)) {
-        head(a, q, out);
+        // SAFETY: the caller's.
+        unsafe { head::<L>(a, q, out) };
     }
 }
 
 /// One query head.
+///
+/// # Safety
+/// As [`attend`].
 #[inline(always)]
-fn head(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+unsafe fn head<L: Lanes>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
     out.fill(0.0);
     let (mut top, mut sum) = (f32::NEG_INFINITY, 0.0f32);
     let mut scores = [0.0; BLOCK];
     for first in (0..a.len).step_by(BLOCK) {
         let scores = &mut scores[..BLOCK.min(a.len - first)];
+        // SAFETY of every call: the caller's.
+        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
         match a.keys {
-            Cached::F32(all) => dots(Floats { all, cols: a.head_dim }, first, q, scores),
-            Cached::F16(all) => dots(Halves { all, cols: a.head_dim }, first, q, scores),
+            Cached::F32(all) => unsafe { dots::<L, _>(Floats { all, cols: a.head_dim }, first, q, scores) },
+            Cached::F16(all) => unsafe { dots::<L, _>(Halves { all, cols: a.head_dim }, first, q, scores) },
             Cached::Int8(all, scales) => {
-                dots(Bytes { all, cols: a.head_dim }, first, q, scores);
+                unsafe { dots::<L, _>(Bytes { all, cols: a.head_dim }, first, q, scores) };
                 scores.iter_mut().zip(&scales[first..]).for_each(|(s, scale)| *s *= scale);
             }
         }
@@ -91,12 +100,14 @@ fn head(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
         for s in scores.iter() {
             sum += s;
         }
+        // SAFETY of every call: the caller's.
+        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
         match a.values {
-            Cached::F32(all) => mix(Floats { all, cols: a.head_dim }, first, scores, out),
-            Cached::F16(all) => mix(Halves { all, cols: a.head_dim }, first, scores, out),
+            Cached::F32(all) => unsafe { mix::<L, _>(Floats { all, cols: a.head_dim }, first, scores, out) },
+            Cached::F16(all) => unsafe { mix::<L, _>(Halves { all, cols: a.head_dim }, first, scores, out) },
             Cached::Int8(all, scales) => {
                 scores.iter_mut().zip(&scales[first..]).for_each(|(s, scale)| *s *= scale);
-                mix(Bytes { all, cols: a.head_dim }, first, scores, out);
+                unsafe { mix::<L, _>(Bytes { all, cols: a.head_dim }, first, scores, out) };
             }
         }
     }
@@ -104,30 +115,51 @@ fn head(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
 }
 
 /// `scores[j] = q · key[first + j]`.
+///
+/// # Safety
+/// As [`attend`].
 #[inline(always)]
-fn dots<'a, K: Rows<'a>>(keys: K, first: usize, q: &[f32], scores: &mut [f32]) {
+unsafe fn dots<'a, L: Lanes, K: Rows<'a>>(keys: K, first: usize, q: &[f32], scores: &mut [f32]) {
     let (fours, rest) = scores.as_chunks_mut::<4>();
-    let tail = first + 4 * fours.len();
-    for (i, four) in fours.iter_mut().enumerate() {
-        [*four] = tile::<_, 4, 1>(std::array::from_fn(|r| keys.row(first + 4 * i + r)), [q], q.len());
+    let mut at = first;
+    for four in fours {
+        let rows = [keys.row(at), keys.row(at + 1), keys.row(at + 2), keys.row(at + 3)];
+        // SAFETY: the caller's.
+        [*four] = unsafe { tile::<L, _, 4, 1>(rows, [q], q.len()) };
+        at += 4;
     }
-    for (i, score) in rest.iter_mut().enumerate() {
-        [[*score]] = tile::<_, 1, 1>([keys.row(tail + i)], [q], q.len());
+    for score in rest {
+        // SAFETY: the caller's.
+        [[*score]] = unsafe { tile::<L, _, 1, 1>([keys.row(at)], [q], q.len()) };
+        at += 1;
     }
 }
 
 /// `out += Σ_j weights[j] · value[first + j]`, positions in order.
+///
+/// # Safety
+/// As [`attend`].
 #[inline(always)]
-fn mix<'a, V: Rows<'a>>(values: V, first: usize, weights: &[f32], out: &mut [f32]) {
-    for (step, out) in out.chunks_mut(LANES).enumerate() {
-        let mut sums: Step = [0.0; LANES];
-        sums[..out.len()].copy_from_slice(out);
-        for (j, &weight) in weights.iter().enumerate() {
-            let v = values.row(first + j).step(step);
-            for lane in 0..LANES {
-                sums[lane] = weight.mul_add(v[lane], sums[lane]);
+unsafe fn mix<'a, L: Lanes, V: Rows<'a>>(values: V, first: usize, weights: &[f32], out: &mut [f32]) {
+    let (steps, rest) = out.as_chunks_mut::<LANES>();
+    // SAFETY: the caller's.
+    unsafe {
+        for (step, sums) in steps.iter_mut().enumerate() {
+            let mut kept = L::f32(sums);
+            for (j, &weight) in weights.iter().enumerate() {
+                kept = kept.add_product(L::f32(&[weight; LANES]), values.row(first + j).full(step));
             }
+            kept.store(sums);
         }
-        out.copy_from_slice(&sums[..out.len()]);
+        if !rest.is_empty() {
+            let mut padded = [0.0; LANES];
+            padded[..rest.len()].copy_from_slice(rest);
+            let mut kept = L::f32(&padded);
+            for (j, &weight) in weights.iter().enumerate() {
+                kept = kept.add_product(L::f32(&[weight; LANES]), values.row(first + j).tail());
+            }
+            kept.store(&mut padded);
+            rest.copy_from_slice(&padded[..rest.len()]);
+        }
     }
 }

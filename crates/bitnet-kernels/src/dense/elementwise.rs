@@ -1,6 +1,6 @@
 //! Norm, rotation and activation functions of one token.
 
-use super::{LANES, Step, total};
+use super::{LANES, total};
 
 /// Which elements of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub enum Pairing {
 #[inline(always)]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let (steps, tail) = x.as_chunks::<LANES>();
-    let mut squares: Step = [0.0; LANES];
+    let mut squares = [0.0; LANES];
     for step in steps {
         for lane in 0..LANES {
             squares[lane] = step[lane].mul_add(step[lane], squares[lane]);

@@ -1,6 +1,7 @@
 //! Weight matrices for float activations.
 
-use super::{LANES, Step};
+use super::LANES;
+use super::lanes::{Lanes, Plain};
 use crate::Error;
 
 /// Columns of a block of [`Data::Int8`].
@@ -85,10 +86,17 @@ impl Matrix {
     pub fn row_into(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {}, {} columns of {}", self.rows, out.len(), self.cols);
         fn fill<'a, R: Rows<'a>>(rows: R, row: usize, out: &mut [f32]) {
-            for (i, out) in out.chunks_mut(LANES).enumerate() {
-                let step = rows.row(row).step(i);
-                out.copy_from_slice(&step[..out.len()]);
+            let row = rows.row(row);
+            let (steps, rest) = out.as_chunks_mut::<LANES>();
+            let mut last = [0.0; LANES];
+            // SAFETY: the plain form asks for no instruction set.
+            unsafe {
+                steps.iter_mut().enumerate().for_each(|(i, step)| row.full::<Plain>(i).store(step));
+                if !rest.is_empty() {
+                    row.tail::<Plain>().store(&mut last);
+                }
             }
+            rest.copy_from_slice(&last[..rest.len()]);
         }
         match &self.data {
             Data::F32(v) => fill(Floats { all: v, cols: self.cols }, row, out),
@@ -121,28 +129,28 @@ pub(super) trait Rows<'a>: Copy {
     fn row(self, row: usize) -> Self::Row;
 }
 
-/// A row in steps of 16 columns; missing columns are 0.
+/// A row in steps of 16 columns.
+///
+/// # Safety
+/// Its functions may be called where the machine has the instruction set of `L`.
 pub(super) trait Row: Copy {
-    fn step(self, step: usize) -> Step;
+    /// A step that the row has in full.
+    unsafe fn full<L: Lanes>(self, step: usize) -> L;
+    /// The step after the full ones, zeros after the end of the row.
+    unsafe fn tail<L: Lanes>(self) -> L;
 }
 
-/// A step of `row`, zeros after its end.
+/// The rest of a row after its full steps.
 #[inline(always)]
-pub(super) fn padded<T: Copy + Default>(row: &[T], step: usize) -> [T; LANES] {
-    let at = step * LANES;
-    match row.get(at..at + LANES).and_then(|s| s.first_chunk()) {
-        Some(full) => *full,
-        None => {
-            let mut padded = [T::default(); LANES];
-            let rest = &row[at.min(row.len())..];
-            padded[..rest.len()].copy_from_slice(rest);
-            padded
-        }
-    }
+pub(super) fn tail<T: Copy + Default>(row: &[T]) -> [T; LANES] {
+    let mut padded = [T::default(); LANES];
+    let rest = row.as_chunks::<LANES>().1;
+    padded[..rest.len()].copy_from_slice(rest);
+    padded
 }
 
 macro_rules! plain {
-    ($rows:ident, $row:ident, $element:ty, $doc:literal, $to_f32:expr) => {
+    ($rows:ident, $row:ident, $element:ty, $doc:literal, $load:ident) => {
         #[doc = $doc]
         #[derive(Clone, Copy)]
         pub(super) struct $rows<'a> {
@@ -163,17 +171,24 @@ macro_rules! plain {
 
         impl Row for $row<'_> {
             #[inline(always)]
-            fn step(self, step: usize) -> Step {
-                padded(self.0, step).map($to_f32)
+            unsafe fn full<L: Lanes>(self, step: usize) -> L {
+                // SAFETY: the caller's.
+                unsafe { L::$load(&self.0.as_chunks::<LANES>().0[step]) }
+            }
+
+            #[inline(always)]
+            unsafe fn tail<L: Lanes>(self) -> L {
+                // SAFETY: the caller's.
+                unsafe { L::$load(&tail(self.0)) }
             }
         }
     };
 }
 
-plain!(Floats, FloatRow, f32, "Rows of f32.", |w| w);
-plain!(Halves, HalfRow, u16, "Rows of binary16.", f16_to_f32);
-plain!(Brains, BrainRow, u16, "Rows of bfloat16.", |w| f32::from_bits(u32::from(w) << 16));
-plain!(Bytes, ByteRow, i8, "Rows of integers without scales.", f32::from);
+plain!(Floats, FloatRow, f32, "Rows of f32.", f32);
+plain!(Halves, HalfRow, u16, "Rows of binary16.", f16);
+plain!(Brains, BrainRow, u16, "Rows of bfloat16.", bf16);
+plain!(Bytes, ByteRow, i8, "Rows of integers without scales.", i8);
 
 /// Rows of 8-bit blocks.
 #[derive(Clone, Copy)]
@@ -198,11 +213,25 @@ impl<'a> Rows<'a> for Blocks<'a> {
     }
 }
 
+impl BlockRow<'_> {
+    /// The scale of a step.
+    #[inline(always)]
+    fn scale(self, step: usize) -> f32 {
+        f16_to_f32(self.scales[step / (BLOCK / LANES)])
+    }
+}
+
 impl Row for BlockRow<'_> {
     #[inline(always)]
-    fn step(self, step: usize) -> Step {
-        let scale = f16_to_f32(self.scales[step / (BLOCK / LANES)]);
-        padded(self.values, step).map(|v| f32::from(v) * scale)
+    unsafe fn full<L: Lanes>(self, step: usize) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::i8(&self.values.as_chunks::<LANES>().0[step]).times(self.scale(step)) }
+    }
+
+    #[inline(always)]
+    unsafe fn tail<L: Lanes>(self) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::i8(&tail(self.values)).times(self.scale(self.values.len() / LANES)) }
     }
 }
 

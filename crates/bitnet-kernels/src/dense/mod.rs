@@ -4,12 +4,13 @@
 //! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of 8-bit integers: see [`Data`]
 //! ```
 //!
-//! Every loop is written once in plain Rust and compiled for each instruction set. A sum runs over [`LANES`] strided partial sums with fused
+//! Every loop is written once, over 16 lanes or plain Rust, and compiled for each instruction set. A sum runs over [`LANES`] strided partial sums with fused
 //! multiply-adds, which are then added in pairs; the order depends on K alone. So the instruction set, the number of threads and the number of
 //! tokens computed together change no bit of the result.
 
 mod attention;
 mod elementwise;
+mod lanes;
 mod matrix;
 mod parallel;
 mod product;
@@ -25,12 +26,9 @@ use std::ops::Range;
 /// Strided partial sums of every reduction.
 pub const LANES: usize = 16;
 
-/// One step of 16 columns.
-type Step = [f32; LANES];
-
 /// Adds the partial sums in pairs: 16 → 8 → 4 → 2 → 1.
 #[inline(always)]
-fn total(mut lanes: Step) -> f32 {
+fn total(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -43,18 +41,22 @@ fn total(mut lanes: Step) -> f32 {
 
 /// The loops under the target features of one instruction set, with the tile of rows × tokens that fits its registers.
 macro_rules! compiled {
-    ($isa:ident, $rows:literal, $tokens:literal $(, $features:literal)?) => {
+    ($isa:ident, $lanes:ty, $rows:literal, $tokens:literal $(, $features:literal)?) => {
         mod $isa {
             use super::*;
 
             $(#[target_feature(enable = $features)])?
-            pub(super) fn product(w: &Matrix, x: &[f32], bias: Option<&[f32]>, rows: Range<usize>, out: &Output<'_>) {
-                product::product::<$rows, $tokens>(w, x, bias, rows, out);
+            /// # Safety
+            /// No other thread has these rows.
+            pub(super) unsafe fn product(w: &Matrix, x: &[f32], bias: Option<&[f32]>, rows: Range<usize>, out: &Output<'_>) {
+                // SAFETY: the features of this function are those of the lanes; the caller vouches for the rows.
+                unsafe { product::product::<$lanes, $rows, $tokens>(w, x, bias, rows, out) };
             }
 
             $(#[target_feature(enable = $features)])?
             pub(super) fn attend(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
-                attention::attend(a, q, out);
+                // SAFETY: the features of this function are those of the lanes.
+                unsafe { attention::attend::<$lanes>(a, q, out) };
             }
 
             $(#[target_feature(enable = $features)])?
@@ -85,22 +87,30 @@ macro_rules! compiled {
     };
 }
 
-compiled!(scalar, 2, 2);
+compiled!(scalar, lanes::Plain, 2, 2);
 #[cfg(target_arch = "x86_64")]
-compiled!(avx2, 2, 3, "avx2,fma");
+compiled!(avx2, lanes::Avx2, 2, 2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-compiled!(avx512, 4, 4, "avx512f,avx512bw,avx512dq,avx512vl");
+compiled!(avx512, lanes::Avx512, 4, 4, "avx512f,avx512bw,avx512dq,avx512vl");
+
+/// Whether the AVX2 loops, which multiply and add at once and widen binary16, run on an AVX2 machine: on all that were ever sold.
+#[cfg(target_arch = "x86_64")]
+fn has_fma() -> bool {
+    is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
 
 macro_rules! dispatch {
     ($self:ident, $loop:ident($($argument:expr),*)) => {
         match $self.isa() {
-            // SAFETY: `Kernels::new` made this value after it found AVX2, and FMA is found in the guard.
+            // SAFETY: `Kernels::new` made this value after it found AVX2, the others are found in the guard; more is said at the call.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 | Isa::AvxVnni if is_x86_feature_detected!("fma") => unsafe { avx2::$loop($($argument),*) },
-            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables.
+            Isa::Avx2 | Isa::AvxVnni if has_fma() => unsafe { avx2::$loop($($argument),*) },
+            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables; more is said at the call.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => unsafe { avx512::$loop($($argument),*) },
-            _ => scalar::$loop($($argument),*),
+            // SAFETY: as is said at the call.
+            #[allow(unused_unsafe, reason = "most loops ask for nothing here")]
+            _ => unsafe { scalar::$loop($($argument),*) },
         }
     };
 }
@@ -136,6 +146,7 @@ impl Kernels {
         let parts = (work / WORTH).clamp(1, most).min(panels.max(1));
         pool.run(parts, |part| {
             let rows = part * panels / parts * 8..((part + 1) * panels / parts * 8).min(w.rows());
+            // Each range of rows is in one part: no other thread has them.
             dispatch!(self, product(w, x, bias, rows, &out));
         });
     }

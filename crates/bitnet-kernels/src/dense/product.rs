@@ -1,7 +1,8 @@
 //! The product of floats and a weight matrix.
 
-use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Row, Rows, padded};
-use super::{LANES, Step, total};
+use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Row, Rows, tail};
+use super::LANES;
+use super::lanes::Lanes;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -34,9 +35,12 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Rows `rows` of the weights with every token, in tiles of R × T. Each range of rows belongs to one thread.
+/// Rows `rows` of the weights with every token, in tiles of R × T.
+///
+/// # Safety
+/// The machine has the instruction set of `L`, and no other thread has these rows.
 #[inline(always)]
-pub(super) fn product<const R: usize, const T: usize>(
+pub(super) unsafe fn product<L: Lanes, const R: usize, const T: usize>(
     w: &Matrix,
     x: &[f32],
     bias: Option<&[f32]>,
@@ -44,16 +48,20 @@ pub(super) fn product<const R: usize, const T: usize>(
     out: &Output<'_>,
 ) {
     let cols = w.cols();
+    // SAFETY of every call: the caller's.
+    #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
     match w.data() {
-        Data::F32(all) => sweep::<_, R, T>(Floats { all, cols }, cols, x, bias, rows, out),
-        Data::F16(all) => sweep::<_, R, T>(Halves { all, cols }, cols, x, bias, rows, out),
-        Data::Bf16(all) => sweep::<_, R, T>(Brains { all, cols }, cols, x, bias, rows, out),
-        Data::Int8 { values, scales } => sweep::<_, R, T>(Blocks { values, scales, cols }, cols, x, bias, rows, out),
+        Data::F32(all) => unsafe { sweep::<L, _, R, T>(Floats { all, cols }, cols, x, bias, rows, out) },
+        Data::F16(all) => unsafe { sweep::<L, _, R, T>(Halves { all, cols }, cols, x, bias, rows, out) },
+        Data::Bf16(all) => unsafe { sweep::<L, _, R, T>(Brains { all, cols }, cols, x, bias, rows, out) },
+        Data::Int8 { values, scales } => unsafe { sweep::<L, _, R, T>(Blocks { values, scales, cols }, cols, x, bias, rows, out) },
     }
 }
 
+/// # Safety
+/// As [`product`].
 #[inline(always)]
-fn sweep<'a, W: Rows<'a>, const R: usize, const T: usize>(
+unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
     w: W,
     cols: usize,
     x: &[f32],
@@ -62,47 +70,91 @@ fn sweep<'a, W: Rows<'a>, const R: usize, const T: usize>(
     out: &Output<'_>,
 ) {
     let tokens = x.len().checked_div(cols).unwrap_or(0);
-    let x = |token: usize| &x[token * cols..][..cols];
     let mut row = rows.start;
     while row < rows.end {
         let count = R.min(rows.end - row);
         // A tile that sticks out computes its last row again.
-        let tile_rows: [W::Row; R] = std::array::from_fn(|r| w.row(row + r.min(count - 1)));
-        let put = |token: usize, sums: [f32; R]| {
-            // SAFETY: these rows of the weights are columns of this thread alone, and the slice ends with this call.
-            let out = unsafe { out.columns(token, row..row + count) };
-            for (r, out) in out.iter_mut().enumerate() {
-                *out = sums[r] + bias.map_or(0.0, |b| b[row + r]);
-            }
-        };
+        let mut tile_rows = [w.row(row); R];
+        for r in 1..R {
+            tile_rows[r] = w.row(row + r.min(count - 1));
+        }
         let mut token = 0;
         while token + T <= tokens {
-            let sums = tile::<_, R, T>(tile_rows, std::array::from_fn(|t| x(token + t)), cols);
-            sums.into_iter().enumerate().for_each(|(t, sums)| put(token + t, sums));
+            let mut some = [x; T];
+            for t in 0..T {
+                some[t] = &x[(token + t) * cols..][..cols];
+            }
+            // SAFETY: the caller's.
+            let sums = unsafe { tile::<L, _, R, T>(tile_rows, some, cols) };
+            for t in 0..T {
+                // SAFETY: the caller's.
+                unsafe { put(&sums[t], bias, row..row + count, token + t, out) };
+            }
             token += T;
         }
         while token < tokens {
-            put(token, tile::<_, R, 1>(tile_rows, [x(token)], cols)[0]);
+            // SAFETY: the caller's.
+            let sums = unsafe { tile::<L, _, R, 1>(tile_rows, [&x[token * cols..][..cols]], cols) };
+            // SAFETY: the caller's.
+            unsafe { put(&sums[0], bias, row..row + count, token, out) };
             token += 1;
         }
         row += count;
     }
 }
 
-/// The sums of R rows with T tokens.
+/// Writes the sums of one token with some rows.
+///
+/// # Safety
+/// No other thread has these rows.
 #[inline(always)]
-pub(super) fn tile<W: Row, const R: usize, const T: usize>(w: [W; R], x: [&[f32]; T], cols: usize) -> [[f32; R]; T] {
-    let mut sums: [[Step; R]; T] = [[[0.0; LANES]; R]; T];
-    for step in 0..cols.div_ceil(LANES) {
-        let w: [Step; R] = w.map(|w| w.step(step));
-        for t in 0..T {
-            let x = padded(x[t], step);
+unsafe fn put(sums: &[f32], bias: Option<&[f32]>, rows: Range<usize>, token: usize, out: &Output<'_>) {
+    // SAFETY: the caller's, and the slice ends with this call.
+    let out = unsafe { out.columns(token, rows.clone()) };
+    match bias {
+        None => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum),
+        Some(bias) => out.iter_mut().zip(sums).zip(&bias[rows]).for_each(|((out, &sum), &bias)| *out = sum + bias),
+    }
+}
+
+/// The sums of R rows with T tokens.
+///
+/// # Safety
+/// The machine has the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(w: [W; R], x: [&[f32]; T], cols: usize) -> [[f32; R]; T] {
+    let mut totals = [[0.0; R]; T];
+    // SAFETY: the caller's.
+    unsafe {
+        let mut sums = [[L::zero(); R]; T];
+        let mut rows = [L::zero(); R];
+        for step in 0..cols / LANES {
             for r in 0..R {
-                for lane in 0..LANES {
-                    sums[t][r][lane] = w[r][lane].mul_add(x[lane], sums[t][r][lane]);
+                rows[r] = w[r].full(step);
+            }
+            for t in 0..T {
+                let x = L::f32(&x[t].as_chunks::<LANES>().0[step]);
+                for r in 0..R {
+                    sums[t][r] = sums[t][r].add_product(rows[r], x);
                 }
             }
         }
+        if !cols.is_multiple_of(LANES) {
+            for r in 0..R {
+                rows[r] = w[r].tail();
+            }
+            for t in 0..T {
+                let x = L::f32(&tail(x[t]));
+                for r in 0..R {
+                    sums[t][r] = sums[t][r].add_product(rows[r], x);
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..R {
+                totals[t][r] = sums[t][r].total();
+            }
+        }
     }
-    sums.map(|sums| sums.map(total))
+    totals
 }
