@@ -30,22 +30,44 @@ use std::str::FromStr;
 pub enum Isa {
     /// The target's baseline.
     Scalar,
+    /// x86-64 with SSSE3 and SSE4.1.
+    Sse41,
     /// x86-64 with AVX2.
     Avx2,
     /// x86-64 with AVX2 and AVX-VNNI.
     AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// [`Isa::Avx512`] with VBMI.
+    Avx512Vbmi,
+    /// aarch64.
+    Neon,
+    /// aarch64 with dot products.
+    NeonDotprod,
+    /// WebAssembly compiled with simd128.
+    Simd128,
 }
 
 impl Isa {
-    /// All of them, narrow to wide.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512];
+    /// All of them; those of one architecture stand together, narrow to wide.
+    pub const ALL: [Self; 9] = [
+        Self::Scalar,
+        Self::Sse41,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512,
+        Self::Avx512Vbmi,
+        Self::Neon,
+        Self::NeonDotprod,
+        Self::Simd128,
+    ];
 
     /// Whether this machine runs it.
     pub fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Sse41 => is_x86_feature_detected!("ssse3") && is_x86_feature_detected!("sse4.1"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
@@ -58,7 +80,14 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi"),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => Self::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod"),
+            Self::Simd128 => cfg!(all(target_arch = "wasm32", target_feature = "simd128")),
+            #[allow(unreachable_patterns, reason = "which of them remain depends on the target")]
             _ => false,
         }
     }
@@ -68,9 +97,14 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Scalar => "scalar",
+            Self::Sse41 => "sse41",
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Avx512Vbmi => "avx512vbmi",
+            Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
+            Self::Simd128 => "simd128",
         })
     }
 }
@@ -80,7 +114,7 @@ impl fmt::Display for Isa {
 #[non_exhaustive]
 pub enum Error {
     /// There is no instruction set of that name.
-    #[error("unknown instruction set '{got}', expected scalar, avx2, avxvnni or avx512")]
+    #[error("unknown instruction set '{got}', expected one of {}", Isa::ALL.map(|isa| isa.to_string()).join(", "))]
     UnknownIsa {
         /// The name given.
         got: String,
@@ -184,6 +218,8 @@ macro_rules! compiled_for {
 }
 
 #[cfg(target_arch = "x86_64")]
+compiled_for!(sse41, "ssse3,sse4.1");
+#[cfg(target_arch = "x86_64")]
 compiled_for!(avx2, "avx2");
 #[cfg(target_arch = "x86_64")]
 compiled_for!(avx512, "avx512f,avx512bw,avx512dq,avx512vl");
@@ -194,10 +230,13 @@ macro_rules! dispatch {
         match $self.isa {
             // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables.
             #[cfg(target_arch = "x86_64")]
+            Isa::Sse41 => unsafe { sse41::$loop($($argument),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni => unsafe { avx2::$loop($($argument),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::$loop($($argument),*) },
+            Isa::Avx512 | Isa::Avx512Vbmi => unsafe { avx512::$loop($($argument),*) },
             _ => Scalar.$loop($($argument),*),
         }
     };

@@ -136,7 +136,7 @@ impl Kernels {
     fn tiles(&self) -> &'static Tiles {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => &x86::AVX512,
+            Isa::Avx512 | Isa::Avx512Vbmi => &x86::AVX512,
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => &x86::AVX_VNNI,
             #[cfg(target_arch = "x86_64")]
