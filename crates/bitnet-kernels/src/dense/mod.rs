@@ -107,7 +107,7 @@ macro_rules! dispatch {
             Isa::Avx2 | Isa::AvxVnni if has_fma() => unsafe { avx2::$loop($($argument),*) },
             // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables; more is said at the call.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::$loop($($argument),*) },
+            Isa::Avx512 | Isa::Avx512Vbmi => unsafe { avx512::$loop($($argument),*) },
             // SAFETY: as is said at the call.
             #[allow(unused_unsafe, reason = "most loops ask for nothing here")]
             _ => unsafe { scalar::$loop($($argument),*) },
