@@ -188,7 +188,11 @@ pub(crate) struct BenchArgs {
 /// Speeds in one line.
 pub(crate) fn speed(timings: &Timings) -> String {
     let (prompt, decoded) = (timings.prompt_tokens, timings.decoded_tokens);
-    format!("prompt {prompt} tokens, {:.1} tokens/s; decode {decoded} tokens, {:.1} tokens/s", timings.prompt_speed(), timings.decode_speed())
+    format!(
+        "prompt {prompt} tokens, {:.1} tokens/s; decode {decoded} tokens, {:.1} tokens/s",
+        timings.prompt_speed(),
+        timings.decode_speed()
+    )
 }
 
 /// Speeds for programs.

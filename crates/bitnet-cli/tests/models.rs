@@ -119,16 +119,6 @@ fn perplexity_and_the_distance_from_a_reference() {
     dir.write("text.txt", &text);
     for (name, recipe) in [("int8", "--precision=int8"), ("ternary", "--precision=ternary"), ("q8.gguf", "--precision=int8")] {
         dir.run(&["quantize", "model", "--out", name, recipe]).is(0);
-        if !name.ends_with("gguf") {
-            // Weights alone are no model: config and tokenizer go with them.
-            let weights = fs::read(dir.at(name)).unwrap();
-            fs::remove_file(dir.at(name)).unwrap();
-            fs::create_dir(dir.at(name)).unwrap();
-            dir.write(&format!("{name}/model.safetensors"), weights);
-            for file in ["config.json", "tokenizer.json"] {
-                fs::copy(dir.at("model").join(file), dir.at(name).join(file)).unwrap();
-            }
-        }
     }
     let measure = |model: &str, more: &[&str]| {
         let run = dir.run(&[&["perplexity", model, "--text", "text.txt", "--context", "64", "--json", "--quiet"], more].concat());
@@ -166,8 +156,12 @@ fn with_template() -> Dir {
 #[test]
 fn chat_keeps_the_conversation() {
     let dir = with_template();
-    let mut child =
-        dir.command(&["chat", "model", "--json", "-n", "8", "--system", "Be kind"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = dir
+        .command(&["chat", "model", "--json", "-n", "8", "--system", "Be kind"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(b"one\n\ntwo\n").unwrap();
     let document: Value = serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap();
     let turns = document["turns"].as_array().unwrap();
@@ -177,7 +171,8 @@ fn chat_keeps_the_conversation() {
     let whole = format!("system: Be kind\nuser: one\nassistant: {}\nuser: two\nassistant:", answer(&turns[0]));
     let run = dir.run(&["run", "model", "--json", "-n", "8", "-p", &whole]);
     assert_eq!(run.json()["text"], turns[1]["assistant"]);
-    let (all, computed) = (run.json()["prompt_tokens"].as_array().unwrap().len() as u64, turns[1]["speed"]["prompt_tokens"].as_u64().unwrap());
+    let (all, computed) =
+        (run.json()["prompt_tokens"].as_array().unwrap().len() as u64, turns[1]["speed"]["prompt_tokens"].as_u64().unwrap());
     assert!(computed < all, "{computed} of {all} tokens computed");
 }
 
@@ -221,7 +216,10 @@ fn bench_measures_models_and_shapes() {
         let document = run.json();
         for key in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
             let figure = |which: &str| document[key][which].as_f64().unwrap();
-            assert!(figure("smallest") > 0.0 && figure("smallest") <= figure("median") && figure("median") <= figure("largest"), "{document}");
+            assert!(
+                figure("smallest") > 0.0 && figure("smallest") <= figure("median") && figure("median") <= figure("largest"),
+                "{document}"
+            );
         }
         assert!(document["weight_bytes"].as_u64().unwrap() > 100_000);
     }

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use bitnet_formats::arch::{self, Architecture, HfConfig};
-use bitnet_formats::{Error, Kind, Source};
+use bitnet_formats::{Error, Kind, Source, document};
 use bitnet_kernels::dense::Pairing;
 use serde_json::Value;
 use std::path::Path;
@@ -87,7 +87,9 @@ impl Config {
         match (source.kind, &source.config) {
             (Kind::Gguf, _) => Self::from_gguf(source),
             (_, Some(config)) => Self::from_hf(&source.path.join("config.json"), config),
-            (..) => Err(Error::file(&source.path, "a folder with config.json or a GGUF: weights alone are no model", "one .safetensors").into()),
+            (..) => {
+                Err(Error::file(&source.path, "a folder with config.json or a GGUF: weights alone are no model", "one .safetensors").into())
+            }
         }
     }
 
@@ -96,8 +98,9 @@ impl Config {
     /// # Errors
     /// As [`Config::read`].
     pub fn from_hf(path: &Path, value: &Value) -> Result<Self> {
-        let architecture = Architecture::from_hf_config(value)
-            .map_err(|_| Error::config(path, "model_type", "'llama' or 'bitnet'", value.get("model_type").map_or("none".into(), Value::to_string)))?;
+        let architecture = Architecture::from_hf_config(value).map_err(|_| {
+            Error::config(path, "model_type", "'llama' or 'bitnet'", value.get("model_type").map_or("none".into(), Value::to_string))
+        })?;
         let config = HfConfig { path, value };
         let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
         let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(heads);
@@ -110,7 +113,9 @@ impl Config {
             return Err(config.bad("num_key_value_heads", &format!("a divisor of {heads} heads")).into());
         }
         if architecture == Architecture::Bitnet && heads * head_dim != hidden {
-            return Err(config.bad("head_dim", &format!("{hidden} / {heads}, since the norm of the heads has hidden_size elements")).into());
+            return Err(config
+                .bad("head_dim", &format!("{hidden} / {heads}, since the norm of the heads has hidden_size elements"))
+                .into());
         }
         let rope = arch::HfRope::read(&config, architecture, head_dim)?;
         let divisors = rope.freqs.or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
@@ -148,8 +153,11 @@ impl Config {
             if let Some((prefix, key)) = key.split_once('.')
                 && matches!(prefix, "llama" | "bitnet" | "bitnet-b1" | "bitnet-25")
                 && !known(key.strip_prefix("58.").unwrap_or(key))
+                && format!("{prefix}.{key}") != document::KEY
             {
-                return Err(Error::config(path, format!("{prefix}.{key}"), "a key that this engine's graph follows", value.preview(80)).into());
+                return Err(
+                    Error::config(path, format!("{prefix}.{key}"), "a key that this engine's graph follows", value.preview(80)).into()
+                );
             }
         }
         let shape = |name: &str| source.find_stored(name).filter(|_| name != arch::ROPE_FREQS).map(|i| source.stored[i].shape.clone());

@@ -88,7 +88,10 @@ pub(crate) struct Loader<'a> {
     pub(crate) used: Mutex<HashSet<String>>,
 }
 
-/// Columns and rows that are decoded at once.
+/// Decodes whole rows from one on.
+type ReadRows<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
+
+/// Weights that are decoded at once.
 const STRIP: usize = 1 << 16;
 
 impl Provider for Loader<'_> {
@@ -215,7 +218,9 @@ impl Loader<'_> {
         let mut scale = [0.0];
         let path = self.source.file_of(stored);
         if self.source.stored[stored].elements() != 1 {
-            return Err(bitnet_formats::Error::tensor(path, &name, "one number", format!("shape {:?}", self.source.stored[stored].shape)).into());
+            return Err(
+                bitnet_formats::Error::tensor(path, &name, "one number", format!("shape {:?}", self.source.stored[stored].shape)).into()
+            );
         }
         self.source.read_floats(stored, 0..1, &mut vec![], &mut scale)?;
         if !scale[0].is_finite() {
@@ -228,7 +233,9 @@ impl Loader<'_> {
     fn is_online(&self, module: &str) -> Result<bool> {
         let Some(bitnet) = self.source.bitnet.filter(|b| b.mode == Mode::Online) else { return Ok(false) };
         let (path, config) = (self.source.path.join("config.json"), self.source.config.as_ref());
-        let bad = |key: &str, expected: &str, got: String| bitnet_formats::Error::config(&path, format!("quantization_config.{key}"), expected, got);
+        let bad = |key: &str, expected: &str, got: String| {
+            bitnet_formats::Error::config(&path, format!("quantization_config.{key}"), expected, got)
+        };
         if bitnet.linear_class != LinearClass::AutoBitLinear {
             return Err(bad("linear_class", "autobitlinear: no other class has an online mode", bitnet.linear_class.name().into()).into());
         }
@@ -236,16 +243,20 @@ impl Loader<'_> {
         let Some(kept) = kept else { return Ok(true) };
         let expected = "a list of plain module names with lm_head among them";
         let names: Option<Vec<&str>> = kept.as_array().and_then(|all| all.iter().map(|v| v.as_str()).collect());
-        let names = names.filter(|all| all.contains(&"lm_head") && all.iter().all(|n| n.chars().all(|c| c.is_alphanumeric() || "._-".contains(c))));
+        let names =
+            names.filter(|all| all.contains(&"lm_head") && all.iter().all(|n| n.chars().all(|c| c.is_alphanumeric() || "._-".contains(c))));
         let Some(names) = names else { return Err(bad("modules_to_not_convert", expected, kept.to_string()).into()) };
-        let prefix = |name: &str| module.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.') || name.ends_with('.'));
+        let prefix =
+            |name: &str| module.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.') || name.ends_with('.'));
         Ok(!names.iter().any(|name| prefix(name) || module.ends_with(name)))
     }
 
     /// The absmean rule as each forward pass applies it: s = 1/max(mean|W|, 1e-5), values clamp(round(W·s), −1, 1), scale 1/s.
     fn ternarize(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize) -> Result<bitnet_core::Matrix> {
         let Content::Float(stored) = tensor.content else {
-            return Err(bitnet_formats::Error::tensor(path, &tensor.name, "float weights, for quantization_mode is online", "packed ones").into());
+            return Err(
+                bitnet_formats::Error::tensor(path, &tensor.name, "float weights, for quantization_mode is online", "packed ones").into()
+            );
         };
         let mut w = vec![0.0; rows * cols];
         self.source.read_floats(stored, 0..w.len(), &mut vec![], &mut w)?;
@@ -258,7 +269,7 @@ impl Loader<'_> {
 
     /// Weights for float activations.
     fn dense(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, choice: FloatType) -> Result<Matrix> {
-        let read: Box<dyn Fn(usize, &mut [f32]) -> Result<()> + Sync> = match &tensor.content {
+        let read: Box<ReadRows<'_>> = match &tensor.content {
             Content::Quantized(q) => {
                 let matrix = self.source.matrix(&tensor.name, q)?;
                 if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
@@ -382,7 +393,9 @@ impl Loader<'_> {
                     Architecture::Bitnet => "bitnet",
                 };
                 let got = format!("one that it has no place for, of shape {:?}", tensor.shape);
-                return Err(bitnet_formats::Error::tensor(path, name, format!("a tensor of the {graph} graph with this config"), got).into());
+                return Err(
+                    bitnet_formats::Error::tensor(path, name, format!("a tensor of the {graph} graph with this config"), got).into()
+                );
             }
         }
         Ok(())
@@ -411,6 +424,8 @@ fn as_blocks(matrix: &bitnet_core::Matrix) -> Option<Data> {
 fn finite(path: &Path, tensor: &Tensor, first: usize, w: &[f32]) -> Result<()> {
     match w.iter().position(|w| !w.is_finite()) {
         None => Ok(()),
-        Some(i) => Err(bitnet_formats::Error::tensor(path, &tensor.name, "finite weights", format!("{} at index {}", w[i], first + i)).into()),
+        Some(i) => {
+            Err(bitnet_formats::Error::tensor(path, &tensor.name, "finite weights", format!("{} at index {}", w[i], first + i)).into())
+        }
     }
 }

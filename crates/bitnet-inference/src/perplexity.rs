@@ -131,7 +131,7 @@ pub type Progress<'a> = &'a dyn Fn(usize, usize);
 pub fn perplexity(model: &Model, tokens: &[u32], windows: &Windows, progress: Progress<'_>, interrupt: &AtomicBool) -> Result<Perplexity> {
     let mut result = Perplexity::default();
     sweep(&[model], tokens, windows, progress, interrupt, |logits, next| {
-        let p = log_softmax(logits[0], &mut vec![0.0; 0])?;
+        let p = log_softmax(logits[0], &mut [])?;
         result.loss.add(-p.of(logits[0], next));
         Ok(())
     })?;
@@ -152,12 +152,16 @@ pub fn compare(
 ) -> Result<Comparison> {
     let (ours, theirs) = (model.config().vocab, reference.config().vocab);
     if ours != theirs {
-        return Err(Error::Option { option: "reference", expected: "a model with the same vocabulary", got: format!("{theirs} tokens, not {ours}") });
+        return Err(Error::Option {
+            option: "reference",
+            expected: "a model with the same vocabulary",
+            got: format!("{theirs} tokens, not {ours}"),
+        });
     }
     let mut result = Comparison::default();
     let mut shares = vec![0.0; theirs];
     sweep(&[model, reference], tokens, windows, progress, interrupt, |logits, next| {
-        let p = log_softmax(logits[0], &mut vec![0.0; 0])?;
+        let p = log_softmax(logits[0], &mut [])?;
         let q = log_softmax(logits[1], &mut shares)?;
         let (loss, other) = (-p.of(logits[0], next), -q.of(logits[1], next));
         result.model.loss.add(loss);
@@ -230,7 +234,8 @@ fn sweep(
                 }
                 if want == Want::All {
                     for i in 0..part.len() {
-                        let rows: Vec<&[f32]> = logits.iter().zip(models).map(|(l, m)| &l[i * m.config().vocab..][..m.config().vocab]).collect();
+                        let rows: Vec<&[f32]> =
+                            logits.iter().zip(models).map(|(l, m)| &l[i * m.config().vocab..][..m.config().vocab]).collect();
                         each(&rows, tokens[at + i + 1])?;
                     }
                 }
@@ -264,7 +269,9 @@ mod tests {
     #[test]
     fn windows_that_mean_nothing_are_refused() {
         let windows = |context, stride| Windows { context, stride, cache: CacheType::F16 };
-        assert!(windows(1, 1).of(10).is_err() && windows(4, 0).of(10).is_err() && windows(4, 5).of(10).is_err() && windows(4, 2).of(1).is_err());
+        assert!(
+            windows(1, 1).of(10).is_err() && windows(4, 0).of(10).is_err() && windows(4, 5).of(10).is_err() && windows(4, 2).of(1).is_err()
+        );
     }
 
     #[test]

@@ -33,7 +33,8 @@ impl Sampling {
     /// # Errors
     /// [`Error::Option`] naming the number.
     pub fn check(&self) -> Result<()> {
-        let check = |option, x: f32, ok: bool, expected| if ok { Ok(()) } else { Err(Error::Option { option, expected, got: x.to_string() }) };
+        let check =
+            |option, x: f32, ok: bool, expected| if ok { Ok(()) } else { Err(Error::Option { option, expected, got: x.to_string() }) };
         let share = |x: f32| (0.0..=1.0).contains(&x);
         check("temperature", self.temperature, self.temperature.is_finite() && self.temperature >= 0.0, "a number of at least 0")?;
         check("top-p", self.top_p, share(self.top_p) && self.top_p > 0.0, "a share above 0 and at most 1")?;

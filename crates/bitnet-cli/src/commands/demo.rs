@@ -94,8 +94,18 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
     }
     let source = Source::open(&model)?;
     let original_bytes: u64 = source.files.iter().map(|f| f.len).sum();
-    let mut table =
-        Table::new(&["setting", "bits/weight", "file kB", "SQNR dB", "cosine", "zeros", "sign flips", "entropy", "bytes proven", "perplexity"]);
+    let mut table = Table::new(&[
+        "setting",
+        "bits/weight",
+        "file kB",
+        "SQNR dB",
+        "cosine",
+        "zeros",
+        "sign flips",
+        "entropy",
+        "bytes proven",
+        "perplexity",
+    ]);
     let mut lines = vec![];
     let original = Model::load(&model)?;
     let tokens = original.tokenizer()?.encode(TEXT, true)?;

@@ -1,10 +1,10 @@
 //! Causal attention over a cache, one token at a time.
 
+use super::LANES;
 use super::elementwise::exp;
+use super::lanes::Lanes;
 use super::matrix::{Bytes, Floats, Halves, Row, Rows};
 use super::product::tile;
-use super::LANES;
-use super::lanes::Lanes;
 
 /// Positions whose scores are kept at once.
 const BLOCK: usize = 64;

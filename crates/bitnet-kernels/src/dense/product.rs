@@ -1,8 +1,8 @@
 //! The product of floats and a weight matrix.
 
-use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Row, Rows, tail};
 use super::LANES;
 use super::lanes::Lanes;
+use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Row, Rows, tail};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -75,8 +75,8 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
         let count = R.min(rows.end - row);
         // A tile that sticks out computes its last row again.
         let mut tile_rows = [w.row(row); R];
-        for r in 1..R {
-            tile_rows[r] = w.row(row + r.min(count - 1));
+        for (r, tile_row) in tile_rows.iter_mut().enumerate() {
+            *tile_row = w.row(row + r.min(count - 1));
         }
         let mut token = 0;
         while token + T <= tokens {
@@ -86,9 +86,9 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
             }
             // SAFETY: the caller's.
             let sums = unsafe { tile::<L, _, R, T>(tile_rows, some, cols) };
-            for t in 0..T {
+            for (t, sums) in sums.iter().enumerate() {
                 // SAFETY: the caller's.
-                unsafe { put(&sums[t], bias, row..row + count, token + t, out) };
+                unsafe { put(sums, bias, row..row + count, token + t, out) };
             }
             token += T;
         }
