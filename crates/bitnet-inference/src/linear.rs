@@ -4,9 +4,8 @@
 //! layer multiplies floats.
 
 use crate::Result;
-use bitnet_core::Granularity;
 use bitnet_kernels::dense::Matrix;
-use bitnet_kernels::ternary::{Activations, Prepacked};
+use bitnet_kernels::matmul::{Activations, Prepacked};
 use bitnet_kernels::{Kernels, Pool};
 
 /// What every step of a graph computes with.
@@ -19,8 +18,8 @@ pub(crate) struct Machine {
 /// The weights of a layer `(N, K)`.
 #[derive(Debug)]
 pub(crate) enum Weights {
-    /// Ternary weights with int8 activations; what one scale covers, since activations are laid out for it.
-    Ternary(Prepacked, Granularity),
+    /// Ternary weights with int8 activations.
+    Ternary(Prepacked),
     /// Anything with float activations.
     Dense(Matrix),
 }
@@ -32,11 +31,13 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Vec<f32>>,
 }
 
-/// The input of linear layers, `[tokens, K]`, quantized at most once however many layers read it.
+/// The input of linear layers, `[tokens, K]`, quantized at most once however many layers of one shape read it.
 #[derive(Debug, Default)]
 pub(crate) struct Input {
     floats: Vec<f32>,
-    quantized: Option<(Granularity, Activations)>,
+    quantized: Option<Activations>,
+    /// Whether `quantized` are the floats of now; if not, it is room for others.
+    fresh: bool,
 }
 
 impl Input {
@@ -47,7 +48,7 @@ impl Input {
 
     /// Room for `len` elements, to be written anew.
     pub(crate) fn fill(&mut self, len: usize) -> &mut [f32] {
-        self.quantized = None;
+        self.fresh = false;
         self.floats.resize(len, 0.0);
         &mut self.floats
     }
@@ -57,7 +58,7 @@ impl Linear {
     /// Bytes of the weights in memory.
     pub(crate) fn bytes(&self) -> usize {
         match &self.weights {
-            Weights::Ternary(w, _) => w.bytes(),
+            Weights::Ternary(w) => w.memory(),
             Weights::Dense(w) => w.bytes(),
         }
     }
@@ -70,13 +71,18 @@ impl Linear {
         let (kernels, pool, bias) = (&machine.kernels, &machine.pool, self.bias.as_deref());
         match &self.weights {
             Weights::Dense(w) => kernels.dense_matmul(pool, w, &x.floats, bias, out),
-            Weights::Ternary(w, granularity) => {
-                let acts = match x.quantized.take() {
-                    Some((same, acts)) if same == *granularity => acts,
+            Weights::Ternary(w) => {
+                let quantized = match x.quantized.take() {
+                    Some(mut same) if same.fits(w) => {
+                        if !x.fresh {
+                            same.requantize(&x.floats)?;
+                        }
+                        same
+                    }
                     _ => Activations::quantize(&x.floats, w)?,
                 };
-                kernels.ternary_matmul(pool, w, &acts, bias, out);
-                x.quantized = Some((*granularity, acts));
+                kernels.matmul(pool, w, &quantized, bias, out);
+                (x.quantized, x.fresh) = (Some(quantized), true);
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use bitnet_formats::gguf::GgmlType;
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
 use bitnet_kernels::dense::{BLOCK, Data, Matrix, quantize_blocks};
-use bitnet_kernels::ternary::Prepacked;
+use bitnet_kernels::matmul::Prepacked;
 use std::collections::HashSet;
 use std::path::Path;
 use std::str::FromStr;
@@ -119,7 +119,7 @@ impl Provider for Loader<'_> {
             matrix.scales.iter_mut().for_each(|s| *s *= multiplier);
             let matrix = coarsest(matrix);
             let packed = Prepacked::new(&matrix, &self.machine.pool).map_err(|source| matrix_error(path, tensor, source))?;
-            Weights::Ternary(packed, matrix.spec.granularity)
+            Weights::Ternary(packed)
         } else {
             if self.is_online(module)? {
                 let what = "int8 activations: weights that are made ternary on load are multiplied with nothing else";

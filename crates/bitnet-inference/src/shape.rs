@@ -8,7 +8,7 @@ use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::Architecture;
 use bitnet_kernels::dense::{BLOCK, Data, Matrix, Pairing, quantize_blocks};
-use bitnet_kernels::ternary::Prepacked;
+use bitnet_kernels::matmul::Prepacked;
 
 impl Config {
     /// The shape of a model by name: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
@@ -81,7 +81,7 @@ impl Provider for MadeUp<'_> {
         let spec = MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor);
         let matrix = bitnet_core::Matrix { spec, values, scales: vec![1.3 / (cols as f32).sqrt()], zero_points: vec![] };
         let packed = Prepacked::new(&matrix, &self.machine.pool)?;
-        Ok(Linear { weights: Weights::Ternary(packed, Granularity::Tensor), bias: bias.then(|| vec![0.0; rows]) })
+        Ok(Linear { weights: Weights::Ternary(packed), bias: bias.then(|| vec![0.0; rows]) })
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {

@@ -1,5 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of [`ternary`]
-//! weights with int8 activations.
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of low-bit
+//! weights with activations: [`matmul`].
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -15,12 +15,14 @@
 
 pub mod dense;
 mod lines;
+pub mod machine;
+pub mod matmul;
 mod pool;
-pub mod ternary;
+pub mod stream;
 
 pub use pool::Pool;
 
-use bitnet_core::ops::{Above, Key, Moments, Ops, Scalar, Uniform};
+use bitnet_core::ops::{Above, Cuts, Key, Magnitudes, Moments, Ops, Scalar, Uniform};
 use std::fmt;
 use std::str::FromStr;
 
@@ -184,11 +186,24 @@ impl Kernels {
 macro_rules! compiled_for {
     ($isa:ident, $features:literal) => {
         mod $isa {
-            use bitnet_core::ops::{self, Above, Key, Moments, Uniform};
+            use bitnet_core::ops::{self, Above, Cuts, Key, Magnitudes, Moments, Uniform};
 
             #[target_feature(enable = $features)]
             pub(crate) fn moments(w: &[f32]) -> Moments {
                 ops::moments(w)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn magnitudes(w: &[f32]) -> Magnitudes {
+                ops::magnitudes(w)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn above_both(w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
+                match key {
+                    Key::Magnitude => ops::above_both(w, Key::Magnitude, t),
+                    Key::Signed => ops::above_both(w, Key::Signed, t),
+                }
             }
 
             #[target_feature(enable = $features)]
@@ -205,8 +220,8 @@ macro_rules! compiled_for {
             }
 
             #[target_feature(enable = $features)]
-            pub(crate) fn encode_cut(w: &[f32], cut: f32, out: &mut [i8]) {
-                ops::encode_cut(w, cut, out);
+            pub(crate) fn encode_cut(w: &[f32], cuts: Cuts, out: &mut [i8]) {
+                ops::encode_cut(w, cuts, out);
             }
 
             #[target_feature(enable = $features)]
@@ -247,6 +262,14 @@ impl Ops for Kernels {
         dispatch!(self, moments(w))
     }
 
+    fn magnitudes(&self, w: &[f32]) -> Magnitudes {
+        dispatch!(self, magnitudes(w))
+    }
+
+    fn above_both(&self, w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
+        dispatch!(self, above_both(w, key, t))
+    }
+
     fn above(&self, w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
         dispatch!(self, above(w, h, key, t))
     }
@@ -255,8 +278,8 @@ impl Ops for Kernels {
         dispatch!(self, uniform_error(w, h, quantizer))
     }
 
-    fn encode_cut(&self, w: &[f32], cut: f32, out: &mut [i8]) {
-        dispatch!(self, encode_cut(w, cut, out));
+    fn encode_cut(&self, w: &[f32], cuts: Cuts, out: &mut [i8]) {
+        dispatch!(self, encode_cut(w, cuts, out));
     }
 
     fn encode_uniform(&self, w: &[f32], quantizer: &Uniform, out: &mut [i8]) {
