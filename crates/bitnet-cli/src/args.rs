@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
 use bitnet_formats::hf::LinearClass;
@@ -33,6 +34,14 @@ pub(crate) enum Command {
     Compare(CompareArgs),
     /// Check tensors, metadata and the files beside them against their checksums.
     Verify(VerifyArgs),
+    /// Go on with a text, token by token.
+    Run(RunArgs),
+    /// Talk with a model that has a chat template.
+    Chat(ChatArgs),
+    /// How well a model predicts a text, and how far it is from a reference.
+    Perplexity(PerplexityArgs),
+    /// Speed, load time and memory of a model, or of a shape with made-up weights.
+    Bench(BenchArgs),
     /// Quantize the built-in model in several ways and print bits against error.
     Demo(DemoArgs),
 }
@@ -52,7 +61,7 @@ pub(crate) struct InputArgs {
 pub(crate) struct OpenArgs {
     /// Order of codes in I2_S tensors that another program wrote, which the file does not say: i2_s, i2_s-g64, i2_s-x4.
     #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
-    i2s_order: String,
+    pub(crate) i2s_order: String,
 }
 
 impl OpenArgs {

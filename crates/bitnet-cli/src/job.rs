@@ -42,7 +42,7 @@ impl Progress for Bar {
 }
 
 /// Set by the first Ctrl-C; the second one ends the program at once.
-fn interrupt() -> &'static AtomicBool {
+pub(crate) fn interrupt() -> &'static AtomicBool {
     static INTERRUPT: AtomicBool = AtomicBool::new(false);
     static HANDLER: OnceLock<()> = OnceLock::new();
     HANDLER.get_or_init(|| {

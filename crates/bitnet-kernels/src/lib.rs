@@ -13,6 +13,7 @@
 //! A loop of `ops` is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
+pub mod dense;
 mod lines;
 pub mod machine;
 pub mod matmul;
