@@ -186,16 +186,11 @@ impl Kernels {
 macro_rules! compiled_for {
     ($isa:ident, $features:literal) => {
         mod $isa {
-            use bitnet_core::ops::{self, Above, Cuts, Key, Magnitudes, Moments, Uniform};
+            use bitnet_core::ops::{self, Above, Cuts, Key, Moments, Uniform};
 
             #[target_feature(enable = $features)]
             pub(crate) fn moments(w: &[f32]) -> Moments {
                 ops::moments(w)
-            }
-
-            #[target_feature(enable = $features)]
-            pub(crate) fn magnitudes(w: &[f32]) -> Magnitudes {
-                ops::magnitudes(w)
             }
 
             #[target_feature(enable = $features)]
@@ -263,7 +258,15 @@ impl Ops for Kernels {
     }
 
     fn magnitudes(&self, w: &[f32]) -> Magnitudes {
-        dispatch!(self, magnitudes(w))
+        stream::magnitudes(*self, w)
+    }
+
+    fn magnitudes_each(&self, w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+        stream::magnitudes_each(*self, w, width, out);
+    }
+
+    fn inside(&self, w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+        stream::inside(*self, w, key, low, high, out);
     }
 
     fn above_both(&self, w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {

@@ -22,7 +22,7 @@ use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoint
 pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
 use bitnet_formats::{Content, Source, dtype};
-use bitnet_kernels::Kernels;
+use bitnet_kernels::{Kernels, Pool, stream};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -554,7 +554,7 @@ impl Worker<'_> {
         histogram.add(&matrix.values);
         let mut packed = vec![];
         if let (Some(layout), true) = (pack.layout, packed_by_strip) {
-            layout.pack_into(&matrix.spec, &matrix.values, &matrix.scales, &mut packed)?;
+            stream::pack(self.options.kernels, &Pool::single(), layout, &matrix.spec, &matrix.values, &matrix.scales, &mut packed)?;
             matrix.values = vec![];
         }
         Ok(Part { first_row, packed, matrix, error, histogram })
@@ -588,7 +588,7 @@ impl Worker<'_> {
         match layout {
             Some(layout) => {
                 let mut bytes = Vec::with_capacity(layout.packed_len(&pack.spec).bound().min(values.len() * 4 + 64));
-                layout.pack_into(&pack.spec, values, scales, &mut bytes)?;
+                stream::pack(self.options.kernels, &Pool::single(), *layout, &pack.spec, values, scales, &mut bytes)?;
                 Ok(bytes)
             }
             None => {
