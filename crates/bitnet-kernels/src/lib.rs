@@ -1,5 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of [`ternary`]
-//! weights with int8 activations.
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of low-bit
+//! weights with activations: [`matmul`].
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -15,9 +15,9 @@
 
 mod lines;
 pub mod machine;
+pub mod matmul;
 mod pool;
 pub mod stream;
-pub mod ternary;
 
 pub use pool::Pool;
 

@@ -7,7 +7,7 @@ use crate::results::Unit;
 use anyhow::Result;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::Instruction;
-use bitnet_kernels::ternary::{Activations, Prepacked};
+use bitnet_kernels::matmul::{Activations, Prepacked};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::sync::Arc;
 
@@ -129,9 +129,9 @@ fn ours(product: &Arc<Product>, rivals: Rivals) -> Result<Vec<Contender>> {
             match &activations {
                 Some(x) => {
                     let x = Activations::quantize(x, w).expect("finite activations of whole rows");
-                    kernels.ternary_matmul(&product.pool, w, &x, None, y);
+                    kernels.matmul(&product.pool, w, &x, None, y);
                 }
-                None => kernels.ternary_matmul(&product.pool, w, &x, None, y),
+                None => kernels.matmul(&product.pool, w, &x, None, y),
             }
             *at = (*at + 1) % copies.len();
         };
