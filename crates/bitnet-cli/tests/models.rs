@@ -137,7 +137,7 @@ fn perplexity_and_the_distance_from_a_reference() {
     };
     let (int8, ternary) = (divergence("int8"), divergence("ternary"));
     assert!(int8.0 > 0.0 && int8.0 < 0.01 && int8.1 > 0.9 && int8.2.abs() < 0.05, "{int8:?}");
-    assert!(ternary.0 > 0.5 && ternary.1 < 0.9 && ternary.2 > 0.5, "{ternary:?}");
+    assert!(ternary.0 > 0.5 && ternary.1 < 0.9 && ternary.2 > 0.1, "{ternary:?}");
     // The tokenizer's pre-tokenizer is none that a GGUF can carry back.
     dir.refuses(&["perplexity", "q8.gguf", "--text", "text.txt", "--quiet"], &["q8.gguf", "tokenizer", "sarvam-moe"]);
     dir.write("short.txt", "a");
