@@ -1,62 +1,11 @@
 //! What to quantize to and how: plain, serialisable data that every crate above shares.
 
 use crate::codes::ZeroPoints;
+use crate::names::{as_string, named};
 use crate::{Error, MatrixSpec, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
-
-/// Gives a fieldless enum the names that files and the command line use: `ALL`, `name`, `Display`, `FromStr`, and serde as that string.
-macro_rules! named {
-    ($type:ident, $what:literal, { $($variant:ident = $name:literal),+ $(,)? }) => {
-        impl $type {
-            /// All of them.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// The name that files and the command line use.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name),+ }
-            }
-        }
-
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(self.name())
-            }
-        }
-
-        impl FromStr for $type {
-            type Err = Error;
-            fn from_str(s: &str) -> Result<Self> {
-                Self::ALL.iter().copied().find(|x| x.name() == s).ok_or_else(|| Error::UnknownName {
-                    what: $what,
-                    got: s.into(),
-                    expected: [$($name),+].join(", "),
-                })
-            }
-        }
-
-        as_string!($type);
-    };
-}
-
-/// serde through `Display` and `FromStr`.
-macro_rules! as_string {
-    ($type:ident) => {
-        impl Serialize for $type {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let s = std::borrow::Cow::<'_, str>::deserialize(deserializer)?;
-                s.parse().map_err(serde::de::Error::custom)
-            }
-        }
-    };
-}
 
 /// Alphabet of the quantized values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -585,6 +534,15 @@ impl Scheme {
     /// The same with another scale type.
     pub fn with_scale_dtype(self, scale_dtype: ScaleDtype) -> Self {
         Self { scale_dtype, ..self }
+    }
+
+    /// Whether the rule can weigh errors by the importance of their columns. The others refuse one.
+    pub fn uses_importance(&self) -> bool {
+        match self.method {
+            Method::Ternary { threshold, planes, .. } => planes > 1 || threshold == Threshold::Optimal,
+            Method::Binary { split, .. } => split == BinarySplit::Optimal,
+            Method::Int { clip, .. } => clip == Clip::Search,
+        }
     }
 
     /// Alphabet of the values.

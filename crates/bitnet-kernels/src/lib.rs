@@ -1,5 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of [`ternary`]
-//! weights with int8 activations.
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of low-bit
+//! weights with activations: [`matmul`].
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -14,9 +14,10 @@
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
 mod lines;
+pub mod machine;
+pub mod matmul;
 mod pool;
 pub mod stream;
-pub mod ternary;
 
 pub use pool::Pool;
 
