@@ -128,7 +128,7 @@ fn ours(product: &Arc<Product>, rivals: Rivals) -> Result<Vec<Contender>> {
             let w = &copies[*at];
             match &activations {
                 Some(x) => {
-                    let x = Activations::quantize(x, w).expect("finite activations of whole rows");
+                    let x = Activations::quantize(&kernels, x, w).expect("finite activations of whole rows");
                     kernels.matmul(&product.pool, w, &x, None, y);
                 }
                 None => kernels.matmul(&product.pool, w, &x, None, y),
