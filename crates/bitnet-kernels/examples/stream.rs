@@ -6,6 +6,7 @@ use bitnet_core::pack::{Layout, by_name};
 use bitnet_core::scheme::{Scheme, Threshold};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
 use bitnet_kernels::machine::{self, Memory, Pages};
+use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
 use bitnet_kernels::stream::{Packed, Weights, dequantize, pack, quantize_into, quantize_token, unpack};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::hint::black_box;
@@ -90,6 +91,7 @@ struct Buffer<T> {
 trait Number: Copy {}
 impl Number for f32 {}
 impl Number for i8 {}
+impl Number for u8 {}
 
 impl<T: Number> Buffer<T> {
     fn new(len: usize, pages: Pages) -> Self {
@@ -351,7 +353,25 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
                 share: 1.0,
                 work: Box::new(dequantizing),
             });
-            if place != "DRAM" {
+            if place == "DRAM" {
+                let prepacking = move |kernels: Kernels| {
+                    Work::new(bytes.len(), move || {
+                        let parts = Parts { spec, scales: &[0.5], zero_points: &[] };
+                        black_box(Prepacked::from_wire(&kernels, pool, layout, parts, bytes, Stream::TwoBit).expect("a matrix"));
+                    })
+                };
+                let stored = move || {
+                    Work::new(bytes.len(), move || {
+                        black_box(machine::read(words(bytes)));
+                    })
+                };
+                operations.push(Operation {
+                    name: format!("prepack {name} → kernel layout {place}"),
+                    ceiling: Box::new(stored),
+                    share: 1.0,
+                    work: Box::new(prepacking),
+                });
+            } else {
                 let packing = move |kernels: Kernels| {
                     let mut bytes = vec![];
                     Work::new(rows * cols, move || {

@@ -305,7 +305,7 @@ fn wire_layouts_prepack_to_the_same() {
                     let scales = if layout.stores_scales() { &[][..] } else { &w.scales };
                     let parts = Parts { spec: &w.spec, scales, zero_points: &w.zero_points };
                     let [wire, direct] = [
-                        Prepacked::from_wire(*layout, parts, &packed, kind.stream, &pool)
+                        Prepacked::from_wire(&kernels, &pool, *layout, parts, &packed, kind.stream)
                             .unwrap_or_else(|e| panic!("{}: {e}", layout.name())),
                         Prepacked::with_stream(&w, kind.stream, &pool).unwrap(),
                     ]
@@ -318,7 +318,7 @@ fn wire_layouts_prepack_to_the_same() {
                     assert_eq!(wire, direct, "{} {rows} × {cols} {granularity} {kind:?}", layout.name());
                     packed.pop();
                     assert!(
-                        Prepacked::from_wire(*layout, parts, &packed, kind.stream, &pool).is_err(),
+                        Prepacked::from_wire(&kernels, &pool, *layout, parts, &packed, kind.stream).is_err(),
                         "{}: a byte too few",
                         layout.name()
                     );
