@@ -3,7 +3,7 @@
 use crate::granule::{Granule, Importance};
 use crate::ops::{Cuts, Magnitudes, Moments, Ops, Uniform};
 use crate::planes::Levels;
-use crate::scheme::{Granularity, Method, ScaleForm, Scheme};
+use crate::scheme::{Granularity, Method, ScaleForm, ScaleRule, Scheme, Threshold};
 use crate::{Error, Matrix, Result, ZeroPoints, affine, binary, planes, ternary};
 
 /// Everything that encoding a granule needs.
@@ -123,6 +123,17 @@ pub fn fit_trits<G: Granule + ?Sized>(
     }
     let fitted = ternary::fit(ops, granule, sizes, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)?;
     Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
+}
+
+/// Scale and cuts of a granule that `sizes` alone decide, as [`fit_trits`] does: absmean of weights that are finite and not ternary already.
+/// `None` where the weights are to be looked at again.
+#[inline]
+pub fn fit_absmean(sizes: &Magnitudes, scheme: &Scheme) -> Option<(f32, Cuts)> {
+    let Method::Ternary { planes: 1, threshold: Threshold::Absmean, scale: ScaleRule::Rule } = scheme.method else { return None };
+    if !sizes.sum.is_finite() || sizes.ternary {
+        return None;
+    }
+    ternary::absmean(sizes.mean(), scheme.scale_storage(), scheme.rounding).ok().filter(|(scale, _)| *scale != 0.0)
 }
 
 /// The error that names the first weight that is NaN or infinite.

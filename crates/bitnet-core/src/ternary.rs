@@ -25,13 +25,13 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     let mean = sizes.mean();
     let cut = match threshold {
         Threshold::Absmean => {
-            let rule = storage.round(mean)?;
             if scale_rule == ScaleRule::LeastSquares {
                 let cuts = Cuts::rounding(mean as f32, rounding);
                 let kept = granule.fold(|_, w| kept_by(ops, w, cuts), Above::then)?;
                 return Ok(Fitted::one(storage.round(kept.mean())?, Coder::Cut(cuts)));
             }
-            return Ok(Fitted::one(rule, Coder::Cut(Cuts::rounding(rule, rounding))));
+            let (scale, cuts) = absmean(mean, storage, rounding)?;
+            return Ok(Fitted::one(scale, Coder::Cut(cuts)));
         }
         Threshold::Optimal => return fit_optimal(ops, granule, &sizes.extent(), storage, importance),
         Threshold::Mean => 0.7 * mean,
@@ -44,6 +44,13 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     } as f32;
     let kept = granule.fold(|_, w| ops.above(w, None, Key::Magnitude, cut), Above::then)?;
     Ok(Fitted::one(storage.round(kept.mean())?, Coder::Cut(Cuts::symmetric(cut))))
+}
+
+/// Scale and cuts of a granule whose mean of |w| this is.
+#[inline]
+pub(crate) fn absmean(mean: f64, storage: ScaleStorage, rounding: Rounding) -> Result<(f32, Cuts)> {
+    let scale = storage.round(mean)?;
+    Ok((scale, Cuts::rounding(scale, rounding)))
 }
 
 /// Count and Σ|w| of the weights that the cuts do not send to 0.

@@ -75,11 +75,11 @@ impl Linear {
                 let quantized = match x.quantized.take() {
                     Some(mut same) if same.fits(w) => {
                         if !x.fresh {
-                            same.requantize(&x.floats)?;
+                            same.requantize(kernels, &x.floats)?;
                         }
                         same
                     }
-                    _ => Activations::quantize(&x.floats, w)?,
+                    _ => Activations::quantize(kernels, &x.floats, w)?,
                 };
                 kernels.matmul(pool, w, &quantized, bias, out);
                 (x.quantized, x.fresh) = (Some(quantized), true);

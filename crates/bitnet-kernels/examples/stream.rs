@@ -5,9 +5,12 @@
 use bitnet_core::pack::{Layout, by_name};
 use bitnet_core::scheme::{Scheme, Threshold};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
-use bitnet_kernels::stream::{Weights, dequantize, pack, quantize, quantize_token, unpack};
+use bitnet_kernels::machine::{self, Memory, Pages};
+use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
+use bitnet_kernels::stream::{Packed, Weights, dequantize, pack, quantize_into, quantize_token, unpack};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::hint::black_box;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
@@ -15,8 +18,8 @@ use std::time::Instant;
 const TURNS: usize = 9;
 /// Seconds.
 const TURN: f64 = 0.012;
-/// Floats that no cache holds: 512 MiB.
-const COLD: (usize, usize) = (32768, 4096);
+/// Floats that no cache holds, not even a large one that is shared: 2 GiB.
+const COLD: (usize, usize) = (131_072, 4096);
 /// Rows of a piece of the cold floats that one call takes: 32 MiB.
 const PIECE: usize = 2048;
 
@@ -77,54 +80,49 @@ impl Operation<'_> {
     }
 }
 
-/// Whether a buffer asks for huge pages or refuses them.
-#[derive(Clone, Copy, PartialEq)]
-enum Pages {
-    Huge,
-    Small,
-}
-
-/// Numbers that begin at a cache line.
+/// Numbers in memory of that kind of page.
 struct Buffer<T> {
-    all: Vec<T>,
-    start: usize,
+    memory: Memory,
+    len: usize,
+    of: PhantomData<T>,
 }
 
-impl<T: Clone> Buffer<T> {
-    /// `n` copies of a number, on pages of that kind where the system grants them.
-    fn new(n: usize, value: T, pages: Pages) -> Self {
-        let n = n + 64 / size_of::<T>();
-        let mut all = Vec::with_capacity(n);
-        #[cfg(target_os = "linux")]
-        {
-            let page = (all.as_ptr() as usize).next_multiple_of(4096);
-            let advice = if pages == Pages::Huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-            // SAFETY: advice about memory of ours, which changes no byte of it; a refusal leaves the pages as they are.
-            unsafe { libc::madvise(page as *mut libc::c_void, (size_of::<T>() * n).saturating_sub(4096), advice) };
-        }
-        all.resize(n, value);
-        let start = all.as_ptr().align_offset(64);
-        Self { all, start }
+/// Numbers that any bits are.
+trait Number: Copy {}
+impl Number for f32 {}
+impl Number for i8 {}
+impl Number for u8 {}
+
+impl<T: Number> Buffer<T> {
+    fn new(len: usize, pages: Pages) -> Self {
+        Self { memory: Memory::new(size_of::<T>() * len, pages), len, of: PhantomData }
     }
 }
 
-impl<T> Deref for Buffer<T> {
+impl<T: Number> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        &self.all[self.start..self.all.len() + self.start - 64 / size_of::<T>()]
+        // SAFETY: the memory has at least `len` numbers, begins at a cache line, and any bits are a number.
+        unsafe { std::slice::from_raw_parts(self.memory.words().as_ptr().cast(), self.len) }
     }
 }
 
-impl<T> DerefMut for Buffer<T> {
+impl<T: Number> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        let end = self.all.len() + self.start - 64 / size_of::<T>();
-        &mut self.all[self.start..end]
+        // SAFETY: as above, and borrowed mutably; every number is bits that a word may have.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.words_mut().as_mut_ptr().cast(), self.len) }
     }
+}
+
+/// The whole words of a slice.
+fn words<T: Number>(of: &[T]) -> &[u64] {
+    // SAFETY: any bits of numbers are a word.
+    unsafe { of.align_to().1 }
 }
 
 /// Bell-shaped floats.
 fn weights(n: usize, pages: Pages) -> Buffer<f32> {
-    let mut w = Buffer::new(n, 0.0f32, pages);
+    let mut w = Buffer::<f32>::new(n, pages);
     let mut state = 1u64;
     for w in w.iter_mut() {
         let mut sum = 0.0;
@@ -139,7 +137,7 @@ fn weights(n: usize, pages: Pages) -> Buffer<f32> {
 
 fn trits(n: usize, pages: Pages) -> Buffer<i8> {
     let mut state = 1u32;
-    let mut trits = Buffer::new(n, 0i8, pages);
+    let mut trits = Buffer::<i8>::new(n, pages);
     for trit in trits.iter_mut() {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         *trit = ((state >> 16) % 3) as i8 - 1;
@@ -147,12 +145,17 @@ fn trits(n: usize, pages: Pages) -> Buffer<i8> {
     trits
 }
 
+/// Writes all of it, past the caches where it is larger than they are.
+fn fill(memory: &mut Memory) {
+    if memory.bytes() >= 16 << 20 { machine::stream(memory.words_mut(), 1) } else { machine::write(memory.words_mut(), 1) }
+}
+
 /// Reads of `data`, a piece a call, each call where the last one ended.
 fn reading(data: &[f32], piece: usize) -> Work<'_> {
     let mut at = 0;
     let piece = piece.min(data.len());
     Work::new(4 * piece, move || {
-        black_box(machine::sum(&data[at..at + piece]));
+        black_box(machine::read(words(&data[at..at + piece])));
         at = if at + 2 * piece <= data.len() { at + piece } else { 0 };
     })
 }
@@ -186,6 +189,11 @@ fn may_be(wanted: &str, place: &str) -> bool {
     wanted.contains(place) || !["L1", "L2", "DRAM"].iter().any(|p| wanted.contains(p))
 }
 
+/// What the first call fills and the others overwrite.
+fn empty(scheme: &Scheme) -> Packed {
+    Packed { spec: scheme.spec(0, 0).expect("a scheme of weights"), bytes: vec![], scales: vec![], zero_points: vec![] }
+}
+
 /// Floats to packed codes and to int8.
 fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
     let (rows, cols) = if may_be(wanted, "DRAM") { COLD } else { (PIECE, COLD.1) };
@@ -197,10 +205,10 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
         // A tensor that is read twice must not fit the caches.
         let piece = if scheme.granularity == Granularity::Tensor { rows } else { PIECE };
         let work = move |kernels: Kernels| {
-            let mut at = 0;
+            let (mut at, mut out) = (0, empty(&scheme));
             Work::new(4 * piece * cols, move || {
                 let part = Weights::F32(&w[at * cols..(at + piece) * cols]);
-                black_box(quantize(kernels, pool, part, piece, cols, &scheme, layout).expect("quantizes"));
+                quantize_into(kernels, pool, part, (piece, cols), &scheme, layout, &mut out).expect("quantizes");
                 at = (at + piece) % rows;
             })
         };
@@ -230,8 +238,9 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
         let warm = &w[..32 * cols];
         let warm_row = move |scheme: Scheme| {
             move |kernels: Kernels| {
+                let mut out = empty(&scheme);
                 Work::new(4 * warm.len(), move || {
-                    black_box(quantize(kernels, pool, Weights::F32(warm), 32, cols, &scheme, two_bit).expect("quantizes"));
+                    quantize_into(kernels, pool, Weights::F32(warm), (32, cols), &scheme, two_bit, &mut out).expect("quantizes");
                 })
             }
         };
@@ -286,14 +295,14 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
         }
         let values = &trits(rows * cols, pages)[..];
         let scales = [0.5f32];
-        let out = &std::cell::RefCell::new(Buffer::new(rows * cols, 0i8, pages));
-        let floats = &std::cell::RefCell::new(Buffer::new(if place == "DRAM" { rows / 4 } else { rows / 2 } * cols, 0f32, pages));
-        let words = &weights(64 * cols, pages)[..];
-        let words = &words[..(rows * cols / 4).min(words.len())];
-        let reads = move || reading(words, words.len());
+        let out = &std::cell::RefCell::new(Buffer::<i8>::new(rows * cols, pages));
+        let floats = &std::cell::RefCell::new(Buffer::<f32>::new(if place == "DRAM" { rows / 4 } else { rows / 2 } * cols, pages));
+        let floats_read = &weights(64 * cols, pages)[..];
+        let floats_read = &floats_read[..(rows * cols / 4).min(floats_read.len())];
+        let reads = move || reading(floats_read, floats_read.len());
         let writes = move || {
             Work::new(rows * cols, move || {
-                machine::fill(&mut out.borrow_mut()[..]);
+                fill(&mut out.borrow_mut().memory);
             })
         };
         let names = ["two-bit", "base-3", "hf-bitnet", "i2_s", "tq1_0", "tq2_0"];
@@ -335,7 +344,7 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
             };
             let float_writes = move || {
                 Work::new(4 * n, move || {
-                    machine::fill(&mut floats.borrow_mut()[..]);
+                    fill(&mut floats.borrow_mut().memory);
                 })
             };
             operations.push(Operation {
@@ -344,7 +353,25 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
                 share: 1.0,
                 work: Box::new(dequantizing),
             });
-            if place != "DRAM" {
+            if place == "DRAM" {
+                let prepacking = move |kernels: Kernels| {
+                    Work::new(bytes.len(), move || {
+                        let parts = Parts { spec, scales: &[0.5], zero_points: &[] };
+                        black_box(Prepacked::from_wire(&kernels, pool, layout, parts, bytes, Stream::TwoBit).expect("a matrix"));
+                    })
+                };
+                let stored = move || {
+                    Work::new(bytes.len(), move || {
+                        black_box(machine::read(words(bytes)));
+                    })
+                };
+                operations.push(Operation {
+                    name: format!("prepack {name} → kernel layout {place}"),
+                    ceiling: Box::new(stored),
+                    share: 1.0,
+                    work: Box::new(prepacking),
+                });
+            } else {
                 let packing = move |kernels: Kernels| {
                     let mut bytes = vec![];
                     Work::new(rows * cols, move || {
@@ -363,59 +390,4 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
         run(operations, kernels, wanted);
     }
     Ok(())
-}
-
-/// The ceilings, with the widest registers that the machine has.
-mod machine {
-    #[cfg(target_arch = "x86_64")]
-    use std::arch::x86_64::*;
-
-    /// Reads all of it.
-    pub(crate) fn sum(data: &[f32]) -> u32 {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was found on the line above.
-            return unsafe { wide_sum(data) };
-        }
-        data.iter().fold(0, |sum, x| sum ^ x.to_bits())
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    fn wide_sum(data: &[f32]) -> u32 {
-        let mut sums = [_mm512_setzero_si512(); 8];
-        for lines in data.as_chunks::<128>().0 {
-            for (sum, line) in sums.iter_mut().zip(lines.as_chunks::<16>().0) {
-                // SAFETY: 16 numbers of 4 bytes; the read needs no alignment.
-                *sum = _mm512_add_epi32(*sum, unsafe { _mm512_loadu_si512(line.as_ptr().cast()) });
-            }
-        }
-        sums.into_iter().map(|s| _mm512_reduce_add_epi32(s) as u32).fold(0, |a, b| a ^ b)
-    }
-
-    /// Writes all of it, past the caches where it is larger than they are.
-    pub(crate) fn fill<T>(out: &mut [T]) {
-        let (bytes, at) = (size_of_val(out), out.as_mut_ptr().cast::<u8>());
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            let head = at.align_offset(64);
-            // SAFETY: the feature was found on the line above, and the lines are inside `out`, whose numbers may have any bits.
-            return unsafe { wide_fill(at.add(head).cast(), bytes.saturating_sub(head) / 64, bytes >= 16 << 20) };
-        }
-        // SAFETY: the bytes are those of `out`, whose numbers may have any bits.
-        unsafe { at.write_bytes(1, bytes) };
-    }
-
-    /// # Safety
-    /// `lines` lines from `at` on, which is aligned, are writable.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn wide_fill(at: *mut __m512i, lines: usize, streamed: bool) {
-        let ones = _mm512_set1_epi8(1);
-        for i in 0..lines {
-            // SAFETY: the caller's.
-            unsafe { if streamed { _mm512_stream_si512(at.add(i), ones) } else { at.add(i).write_volatile(ones) } }
-        }
-        _mm_sfence();
-    }
 }

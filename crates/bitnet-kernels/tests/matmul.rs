@@ -1,5 +1,7 @@
 //! The products of every instruction set against the definition, computed from the matrix and not from the kernel layout.
 
+use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
+use bitnet_core::scheme::Rounding;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ZeroPoints, pack};
 use bitnet_kernels::matmul::{Activations, MAX_COLS, PANEL, Parts, Prepacked, Stream};
 use bitnet_kernels::{Isa, Kernels, Pool};
@@ -303,7 +305,7 @@ fn wire_layouts_prepack_to_the_same() {
                     let scales = if layout.stores_scales() { &[][..] } else { &w.scales };
                     let parts = Parts { spec: &w.spec, scales, zero_points: &w.zero_points };
                     let [wire, direct] = [
-                        Prepacked::from_wire(*layout, parts, &packed, kind.stream, &pool)
+                        Prepacked::from_wire(&kernels, &pool, *layout, parts, &packed, kind.stream)
                             .unwrap_or_else(|e| panic!("{}: {e}", layout.name())),
                         Prepacked::with_stream(&w, kind.stream, &pool).unwrap(),
                     ]
@@ -316,7 +318,7 @@ fn wire_layouts_prepack_to_the_same() {
                     assert_eq!(wire, direct, "{} {rows} × {cols} {granularity} {kind:?}", layout.name());
                     packed.pop();
                     assert!(
-                        Prepacked::from_wire(*layout, parts, &packed, kind.stream, &pool).is_err(),
+                        Prepacked::from_wire(&kernels, &pool, *layout, parts, &packed, kind.stream).is_err(),
                         "{}: a byte too few",
                         layout.name()
                     );
@@ -357,7 +359,12 @@ fn operands_that_do_not_fit_are_refused() {
     let packed = |granularity| Prepacked::new(&matrix(kinds()[0], 4, 32, granularity, 0), &pool).unwrap();
     let (whole, grouped) = (packed(Granularity::Channel), packed(Granularity::Group(8)));
     assert!(Activations::from_values(&[1; 31], &[1.0], &whole).is_err());
-    assert!(Activations::quantize(&[f32::NAN; 32], &whole).is_err());
+    let mut x = [0.5; 96];
+    (x[70], x[90]) = (f32::NAN, f32::INFINITY);
+    for kernels in Kernels::all() {
+        let error = Activations::quantize(&kernels, &x, &whole).unwrap_err();
+        assert!(matches!(error, bitnet_kernels::Error::Matrix(bitnet_core::Error::NotFinite { index: 70, .. })), "{error}");
+    }
     assert!(Activations::floats(&[1.0; 33], &whole).is_err());
     let panics = |f: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err();
     let (good, other) = ([&whole, &grouped]).map(|w| Activations::from_values(&[1; 32], &[1.0], w).unwrap()).into();
@@ -374,18 +381,52 @@ fn activations_are_laid_out_anew_in_the_same_memory() {
     let pool = Pool::single();
     let w = Prepacked::new(&matrix(kinds()[0], 70, 100, Granularity::Group(24), 0), &pool).unwrap();
     let rows = |n: usize| (0..n * 100).map(|i| f32::from(byte(i)) * 0.1).collect::<Vec<_>>();
-    let mut again = Activations::quantize(&rows(5), &w).unwrap();
+    let kernels = Kernels::detect();
+    let mut again = Activations::quantize(&kernels, &rows(5), &w).unwrap();
     for tokens in [1, 5, 2] {
-        again.requantize(&rows(tokens)).unwrap();
-        let fresh = Activations::quantize(&rows(tokens), &w).unwrap();
+        again.requantize(&kernels, &rows(tokens)).unwrap();
+        let fresh = Activations::quantize(&kernels, &rows(tokens), &w).unwrap();
         let [a, b] = [&again, &fresh].map(|x| {
             let mut y = vec![0.0; tokens * 70];
-            Kernels::detect().matmul(&pool, &w, x, None, &mut y);
+            kernels.matmul(&pool, &w, x, None, &mut y);
             y
         });
         assert_eq!(a, b);
-        assert!(again.requantize(&[f32::INFINITY; 100]).is_err());
+        assert!(again.requantize(&kernels, &[f32::INFINITY; 100]).is_err());
         assert_eq!(again.rows(), tokens);
+    }
+}
+
+#[test]
+fn activations_are_quantized_as_core_does_it() {
+    let pool = Pool::single();
+    let (tokens, how) = (3, (ActivationGranularity::Token, Rounding::HalfEven));
+    for (cols, granularity) in [(100, Granularity::Group(24)), (1291, Granularity::Channel), (2560, Granularity::Group(128))] {
+        let [w, other] = [0, 1].map(|seed| Prepacked::new(&matrix(kinds()[seed], 70, cols + seed, granularity, 0), &pool).unwrap());
+        // Exponents from 2^-20 to 2^3 and halves of a step, whose rounding is the point; the last token is smaller than the least scale.
+        let mut x: Vec<f32> = (0..tokens * cols).map(|i| f32::from(byte(i)) * 0.5 * ((i % 24) as f32 - 20.0).exp2()).collect();
+        x[..cols].iter_mut().for_each(|x| *x = (*x * 2.0).round() / 2.0);
+        x[7] = 127.0;
+        x[2 * cols..].iter_mut().for_each(|x| *x *= 1e-9);
+        for method in [ActivationMethod::Int8, ActivationMethod::Int4, ActivationMethod::Sign] {
+            let core = activation::quantize(&x, cols, method, how.0, how.1).unwrap();
+            let expected = Activations::from_values(&core.values, &core.scales, &w).unwrap();
+            for kernels in Kernels::all() {
+                // Begin with another shape, so that its padding would show.
+                let mut got = Activations::quantize(&kernels, &vec![1.0; 2 * (cols + 1)], &other).unwrap();
+                for _ in 0..3 {
+                    got.requantize_for(&kernels, &w, &x, method).unwrap();
+                    let [(sums, y), (expected_sums, expected_y)] = [&got, &expected].map(|x| {
+                        let (mut sums, mut y) = (vec![0; tokens * 70], vec![0.0; tokens * 70]);
+                        kernels.matmul_sums(&pool, &w, x, &mut sums);
+                        kernels.matmul(&pool, &w, x, None, &mut y);
+                        (sums, y.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+                    });
+                    assert_eq!(sums, expected_sums, "{method} of {cols} columns on {}", kernels.isa());
+                    assert_eq!(y, expected_y, "{method} of {cols} columns on {}", kernels.isa());
+                }
+            }
+        }
     }
 }
 

@@ -174,7 +174,7 @@ impl Laid {
             let w = &laid.copies[*at];
             match &activations {
                 Some(x) => {
-                    let x = Activations::quantize(x, w).expect("finite activations of whole rows");
+                    let x = Activations::quantize(&kernels, x, w).expect("finite activations of whole rows");
                     kernels.matmul(&pool, w, &x, None, y);
                 }
                 None => kernels.matmul(&pool, w, &laid.x, None, y),

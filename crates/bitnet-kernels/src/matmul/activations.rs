@@ -2,7 +2,8 @@
 
 use super::Prepacked;
 use super::tiles::Columns;
-use crate::Error;
+use crate::stream::quantize_token;
+use crate::{Error, Kernels};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
 
@@ -14,8 +15,10 @@ pub struct Activations {
     rows: usize,
     shape: Shape,
     data: Data,
-    /// Values before they are laid out.
-    scratch: activation::Activations,
+    /// What the next quantization writes into: these stay as they are until it has succeeded.
+    spare: Quantized,
+    /// One token before it is laid out.
+    token: activation::Activations,
 }
 
 /// How the columns of a row are laid out: groups, each padded to whole steps.
@@ -54,16 +57,50 @@ impl Shape {
 
 #[derive(Debug, Clone)]
 enum Data {
-    Integers {
-        /// `[M, stride]`; padding is 0.
-        values: Vec<i8>,
-        /// `[M]`.
-        scales: Vec<f32>,
-        /// Σ x, `[M, groups]`.
-        sums: Vec<i32>,
-    },
+    Integers(Quantized),
     /// `[M, stride]`; padding is 0.
     Floats(Vec<f32>),
+}
+
+/// int8 values of some tokens.
+#[derive(Debug, Clone, Default)]
+struct Quantized {
+    shape: Option<Shape>,
+    /// `[M, stride]`; padding is 0.
+    values: Vec<i8>,
+    /// `[M]`.
+    scales: Vec<f32>,
+    /// Σ x, `[M, groups]`.
+    sums: Vec<i32>,
+}
+
+impl Quantized {
+    /// Room for `rows` tokens, with zeros as padding.
+    fn prepare(&mut self, rows: usize, shape: Shape) {
+        // Values of one shape never touch its padding.
+        if self.shape.replace(shape) != Some(shape) {
+            self.values.clear();
+        }
+        self.values.resize(rows * shape.stride(), 0);
+        self.scales.resize(rows, 0.0);
+        self.sums.resize(rows * shape.groups(), 0);
+    }
+
+    /// The place of one token.
+    fn token(&mut self, token: usize, shape: Shape) -> (&mut [i8], &mut f32, &mut [i32]) {
+        let (stride, groups) = (shape.stride(), shape.groups());
+        (&mut self.values[token * stride..][..stride], &mut self.scales[token], &mut self.sums[token * groups..][..groups])
+    }
+
+    /// Lays out the values of one token.
+    fn put(&mut self, token: usize, shape: Shape, from: &[i8], from_scale: f32) {
+        let (values, scale, sums) = self.token(token, shape);
+        shape.lay_out(from, values);
+        *scale = from_scale;
+        for (sum, x) in sums.iter_mut().zip(from.chunks(shape.group)) {
+            *sum = x.iter().map(|&v| i32::from(v)).sum();
+        }
+    }
 }
 
 fn length(expected: usize, got: usize) -> Error {
@@ -75,9 +112,9 @@ impl Activations {
     ///
     /// # Errors
     /// [`Error::Matrix`] if `x` is not whole rows of K, or holds NaN or infinity.
-    pub fn quantize(x: &[f32], w: &Prepacked) -> Result<Self, Error> {
+    pub fn quantize(kernels: &Kernels, x: &[f32], w: &Prepacked) -> Result<Self, Error> {
         let mut activations = Self::from_values(&[], &[], w)?;
-        activations.requantize(x)?;
+        activations.requantize(kernels, x)?;
         Ok(activations)
     }
 
@@ -90,10 +127,16 @@ impl Activations {
         if rows.checked_mul(shape.cols) != Some(values.len()) {
             return Err(length(rows.saturating_mul(shape.cols), values.len()));
         }
-        let data = Data::Integers { values: vec![], scales: vec![], sums: vec![] };
-        let mut activations = Self { rows, shape, data, scratch: activation::Activations { values: vec![], scales: vec![] } };
-        activations.fill(values, scales);
-        Ok(activations)
+        let mut data = Quantized::default();
+        data.prepare(rows, shape);
+        for (token, &scale) in scales.iter().enumerate() {
+            data.put(token, shape, &values[token * shape.cols..][..shape.cols], scale);
+        }
+        Ok(Self::of(rows, shape, Data::Integers(data)))
+    }
+
+    fn of(rows: usize, shape: Shape, data: Data) -> Self {
+        Self { rows, shape, data, spare: Quantized::default(), token: activation::Activations { values: vec![], scales: vec![] } }
     }
 
     /// Lays out float activations, `[M, K]` row-major, for [`Kernels::matmul`](crate::Kernels::matmul) without rounding them.
@@ -111,55 +154,51 @@ impl Activations {
         for (x, to) in x.chunks(shape.cols.max(1)).zip(values.chunks_mut(shape.stride().max(1))) {
             shape.lay_out(x, to);
         }
-        Ok(Self { rows, shape, data: Data::Floats(values), scratch: activation::Activations { values: vec![], scales: vec![] } })
+        Ok(Self::of(rows, shape, Data::Floats(values)))
     }
 
-    /// Quantizes other activations in place of these, for weights that took these. Allocates only where there are more tokens than ever.
+    /// Quantizes other activations in place of these, for weights that took these. Two buffers take turns: once both have held as many tokens,
+    /// nothing is allocated.
     ///
     /// # Errors
     /// As [`Activations::quantize`]; these are then as they were.
-    pub fn requantize(&mut self, x: &[f32]) -> Result<(), Error> {
-        self.requantize_in(self.shape, x, ActivationMethod::Int8)
+    pub fn requantize(&mut self, kernels: &Kernels, x: &[f32]) -> Result<(), Error> {
+        self.requantize_in(kernels, self.shape, x, ActivationMethod::Int8)
     }
 
     /// The same by any method and for any weights.
     ///
     /// # Errors
     /// As [`Activations::quantize`]; these are then as they were.
-    pub fn requantize_for(&mut self, w: &Prepacked, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
-        self.requantize_in(w.shape(), x, method)
+    pub fn requantize_for(&mut self, kernels: &Kernels, w: &Prepacked, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
+        self.requantize_in(kernels, w.shape(), x, method)
     }
 
-    fn requantize_in(&mut self, shape: Shape, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
-        whole_rows(x.len(), shape.cols)?;
-        let how = (method, ActivationGranularity::Token, Rounding::HalfEven);
-        let mut scratch = std::mem::replace(&mut self.scratch, activation::Activations { values: vec![], scales: vec![] });
-        let done = activation::quantize_into(x, shape.cols, how, &mut scratch);
-        if done.is_ok() {
-            self.shape = shape;
-            self.fill(&scratch.values, &scratch.scales);
+    fn requantize_in(&mut self, kernels: &Kernels, shape: Shape, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
+        let rows = whole_rows(x.len(), shape.cols)?;
+        self.spare.prepare(rows, shape);
+        for (token, x) in x.chunks(shape.cols).enumerate() {
+            let done = if method == ActivationMethod::Int8 {
+                let (values, scale, sums) = self.spare.token(token, shape);
+                quantize_token(*kernels, x, shape.group, shape.padded, values, sums).map(|s| *scale = s)
+            } else {
+                let how = (method, ActivationGranularity::Token, Rounding::HalfEven);
+                let done = activation::quantize_into(x, shape.cols, how, &mut self.token);
+                done.map(|()| self.spare.put(token, shape, &self.token.values, self.token.scales[0]))
+            };
+            done.map_err(|e| match e {
+                bitnet_core::Error::NotFinite { index, value } => {
+                    bitnet_core::Error::NotFinite { index: token * shape.cols + index, value }
+                }
+                other => other,
+            })?;
         }
-        self.scratch = scratch;
-        Ok(done?)
-    }
-
-    fn fill(&mut self, from: &[i8], from_scales: &[f32]) {
-        let shape = self.shape;
-        self.rows = from_scales.len();
-        let (mut values, mut scales, mut sums) = match std::mem::replace(&mut self.data, Data::Floats(vec![])) {
-            Data::Integers { values, scales, sums } => (values, scales, sums),
-            Data::Floats(_) => (vec![], vec![], vec![]),
+        (self.rows, self.shape) = (rows, shape);
+        self.spare = match std::mem::replace(&mut self.data, Data::Integers(std::mem::take(&mut self.spare))) {
+            Data::Integers(before) => before,
+            Data::Floats(_) => Quantized::default(),
         };
-        values.clear();
-        values.resize(self.rows * shape.stride(), 0);
-        scales.clear();
-        scales.extend_from_slice(from_scales);
-        sums.clear();
-        for (from, to) in from.chunks(shape.cols.max(1)).zip(values.chunks_mut(shape.stride().max(1))) {
-            shape.lay_out(from, to);
-            sums.extend(from.chunks(shape.group).map(|x| x.iter().map(|&v| i32::from(v)).sum::<i32>()));
-        }
-        self.data = Data::Integers { values, scales, sums };
+        Ok(())
     }
 
     /// M, the number of tokens.
@@ -169,7 +208,7 @@ impl Activations {
 
     /// Whether a product with `w` can take these.
     pub fn fits(&self, w: &Prepacked) -> bool {
-        self.shape == w.shape() && (w.takes_floats() || matches!(self.data, Data::Integers { .. }))
+        self.shape == w.shape() && (w.takes_floats() || matches!(self.data, Data::Integers(_)))
     }
 
     /// Panics unless these fit `w`.
@@ -190,7 +229,7 @@ impl Activations {
     /// The int8 ones.
     pub(crate) fn integers(&self) -> Option<Integers<'_>> {
         match &self.data {
-            Data::Integers { values, scales, sums } => Some(Integers { shape: self.shape, values, scales, sums }),
+            Data::Integers(Quantized { values, scales, sums, .. }) => Some(Integers { shape: self.shape, values, scales, sums }),
             Data::Floats(_) => None,
         }
     }
@@ -198,7 +237,7 @@ impl Activations {
     /// The laid out floats of one token, if these are floats.
     pub(crate) fn token(&self, token: usize) -> Option<&[f32]> {
         match &self.data {
-            Data::Integers { .. } => None,
+            Data::Integers(_) => None,
             Data::Floats(values) => Some(&values[token * self.shape.stride()..][..self.shape.stride()]),
         }
     }

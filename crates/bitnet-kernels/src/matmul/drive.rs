@@ -136,7 +136,7 @@ impl Kernels {
     /// let w = Prepacked::new(&matrix, &pool)?;
     /// let x = [127.0, 1.0, 2.0];
     /// let mut y = [f32::NAN; 2];
-    /// kernels.matmul(&pool, &w, &Activations::quantize(&x, &w)?, None, &mut y);
+    /// kernels.matmul(&pool, &w, &Activations::quantize(&kernels, &x, &w)?, None, &mut y);
     /// assert_eq!(y, [62.5, 260.0]);
     /// kernels.matmul(&pool, &w, &Activations::floats(&x, &w)?, Some(&[0.0, 1.0]), &mut y);
     /// assert_eq!(y, [62.5, 261.0]);

@@ -106,46 +106,63 @@ impl Prepacked {
     /// ```
     /// use bitnet_core::{Granularity, MatrixSpec, Precision, pack};
     /// use bitnet_kernels::{Kernels, Pool, matmul::{Parts, Prepacked, Stream}};
+    /// let (kernels, pool) = (Kernels::detect(), Pool::single());
     /// let spec = MatrixSpec::new(4, 3, Precision::Ternary, Granularity::Tensor);
     /// let layout = pack::by_name("hf-bitnet")?;
     /// // Four rows a byte: +1 in the first, 0 in the second, −1 in the others.
     /// let parts = Parts { spec: &spec, scales: &[0.5], zero_points: &[] };
-    /// let w = Prepacked::from_wire(layout, parts, &[0b00_00_01_10; 3], Stream::TwoBit, &Pool::single())?;
+    /// let w = Prepacked::from_wire(&kernels, &pool, layout, parts, &[0b00_00_01_10; 3], Stream::TwoBit)?;
     /// assert_eq!((w.rows(), w.cols()), (4, 3));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     /// What the layout finds wrong with the bytes, and as [`Prepacked::new`].
-    pub fn from_wire(layout: &dyn Layout, parts: Parts<'_>, bytes: &[u8], stream: Stream, pool: &Pool) -> Result<Self, Error> {
+    pub fn from_wire(
+        kernels: &Kernels,
+        pool: &Pool,
+        layout: &dyn Layout,
+        parts: Parts<'_>,
+        bytes: &[u8],
+        stream: Stream,
+    ) -> Result<Self, Error> {
+        let unpack = |spec: &MatrixSpec, bytes: &[u8]| {
+            if bytes.len() != layout.packed_len(spec).bound() {
+                // Nothing is allocated for bytes that are not there.
+                return layout.unpack(spec, bytes).map(|u| (u.values, u.scales));
+            }
+            let mut values = vec![0; spec.values_len()];
+            let scales = crate::stream::unpack(*kernels, &Pool::single(), layout, spec, bytes, &mut values)?;
+            Ok((values, scales))
+        };
         let spec = parts.spec;
         layout.check(spec)?;
         let expected = layout.packed_len(spec).bound();
         let strip = match (layout.name(), layout.chunk_rows(spec)) {
             // Row r and those a quarter of the matrix further on share bytes: a strip is four panels.
             ("hf-bitnet", _) if spec.rows.is_multiple_of(4 * PANEL) && bytes.len() == expected => {
-                return Self::from_quarters(layout, parts, bytes, stream, pool);
+                return Self::from_quarters(unpack, parts, bytes, stream, pool);
             }
             (_, Some(chunk)) if spec.planes == 1 && PANEL.is_multiple_of(chunk.max(1)) && bytes.len() == expected => PANEL,
             _ => spec.rows,
         };
         if strip >= spec.rows {
-            let unpacked = layout.unpack(spec, bytes)?;
-            let scales = unpacked.scales.unwrap_or_else(|| parts.scales.to_vec());
-            let matrix = Matrix { spec: spec.clone(), values: unpacked.values, scales, zero_points: parts.zero_points.to_vec() };
+            let (values, scales) = unpack(spec, bytes)?;
+            let scales = scales.unwrap_or_else(|| parts.scales.to_vec());
+            let matrix = Matrix { spec: spec.clone(), values, scales, zero_points: parts.zero_points.to_vec() };
             return Self::with_stream(&matrix, stream, pool);
         }
         let of = |rows: usize| layout.packed_len(&spec.with_rows(rows)).bound();
         let unpack = |panel: usize| {
             let rows = panel * PANEL..spec.rows.min((panel + 1) * PANEL);
-            layout.unpack(&spec.with_rows(rows.len()), &bytes[of(rows.start)..of(rows.end)])
+            unpack(&spec.with_rows(rows.len()), &bytes[of(rows.start)..of(rows.end)])
         };
         let mut inside = vec![];
         let panels = spec.rows.div_ceil(PANEL);
         if layout.stores_scales() {
             // The scales come first: what they are decides how the columns are grouped.
             let found: Vec<_> = (0..panels).map(|_| Mutex::new(Ok(vec![]))).collect();
-            pool.run(panels, |panel| *lock(&found[panel]) = unpack(panel).map(|u| u.scales.unwrap_or_default()));
+            pool.run(panels, |panel| *lock(&found[panel]) = unpack(panel).map(|(_, scales)| scales.unwrap_or_default()));
             for scales in found {
                 inside.extend(scales.into_inner().unwrap_or_else(PoisonError::into_inner)?);
             }
@@ -156,19 +173,25 @@ impl Prepacked {
         let parts = Parts { scales: if layout.stores_scales() { &inside } else { parts.scales }, ..parts };
         let mut packed = Self::empty(parts, stream)?;
         packed.fill(pool, panels, |panel, put| {
-            let values = unpack(panel)?.values;
+            let (values, _) = unpack(panel)?;
             put(panel, 0, &values.chunks(spec.cols.max(1)).collect::<Vec<_>>())
         })?;
         Ok(packed)
     }
 
     /// [`Prepacked::from_wire`] of the layout whose bytes hold four rows a quarter of the matrix apart.
-    fn from_quarters(layout: &dyn Layout, parts: Parts<'_>, bytes: &[u8], stream: Stream, pool: &Pool) -> Result<Self, Error> {
+    fn from_quarters(
+        unpack: impl Fn(&MatrixSpec, &[u8]) -> bitnet_core::Result<(Vec<i8>, Option<Vec<f32>>)> + Sync,
+        parts: Parts<'_>,
+        bytes: &[u8],
+        stream: Stream,
+        pool: &Pool,
+    ) -> Result<Self, Error> {
         let mut packed = Self::empty(parts, stream)?;
         let (cols, quarter) = (packed.cols(), packed.panels() / 4);
         packed.fill(pool, quarter, |part, put| {
             let strip = PANEL * cols;
-            let values = layout.unpack(&parts.spec.with_rows(4 * PANEL), &bytes[part * strip..][..strip])?.values;
+            let (values, _) = unpack(&parts.spec.with_rows(4 * PANEL), &bytes[part * strip..][..strip])?;
             for (i, values) in values.chunks(strip.max(1)).enumerate() {
                 put(i * quarter + part, 0, &values.chunks(cols.max(1)).collect::<Vec<_>>())?;
             }

@@ -11,7 +11,7 @@ mod token;
 mod x86;
 
 pub use layout::{dequantize, pack, unpack};
-pub use quantize::{Packed, Weights, quantize};
+pub use quantize::{Packed, Weights, quantize, quantize_into};
 pub use token::quantize_token;
 
 use crate::{Kernels, Pool};

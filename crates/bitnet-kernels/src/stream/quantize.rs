@@ -8,7 +8,7 @@ use crate::{Kernels, Pool};
 use bitnet_core::granule::{Granule, STRIP};
 use bitnet_core::ops::{Cuts, Magnitudes, Ops};
 use bitnet_core::pack::Layout;
-use bitnet_core::quantize::{Fitted, fit, fit_trits, quantize_rows};
+use bitnet_core::quantize::{Fitted, fit, fit_absmean, fit_trits, quantize_rows};
 use bitnet_core::scheme::{Method, Scheme};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Result, ZeroPoints};
 use half::{bf16, f16};
@@ -123,6 +123,25 @@ pub fn quantize(
     scheme: &Scheme,
     layout: &dyn Layout,
 ) -> Result<Packed> {
+    let mut out = Packed { spec: scheme.spec(rows, cols)?, bytes: vec![], scales: vec![], zero_points: vec![] };
+    quantize_into(kernels, pool, weights, (rows, cols), scheme, layout, &mut out)?;
+    Ok(out)
+}
+
+/// [`quantize`] into memory that is there: what `out` held is replaced, and its vectors grow only where they must. Fresh memory costs page
+/// faults, which show beside a pass over the weights. `shape` is `(rows, cols)`.
+///
+/// # Errors
+/// Those of [`quantize`]; what `out` holds then means nothing.
+pub fn quantize_into(
+    kernels: Kernels,
+    pool: &Pool,
+    weights: Weights<'_>,
+    (rows, cols): (usize, usize),
+    scheme: &Scheme,
+    layout: &dyn Layout,
+    out: &mut Packed,
+) -> Result<()> {
     let spec = scheme.spec(rows, cols)?;
     layout.check(&spec)?;
     if weights.len() != spec.weights_len() {
@@ -134,11 +153,12 @@ pub fn quantize(
         _ => None,
     };
     let ternary = matches!(scheme.method, Method::Ternary { planes: 1, .. });
-    let (bytes, scales, zero_points) = match Dense::of(layout, &spec) {
-        Some(dense) if ternary => job.fused(dense, fitted.as_ref())?,
-        _ => job.by_values(fitted.as_ref())?,
-    };
-    Ok(Packed { spec, bytes, scales, zero_points })
+    match Dense::of(layout, &spec) {
+        Some(dense) if ternary => job.fused(dense, fitted.as_ref(), out)?,
+        _ => (out.bytes, out.scales, out.zero_points) = job.by_values(fitted.as_ref())?,
+    }
+    out.spec = spec;
+    Ok(())
 }
 
 /// Weights of a part, as far as whole rows allow.
@@ -158,10 +178,15 @@ struct Quantize<'a> {
 type Parts = (Vec<u8>, Vec<f32>, Vec<f32>);
 
 impl Quantize<'_> {
-    /// One plane of trits, row by row.
-    fn fused(&self, dense: Dense, fitted: Option<&Fitted>) -> Result<Parts> {
-        let mut bytes = vec![0; self.layout.packed_len(self.spec).bound()];
-        let mut scales = vec![fitted.map_or(0.0, |f| f.scales[0]); self.spec.scales_len()];
+    /// One plane of trits, row by row. Every byte and every scale is written.
+    fn fused(&self, dense: Dense, fitted: Option<&Fitted>, out: &mut Packed) -> Result<()> {
+        let Packed { bytes, scales, zero_points, .. } = out;
+        bytes.resize(self.layout.packed_len(self.spec).bound(), 0);
+        scales.resize(self.spec.scales_len(), 0.0);
+        zero_points.clear();
+        if let Some(fitted) = fitted {
+            scales.fill(fitted.scales[0]);
+        }
         if !bytes.is_empty() {
             let (rows, stride) = ((PART / self.spec.cols).max(1), self.spec.cols.div_ceil(dense.values()));
             let per_row = if fitted.is_some() { 0 } else { self.spec.granules_per_row() };
@@ -183,7 +208,7 @@ impl Quantize<'_> {
                 return Err(error);
             }
         }
-        Ok((bytes, scales, vec![]))
+        Ok(())
     }
 
     /// Any scheme and layout, through the values of the whole matrix.
@@ -267,20 +292,24 @@ impl Row<'_> {
         let mut sizes = kernels.magnitudes(&w[..width.min(w.len())]);
         for (i, (scale, bytes)) in scales.iter_mut().zip(bytes.chunks_mut(width / 4)).enumerate() {
             let (now, next) = w[i * width..].split_at(width);
-            let fitted = self.fit(now, &sizes, index + i * width).map_err(|e| (i, e))?;
-            *scale = fitted.scales[0];
+            let cuts;
+            (*scale, cuts) = self.fit(now, &sizes, index + i * width).map_err(|e| (i, e))?;
             // SAFETY: the loops come from `Kernels::loops`.
-            sizes = unsafe { (loops.encode_two_bit_and_size)(now, cuts_of(&fitted), bytes, &next[..width.min(next.len())]) };
+            sizes = unsafe { (loops.encode_two_bit_and_size)(now, cuts, bytes, &next[..width.min(next.len())]) };
         }
         Ok(())
     }
 
-    /// The parameters of a granule that begins at `index`.
-    fn fit(&self, w: &[f32], sizes: &Magnitudes, index: usize) -> Result<Fitted> {
-        fit_trits(&self.job.kernels, w, sizes, self.job.scheme, None).map_err(|e| match e {
+    /// Scale and cuts of a granule that begins at `index`.
+    fn fit(&self, w: &[f32], sizes: &Magnitudes, index: usize) -> Result<(f32, Cuts)> {
+        if let Some(fitted) = fit_absmean(sizes, self.job.scheme) {
+            return Ok(fitted);
+        }
+        let fitted = fit_trits(&self.job.kernels, w, sizes, self.job.scheme, None).map_err(|e| match e {
             Error::NotFinite { index: inside, value } => Error::NotFinite { index: index + inside, value },
             other => other,
-        })
+        })?;
+        Ok((fitted.scales[0], cuts_of(&fitted)))
     }
 
     fn row(&mut self, row: usize, fitted: Option<&Fitted>, scales: &mut [f32], out: &mut [u8]) -> Result<()> {
@@ -295,9 +324,9 @@ impl Row<'_> {
             kernels.magnitudes_each(w, width, &mut self.sizes);
         }
         for (i, (w, scale)) in w.chunks(width).zip(scales).enumerate() {
-            let fitted = self.fit(w, &self.sizes[i], first + i * width)?;
-            *scale = fitted.scales[0];
-            self.cuts.push(cuts_of(&fitted));
+            let cuts;
+            (*scale, cuts) = self.fit(w, &self.sizes[i], first + i * width)?;
+            self.cuts.push(cuts);
         }
         if let (Dense::TwoBit { .. }, true) = (self.dense, width.is_multiple_of(4) || width == spec.cols) {
             for ((w, &cuts), out) in w.chunks(width).zip(&self.cuts).zip(out.chunks_mut(width.div_ceil(4))) {

@@ -156,6 +156,9 @@ fn unpack_two_bit_wide<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, va
     let (mask, bias_all) = (_mm512_set1_epi8(3), _mm512_set1_epi8(bias));
     let mut threes = _mm512_setzero_si512();
     for (bytes, out) in body.as_chunks::<64>().0.iter().zip(blocks) {
+        if STREAMED {
+            _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().cast::<i8>().wrapping_add(AHEAD.1));
+        }
         let x = load(bytes);
         // threes |= x & x >> 1
         threes = _mm512_ternarylogic_epi64::<0xf8>(threes, x, _mm512_srli_epi16::<1>(x));
@@ -180,18 +183,18 @@ fn unpack_two_bit_wide<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, va
 fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<320>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
-    // Byte 8g + i of a register is digit i of group g, bytes 5 … 7 are 0.
-    const SPREAD: [u8; 64] = table!(i, (i / 8 * 5 + i % 8) as u8);
+    // Byte 8g + i of a register is digit i of group g, bytes 5 … 7 are 0. The last register is read 24 bytes early, to stay in the block.
+    const SPREAD: [[u8; 64]; 2] = [table!(i, (i / 8 * 5 + i % 8) as u8), table!(i, (i / 8 * 5 + i % 8 + 24) as u8)];
     // Packing works within 128 bits: byte 8r + 2l + h of the result comes from qword 2l + h of register r.
     const ORDER: [u8; 64] = table!(i, (16 * (i / 2 % 4) + 2 * (i / 8) + i % 2) as u8);
-    let (spread, order, digits) = (load(&SPREAD), load(&ORDER), 0x1f1f_1f1f_1f1f_1f1f);
+    let (spread, order, digits) = ([load(&SPREAD[0]), load(&SPREAD[1])], load(&ORDER), 0x1f1f_1f1f_1f1f_1f1f);
     let powers = _mm512_set1_epi64(0x51_1b09_0301);
     let mut most = _mm512_setzero_si512();
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<64>().0) {
         let sums: [__m512i; 8] = std::array::from_fn(|r| {
-            // SAFETY: 40 of 320 bytes from 40·r on; those that are masked out are not read.
-            let v = unsafe { _mm512_maskz_loadu_epi8((1 << 40) - 1, block.as_ptr().add(40 * r)) };
-            let codes = _mm512_maskz_permutexvar_epi8(digits, spread, _mm512_add_epi8(v, _mm512_set1_epi8(1)));
+            // SAFETY: 64 of 320 bytes, from at most 256 on; the read needs no alignment.
+            let v = unsafe { _mm512_loadu_si512(block.as_ptr().add((40 * r).min(256)).cast()) };
+            let codes = _mm512_maskz_permutexvar_epi8(digits, spread[r / 7], _mm512_add_epi8(v, _mm512_set1_epi8(1)));
             most = _mm512_max_epu8(most, codes);
             // Words of at most 162, whose bytes are then added up.
             _mm512_sad_epu8(_mm512_maddubs_epi16(codes, powers), _mm512_setzero_si512())
@@ -412,11 +415,13 @@ impl Sizes {
     fn finish(mut self, w: &[f32], done: usize) -> Magnitudes {
         let (blocks, tail) = w[done..].as_chunks::<16>();
         blocks.iter().for_each(|block| self.add(block));
-        let part = (1u16 << tail.len()) - 1;
-        // SAFETY: numbers beyond the tail are masked out and not read. They add 0 to sums that are never −0.
-        let rest = unsafe { _mm512_maskz_loadu_ps(part, tail.as_ptr()) };
-        self.add_half(0, _mm512_cvtps_pd(_mm512_castps512_ps256(rest)));
-        self.add_half(1, _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(rest)))));
+        let mut rest = _mm512_setzero_ps();
+        if !tail.is_empty() {
+            // SAFETY: numbers beyond the tail are masked out and not read. They add 0 to sums that are never −0.
+            rest = unsafe { _mm512_maskz_loadu_ps((1u16 << tail.len()) - 1, tail.as_ptr()) };
+            self.add_half(0, _mm512_cvtps_pd(_mm512_castps512_ps256(rest)));
+            self.add_half(1, _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(rest)))));
+        }
         // By halves, as the oracle does.
         let sum = _mm512_add_pd(self.sums[0], self.sums[1]);
         let sum = _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd::<1>(sum));

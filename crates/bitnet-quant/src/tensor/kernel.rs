@@ -65,7 +65,7 @@ impl Packed {
             Some(acts) => acts,
             None => matmul::Activations::from_values(&[], &[], w)?,
         };
-        let done = acts.requantize_for(w, x, method);
+        let done = acts.requantize_for(&kernels, w, x, method);
         if done.is_ok() {
             kernels.matmul(pool, w, &acts, bias, out);
         }
