@@ -86,6 +86,13 @@ impl Quantized {
         self.sums.resize(rows * shape.groups(), 0);
     }
 
+    /// Memory for as much, so that the next quantization allocates nothing.
+    fn reserve(&mut self, rows: usize, shape: Shape) {
+        self.values.reserve((rows * shape.stride()).saturating_sub(self.values.len()));
+        self.scales.reserve(rows.saturating_sub(self.scales.len()));
+        self.sums.reserve((rows * shape.groups()).saturating_sub(self.sums.len()));
+    }
+
     /// The place of one token.
     fn token(&mut self, token: usize, shape: Shape) -> (&mut [i8], &mut f32, &mut [i32]) {
         let (stride, groups) = (shape.stride(), shape.groups());
@@ -157,8 +164,8 @@ impl Activations {
         Ok(Self::of(rows, shape, Data::Floats(values)))
     }
 
-    /// Quantizes other activations in place of these, for weights that took these. Two buffers take turns: once both have held as many tokens,
-    /// nothing is allocated.
+    /// Quantizes other activations in place of these, for weights that took these. Allocates only where there are more tokens than ever, twice
+    /// as much as they take: two buffers take turns.
     ///
     /// # Errors
     /// As [`Activations::quantize`]; these are then as they were.
@@ -198,6 +205,7 @@ impl Activations {
             Data::Integers(before) => before,
             Data::Floats(_) => Quantized::default(),
         };
+        self.spare.reserve(rows, shape);
         Ok(())
     }
 
