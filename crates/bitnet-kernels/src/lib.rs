@@ -15,6 +15,7 @@
 
 mod lines;
 mod pool;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, unused_imports, reason = "other architectures have the plain loops"))]
 pub mod ternary;
 
 pub use pool::Pool;
