@@ -3,14 +3,14 @@
 //! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one thread and the widest instruction set.
 
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
-use bitnet_kernels::ternary::{Activations, Prepacked};
+use bitnet_kernels::matmul::{Activations, Prepacked};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Bytes that are cycled through so that no cache holds them.
-const COLD_BYTES: usize = 600 << 20;
+const COLD_BYTES: usize = 2400 << 20;
 
 /// Turns of each measurement; a turn lasts about [`TURN`] seconds for the ceiling and as long for the operation.
 const TURNS: usize = 21;
@@ -145,7 +145,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * rows]);
             let mut at = 0;
             let call = || {
-                kernels.ternary_matmul(&pool, &copies[at], &x, None, &mut y);
+                kernels.matmul(&pool, &copies[at], &x, None, &mut y);
                 at = (at + 1) % copies.len();
             };
             let work = Work { amount: (rows * cols) as f64, call: Box::new(call) };
@@ -160,7 +160,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let packed = Prepacked::new(&matrix(6912, 2560), &pool)?;
     for tokens in [1, 2, 3, 4, 6, 8, 12, 16, 32, 128, 512] {
         let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * 6912]);
-        let call = || kernels.ternary_matmul(&pool, &packed, &x, None, &mut y);
+        let call = || kernels.matmul(&pool, &packed, &x, None, &mut y);
         let work = Work { amount: (tokens * 6912 * 2560) as f64, call: Box::new(call) };
         println!(" 6912 ×  2560 M = {tokens:3}: {}", against(dots(&pool), work, 1.0));
     }

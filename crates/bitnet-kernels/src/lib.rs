@@ -1,5 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of [`ternary`]
-//! weights with int8 activations.
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of low-bit
+//! weights with activations: [`matmul`].
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -14,9 +14,12 @@
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
 mod lines;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64", target_feature = "simd128")),
+    allow(dead_code, unused_imports, unused_macros, reason = "the plain loops are all that other machines have")
+)]
+pub mod matmul;
 mod pool;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, unused_imports, reason = "other architectures have the plain loops"))]
-pub mod ternary;
 
 pub use pool::Pool;
 
