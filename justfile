@@ -23,6 +23,11 @@ cross *PARTS:
 demo:
     cargo run --release --locked --bin bitnet -- demo
 
+# Kernels beside the machine's ceilings and beside rivals: results.json and report.html.
+bench:
+    cargo run --release --locked -p bitnet-benchmarks -- compare --output results.json
+    cargo run --release --locked -p bitnet-benchmarks -- report --input results.json --output report.html
+
 # Download the real models that the larger tests use (177 MB); prints their folder.
 fetch:
     scripts/fetch-models

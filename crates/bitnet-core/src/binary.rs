@@ -39,7 +39,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
             (at, upper, below)
         }
         BinarySplit::Optimal => {
-            let (cut, upper) = best_cut(ops, granule, moments, importance, Key::Signed)?;
+            let (cut, upper) = best_cut(ops, granule, &moments.extent(), importance, Key::Signed)?;
             let all = granule.fold(|i, w| crate::ternary::above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY), Above::then)?;
             let below = Above { count: 0, weight: all.weight - upper.weight, sum: all.sum - upper.sum };
             mean = all.mean();

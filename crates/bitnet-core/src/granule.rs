@@ -18,11 +18,15 @@ pub trait Granule {
     fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T, Self::Error>;
 }
 
+/// Weights of a strip of a granule in memory. Sums depend on it in their last bits, so everything that folds over memory cuts there.
+pub const STRIP: usize = 1 << 18;
+
 impl Granule for [f32] {
     type Error = Error;
 
-    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, _join: impl Fn(T, T) -> T) -> Result<T> {
-        Ok(map(0, self))
+    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
+        let strips = self.chunks(STRIP).enumerate().map(|(i, strip)| map(i * STRIP, strip));
+        Ok(strips.reduce(join).unwrap_or_else(|| map(0, &[])))
     }
 }
 

@@ -76,6 +76,58 @@ impl Moments {
     pub fn ternary_magnitude(&self) -> Option<f32> {
         (self.finite && self.min_nonzero == self.max_abs()).then_some(self.min_nonzero)
     }
+
+    /// Number and limits of the weights.
+    pub fn extent(&self) -> Extent {
+        Extent { count: self.count, min: self.min, max: self.max }
+    }
+}
+
+/// What the rules for one trit plane ask of a pass over weights: less than [`Moments`], and so at the speed of memory.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Magnitudes {
+    /// Number of weights.
+    pub count: u64,
+    /// Σ |w|, the bits of [`Moments::sum_abs`]. Finite exactly if every weight is; the other fields mean nothing if it is not.
+    pub sum: f64,
+    /// max |w|, 0 if there is no weight.
+    pub max: f32,
+    /// Whether every weight is −max, 0 or +max.
+    pub ternary: bool,
+}
+
+impl Magnitudes {
+    /// These weights followed by those of `next`.
+    pub fn then(self, next: Self) -> Self {
+        let same = self.max == next.max || self.max == 0.0 || next.max == 0.0;
+        Self {
+            count: self.count + next.count,
+            sum: self.sum + next.sum,
+            max: self.max.max(next.max),
+            ternary: self.ternary && next.ternary && same,
+        }
+    }
+
+    /// mean |w|, 0 if there is no weight.
+    pub fn mean(&self) -> f64 {
+        if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
+    }
+
+    /// Number and limits of the weights, as far as magnitudes tell.
+    pub fn extent(&self) -> Extent {
+        Extent { count: self.count, min: -self.max, max: self.max }
+    }
+}
+
+/// Number of weights and limits within which they lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Extent {
+    /// Number of weights.
+    pub count: u64,
+    /// No weight is smaller.
+    pub min: f32,
+    /// No weight is larger.
+    pub max: f32,
 }
 
 /// Weighted count and sum of the weights on one side of a threshold.
@@ -151,6 +203,57 @@ impl Uniform {
     }
 }
 
+/// Where the values of a ternary granule change: `q = [w > high] − [w < low]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cuts {
+    /// Smaller weights become −1.
+    pub low: f32,
+    /// Larger weights become +1.
+    pub high: f32,
+}
+
+impl Cuts {
+    /// Every weight becomes 0.
+    pub const NONE: Self = Self::symmetric(f32::INFINITY);
+
+    /// `q = sign(w)·[|w| > cut]`.
+    pub const fn symmetric(cut: f32) -> Self {
+        Self { low: -cut, high: cut }
+    }
+
+    /// The cuts of `q = clip(round(w / scale), −1, 1)`, exactly: division and rounding are monotone, so there are such, and they are within a few
+    /// ulps of ±scale/2. A scale of 0 encodes everything as 0.
+    pub fn rounding(scale: f32, rounding: Rounding) -> Self {
+        if scale == 0.0 {
+            return Self::NONE;
+        }
+        let up = |w: f32| match rounding {
+            Rounding::HalfEven => w / scale > 0.5,
+            Rounding::HalfAway => w / scale >= 0.5,
+            Rounding::HalfUp => w / scale + 0.5 >= 1.0,
+        };
+        let down = |w: f32| match rounding {
+            Rounding::HalfEven => w / scale < -0.5,
+            Rounding::HalfAway => w / scale <= -0.5,
+            Rounding::HalfUp => w / scale + 0.5 < 0.0,
+        };
+        let (mut high, mut low) = (scale / 2.0, -scale / 2.0);
+        while up(high) {
+            high = high.next_down();
+        }
+        while !up(high.next_up()) {
+            high = high.next_up();
+        }
+        while down(low) {
+            low = low.next_up();
+        }
+        while !down(low.next_down()) {
+            low = low.next_down();
+        }
+        Self { low, high }
+    }
+}
+
 /// The loops. The default bodies are the scalar oracle; an override must return the same bits.
 ///
 /// `h`, where there is one, is the importance of each weight and has the length of `w`.
@@ -160,9 +263,19 @@ pub trait Ops: Sync {
         moments(w)
     }
 
+    /// The part of [`Ops::moments`] that most rules for one trit plane need.
+    fn magnitudes(&self, w: &[f32]) -> Magnitudes {
+        magnitudes(w)
+    }
+
     /// Weighted count and sum over the weights whose key is greater than `t`.
     fn above(&self, w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
         above(w, h, key, t)
+    }
+
+    /// [`Ops::above`] for two thresholds in one pass, all weights equally important.
+    fn above_both(&self, w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
+        above_both(w, key, t)
     }
 
     /// Σ h·(w − ŵ)² of a uniform quantizer.
@@ -170,9 +283,9 @@ pub trait Ops: Sync {
         uniform_error(w, h, quantizer)
     }
 
-    /// `out = sign(w)·[|w| > cut]`.
-    fn encode_cut(&self, w: &[f32], cut: f32, out: &mut [i8]) {
-        encode_cut(w, cut, out);
+    /// `out = [w > high] − [w < low]`.
+    fn encode_cut(&self, w: &[f32], cuts: Cuts, out: &mut [i8]) {
+        encode_cut(w, cuts, out);
     }
 
     /// `out = clip(round(w / scale) + zero, low, high)`.
@@ -231,6 +344,61 @@ pub fn moments(w: &[f32]) -> Moments {
         min_nonzero: min_nonzero.into_iter().fold(f32::INFINITY, f32::min),
         finite: broken.iter().all(|&b| b == 0),
     }
+}
+
+/// Body of [`Ops::magnitudes`].
+#[inline(always)]
+pub fn magnitudes(w: &[f32]) -> Magnitudes {
+    let mut sum = [0.0f64; LANES];
+    let mut max = [0.0f32; LANES];
+    let (chunks, tail) = w.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sum[lane] += f64::from(chunk[lane]).abs();
+        }
+        for lane in 0..LANES {
+            let a = chunk[lane].abs();
+            max[lane] = if a > max[lane] { a } else { max[lane] };
+        }
+    }
+    for (lane, &w) in tail.iter().enumerate() {
+        sum[lane] += f64::from(w).abs();
+        max[lane] = if w.abs() > max[lane] { w.abs() } else { max[lane] };
+    }
+    let max = max.into_iter().fold(0.0, f32::max);
+    let one = |all: &[f32]| all.iter().fold(true, |one, w| one & ((*w == 0.0) | (w.abs() == max)));
+    Magnitudes { count: w.len() as u64, sum: total(sum), max, ternary: chunks.iter().all(|c| one(c)) && one(tail) }
+}
+
+/// Body of [`Ops::above_both`].
+#[inline(always)]
+pub fn above_both(w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
+    let mut count = [[0u32; LANES]; 2];
+    let mut sum = [[0.0f64; LANES]; 2];
+    let (chunks, tail) = w.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..2 {
+            for lane in 0..LANES {
+                let u = key.of(chunk[lane]);
+                count[i][lane] += u32::from(u > t[i]);
+            }
+            for lane in 0..LANES {
+                let u = key.of(chunk[lane]);
+                sum[i][lane] += f64::from(if u > t[i] { u } else { 0.0 });
+            }
+        }
+    }
+    for (lane, &w) in tail.iter().enumerate() {
+        for i in 0..2 {
+            let u = key.of(w);
+            count[i][lane] += u32::from(u > t[i]);
+            sum[i][lane] += f64::from(if u > t[i] { u } else { 0.0 });
+        }
+    }
+    std::array::from_fn(|i| {
+        let count: u64 = count[i].iter().map(|&c| u64::from(c)).sum();
+        Above { count, weight: count as f64, sum: total(sum[i]) }
+    })
 }
 
 /// Body of [`Ops::above`].
@@ -311,9 +479,9 @@ pub fn uniform_error(w: &[f32], h: Option<&[f32]>, quantizer: &Uniform) -> f64 {
 
 /// Body of [`Ops::encode_cut`].
 #[inline(always)]
-pub fn encode_cut(w: &[f32], cut: f32, out: &mut [i8]) {
+pub fn encode_cut(w: &[f32], cuts: Cuts, out: &mut [i8]) {
     for (q, &w) in out.iter_mut().zip(w) {
-        *q = i8::from(w > cut) - i8::from(w < -cut);
+        *q = i8::from(w > cuts.high) - i8::from(w < cuts.low);
     }
 }
 

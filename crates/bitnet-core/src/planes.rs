@@ -167,7 +167,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         let scales = [storage.round(f64::from(s))?, 0.0, 0.0];
         return Ok(Fitted { scales, zero_point: 0.0, coder: Coder::Levels(Levels::new(&scales[..planes])) });
     }
-    let (_, kept) = best_cut(ops, granule, moments, importance, Key::Magnitude)?;
+    let (_, kept) = best_cut(ops, granule, &moments.extent(), importance, Key::Magnitude)?;
     let (one, rms) = (kept.mean() as f32, moments.rms() as f32);
     let mut starts = vec![];
     for ratio in [0.3, 0.42, 0.55] {

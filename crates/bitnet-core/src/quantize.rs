@@ -1,7 +1,7 @@
 //! From weights to a [`Matrix`]: fit the parameters of each granule, then encode with them.
 
 use crate::granule::{Granule, Importance};
-use crate::ops::{Moments, Ops, Uniform};
+use crate::ops::{Cuts, Magnitudes, Moments, Ops, Uniform};
 use crate::planes::Levels;
 use crate::scheme::{Granularity, Method, ScaleForm, Scheme};
 use crate::{Error, Matrix, Result, ZeroPoints, affine, binary, planes, ternary};
@@ -21,9 +21,9 @@ pub struct Fitted {
 pub(crate) enum Coder {
     /// Every value is this one: a granule without weight.
     Constant(i8),
-    /// `sign(w)·[|w| > cut]`.
-    Cut(f32),
-    /// `clip(round(w / s) + z)`. The step may differ from the stored scale (absmean codes with a least-squares scale).
+    /// `[w > high] − [w < low]`.
+    Cut(Cuts),
+    /// `clip(round(w / s) + z)`.
     Uniform(Uniform),
     /// `+1 if w ≥ at else −1`.
     Split(f32),
@@ -36,6 +36,15 @@ pub(crate) enum Coder {
 impl Fitted {
     pub(crate) fn one(scale: f32, coder: Coder) -> Self {
         Self { scales: [scale, 0.0, 0.0], zero_point: 0.0, coder }
+    }
+
+    /// Where the values change, if they are −1, 0 and +1 of one plane.
+    pub fn cuts(&self) -> Option<Cuts> {
+        match self.coder {
+            Coder::Cut(cuts) => Some(cuts),
+            Coder::Constant(0) => Some(Cuts::NONE),
+            _ => None,
+        }
     }
 
     /// Writes the values of `w`; `index` is the position of `w[0]` in the matrix, `out` has one slice for each plane.
@@ -68,30 +77,43 @@ pub fn fit<G: Granule + ?Sized>(
     scheme: &Scheme,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
-    let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
-    if !moments.finite {
-        let first = granule.fold(|offset, w| w.iter().position(|w| !w.is_finite()).map(|i| (offset + i, w[i])), |a, b| a.or(b))?;
-        let (index, value) = first.unwrap_or((0, f32::NAN));
-        return Err(Error::NotFinite { index, value }.into());
-    }
-    if moments.max_abs() == 0.0 {
-        return Ok(dead(scheme)?);
-    }
-    let fitted = match scheme.method {
-        Method::Ternary { planes: 1, threshold, scale } => {
-            ternary::fit(ops, granule, &moments, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)
+    let fitted = if let Method::Ternary { planes: 1, threshold, scale } = scheme.method {
+        let sizes = granule.fold(|_, w| ops.magnitudes(w), Magnitudes::then)?;
+        if !sizes.sum.is_finite() {
+            return not_finite(granule);
         }
-        Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, scheme.scale_storage(), importance),
-        Method::Binary { split, stochastic } => {
-            binary::fit(ops, granule, &moments, (split, stochastic), scheme.scale_storage(), importance)
+        if sizes.max == 0.0 {
+            return Ok(dead(scheme)?);
         }
-        Method::Int { mapping, clip, .. } => {
-            let kind = (scheme.precision()?, mapping, clip);
-            affine::fit(ops, granule, &moments, kind, (scheme.scale_storage(), scheme.rounding), importance)
+        ternary::fit(ops, granule, &sizes, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)
+    } else {
+        let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
+        if !moments.finite {
+            return not_finite(granule);
+        }
+        if moments.max_abs() == 0.0 {
+            return Ok(dead(scheme)?);
+        }
+        match scheme.method {
+            Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, scheme.scale_storage(), importance),
+            Method::Binary { split, stochastic } => {
+                binary::fit(ops, granule, &moments, (split, stochastic), scheme.scale_storage(), importance)
+            }
+            Method::Int { mapping, clip, .. } => {
+                let kind = (scheme.precision()?, mapping, clip);
+                affine::fit(ops, granule, &moments, kind, (scheme.scale_storage(), scheme.rounding), importance)
+            }
         }
     }?;
     // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is written.
     Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
+}
+
+/// The error that names the first weight that is NaN or infinite.
+fn not_finite<T, G: Granule + ?Sized>(granule: &G) -> Result<T, G::Error> {
+    let first = granule.fold(|offset, w| w.iter().position(|w| !w.is_finite()).map(|i| (offset + i, w[i])), |a, b| a.or(b))?;
+    let (index, value) = first.unwrap_or((0, f32::NAN));
+    Err(Error::NotFinite { index, value }.into())
 }
 
 /// A granule of zeros.

@@ -1,7 +1,7 @@
 //! Ternary threshold rules: which weights become ±1, and by how much to multiply.
 
 use crate::granule::{Granule, Importance};
-use crate::ops::{Above, Key, Moments, Ops};
+use crate::ops::{Above, Cuts, Extent, Key, LANES, Magnitudes, Moments, Ops};
 use crate::quantize::{Coder, Fitted};
 use crate::scheme::{Rounding, ScaleRule, ScaleStorage, Threshold};
 use crate::{Error, Result};
@@ -10,7 +10,7 @@ use crate::{Error, Result};
 pub(crate) fn fit<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
-    moments: &Moments,
+    sizes: &Magnitudes,
     (threshold, scale_rule): (Threshold, ScaleRule),
     storage: ScaleStorage,
     rounding: Rounding,
@@ -19,38 +19,40 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     if importance.is_some() && threshold != Threshold::Optimal {
         return Err(Error::Scheme(format!("importance with threshold {threshold:?}; only Optimal uses it")).into());
     }
-    if let Some(s) = moments.ternary_magnitude() {
-        return Ok(Fitted::one(storage.round(f64::from(s))?, Coder::Cut(0.0)));
+    if sizes.ternary {
+        return Ok(Fitted::one(storage.round(f64::from(sizes.max))?, Coder::Cut(Cuts::symmetric(0.0))));
     }
-    let mean = moments.mean_abs();
+    let mean = sizes.mean();
     let cut = match threshold {
         Threshold::Absmean => {
             let rule = storage.round(mean)?;
-            let mut uniform = crate::ops::Uniform { scale: rule, zero: 0.0, low: -1, high: 1, rounding };
             if scale_rule == ScaleRule::LeastSquares {
-                uniform.scale = mean as f32;
-                let kept = granule.fold(|_, w| kept_by(ops, w, &uniform), Above::then)?;
-                return Ok(Fitted::one(storage.round(kept.mean())?, Coder::Uniform(uniform)));
+                let cuts = Cuts::rounding(mean as f32, rounding);
+                let kept = granule.fold(|_, w| kept_by(ops, w, cuts), Above::then)?;
+                return Ok(Fitted::one(storage.round(kept.mean())?, Coder::Cut(cuts)));
             }
-            return Ok(Fitted::one(rule, Coder::Uniform(uniform)));
+            return Ok(Fitted::one(rule, Coder::Cut(Cuts::rounding(rule, rounding))));
         }
-        Threshold::Optimal => return fit_optimal(ops, granule, moments, storage, importance),
+        Threshold::Optimal => return fit_optimal(ops, granule, &sizes.extent(), storage, importance),
         Threshold::Mean => 0.7 * mean,
-        Threshold::Median => 0.8 * median(granule, moments)?,
-        Threshold::Adaptive => adaptive_factor(mean / moments.rms()) * mean,
+        Threshold::Median => 0.8 * median(granule, sizes.count)?,
+        Threshold::Adaptive => {
+            let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
+            adaptive_factor(mean / moments.rms()) * mean
+        }
         Threshold::Factor(factor) => f64::from(factor) * mean,
     } as f32;
     let kept = granule.fold(|_, w| ops.above(w, None, Key::Magnitude, cut), Above::then)?;
-    Ok(Fitted::one(storage.round(kept.mean())?, Coder::Cut(cut)))
+    Ok(Fitted::one(storage.round(kept.mean())?, Coder::Cut(Cuts::symmetric(cut))))
 }
 
-/// Count and Σ|w| of the weights that a uniform ternary quantizer does not send to 0.
-fn kept_by(ops: &impl Ops, w: &[f32], uniform: &crate::ops::Uniform) -> Above {
+/// Count and Σ|w| of the weights that the cuts do not send to 0.
+fn kept_by(ops: &impl Ops, w: &[f32], cuts: Cuts) -> Above {
     let mut values = [0i8; 1024];
     let mut kept = Above::default();
     for w in w.chunks(values.len()) {
         let values = &mut values[..w.len()];
-        ops.encode_uniform(w, uniform, values);
+        ops.encode_cut(w, cuts, values);
         for (&w, &q) in w.iter().zip(&*values) {
             kept.count += u64::from(q != 0);
             kept.sum += f64::from(w) * f64::from(q);
@@ -93,8 +95,7 @@ fn adaptive_factor(rho: f64) -> f64 {
 }
 
 /// The median of |w|; the mean of the two middle ones where their number is even.
-fn median<G: Granule + ?Sized>(granule: &G, moments: &Moments) -> Result<f64, G::Error> {
-    let n = moments.count;
+fn median<G: Granule + ?Sized>(granule: &G, n: u64) -> Result<f64, G::Error> {
     let (first, second) = ((n - 1) / 2, n / 2);
     // |w| as an integer keeps the order of |w|; its upper half names one of 2^15 buckets.
     let bucket = |w: f32| (w.abs().to_bits() >> 16) as usize;
@@ -138,23 +139,23 @@ fn median<G: Granule + ?Sized>(granule: &G, moments: &Moments) -> Result<f64, G:
 fn fit_optimal<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
-    moments: &Moments,
+    extent: &Extent,
     storage: ScaleStorage,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
-    let (cut, kept) = best_cut(ops, granule, moments, importance, Key::Magnitude)?;
+    let (cut, kept) = best_cut(ops, granule, extent, importance, Key::Magnitude)?;
     let (nearest, other) = storage.around(kept.mean())?;
     if nearest == other || nearest == 0.0 {
-        return Ok(Fitted::one(nearest, Coder::Cut(cut)));
+        return Ok(Fitted::one(nearest, Coder::Cut(Cuts::symmetric(cut))));
     }
     // Of the two storable scales around the exact one, the better, each with the codes that are nearest to it.
     let gain = |s: f32, a: Above| f64::from(s) * (2.0 * a.sum - f64::from(s) * a.weight);
     let (a, b) = granule.fold(
-        |i, w| (above(ops, i, w, importance, Key::Magnitude, nearest / 2.0), above(ops, i, w, importance, Key::Magnitude, other / 2.0)),
+        |i, w| above_both(ops, i, w, importance, Key::Magnitude, [nearest / 2.0, other / 2.0]),
         |x, y| (x.0.then(y.0), x.1.then(y.1)),
     )?;
     let scale = if other > 0.0 && gain(other, b) > gain(nearest, a) { other } else { nearest };
-    Ok(Fitted::one(scale, Coder::Cut(scale / 2.0)))
+    Ok(Fitted::one(scale, Coder::Cut(Cuts::symmetric(scale / 2.0))))
 }
 
 /// [`Ops::above`] with the importance of the strip that starts at `offset`.
@@ -169,6 +170,14 @@ pub(crate) fn above(ops: &impl Ops, offset: usize, w: &[f32], importance: Option
     }
 }
 
+/// [`above`] for two thresholds.
+fn above_both(ops: &impl Ops, offset: usize, w: &[f32], importance: Option<Importance<'_>>, key: Key, t: [f32; 2]) -> (Above, Above) {
+    match importance {
+        None => ops.above_both(w, key, t).into(),
+        Some(_) => (above(ops, offset, w, importance, key, t[0]), above(ops, offset, w, importance, key, t[1])),
+    }
+}
+
 /// The cut with the least squared error, and what lies above it.
 ///
 /// With `Key::Magnitude` one level serves the weights above the cut and 0 the rest; with `Key::Signed` each side has its own level. Both
@@ -180,19 +189,16 @@ pub(crate) fn above(ops: &impl Ops, offset: usize, w: &[f32], importance: Option
 pub(crate) fn best_cut<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
-    moments: &Moments,
+    extent: &Extent,
     importance: Option<Importance<'_>>,
     key: Key,
 ) -> Result<(f32, Above), G::Error> {
     let (mut low, mut high) = match key {
-        Key::Magnitude => (0.0, moments.max_abs() / 2.0),
-        Key::Signed => (moments.min, moments.max),
+        Key::Magnitude => (0.0, extent.max.max(-extent.min) / 2.0),
+        Key::Signed => (extent.min, extent.max),
     };
     let pass = |low: f32, high: f32| {
-        granule.fold(
-            |i, w| (above(ops, i, w, importance, key, low), above(ops, i, w, importance, key, high)),
-            |x, y| (x.0.then(y.0), x.1.then(y.1)),
-        )
+        granule.fold(|i, w| above_both(ops, i, w, importance, key, [low, high]), |x, y| (x.0.then(y.0), x.1.then(y.1)))
     };
     let all = match key {
         Key::Magnitude => Above::default(),
@@ -201,12 +207,12 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
     let below = |a: Above| Above { count: all.count.saturating_sub(a.count), weight: all.weight - a.weight, sum: all.sum - a.sum };
     let level_below = |a: Above| match key {
         Key::Magnitude => 0.0,
-        Key::Signed if below(a).weight <= 0.0 || a.count == all.count => f64::from(moments.min),
+        Key::Signed if below(a).weight <= 0.0 || a.count == all.count => f64::from(extent.min),
         Key::Signed => below(a).mean(),
     };
-    let level_above = |a: Above| if a.weight > 0.0 { a.mean() } else { f64::from(moments.max.max(moments.max_abs())) };
+    let level_above = |a: Above| if a.weight > 0.0 { a.mean() } else { f64::from(extent.max.max(-extent.min)) };
     let middle = |a: Above| ((level_above(a) + level_below(a)) / 2.0) as f32;
-    let enough = (moments.count / 64).max(8);
+    let enough = (extent.count / 64).max(8);
     let (mut a, mut b) = pass(low, high)?;
     for _ in 0..32 {
         if a.count - b.count <= enough {
@@ -277,11 +283,17 @@ fn keys_inside<G: Granule + ?Sized>(
     granule.fold(
         |offset, w| {
             let mut keys = vec![];
-            each_key(offset, w, importance, key, |u, h| {
-                if low < u && u <= high {
-                    keys.push((u, h));
+            // Few keys are inside, so most lines are done after one branch-free look.
+            for (i, w) in w.chunks(LANES).enumerate() {
+                let inside = |u: f32| (low < u) & (u <= high);
+                if w.iter().fold(false, |any, &w| any | inside(key.of(w))) {
+                    each_key(offset + i * LANES, w, importance, key, |u, h| {
+                        if inside(u) {
+                            keys.push((u, h));
+                        }
+                    });
                 }
-            });
+            }
             keys
         },
         |mut a, b| {

@@ -14,16 +14,18 @@
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
 mod lines;
+pub mod machine;
 #[cfg_attr(
-    not(any(target_arch = "x86_64", target_arch = "aarch64", target_feature = "simd128")),
-    allow(dead_code, unused_imports, unused_macros, reason = "the plain loops are all that other machines have")
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_imports, unused_macros, reason = "WebAssembly uses part of it, other machines the plain loops alone")
 )]
 pub mod matmul;
 mod pool;
+pub mod stream;
 
 pub use pool::Pool;
 
-use bitnet_core::ops::{Above, Key, Moments, Ops, Scalar, Uniform};
+use bitnet_core::ops::{Above, Cuts, Key, Magnitudes, Moments, Ops, Scalar, Uniform};
 use std::fmt;
 use std::str::FromStr;
 
@@ -187,11 +189,24 @@ impl Kernels {
 macro_rules! compiled_for {
     ($isa:ident, $features:literal) => {
         mod $isa {
-            use bitnet_core::ops::{self, Above, Key, Moments, Uniform};
+            use bitnet_core::ops::{self, Above, Cuts, Key, Magnitudes, Moments, Uniform};
 
             #[target_feature(enable = $features)]
             pub(crate) fn moments(w: &[f32]) -> Moments {
                 ops::moments(w)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn magnitudes(w: &[f32]) -> Magnitudes {
+                ops::magnitudes(w)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(crate) fn above_both(w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
+                match key {
+                    Key::Magnitude => ops::above_both(w, Key::Magnitude, t),
+                    Key::Signed => ops::above_both(w, Key::Signed, t),
+                }
             }
 
             #[target_feature(enable = $features)]
@@ -208,8 +223,8 @@ macro_rules! compiled_for {
             }
 
             #[target_feature(enable = $features)]
-            pub(crate) fn encode_cut(w: &[f32], cut: f32, out: &mut [i8]) {
-                ops::encode_cut(w, cut, out);
+            pub(crate) fn encode_cut(w: &[f32], cuts: Cuts, out: &mut [i8]) {
+                ops::encode_cut(w, cuts, out);
             }
 
             #[target_feature(enable = $features)]
@@ -250,6 +265,14 @@ impl Ops for Kernels {
         dispatch!(self, moments(w))
     }
 
+    fn magnitudes(&self, w: &[f32]) -> Magnitudes {
+        dispatch!(self, magnitudes(w))
+    }
+
+    fn above_both(&self, w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
+        dispatch!(self, above_both(w, key, t))
+    }
+
     fn above(&self, w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
         dispatch!(self, above(w, h, key, t))
     }
@@ -258,8 +281,8 @@ impl Ops for Kernels {
         dispatch!(self, uniform_error(w, h, quantizer))
     }
 
-    fn encode_cut(&self, w: &[f32], cut: f32, out: &mut [i8]) {
-        dispatch!(self, encode_cut(w, cut, out));
+    fn encode_cut(&self, w: &[f32], cuts: Cuts, out: &mut [i8]) {
+        dispatch!(self, encode_cut(w, cuts, out));
     }
 
     fn encode_uniform(&self, w: &[f32], quantizer: &Uniform, out: &mut [i8]) {

@@ -10,6 +10,12 @@ use std::ptr::NonNull;
 #[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u8; 64]);
 
+impl Line {
+    pub(crate) fn from_words(words: [u64; 8]) -> Self {
+        Self(std::array::from_fn(|i| words[i / 8].to_ne_bytes()[i % 8]))
+    }
+}
+
 /// A huge page of x86-64 and of aarch64 with 4 KiB pages.
 const HUGE: usize = 2 << 20;
 

@@ -1,6 +1,6 @@
 //! Every instruction set of this machine returns the bits of the scalar oracle.
 
-use bitnet_core::ops::{Key, LANES, Moments, Ops, Scalar, Uniform};
+use bitnet_core::ops::{Cuts, Key, LANES, Moments, Ops, Scalar, Uniform};
 use bitnet_core::scheme::Rounding;
 use bitnet_kernels::{Isa, Kernels};
 use proptest::prelude::*;
@@ -11,13 +11,21 @@ fn check(w: &[f32], h: &[f32], t: f32) {
     for kernels in Kernels::all() {
         let isa = kernels.isa();
         assert_eq!(bits(kernels.moments(w)), bits(Scalar.moments(w)), "moments on {isa}");
+        let (got, expected) = (kernels.magnitudes(w), Scalar.moments(w));
+        assert_eq!((got.count, got.sum.to_bits(), got.max), (expected.count, expected.sum_abs.to_bits(), expected.max_abs()), "{isa}");
+        assert_eq!(got.ternary, expected.max_abs() == 0.0 || expected.ternary_magnitude().is_some(), "ternary on {isa}");
         for key in [Key::Magnitude, Key::Signed] {
             assert_eq!(kernels.above(w, None, key, t), Scalar.above(w, None, key, t), "above on {isa}");
+            for other in [0.0, -t, 2.0 * t] {
+                let expected = [Scalar.above(w, None, key, t), Scalar.above(w, None, key, other)];
+                assert_eq!(kernels.above_both(w, key, [t, other]), expected, "above_both on {isa}");
+            }
             assert_eq!(kernels.above(w, Some(h), key, t), Scalar.above(w, Some(h), key, t), "weighted above on {isa}");
         }
         let (mut got, mut expected) = (vec![99; w.len()], vec![-99; w.len()]);
-        kernels.encode_cut(w, t.abs(), &mut got);
-        Scalar.encode_cut(w, t.abs(), &mut expected);
+        let cuts = Cuts { low: t - 0.5, high: t.abs() };
+        kernels.encode_cut(w, cuts, &mut got);
+        Scalar.encode_cut(w, cuts, &mut expected);
         assert_eq!(got, expected, "encode_cut on {isa}");
         for rounding in [Rounding::HalfEven, Rounding::HalfAway, Rounding::HalfUp] {
             for (scale, zero, low, high) in [(0.25, 0.0, -1, 1), (0.1, 3.0, -8, 7), (0.01, -5.0, -128, 127), (0.0, 0.0, -2, 1)] {

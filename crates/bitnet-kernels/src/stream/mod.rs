@@ -1,0 +1,28 @@
+//! Elementwise work at the speed of memory: floats to packed codes, packed codes to values and to floats, activations to int8.
+//!
+//! Each function returns what its counterpart in bitnet-core returns, bit for bit, on every instruction set and every number of threads.
+
+mod layout;
+mod loops;
+mod plain;
+mod quantize;
+mod token;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use layout::{dequantize, pack, unpack};
+pub use quantize::{Packed, Weights, quantize};
+pub use token::quantize_token;
+
+use crate::Pool;
+use std::sync::{Mutex, PoisonError};
+
+/// Calls `each` once with each of `parts`, on the threads of the pool.
+fn each<T: Send>(pool: &Pool, parts: impl IntoIterator<Item = T>, each: impl Fn(T) + Sync) {
+    let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
+    pool.run(parts.len(), |i| {
+        if let Some(part) = parts[i].lock().unwrap_or_else(PoisonError::into_inner).take() {
+            each(part);
+        }
+    });
+}

@@ -1,0 +1,242 @@
+//! The loops in plain Rust, compiled for each instruction set.
+//!
+//! A packer returns whether every value was in the alphabet, an unpacker whether the bytes are what a writer makes. After `false` the
+//! output means nothing, and the caller asks the layout in core for the error.
+
+use bitnet_core::ops::{self, Cuts};
+
+/// Values that are encoded to bytes before they are packed: whole bytes of two-bit and of base-3.
+pub(super) const BLOCK: usize = 1280;
+
+/// Two-bit codes `value + bias`, of which `top` is the largest, four a byte, the first in the low bits.
+#[inline(always)]
+pub(super) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+    let code = |v: i8| v.wrapping_add(bias).cast_unsigned();
+    let mut most = 0;
+    let (quads, tail) = values.as_chunks::<4>();
+    for (quad, out) in quads.iter().zip(&mut *out) {
+        let [a, b, c, d] = quad.map(code);
+        most = most.max(a).max(b).max(c).max(d);
+        *out = a | b << 2 | c << 4 | d << 6;
+    }
+    if !tail.is_empty() {
+        let byte = &mut out[quads.len()];
+        *byte = 0;
+        for (i, &v) in tail.iter().enumerate() {
+            most = most.max(code(v));
+            *byte |= code(v) << (2 * i);
+        }
+    }
+    most <= top
+}
+
+/// The inverse of [`pack_two_bit`].
+#[inline(always)]
+pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+    let mut threes = 0;
+    let (quads, tail) = values.as_chunks_mut::<4>();
+    for (quad, &byte) in quads.iter_mut().zip(bytes) {
+        threes |= byte & byte >> 1;
+        let x = u32::from(byte);
+        let x = x | x << 6;
+        let codes = (x | x << 12) & 0x0303_0303;
+        *quad = codes.to_le_bytes().map(|c| c.cast_signed() - bias);
+    }
+    let mut rest = 0;
+    if !tail.is_empty() {
+        rest = bytes[quads.len()];
+        for v in &mut *tail {
+            threes |= rest & rest >> 1 & 1;
+            *v = (rest & 3).cast_signed() - bias;
+            rest >>= 2;
+        }
+    }
+    (top == 3 || threes & 0x55 == 0) && rest == 0
+}
+
+/// Five trits a byte, `Σ (value_i + 1) · 3^i`.
+#[inline(always)]
+pub(super) fn pack_base3(values: &[i8], out: &mut [u8]) -> bool {
+    // Byte 4 of the product with 3^i at byte 4 − i is the sum; no byte of the product exceeds 242, so none carries.
+    const POWERS: u64 = 81 | 27 << 8 | 9 << 16 | 3 << 24 | 1 << 32;
+    let mut most = 0;
+    let code = |v: i8| v.wrapping_add(1).cast_unsigned();
+    for v in values {
+        most = code(*v).max(most);
+    }
+    let body = values.len().saturating_sub(3) / 5;
+    for (i, out) in out[..body].iter_mut().enumerate() {
+        let mut word = [0; 8];
+        word.copy_from_slice(&values[5 * i..][..8]);
+        // Digits 0 … 2, seen as −1 … 1 with 1 added to each byte; the three bytes of the next group leave with the high half.
+        let digits = u64::from_le_bytes(word.map(code)) & 0xff_ffff_ffff;
+        *out = (digits.wrapping_mul(POWERS) >> 32) as u8;
+    }
+    for (values, out) in values[5 * body..].chunks(5).zip(&mut out[body..]) {
+        *out = values.iter().rev().fold(0u8, |byte, &v| byte.wrapping_mul(3).wrapping_add(code(v)));
+    }
+    most <= 2
+}
+
+/// The five values of each byte below 243, and three bytes that are overwritten.
+const TRITS: [[i8; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut byte = 0;
+    while byte < 243 {
+        let (mut rest, mut i) = (byte, 0);
+        while i < 5 {
+            table[byte][i] = (rest % 3) as i8 - 1;
+            rest /= 3;
+            i += 1;
+        }
+        byte += 1;
+    }
+    table
+};
+
+/// The inverse of [`pack_base3`].
+#[inline(always)]
+pub(super) fn unpack_base3(bytes: &[u8], values: &mut [i8]) -> bool {
+    let most = bytes.iter().fold(0, |most: u8, &b| most.max(b));
+    let body = values.len().saturating_sub(3) / 5;
+    for (i, &byte) in bytes[..body].iter().enumerate() {
+        // Eight bytes at once; the next group overwrites the last three.
+        values[5 * i..][..8].copy_from_slice(&TRITS[usize::from(byte)]);
+    }
+    let mut padding = true;
+    for (values, &byte) in values[5 * body..].chunks_mut(5).zip(&bytes[body..]) {
+        let (digits, rest) = TRITS[usize::from(byte)][..5].split_at(values.len());
+        values.copy_from_slice(digits);
+        padding &= rest.iter().all(|&v| v == -1);
+    }
+    most <= 242 && padding
+}
+
+/// Two-bit trits, four a byte, each quarter of the values at one of the given shifts.
+#[inline(always)]
+pub(super) fn unpack_quads(bytes: &[u8], shifts: [u32; 4], [a, b, c, d]: [&mut [i8]; 4]) -> bool {
+    let mut threes = 0;
+    let value = |byte: u8, shift: u32| (byte >> shift & 3).cast_signed() - 1;
+    for ((((&byte, a), b), c), d) in bytes.iter().zip(a).zip(b).zip(c).zip(d) {
+        threes |= byte & byte >> 1;
+        *a = value(byte, shifts[0]);
+        *b = value(byte, shifts[1]);
+        *c = value(byte, shifts[2]);
+        *d = value(byte, shifts[3]);
+    }
+    threes & 0x55 == 0
+}
+
+/// [`unpack_quads`] block by block: `4 · N` values in `N` bytes.
+#[inline(always)]
+pub(super) fn unpack_quad_blocks<const N: usize>(bytes: &[u8], shifts: [u32; 4], values: &mut [i8]) -> bool {
+    let (blocks, quarters) = (bytes.as_chunks::<N>().0, values.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0);
+    blocks.iter().zip(quarters).fold(true, |ok, (bytes, [a, b, c, d])| ok & unpack_quads(bytes, shifts, [a, b, c, d]))
+}
+
+/// Blocks of tq2_0 but their scales.
+#[inline(always)]
+pub(super) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool {
+    blocks.iter().zip(values).fold(true, |ok, (block, values)| ok & unpack_quad_blocks::<32>(&block[..64], [0, 2, 4, 6], values))
+}
+
+/// Which of the 256 bytes are five digits of tq1_0, and which are four and a 0: bits 0 and 1.
+const DIGITS: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut q = 0u16;
+    while q < 243 {
+        table[(q * 256).div_ceil(243) as usize] |= if q.is_multiple_of(3) { 3 } else { 1 };
+        q += 1;
+    }
+    table
+};
+
+/// Blocks of tq1_0 but their scales.
+#[inline(always)]
+pub(super) fn unpack_tq1(blocks: &[[u8; 54]], values: &mut [[i8; 256]]) -> bool {
+    blocks.iter().zip(values).fold(true, |ok, (block, values)| ok & unpack_tq1_block(block, values))
+}
+
+/// 52 bytes of digits: `digit n = (byte · 3^n mod 256) · 3 div 256`.
+#[inline(always)]
+fn unpack_tq1_block(digits: &[u8; 54], values: &mut [i8; 256]) -> bool {
+    let mut known = 3;
+    for &byte in &digits[..48] {
+        known &= DIGITS[usize::from(byte)] | 2;
+    }
+    for &byte in &digits[48..52] {
+        known &= DIGITS[usize::from(byte)];
+    }
+    let (first, rest) = values.split_at_mut(160);
+    let (second, third) = rest.split_at_mut(80);
+    for (n, power) in [1u8, 3, 9, 27, 81].into_iter().enumerate() {
+        let digit = |byte: u8| ((u16::from(byte.wrapping_mul(power)) * 3) >> 8) as i8 - 1;
+        for m in 0..32 {
+            first[32 * n + m] = digit(digits[m]);
+        }
+        for m in 0..16 {
+            second[16 * n + m] = digit(digits[32 + m]);
+        }
+        if n < 4 {
+            for m in 0..4 {
+                third[4 * n + m] = digit(digits[48 + m]);
+            }
+        }
+    }
+    known == 3
+}
+
+/// Weights to two-bit ternary codes. `_ahead` is for memory that is slower than the loop.
+#[inline(always)]
+pub(super) fn encode_two_bit(w: &[f32], cuts: Cuts, _ahead: usize, out: &mut [u8]) {
+    let mut values = [0; BLOCK];
+    for (w, out) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / 4)) {
+        ops::encode_cut(w, cuts, &mut values[..w.len()]);
+        pack_two_bit(&values[..w.len()], 1, 2, out);
+    }
+}
+
+/// `out = scale · value`.
+#[inline(always)]
+pub(super) fn scale(values: &[i8], scale: f32, out: &mut [f32]) {
+    for (out, &v) in out.iter_mut().zip(values) {
+        *out = scale * f32::from(v);
+    }
+}
+
+/// Bits of max |x|; from those of infinity on, where a number is not finite.
+#[inline(always)]
+pub(super) fn absmax(x: &[f32]) -> u32 {
+    x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff))
+}
+
+/// `out = clip(round(x · inverse), −128, 127)`, ties to even; returns `Σ out`.
+#[inline(always)]
+pub(super) fn int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
+    let mut sum = 0;
+    for (q, &x) in out.iter_mut().zip(x) {
+        *q = (x * inverse).round_ties_even().clamp(-128.0, 127.0) as i8;
+        sum += i32::from(*q);
+    }
+    sum
+}
+
+/// f16 to f32, exactly; what is not finite stays so.
+#[inline(always)]
+pub(super) fn widen_f16(from: &[half::f16], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        let bits = u32::from(from.to_bits());
+        // The exponent is re-biased by a product that is exact, also for subnormals.
+        let finite = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((254 - 15) << 23);
+        let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+        *to = f32::from_bits(finite.to_bits() | special | (bits & 0x8000) << 16);
+    }
+}
+
+/// bf16 to f32.
+#[inline(always)]
+pub(super) fn widen_bf16(from: &[half::bf16], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+    }
+}

@@ -1,0 +1,278 @@
+//! Floats to packed codes, each part of the matrix while it is in cache.
+
+use super::each;
+use super::layout::Dense;
+use super::loops::Loops;
+use super::plain::BLOCK;
+use crate::{Kernels, Pool};
+use bitnet_core::granule::{Granule, STRIP};
+use bitnet_core::ops::{Cuts, Ops};
+use bitnet_core::pack::Layout;
+use bitnet_core::quantize::{Fitted, fit, quantize_rows};
+use bitnet_core::scheme::{Method, Scheme};
+use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Result, ZeroPoints};
+use half::{bf16, f16};
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// A matrix of floats, `[N, K]` row-major.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights<'a> {
+    /// IEEE binary32.
+    F32(&'a [f32]),
+    /// IEEE binary16.
+    F16(&'a [f16]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Weights<'a> {
+    /// Number of weights.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::F16(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The weights of a range as f32, in `buffer` where they are not f32 already.
+    fn read<'b>(&self, loops: &Loops, range: Range<usize>, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        buffer.resize(if matches!(self, Self::F32(_)) { 0 } else { range.len() }, 0.0);
+        // SAFETY: the loops come from `Kernels::loops`.
+        unsafe {
+            match self {
+                Self::F32(w) => return &w[range],
+                Self::F16(w) => (loops.widen_f16)(&w[range], buffer),
+                Self::Bf16(w) => (loops.widen_bf16)(&w[range], buffer),
+            }
+        }
+        buffer
+    }
+}
+
+/// A quantized matrix in a wire layout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Packed {
+    /// What the bytes hold.
+    pub spec: MatrixSpec,
+    /// The matrix in the layout that was asked for.
+    pub bytes: Vec<u8>,
+    /// Scales, as [`bitnet_core::Matrix`] has them, whether the layout holds them or not.
+    pub scales: Vec<f32>,
+    /// Zero points, if the scheme has any.
+    pub zero_points: Vec<f32>,
+}
+
+/// The whole matrix as one granule, cut as core cuts slices and folded on a pool.
+struct Strips<'a> {
+    weights: Weights<'a>,
+    loops: Loops,
+    pool: &'a Pool,
+}
+
+impl Granule for Strips<'_> {
+    type Error = Error;
+
+    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
+        let strips = self.weights.len().div_ceil(STRIP).max(1);
+        let mut all = None;
+        // A few strips for each thread at a time, so that what is joined does not pile up.
+        let window = 4 * self.pool.threads();
+        for first in (0..strips).step_by(window) {
+            let parts: Vec<Mutex<Option<T>>> = (first..strips.min(first + window)).map(|_| Mutex::new(None)).collect();
+            self.pool.run(parts.len(), |i| {
+                let start = (first + i) * STRIP;
+                let mut buffer = vec![];
+                let w = self.weights.read(&self.loops, start..self.weights.len().min(start + STRIP), &mut buffer);
+                *parts[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(map(start, w));
+            });
+            for part in parts.into_iter().filter_map(|part| part.into_inner().unwrap_or_else(PoisonError::into_inner)) {
+                all = Some(match all {
+                    Some(all) => join(all, part),
+                    None => part,
+                });
+            }
+        }
+        Ok(all.unwrap_or_else(|| map(0, &[])))
+    }
+}
+
+/// Quantizes a matrix in memory and packs it: the bytes and scales of [`bitnet_core::quantize::quantize`] followed by [`Layout::pack_into`].
+///
+/// One plane of trits in the layouts `two-bit` and `base-3` never exists as values: each row is read, fitted, encoded and packed while it is
+/// in cache, so rows and groups cost one pass over memory and one scale for the tensor costs two. Other schemes and layouts take core's way,
+/// strip by strip on the pool.
+///
+/// # Errors
+/// Those of the two functions.
+pub fn quantize(
+    kernels: Kernels,
+    pool: &Pool,
+    weights: Weights<'_>,
+    rows: usize,
+    cols: usize,
+    scheme: &Scheme,
+    layout: &dyn Layout,
+) -> Result<Packed> {
+    let spec = scheme.spec(rows, cols)?;
+    layout.check(&spec)?;
+    if weights.len() != spec.weights_len() {
+        return Err(Error::Length { what: "weights", expected: spec.weights_len(), got: weights.len() });
+    }
+    let job = Quantize { kernels, loops: kernels.loops(), pool, weights, scheme, layout, spec: &spec };
+    let fitted = match scheme.granularity {
+        Granularity::Tensor if !weights.is_empty() => Some(fit(&kernels, &Strips { weights, loops: job.loops, pool }, scheme, None)?),
+        _ => None,
+    };
+    let ternary = matches!(scheme.method, Method::Ternary { planes: 1, .. });
+    let (bytes, scales, zero_points) = match Dense::of(layout, &spec) {
+        Some(dense) if ternary => job.fused(dense, fitted.as_ref())?,
+        _ => job.by_values(fitted.as_ref())?,
+    };
+    Ok(Packed { spec, bytes, scales, zero_points })
+}
+
+/// Weights of a part, as far as whole rows allow.
+const PART: usize = 1 << 18;
+
+struct Quantize<'a> {
+    kernels: Kernels,
+    loops: Loops,
+    pool: &'a Pool,
+    weights: Weights<'a>,
+    scheme: &'a Scheme,
+    layout: &'a dyn Layout,
+    spec: &'a MatrixSpec,
+}
+
+/// Bytes, scales and zero points.
+type Parts = (Vec<u8>, Vec<f32>, Vec<f32>);
+
+impl Quantize<'_> {
+    /// One plane of trits, row by row.
+    fn fused(&self, dense: Dense, fitted: Option<&Fitted>) -> Result<Parts> {
+        let mut bytes = vec![0; self.layout.packed_len(self.spec).bound()];
+        let mut scales = vec![fitted.map_or(0.0, |f| f.scales[0]); self.spec.scales_len()];
+        if !bytes.is_empty() {
+            let (rows, stride) = ((PART / self.spec.cols).max(1), self.spec.cols.div_ceil(dense.values()));
+            let per_row = if fitted.is_some() { 0 } else { self.spec.granules_per_row() };
+            // The error of the first row that has one.
+            let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+            let mut of_rows = scales.chunks_mut((per_row * rows).max(1));
+            let parts =
+                bytes.chunks_mut(stride * rows).enumerate().map(|(part, bytes)| (part * rows, bytes, of_rows.next().unwrap_or_default()));
+            each(self.pool, parts, |(first, bytes, scales)| {
+                let mut row = Row { job: self, dense, buffer: vec![], cuts: vec![] };
+                for (i, bytes) in bytes.chunks_mut(stride).enumerate() {
+                    let scales = if fitted.is_some() { &mut [] } else { &mut scales[per_row * i..][..per_row] };
+                    if let Err(new) = row.quantize(first + i, fitted, scales, bytes) {
+                        let mut error = error.lock().unwrap_or_else(PoisonError::into_inner);
+                        if error.as_ref().is_none_or(|(row, _)| first + i < *row) {
+                            *error = Some((first + i, new));
+                        }
+                        return;
+                    }
+                }
+            });
+            if let Some((_, error)) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                return Err(error);
+            }
+        }
+        Ok((bytes, scales, vec![]))
+    }
+
+    /// Any scheme and layout, through the values of the whole matrix.
+    fn by_values(&self, fitted: Option<&Fitted>) -> Result<Parts> {
+        let spec = self.spec;
+        let mut values = vec![0; spec.values_len()];
+        let mut scales = vec![0.0; spec.scales_len()];
+        let mut zero_points = vec![0.0; if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() }];
+        if !values.is_empty() {
+            let rows = (PART / spec.cols).max(1);
+            let strips: Vec<Mutex<Option<Result<Matrix>>>> = (0..spec.rows.div_ceil(rows)).map(|_| Mutex::new(None)).collect();
+            self.pool.run(strips.len(), |i| {
+                let (first, mut buffer) = (i * rows, vec![]);
+                let range = first * spec.cols..(first + rows).min(spec.rows) * spec.cols;
+                let w = self.weights.read(&self.loops, range, &mut buffer);
+                let strip = quantize_rows(&self.kernels, w, spec.cols, first, self.scheme, fitted, None);
+                *strips[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(strip);
+            });
+            for (i, strip) in strips.into_iter().enumerate() {
+                let Some(strip) = strip.into_inner().unwrap_or_else(PoisonError::into_inner) else { continue };
+                let (strip, first) = (strip?, i * rows);
+                place(spec.planes, spec.cols * first, &strip.values, &mut values);
+                let granule = if spec.granularity == Granularity::Tensor { 0 } else { first * spec.granules_per_row() };
+                place(spec.planes, granule, &strip.scales, &mut scales);
+                place(spec.planes, granule, &strip.zero_points, &mut zero_points);
+            }
+        }
+        let mut bytes = vec![];
+        super::pack(self.kernels, self.pool, self.layout, spec, &values, &scales, &mut bytes)?;
+        Ok((bytes, scales, zero_points))
+    }
+}
+
+/// Copies the planes of a strip to position `at` of each plane of the whole.
+fn place<T: Copy>(planes: usize, at: usize, strip: &[T], whole: &mut [T]) {
+    let (from, to) = (strip.len() / planes, whole.len() / planes);
+    for plane in 0..planes {
+        whole[plane * to + at..][..from].copy_from_slice(&strip[plane * from..][..from]);
+    }
+}
+
+/// Rows one after another, and the buffers that they share.
+struct Row<'a> {
+    job: &'a Quantize<'a>,
+    dense: Dense,
+    buffer: Vec<f32>,
+    cuts: Vec<Cuts>,
+}
+
+impl Row<'_> {
+    fn quantize(&mut self, row: usize, fitted: Option<&Fitted>, scales: &mut [f32], out: &mut [u8]) -> Result<()> {
+        let Quantize { kernels, loops, spec, .. } = self.job;
+        let (first, width) = (row * spec.cols, if fitted.is_some() { spec.cols } else { spec.granule_cols() });
+        let w = self.job.weights.read(loops, first..first + spec.cols, &mut self.buffer);
+        let cuts_of = |fitted: &Fitted| fitted.cuts().expect("one plane of trits has cuts");
+        self.cuts.clear();
+        self.cuts.extend(fitted.map(cuts_of));
+        for (i, (w, scale)) in w.chunks(width).zip(scales).enumerate() {
+            let fitted = fit(kernels, w, self.job.scheme, None).map_err(|e| match e {
+                Error::NotFinite { index, value } => Error::NotFinite { index: first + i * width + index, value },
+                other => other,
+            })?;
+            *scale = fitted.scales[0];
+            self.cuts.push(cuts_of(&fitted));
+        }
+        // What follows takes no memory bandwidth: the next row may come meanwhile, if this one had to.
+        let ahead = if fitted.is_some() { 0 } else { spec.cols };
+        if let (Dense::TwoBit { .. }, true) = (self.dense, width.is_multiple_of(4) || width == spec.cols) {
+            for ((w, &cuts), out) in w.chunks(width).zip(&self.cuts).zip(out.chunks_mut(width.div_ceil(4))) {
+                // SAFETY: the loops come from `Kernels::loops`.
+                unsafe { (loops.encode_two_bit)(w, cuts, ahead, out) };
+            }
+            return Ok(());
+        }
+        let mut values = [0; BLOCK];
+        for (block, (w, out)) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / self.dense.values())).enumerate() {
+            let mut at = 0;
+            while at < w.len() {
+                let column = block * BLOCK + at;
+                let end = (at + width - column % width).min(w.len());
+                kernels.encode_cut(&w[at..end], self.cuts[column / width], &mut values[at..end]);
+                at = end;
+            }
+            self.dense.pack(loops, &values[..w.len()], out);
+        }
+        Ok(())
+    }
+}
