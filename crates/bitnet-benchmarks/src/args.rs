@@ -28,7 +28,7 @@ pub(crate) struct CompareArgs {
     /// Where to write the results, in JSON.
     #[arg(long, value_name = "FILE.json")]
     pub(crate) output: PathBuf,
-    /// Numbers of threads, one after another [default: 1 and one on each core].
+    /// Numbers of threads, one after another [default: 1 and one on each core; quick: 1].
     #[arg(long, value_delimiter = ',', value_name = "N,…", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Vec<u16>,
     #[command(flatten)]

@@ -21,7 +21,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
     let target = Target::new(&args.output)?;
     let mut threads: Vec<u16> = args.threads.clone();
     if threads.is_empty() {
-        threads = vec![1, processors().min(1024) as u16];
+        threads = vec![1, if args.what.quick { 1 } else { processors().min(1024) as u16 }];
         threads.dedup();
     }
     let mut document: Option<Document> = None;

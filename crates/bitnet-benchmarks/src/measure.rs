@@ -18,7 +18,7 @@ pub struct Effort {
 
 impl Effort {
     /// The default.
-    pub const FULL: Self = Self { turns: 11, turn: 0.01, budget: 0.6 };
+    pub const FULL: Self = Self { turns: 11, turn: 0.008, budget: 0.3 };
     /// For a first look.
     pub const QUICK: Self = Self { turns: 3, turn: 0.004, budget: 0.1 };
 }

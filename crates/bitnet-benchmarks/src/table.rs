@@ -48,7 +48,7 @@ fn table(out: &mut String, head: Vec<String>, rows: Vec<Vec<String>>) {
         let cells =
             row.iter().zip(&widths).enumerate().map(|(c, (cell, &w))| if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") });
         let line = cells.collect::<Vec<_>>().join("  ");
-        let _ = write!(out, "{}{}\n", if i == 0 { "\n" } else { "" }, line.trim_end());
+        let _ = writeln!(out, "{}{}", if i == 0 { "\n" } else { "" }, line.trim_end());
         if i == 0 {
             let _ = writeln!(out, "{}", "-".repeat(widths.iter().sum::<usize>() + 2 * (widths.len() - 1)));
         }

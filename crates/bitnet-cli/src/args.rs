@@ -1,8 +1,10 @@
 //! The command line.
 
+use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
 use bitnet_formats::hf::LinearClass;
+use bitnet_quant::ConfigurationPreset;
 use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -32,6 +34,14 @@ pub(crate) enum Command {
     Compare(CompareArgs),
     /// Check tensors, metadata and the files beside them against their checksums.
     Verify(VerifyArgs),
+    /// Go on with a text, token by token.
+    Run(RunArgs),
+    /// Talk with a model that has a chat template.
+    Chat(ChatArgs),
+    /// How well a model predicts a text, and how far it is from a reference.
+    Perplexity(PerplexityArgs),
+    /// Speed, load time and memory of a model, or of a shape with made-up weights.
+    Bench(BenchArgs),
     /// Quantize the built-in model in several ways and print bits against error.
     Demo(DemoArgs),
 }
@@ -51,7 +61,7 @@ pub(crate) struct InputArgs {
 pub(crate) struct OpenArgs {
     /// Order of codes in I2_S tensors that another program wrote, which the file does not say: i2_s, i2_s-g64, i2_s-x4.
     #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
-    i2s_order: String,
+    pub(crate) i2s_order: String,
 }
 
 impl OpenArgs {
@@ -89,9 +99,21 @@ pub(crate) struct QuantizeArgs {
     pub(crate) input: InputArgs,
     #[command(flatten)]
     pub(crate) job: JobArgs,
-    /// Recipe in TOML; flags count more than it.
-    #[arg(long, value_name = "FILE.toml")]
+    /// Configuration in TOML, or in JSON if it ends in .json; flags count more than it.
+    #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Settings for a purpose instead of a configuration: bitnet, performance, accuracy, memory, balanced; flags count more than it.
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
+    pub(crate) preset: Option<ConfigurationPreset>,
+    /// Choose each tensor's precision, planes and granularity: least error with at most so many bits per weight, scales included.
+    #[arg(long, value_name = "BITS")]
+    pub(crate) target_bpw: Option<f64>,
+    /// Choose them so that each tensor keeps at least so many dB; without --target-bpw in the fewest bytes.
+    #[arg(long, value_name = "DB", allow_negative_numbers = true)]
+    pub(crate) min_sqnr: Option<f64>,
+    /// Statistics of the layers' inputs, as the library saves them: errors are weighted by them where a rule can do so.
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) calibration: Option<PathBuf>,
     /// Container: safetensors, hf-bitnet, gguf. Default: by the ending of --out.
     #[arg(long)]
     pub(crate) format: Option<Format>,

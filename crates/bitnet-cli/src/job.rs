@@ -3,10 +3,9 @@
 use crate::args::JobArgs;
 use crate::print::{Output, Table, bytes, decibels};
 use bitnet_core::stats::ErrorStats;
-use bitnet_kernels::Kernels;
 use bitnet_quant::checkpoint::{self, Existing, Options, Progress, Summary, TensorReport};
 use bitnet_quant::recipe::Format;
-use bitnet_quant::{Job, Source};
+use bitnet_quant::{Compute, Job, Source};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -43,7 +42,7 @@ impl Progress for Bar {
 }
 
 /// Set by the first Ctrl-C; the second one ends the program at once.
-fn interrupt() -> &'static AtomicBool {
+pub(crate) fn interrupt() -> &'static AtomicBool {
     static INTERRUPT: AtomicBool = AtomicBool::new(false);
     static HANDLER: OnceLock<()> = OnceLock::new();
     HANDLER.get_or_init(|| {
@@ -62,17 +61,25 @@ pub(crate) fn format(asked: Option<Format>, out: &Path) -> Format {
     asked.unwrap_or(if out.extension().is_some_and(|e| e == "gguf") { Format::Gguf } else { Format::Safetensors })
 }
 
-pub(crate) fn run(job: &Job<'_>, source: &Source, args: &JobArgs, out: &mut Output) -> anyhow::Result<()> {
-    let bar = Bar::new(job.input_bytes(), args.quiet);
-    let options = Options {
-        threads: args.threads,
-        kernels: Kernels::from_env()?,
+/// Calls `f` with a progress bar over `total` bytes, Ctrl-C, and the threads and kernels that flags and configuration ask for.
+pub(crate) fn with_options<T>(
+    args: &JobArgs,
+    compute: &Compute,
+    total: u64,
+    f: impl FnOnce(&Options<'_>) -> bitnet_quant::Result<T>,
+) -> anyhow::Result<T> {
+    let bar = Bar::new(total, args.quiet);
+    Ok(f(&Options {
+        threads: if args.threads > 0 { args.threads } else { compute.threads },
+        kernels: compute.machine()?.kernels,
         progress: &bar,
         interrupt: interrupt(),
         existing: if args.force { Existing::Replace } else { Existing::Refuse },
-    };
-    let summary = checkpoint::run(job, &args.out, &options)?;
-    drop(bar);
+    })?)
+}
+
+pub(crate) fn run(job: &Job<'_>, source: &Source, args: &JobArgs, compute: &Compute, out: &mut Output) -> anyhow::Result<()> {
+    let summary = with_options(args, compute, job.input_bytes(), |options| checkpoint::run(job, &args.out, options))?;
     print(&summary, job, source, &args.out, out);
     Ok(())
 }

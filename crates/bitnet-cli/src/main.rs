@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod job;
+mod model;
 mod print;
 
 use args::{Cli, Command};
@@ -33,6 +34,10 @@ fn main() -> ExitCode {
         Command::Dequantize(args) => commands::dequantize::run(args, &mut out),
         Command::Compare(args) => commands::compare::run(args, &mut out),
         Command::Verify(args) => commands::verify::run(args, &mut out),
+        Command::Run(args) => commands::run::run(args, &mut out),
+        Command::Chat(args) => commands::chat::run(args, &mut out),
+        Command::Perplexity(args) => commands::perplexity::run(args, &mut out),
+        Command::Bench(args) => commands::bench::run(args, &mut out),
         Command::Demo(args) => commands::demo::run(args, &mut out),
     };
     match result {
@@ -57,7 +62,8 @@ fn usage(error: &clap::Error) -> anyhow::Error {
 
 /// One line on stderr, and the exit status.
 fn fail(error: &anyhow::Error) -> ExitCode {
-    let interrupted = matches!(error.downcast_ref(), Some(bitnet_quant::Error::Interrupted));
+    let interrupted = matches!(error.downcast_ref(), Some(bitnet_quant::Error::Interrupted))
+        || matches!(error.downcast_ref(), Some(bitnet_inference::Error::Interrupted));
     // The messages of the crates hold their causes already; a chain would say everything twice.
     let line = print::printable(&error.to_string().replace('\n', " "));
     let _ = writeln!(std::io::stderr(), "error: {line}");

@@ -20,6 +20,17 @@ impl Output {
         self.text.push('\n');
     }
 
+    /// Text of a model for people, at once: not escaped but for control characters other than line feeds and tabs.
+    pub(crate) fn stream(&mut self, text: &str) -> io::Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        let mut out = io::stdout().lock();
+        let keep = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+        text.chars().try_for_each(|c| if keep(c) { write!(out, "{c}") } else { write!(out, "{}", c.escape_default()) })?;
+        out.flush()
+    }
+
     /// A table for people.
     pub(crate) fn table(&mut self, table: &Table) {
         for line in table.lines() {

@@ -1,5 +1,6 @@
 //! Activations: absmax integers and signs, one scale for each token or for the whole tensor.
 
+use crate::names::named;
 use crate::scheme::Rounding;
 use crate::{Error, Result};
 
@@ -14,6 +15,8 @@ pub enum ActivationMethod {
     Sign,
 }
 
+named!(ActivationMethod, "activation method", { Int8 = "int8", Int4 = "int4", Sign = "sign" });
+
 /// What one activation scale covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationGranularity {
@@ -22,6 +25,8 @@ pub enum ActivationGranularity {
     /// The whole tensor.
     Tensor,
 }
+
+named!(ActivationGranularity, "activation granularity", { Token = "token", Tensor = "tensor" });
 
 /// Quantized activations, `x ≈ scale · value`.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,6 +58,21 @@ pub fn quantize(
     granularity: ActivationGranularity,
     rounding: Rounding,
 ) -> Result<Activations> {
+    let mut out = Activations { values: vec![], scales: vec![] };
+    quantize_into(x, cols, (method, granularity, rounding), &mut out)?;
+    Ok(out)
+}
+
+/// [`quantize`] into memory that is there: allocates only where `out` has never held so many.
+///
+/// # Errors
+/// As [`quantize`]; `out` is then as it was.
+pub fn quantize_into(
+    x: &[f32],
+    cols: usize,
+    (method, granularity, rounding): (ActivationMethod, ActivationGranularity, Rounding),
+    out: &mut Activations,
+) -> Result<()> {
     if cols == 0 || !x.len().is_multiple_of(cols) {
         return Err(Error::Length { what: "activations", expected: x.len().next_multiple_of(cols.max(1)).max(cols), got: x.len() });
     }
@@ -63,20 +83,17 @@ pub fn quantize(
         ActivationGranularity::Token => cols,
         ActivationGranularity::Tensor => x.len().max(1),
     };
-    let mut values = vec![0; x.len()];
-    let scales = x
-        .chunks(width)
-        .zip(values.chunks_mut(width))
-        .map(|(x, q)| match method {
-            ActivationMethod::Int8 => absmax(x, 127.0, rounding, q),
-            ActivationMethod::Int4 => absmax(x, 7.0, rounding, q),
-            ActivationMethod::Sign => {
-                q.iter_mut().zip(x).for_each(|(q, &x)| *q = if x >= 0.0 { 1 } else { -1 });
-                (x.iter().map(|&x| f64::from(x.abs())).sum::<f64>() / x.len() as f64) as f32
-            }
-        })
-        .collect();
-    Ok(Activations { values, scales })
+    out.values.resize(x.len(), 0);
+    out.scales.clear();
+    out.scales.extend(x.chunks(width).zip(out.values.chunks_mut(width)).map(|(x, q)| match method {
+        ActivationMethod::Int8 => absmax(x, 127.0, rounding, q),
+        ActivationMethod::Int4 => absmax(x, 7.0, rounding, q),
+        ActivationMethod::Sign => {
+            q.iter_mut().zip(x).for_each(|(q, &x)| *q = if x >= 0.0 { 1 } else { -1 });
+            (x.iter().map(|&x| f64::from(x.abs())).sum::<f64>() / x.len() as f64) as f32
+        }
+    }));
+    Ok(())
 }
 
 fn absmax(x: &[f32], top: f32, rounding: Rounding, q: &mut [i8]) -> f32 {

@@ -16,12 +16,15 @@
 mod affine;
 mod binary;
 mod error;
+mod names;
 mod planes;
 mod ternary;
 
 pub mod activation;
 pub mod codes;
 pub mod granule;
+pub mod memory;
+pub mod mixed_precision;
 pub mod ops;
 pub mod pack;
 pub mod quantize;

@@ -1,6 +1,6 @@
 //! The hot loops of quantization as a trait, and their oracle.
 //!
-//! Every loop fixes its order of floating-point operations: [`LANES`] strided partial results, reduced in lane order. An
+//! Every loop fixes its order of floating-point operations: [`LANES`] strided partial results, reduced by halves. An
 //! implementation for a wider instruction set therefore returns the same bits, and so does every thread count, because callers
 //! merge partial results in the order of the data.
 
@@ -222,10 +222,14 @@ impl Cuts {
     }
 
     /// The cuts of `q = clip(round(w / scale), −1, 1)`, exactly: division and rounding are monotone, so there are such, and they are within a few
-    /// ulps of ±scale/2. A scale of 0 encodes everything as 0.
+    /// ulps of ±scale/2. `scale` is finite and not negative; 0 encodes everything as 0.
     pub fn rounding(scale: f32, rounding: Rounding) -> Self {
         if scale == 0.0 {
             return Self::NONE;
+        }
+        // At least an ulp above scale/2, w/scale is at least 2⁻²⁴/1.99… above 1/2, more than half the way to the next number.
+        if rounding == Rounding::HalfEven && scale >= 2.0 * f32::MIN_POSITIVE {
+            return Self::symmetric(scale / 2.0);
         }
         let up = |w: f32| match rounding {
             Rounding::HalfEven => w / scale > 0.5,
@@ -268,6 +272,16 @@ pub trait Ops: Sync {
         magnitudes(w)
     }
 
+    /// Appends [`Ops::magnitudes`] of each run of `width` weights; the last may be shorter.
+    fn magnitudes_each(&self, w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+        magnitudes_each(w, width, out);
+    }
+
+    /// Appends the keys in `(low, high]`, in order.
+    fn inside(&self, w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+        inside(w, key, low, high, out);
+    }
+
     /// Weighted count and sum over the weights whose key is greater than `t`.
     fn above(&self, w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
         above(w, h, key, t)
@@ -300,10 +314,17 @@ pub struct Scalar;
 
 impl Ops for Scalar {}
 
-/// Sums lanes in order.
+/// Sums lanes by halves: lane i and lane i + 8, then i and i + 4, and so on.
 #[inline(always)]
-fn total(lanes: [f64; LANES]) -> f64 {
-    lanes.iter().sum()
+fn total(mut lanes: [f64; LANES]) -> f64 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// Body of [`Ops::moments`].
@@ -366,8 +387,42 @@ pub fn magnitudes(w: &[f32]) -> Magnitudes {
         max[lane] = if w.abs() > max[lane] { w.abs() } else { max[lane] };
     }
     let max = max.into_iter().fold(0.0, f32::max);
-    let one = |all: &[f32]| all.iter().fold(true, |one, w| one & ((*w == 0.0) | (w.abs() == max)));
-    Magnitudes { count: w.len() as u64, sum: total(sum), max, ternary: chunks.iter().all(|c| one(c)) && one(tail) }
+    let mut ternary = true;
+    for &w in tail {
+        ternary &= (w == 0.0) | (w.abs() == max);
+    }
+    for chunk in chunks {
+        if !ternary {
+            break;
+        }
+        for &w in chunk {
+            ternary &= (w == 0.0) | (w.abs() == max);
+        }
+    }
+    Magnitudes { count: w.len() as u64, sum: total(sum), max, ternary }
+}
+
+/// Body of [`Ops::magnitudes_each`].
+#[inline(always)]
+pub fn magnitudes_each(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+    for w in w.chunks(width) {
+        out.push(magnitudes(w));
+    }
+}
+
+/// Body of [`Ops::inside`].
+#[inline(always)]
+pub fn inside(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+    for w in w.chunks(LANES) {
+        // No branch on the keys: it would be mispredicted for many.
+        let (mut found, mut count) = ([0.0; LANES], 0);
+        for &w in w {
+            let u = key.of(w);
+            found[count] = u;
+            count += usize::from((low < u) & (u <= high));
+        }
+        out.extend_from_slice(&found[..count]);
+    }
 }
 
 /// Body of [`Ops::above_both`].

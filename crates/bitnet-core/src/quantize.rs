@@ -77,35 +77,51 @@ pub fn fit<G: Granule + ?Sized>(
     scheme: &Scheme,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
-    let fitted = if let Method::Ternary { planes: 1, threshold, scale } = scheme.method {
+    if let Method::Ternary { planes: 1, .. } = scheme.method {
         let sizes = granule.fold(|_, w| ops.magnitudes(w), Magnitudes::then)?;
-        if !sizes.sum.is_finite() {
-            return not_finite(granule);
-        }
-        if sizes.max == 0.0 {
-            return Ok(dead(scheme)?);
-        }
-        ternary::fit(ops, granule, &sizes, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)
-    } else {
-        let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
-        if !moments.finite {
-            return not_finite(granule);
-        }
-        if moments.max_abs() == 0.0 {
-            return Ok(dead(scheme)?);
-        }
-        match scheme.method {
-            Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, scheme.scale_storage(), importance),
-            Method::Binary { split, stochastic } => {
-                binary::fit(ops, granule, &moments, (split, stochastic), scheme.scale_storage(), importance)
-            }
-            Method::Int { mapping, clip, .. } => {
-                let kind = (scheme.precision()?, mapping, clip);
-                affine::fit(ops, granule, &moments, kind, (scheme.scale_storage(), scheme.rounding), importance)
-            }
+        return fit_trits(ops, granule, &sizes, scheme, importance);
+    }
+    let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
+    if !moments.finite {
+        return not_finite(granule);
+    }
+    if moments.max_abs() == 0.0 {
+        return Ok(dead(scheme)?);
+    }
+    let storage = scheme.scale_storage();
+    let fitted = match scheme.method {
+        Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, storage, importance),
+        Method::Binary { split, stochastic } => binary::fit(ops, granule, &moments, (split, stochastic), storage, importance),
+        Method::Int { mapping, clip, .. } => {
+            let kind = (scheme.precision()?, mapping, clip);
+            affine::fit(ops, granule, &moments, kind, (storage, scheme.rounding), importance)
         }
     }?;
     // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is written.
+    Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
+}
+
+/// [`fit`] for a scheme of one trit plane, of a granule whose `sizes` are known.
+///
+/// # Errors
+/// As [`fit`]; [`Error::Scheme`] for any other scheme.
+pub fn fit_trits<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    sizes: &Magnitudes,
+    scheme: &Scheme,
+    importance: Option<Importance<'_>>,
+) -> Result<Fitted, G::Error> {
+    let Method::Ternary { planes: 1, threshold, scale } = scheme.method else {
+        return Err(Error::Scheme(format!("one trit plane asked of {:?}", scheme.method)).into());
+    };
+    if !sizes.sum.is_finite() {
+        return not_finite(granule);
+    }
+    if sizes.max == 0.0 {
+        return Ok(dead(scheme)?);
+    }
+    let fitted = ternary::fit(ops, granule, sizes, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)?;
     Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
 }
 

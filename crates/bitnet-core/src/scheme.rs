@@ -1,62 +1,11 @@
 //! What to quantize to and how: plain, serialisable data that every crate above shares.
 
 use crate::codes::ZeroPoints;
+use crate::names::{as_string, named};
 use crate::{Error, MatrixSpec, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
-
-/// Gives a fieldless enum the names that files and the command line use: `ALL`, `name`, `Display`, `FromStr`, and serde as that string.
-macro_rules! named {
-    ($type:ident, $what:literal, { $($variant:ident = $name:literal),+ $(,)? }) => {
-        impl $type {
-            /// All of them.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// The name that files and the command line use.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name),+ }
-            }
-        }
-
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(self.name())
-            }
-        }
-
-        impl FromStr for $type {
-            type Err = Error;
-            fn from_str(s: &str) -> Result<Self> {
-                Self::ALL.iter().copied().find(|x| x.name() == s).ok_or_else(|| Error::UnknownName {
-                    what: $what,
-                    got: s.into(),
-                    expected: [$($name),+].join(", "),
-                })
-            }
-        }
-
-        as_string!($type);
-    };
-}
-
-/// serde through `Display` and `FromStr`.
-macro_rules! as_string {
-    ($type:ident) => {
-        impl Serialize for $type {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let s = std::borrow::Cow::<'_, str>::deserialize(deserializer)?;
-                s.parse().map_err(serde::de::Error::custom)
-            }
-        }
-    };
-}
 
 /// Alphabet of the quantized values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -351,7 +300,8 @@ impl ScaleStorage {
     /// # Errors
     /// [`Error::Scheme`] if the type cannot hold it.
     pub fn round(self, scale: f64) -> Result<f32> {
-        Ok(self.around(scale)?.0)
+        let nearest = self.back(self.nearest(self.exact(scale)));
+        if nearest.is_finite() { Ok(nearest) } else { Err(self.too_large(scale)) }
     }
 
     /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32 scales have none: both are the same).
@@ -360,21 +310,8 @@ impl ScaleStorage {
     /// # Errors
     /// [`Error::Scheme`] if the type cannot hold it.
     pub fn around(self, scale: f64) -> Result<(f32, f32)> {
-        let too_large = || Error::Scheme(format!("a scale of {scale:e} does not fit {} ({})", self.dtype, self.form));
-        let exact = match self.form {
-            ScaleForm::Direct => scale,
-            ScaleForm::Inverse if scale == 0.0 => f64::from(Self::DEAD_INVERSE),
-            ScaleForm::Inverse => scale.recip(),
-        };
-        let mut nearest = self.dtype.round(exact as f32);
-        if self.form == ScaleForm::Inverse && nearest.is_infinite() {
-            // The inverse of a tiny scale: the largest number of the type stands for the smallest scale there is.
-            nearest = match self.dtype {
-                ScaleDtype::F32 => f32::MAX,
-                ScaleDtype::F16 => half::f16::MAX.to_f32(),
-                ScaleDtype::Bf16 => half::bf16::MAX.to_f32(),
-            };
-        }
+        let exact = self.exact(scale);
+        let nearest = self.nearest(exact);
         let other = match self.dtype {
             ScaleDtype::F32 => nearest,
             ScaleDtype::F16 | ScaleDtype::Bf16 => {
@@ -385,15 +322,46 @@ impl ScaleStorage {
                 self.dtype.round(f32::from_bits(bits))
             }
         };
-        let back = |x: f32| match self.form {
-            ScaleForm::Direct => x,
-            ScaleForm::Inverse => x.recip(),
-        };
-        let (nearest, other) = (back(nearest), back(other));
+        let (nearest, other) = (self.back(nearest), self.back(other));
         if !nearest.is_finite() {
-            return Err(too_large());
+            return Err(self.too_large(scale));
         }
         Ok((nearest, if other.is_finite() { other } else { nearest }))
+    }
+
+    /// What would be stored if the type held every number.
+    fn exact(self, scale: f64) -> f64 {
+        match self.form {
+            ScaleForm::Direct => scale,
+            ScaleForm::Inverse if scale == 0.0 => f64::from(Self::DEAD_INVERSE),
+            ScaleForm::Inverse => scale.recip(),
+        }
+    }
+
+    /// What is stored.
+    fn nearest(self, exact: f64) -> f32 {
+        let nearest = self.dtype.round(exact as f32);
+        if self.form == ScaleForm::Direct || nearest.is_finite() {
+            return nearest;
+        }
+        // The inverse of a tiny scale: the largest number of the type stands for the smallest scale there is.
+        match self.dtype {
+            ScaleDtype::F32 => f32::MAX,
+            ScaleDtype::F16 => half::f16::MAX.to_f32(),
+            ScaleDtype::Bf16 => half::bf16::MAX.to_f32(),
+        }
+    }
+
+    /// The scale that a stored number stands for.
+    fn back(self, stored: f32) -> f32 {
+        match self.form {
+            ScaleForm::Direct => stored,
+            ScaleForm::Inverse => stored.recip(),
+        }
+    }
+
+    fn too_large(self, scale: f64) -> Error {
+        Error::Scheme(format!("a scale of {scale:e} does not fit {} ({})", self.dtype, self.form))
     }
 }
 
@@ -566,6 +534,15 @@ impl Scheme {
     /// The same with another scale type.
     pub fn with_scale_dtype(self, scale_dtype: ScaleDtype) -> Self {
         Self { scale_dtype, ..self }
+    }
+
+    /// Whether the rule can weigh errors by the importance of their columns. The others refuse one.
+    pub fn uses_importance(&self) -> bool {
+        match self.method {
+            Method::Ternary { threshold, planes, .. } => planes > 1 || threshold == Threshold::Optimal,
+            Method::Binary { split, .. } => split == BinarySplit::Optimal,
+            Method::Int { clip, .. } => clip == Clip::Search,
+        }
     }
 
     /// Alphabet of the values.

@@ -1,7 +1,7 @@
 //! Ternary threshold rules: which weights become ±1, and by how much to multiply.
 
 use crate::granule::{Granule, Importance};
-use crate::ops::{Above, Cuts, Extent, Key, LANES, Magnitudes, Moments, Ops};
+use crate::ops::{Above, Cuts, Extent, Key, Magnitudes, Moments, Ops};
 use crate::quantize::{Coder, Fitted};
 use crate::scheme::{Rounding, ScaleRule, ScaleStorage, Threshold};
 use crate::{Error, Result};
@@ -197,8 +197,11 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
         Key::Magnitude => (0.0, extent.max.max(-extent.min) / 2.0),
         Key::Signed => (extent.min, extent.max),
     };
-    let pass = |low: f32, high: f32| {
-        granule.fold(|i, w| above_both(ops, i, w, importance, key, [low, high]), |x, y| (x.0.then(y.0), x.1.then(y.1)))
+    // The keys of a bracket and what lies above them, once they are few: from then on nothing else is looked at.
+    let mut held: Option<(Vec<f32>, Above)> = None;
+    let pass = |held: &Option<(Vec<f32>, Above)>, low: f32, high: f32| match held {
+        Some((keys, over)) => Ok(ops.above_both(keys, Key::Signed, [low, high]).map(|part| over.then(part)).into()),
+        None => granule.fold(|i, w| above_both(ops, i, w, importance, key, [low, high]), |x, y| (x.0.then(y.0), x.1.then(y.1))),
     };
     let all = match key {
         Key::Magnitude => Above::default(),
@@ -213,7 +216,7 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
     let level_above = |a: Above| if a.weight > 0.0 { a.mean() } else { f64::from(extent.max.max(-extent.min)) };
     let middle = |a: Above| ((level_above(a) + level_below(a)) / 2.0) as f32;
     let enough = (extent.count / 64).max(8);
-    let (mut a, mut b) = pass(low, high)?;
+    let (mut a, mut b) = pass(&held, low, high)?;
     for _ in 0..32 {
         if a.count - b.count <= enough {
             break;
@@ -224,7 +227,12 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
             break;
         }
         (low, high) = (next_low, next_high.max(next_low));
-        (a, b) = pass(low, high)?;
+        (a, b) = pass(&held, low, high)?;
+        let inside = a.count - b.count;
+        if importance.is_none() && held.is_none() && inside <= MOST_SORTED.min(extent.count / 2) {
+            let keys = keys_inside(ops, granule, key, low, high)?;
+            held = Some((keys, b));
+        }
     }
     let share = |a: Above| if a.weight > 0.0 { a.sum * a.sum / a.weight } else { 0.0 };
     let gain = |a: Above| match key {
@@ -247,7 +255,15 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
             );
             continue;
         }
-        let mut inside = keys_inside(granule, importance, key, low, high)?;
+        let mut inside = match (&held, importance) {
+            (Some((keys, _)), _) => {
+                let mut inside = vec![];
+                ops.inside(keys, Key::Signed, low, high, &mut inside);
+                inside.into_iter().map(|u| (u, 1.0)).collect()
+            }
+            (None, None) => keys_inside(ops, granule, key, low, high)?.into_iter().map(|u| (u, 1.0)).collect(),
+            (None, Some(_)) => weighted_keys_inside(granule, importance, key, low, high)?,
+        };
         inside.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
         // Go down one distinct key at a time.
         let mut kept = above;
@@ -272,35 +288,39 @@ const MOST_SORTED: u64 = 1 << 20;
 /// Parts that a bracket with more keys is cut into.
 const PARTS: usize = 4096;
 
+/// The keys in `(low, high]`.
+fn keys_inside<G: Granule + ?Sized>(ops: &impl Ops, granule: &G, key: Key, low: f32, high: f32) -> Result<Vec<f32>, G::Error> {
+    let keys = |_, w: &[f32]| {
+        let mut keys = vec![];
+        ops.inside(w, key, low, high, &mut keys);
+        keys
+    };
+    granule.fold(keys, joined)
+}
+
 /// The keys in `(low, high]` with their importance.
-fn keys_inside<G: Granule + ?Sized>(
+fn weighted_keys_inside<G: Granule + ?Sized>(
     granule: &G,
     importance: Option<Importance<'_>>,
     key: Key,
     low: f32,
     high: f32,
 ) -> Result<Vec<(f32, f32)>, G::Error> {
-    granule.fold(
-        |offset, w| {
-            let mut keys = vec![];
-            // Few keys are inside, so most lines are done after one branch-free look.
-            for (i, w) in w.chunks(LANES).enumerate() {
-                let inside = |u: f32| (low < u) & (u <= high);
-                if w.iter().fold(false, |any, &w| any | inside(key.of(w))) {
-                    each_key(offset + i * LANES, w, importance, key, |u, h| {
-                        if inside(u) {
-                            keys.push((u, h));
-                        }
-                    });
-                }
+    let keys = |offset, w: &[f32]| {
+        let mut keys = vec![];
+        each_key(offset, w, importance, key, |u, h| {
+            if low < u && u <= high {
+                keys.push((u, h));
             }
-            keys
-        },
-        |mut a, b| {
-            a.extend(b);
-            a
-        },
-    )
+        });
+        keys
+    };
+    granule.fold(keys, joined)
+}
+
+fn joined<T>(mut a: Vec<T>, b: Vec<T>) -> Vec<T> {
+    a.extend(b);
+    a
 }
 
 /// Calls `f` with the key and the importance of each weight.

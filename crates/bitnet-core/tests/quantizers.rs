@@ -1,6 +1,6 @@
 //! Quantizers against figures and brute force that do not come from this crate.
 
-use bitnet_core::ops::Scalar;
+use bitnet_core::ops::{Cuts, Scalar, Uniform};
 use bitnet_core::quantize::quantize;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold};
 use bitnet_core::stats::ErrorStats;
@@ -557,4 +557,56 @@ fn zeros_under_a_zero_scale_stay_zeros_in_a_coarser_granularity() {
     let m = Matrix { spec, values: vec![1, -1, -1, -1], scales: vec![1.0, 0.0], zero_points: vec![] };
     let merged = m.clone().with_granularity(Granularity::Tensor).unwrap();
     assert_eq!(merged.dequantize(), [1.0, -1.0, 0.0, 0.0]);
+}
+
+/// The cuts of a rounding quantizer change the value exactly where the division and the rounding do.
+#[test]
+fn cuts_are_where_rounding_changes_the_value() {
+    let mut random = Random(7);
+    let tiny = [f32::from_bits(1), f32::from_bits(2), f32::from_bits(3), f32::from_bits(0x7f_ffff), f32::MIN_POSITIVE];
+    let others = [2.0 * f32::MIN_POSITIVE, 1.0, 1.0f32.next_down(), 1.0f32.next_up(), 65504.0, f32::MAX, 0.0];
+    let drawn = (0..2000).map(|_| (random.normal() * 40.0).clamp(-148.0, 127.0).exp2() as f32);
+    for scale in tiny.into_iter().chain(others).chain(drawn) {
+        for rounding in [Rounding::HalfEven, Rounding::HalfAway, Rounding::HalfUp] {
+            let (cuts, uniform) = (Cuts::rounding(scale, rounding), Uniform { scale, zero: 0.0, low: -1, high: 1, rounding });
+            for edge in [scale / 2.0, -scale / 2.0, 1.5 * scale, -scale, 0.0, f32::MAX, f32::MIN] {
+                let (mut below, mut above) = (edge, edge);
+                for _ in 0..6 {
+                    for w in [below, above].into_iter().filter(|w| w.is_finite()) {
+                        let value = f32::from(i8::from(w > cuts.high) - i8::from(w < cuts.low));
+                        assert_eq!(value, uniform.value(w), "w = {w:e}, scale = {scale:e}, {rounding}, {cuts:?}");
+                    }
+                    (below, above) = (below.next_down(), above.next_up());
+                }
+            }
+        }
+    }
+}
+
+/// Rows as long as real ones, with ties, tails and repeated steps: the values are those of the best of all cuts, found by sorting.
+#[test]
+fn optimal_rows_keep_what_sorting_says() {
+    let mut random = Random(11);
+    let mut kinds: Vec<Vec<f32>> = vec![];
+    for n in [17, 300, 4096, 5000] {
+        kinds.push((0..n).map(|_| random.normal() as f32 * 0.02).collect());
+        kinds.push((0..n).map(|_| (random.normal() * 4.0).round() as f32 / 64.0).collect());
+        kinds.push((0..n).map(|_| random.normal().powi(5) as f32).collect());
+        kinds.push((0..n).map(|i| if i % 3 == 0 { 10.0 + random.normal() as f32 } else { random.normal() as f32 }).collect());
+    }
+    for w in kinds {
+        let matrix = run(&w, w.len(), &Scheme::ternary(Threshold::Optimal));
+        let mut sorted: Vec<f64> = w.iter().map(|w| f64::from(w.abs())).collect();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let (mut sum, mut best, mut cut) = (0.0, 0.0, f64::INFINITY);
+        for (k, u) in sorted.iter().enumerate() {
+            sum += u;
+            // Equal magnitudes are kept or dropped together.
+            if sorted.get(k + 1) != Some(u) && sum * sum / (k + 1) as f64 > best {
+                (best, cut) = (sum * sum / (k + 1) as f64, *u);
+            }
+        }
+        let expected: Vec<i8> = w.iter().map(|w| if f64::from(w.abs()) >= cut { w.signum() as i8 } else { 0 }).collect();
+        assert!(matrix.values == expected, "{} weights, cut {cut}", w.len());
+    }
 }

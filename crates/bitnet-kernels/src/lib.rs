@@ -13,6 +13,7 @@
 //! A loop of `ops` is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
 //! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
 
+pub mod dense;
 mod lines;
 pub mod machine;
 #[cfg_attr(
@@ -189,16 +190,11 @@ impl Kernels {
 macro_rules! compiled_for {
     ($isa:ident, $features:literal) => {
         mod $isa {
-            use bitnet_core::ops::{self, Above, Cuts, Key, Magnitudes, Moments, Uniform};
+            use bitnet_core::ops::{self, Above, Cuts, Key, Moments, Uniform};
 
             #[target_feature(enable = $features)]
             pub(crate) fn moments(w: &[f32]) -> Moments {
                 ops::moments(w)
-            }
-
-            #[target_feature(enable = $features)]
-            pub(crate) fn magnitudes(w: &[f32]) -> Magnitudes {
-                ops::magnitudes(w)
             }
 
             #[target_feature(enable = $features)]
@@ -266,7 +262,15 @@ impl Ops for Kernels {
     }
 
     fn magnitudes(&self, w: &[f32]) -> Magnitudes {
-        dispatch!(self, magnitudes(w))
+        stream::magnitudes(*self, w)
+    }
+
+    fn magnitudes_each(&self, w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+        stream::magnitudes_each(*self, w, width, out);
+    }
+
+    fn inside(&self, w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+        stream::inside(*self, w, key, low, high, out);
     }
 
     fn above_both(&self, w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {

@@ -20,6 +20,14 @@ fn check(w: &[f32], h: &[f32], t: f32) {
                 let expected = [Scalar.above(w, None, key, t), Scalar.above(w, None, key, other)];
                 assert_eq!(kernels.above_both(w, key, [t, other]), expected, "above_both on {isa}");
             }
+            let (mut got, mut expected) = (vec![7.0], vec![7.0]);
+            kernels.inside(w, key, t - 0.5, t, &mut got);
+            Scalar.inside(w, key, t - 0.5, t, &mut expected);
+            assert_eq!(got, expected, "inside on {isa}");
+            let (mut got, mut expected) = (vec![], vec![]);
+            kernels.magnitudes_each(w, 40, &mut got);
+            Scalar.magnitudes_each(w, 40, &mut expected);
+            assert_eq!(got, expected, "magnitudes_each on {isa}");
             assert_eq!(kernels.above(w, Some(h), key, t), Scalar.above(w, Some(h), key, t), "weighted above on {isa}");
         }
         let (mut got, mut expected) = (vec![99; w.len()], vec![-99; w.len()]);

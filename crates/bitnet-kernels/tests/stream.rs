@@ -304,7 +304,7 @@ fn schemes() -> Vec<Scheme> {
 #[test]
 fn quantize_and_pack_is_quantize_then_pack() {
     let mut random = Random(6);
-    for (rows, cols) in [(1, 1), (3, 33), (4, 256), (5, 1291), (6, 2560)] {
+    for (rows, cols) in [(1, 1), (3, 33), (4, 256), (3, 1291)] {
         let w = random.floats(rows * cols);
         let halves: Vec<f16> = w.iter().map(|&w| f16::from_f32(w)).collect();
         let brains: Vec<bf16> = w.iter().map(|&w| bf16::from_f32(w)).collect();

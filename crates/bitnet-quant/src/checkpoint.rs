@@ -13,6 +13,7 @@
 use crate::plan::{Job, Pack, Sidecar, Unit, Work};
 use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
 use crate::{Error, Result};
+use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::ScaleStorage;
@@ -20,8 +21,8 @@ use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
 pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
-use bitnet_formats::{Content, dtype};
-use bitnet_kernels::Kernels;
+use bitnet_formats::{Content, Source, dtype};
+use bitnet_kernels::{Kernels, Pool, stream};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -125,7 +126,7 @@ pub struct Summary {
 /// for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
-    check_target(job, target, options.existing)?;
+    check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
     let folder = job.sidecars.is_some().then(|| {
         // Without a slash at the end, behind which the ending would be a name of its own.
         let mut name = target.components().as_path().as_os_str().to_os_string();
@@ -133,13 +134,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         name.push(bitnet_formats::output::PARTIAL);
         PathBuf::from(name)
     });
-    if options.threads > MAX_THREADS {
-        return Err(Error::Recipe(format!("at most {MAX_THREADS} threads, got {}", options.threads)));
-    }
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(options.threads)
-        .build()
-        .map_err(|e| Error::Recipe(format!("{} threads: {e}", options.threads)))?;
+    let pool = threads(options.threads)?;
     let file = match &folder {
         Some(folder) => match fs::create_dir(folder) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
@@ -208,9 +203,17 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
     Ok(Summary { tensors: reports, file_bytes, input_bytes: job.input_bytes(), resumed, elapsed: start.elapsed() })
 }
 
-/// The target must not be what is read or a folder around it, and must not exist unless it may be replaced. Of folders only models may.
-fn check_target(job: &Job<'_>, target: &Path, existing: Existing) -> Result<()> {
-    let source = job.source;
+/// So many threads, or one on each core.
+pub(crate) fn threads(n: usize) -> Result<rayon::ThreadPool> {
+    if n > MAX_THREADS {
+        return Err(Error::Recipe(format!("at most {MAX_THREADS} threads, got {n}")));
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
+}
+
+/// The target must not be what is read or a folder around it, and must not exist unless it may be replaced. Of folders only models may, and
+/// only by folders.
+pub(crate) fn check_target(source: &Source, folder: bool, target: &Path, existing: Existing) -> Result<()> {
     if let Ok(target_path) = fs::canonicalize(target) {
         let inside = |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
         if inside(&source.path) || source.files.iter().any(|f| inside(&f.path)) {
@@ -219,7 +222,7 @@ fn check_target(job: &Job<'_>, target: &Path, existing: Existing) -> Result<()> 
         if existing == Existing::Refuse {
             return Err(Error::Exists { path: target.to_path_buf() });
         }
-        if target_path.is_dir() && job.sidecars.is_none() {
+        if target_path.is_dir() && !folder {
             return Err(bitnet_formats::Error::file(target, "a file to replace", "a directory").into());
         }
         if target_path.is_dir() && !is_model_folder(&target_path) {
@@ -468,7 +471,8 @@ impl Worker<'_> {
         let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
         let fitted: Option<Fitted> = match scheme.granularity {
             Granularity::Tensor if spec.weights_len() > 0 => {
-                Some(fit(&self.options.kernels, &Strips { rows, strip, interrupt: self.options.interrupt }, scheme, None)?)
+                let h = pack.importance.as_deref().map(Importance::new).transpose()?;
+                Some(fit(&self.options.kernels, &Strips { rows, strip, interrupt: self.options.interrupt }, scheme, h)?)
             }
             _ => None,
         };
@@ -535,7 +539,8 @@ impl Worker<'_> {
         let first_row = range.start;
         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
         let cols = pack.spec.cols;
-        let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, None)?;
+        let h = pack.importance.as_deref().filter(|_| fitted.is_none());
+        let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, h)?;
         let mut error = ErrorStats::default();
         scratch.back.resize(cols.min(MEASURED), 0.0);
         for (row, weights) in scratch.weights.chunks(cols).enumerate() {
@@ -549,7 +554,7 @@ impl Worker<'_> {
         histogram.add(&matrix.values);
         let mut packed = vec![];
         if let (Some(layout), true) = (pack.layout, packed_by_strip) {
-            layout.pack_into(&matrix.spec, &matrix.values, &matrix.scales, &mut packed)?;
+            stream::pack(self.options.kernels, &Pool::single(), layout, &matrix.spec, &matrix.values, &matrix.scales, &mut packed)?;
             matrix.values = vec![];
         }
         Ok(Part { first_row, packed, matrix, error, histogram })
@@ -583,7 +588,7 @@ impl Worker<'_> {
         match layout {
             Some(layout) => {
                 let mut bytes = Vec::with_capacity(layout.packed_len(&pack.spec).bound().min(values.len() * 4 + 64));
-                layout.pack_into(&pack.spec, values, scales, &mut bytes)?;
+                stream::pack(self.options.kernels, &Pool::single(), *layout, &pack.spec, values, scales, &mut bytes)?;
                 Ok(bytes)
             }
             None => {

@@ -25,6 +25,29 @@ pub enum Error {
     /// The recipe asks for something that does not exist or does not apply.
     #[error("recipe: {0}")]
     Recipe(String),
+    /// Wrong fields of a configuration, all of them.
+    #[error("{} wrong: {}", if .0.len() == 1 { "one field is".into() } else { format!("{} fields are", .0.len()) }, .0.join("; "))]
+    Invalid(Vec<String>),
+    /// No kernels for the instruction set asked for, or no product of such a matrix.
+    #[error(transparent)]
+    Kernels(#[from] bitnet_kernels::Error),
+    /// A tensor is not what the operation takes.
+    #[error("{what}: expected {expected}, got {got}")]
+    Input {
+        /// Which tensor or number.
+        what: &'static str,
+        /// What would do.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// Statistics of activations that were never observed.
+    #[error("no calibration for '{0}': observe its input first")]
+    NotCalibrated(String),
+    /// candle could not do it.
+    #[cfg(feature = "tensor")]
+    #[error(transparent)]
+    Candle(Box<candle_core::Error>),
     /// The target exists.
     #[error("{} exists already", path.display())]
     Exists {
@@ -48,6 +71,25 @@ pub enum Error {
     /// The caller asked to stop. What is done stays, and the same job goes on from there.
     #[error("interrupted; the same command goes on from here")]
     Interrupted,
+}
+
+#[cfg(feature = "tensor")]
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Candle(Box::new(error))
+    }
+}
+
+impl Error {
+    /// [`Error::Invalid`] if something is wrong.
+    pub(crate) fn unless_empty(wrong: Vec<String>) -> Result<()> {
+        if wrong.is_empty() { Ok(()) } else { Err(Self::Invalid(wrong)) }
+    }
+
+    #[cfg(feature = "tensor")]
+    pub(crate) fn input(what: &'static str, expected: impl ToString, got: impl ToString) -> Self {
+        Self::Input { what, expected: expected.to_string(), got: got.to_string() }
+    }
 }
 
 /// `std::result::Result` with this crate's [`Error`].

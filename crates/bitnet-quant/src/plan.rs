@@ -3,6 +3,7 @@
 mod packing;
 mod surroundings;
 
+use crate::config::Compute;
 use crate::recipe::{Format, Recipe, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
@@ -44,6 +45,8 @@ pub(crate) struct Pack {
     /// Type and meaning of scales that are stored apart.
     pub(crate) scale_dtype: ScaleDtype,
     pub(crate) scale_form: ScaleForm,
+    /// Importance of the columns, if the scheme can weigh errors by it.
+    pub(crate) importance: Option<Vec<f32>>,
 }
 
 /// One tensor's work.
@@ -96,8 +99,39 @@ impl<'a> Job<'a> {
     /// # Errors
     /// [`Error::Recipe`] for choices that do not exist, do not apply, or select nothing; [`Error::Tensor`] for a layout that cannot hold a tensor.
     pub fn quantize(source: &'a Source, recipe: &Recipe, out: &std::path::Path) -> Result<Self> {
+        Self::quantize_weighted(source, recipe, out, BTreeMap::new())
+    }
+
+    /// The same with errors weighted by the second moments of the channels: for tensors that were observed, and rules that can weigh them.
+    ///
+    /// # Errors
+    /// As [`Job::quantize`]; also for a calibration of another model.
+    #[cfg(feature = "calibration")]
+    pub fn quantize_calibrated(
+        source: &'a Source,
+        recipe: &Recipe,
+        out: &std::path::Path,
+        calibration: &crate::calibration::Calibration,
+    ) -> Result<Self> {
+        let importance: BTreeMap<_, _> = calibration.layers.iter().map(|(name, l)| (name.clone(), l.second_moments())).collect();
+        if !source.tensors.iter().any(|t| importance.contains_key(&t.name)) {
+            return Err(Error::Recipe(format!("the calibration has no tensor of {}", source.path.display())));
+        }
+        Self::quantize_weighted(source, recipe, out, importance)
+    }
+
+    fn quantize_weighted(
+        source: &'a Source,
+        recipe: &Recipe,
+        out: &std::path::Path,
+        importance: BTreeMap<String, Vec<f32>>,
+    ) -> Result<Self> {
+        if recipe.search.is_some() {
+            return Err(Error::Recipe("the search has to be carried out first: search::resolve".into()));
+        }
         let selector = recipe.selector(source)?;
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
+        builder.importance = importance;
         let mut count = 0;
         for (i, tensor) in source.tensors.iter().enumerate() {
             match selector.choices(tensor) {
@@ -119,6 +153,7 @@ impl<'a> Job<'a> {
         if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
             return Err(Error::Recipe(format!("selects no tensor of {}; see --include and --exclude", source.path.display())));
         }
+        let recipe = Recipe { compute: Compute::default(), ..recipe.clone() };
         builder.finish(serde_json::to_value(recipe).unwrap_or_default())
     }
 
@@ -172,22 +207,23 @@ enum Naming {
     ToHf(Architecture, HeadCounts),
 }
 
-struct Builder<'a> {
+pub(crate) struct Builder<'a> {
     source: &'a Source,
     format: Format,
     naming: Naming,
     linear_class: LinearClass,
     container: Container,
-    units: Vec<Unit>,
-    tensors: Vec<OutTensor>,
+    pub(crate) units: Vec<Unit>,
+    pub(crate) tensors: Vec<OutTensor>,
     packed: BTreeMap<String, Packed>,
-    sidecars: Option<BTreeMap<String, Sidecar>>,
+    pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
+    importance: BTreeMap<String, Vec<f32>>,
 }
 
 impl<'a> Builder<'a> {
-    fn new(source: &'a Source, format: Format, out: &std::path::Path, linear_class: Option<LinearClass>) -> Result<Self> {
+    pub(crate) fn new(source: &'a Source, format: Format, out: &std::path::Path, linear_class: Option<LinearClass>) -> Result<Self> {
         if linear_class.is_some() && format != Format::HfBitnet {
             return Err(Error::Recipe("linear_class applies to format hf-bitnet only".into()));
         }
@@ -216,6 +252,7 @@ impl<'a> Builder<'a> {
             sidecars: None,
             config: source.config.clone(),
             notes: source.notes.clone(),
+            importance: BTreeMap::new(),
         };
         if source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(
@@ -306,8 +343,15 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn pack(&mut self, index: usize, pack: Pack, note: Option<String>) -> Result<()> {
+    fn pack(&mut self, index: usize, mut pack: Pack, note: Option<String>) -> Result<()> {
         let tensor = &self.source.tensors[index];
+        if pack.scheme.is_some_and(|s| s.uses_importance()) {
+            pack.importance = self.importance.get(&tensor.name).cloned();
+        }
+        if let Some(h) = pack.importance.as_ref().filter(|h| h.len() != pack.spec.cols) {
+            let error = bitnet_core::Error::Length { what: "calibrated channels", expected: pack.spec.cols, got: h.len() };
+            return Err(self.tensor_error(tensor)(error));
+        }
         let Some((name, rows)) = self.rename(tensor)? else { return Ok(()) };
         let spec = &pack.spec;
         let len = match pack.layout {

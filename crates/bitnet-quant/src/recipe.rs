@@ -1,5 +1,8 @@
-//! Recipes: which tensors become what. The same type serves the command line, TOML files and the metadata of the result.
+//! Recipes: which tensors become what. The same type serves the command line, TOML and JSON files, the metadata of the result, and the
+//! library, which calls it [`QuantizationConfig`](crate::QuantizationConfig).
 
+use crate::config::{Activations, Compute, Search};
+use crate::control::PrecisionControlConfig;
 use crate::{Error, Result};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold};
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
@@ -164,29 +167,85 @@ impl Choices {
         self.precision.unwrap_or(Target::Quantized(Precision::Ternary))
     }
 
+    /// The precision, if the target is quantized.
+    pub fn precision(&self) -> Option<Precision> {
+        match self.target() {
+            Target::Quantized(precision) => Some(precision),
+            Target::Keep | Target::Float(_) => None,
+        }
+    }
+
+    /// The choices made that belong to another precision.
+    fn inapplicable(&self) -> impl Iterator<Item = &'static str> {
+        let precision = self.precision();
+        let ternary = precision == Some(Precision::Ternary);
+        let binary = precision == Some(Precision::Binary);
+        let int = precision.is_some() && !ternary && !binary;
+        let choices = [
+            (ternary, "threshold", self.threshold.is_some()),
+            (ternary, "scale", self.scale.is_some()),
+            (ternary, "planes", self.planes.is_some()),
+            (binary, "split", self.split.is_some()),
+            (binary, "seed", self.seed.is_some()),
+            (int, "mapping", self.mapping.is_some()),
+            (int, "clip", self.clip.is_some()),
+            (precision.is_some(), "layout", self.layout.is_some()),
+        ];
+        choices.into_iter().filter(|&(applies, _, set)| set && !applies).map(|(_, name, _)| name)
+    }
+
+    /// Each wrong choice with what is wrong; `at` is where these choices stand.
+    pub(crate) fn problems(&self, at: &str, wrong: &mut Vec<String>) {
+        let before = wrong.len();
+        wrong.extend(self.inapplicable().map(|name| format!("{at}.{name}: does not apply to precision {}", self.target())));
+        if self.granularity == Some(Granularity::Group(0)) {
+            wrong.push(format!("{at}.granularity: expected a group of at least 1 column, got 0"));
+        }
+        if let Some(planes) = self.planes.filter(|n| !(1..=3).contains(n)) {
+            wrong.push(format!("{at}.planes: expected 1 to 3, got {planes}"));
+        }
+        let positive = |name, x: f32, wrong: &mut Vec<String>| {
+            if !(x.is_finite() && x > 0.0) {
+                wrong.push(format!("{at}.{name}: expected a positive number, got {x}"));
+            }
+        };
+        if let Some(Threshold::Factor(x)) = self.threshold {
+            positive("threshold", x, wrong);
+        }
+        if let Some(Clip::Rms(x)) = self.clip {
+            positive("clip", x, wrong);
+        }
+        if let Some(Err(error)) =
+            self.layout.as_deref().filter(|&name| name != bitnet_formats::output::AUTO).map(bitnet_core::pack::by_name)
+        {
+            wrong.push(format!("{at}.layout: {error}"));
+        }
+        // What is left are combinations: several planes with another threshold, stochastic with another split.
+        if wrong.len() == before
+            && let Err(error) = self.scheme(self.granularity.unwrap_or(Granularity::Channel), ScaleDtype::F32, ScaleForm::Direct)
+        {
+            wrong.push(format!("{at}: {error}"));
+        }
+    }
+
+    /// The scheme outside any container: one scale for each channel and f32 scales unless chosen.
+    ///
+    /// # Errors
+    /// As [`Choices::scheme`].
+    pub fn plain_scheme(&self) -> Result<Option<Scheme>> {
+        let granularity = self.granularity.unwrap_or(Granularity::Channel);
+        self.scheme(granularity, self.scale_dtype.unwrap_or(ScaleDtype::F32), ScaleForm::Direct)
+    }
+
     /// The scheme, if the target is quantized.
     ///
     /// # Errors
     /// [`Error::Recipe`] for a choice that belongs to another precision; what [`Scheme::spec`] refuses.
     pub fn scheme(&self, granularity: Granularity, scale_dtype: ScaleDtype, scale_form: ScaleForm) -> Result<Option<Scheme>> {
-        let target = self.target();
-        let only = |applies: bool, choices: &[(&str, bool)]| match choices.iter().find(|(_, set)| *set && !applies) {
-            Some((name, _)) => Err(Error::Recipe(format!("{name} does not apply to precision {target}"))),
-            None => Ok(()),
-        };
-        let precision = match target {
-            Target::Quantized(precision) => Some(precision),
-            Target::Keep | Target::Float(_) => None,
-        };
-        only(
-            precision == Some(Precision::Ternary),
-            &[("threshold", self.threshold.is_some()), ("scale", self.scale.is_some()), ("planes", self.planes.is_some())],
-        )?;
-        only(precision == Some(Precision::Binary), &[("split", self.split.is_some()), ("seed", self.seed.is_some())])?;
-        let is_int = precision.is_some_and(|p| !matches!(p, Precision::Ternary | Precision::Binary));
-        only(is_int, &[("mapping", self.mapping.is_some()), ("clip", self.clip.is_some())])?;
-        only(precision.is_some(), &[("layout", self.layout.is_some())])?;
-        let Some(precision) = precision else { return Ok(None) };
+        if let Some(name) = self.inapplicable().next() {
+            return Err(Error::Recipe(format!("{name} does not apply to precision {}", self.target())));
+        }
+        let Target::Quantized(precision) = self.target() else { return Ok(None) };
         let method = match precision {
             Precision::Ternary => {
                 let planes = self.planes.unwrap_or(1);
@@ -264,6 +323,18 @@ pub struct Recipe {
     /// Choices for some weights; the first rule that matches counts, and it counts more than include and exclude.
     #[serde(rename = "rule")]
     pub rules: Vec<Rule>,
+    /// How a layer's input is quantized when it runs. Default: int8, as in b1.58. Of no influence on weights: it goes into the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub activations: Option<Activations>,
+    /// What chooses the precision of each weight that no rule matches. Default: nothing; `default` says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub search: Option<Search>,
+    /// How the precision of a stream follows its quality. Default: balanced. For the library, as `activations`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub control: Option<PrecisionControlConfig>,
+    /// Threads and instruction set. No result depends on it, so it is not written into quantized files.
+    #[serde(skip_serializing_if = "Compute::is_default")]
+    pub compute: Compute,
 }
 
 /// Two-dimensional weights that are not linear layers, or that lose more than they save: embeddings, output heads, norms, routers.
@@ -280,6 +351,10 @@ impl Default for Recipe {
             exclude: DEFAULT_EXCLUDE.iter().map(|&s| s.into()).collect(),
             default: Choices::default(),
             rules: vec![],
+            activations: None,
+            search: None,
+            control: None,
+            compute: Compute::default(),
         }
     }
 }
@@ -290,11 +365,37 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] with line and column for TOML that is not a recipe, and for another version.
     pub fn from_toml(text: &str) -> Result<Self> {
-        let recipe: Self = toml::from_str(text).map_err(|e| Error::Recipe(e.to_string().trim_end().into()))?;
-        if recipe.version != VERSION {
-            return Err(Error::Recipe(format!("version {}, expected {VERSION}", recipe.version)));
+        toml::from_str::<Self>(text).map_err(|e| Error::Recipe(e.to_string().trim_end().into()))?.of_this_version()
+    }
+
+    /// Reads a recipe from JSON, which has the fields that TOML has.
+    ///
+    /// # Errors
+    /// As [`Recipe::from_toml`].
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str::<Self>(text).map_err(|e| Error::Recipe(e.to_string()))?.of_this_version()
+    }
+
+    fn of_this_version(self) -> Result<Self> {
+        if self.version == VERSION { Ok(self) } else { Err(Error::Recipe(format!("version {}, expected {VERSION}", self.version))) }
+    }
+
+    /// The choices for a weight of that name, whatever its shape and container: the first rule that matches over the default.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for a glob that is not one.
+    pub fn choices_for(&self, name: &str) -> Result<Choices> {
+        Ok(self.rule_for(name)?.map_or_else(|| self.default.clone(), |rule| rule.choices.over(&self.default)))
+    }
+
+    /// The first rule that matches a name.
+    pub(crate) fn rule_for(&self, name: &str) -> Result<Option<&Rule>> {
+        for rule in &self.rules {
+            if compile(&rule.glob)?.is_match(name) {
+                return Ok(Some(rule));
+            }
         }
-        Ok(recipe)
+        Ok(None)
     }
 
     /// Compiles the globs and checks that each of the user's own matches a tensor.
@@ -302,10 +403,6 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] for a glob that is not one, and for one that matches nothing (the default globs may).
     pub(crate) fn selector<'a>(&'a self, source: &Source) -> Result<Selector<'a>> {
-        let compile = |glob: &str| {
-            let matcher = GlobBuilder::new(glob).literal_separator(false).build();
-            matcher.map(|g| g.compile_matcher()).map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
-        };
         let all = |globs: &[String]| globs.iter().map(|g| compile(g)).collect::<Result<Vec<_>>>();
         let default = Self::default();
         let selector = Selector {
@@ -335,6 +432,12 @@ impl Recipe {
     }
 }
 
+/// A glob in which `*` matches any characters.
+pub(crate) fn compile(glob: &str) -> Result<GlobMatcher> {
+    let matcher = GlobBuilder::new(glob).literal_separator(false).build();
+    matcher.map(|g| g.compile_matcher()).map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
+}
+
 /// Whether a tensor holds numbers, and rows of them if it is to be quantized.
 fn can_become(tensor: &Tensor, target: Target) -> bool {
     !matches!(tensor.content, Content::Opaque(_)) && (!matches!(target, Target::Quantized(_)) || tensor.shape.len() >= 2)
@@ -349,6 +452,12 @@ pub(crate) struct Selector<'a> {
 }
 
 impl Selector<'_> {
+    /// Whether a rule decides about the tensor of that name.
+    #[cfg(feature = "advanced")]
+    pub(crate) fn has_rule(&self, name: &str) -> bool {
+        self.rules.iter().any(|g| g.is_match(name))
+    }
+
     /// The choices for a tensor; `None` if it stays as it is.
     ///
     /// Only weights with at least two dimensions can be quantized. Include reaches those with exactly two; convolutions need a rule.

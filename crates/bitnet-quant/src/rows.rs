@@ -143,3 +143,18 @@ impl Rows<'_> {
         Self { source: self.source, from: self.from, count: self.count * self.cols / cols.max(1), cols, order: self.order }
     }
 }
+
+/// Moments of finite numbers.
+///
+/// # Errors
+/// [`bitnet_core::Error::NotFinite`] with the position of the first that is none.
+#[cfg(any(feature = "tensor", feature = "calibration"))]
+pub(crate) fn moments(kernels: bitnet_kernels::Kernels, x: &[f32]) -> Result<bitnet_core::ops::Moments> {
+    use bitnet_core::ops::Ops;
+    let moments = kernels.moments(x);
+    if moments.finite {
+        return Ok(moments);
+    }
+    let (index, value) = x.iter().copied().enumerate().find(|(_, v)| !v.is_finite()).unwrap_or((0, f32::NAN));
+    Err(Error::Core(bitnet_core::Error::NotFinite { index, value }))
+}

@@ -269,10 +269,10 @@ pub fn plan(selection: &Selection) -> Result<Vec<Planned>> {
             Group::Quantization => plan.extend(quantization::plan(rivals)),
             Group::Packing => plan.extend(packing::plan(rivals)),
             Group::Simd => plan.extend(simd::plan(rivals)),
-            Group::Gemv => plan.extend(selection.gemv.iter().map(|&shape| products::planned(Group::Gemv, shape, 1, rivals))),
+            Group::Gemv => plan.extend(selection.gemv.iter().flat_map(|&shape| products::planned(Group::Gemv, shape, 1, rivals))),
             Group::Gemm => {
                 for &shape in &selection.gemm {
-                    plan.extend(selection.tokens.iter().map(|&tokens| products::planned(Group::Gemm, shape, tokens, rivals)));
+                    plan.extend(selection.tokens.iter().flat_map(|&tokens| products::planned(Group::Gemm, shape, tokens, rivals)));
                 }
             }
         }

@@ -7,7 +7,7 @@ use crate::results::Unit;
 use anyhow::Result;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::Instruction;
-use bitnet_kernels::matmul::{Activations, Prepacked};
+use bitnet_kernels::matmul::{Activations, Prepacked, Stream};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::sync::Arc;
 
@@ -20,8 +20,24 @@ pub(super) const FROM_FLOATS: usize = 1;
 /// The scale of the weights and that of the activations.
 const SCALES: [f32; 2] = [0.02, 0.01];
 
-pub(super) fn planned(group: Group, shape: Shape, tokens: usize, rivals: Rivals) -> Planned {
-    Planned::new(group, format!("{shape}, M = {tokens}"), move |machine| case(group, shape, tokens, rivals, machine))
+/// The ternary product of that shape, and, beside rivals, that of other weights.
+pub(super) fn planned(group: Group, shape: Shape, tokens: usize, rivals: Rivals) -> Vec<Planned> {
+    let planned = |what: &str, weights: Weights| {
+        let name = format!("{what}{shape}, M = {tokens}");
+        Planned::new(group, name, move |machine| case(group, shape, tokens, weights, machine))
+    };
+    let mut all = vec![planned("", Weights::Ternary(rivals))];
+    if rivals == Rivals::All {
+        all.push(planned("other weights, ", Weights::Others));
+    }
+    all
+}
+
+/// Which weights a case has.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Weights {
+    Ternary(Rivals),
+    Others,
 }
 
 /// What all contenders of a case share.
@@ -71,7 +87,7 @@ impl Product {
     }
 }
 
-fn case(group: Group, shape: Shape, tokens: usize, rivals: Rivals, machine: &Machine) -> Result<Case> {
+fn case(group: Group, shape: Shape, tokens: usize, weights: Weights, machine: &Machine) -> Result<Case> {
     let Shape { n, k } = shape;
     // Whether L2 has room for the two-bit weights decides for everybody.
     let l2 = machine.l2() / 4 * 3;
@@ -88,59 +104,136 @@ fn case(group: Group, shape: Shape, tokens: usize, rivals: Rivals, machine: &Mac
         cycle,
         l2,
     });
-    let mut contenders = ours(&product, rivals)?;
-    if rivals == Rivals::All {
-        contenders.extend(rivals::products(&product)?);
-    }
+    let (what, contenders) = match weights {
+        Weights::Ternary(Rivals::None) => ("W1.58A8", ours(&product, Rivals::None)?),
+        Weights::Ternary(Rivals::All) => {
+            let mut contenders = ours(&product, Rivals::All)?;
+            contenders.extend(rivals::products(&product)?);
+            ("W1.58A8", contenders)
+        }
+        Weights::Others => ("other weights,", others(&product)?),
+    };
     let place = if cycle > 0 { ", weights from memory" } else { ", weights in cache" };
     let (operation, unit) = match group {
-        Group::Gemv => ("W1.58A8 GEMV".into(), Unit::Weights),
-        _ => (format!("W1.58A8 GEMM, M = {tokens}"), Unit::Macs),
+        Group::Gemv => (format!("{what} GEMV"), Unit::Weights),
+        _ => (format!("{what} GEMM, M = {tokens}"), Unit::Macs),
     };
     let threads = machine.pool().threads();
     Ok(Case { group, operation, shape: format!("{shape}{place}"), threads, unit, amount: product.macs() as f64, contenders })
 }
 
-/// Our kernels: the widest; the same from float activations, which rivals quantize too; the narrower ones.
-fn ours(product: &Arc<Product>, rivals: Rivals) -> Result<Vec<Contender>> {
-    let Shape { n, k } = product.shape;
-    let spec = MatrixSpec::new(n, k, Precision::Ternary, Granularity::Tensor);
-    let matrix = Matrix { values: product.weights.clone(), scales: vec![SCALES[0]], zero_points: vec![], spec };
-    let packed = Prepacked::new(&matrix, &product.pool)?;
-    let bytes = packed.bytes();
-    let copies = Arc::new(vec![packed; product.copies(bytes)]);
-    let x = Arc::new(Activations::from_values(&product.activations, &vec![SCALES[1]; product.tokens], &copies[0])?);
-    let floats = product.float_activations();
-    // Integer sums are exact, and few floats are rounded after them.
-    let reference = Arc::new(Reference::new(product, |row, token| {
-        let [w, x] = [&product.weights[row * k..][..k], &product.activations[token * k..][..k]];
-        let sum: i32 = w.iter().zip(x).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
-        let y = f64::from(SCALES[0]) * f64::from(SCALES[1]) * f64::from(sum);
-        (y, 4.0 * f64::from(f32::EPSILON) * y.abs())
-    }));
+/// Weights in the kernel layout, and the activations that they meet.
+struct Laid {
+    copies: Vec<Prepacked>,
+    x: Activations,
+    reference: Reference,
+    /// What limits a product, besides what multiplies.
+    reading: Option<Limit>,
+    /// Multiply-adds of a product.
+    macs: usize,
+}
 
-    let contender = |kernels: Kernels, activations: Option<Vec<f32>>| {
-        let (product, copies, x, reference) = (Arc::clone(product), Arc::clone(&copies), Arc::clone(&x), Arc::clone(&reference));
-        let from = if activations.is_some() { ", from f32" } else { "" };
-        let limits = [product.reading(bytes), product.multiplying(dot_product(kernels.isa()))];
-        let output = (0, vec![f32::NAN; product.tokens * n]);
+impl Laid {
+    /// Values of `precision` in one or several planes, times int8 activations.
+    fn new(product: &Product, precision: Precision, planes: usize, stream: Stream) -> Result<Self> {
+        let Shape { n, k } = product.shape;
+        let spec = MatrixSpec { planes, ..MatrixSpec::new(n, k, precision, Granularity::Tensor) };
+        let scales: Vec<f32> = (0..spec.scales_len()).map(|plane| SCALES[0] / (1 << (2 * plane)) as f32).collect();
+        let values = match (precision, planes) {
+            (Precision::Ternary, 1) => product.weights.clone(),
+            _ => values(precision, planes * n * k),
+        };
+        let matrix = Matrix { values, scales, zero_points: vec![], spec };
+        let packed = Prepacked::with_stream(&matrix, stream, &product.pool)?;
+        let x = Activations::from_values(&product.activations, &vec![SCALES[1]; product.tokens], &packed)?;
+        // Integer sums are exact, and few floats are rounded after them.
+        let reference = Reference::new(product, |row, token| {
+            let x = &product.activations[token * k..][..k];
+            let planes = matrix.scales.iter().enumerate().map(|(plane, &scale)| {
+                let sum: i32 = matrix.values[(plane * n + row) * k..][..k].iter().zip(x).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
+                f64::from(scale) * f64::from(SCALES[1]) * f64::from(sum)
+            });
+            let (y, size) = planes.fold((0.0, 0.0), |(y, size), term| (y + term, size + term.abs()));
+            (y, (3 + matrix.spec.planes) as f64 * f64::from(f32::EPSILON) * size)
+        });
+        let bytes = packed.bytes();
+        Ok(Self {
+            copies: vec![packed; product.copies(bytes)],
+            x,
+            reference,
+            reading: product.reading(bytes),
+            macs: planes * product.macs(),
+        })
+    }
+
+    /// The product by some kernels; from float activations, if there are some, that are quantized each time.
+    fn contender(self: &Arc<Self>, name: String, product: &Product, kernels: Kernels, activations: Option<Vec<f32>>) -> Contender {
+        let (laid, checked, pool) = (Arc::clone(self), Arc::clone(self), Arc::clone(&product.pool));
+        let output = (0, vec![f32::NAN; product.tokens * product.shape.n]);
         let call = move |(at, y): &mut (usize, Vec<f32>)| {
-            let w = &copies[*at];
+            let w = &laid.copies[*at];
             match &activations {
                 Some(x) => {
                     let x = Activations::quantize(x, w).expect("finite activations of whole rows");
-                    kernels.matmul(&product.pool, w, &x, None, y);
+                    kernels.matmul(&pool, w, &x, None, y);
                 }
-                None => kernels.matmul(&product.pool, w, &x, None, y),
+                None => kernels.matmul(&pool, w, &laid.x, None, y),
             }
-            *at = (*at + 1) % copies.len();
+            *at = (*at + 1) % laid.copies.len();
         };
-        let name = format!("bitnet {}{from}", kernels.isa());
-        Contender::new(name, output, call, move |(_, y)| reference.check(y)).ours().limits(limits)
-    };
+        let multiplying = dot_product(kernels.isa()).map(|i| Limit { ceiling: Ceiling::Peak(i), cost: self.macs as f64 });
+        Contender::new(name, output, call, move |(_, y)| checked.reference.check(y)).ours().limits([self.reading, multiplying])
+    }
+}
+
+/// `n` values of an alphabet.
+fn values(precision: Precision, n: usize) -> Vec<i8> {
+    let (low, high) = precision.range();
+    // Binary has no 0.
+    let step = if precision == Precision::Binary { 2 } else { 1 };
+    let count = (i16::from(high) - i16::from(low)) / step + 1;
+    (0..n).map(|i| (i16::from(low) + step * (mix(i) % count as u64) as i16) as i8).collect()
+}
+
+/// Our kernels: the widest; the same from float activations, which rivals quantize too; with 1.6 bits a weight; the narrower ones.
+fn ours(product: &Arc<Product>, rivals: Rivals) -> Result<Vec<Contender>> {
+    let two_bit = Arc::new(Laid::new(product, Precision::Ternary, 1, Stream::TwoBit)?);
+    let trits = Arc::new(Laid::new(product, Precision::Ternary, 1, Stream::Trits)?);
     let mut kernels = kernels(rivals);
     kernels.retain(|k| k.isa() != Isa::Scalar || product.macs() <= MAX_SCALAR);
-    let mut contenders: Vec<_> = kernels.iter().map(|&kernels| contender(kernels, None)).collect();
-    contenders.insert(FROM_FLOATS, contender(kernels[0], Some(floats)));
+    let named = |kernels: Kernels| two_bit.contender(format!("bitnet {}", kernels.isa()), product, kernels, None);
+    let mut contenders: Vec<_> = kernels.iter().map(|&kernels| named(kernels)).collect();
+    let widest = kernels[0];
+    let name = |how: &str| format!("bitnet {}, {how}", widest.isa());
+    contenders.insert(FROM_FLOATS, two_bit.contender(name("from f32"), product, widest, Some(product.float_activations())));
+    contenders.insert(FROM_FLOATS + 1, trits.contender(name("1.6 bits"), product, widest, None));
+    Ok(contenders)
+}
+
+/// Other weights than one plane of trits, and float activations, by our widest kernels.
+fn others(product: &Arc<Product>) -> Result<Vec<Contender>> {
+    let kernels = Kernels::detect();
+    let formats = [
+        ("ternary", Precision::Ternary, 1),
+        ("2 trit planes", Precision::Ternary, 2),
+        ("binary", Precision::Binary, 1),
+        ("int2", Precision::Int2, 1),
+        ("int4", Precision::Int4, 1),
+        ("int8", Precision::Int8, 1),
+    ];
+    let mut contenders = vec![];
+    for (name, precision, planes) in formats {
+        let laid = Arc::new(Laid::new(product, precision, planes, Stream::TwoBit)?);
+        contenders.push(laid.contender(format!("bitnet {}, {name} × int8", kernels.isa()), product, kernels, None));
+    }
+    let mut laid = Laid::new(product, Precision::Ternary, 1, Stream::TwoBit)?;
+    laid.x = Activations::floats(&product.float_activations(), &laid.copies[0])?;
+    // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
+    let error = (product.shape.k + 3) as f64 * f64::from(f32::EPSILON);
+    laid.reference = Reference::of_floats(product, &product.float_weights(), error, 0.0);
+    let reading = laid.reading;
+    let mut floats = Arc::new(laid).contender(format!("bitnet {}, ternary × f32", kernels.isa()), product, kernels, None);
+    floats.limits.clear();
+    contenders.push(floats.limits([reading, product.multiplying(Instruction::all().find(|i| !i.is_int8()))]));
     Ok(contenders)
 }

@@ -3,11 +3,11 @@
 use crate::args::DequantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use bitnet_quant::Job;
+use bitnet_quant::{Compute, Job};
 
 pub(crate) fn run(args: &DequantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let source = args.input.open()?;
     let plan = Job::dequantize(&source, args.dtype, &args.job.out)?;
-    job::run(&plan, &source, &args.job, out)?;
+    job::run(&plan, &source, &args.job, &Compute::default(), out)?;
     Ok(Answer::Yes)
 }

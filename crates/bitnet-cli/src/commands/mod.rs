@@ -1,9 +1,13 @@
 //! One file for each command.
 
+pub(crate) mod bench;
+pub(crate) mod chat;
 pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod dequantize;
 pub(crate) mod inspect;
+pub(crate) mod perplexity;
 pub(crate) mod quantize;
+pub(crate) mod run;
 pub(crate) mod verify;

@@ -3,15 +3,15 @@
 use crate::args::QuantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use bitnet_quant::{Job, Recipe};
+use bitnet_quant::calibration::Calibration;
+use bitnet_quant::{Job, QuantizationConfig, Search, search};
+use std::path::Path;
 
 pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let mut recipe = match &args.config {
-        Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
-            Recipe::from_toml(&text).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?
-        }
-        None => Recipe::default(),
+    let mut recipe = match (&args.config, args.preset) {
+        (Some(path), _) => read(path)?,
+        (None, Some(preset)) => preset.build()?,
+        (None, None) => QuantizationConfig::default(),
     };
     if args.config.is_none() || args.format.is_some() {
         recipe.format = job::format(args.format, &args.job.out);
@@ -23,8 +23,27 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
     recipe.exclude.extend(args.exclude.iter().cloned());
     recipe.rules.splice(0..0, args.rule.iter().cloned());
     recipe.default = args.choices.choices().over(&recipe.default);
+    if args.target_bpw.is_some() || args.min_sqnr.is_some() {
+        let goal = recipe.search.unwrap_or_default();
+        recipe.search = Some(Search { target_bpw: args.target_bpw.or(goal.target_bpw), min_sqnr: args.min_sqnr.or(goal.min_sqnr) });
+    }
+    let calibration = args.calibration.as_deref().map(Calibration::load).transpose()?;
     let source = args.input.open()?;
-    let plan = Job::quantize(&source, &recipe, &args.job.out)?;
-    job::run(&plan, &source, &args.job, out)?;
+    let total = source.tensors.iter().map(|t| t.bytes(&source)).sum();
+    let recipe = job::with_options(&args.job, &recipe.compute, total, |options| {
+        search::resolve(&source, &recipe, &args.job.out, options, calibration.as_ref())
+    })?;
+    let plan = match &calibration {
+        Some(calibration) => Job::quantize_calibrated(&source, &recipe, &args.job.out, calibration)?,
+        None => Job::quantize(&source, &recipe, &args.job.out)?,
+    };
+    job::run(&plan, &source, &args.job, &recipe.compute, out)?;
     Ok(Answer::Yes)
+}
+
+fn read(path: &Path) -> anyhow::Result<QuantizationConfig> {
+    let text = std::fs::read_to_string(path).map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
+    let json = path.extension().is_some_and(|e| e == "json");
+    let config = if json { QuantizationConfig::from_json(&text) } else { QuantizationConfig::from_toml(&text) };
+    config.map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

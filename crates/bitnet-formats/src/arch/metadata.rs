@@ -23,28 +23,38 @@ pub struct GgufMetadata {
     pub notes: Vec<String>,
 }
 
-/// A config.json and where it is.
-#[derive(Clone, Copy)]
-pub(super) struct Config<'a> {
-    pub(super) path: &'a Path,
-    pub(super) value: &'a Value,
+/// A config.json and where it is: typed access, with errors that name file and key. A null is no value.
+#[derive(Debug, Clone, Copy)]
+pub struct HfConfig<'a> {
+    /// The file, for messages.
+    pub path: &'a Path,
+    /// Its content.
+    pub value: &'a Value,
 }
 
-impl Config<'_> {
+impl HfConfig<'_> {
     fn get(&self, key: &str) -> Option<&Value> {
         self.value.get(key).filter(|v| !v.is_null())
     }
 
-    fn bad(&self, key: &str, expected: &str) -> Error {
+    /// The error for a key that is something else.
+    pub fn bad(&self, key: &str, expected: &str) -> Error {
         Error::config(self.path, key, expected, shown(self.value.get(key)))
     }
 
     /// A positive number that fits the u32 of a GGUF key.
-    pub(super) fn size(&self, key: &str) -> Result<usize> {
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else, or missing.
+    pub fn size(&self, key: &str) -> Result<usize> {
         self.optional_size(key)?.ok_or_else(|| self.bad(key, "a positive number"))
     }
 
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+    /// [`HfConfig::size`], or nothing.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else.
+    pub fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let n = value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
         n.map(|n| Some(n as usize)).ok_or_else(|| self.bad(key, "a positive number"))
@@ -55,12 +65,19 @@ impl Config<'_> {
         value.as_f64().filter(|x| *x > 0.0 && x.is_finite()).map(Some).ok_or_else(|| self.bad(key, "a positive number"))
     }
 
-    fn flag(&self, key: &str) -> Result<bool> {
+    /// A boolean; false where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else.
+    pub fn flag(&self, key: &str) -> Result<bool> {
         self.get(key).map_or(Ok(false), |value| value.as_bool().ok_or_else(|| self.bad(key, "true or false")))
     }
 
-    /// A default of Hugging Face's llama configuration; its bitnet configuration has other defaults, and nobody relies on them.
-    fn float_or(&self, key: &str, architecture: Architecture, default: f64) -> Result<f64> {
+    /// A positive number. A default of Hugging Face's llama configuration; its bitnet configuration has other defaults, and nobody relies on them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else, or missing in a bitnet configuration.
+    pub fn float_or(&self, key: &str, architecture: Architecture, default: f64) -> Result<f64> {
         match (self.optional_float(key)?, architecture) {
             (Some(x), _) => Ok(x),
             (None, Architecture::Llama) => Ok(default),
@@ -81,7 +98,7 @@ impl Config<'_> {
 pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     let architecture = Architecture::from_hf_config(config)?;
     let path = folder.join("config.json");
-    let config = Config { path: &path, value: config };
+    let config = HfConfig { path: &path, value: config };
     let mut notes = vec![];
 
     let hidden = config.size("hidden_size")?;
@@ -101,7 +118,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     }
     let vocab_size = config.size("vocab_size")?;
     let activation = activation(&config, architecture)?;
-    let rope = Rope::read(&config, architecture, head_dim)?;
+    let rope = HfRope::read(&config, architecture, head_dim)?;
     for key in ["attention_bias", "mlp_bias"] {
         if config.flag(key)? && architecture == Architecture::Bitnet {
             return Err(config.bad(key, "false, since bitnet in llama.cpp has no biases"));
@@ -159,8 +176,11 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     Ok(GgufMetadata { architecture, metadata, rope_freqs: rope.freqs, notes })
 }
 
-/// `hidden_act`: llama.cpp computes SiLU for llama whatever the file says, and one of two for bitnet.
-fn activation<'a>(config: &Config<'a>, architecture: Architecture) -> Result<&'a str> {
+/// `hidden_act`, one that llama.cpp computes too: SiLU for llama, SiLU or ReLU² for bitnet.
+///
+/// # Errors
+/// [`Error::Config`] for any other.
+pub fn activation<'a>(config: &HfConfig<'a>, architecture: Architecture) -> Result<&'a str> {
     let key = "hidden_act";
     match (config.value.get(key).and_then(Value::as_str), architecture) {
         (Some(act @ "silu"), _) | (Some(act @ "relu2"), Architecture::Bitnet) => Ok(act),
@@ -170,16 +190,23 @@ fn activation<'a>(config: &Config<'a>, architecture: Architecture) -> Result<&'a
     }
 }
 
-/// Rotary embedding.
-struct Rope {
-    theta: f64,
-    linear: Option<f64>,
-    freqs: Option<Vec<f32>>,
+/// Rotary embedding of a config.json.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HfRope {
+    /// The base θ.
+    pub theta: f64,
+    /// What all frequencies are divided by (`linear` scaling).
+    pub linear: Option<f64>,
+    /// What each frequency θ^(−2i/d) is divided by (`llama3` scaling).
+    pub freqs: Option<Vec<f32>>,
 }
 
-impl Rope {
+impl HfRope {
     /// From `rope_parameters` (since transformers 5), or from `rope_theta` and `rope_scaling`.
-    fn read(config: &Config, architecture: Architecture, head_dim: usize) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a scaling other than `default`, `linear` and (llama alone) `llama3`, and for parameters that are missing.
+    pub fn read(config: &HfConfig, architecture: Architecture, head_dim: usize) -> Result<Self> {
         if !head_dim.is_multiple_of(2) {
             return Err(config.bad("head_dim", "an even number"));
         }
@@ -187,7 +214,7 @@ impl Rope {
         let Some(value) = config.get(key) else {
             return Ok(Self { theta: config.float_or("rope_theta", architecture, 10000.0)?, linear: None, freqs: None });
         };
-        let scaling = Config { path: config.path, value };
+        let scaling = HfConfig { path: config.path, value };
         let bad = |name: &str, expected: &str| Error::config(config.path, format!("{key}.{name}"), expected, shown(value.get(name)));
         let theta = match scaling.optional_float("rope_theta")? {
             Some(theta) => theta,

@@ -8,7 +8,7 @@ mod metadata;
 mod names;
 mod tokenizer;
 
-pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config};
+pub use metadata::{GgufMetadata, HfConfig, HfRope, ROPE_FREQS, activation, gguf_metadata, hf_config};
 pub use names::{gguf_name, hf_name};
 pub use tokenizer::hf_tokenizer;
 
@@ -83,7 +83,7 @@ impl HeadCounts {
     /// # Errors
     /// [`Error::Config`] where the first is missing or one of them is no positive number.
     pub fn from_hf_config(config: &Value) -> Result<Self> {
-        let config = metadata::Config { path: Path::new("config.json"), value: config };
+        let config = HfConfig { path: Path::new("config.json"), value: config };
         let heads = config.size("num_attention_heads")?;
         Ok(Self { heads, kv_heads: config.optional_size("num_key_value_heads")?.unwrap_or(heads) })
     }

@@ -97,12 +97,15 @@ pub fn write(words: &mut [u64], word: u64) {
 pub fn stream(words: &mut [u64], word: u64) {
     #[cfg(target_arch = "x86_64")]
     {
-        // SAFETY: SSE2 is part of x86-64, and eight words are a `Line` but for its alignment, which `align_to_mut` sees to.
-        unsafe {
-            let (head, lines, tail) = words.align_to_mut::<Line>();
-            head.fill(word);
-            tail.fill(word);
-            x86::stream(lines, word);
+        // SAFETY: every pattern of bits is a `Line`, and `align_to_mut` sees to its alignment.
+        let (head, lines, tail) = unsafe { words.align_to_mut::<Line>() };
+        head.fill(word);
+        tail.fill(word);
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the feature was found on the line above.
+            unsafe { x86::stream_512(lines, word) };
+        } else {
+            x86::stream_128(lines, word);
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -34,7 +34,7 @@ pub(super) fn write_512(words: &mut [u64], word: u64) {
     rest.fill(word);
 }
 
-pub(super) fn stream(lines: &mut [Line], word: u64) {
+pub(super) fn stream_128(lines: &mut [Line], word: u64) {
     // SAFETY: SSE2 is part of x86-64; each line has room for four vectors and is aligned to more than they need.
     unsafe {
         let value = _mm_set1_epi64x(word.cast_signed());
@@ -46,6 +46,16 @@ pub(super) fn stream(lines: &mut [Line], word: u64) {
         }
         _mm_sfence();
     }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn stream_512(lines: &mut [Line], word: u64) {
+    let value = _mm512_set1_epi64(word.cast_signed());
+    for line in lines {
+        // SAFETY: a line is one vector and aligned like one.
+        unsafe { _mm512_stream_si512(line.0.as_mut_ptr().cast(), value) };
+    }
+    _mm_sfence();
 }
 
 /// A loop of one instruction, or of a product and a sum, on as many independent sums as the registers hold. It is written as assembly

@@ -3,7 +3,7 @@
 use super::Prepacked;
 use super::tiles::Columns;
 use crate::Error;
-use bitnet_core::activation::{ActivationGranularity, ActivationMethod, quantize};
+use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
 
 /// Activations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the steps of the weights it will meet.
@@ -14,6 +14,8 @@ pub struct Activations {
     rows: usize,
     shape: Shape,
     data: Data,
+    /// Values before they are laid out.
+    scratch: activation::Activations,
 }
 
 /// How the columns of a row are laid out: groups, each padded to whole steps.
@@ -88,7 +90,8 @@ impl Activations {
         if rows.checked_mul(shape.cols) != Some(values.len()) {
             return Err(length(rows.saturating_mul(shape.cols), values.len()));
         }
-        let mut activations = Self { rows, shape, data: Data::Integers { values: vec![], scales: vec![], sums: vec![] } };
+        let data = Data::Integers { values: vec![], scales: vec![], sums: vec![] };
+        let mut activations = Self { rows, shape, data, scratch: activation::Activations { values: vec![], scales: vec![] } };
         activations.fill(values, scales);
         Ok(activations)
     }
@@ -108,7 +111,7 @@ impl Activations {
         for (x, to) in x.chunks(shape.cols.max(1)).zip(values.chunks_mut(shape.stride().max(1))) {
             shape.lay_out(x, to);
         }
-        Ok(Self { rows, shape, data: Data::Floats(values) })
+        Ok(Self { rows, shape, data: Data::Floats(values), scratch: activation::Activations { values: vec![], scales: vec![] } })
     }
 
     /// Quantizes other activations in place of these, for weights that took these. Allocates only where there are more tokens than ever.
@@ -116,10 +119,28 @@ impl Activations {
     /// # Errors
     /// As [`Activations::quantize`]; these are then as they were.
     pub fn requantize(&mut self, x: &[f32]) -> Result<(), Error> {
-        whole_rows(x.len(), self.shape.cols)?;
-        let q = quantize(x, self.shape.cols, ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven)?;
-        self.fill(&q.values, &q.scales);
-        Ok(())
+        self.requantize_in(self.shape, x, ActivationMethod::Int8)
+    }
+
+    /// The same by any method and for any weights.
+    ///
+    /// # Errors
+    /// As [`Activations::quantize`]; these are then as they were.
+    pub fn requantize_for(&mut self, w: &Prepacked, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
+        self.requantize_in(w.shape(), x, method)
+    }
+
+    fn requantize_in(&mut self, shape: Shape, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
+        whole_rows(x.len(), shape.cols)?;
+        let how = (method, ActivationGranularity::Token, Rounding::HalfEven);
+        let mut scratch = std::mem::replace(&mut self.scratch, activation::Activations { values: vec![], scales: vec![] });
+        let done = activation::quantize_into(x, shape.cols, how, &mut scratch);
+        if done.is_ok() {
+            self.shape = shape;
+            self.fill(&scratch.values, &scratch.scales);
+        }
+        self.scratch = scratch;
+        Ok(done?)
     }
 
     fn fill(&mut self, from: &[i8], from_scales: &[f32]) {

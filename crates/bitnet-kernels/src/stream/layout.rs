@@ -177,6 +177,7 @@ impl Unpack<'_> {
     /// Dequantizes row `row`; false for what no writer makes.
     fn dequantize_row(&self, dense: Dense, scales: &[f32], row: usize, bytes: &[u8], out: &mut [f32]) -> bool {
         let (mut values, mut ok, width) = ([0; plain::BLOCK], true, self.spec.granule_cols());
+        let scaled = if 4 * self.spec.weights_len() >= STREAMED { self.loops.scale_streamed } else { self.loops.scale };
         for (block, (bytes, out)) in bytes.chunks(plain::BLOCK / dense.values()).zip(out.chunks_mut(plain::BLOCK)).enumerate() {
             let values = &mut values[..out.len()];
             ok &= dense.unpack(&self.loops, bytes, values, false);
@@ -186,7 +187,7 @@ impl Unpack<'_> {
                 let end = (at + width - column % width).min(out.len());
                 let scale = scales[self.spec.scale_index(0, row, column)];
                 // SAFETY: the loops come from `Kernels::loops`.
-                unsafe { (self.loops.scale)(&values[at..end], scale, &mut out[at..end]) };
+                unsafe { scaled(&values[at..end], scale, &mut out[at..end]) };
                 at = end;
             }
         }

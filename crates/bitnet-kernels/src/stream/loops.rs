@@ -4,13 +4,14 @@ use super::plain;
 #[cfg(target_arch = "x86_64")]
 use crate::Isa;
 use crate::Kernels;
-use bitnet_core::ops::Cuts;
+use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
 use half::{bf16, f16};
 
 /// The loops of one instruction set. Their contracts are those of [`plain`].
 ///
 /// Calling an entry is safe where the machine has the features of the instruction set whose table it is; [`Kernels::loops`] gives no other.
 #[derive(Clone, Copy)]
+#[allow(clippy::type_complexity, reason = "signatures, each used once")]
 pub(super) struct Loops {
     pub(super) pack_two_bit: unsafe fn(&[i8], i8, u8, &mut [u8]) -> bool,
     pub(super) unpack_two_bit: unsafe fn(&[u8], i8, u8, &mut [i8]) -> bool,
@@ -23,10 +24,19 @@ pub(super) struct Loops {
     pub(super) unpack_quads_16: unsafe fn(&[u8], [u32; 4], &mut [i8]) -> bool,
     pub(super) unpack_tq1: unsafe fn(&[[u8; 54]], &mut [[i8; 256]]) -> bool,
     pub(super) unpack_tq2: unsafe fn(&[[u8; 66]], &mut [[i8; 256]]) -> bool,
-    pub(super) encode_two_bit: unsafe fn(&[f32], Cuts, usize, &mut [u8]),
+    pub(super) encode_two_bit: unsafe fn(&[f32], Cuts, &mut [u8]),
+    pub(super) encode_two_bit_and_size: unsafe fn(&[f32], Cuts, &mut [u8], &[f32]) -> Magnitudes,
     pub(super) scale: unsafe fn(&[i8], f32, &mut [f32]),
+    /// [`plain::scale`] that writes past the caches.
+    pub(super) scale_streamed: unsafe fn(&[i8], f32, &mut [f32]),
     pub(super) absmax: unsafe fn(&[f32]) -> u32,
     pub(super) int8: unsafe fn(&[f32], f32, &mut [i8]) -> i32,
+    /// [`ops::magnitudes`].
+    pub(super) magnitudes: unsafe fn(&[f32]) -> Magnitudes,
+    /// [`ops::magnitudes_each`].
+    pub(super) magnitudes_each: unsafe fn(&[f32], usize, &mut Vec<Magnitudes>),
+    /// [`ops::inside`].
+    pub(super) inside: unsafe fn(&[f32], Key, f32, f32, &mut Vec<f32>),
     pub(super) widen_f16: unsafe fn(&[f16], &mut [f32]),
     pub(super) widen_bf16: unsafe fn(&[bf16], &mut [f32]),
 }
@@ -35,7 +45,7 @@ pub(super) struct Loops {
 macro_rules! table {
     ($module:ident $(, $features:literal)?) => {
         pub(super) mod $module {
-            use super::{Cuts, Loops, bf16, f16, plain};
+            use super::{Cuts, Key, Loops, Magnitudes, bf16, f16, ops, plain};
 
             pub(in super::super) const LOOPS: Loops = Loops {
                 pack_two_bit,
@@ -49,9 +59,14 @@ macro_rules! table {
                 unpack_tq1,
                 unpack_tq2,
                 encode_two_bit,
+                encode_two_bit_and_size,
                 scale,
+                scale_streamed: scale,
                 absmax,
                 int8,
+                magnitudes,
+                magnitudes_each,
+                inside,
                 widen_f16,
                 widen_bf16,
             };
@@ -102,8 +117,13 @@ macro_rules! table {
             }
 
             $(#[target_feature(enable = $features)])?
-            fn encode_two_bit(w: &[f32], cuts: Cuts, ahead: usize, out: &mut [u8]) {
-                plain::encode_two_bit(w, cuts, ahead, out);
+            fn encode_two_bit(w: &[f32], cuts: Cuts, out: &mut [u8]) {
+                plain::encode_two_bit(w, cuts, out);
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn encode_two_bit_and_size(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f32]) -> Magnitudes {
+                plain::encode_two_bit_and_size(w, cuts, out, next)
             }
 
             $(#[target_feature(enable = $features)])?
@@ -119,6 +139,21 @@ macro_rules! table {
             $(#[target_feature(enable = $features)])?
             fn int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
                 plain::int8(x, inverse, out)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn magnitudes(w: &[f32]) -> Magnitudes {
+                ops::magnitudes(w)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn magnitudes_each(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+                ops::magnitudes_each(w, width, out);
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn inside(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+                ops::inside(w, key, low, high, out);
             }
 
             $(#[target_feature(enable = $features)])?
@@ -142,6 +177,13 @@ table!(avx2, "avx2");
 #[cfg(target_arch = "x86_64")]
 table!(avx512, "avx512f,avx512bw,avx512dq,avx512vl");
 
+/// AVX-512 with the loops of AVX2, which it includes, for blocks of at most 32 bytes.
+#[cfg(target_arch = "x86_64")]
+const fn narrow_blocks(loops: Loops) -> Loops {
+    let Loops { unpack_quads_32, unpack_quads_16, unpack_tq1, unpack_tq2, .. } = avx2::LOOPS;
+    Loops { unpack_quads_32, unpack_quads_16, unpack_tq1, unpack_tq2, ..loops }
+}
+
 impl Kernels {
     /// The loops of this instruction set, whose features the machine has: `Kernels::new` made this value after `Isa::is_available`.
     pub(super) fn loops(self) -> Loops {
@@ -151,9 +193,9 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni => super::x86::avx2(avx2::LOOPS),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => super::x86::avx512(avx512::LOOPS),
+            Isa::Avx512 => super::x86::avx512(narrow_blocks(avx512::LOOPS)),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vbmi => super::x86::vbmi(super::x86::avx512(avx512::LOOPS)),
+            Isa::Avx512Vbmi => super::x86::vbmi(super::x86::avx512(narrow_blocks(avx512::LOOPS))),
             // The baseline of aarch64 has NEON, and wasm has simd128 or not when it is compiled.
             _ => scalar::LOOPS,
         }

@@ -14,7 +14,8 @@ pub use layout::{dequantize, pack, unpack};
 pub use quantize::{Packed, Weights, quantize};
 pub use token::quantize_token;
 
-use crate::Pool;
+use crate::{Kernels, Pool};
+use bitnet_core::ops::{Key, Magnitudes};
 use std::sync::{Mutex, PoisonError};
 
 /// Calls `each` once with each of `parts`, on the threads of the pool.
@@ -25,4 +26,22 @@ fn each<T: Send>(pool: &Pool, parts: impl IntoIterator<Item = T>, each: impl Fn(
             each(part);
         }
     });
+}
+
+/// [`bitnet_core::ops::Ops::inside`].
+pub(crate) fn inside(kernels: Kernels, w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+    // SAFETY: the loops come from `Kernels::loops`.
+    unsafe { (kernels.loops().inside)(w, key, low, high, out) }
+}
+
+/// [`bitnet_core::ops::Ops::magnitudes`].
+pub(crate) fn magnitudes(kernels: Kernels, w: &[f32]) -> Magnitudes {
+    // SAFETY: as above.
+    unsafe { (kernels.loops().magnitudes)(w) }
+}
+
+/// [`bitnet_core::ops::Ops::magnitudes_each`].
+pub(crate) fn magnitudes_each(kernels: Kernels, w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+    // SAFETY: as above.
+    unsafe { (kernels.loops().magnitudes_each)(w, width, out) }
 }

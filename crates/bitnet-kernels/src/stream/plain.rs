@@ -3,7 +3,7 @@
 //! A packer returns whether every value was in the alphabet, an unpacker whether the bytes are what a writer makes. After `false` the
 //! output means nothing, and the caller asks the layout in core for the error.
 
-use bitnet_core::ops::{self, Cuts};
+use bitnet_core::ops::{self, Cuts, Magnitudes};
 
 /// Values that are encoded to bytes before they are packed: whole bytes of two-bit and of base-3.
 pub(super) const BLOCK: usize = 1280;
@@ -12,35 +12,39 @@ pub(super) const BLOCK: usize = 1280;
 #[inline(always)]
 pub(super) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let code = |v: i8| v.wrapping_add(bias).cast_unsigned();
-    let mut most = 0;
+    // The bits that no code has, and the low bits of code 3 where it does not exist.
+    let three = if top == 3 { 0 } else { 0x0101_0101 };
+    let mut bad = 0;
     let (quads, tail) = values.as_chunks::<4>();
     for (quad, out) in quads.iter().zip(&mut *out) {
-        let [a, b, c, d] = quad.map(code);
-        most = most.max(a).max(b).max(c).max(d);
-        *out = a | b << 2 | c << 4 | d << 6;
+        let x = u32::from_le_bytes(quad.map(code));
+        bad |= x & 0xfcfc_fcfc | x & x >> 1 & three;
+        *out = (x | x >> 6 | x >> 12 | x >> 18) as u8;
     }
     if !tail.is_empty() {
         let byte = &mut out[quads.len()];
         *byte = 0;
         for (i, &v) in tail.iter().enumerate() {
-            most = most.max(code(v));
-            *byte |= code(v) << (2 * i);
+            bad |= u32::from(code(v) > top);
+            *byte |= (code(v) & 3) << (2 * i);
         }
     }
-    most <= top
+    bad == 0
 }
 
 /// The inverse of [`pack_two_bit`].
 #[inline(always)]
 pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     let mut threes = 0;
+    let biases = u32::from(bias.cast_unsigned()) * 0x0101_0101;
     let (quads, tail) = values.as_chunks_mut::<4>();
     for (quad, &byte) in quads.iter_mut().zip(bytes) {
         threes |= byte & byte >> 1;
         let x = u32::from(byte);
         let x = x | x << 6;
         let codes = (x | x << 12) & 0x0303_0303;
-        *quad = codes.to_le_bytes().map(|c| c.cast_signed() - bias);
+        // Four subtractions at once: with bit 7 set there is no borrow.
+        *quad = (((codes | 0x8080_8080) - biases) ^ 0x8080_8080).to_le_bytes().map(u8::cast_signed);
     }
     let mut rest = 0;
     if !tail.is_empty() {
@@ -140,55 +144,58 @@ pub(super) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool 
     blocks.iter().zip(values).fold(true, |ok, (block, values)| ok & unpack_quad_blocks::<32>(&block[..64], [0, 2, 4, 6], values))
 }
 
-/// Which of the 256 bytes are five digits of tq1_0, and which are four and a 0: bits 0 and 1.
-const DIGITS: [u8; 256] = {
-    let mut table = [0; 256];
-    let mut q = 0u16;
-    while q < 243 {
-        table[(q * 256).div_ceil(243) as usize] |= if q.is_multiple_of(3) { 3 } else { 1 };
-        q += 1;
-    }
-    table
-};
-
 /// Blocks of tq1_0 but their scales.
 #[inline(always)]
 pub(super) fn unpack_tq1(blocks: &[[u8; 54]], values: &mut [[i8; 256]]) -> bool {
     blocks.iter().zip(values).fold(true, |ok, (block, values)| ok & unpack_tq1_block(block, values))
 }
 
-/// 52 bytes of digits: `digit n = (byte · 3^n mod 256) · 3 div 256`.
+/// 52 bytes of digits: five each of 32 and of 16 bytes, four and a 0 of the last 4.
 #[inline(always)]
-fn unpack_tq1_block(digits: &[u8; 54], values: &mut [i8; 256]) -> bool {
-    let mut known = 3;
-    for &byte in &digits[..48] {
-        known &= DIGITS[usize::from(byte)] | 2;
-    }
-    for &byte in &digits[48..52] {
-        known &= DIGITS[usize::from(byte)];
-    }
-    let (first, rest) = values.split_at_mut(160);
-    let (second, third) = rest.split_at_mut(80);
-    for (n, power) in [1u8, 3, 9, 27, 81].into_iter().enumerate() {
-        let digit = |byte: u8| ((u16::from(byte.wrapping_mul(power)) * 3) >> 8) as i8 - 1;
-        for m in 0..32 {
-            first[32 * n + m] = digit(digits[m]);
-        }
-        for m in 0..16 {
-            second[16 * n + m] = digit(digits[32 + m]);
-        }
-        if n < 4 {
-            for m in 0..4 {
-                third[4 * n + m] = digit(digits[48 + m]);
-            }
-        }
-    }
-    known == 3
+fn unpack_tq1_block(block: &[u8; 54], values: &mut [i8; 256]) -> bool {
+    let (first, rest) = block.split_at(32);
+    let (second, third) = rest.split_at(16);
+    let mut ok = unpack_digits::<32>(first, &mut values[..160]);
+    ok &= unpack_digits::<16>(second, &mut values[160..240]);
+    ok &= unpack_digits::<4>(&third[..4], &mut values[240..]);
+    ok & third[..4].iter().fold(true, |ok, &byte| ok & (digit(byte.wrapping_mul(81)) == -1))
 }
 
-/// Weights to two-bit ternary codes. `_ahead` is for memory that is slower than the loop.
+/// The first digit of a fraction `ceil(256·q / 243)`; a product with 3 moves the next one there.
 #[inline(always)]
-pub(super) fn encode_two_bit(w: &[f32], cuts: Cuts, _ahead: usize, out: &mut [u8]) {
+fn digit(byte: u8) -> i8 {
+    ((u16::from(byte) * 3) >> 8) as i8 - 1
+}
+
+/// Digits of `N` bytes, `N` values apart. A byte is the fraction of some q exactly if `byte · 243 mod 256 < 243`.
+#[inline(always)]
+fn unpack_digits<const N: usize>(bytes: &[u8], values: &mut [i8]) -> bool {
+    let mut ok = true;
+    for bytes in bytes.as_chunks::<N>().0 {
+        for &byte in bytes {
+            ok &= byte.wrapping_mul(243) < 243;
+        }
+        let mut power = 1u8;
+        for values in values.as_chunks_mut::<N>().0 {
+            for i in 0..N {
+                values[i] = digit(bytes[i].wrapping_mul(power));
+            }
+            power = power.wrapping_mul(3);
+        }
+    }
+    ok
+}
+
+/// [`encode_two_bit`] and the magnitudes of the weights that come next.
+#[inline(always)]
+pub(super) fn encode_two_bit_and_size(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f32]) -> Magnitudes {
+    encode_two_bit(w, cuts, out);
+    ops::magnitudes(next)
+}
+
+/// Weights to two-bit ternary codes.
+#[inline(always)]
+pub(super) fn encode_two_bit(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     let mut values = [0; BLOCK];
     for (w, out) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / 4)) {
         ops::encode_cut(w, cuts, &mut values[..w.len()]);
@@ -210,12 +217,14 @@ pub(super) fn absmax(x: &[f32]) -> u32 {
     x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff))
 }
 
-/// `out = clip(round(x · inverse), −128, 127)`, ties to even; returns `Σ out`.
+/// `out = round(x · inverse)`, ties to even, where no product is beyond ±127.4; returns `Σ out`.
 #[inline(always)]
 pub(super) fn int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
+    // Above 2^23 the last bit of an f32 is 1, so the addition rounds to integers, and the low bits hold them.
+    const INTEGERS: f32 = (3 << 22) as f32;
     let mut sum = 0;
     for (q, &x) in out.iter_mut().zip(x) {
-        *q = (x * inverse).round_ties_even().clamp(-128.0, 127.0) as i8;
+        *q = (x * inverse + INTEGERS).to_bits() as i8;
         sum += i32::from(*q);
     }
     sum

@@ -6,9 +6,9 @@ use super::loops::Loops;
 use super::plain::BLOCK;
 use crate::{Kernels, Pool};
 use bitnet_core::granule::{Granule, STRIP};
-use bitnet_core::ops::{Cuts, Ops};
+use bitnet_core::ops::{Cuts, Magnitudes, Ops};
 use bitnet_core::pack::Layout;
-use bitnet_core::quantize::{Fitted, fit, quantize_rows};
+use bitnet_core::quantize::{Fitted, fit, fit_trits, quantize_rows};
 use bitnet_core::scheme::{Method, Scheme};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Result, ZeroPoints};
 use half::{bf16, f16};
@@ -171,15 +171,11 @@ impl Quantize<'_> {
             let parts =
                 bytes.chunks_mut(stride * rows).enumerate().map(|(part, bytes)| (part * rows, bytes, of_rows.next().unwrap_or_default()));
             each(self.pool, parts, |(first, bytes, scales)| {
-                let mut row = Row { job: self, dense, buffer: vec![], cuts: vec![] };
-                for (i, bytes) in bytes.chunks_mut(stride).enumerate() {
-                    let scales = if fitted.is_some() { &mut [] } else { &mut scales[per_row * i..][..per_row] };
-                    if let Err(new) = row.quantize(first + i, fitted, scales, bytes) {
-                        let mut error = error.lock().unwrap_or_else(PoisonError::into_inner);
-                        if error.as_ref().is_none_or(|(row, _)| first + i < *row) {
-                            *error = Some((first + i, new));
-                        }
-                        return;
+                let mut row = Row { job: self, dense, buffer: vec![], sizes: vec![], cuts: vec![] };
+                if let Err((at, new)) = row.part(first, fitted, scales, bytes, stride, per_row) {
+                    let mut error = error.lock().unwrap_or_else(PoisonError::into_inner);
+                    if error.as_ref().is_none_or(|(other, _)| at < *other) {
+                        *error = Some((at, new));
                     }
                 }
             });
@@ -234,45 +230,98 @@ struct Row<'a> {
     job: &'a Quantize<'a>,
     dense: Dense,
     buffer: Vec<f32>,
+    sizes: Vec<Magnitudes>,
     cuts: Vec<Cuts>,
 }
 
 impl Row<'_> {
-    fn quantize(&mut self, row: usize, fitted: Option<&Fitted>, scales: &mut [f32], out: &mut [u8]) -> Result<()> {
-        let Quantize { kernels, loops, spec, .. } = self.job;
-        let (first, width) = (row * spec.cols, if fitted.is_some() { spec.cols } else { spec.granule_cols() });
-        let w = self.job.weights.read(loops, first..first + spec.cols, &mut self.buffer);
-        let cuts_of = |fitted: &Fitted| fitted.cuts().expect("one plane of trits has cuts");
-        self.cuts.clear();
-        self.cuts.extend(fitted.map(cuts_of));
-        for (i, (w, scale)) in w.chunks(width).zip(scales).enumerate() {
-            let fitted = fit(kernels, w, self.job.scheme, None).map_err(|e| match e {
-                Error::NotFinite { index, value } => Error::NotFinite { index: first + i * width + index, value },
-                other => other,
-            })?;
-            *scale = fitted.scales[0];
-            self.cuts.push(cuts_of(&fitted));
+    /// A part of the matrix from row `first` on. An error comes with the number of its row.
+    fn part(
+        &mut self,
+        first: usize,
+        fitted: Option<&Fitted>,
+        scales: &mut [f32],
+        bytes: &mut [u8],
+        stride: usize,
+        per_row: usize,
+    ) -> Result<(), (usize, Error)> {
+        let spec = self.job.spec;
+        let width = spec.granule_cols();
+        let even = width.is_multiple_of(4) && spec.cols.is_multiple_of(width);
+        if let (Dense::TwoBit { .. }, Weights::F32(w), true, None) = (self.dense, self.job.weights, even, fitted) {
+            let w = &w[first * spec.cols..][..4 * bytes.len()];
+            return self.granules(w, first * spec.cols, scales, bytes).map_err(|(granule, e)| (first + granule / per_row, e));
         }
-        // What follows takes no memory bandwidth: the next row may come meanwhile, if this one had to.
-        let ahead = if fitted.is_some() { 0 } else { spec.cols };
-        if let (Dense::TwoBit { .. }, true) = (self.dense, width.is_multiple_of(4) || width == spec.cols) {
-            for ((w, &cuts), out) in w.chunks(width).zip(&self.cuts).zip(out.chunks_mut(width.div_ceil(4))) {
-                // SAFETY: the loops come from `Kernels::loops`.
-                unsafe { (loops.encode_two_bit)(w, cuts, ahead, out) };
-            }
-            return Ok(());
-        }
-        let mut values = [0; BLOCK];
-        for (block, (w, out)) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / self.dense.values())).enumerate() {
-            let mut at = 0;
-            while at < w.len() {
-                let column = block * BLOCK + at;
-                let end = (at + width - column % width).min(w.len());
-                kernels.encode_cut(&w[at..end], self.cuts[column / width], &mut values[at..end]);
-                at = end;
-            }
-            self.dense.pack(loops, &values[..w.len()], out);
+        for (i, bytes) in bytes.chunks_mut(stride).enumerate() {
+            let scales = if fitted.is_some() { &mut [] } else { &mut scales[per_row * i..][..per_row] };
+            self.row(first + i, fitted, scales, bytes).map_err(|e| (first + i, e))?;
         }
         Ok(())
     }
+
+    /// Granules of equal size, one after another in the bytes too: each is encoded while the next one is measured, which fits into one
+    /// another because sums wait for one another and codes do not. `index` is the position of the first weight in the matrix.
+    fn granules(&self, w: &[f32], index: usize, scales: &mut [f32], bytes: &mut [u8]) -> Result<(), (usize, Error)> {
+        let Quantize { kernels, loops, spec, .. } = self.job;
+        let width = spec.granule_cols();
+        let mut sizes = kernels.magnitudes(&w[..width.min(w.len())]);
+        for (i, (scale, bytes)) in scales.iter_mut().zip(bytes.chunks_mut(width / 4)).enumerate() {
+            let (now, next) = w[i * width..].split_at(width);
+            let fitted = self.fit(now, &sizes, index + i * width).map_err(|e| (i, e))?;
+            *scale = fitted.scales[0];
+            // SAFETY: the loops come from `Kernels::loops`.
+            sizes = unsafe { (loops.encode_two_bit_and_size)(now, cuts_of(&fitted), bytes, &next[..width.min(next.len())]) };
+        }
+        Ok(())
+    }
+
+    /// The parameters of a granule that begins at `index`.
+    fn fit(&self, w: &[f32], sizes: &Magnitudes, index: usize) -> Result<Fitted> {
+        fit_trits(&self.job.kernels, w, sizes, self.job.scheme, None).map_err(|e| match e {
+            Error::NotFinite { index: inside, value } => Error::NotFinite { index: index + inside, value },
+            other => other,
+        })
+    }
+
+    fn row(&mut self, row: usize, fitted: Option<&Fitted>, scales: &mut [f32], out: &mut [u8]) -> Result<()> {
+        let Quantize { kernels, loops, spec, weights, .. } = self.job;
+        let (first, width) = (row * spec.cols, if fitted.is_some() { spec.cols } else { spec.granule_cols() });
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let w = weights.read(loops, first..first + spec.cols, &mut buffer);
+        self.cuts.clear();
+        self.cuts.extend(fitted.map(cuts_of));
+        self.sizes.clear();
+        if fitted.is_none() {
+            kernels.magnitudes_each(w, width, &mut self.sizes);
+        }
+        for (i, (w, scale)) in w.chunks(width).zip(scales).enumerate() {
+            let fitted = self.fit(w, &self.sizes[i], first + i * width)?;
+            *scale = fitted.scales[0];
+            self.cuts.push(cuts_of(&fitted));
+        }
+        if let (Dense::TwoBit { .. }, true) = (self.dense, width.is_multiple_of(4) || width == spec.cols) {
+            for ((w, &cuts), out) in w.chunks(width).zip(&self.cuts).zip(out.chunks_mut(width.div_ceil(4))) {
+                // SAFETY: the loops come from `Kernels::loops`.
+                unsafe { (loops.encode_two_bit)(w, cuts, out) };
+            }
+        } else {
+            let mut values = [0; BLOCK];
+            for (block, (w, out)) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / self.dense.values())).enumerate() {
+                let mut at = 0;
+                while at < w.len() {
+                    let column = block * BLOCK + at;
+                    let end = (at + width - column % width).min(w.len());
+                    kernels.encode_cut(&w[at..end], self.cuts[column / width], &mut values[at..end]);
+                    at = end;
+                }
+                self.dense.pack(loops, &values[..w.len()], out);
+            }
+        }
+        self.buffer = buffer;
+        Ok(())
+    }
+}
+
+fn cuts_of(fitted: &Fitted) -> Cuts {
+    fitted.cuts().expect("one plane of trits has cuts")
 }

@@ -2,7 +2,7 @@
 
 use super::loops::Loops;
 use super::plain;
-use bitnet_core::ops::Cuts;
+use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
 use std::arch::x86_64::*;
 
 pub(super) const fn avx2(loops: Loops) -> Loops {
@@ -11,8 +11,20 @@ pub(super) const fn avx2(loops: Loops) -> Loops {
 
 pub(super) fn avx512(loops: Loops) -> Loops {
     // Every such processor has `pdep`, but nothing says that it must.
-    let encode_two_bit = if is_x86_feature_detected!("bmi2") { encode_two_bit_512 } else { loops.encode_two_bit };
-    Loops { pack_two_bit: pack_two_bit_512, encode_two_bit, absmax: absmax_512, int8: int8_512, ..loops }
+    let loops = match is_x86_feature_detected!("bmi2") {
+        true => Loops { encode_two_bit: encode_two_bit_512, encode_two_bit_and_size: encode_two_bit_and_size_512, ..loops },
+        false => loops,
+    };
+    Loops {
+        pack_two_bit: pack_two_bit_512,
+        absmax: absmax_512,
+        int8: int8_512,
+        scale_streamed: scale_streamed_512,
+        magnitudes: magnitudes_512,
+        magnitudes_each: magnitudes_each_512,
+        inside: inside_512,
+        ..loops
+    }
 }
 
 pub(super) const fn vbmi(loops: Loops) -> Loops {
@@ -101,29 +113,35 @@ fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn unpack_two_bit_vbmi(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
-    unpack_two_bit_wide::<false>(bytes, bias, top, values)
+    unpack_two_bit_aligned::<false>(bytes, bias, top, values)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn unpack_two_bit_streamed(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
-    // Whole bytes of codes up to the first cache line that can be written as one go the plain way.
-    let head = values.as_ptr().align_offset(64).min(values.len());
-    if !head.is_multiple_of(4) || head == values.len() {
-        return unpack_two_bit_vbmi(bytes, bias, top, values);
-    }
-    let (head_bytes, bytes) = bytes.split_at(head / 4);
-    let (head, values) = values.split_at_mut(head);
-    let ok = plain::unpack_two_bit(head_bytes, bias, top, head);
-    let ok = unpack_two_bit_wide::<true>(bytes, bias, top, values) && ok;
+    let ok = unpack_two_bit_aligned::<true>(bytes, bias, top, values);
     _mm_sfence();
     ok
 }
 
-/// With `ALIGNED`, `values` begins at a multiple of 64 bytes and is written past the caches.
+/// Whole bytes of codes up to the first cache line of the output that can be written as one go the plain way.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_wide<const ALIGNED: bool>(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
-    assert!(!ALIGNED || values.as_ptr().cast::<__m512i>().is_aligned());
+fn unpack_two_bit_aligned<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+    let head = values.as_ptr().align_offset(64);
+    if !head.is_multiple_of(4) || values.len() < 1024 {
+        return unpack_two_bit_wide::<false>(bytes, bias, top, values);
+    }
+    let (head_bytes, bytes) = bytes.split_at(head / 4);
+    let (head, values) = values.split_at_mut(head);
+    let ok = plain::unpack_two_bit(head_bytes, bias, top, head);
+    unpack_two_bit_wide::<STREAMED>(bytes, bias, top, values) && ok
+}
+
+/// With `STREAMED`, `values` begins at a multiple of 64 bytes and is written past the caches.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+fn unpack_two_bit_wide<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+    assert!(!STREAMED || values.as_ptr().cast::<__m512i>().is_aligned());
     let (blocks, tail) = values.as_chunks_mut::<256>();
     let (body, end) = bytes.split_at(64 * blocks.len());
     // Two bytes hold the eight codes of a qword; byte j of it is bits 2j … 2j + 7 of those, of which two count.
@@ -144,9 +162,9 @@ fn unpack_two_bit_wide<const ALIGNED: bool>(bytes: &[u8], bias: i8, top: u8, val
         for (pick, out) in pick.iter().zip(out.as_chunks_mut::<64>().0) {
             let codes = _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(*pick, x));
             let v = _mm512_sub_epi8(_mm512_and_si512(codes, mask), bias_all);
-            // SAFETY: 64 bytes; with `ALIGNED` they begin at a multiple of 64, because `values` does.
+            // SAFETY: 64 bytes; with `STREAMED` they begin at a multiple of 64, because `values` does.
             unsafe {
-                if ALIGNED {
+                if STREAMED {
                     _mm512_stream_si512(out.as_mut_ptr().cast(), v);
                 } else {
                     _mm512_storeu_si512(out.as_mut_ptr().cast(), v);
@@ -193,7 +211,7 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
     // The first four digits of bytes 0 … 121 as two-bit fields. Byte 242 − b has the digits 2 − d.
     const FIELDS: [[u8; 64]; 2] = [table!(i, fields(i)), table!(i, fields(i + 64))];
     const fn fields(byte: usize) -> u8 {
-        (byte % 3 | byte / 3 % 3 << 2 | byte / 9 % 3 << 4 | byte / 27 % 3 << 6) as u8
+        ((byte % 3) | ((byte / 3 % 3) << 2) | ((byte / 9 % 3) << 4) | ((byte / 27 % 3) << 6)) as u8
     }
     // With a word for each byte, whose fields are its five digits: the four words from which the eight values of a qword come, and in which
     // bit of those each begins.
@@ -244,27 +262,56 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,bmi2")]
-fn encode_two_bit_512(w: &[f32], cuts: Cuts, ahead: usize, out: &mut [u8]) {
+fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     let (blocks, tail) = w.as_chunks::<32>();
     let (body, end) = out.split_at_mut(8 * blocks.len());
-    let (low, high) = (_mm512_set1_ps(cuts.low), _mm512_set1_ps(cuts.high));
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<8>().0) {
-        let at = block.as_ptr();
-        let (mut over, mut under) = (0u32, 0u32);
-        for i in 0..2 {
-            if ahead != 0 {
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + 16 * i).cast());
-            }
-            // SAFETY: 16 of 32 numbers; the read needs no alignment.
-            let w = unsafe { _mm512_loadu_ps(at.add(16 * i)) };
-            over |= u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(w, high)) << (16 * i);
-            under |= u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(w, low)) << (16 * i);
-        }
-        // Code 2 is the high bit of a field, code 1 the low one.
-        let codes = _pdep_u64(over.into(), 0xaaaa_aaaa_aaaa_aaaa) | _pdep_u64((!(over | under)).into(), 0x5555_5555_5555_5555);
-        *out = codes.to_le_bytes();
+        block.as_chunks::<16>().0.iter().for_each(fetch);
+        *out = encode_32(block, cuts);
     }
-    plain::encode_two_bit(tail, cuts, 0, end);
+    if !tail.is_empty() {
+        plain::encode_two_bit(tail, cuts, end);
+    }
+}
+
+/// The sums of `next` wait for one another and leave room for the codes of `w`.
+#[target_feature(enable = "avx512f,bmi2")]
+fn encode_two_bit_and_size_512(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f32]) -> Magnitudes {
+    if w.len() != next.len() {
+        encode_two_bit_512(w, cuts, out);
+        return magnitudes_512(next);
+    }
+    let (blocks, tail) = w.as_chunks::<32>();
+    let (next_blocks, _) = next.as_chunks::<32>();
+    let (body, end) = out.split_at_mut(8 * blocks.len());
+    let mut sizes = Sizes::new();
+    for ((block, out), next) in blocks.iter().zip(body.as_chunks_mut::<8>().0).zip(next_blocks) {
+        for line in next.as_chunks::<16>().0 {
+            fetch(line);
+            sizes.add(line);
+        }
+        *out = encode_32(block, cuts);
+    }
+    if !tail.is_empty() {
+        plain::encode_two_bit(tail, cuts, end);
+    }
+    sizes.finish(next, 32 * blocks.len())
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,bmi2")]
+fn encode_32(w: &[f32; 32], cuts: Cuts) -> [u8; 8] {
+    let (low, high) = (_mm512_set1_ps(cuts.low), _mm512_set1_ps(cuts.high));
+    let (mut over, mut under) = (0u32, 0u32);
+    for i in 0..2 {
+        // SAFETY: 16 of 32 numbers; the read needs no alignment.
+        let w = unsafe { _mm512_loadu_ps(w.as_ptr().add(16 * i)) };
+        over |= u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(w, high)) << (16 * i);
+        under |= u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(w, low)) << (16 * i);
+    }
+    // Code 2 is the high bit of a field, code 1 the low one.
+    let codes = _pdep_u64(over.into(), 0xaaaa_aaaa_aaaa_aaaa) | _pdep_u64((!(over | under)).into(), 0x5555_5555_5555_5555);
+    codes.to_le_bytes()
 }
 
 #[target_feature(enable = "avx512f")]
@@ -303,4 +350,141 @@ fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
         unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), q) };
     }
     _mm512_reduce_add_epi32(sums) + plain::int8(tail, inverse, end)
+}
+
+#[target_feature(enable = "avx512f")]
+fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+    let (blocks, tail) = w.as_chunks::<16>();
+    let sign = _mm512_set1_epi32(if key == Key::Magnitude { 0x7fff_ffff } else { -1 });
+    let (over, limit) = (_mm512_set1_ps(low), _mm512_set1_ps(high));
+    for block in blocks {
+        // SAFETY: 16 numbers; the read needs no alignment.
+        let bits = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
+        let u = _mm512_castsi512_ps(_mm512_and_si512(bits, sign));
+        let inside = _mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(u, over), u, limit);
+        if out.capacity() - out.len() < 16 {
+            out.reserve(out.len().max(w.len() / 4 + 16));
+        }
+        // No branch on the keys: it would be mispredicted for many.
+        // SAFETY: there is room for 16 numbers, and those that are counted were written.
+        unsafe {
+            _mm512_storeu_ps(out.as_mut_ptr().add(out.len()), _mm512_maskz_compress_ps(inside, u));
+            out.set_len(out.len() + inside.count_ones() as usize);
+        }
+    }
+    ops::inside(tail, key, low, high, out);
+}
+
+/// Lanes of [`Magnitudes`], as the oracle has them.
+struct Sizes {
+    sums: [__m512d; 2],
+    most: [__m512d; 2],
+}
+
+impl Sizes {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new() -> Self {
+        Self { sums: [_mm512_setzero_pd(); 2], most: [_mm512_setzero_pd(); 2] }
+    }
+
+    /// Adds one weight to each lane.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(&mut self, w: &[f32; 16]) {
+        for (i, w) in w.as_chunks::<8>().0.iter().enumerate() {
+            // SAFETY: 8 numbers; the read needs no alignment.
+            self.add_half(i, _mm512_cvtps_pd(unsafe { _mm256_loadu_ps(w.as_ptr()) }));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add_half(&mut self, i: usize, w: __m512d) {
+        let a = _mm512_abs_pd(w);
+        self.sums[i] = _mm512_add_pd(self.sums[i], a);
+        self.most[i] = _mm512_max_pd(self.most[i], a);
+    }
+
+    /// The magnitudes of `w`, of which `done` weights, a multiple of 16, were added.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn finish(mut self, w: &[f32], done: usize) -> Magnitudes {
+        let (blocks, tail) = w[done..].as_chunks::<16>();
+        blocks.iter().for_each(|block| self.add(block));
+        let part = (1u16 << tail.len()) - 1;
+        // SAFETY: numbers beyond the tail are masked out and not read. They add 0 to sums that are never −0.
+        let rest = unsafe { _mm512_maskz_loadu_ps(part, tail.as_ptr()) };
+        self.add_half(0, _mm512_cvtps_pd(_mm512_castps512_ps256(rest)));
+        self.add_half(1, _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(rest)))));
+        // By halves, as the oracle does.
+        let sum = _mm512_add_pd(self.sums[0], self.sums[1]);
+        let sum = _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd::<1>(sum));
+        let sum = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd::<1>(sum));
+        let sum = _mm_cvtsd_f64(_mm_add_sd(sum, _mm_unpackhi_pd(sum, sum)));
+        let max = _mm512_reduce_max_pd(_mm512_max_pd(self.most[0], self.most[1])) as f32;
+        let one = |w: __m512| {
+            let a = _mm512_abs_ps(w);
+            _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, _mm512_set1_ps(max)) | _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, _mm512_setzero_ps()) == u16::MAX
+        };
+        let mut ternary = one(rest);
+        for block in w.as_chunks::<16>().0 {
+            if !ternary {
+                break;
+            }
+            // SAFETY: 16 numbers; the read needs no alignment.
+            ternary = one(unsafe { _mm512_loadu_ps(block.as_ptr()) });
+        }
+        Magnitudes { count: w.len() as u64, sum, max, ternary }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn magnitudes_512(w: &[f32]) -> Magnitudes {
+    let mut sizes = Sizes::new();
+    let (blocks, tail) = w.as_chunks::<16>();
+    for block in blocks {
+        fetch(block);
+        sizes.add(block);
+    }
+    sizes.finish(w, w.len() - tail.len())
+}
+
+#[target_feature(enable = "avx512f")]
+fn magnitudes_each_512(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+    for w in w.chunks(width) {
+        out.push(magnitudes_512(w));
+    }
+}
+
+/// How far ahead of its use a line is asked for, in bytes: into L2 first, into L1 later. A single core's loads alone do not keep memory busy.
+const AHEAD: (usize, usize) = (12 << 10, 3 << 10);
+
+/// Asks for the lines that come [`AHEAD`] of `w`; what lies beyond the matrix is only a hint.
+#[inline(always)]
+fn fetch(w: &[f32; 16]) {
+    let at = w.as_ptr().cast::<i8>();
+    // SAFETY: a prefetch touches no memory, whatever its address.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD.0));
+        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD.1));
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn scale_streamed_512(values: &[i8], scale: f32, out: &mut [f32]) {
+    if !out.as_ptr().cast::<__m512>().is_aligned() {
+        return plain::scale(values, scale, out);
+    }
+    let (blocks, tail) = values.as_chunks::<16>();
+    let (body, end) = out.split_at_mut(16 * blocks.len());
+    for (block, out) in blocks.iter().zip(body.as_chunks_mut::<16>().0) {
+        // SAFETY: 16 values of a byte; the read needs no alignment.
+        let v = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(block.as_ptr().cast()) });
+        // SAFETY: 16 numbers that begin at a multiple of 64, as `out` does.
+        unsafe { _mm512_stream_ps(out.as_mut_ptr(), _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(v))) };
+    }
+    plain::scale(tail, scale, end);
+    _mm_sfence();
 }

@@ -10,7 +10,7 @@ use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Scales, StoredType, output};
 
 impl Builder<'_> {
-    pub(super) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
+    pub(crate) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
         let tensor = &self.source.tensors[index];
         let Target::Quantized(precision) = choices.target() else { return self.keep(index) };
         let Some((rows, cols)) = tensor.matrix_shape() else { return self.keep(index) };
@@ -60,7 +60,14 @@ impl Builder<'_> {
                         });
                     }
                     Ok(()) => {
-                        let pack = Pack { scheme: Some(scheme), spec, layout: Some(layout), scale_dtype: dtype, scale_form: form };
+                        let pack = Pack {
+                            scheme: Some(scheme),
+                            spec,
+                            layout: Some(layout),
+                            scale_dtype: dtype,
+                            scale_form: form,
+                            importance: None,
+                        };
                         return self.pack(index, pack, None);
                     }
                     Err(why) => {
@@ -104,7 +111,11 @@ impl Builder<'_> {
         let dtype = choices.scale_dtype.unwrap_or(ScaleDtype::F32);
         let Some(scheme) = choices.scheme(granularity, dtype, ScaleForm::Direct)? else { return self.keep(index) };
         let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
-        self.pack(index, Pack { scheme: Some(scheme), spec, layout: None, scale_dtype: dtype, scale_form: ScaleForm::Direct }, None)
+        self.pack(
+            index,
+            Pack { scheme: Some(scheme), spec, layout: None, scale_dtype: dtype, scale_form: ScaleForm::Direct, importance: None },
+            None,
+        )
     }
 
     /// Granularities and scale types to try for a layout: what was chosen, else the finest that costs nothing.
@@ -162,6 +173,7 @@ impl Builder<'_> {
                     layout: None,
                     scale_dtype: q.spec.scale_dtype,
                     scale_form: ScaleForm::Direct,
+                    importance: None,
                 };
                 return self.pack(index, pack, None);
             }
@@ -204,7 +216,8 @@ impl Builder<'_> {
                                 ScaleForm::Direct if spec.scale_dtype == from || spec.scale_dtype == ScaleDtype::F32 => None,
                                 ScaleForm::Direct => Some(format!("codes exact, scales rounded from {from} to {stored}")),
                             };
-                            let pack = Pack { scheme: None, spec, layout: Some(layout), scale_dtype: stored, scale_form: form };
+                            let pack =
+                                Pack { scheme: None, spec, layout: Some(layout), scale_dtype: stored, scale_form: form, importance: None };
                             return self.pack(index, pack, note);
                         }
                     }

@@ -1,0 +1,66 @@
+//! `bitnet run`: goes on with a text.
+
+use crate::model::{RunArgs, speed, speed_json};
+use crate::print::Output;
+use crate::{Answer, job};
+use anyhow::Context;
+use bitnet_inference::{Error, Finish, Message};
+use serde_json::json;
+use std::io::Read;
+use std::sync::atomic::Ordering;
+
+/// The name of an end for programs.
+pub(crate) fn finish_name(finish: Option<Finish>) -> &'static str {
+    match finish {
+        Some(Finish::EndOfText) => "end_of_text",
+        Some(Finish::Stop) => "stop",
+        Some(Finish::MaxTokens) => "max_tokens",
+        Some(Finish::Context) => "context",
+        None => "interrupted",
+    }
+}
+
+pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
+    let options = args.generate.options()?;
+    let prompt = match &args.prompt {
+        Some(text) => text.clone(),
+        None => {
+            let mut text = String::new();
+            std::io::stdin().lock().read_to_string(&mut text).context("cannot read the prompt from stdin")?;
+            text
+        }
+    };
+    let model = args.load.load(&args.model)?;
+    let tokens = if args.chat { model.chat_tokens(&[Message::new("user", prompt)])? } else { model.tokenizer()?.encode(&prompt, true)? };
+    let context = match args.context {
+        0 => tokens.len().saturating_add(options.max_tokens).clamp(1, model.config().context),
+        n => n,
+    };
+    let interrupt = job::interrupt();
+    let mut generation = model.session(context, args.load.cache)?.into_generation(&tokens, &options)?;
+    let (mut text, mut ids) = (String::new(), vec![]);
+    while !interrupt.load(Ordering::Relaxed)
+        && let Some(token) = generation.next()
+    {
+        let token = token?;
+        out.stream(&token.text)?;
+        text += &token.text;
+        ids.push(token.id);
+    }
+    if !text.ends_with('\n') {
+        out.stream("\n")?;
+    }
+    let (finish, timings) = (generation.finish(), generation.timings());
+    if finish == Some(Finish::Context) {
+        eprintln!("note: the context of {context} positions is full; --context takes up to {}", model.config().context);
+    }
+    eprintln!("{}", speed(&timings));
+    out.document(json!({
+        "prompt_tokens": tokens,
+        "tokens": ids,
+        "text": text,
+        "finish": finish_name(finish),
+        "speed": speed_json(&timings),
+    }));
+    if finish.is_none() { Err(Error::Interrupted.into()) } else { Ok(Answer::Yes) }
+}

@@ -1,0 +1,234 @@
+//! What a graph needs to know, read from config.json or from the keys of a GGUF. What is not known is an error.
+
+use crate::Result;
+use bitnet_formats::arch::{self, Architecture, HfConfig};
+use bitnet_formats::{Error, Kind, Source, document};
+use bitnet_kernels::dense::Pairing;
+use serde_json::Value;
+use std::path::Path;
+
+/// The function between the gate and the product of the feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^−x)`.
+    Silu,
+    /// `max(x, 0)²`.
+    Relu2,
+}
+
+/// Rotary position embedding: pair i of a head of d elements turns by `position · theta^(−2i/d) / divisor_i`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// The base.
+    pub theta: f64,
+    /// Which elements make a pair. Hugging Face folders: halves. GGUF: adjacent ones in `llama`, halves in `bitnet`.
+    pub pairing: Pairing,
+    /// Divisors of the frequencies, d/2 of them; none means 1.
+    pub divisors: Option<Vec<f32>>,
+}
+
+impl Rope {
+    /// Frequencies of the d/2 pairs, in radians for each position.
+    pub(crate) fn frequencies(&self, head_dim: usize) -> Vec<f32> {
+        let frequency = |i: usize| {
+            let divisor = self.divisors.as_ref().map_or(1.0, |d| f64::from(d[i]));
+            (self.theta.powf(-((2 * i) as f64) / head_dim as f64) / divisor) as f32
+        };
+        (0..head_dim / 2).map(frequency).collect()
+    }
+}
+
+/// The facts of a model's graph.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Which graph.
+    pub architecture: Architecture,
+    /// Elements of a token's state.
+    pub hidden: usize,
+    /// Elements between the feed-forward matrices.
+    pub ffn: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Number of tokens that there are.
+    pub vocab: usize,
+    /// Positions that the model was made for.
+    pub context: usize,
+    /// What is added to the mean square in each norm.
+    pub norm_eps: f32,
+    /// The feed-forward layer's function.
+    pub activation: Activation,
+    /// Position embedding.
+    pub rope: Rope,
+    /// Whether the embedding is the output matrix too.
+    pub tied: bool,
+    /// Whether q, k, v and o have biases.
+    pub attention_bias: bool,
+    /// Whether gate, up and down have biases.
+    pub mlp_bias: bool,
+    /// Token that texts begin with, if the config names one.
+    pub bos: Option<u32>,
+    /// Tokens that end a text.
+    pub eos: Vec<u32>,
+}
+
+impl Config {
+    /// The config of an open checkpoint.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that this engine has no graph for, for a key that is
+    /// missing, and for keys that contradict one another.
+    pub fn read(source: &Source) -> Result<Self> {
+        match (source.kind, &source.config) {
+            (Kind::Gguf, _) => Self::from_gguf(source),
+            (_, Some(config)) => Self::from_hf(&source.path.join("config.json"), config),
+            (..) => {
+                Err(Error::file(&source.path, "a folder with config.json or a GGUF: weights alone are no model", "one .safetensors").into())
+            }
+        }
+    }
+
+    /// From a config.json.
+    ///
+    /// # Errors
+    /// As [`Config::read`].
+    pub fn from_hf(path: &Path, value: &Value) -> Result<Self> {
+        let architecture = Architecture::from_hf_config(value).map_err(|_| {
+            Error::config(path, "model_type", "'llama' or 'bitnet'", value.get("model_type").map_or("none".into(), Value::to_string))
+        })?;
+        let config = HfConfig { path, value };
+        let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+        let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(heads);
+        let head_dim = match config.optional_size("head_dim")? {
+            Some(n) => n,
+            None if hidden % heads == 0 => hidden / heads,
+            None => return Err(config.bad("head_dim", &format!("the size of one of {heads} heads, which do not divide {hidden}")).into()),
+        };
+        if heads % kv_heads != 0 {
+            return Err(config.bad("num_key_value_heads", &format!("a divisor of {heads} heads")).into());
+        }
+        if architecture == Architecture::Bitnet && heads * head_dim != hidden {
+            return Err(config
+                .bad("head_dim", &format!("{hidden} / {heads}, since the norm of the heads has hidden_size elements"))
+                .into());
+        }
+        let rope = arch::HfRope::read(&config, architecture, head_dim)?;
+        let divisors = rope.freqs.or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
+        let read = Self {
+            architecture,
+            hidden,
+            ffn: config.size("intermediate_size")?,
+            layers: config.size("num_hidden_layers")?,
+            heads,
+            kv_heads,
+            head_dim,
+            vocab: config.size("vocab_size")?,
+            context: config.size("max_position_embeddings")?,
+            norm_eps: config.float_or("rms_norm_eps", architecture, 1e-6)? as f32,
+            activation: match arch::activation(&config, architecture)? {
+                "relu2" => Activation::Relu2,
+                _ => Activation::Silu,
+            },
+            rope: Rope { theta: rope.theta, pairing: Pairing::Halves, divisors },
+            tied: config.flag("tie_word_embeddings")?,
+            attention_bias: config.flag("attention_bias")?,
+            mlp_bias: config.flag("mlp_bias")?,
+            bos: tokens(&config, "bos_token_id")?.first().copied(),
+            eos: tokens(&config, "eos_token_id")?,
+        };
+        read.check(path)?;
+        Ok(read)
+    }
+
+    /// Keys of a GGUF become those of a config.json, whose reader is the only one.
+    fn from_gguf(source: &Source) -> Result<Self> {
+        let path = &source.path;
+        for (key, value) in &source.gguf {
+            let known = |key: &str| KNOWN_GGUF_KEYS.contains(&key);
+            if let Some((prefix, key)) = key.split_once('.')
+                && matches!(prefix, "llama" | "bitnet" | "bitnet-b1" | "bitnet-25")
+                && !known(key.strip_prefix("58.").unwrap_or(key))
+                && format!("{prefix}.{key}") != document::KEY
+            {
+                return Err(
+                    Error::config(path, format!("{prefix}.{key}"), "a key that this engine's graph follows", value.preview(80)).into()
+                );
+            }
+        }
+        let shape = |name: &str| source.find_stored(name).filter(|_| name != arch::ROPE_FREQS).map(|i| source.stored[i].shape.clone());
+        let mut config = Self::from_hf(path, &arch::hf_config(path, &source.gguf, &shape)?)?;
+        config.rope.pairing = match config.architecture {
+            Architecture::Llama => Pairing::Adjacent,
+            Architecture::Bitnet => Pairing::Halves,
+        };
+        if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
+            let mut divisors = vec![0.0; source.stored[stored].elements()];
+            source.read_floats(stored, 0..divisors.len(), &mut vec![], &mut divisors)?;
+            if divisors.len() != config.head_dim / 2 || !divisors.iter().all(|d| d.is_finite() && *d > 0.0) {
+                let expected = format!("{} positive divisors", config.head_dim / 2);
+                return Err(Error::tensor(path, arch::ROPE_FREQS, expected, format!("{divisors:.60?}")).into());
+            }
+            config.rope.divisors = Some(divisors);
+        }
+        // llama.cpp ends an answer at the end of a turn too.
+        let turn = source.gguf.iter().find(|(key, _)| key == "tokenizer.ggml.eot_token_id").and_then(|(_, v)| v.as_u64());
+        if let Some(turn) = turn.and_then(|t| u32::try_from(t).ok()).filter(|t| !config.eos.contains(t)) {
+            config.eos.push(turn);
+        }
+        Ok(config)
+    }
+
+    /// Bounds that later arithmetic rests on.
+    fn check(&self, path: &Path) -> Result<()> {
+        let bounded = |key: &str, n: usize, most: usize| {
+            if n <= most { Ok(()) } else { Err(Error::config(path, key, format!("at most {most}"), n.to_string())) }
+        };
+        bounded("hidden_size", self.hidden, 1 << 17)?;
+        bounded("intermediate_size", self.ffn, 1 << 20)?;
+        bounded("num_hidden_layers", self.layers, 1 << 12)?;
+        bounded("num_attention_heads", self.heads, 1 << 12)?;
+        bounded("head_dim", self.head_dim, 1 << 12)?;
+        bounded("vocab_size", self.vocab, 1 << 24)?;
+        bounded("max_position_embeddings", self.context, 1 << 24)?;
+        Ok(())
+    }
+}
+
+/// What `llama` and `bitnet` files say, behind the prefix, that the graph follows or that says nothing about it.
+const KNOWN_GGUF_KEYS: [&str; 20] = [
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "vocab_size",
+    "hidden_activation",
+    "tensor_data_layout",
+    "attention.causal",
+    "tie_word_embeddings",
+];
+
+/// One token or several.
+fn tokens(config: &HfConfig<'_>, key: &str) -> Result<Vec<u32>> {
+    let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| config.bad(key, "a token, or a list of tokens"));
+    match config.value.get(key) {
+        None | Some(Value::Null) => Ok(vec![]),
+        Some(Value::Array(all)) => Ok(all.iter().map(one).collect::<Result<_, _>>()?),
+        Some(value) => Ok(vec![one(value)?]),
+    }
+}

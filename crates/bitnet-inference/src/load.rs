@@ -1,0 +1,431 @@
+//! Weights: from the tensors of a checkpoint, or made up.
+
+use crate::linear::{Linear, Machine, Weights};
+use crate::run::Norm;
+use crate::{Config, Error, Result};
+use bitnet_core::ops::Ops;
+use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
+use bitnet_formats::arch::{self, Architecture};
+use bitnet_formats::gguf::GgmlType;
+use bitnet_formats::hf::{LinearClass, Mode};
+use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
+use bitnet_kernels::dense::{BLOCK, Data, Matrix, quantize_blocks};
+use bitnet_kernels::matmul::Prepacked;
+use std::collections::HashSet;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+
+/// What the inputs of ternary layers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ActivationType {
+    /// int8 in models that say they were trained so (architecture `bitnet`, or a `quantization_config` of `bitnet`), floats in others.
+    #[default]
+    Auto,
+    /// 8-bit integers with one absmax scale for each token.
+    Int8,
+    /// Floats.
+    Float,
+}
+
+impl FromStr for ActivationType {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "int8" => Ok(Self::Int8),
+            "float" => Ok(Self::Float),
+            _ => Err(Error::Option { option: "activations", expected: "auto, int8 or float", got: format!("'{s}'") }),
+        }
+    }
+}
+
+/// How weights with float activations are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FloatType {
+    /// Without any loss: f32, f16 and bf16 as stored; Q8_0, Q4_0 and what else fits 8-bit integers with one f16 scale for each 32 columns so; the rest as
+    /// f32.
+    #[default]
+    Exact,
+    /// Rounded to bf16: an error of 2⁻⁹ of each weight, 56 dB.
+    Bf16,
+    /// 8-bit integers with one f16 scale for each 32 columns (Q8_0): about 44 dB for normal weights.
+    Int8,
+}
+
+impl FromStr for FloatType {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "exact" => Ok(Self::Exact),
+            "bf16" => Ok(Self::Bf16),
+            "int8" => Ok(Self::Int8),
+            _ => Err(Error::Option { option: "type of weights", expected: "exact, bf16 or int8", got: format!("'{s}'") }),
+        }
+    }
+}
+
+/// What a graph takes its weights from. Names are those of Hugging Face, without `.weight`.
+pub(crate) trait Provider: Sync {
+    fn config(&self) -> &Config;
+    /// Weights of a norm.
+    fn norm(&self, module: &str, len: usize) -> Result<Norm>;
+    /// A linear layer `(rows, cols)`.
+    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear>;
+    /// The embedding or the output matrix.
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix>;
+}
+
+/// Takes weights from a checkpoint.
+pub(crate) struct Loader<'a> {
+    pub(crate) source: &'a Source,
+    pub(crate) config: &'a Config,
+    pub(crate) machine: &'a Machine,
+    /// int8 activations for ternary layers.
+    pub(crate) int8: bool,
+    /// How linear layers and the embedding are held where they are floats.
+    pub(crate) floats: [FloatType; 2],
+    pub(crate) used: Mutex<HashSet<String>>,
+}
+
+/// Decodes whole rows from one on.
+type ReadRows<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
+
+/// Weights that are decoded at once.
+const STRIP: usize = 1 << 16;
+
+impl Provider for Loader<'_> {
+    fn config(&self) -> &Config {
+        self.config
+    }
+
+    fn norm(&self, module: &str, len: usize) -> Result<Norm> {
+        Ok(Norm(self.vector(&format!("{module}.weight"), len)?))
+    }
+
+    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
+        let (tensor, path) = self.tensor(&format!("{module}.weight"), &[rows, cols])?;
+        let bias = if bias { Some(self.vector(&format!("{module}.bias"), rows)?) } else { None };
+        let multiplier = self.multiplier(module)?;
+        let quantize = match &tensor.content {
+            Content::Quantized(q) => self.int8 && q.spec.precision == Precision::Ternary && q.spec.planes == 1,
+            _ => self.int8 && self.is_online(module)?,
+        };
+        let weights = if quantize {
+            let mut matrix = match &tensor.content {
+                Content::Quantized(q) => self.source.matrix(&tensor.name, q)?,
+                _ => self.ternarize(tensor, path, rows, cols)?,
+            };
+            matrix.scales.iter_mut().for_each(|s| *s *= multiplier);
+            let matrix = coarsest(matrix);
+            let packed = Prepacked::new(&matrix, &self.machine.pool).map_err(|source| matrix_error(path, tensor, source))?;
+            Weights::Ternary(packed)
+        } else {
+            if self.is_online(module)? {
+                let what = "int8 activations: weights that are made ternary on load are multiplied with nothing else";
+                return Err(bitnet_formats::Error::tensor(path, &tensor.name, what, "float activations").into());
+            }
+            let mut matrix = self.dense(tensor, path, rows, cols, self.floats[0])?;
+            if multiplier != 1.0 {
+                let mut all = vec![0.0; rows * cols];
+                all.chunks_mut(cols).enumerate().for_each(|(row, out)| matrix.row_into(row, out));
+                all.iter_mut().for_each(|w| *w *= multiplier);
+                matrix = Matrix::new(rows, cols, Data::F32(all)).map_err(|source| matrix_error(path, tensor, source))?;
+            }
+            Weights::Dense(matrix)
+        };
+        Ok(Linear { weights, bias })
+    }
+
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let (tensor, path) = self.tensor(&format!("{module}.weight"), &[rows, cols])?;
+        self.dense(tensor, path, rows, cols, self.floats[1])
+    }
+}
+
+fn matrix_error(path: &Path, tensor: &Tensor, source: bitnet_kernels::Error) -> Error {
+    Error::Matrix { path: path.to_path_buf(), tensor: tensor.name.clone(), source }
+}
+
+/// One scale for the tensor, if all blocks have the same one.
+fn coarsest(mut matrix: bitnet_core::Matrix) -> bitnet_core::Matrix {
+    let scale = matrix.scales.iter().copied().find(|s| *s != 0.0).unwrap_or(0.0);
+    if matrix.spec.granularity == Granularity::Tensor || matrix.scales.iter().any(|s| *s != scale && *s != 0.0) {
+        return matrix;
+    }
+    if matrix.scales.contains(&0.0) && scale != 0.0 {
+        // Under the scale 0 every value stands for 0; under another one only the value 0 does.
+        let (cols, width, per_row) = (matrix.spec.cols, matrix.spec.granule_cols(), matrix.spec.granules_per_row());
+        for (row, values) in matrix.values.chunks_mut(cols.max(1)).enumerate() {
+            for (group, values) in values.chunks_mut(width).enumerate() {
+                if matrix.scales[row * per_row + group] == 0.0 {
+                    values.fill(0);
+                }
+            }
+        }
+    }
+    matrix.spec.granularity = Granularity::Tensor;
+    matrix.scales = vec![scale];
+    matrix
+}
+
+impl Loader<'_> {
+    /// The tensor of a Hugging Face name, and its file.
+    fn tensor(&self, hf_name: &str, shape: &[usize]) -> Result<(&Tensor, &Path)> {
+        let name = self.stored_name(hf_name);
+        let Some(tensor) = self.source.find(&name) else {
+            return Err(bitnet_formats::Error::tensor(&self.source.path, &name, format!("shape {shape:?}"), "no such tensor").into());
+        };
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
+        let path = tensor.stored().first().map_or(self.source.path.as_path(), |&i| self.source.file_of(i));
+        if tensor.shape != shape {
+            let (expected, got) = (format!("shape {shape:?}, as config.json says"), format!("{:?}", tensor.shape));
+            return Err(bitnet_formats::Error::tensor(path, &tensor.name, expected, got).into());
+        }
+        if matches!(tensor.content, Content::Opaque(_)) {
+            let got = tensor.stored().first().map_or(String::new(), |&i| self.source.stored[i].dtype.to_string());
+            return Err(bitnet_formats::Error::tensor(path, &tensor.name, "weights of a type that this engine decodes", got).into());
+        }
+        Ok((tensor, path))
+    }
+
+    fn stored_name(&self, hf_name: &str) -> String {
+        match self.source.kind {
+            Kind::Gguf => arch::gguf_name(hf_name).unwrap_or_else(|| hf_name.into()),
+            Kind::Safetensors | Kind::Folder => hf_name.into(),
+        }
+    }
+
+    fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
+        let (tensor, path) = self.tensor(hf_name, &[len])?;
+        let mut out = vec![0.0; len];
+        match &tensor.content {
+            Content::Float(stored) => self.source.read_floats(*stored, 0..len, &mut vec![], &mut out)?,
+            _ => return Err(bitnet_formats::Error::tensor(path, &tensor.name, "floats", "quantized values").into()),
+        }
+        finite(path, tensor, 0, &out)?;
+        Ok(out)
+    }
+
+    /// What `blk.N.<module>.scale` of a GGUF multiplies the layer by; 1 where there is none.
+    fn multiplier(&self, module: &str) -> Result<f32> {
+        let name = self.stored_name(&format!("{module}.weight"));
+        let Some(name) = name.strip_suffix(".weight").map(|n| format!("{n}.scale")).filter(|_| self.source.kind == Kind::Gguf) else {
+            return Ok(1.0);
+        };
+        let Some(stored) = self.source.find_stored(&name) else { return Ok(1.0) };
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        let mut scale = [0.0];
+        let path = self.source.file_of(stored);
+        if self.source.stored[stored].elements() != 1 {
+            return Err(
+                bitnet_formats::Error::tensor(path, &name, "one number", format!("shape {:?}", self.source.stored[stored].shape)).into()
+            );
+        }
+        self.source.read_floats(stored, 0..1, &mut vec![], &mut scale)?;
+        if !scale[0].is_finite() {
+            return Err(bitnet_formats::Error::tensor(path, &name, "a finite number", scale[0].to_string()).into());
+        }
+        Ok(scale[0])
+    }
+
+    /// Whether the float weights of a module are made ternary in each forward pass.
+    fn is_online(&self, module: &str) -> Result<bool> {
+        let Some(bitnet) = self.source.bitnet.filter(|b| b.mode == Mode::Online) else { return Ok(false) };
+        let (path, config) = (self.source.path.join("config.json"), self.source.config.as_ref());
+        let bad = |key: &str, expected: &str, got: String| {
+            bitnet_formats::Error::config(&path, format!("quantization_config.{key}"), expected, got)
+        };
+        if bitnet.linear_class != LinearClass::AutoBitLinear {
+            return Err(bad("linear_class", "autobitlinear: no other class has an online mode", bitnet.linear_class.name().into()).into());
+        }
+        let kept = config.and_then(|c| c.pointer("/quantization_config/modules_to_not_convert")).filter(|v| !v.is_null());
+        let Some(kept) = kept else { return Ok(true) };
+        let expected = "a list of plain module names with lm_head among them";
+        let names: Option<Vec<&str>> = kept.as_array().and_then(|all| all.iter().map(|v| v.as_str()).collect());
+        let names =
+            names.filter(|all| all.contains(&"lm_head") && all.iter().all(|n| n.chars().all(|c| c.is_alphanumeric() || "._-".contains(c))));
+        let Some(names) = names else { return Err(bad("modules_to_not_convert", expected, kept.to_string()).into()) };
+        let prefix =
+            |name: &str| module.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.') || name.ends_with('.'));
+        Ok(!names.iter().any(|name| prefix(name) || module.ends_with(name)))
+    }
+
+    /// The absmean rule as each forward pass applies it: s = 1/max(mean|W|, 1e-5), values clamp(round(W·s), −1, 1), scale 1/s.
+    fn ternarize(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize) -> Result<bitnet_core::Matrix> {
+        let Content::Float(stored) = tensor.content else {
+            return Err(
+                bitnet_formats::Error::tensor(path, &tensor.name, "float weights, for quantization_mode is online", "packed ones").into()
+            );
+        };
+        let mut w = vec![0.0; rows * cols];
+        self.source.read_floats(stored, 0..w.len(), &mut vec![], &mut w)?;
+        finite(path, tensor, 0, &w)?;
+        let inverse = 1.0 / (self.machine.kernels.moments(&w).mean_abs() as f32).max(1e-5);
+        let values = w.iter().map(|w| (w * inverse).round_ties_even().clamp(-1.0, 1.0) as i8).collect();
+        let spec = MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor);
+        Ok(bitnet_core::Matrix { spec, values, scales: vec![1.0 / inverse], zero_points: vec![] })
+    }
+
+    /// Weights for float activations.
+    fn dense(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, choice: FloatType) -> Result<Matrix> {
+        let read: Box<ReadRows<'_>> = match &tensor.content {
+            Content::Quantized(q) => {
+                let matrix = self.source.matrix(&tensor.name, q)?;
+                if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
+                    let got = format!("{} × {}", matrix.spec.rows, matrix.spec.cols);
+                    return Err(bitnet_formats::Error::tensor(path, &tensor.name, format!("a matrix of {rows} × {cols}"), got).into());
+                }
+                if choice == FloatType::Exact
+                    && let Some(data) = as_blocks(&matrix)
+                {
+                    return Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source));
+                }
+                Box::new(move |first, out| {
+                    out.chunks_mut(cols.max(1)).enumerate().for_each(|(i, out)| matrix.dequantize_row_into(first + i, out));
+                    Ok(())
+                })
+            }
+            Content::Float(stored) | Content::Opaque(stored) => {
+                let (source, stored) = (self.source, *stored);
+                if choice != FloatType::Bf16
+                    && let StoredType::Ggml(kind @ (GgmlType::Q8_0 | GgmlType::Q4_0)) = source.stored[stored].dtype
+                {
+                    let data = self.blocks(stored, kind, rows, cols)?;
+                    return Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source));
+                }
+                Box::new(move |first, out| {
+                    let at = first * cols;
+                    Ok(source.read_floats(stored, at..at + out.len(), &mut vec![], out)?)
+                })
+            }
+        };
+        let exact = match &tensor.content {
+            Content::Float(i) => self.source.stored[*i].dtype.to_string(),
+            _ => String::new(),
+        };
+        let pool = &self.machine.pool;
+        let failed = Mutex::new(None);
+        let strip = (STRIP / cols.max(1)).max(1);
+        let weights = rows * cols;
+        // Decodes a strip into a buffer, checks it, and hands it on; keeps the first failure.
+        let each = |part: usize, count: usize, then: &mut dyn FnMut(&[f32])| {
+            let mut floats = vec![0.0; count];
+            match read(part * strip, &mut floats).and_then(|()| finite(path, tensor, part * strip * cols, &floats)) {
+                Ok(()) => then(&floats),
+                Err(error) => _ = failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error),
+            }
+        };
+        let data = match (choice, exact.as_str()) {
+            (FloatType::Exact, "F16") => {
+                let mut all = vec![0u16; weights];
+                pool.for_chunks(&mut all, strip * cols, |part, out| {
+                    each(part, out.len(), &mut |w| out.iter_mut().zip(w).for_each(|(o, w)| *o = half::f16::from_f32(*w).to_bits()));
+                });
+                Data::F16(all)
+            }
+            (FloatType::Bf16, _) | (FloatType::Exact, "BF16") => {
+                let mut all = vec![0u16; weights];
+                pool.for_chunks(&mut all, strip * cols, |part, out| {
+                    each(part, out.len(), &mut |w| out.iter_mut().zip(w).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits()));
+                });
+                Data::Bf16(all)
+            }
+            (FloatType::Exact, _) => {
+                let mut all = vec![0f32; weights];
+                pool.for_chunks(&mut all, strip * cols, |part, out| each(part, out.len(), &mut |w| out.copy_from_slice(w)));
+                Data::F32(all)
+            }
+            (FloatType::Int8, _) => {
+                let blocks = cols.div_ceil(BLOCK);
+                let (mut values, mut scales) = (vec![0i8; weights], vec![0u16; rows * blocks]);
+                let mut strips: Vec<_> = values.chunks_mut(strip * cols).zip(scales.chunks_mut(strip * blocks)).collect();
+                pool.for_chunks(&mut strips, 1, |part, strips| {
+                    let (values, scales) = &mut strips[0];
+                    each(part, values.len(), &mut |w| {
+                        let rows = values.chunks_mut(cols).zip(scales.chunks_mut(blocks));
+                        w.chunks(cols).zip(rows).for_each(|(w, (values, scales))| quantize_blocks(w, values, scales));
+                    });
+                });
+                Data::Int8 { values, scales }
+            }
+        };
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source)),
+        }
+    }
+
+    /// Q8_0 and Q4_0 blocks as 8-bit ones: a block is an f16 scale, then 32 values, or 16 bytes whose low halves come before the high ones, less 8.
+    fn blocks(&self, stored: usize, kind: GgmlType, rows: usize, cols: usize) -> Result<Data> {
+        let bytes = self.source.read_all(stored)?;
+        let blocks = rows * cols / BLOCK;
+        let (mut values, mut scales) = (Vec::with_capacity(rows * cols), Vec::with_capacity(blocks));
+        for block in bytes.chunks_exact(kind.block_bytes()) {
+            let (scale, codes) = block.split_at(2);
+            scales.push(u16::from_le_bytes([scale[0], scale[1]]));
+            match kind {
+                GgmlType::Q8_0 => values.extend(codes.iter().map(|&b| b as i8)),
+                _ => {
+                    values.extend(codes.iter().map(|b| (b & 15) as i8 - 8));
+                    values.extend(codes.iter().map(|b| (b >> 4) as i8 - 8));
+                }
+            }
+        }
+        if let Some(i) = scales.iter().position(|s| s & 0x7c00 == 0x7c00) {
+            let (path, name) = (self.source.file_of(stored), &self.source.stored[stored].name);
+            return Err(bitnet_formats::Error::tensor(path, name, "finite scales", format!("NaN or infinity in block {i}")).into());
+        }
+        Ok(Data::Int8 { values, scales })
+    }
+
+    /// Refuses tensors that the graph has no place for: they would be left out in silence.
+    pub(crate) fn check_all_used(&self) -> Result<()> {
+        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        for tensor in self.source.tensors.iter().filter(|t| !used.contains(&t.name)) {
+            let name = tensor.name.as_str();
+            // A tied head is the embedding whatever the file holds beside it, and rotation frequencies are computed or read apart.
+            let known = name.ends_with("rotary_emb.inv_freq") || name == arch::ROPE_FREQS || (self.config.tied && name == "lm_head.weight");
+            if !known {
+                let path = tensor.stored().first().map_or(self.source.path.as_path(), |&i| self.source.file_of(i));
+                let graph = match self.config.architecture {
+                    Architecture::Llama => "llama",
+                    Architecture::Bitnet => "bitnet",
+                };
+                let got = format!("one that it has no place for, of shape {:?}", tensor.shape);
+                return Err(
+                    bitnet_formats::Error::tensor(path, name, format!("a tensor of the {graph} graph with this config"), got).into()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A quantized matrix as 8-bit blocks, where that is exact: one plane without zero points, scales that f16 holds, and one scale to a block.
+fn as_blocks(matrix: &bitnet_core::Matrix) -> Option<Data> {
+    let spec = &matrix.spec;
+    let width = spec.granule_cols();
+    let exact = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
+    let fits = spec.planes == 1
+        && spec.zero_points == ZeroPoints::None
+        && (width.is_multiple_of(BLOCK) || width >= spec.cols)
+        && (spec.scale_dtype == ScaleDtype::F16 || matrix.scales.iter().all(exact));
+    if !fits {
+        return None;
+    }
+    let blocks = spec.cols.div_ceil(BLOCK);
+    let scale = |row: usize, block: usize| half::f16::from_f32(matrix.scales[spec.scale_index(0, row, block * BLOCK)]).to_bits();
+    let scales = (0..spec.rows).flat_map(|row| (0..blocks).map(move |block| (row, block))).map(|(row, block)| scale(row, block)).collect();
+    Some(Data::Int8 { values: matrix.values.clone(), scales })
+}
+
+/// Refuses NaN and infinity; `first` is the index of the first weight.
+fn finite(path: &Path, tensor: &Tensor, first: usize, w: &[f32]) -> Result<()> {
+    match w.iter().position(|w| !w.is_finite()) {
+        None => Ok(()),
+        Some(i) => {
+            Err(bitnet_formats::Error::tensor(path, &tensor.name, "finite weights", format!("{} at index {}", w[i], first + i)).into())
+        }
+    }
+}

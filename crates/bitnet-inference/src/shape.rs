@@ -1,0 +1,124 @@
+//! Models with made-up weights: the shape of a known one, to measure speed without a download.
+
+use crate::linear::{Linear, Machine, Weights};
+use crate::load::{FloatType, Provider};
+use crate::random::Random;
+use crate::run::Norm;
+use crate::{Activation, Config, Error, Result, Rope};
+use bitnet_core::{Granularity, MatrixSpec, Precision};
+use bitnet_formats::arch::Architecture;
+use bitnet_kernels::dense::{BLOCK, Data, Matrix, Pairing, quantize_blocks};
+use bitnet_kernels::matmul::Prepacked;
+
+impl Config {
+    /// The shape of a model by name: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
+    ///
+    /// # Errors
+    /// [`Error::Option`] for another name.
+    pub fn shape(name: &str) -> Result<Self> {
+        let config = |architecture, activation, hidden, ffn, layers, heads, kv_heads, head_dim, vocab, context, theta, tied| Self {
+            architecture,
+            hidden,
+            ffn,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            vocab,
+            context,
+            norm_eps: 1e-5,
+            activation,
+            rope: Rope { theta, pairing: Pairing::Halves, divisors: None },
+            tied,
+            attention_bias: false,
+            mlp_bias: false,
+            bos: None,
+            eos: vec![],
+        };
+        use Activation::{Relu2, Silu};
+        use Architecture::{Bitnet, Llama};
+        match name {
+            "bitnet-2b-4t" => Ok(config(Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true)),
+            "llama3-8b" => Ok(config(Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false)),
+            "tiny" => Ok(config(Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true)),
+            _ => Err(Error::Option { option: "shape", expected: "bitnet-2b-4t, llama3-8b or tiny", got: format!("'{name}'") }),
+        }
+    }
+}
+
+/// Ternary layers with four in ten weights 0 and a scale that keeps activations of order 1; norms of ones; a normal-like embedding.
+pub(crate) struct MadeUp<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) machine: &'a Machine,
+    pub(crate) embedding: FloatType,
+}
+
+/// The seed of a module: the same weights on every machine.
+fn seed(module: &str) -> u64 {
+    module.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl Provider for MadeUp<'_> {
+    fn config(&self) -> &Config {
+        self.config
+    }
+
+    fn norm(&self, _: &str, len: usize) -> Result<Norm> {
+        Ok(Norm(vec![1.0; len]))
+    }
+
+    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
+        let mut random = Random::new(seed(module));
+        // Ten trits from 64 bits: thresholds on six bits each.
+        let mut values = vec![0i8; rows * cols];
+        for chunk in values.chunks_mut(10) {
+            let mut bits = random.next();
+            for v in chunk {
+                *v = i8::from(bits & 63 < 19) - i8::from(bits & 63 >= 45);
+                bits >>= 6;
+            }
+        }
+        let spec = MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor);
+        let matrix = bitnet_core::Matrix { spec, values, scales: vec![1.3 / (cols as f32).sqrt()], zero_points: vec![] };
+        let packed = Prepacked::new(&matrix, &self.machine.pool)?;
+        Ok(Linear { weights: Weights::Ternary(packed), bias: bias.then(|| vec![0.0; rows]) })
+    }
+
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let pool = &self.machine.pool;
+        // The sum of four uniform numbers, each a quarter of 64 bits.
+        let fill = |row: usize, out: &mut [f32]| {
+            let mut random = Random::new(seed(module) ^ row as u64);
+            for w in out {
+                let bits = random.next();
+                let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
+                *w = (sum as f32 / 65536.0 - 2.0) * 0.05;
+            }
+        };
+        let data = match self.embedding {
+            FloatType::Int8 => {
+                let blocks = cols.div_ceil(BLOCK);
+                let (mut values, mut scales) = (vec![0i8; rows * cols], vec![0u16; rows * blocks]);
+                let mut all: Vec<_> = values.chunks_mut(cols).zip(scales.chunks_mut(blocks)).collect();
+                pool.for_chunks(&mut all, 256, |part, some| {
+                    let mut floats = vec![0.0; cols];
+                    for (i, (values, scales)) in some.iter_mut().enumerate() {
+                        fill(part * 256 + i, &mut floats);
+                        quantize_blocks(&floats, values, scales);
+                    }
+                });
+                Data::Int8 { values, scales }
+            }
+            FloatType::Exact | FloatType::Bf16 => {
+                let mut all = vec![0u16; rows * cols];
+                pool.for_chunks(&mut all, cols, |row, out| {
+                    let mut floats = vec![0.0; cols];
+                    fill(row, &mut floats);
+                    out.iter_mut().zip(&floats).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
+                });
+                Data::Bf16(all)
+            }
+        };
+        Ok(Matrix::new(rows, cols, data)?)
+    }
+}

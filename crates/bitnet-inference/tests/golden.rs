@@ -1,0 +1,277 @@
+//! Logits of tiny random models against those that transformers computed in f32: scripts/make-inference-golden.py made both.
+
+use bitnet_inference::{CacheType, KvCache, LoadOptions, Model, Scratch, Step, Want};
+use bitnet_kernels::Kernels;
+use safetensors::{Dtype, SafeTensors};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const PROMPT: usize = 23;
+const STEPS: usize = 16;
+/// Largest difference of a logit over the largest logit. Floats: sums of at most 76 products in f32, over two layers. Where inputs are quantized, a last bit may
+/// move an activation over a tie to its neighbour, 1/127 of the largest of its token; no such tie is in these models.
+const BOUND: f32 = 2e-5;
+
+const MODELS: [&str; 10] = [
+    "llama-f32",
+    "llama-f16-rope",
+    "llama-bf16-head",
+    "llama-bitlinear",
+    "llama-autobitlinear",
+    "llama-online",
+    "bitnet-bitlinear",
+    "bitnet-autobitlinear",
+    "bitnet-online",
+    "bitnet-float",
+];
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+struct Golden {
+    tokens: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+fn golden(name: &str) -> Golden {
+    let bytes = fs::read(folder(name).join("golden.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (tokens, logits) = (file.tensor("tokens").unwrap(), file.tensor("logits").unwrap());
+    assert_eq!((tokens.dtype(), logits.dtype()), (Dtype::I32, Dtype::F32));
+    let tokens: Vec<u32> = tokens.data().as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+    let logits: Vec<f32> = logits.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    assert_eq!(tokens.len(), PROMPT + STEPS);
+    Golden { tokens, logits }
+}
+
+fn load(path: &Path, threads: usize, kernels: Kernels) -> Model {
+    Model::load_with(path, &LoadOptions { threads, kernels, ..Default::default() }).unwrap()
+}
+
+/// The prompt in one pass, then one token at a time.
+fn as_generated(model: &Model, tokens: &[u32], cache: CacheType) -> Vec<f32> {
+    let (mut cache, mut scratch) = (KvCache::new(model.config(), 64, cache), Scratch::default());
+    let step = Step { cache: &mut cache, tokens: &tokens[..PROMPT], want: Want::All };
+    let mut logits = model.forward(&mut [step], &mut scratch).unwrap().to_vec();
+    for token in tokens[PROMPT..].chunks(1) {
+        logits.extend(model.forward(&mut [Step { cache: &mut cache, tokens: token, want: Want::Last }], &mut scratch).unwrap());
+    }
+    assert_eq!(cache.len(), tokens.len());
+    logits
+}
+
+fn relative(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    let top = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let worst = got.iter().zip(expected).fold(0.0f32, |m, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() });
+    worst / top
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let mut failed = vec![];
+    for name in MODELS {
+        let (model, golden) = (load(&folder(name), 1, Kernels::detect()), golden(name));
+        let error = relative(&as_generated(&model, &golden.tokens, CacheType::F32), &golden.logits);
+        println!("{name}: {error:.1e}");
+        if error.is_nan() || error > BOUND {
+            failed.push(format!("{name}: {error:.2e}"));
+        }
+    }
+    assert!(failed.is_empty(), "{failed:?}");
+}
+
+#[test]
+fn caches_of_fewer_bits_lose_what_they_must() {
+    for name in MODELS {
+        let (model, golden) = (load(&folder(name), 1, Kernels::detect()), golden(name));
+        let [half, int8] = [CacheType::F16, CacheType::Int8].map(|c| relative(&as_generated(&model, &golden.tokens, c), &golden.logits));
+        // With quantized inputs a change of a key may move any activation to its neighbour, and those of the next layer.
+        assert!(half > 0.0 && half < 0.05 && int8 < 0.3, "{name}: {half} {int8}");
+        if name == "llama-f32" {
+            assert!(half < 2e-3 && int8 < 0.05 && half < int8, "{half} {int8}");
+        }
+    }
+}
+
+#[test]
+fn threads_instruction_sets_and_batches_change_no_bit() {
+    for name in ["llama-f32", "llama-bitlinear", "bitnet-autobitlinear"] {
+        let golden = golden(name);
+        let mut first: Option<Vec<u32>> = None;
+        for kernels in Kernels::all() {
+            for threads in [1, 2, 3] {
+                let model = load(&folder(name), threads, kernels);
+                assert_eq!(model.threads(), threads);
+                let logits = bits(&as_generated(&model, &golden.tokens, CacheType::F16));
+                assert_eq!(*first.get_or_insert_with(|| logits.clone()), logits, "{name}, {}, {threads} threads", kernels.isa());
+            }
+        }
+        let model = load(&folder(name), 2, Kernels::detect());
+        let vocab = model.config().vocab;
+        let expected = first.unwrap();
+        let mut scratch = Scratch::default();
+        // All tokens in one pass, in odd pieces, and one by one.
+        for piece in [golden.tokens.len(), 7, 1] {
+            let mut cache = KvCache::new(model.config(), 40, CacheType::F16);
+            let mut logits = vec![];
+            for tokens in golden.tokens.chunks(piece) {
+                logits.extend(bits(model.forward(&mut [Step { cache: &mut cache, tokens, want: Want::All }], &mut scratch).unwrap()));
+            }
+            assert_eq!(logits, expected, "{name}, pieces of {piece}");
+        }
+        // Three sequences together, of other lengths and wants.
+        let mut caches = [0; 3].map(|_| KvCache::new(model.config(), 64, CacheType::F16));
+        let [a, b, c] = &mut caches;
+        let other: Vec<u32> = golden.tokens.iter().rev().copied().collect();
+        let mut steps = [
+            Step { cache: a, tokens: &golden.tokens[..30], want: Want::Last },
+            Step { cache: b, tokens: &other, want: Want::Nothing },
+            Step { cache: c, tokens: &golden.tokens[..12], want: Want::All },
+        ];
+        let logits = bits(model.forward(&mut steps, &mut scratch).unwrap());
+        assert_eq!(logits.len(), 13 * vocab);
+        assert_eq!(logits[..vocab], expected[29 * vocab..30 * vocab], "{name}: the last of the first");
+        assert_eq!(logits[vocab..], expected[..12 * vocab], "{name}: all of the third");
+        let [a, _, c] = &mut caches;
+        let mut steps = [
+            Step { cache: c, tokens: &golden.tokens[12..14], want: Want::Last },
+            Step { cache: a, tokens: &golden.tokens[30..31], want: Want::Last },
+        ];
+        let logits = bits(model.forward(&mut steps, &mut scratch).unwrap());
+        assert_eq!(logits[..vocab], expected[13 * vocab..14 * vocab]);
+        assert_eq!(logits[vocab..], expected[30 * vocab..31 * vocab]);
+    }
+}
+
+/// A copy of a model's folder that a test may spoil.
+fn copy(name: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(folder(name).join(file), dir.path().join(file)).unwrap();
+    }
+    dir
+}
+
+fn edit_config(dir: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+    let path = dir.join("config.json");
+    let mut config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut config);
+    fs::write(path, config.to_string()).unwrap();
+}
+
+/// The error of a folder that must not load.
+#[track_caller]
+fn refused(dir: &Path, parts: &[&str]) {
+    let message = Model::load(dir).unwrap_err().to_string();
+    assert!(parts.iter().all(|p| message.contains(p)) && !message.contains('\n'), "{parts:?} in {message}");
+}
+
+/// The bytes of a tensor, changed in place.
+fn edit_tensor(dir: &Path, tensor: &str, edit: impl Fn(&mut [u8])) {
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (len, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let (start, end) = header.tensors()[tensor].data_offsets;
+    edit(&mut bytes[8 + len + start..8 + len + end]);
+    fs::write(path, bytes).unwrap();
+}
+
+/// What the goldens would catch, each far beyond the bound.
+#[test]
+fn mistakes_change_the_logits() {
+    let error = |dir: &Path, name: &str| {
+        let golden = golden(name);
+        relative(&as_generated(&load(dir, 1, Kernels::detect()), &golden.tokens, CacheType::F32), &golden.logits)
+    };
+    // SiLU for ReLU².
+    let dir = copy("bitnet-autobitlinear");
+    edit_config(dir.path(), |c| c["hidden_act"] = "silu".into());
+    let got = error(dir.path(), "bitnet-autobitlinear");
+    assert!(got > 100.0 * BOUND, "activation: {got}");
+    // The scale turned round, in weights whose size does not give it away.
+    for (name, class) in [("llama-bitlinear", "autobitlinear"), ("llama-autobitlinear", "bitlinear")] {
+        let dir = copy(name);
+        edit_config(dir.path(), |c| c["quantization_config"]["linear_class"] = class.into());
+        let got = error(dir.path(), name);
+        assert!(got > 100.0 * BOUND, "scale: {got}");
+    }
+    // Codes in the other order within each byte, and rows packed side by side.
+    let swapped = |b: u8| b << 6 | (b & 0x0c) << 2 | (b & 0x30) >> 2 | b >> 6;
+    let dir = copy("bitnet-bitlinear");
+    edit_tensor(dir.path(), "model.layers.1.mlp.up_proj.weight", |bytes| bytes.iter_mut().for_each(|b| *b = swapped(*b)));
+    let got = error(dir.path(), "bitnet-bitlinear");
+    assert!(got > 100.0 * BOUND, "bits: {got}");
+    // Another base of the rotation, another epsilon.
+    for (key, value) in [("rope", 1e6), ("rms_norm_eps", 1e-2)] {
+        let dir = copy("llama-f32");
+        edit_config(dir.path(), |c| match key {
+            "rope" => c["rope_parameters"]["rope_theta"] = value.into(),
+            _ => c[key] = value.into(),
+        });
+        let got = error(dir.path(), "llama-f32");
+        assert!(got > 100.0 * BOUND, "{key}: {got}");
+    }
+}
+
+#[test]
+fn what_is_not_known_is_refused() {
+    type Edit = fn(&mut serde_json::Value);
+    let cases: [(&str, Edit, &[&str]); 12] = [
+        ("llama-f32", |c| c["model_type"] = "mamba".into(), &["model_type", "'llama' or 'bitnet'", "mamba"]),
+        ("llama-f32", |c| c["hidden_act"] = "gelu".into(), &["hidden_act", "gelu"]),
+        ("llama-f32", |c| c["rope_parameters"]["rope_type"] = "yarn".into(), &["rope_type", "yarn"]),
+        ("llama-f32", |c| c["num_key_value_heads"] = 3.into(), &["num_key_value_heads", "divisor of 4"]),
+        ("llama-f32", |c| c["hidden_size"] = 52.into(), &["model.safetensors", "model.embed_tokens.weight", "[61, 52]", "[61, 48]"]),
+        ("llama-f32", |c| c["num_hidden_layers"] = 3.into(), &["model.layers.2.", "no such tensor"]),
+        ("llama-f32", |c| c["num_hidden_layers"] = 1.into(), &["model.layers.1.", "no place"]),
+        ("llama-f32", |c| c["attention_bias"] = false.into(), &["self_attn.k_proj.bias", "no place"]),
+        ("llama-f32", |c| c["vocab_size"] = serde_json::Value::Null, &["vocab_size", "positive number"]),
+        ("llama-bitlinear", |c| c["quantization_config"]["linear_class"] = "other".into(), &["linear_class", "'other'"]),
+        ("llama-online", |c| c["quantization_config"]["linear_class"] = "bitlinear".into(), &["linear_class", "autobitlinear"]),
+        ("bitnet-float", |c| c["model_type"] = "llama".into(), &["ffn_sub_norm", "llama graph", "no place"]),
+    ];
+    for (name, edit, parts) in cases {
+        let dir = copy(name);
+        edit_config(dir.path(), edit);
+        refused(dir.path(), parts);
+    }
+}
+
+#[test]
+fn broken_weights_are_refused() {
+    let dir = copy("llama-f32");
+    edit_tensor(dir.path(), "model.layers.1.mlp.up_proj.weight", |b| b[400..404].copy_from_slice(&f32::NAN.to_le_bytes()));
+    refused(dir.path(), &["model.safetensors", "model.layers.1.mlp.up_proj.weight", "finite", "NaN at index 100"]);
+    let dir = copy("bitnet-bitlinear");
+    edit_tensor(dir.path(), "model.layers.0.mlp.up_proj.weight", |b| b[7] |= 3);
+    refused(dir.path(), &["model.safetensors", "model.layers.0.mlp.up_proj.weight"]);
+    let dir = copy("llama-f32");
+    let bytes = fs::read(dir.path().join("model.safetensors")).unwrap();
+    fs::write(dir.path().join("model.safetensors"), &bytes[..bytes.len() - 4]).unwrap();
+    refused(dir.path(), &["model.safetensors"]);
+    let alone = folder("llama-f32").join("model.safetensors");
+    let message = Model::load(&alone).unwrap_err().to_string();
+    assert!(message.contains("weights alone are no model"), "{message}");
+}
+
+#[test]
+fn tokens_and_lengths_that_do_not_fit() {
+    let model = load(&folder("llama-f32"), 1, Kernels::detect());
+    let (mut cache, mut scratch) = (KvCache::new(model.config(), 8, CacheType::F16), Scratch::default());
+    let mut message = |tokens: &[u32]| {
+        let error = model.forward(&mut [Step { cache: &mut cache, tokens, want: Want::Last }], &mut scratch).unwrap_err();
+        assert_eq!(cache.len(), 0);
+        error.to_string()
+    };
+    assert!(message(&[61]).contains("token 61 is outside the vocabulary of 61"));
+    assert!(message(&[5; 9]).contains("9 tokens do not fit the context of 8"));
+    assert!(message(&[]).contains("empty prompt"));
+    assert!(model.session(65, CacheType::F16).unwrap_err().to_string().contains("at most 64"));
+    assert!(model.tokenizer().unwrap_err().to_string().contains("tokenizer.json"));
+}

@@ -1,0 +1,112 @@
+//! Norm, rotation and activation functions of one token.
+
+use super::{LANES, total};
+
+/// Which elements of a head are rotated together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// i with i + d/2: Hugging Face's rotate-half, ggml's NEOX.
+    Halves,
+    /// 2i with 2i + 1: the interleaved original, ggml's NORM.
+    Adjacent,
+}
+
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let (steps, tail) = x.as_chunks::<LANES>();
+    let mut squares = [0.0; LANES];
+    for step in steps {
+        for lane in 0..LANES {
+            squares[lane] = step[lane].mul_add(step[lane], squares[lane]);
+        }
+    }
+    for (square, x) in squares.iter_mut().zip(tail) {
+        *square = x.mul_add(*x, *square);
+    }
+    let inverse = 1.0 / (total(squares) / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = weight * (x * inverse);
+    }
+}
+
+#[inline(always)]
+pub(super) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
+    let half = angles.len();
+    for head in x.chunks_exact_mut((2 * half).max(1)) {
+        match pairing {
+            Pairing::Halves => {
+                let (a, b) = head.split_at_mut(half);
+                for ((a, b), &(cos, sin)) in a.iter_mut().zip(b).zip(angles) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+            Pairing::Adjacent => {
+                for ([a, b], &(cos, sin)) in head.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp(-*gate)) * up;
+    }
+}
+
+#[inline(always)]
+pub(super) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        let positive = if *gate > 0.0 { *gate } else { 0.0 };
+        *gate = positive * positive * up;
+    }
+}
+
+#[inline(always)]
+pub(super) fn add(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// e^x within two units in the last place; 0 below −87.3, where the result would be subnormal, and 2^127 · e^… at most above 88.
+///
+/// `x = n·ln 2 + r` with |r| ≤ ln 2 / 2, and the Taylor polynomial of degree 7 of e^r, whose rest is below 2^−29.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // 1.5 · 2^23: adding and subtracting it rounds to an integer.
+    const MAGIC: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let bounded = if x < 88.0 { x } else { 88.0 };
+    let bounded = if bounded > -87.3 { bounded } else { -87.3 };
+    let n = bounded.mul_add(std::f32::consts::LOG2_E, MAGIC) - MAGIC;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, bounded));
+    let mut sum = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        sum = r.mul_add(sum, c);
+    }
+    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { sum * power }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn exp_is_near_and_ends_well() {
+        let mut worst = 0.0f64;
+        for i in -87_000..88_000 {
+            let x = i as f32 / 1000.0;
+            let truth = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - truth).abs() / truth);
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::INFINITY).is_finite() && exp(1000.0) > 1e38);
+    }
+}
