@@ -217,7 +217,7 @@ fn the_worst_input_does_not_overflow() {
         let span = i64::from(if kind.zero_points == ZeroPoints::I8 { 2 } else { 1 }) * i64::from(low).abs();
         // The ternary sums of 2^20 columns, and every other in a time that a test may take.
         let cols = (if emulated() {
-            1 << 13
+            1 << 12
         } else if kind.planes == 1 && kind.precision == Precision::Ternary {
             1 << 20
         } else {
@@ -409,8 +409,10 @@ fn activations_are_laid_out_anew_in_the_same_memory() {
 }
 
 #[test]
-#[cfg_attr(target_family = "wasm", ignore = "Node.js 20 ends with a fault after a program that had 128 MiB")]
 fn the_stream_is_measured_once() {
+    if emulated() {
+        return println!("skipped: this machine's time is not its own, and it takes half a minute of it");
+    }
     let (kernels, pool) = (Kernels::detect(), Pool::single());
     let first = Stream::auto(&kernels, &pool);
     let begin = std::time::Instant::now();
