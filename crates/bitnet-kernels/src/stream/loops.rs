@@ -1,7 +1,7 @@
 //! Which loop runs on which instruction set: a table for each.
 
 use super::plain;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::Isa;
 use crate::Kernels;
 use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
@@ -196,7 +196,9 @@ impl Kernels {
             Isa::Avx512 => super::x86::avx512(narrow_blocks(avx512::LOOPS)),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vbmi => super::x86::vbmi(super::x86::avx512(narrow_blocks(avx512::LOOPS))),
-            // The baseline of aarch64 has NEON, and wasm has simd128 or not when it is compiled.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDotprod => super::neon::neon(scalar::LOOPS),
+            // The baseline of aarch64 has NEON, so the plain loops are compiled with it; wasm has simd128 or not when it is compiled.
             _ => scalar::LOOPS,
         }
     }
