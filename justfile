@@ -15,6 +15,10 @@ lint:
     cargo clippy --workspace --all-targets --locked -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
+# Tests of the lower crates on aarch64, wasm32 and older x86-64 under emulation; PARTS: aarch64 wasm32 x86 lint.
+cross *PARTS:
+    scripts/cross-test {{PARTS}}
+
 # Quantize the small model in assets/ in several ways: bits against error.
 demo:
     cargo run --release --locked --bin bitnet -- demo

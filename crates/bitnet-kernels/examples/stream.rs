@@ -163,7 +163,7 @@ fn reading(data: &[f32], piece: usize) -> Work<'_> {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let isa: Option<Isa> = arguments.first().and_then(|a| a.parse().ok());
-    let wanted = arguments.iter().skip(usize::from(isa.is_some())).next().map_or("", |a| a.as_str());
+    let wanted = arguments.get(usize::from(isa.is_some())).map_or("", |a| a.as_str());
     let mut kernels: Vec<Kernels> = Kernels::all().filter(|k| k.isa() == Isa::Scalar || isa.is_none_or(|isa| k.isa() == isa)).collect();
     // The streams do not use what distinguishes it from AVX2.
     kernels.retain(|k| k.isa() != Isa::AvxVnni);

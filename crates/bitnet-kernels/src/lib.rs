@@ -16,6 +16,10 @@
 pub mod dense;
 mod lines;
 pub mod machine;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_imports, unused_macros, reason = "WebAssembly uses part of it, other machines the plain loops alone")
+)]
 pub mod matmul;
 mod pool;
 pub mod stream;

@@ -19,7 +19,9 @@ pub use attention::{Attention, Cached};
 pub use elementwise::Pairing;
 pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks};
 
-use crate::{Isa, Kernels, Pool};
+#[cfg(target_arch = "x86_64")]
+use crate::Isa;
+use crate::{Kernels, Pool};
 use product::Output;
 use std::ops::Range;
 

@@ -2,6 +2,10 @@
 
 use super::activations::Integers;
 use super::float::{self, Float, STEP_TABLES};
+#[cfg(target_arch = "aarch64")]
+use super::neon;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+use super::simd128;
 use super::tiles::{SCALAR, Sums, TOKENS, Term, Tiles};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
@@ -176,6 +180,12 @@ impl Kernels {
             Isa::Avx2 => &x86::AVX2,
             #[cfg(target_arch = "x86_64")]
             Isa::Sse41 => &x86::SSE41,
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => &neon::DOTPROD,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &neon::NEON,
+            #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+            Isa::Simd128 => &simd128::SIMD128,
             _ => &SCALAR,
         }
     }

@@ -37,11 +37,14 @@ mod activations;
 mod coding;
 mod drive;
 mod float;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod prepacked;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod simd128;
 mod stream;
 mod tiles;
 mod trits;
-#[allow(dead_code, reason = "an architecture without vectors of its own uses none of it")]
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;

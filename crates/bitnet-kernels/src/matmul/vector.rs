@@ -56,6 +56,16 @@ pub(crate) unsafe trait Vector {
 pub(crate) const fn room_of_pairs(most: usize) -> usize {
     (1 << 15) / (2 * ACTIVATION * most)
 }
+/// Products that fit 16-bit sums which take one at a time.
+pub(crate) const fn room_of_products(most: usize) -> usize {
+    (1 << 15) / (ACTIVATION * most)
+}
+const _: () = assert!(room_of_products(15) * 15 * ACTIVATION <= 1 << 15 && room_of_products(3) * 3 * ACTIVATION <= 1 << 15);
+
+/// Sums of four products that a 32-bit sum takes without a wrap.
+pub(crate) const fn room_of_quads(most: usize) -> usize {
+    i32::MAX as usize / (4 * ACTIVATION * most)
+}
 const _: () = assert!(room_of_pairs(15) * 2 * 15 * ACTIVATION <= 1 << 15 && room_of_pairs(3) * 2 * 3 * ACTIVATION <= 1 << 15);
 
 /// Four activations.

@@ -3,7 +3,7 @@
 use super::coding::{Coding, unpack};
 use super::float::{self, Float};
 use super::tiles::{self, Columns, Sums, Term, Tiles, finish};
-use super::vector::{self, Vector, entries, room_of_pairs};
+use super::vector::{self, Vector, entries, room_of_pairs, room_of_quads};
 use super::{PANEL, STEP_BYTES, trits};
 use std::arch::x86_64::*;
 
@@ -38,11 +38,6 @@ fn ask(at: *const u8) {
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD[1] + 64 * line).cast());
         }
     }
-}
-
-/// Byte dot products that a 32-bit sum takes without a wrap.
-const fn room_of_quads(most: usize) -> usize {
-    i32::MAX as usize / (4 * 128 * most)
 }
 
 /// One instruction set: its registers, by the names of their intrinsics, then its entry points and what else it has.

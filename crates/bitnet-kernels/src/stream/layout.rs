@@ -200,8 +200,8 @@ impl Unpack<'_> {
             "hf-bitnet" if self.spec.rows.is_multiple_of(4) => self.quads(bytes, LOW_FIRST, values).then_some(None),
             "i2_s" | "i2_s-g64" | "i2_s-x4" => {
                 let (codes, trailer) = bytes.split_at(values.len() / 4);
-                // SAFETY: the loops come from `Kernels::loops`.
                 let done = match name {
+                    // SAFETY: the loops come from `Kernels::loops`.
                     "i2_s" => self.all(codes.chunks(PART / 4).zip(values.chunks_mut(PART)), |(b, v)| unsafe {
                         (self.loops.unpack_quads_32)(b, HIGH_FIRST, v)
                     }),

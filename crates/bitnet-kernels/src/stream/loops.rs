@@ -1,7 +1,9 @@
 //! Which loop runs on which instruction set: a table for each.
 
 use super::plain;
-use crate::{Isa, Kernels};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::Isa;
+use crate::Kernels;
 use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
 use half::{bf16, f16};
 
@@ -9,6 +11,7 @@ use half::{bf16, f16};
 ///
 /// Calling an entry is safe where the machine has the features of the instruction set whose table it is; [`Kernels::loops`] gives no other.
 #[derive(Clone, Copy)]
+#[allow(clippy::type_complexity, reason = "signatures, each used once")]
 pub(super) struct Loops {
     pub(super) pack_two_bit: unsafe fn(&[i8], i8, u8, &mut [u8]) -> bool,
     pub(super) unpack_two_bit: unsafe fn(&[u8], i8, u8, &mut [i8]) -> bool,
@@ -193,7 +196,9 @@ impl Kernels {
             Isa::Avx512 => super::x86::avx512(narrow_blocks(avx512::LOOPS)),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vbmi => super::x86::vbmi(super::x86::avx512(narrow_blocks(avx512::LOOPS))),
-            // The baseline of aarch64 has NEON, and wasm has simd128 or not when it is compiled.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDotprod => super::neon::neon(scalar::LOOPS),
+            // The baseline of aarch64 has NEON, so the plain loops are compiled with it; wasm has simd128 or not when it is compiled.
             _ => scalar::LOOPS,
         }
     }

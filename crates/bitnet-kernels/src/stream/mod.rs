@@ -4,6 +4,8 @@
 
 mod layout;
 mod loops;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plain;
 mod quantize;
 mod token;

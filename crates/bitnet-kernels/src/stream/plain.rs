@@ -44,7 +44,7 @@ pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8])
         let x = x | x << 6;
         let codes = (x | x << 12) & 0x0303_0303;
         // Four subtractions at once: with bit 7 set there is no borrow.
-        *quad = ((codes | 0x8080_8080) - biases ^ 0x8080_8080).to_le_bytes().map(u8::cast_signed);
+        *quad = (((codes | 0x8080_8080) - biases) ^ 0x8080_8080).to_le_bytes().map(u8::cast_signed);
     }
     let mut rest = 0;
     if !tail.is_empty() {

@@ -214,7 +214,7 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
     // The first four digits of bytes 0 … 121 as two-bit fields. Byte 242 − b has the digits 2 − d.
     const FIELDS: [[u8; 64]; 2] = [table!(i, fields(i)), table!(i, fields(i + 64))];
     const fn fields(byte: usize) -> u8 {
-        (byte % 3 | byte / 3 % 3 << 2 | byte / 9 % 3 << 4 | byte / 27 % 3 << 6) as u8
+        ((byte % 3) | ((byte / 3 % 3) << 2) | ((byte / 9 % 3) << 4) | ((byte / 27 % 3) << 6)) as u8
     }
     // With a word for each byte, whose fields are its five digits: the four words from which the eight values of a qword come, and in which
     // bit of those each begins.
