@@ -37,6 +37,7 @@ mod activations;
 mod coding;
 mod drive;
 mod float;
+mod lay;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod prepacked;

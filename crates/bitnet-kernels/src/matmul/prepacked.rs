@@ -2,7 +2,7 @@
 
 use super::activations::Shape;
 use super::coding::{Coding, Values};
-use super::{PANEL, STEP_BYTES, Stream, trits};
+use super::{PANEL, STEP_BYTES, Stream, lay, trits};
 use crate::lines::{Line, Lines};
 use crate::{Error, Kernels, Pool};
 use bitnet_core::pack::Layout;
@@ -298,15 +298,15 @@ impl Prepacked {
         let mut data = std::mem::replace(&mut self.data, Lines::filled(Line([0; 64]), 0));
         let panels: Vec<_> = data.chunks_mut(lines.max(1)).map(Mutex::new).collect();
         let failed = Mutex::new(None::<(usize, bitnet_core::Error)>);
-        let packed = &*self;
+        let (packed, kernels) = (&*self, Kernels::detect());
         pool.run(parts, |number| {
             let put = |panel: usize, plane: usize, rows: &[&[i8]]| {
                 // A matrix without columns has no lines to write.
                 let Some(lines) = panels.get(panel) else { return Ok(()) };
                 let mut lines = lock(lines);
-                packed.check(panel, plane, rows)?;
+                packed.check(kernels, panel, plane, rows)?;
                 let steps = packed.steps() * LINES;
-                packed.lay_out(rows, &mut lines[plane * steps..][..steps]);
+                packed.lay_out(kernels, rows, &mut lines[plane * steps..][..steps]);
                 Ok(())
             };
             if let Err(error) = part(number, &put) {
@@ -325,12 +325,12 @@ impl Prepacked {
     }
 
     /// That every value is in the alphabet.
-    fn check(&self, panel: usize, plane: usize, rows: &[&[i8]]) -> Result<(), bitnet_core::Error> {
+    fn check(&self, kernels: Kernels, panel: usize, plane: usize, rows: &[&[i8]]) -> Result<(), bitnet_core::Error> {
         let (low, high) = self.precision.range();
         let binary = self.precision == Precision::Binary;
         for (r, values) in rows.iter().enumerate() {
-            // Without an early exit this runs in wide registers; the search for the place is for the one row that needs it.
-            if values.iter().fold(false, |bad, &v| bad | (v < low) | (v > high) | (binary & (v == 0))) {
+            // The search for the place is for the one row that needs it.
+            if lay::outside(kernels, values, low, high, binary) {
                 let at = values.iter().position(|&v| !self.precision.contains(v)).unwrap_or(0);
                 let index = (plane * self.rows + panel * PANEL + r) * self.cols() + at;
                 return Err(bitnet_core::Error::Value { index, got: i32::from(values[at]), expected: self.precision.alphabet() });
@@ -340,44 +340,53 @@ impl Prepacked {
     }
 
     /// Writes the codes of one plane of a panel.
-    fn lay_out(&self, rows: &[&[i8]], lines: &mut [Line]) {
+    fn lay_out(&self, kernels: Kernels, rows: &[&[i8]], lines: &mut [Line]) {
         let offset = Values::of(self.precision).offset as u8;
+        let add = |v: i8| v.cast_unsigned().wrapping_add(offset);
+        let one_by_one = |_: &[i8], _: &mut [u32]| 0;
         match self.coding {
-            Coding::Bits1 => self.lay_out_as::<8>(rows, lines, |v| (v > 0).into(), |q| (0..8).fold(0, |lane, f| lane | q[f] << f)),
-            Coding::Bits2 => {
-                self.lay_out_as::<4>(rows, lines, |v| v.cast_unsigned().wrapping_add(offset), |q| q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6)
+            Coding::Bits1 => {
+                self.lay_out_as::<8>(rows, lines, one_by_one, |v| (v > 0).into(), |q| (0..8).fold(0, |lane, f| lane | q[f] << f))
             }
-            Coding::Bits4 => self.lay_out_as::<2>(rows, lines, |v| v.cast_unsigned().wrapping_add(offset), |q| q[0] | q[1] << 4),
-            Coding::Bits8 => self.lay_out_as::<1>(rows, lines, |v| v.cast_unsigned().wrapping_add(offset), |q| q[0]),
-            Coding::Trits => self.lay_out_as::<5>(rows, lines, |v| v.cast_unsigned().wrapping_add(1), trits::pack),
+            Coding::Bits2 => {
+                let quads = |values: &[i8], lanes: &mut [u32]| lay::quads(kernels, values, offset, lanes);
+                self.lay_out_as::<4>(rows, lines, quads, add, |q| q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6)
+            }
+            Coding::Bits4 => self.lay_out_as::<2>(rows, lines, one_by_one, add, |q| q[0] | q[1] << 4),
+            Coding::Bits8 => self.lay_out_as::<1>(rows, lines, one_by_one, add, |q| q[0]),
+            Coding::Trits => self.lay_out_as::<5>(rows, lines, one_by_one, add, trits::pack),
         }
     }
 
-    /// `lane` makes the four bytes of a row out of the codes of its F fields.
+    /// `many` makes the lanes of the first steps of a row and says of how many; `lane` makes the lane of a step out of the codes of its F fields.
     #[inline(always)]
-    fn lay_out_as<const F: usize>(&self, rows: &[&[i8]], lines: &mut [Line], code: impl Fn(i8) -> u8, lane: impl Fn([u32; F]) -> u32) {
+    fn lay_out_as<const F: usize>(
+        &self,
+        rows: &[&[i8]],
+        lines: &mut [Line],
+        many: impl Fn(&[i8], &mut [u32]) -> usize,
+        code: impl Fn(i8) -> u8,
+        lane: impl Fn([u32; F]) -> u32,
+    ) {
         let step = 4 * F;
+        let lane_of = |values: &[i8]| {
+            let mut codes = [[code(0); 4]; F];
+            codes.as_flattened_mut().iter_mut().zip(values).for_each(|(c, &v)| *c = code(v));
+            lane(codes.map(u32::from_le_bytes))
+        };
+        let mut lanes = [0; BLOCK / 4];
         for g in 0..self.groups() {
             let cols = self.group_cols(g);
             let lines = &mut lines[self.group_steps(g).start * LINES..];
             for first in cols.clone().step_by(BLOCK) {
                 let lines = &mut lines[(first - cols.start) / step * LINES..];
                 for (r, values) in rows.iter().enumerate() {
-                    let mut write = |at: usize, codes: &[[u8; 4]; F]| {
-                        lines[at * LINES + r / 16].0[r % 16 * 4..][..4].copy_from_slice(&lane(codes.map(u32::from_le_bytes)).to_le_bytes());
-                    };
                     let values = &values[first..cols.end.min(first + BLOCK)];
-                    let steps = values.chunks_exact(step);
-                    let (tail, whole) = (steps.remainder(), values.len() / step);
-                    for (at, values) in steps.enumerate() {
-                        let mut codes = [[0; 4]; F];
-                        codes.as_flattened_mut().iter_mut().zip(values).for_each(|(c, &v)| *c = code(v));
-                        write(at, &codes);
-                    }
-                    if !tail.is_empty() {
-                        let mut codes = [[code(0); 4]; F];
-                        codes.as_flattened_mut().iter_mut().zip(tail).for_each(|(c, &v)| *c = code(v));
-                        write(whole, &codes);
+                    let lanes = &mut lanes[..values.len().div_ceil(step)];
+                    let done = many(values, lanes);
+                    lanes[done..].iter_mut().zip(values[done * step..].chunks(step)).for_each(|(lane, values)| *lane = lane_of(values));
+                    for (lines, lane) in lines.chunks_exact_mut(LINES).zip(lanes) {
+                        lines[r / 16].0[r % 16 * 4..][..4].copy_from_slice(&lane.to_le_bytes());
                     }
                 }
             }
