@@ -35,3 +35,7 @@ fetch:
 # Everything that must pass before a merge.
 ci:
     .ci/run
+
+# The public interface of bitnet-quant as text, to see in a diff what changed. Needs cargo-public-api and a nightly toolchain.
+api:
+    cargo +nightly public-api -p bitnet-quant -sss > docs/bitnet-quant-api.txt
