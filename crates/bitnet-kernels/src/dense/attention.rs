@@ -7,6 +7,8 @@ use super::product::tile;
 use super::{LANES, total};
 use std::ops::Range;
 
+/// Asks memory for nothing.
+const NOTHING: (*const u8, usize) = (std::ptr::null(), 0);
 /// Positions whose scores are kept at once.
 const BLOCK: usize = 64;
 
@@ -165,13 +167,13 @@ unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
     while j + 4 <= count {
         let rows = [keys.row(first + j), keys.row(first + j + 1), keys.row(first + j + 2), keys.row(first + j + 3)];
         // SAFETY: the caller's.
-        let sums = unsafe { tile::<L, _, 4, G>(rows, queries, cols, |_| {}) };
+        let sums = unsafe { tile::<L, _, 4, G>(rows, queries, cols, NOTHING) };
         scores.iter_mut().zip(sums).for_each(|(scores, sums)| scores[j..j + 4].copy_from_slice(&sums));
         j += 4;
     }
     while j < count {
         // SAFETY: the caller's.
-        let sums = unsafe { tile::<L, _, 1, G>([keys.row(first + j)], queries, cols, |_| {}) };
+        let sums = unsafe { tile::<L, _, 1, G>([keys.row(first + j)], queries, cols, NOTHING) };
         scores.iter_mut().zip(sums).for_each(|(scores, [sum])| scores[j] = sum);
         j += 1;
     }
@@ -236,27 +238,27 @@ unsafe fn mix_steps<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
     // SAFETY: the caller's.
     unsafe {
         let mut kept = [[L::zero(); S]; G];
-        for g in 0..G {
-            for s in 0..S {
-                kept[g][s] = L::f32(&out[g * cols..][..cols].as_chunks::<LANES>().0[first + s]);
+        for (kept, out) in kept.iter_mut().zip(out.chunks_exact(cols)) {
+            for (s, kept) in kept.iter_mut().enumerate() {
+                *kept = L::f32(&out.as_chunks().0[first + s]);
             }
         }
         for (j, position) in positions.enumerate() {
             let row = values.row(position);
             let mut value = [L::zero(); S];
-            for s in 0..S {
-                value[s] = row.full(first + s, &());
+            for (s, value) in value.iter_mut().enumerate() {
+                *value = row.full(first + s, &());
             }
-            for g in 0..G {
-                let weight = L::f32(&[weights[g][j]; LANES]);
-                for s in 0..S {
-                    kept[g][s] = kept[g][s].add_product(weight, value[s]);
+            for (kept, weights) in kept.iter_mut().zip(weights) {
+                let weight = L::f32(&[weights[j]; LANES]);
+                for (kept, value) in kept.iter_mut().zip(value) {
+                    *kept = kept.add_product(weight, value);
                 }
             }
         }
-        for g in 0..G {
-            for s in 0..S {
-                kept[g][s].store(&mut out[g * cols..][..cols].as_chunks_mut::<LANES>().0[first + s]);
+        for (kept, out) in kept.into_iter().zip(out.chunks_exact_mut(cols)) {
+            for (s, kept) in kept.into_iter().enumerate() {
+                kept.store(&mut out.as_chunks_mut().0[first + s]);
             }
         }
     }

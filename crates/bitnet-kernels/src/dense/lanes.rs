@@ -20,8 +20,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn bf16(from: &[u16; LANES]) -> Self;
     /// From integers.
     unsafe fn i8(from: &[i8; LANES]) -> Self;
-    /// From the low or the high halves of bytes, less 8.
-    unsafe fn i4(from: &[u8; LANES], high: bool) -> Self;
+    /// From the low or the high halves of bytes, less 8, times a scale.
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self;
     /// Asks for the cache line at an address that may lie anywhere.
     unsafe fn ask(at: *const u8);
     /// `self · by`, lane by lane.
@@ -59,8 +59,8 @@ impl Lanes for Plain {
         Self(from.map(f32::from))
     }
 
-    unsafe fn i4(from: &[u8; LANES], high: bool) -> Self {
-        Self(from.map(|byte| f32::from((if high { byte >> 4 } else { byte & 15 }) as i8 - 8)))
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
+        Self(from.map(|byte| f32::from((if high { byte >> 4 } else { byte & 15 }) as i8 - 8) * scale))
     }
 
     unsafe fn ask(_: *const u8) {}
@@ -140,10 +140,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn i4(from: &[u8; LANES], high: bool) -> Self {
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
         unsafe {
             let table = _mm512_setr_ps(-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
             let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let table = _mm512_mul_ps(table, _mm512_set1_ps(scale));
             // The lower four bits of a lane are the place in the table.
             Self(_mm512_permutexvar_ps(if high { _mm512_srli_epi32::<4>(wide) } else { wide }, table))
         }
@@ -216,13 +217,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn i4(from: &[u8; LANES], high: bool) -> Self {
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
         unsafe {
             let bytes = _mm_loadu_si128(from.as_ptr().cast());
             let codes = _mm_and_si128(if high { _mm_srli_epi16::<4>(bytes) } else { bytes }, _mm_set1_epi8(15));
             let mut values = [0; LANES];
             _mm_storeu_si128(values.as_mut_ptr().cast(), _mm_sub_epi8(codes, _mm_set1_epi8(8)));
-            Self::i8(&values)
+            Self::i8(&values).times(scale)
         }
     }
 

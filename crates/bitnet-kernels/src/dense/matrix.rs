@@ -188,7 +188,7 @@ pub(super) trait Rows<'a>: Copy {
 /// A row in steps of 16 columns.
 ///
 /// # Safety
-/// Its functions may be called where the machine has the instruction set of `L`.
+/// Its functions may be called where the machine has the instruction set of `L`, with steps that the row has.
 pub(super) trait Row: Copy {
     /// The scales of [`SPAN`] steps.
     type Scales: Copy;
@@ -242,7 +242,7 @@ macro_rules! plain {
             #[inline(always)]
             unsafe fn full<L: Lanes>(self, step: usize, (): &()) -> L {
                 // SAFETY: the caller's.
-                unsafe { L::$load(&self.0.as_chunks::<LANES>().0[step]) }
+                unsafe { L::$load(self.0.as_chunks::<LANES>().0.get_unchecked(step)) }
             }
 
             #[inline(always)]
@@ -327,7 +327,7 @@ impl Row for BlockRow<'_> {
     #[inline(always)]
     unsafe fn full<L: Lanes>(self, step: usize, scales: &[f32; LANES]) -> L {
         // SAFETY: the caller's.
-        unsafe { L::i8(&self.values.as_chunks::<LANES>().0[step]).times(scale(scales, step)) }
+        unsafe { L::i8(self.values.as_chunks::<LANES>().0.get_unchecked(step)).times(scale(scales, step)) }
     }
 
     #[inline(always)]
@@ -381,7 +381,7 @@ impl Row for NibbleRow<'_> {
     #[inline(always)]
     unsafe fn full<L: Lanes>(self, step: usize, scales: &[f32; LANES]) -> L {
         // SAFETY: the caller's.
-        unsafe { L::i4(&self.codes.as_chunks::<LANES>().0[step / 2], step % 2 == 1).times(scale(scales, step)) }
+        unsafe { L::i4(self.codes.as_chunks::<LANES>().0.get_unchecked(step / 2), step % 2 == 1, scale(scales, step)) }
     }
 
     #[inline(always)]
@@ -391,7 +391,7 @@ impl Row for NibbleRow<'_> {
         let (keep, zero) = if step % 2 == 1 { (0x0f, 0x80) } else { (0xf0, 0x08) };
         codes[self.cols % LANES..].iter_mut().for_each(|code| *code = *code & keep | zero);
         // SAFETY: the caller's.
-        unsafe { L::i4(&codes, step % 2 == 1).times(f16_to_f32(self.scales[step / 2])) }
+        unsafe { L::i4(&codes, step % 2 == 1, f16_to_f32(self.scales[step / 2])) }
     }
 }
 

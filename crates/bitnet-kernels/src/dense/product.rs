@@ -84,13 +84,7 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
         }
         // The rows of a tile lie side by side: what it reads, in whatever order, is as long as what is asked for meanwhile.
         let (place, bytes) = w.place(row);
-        let ahead = |step: usize| {
-            let at = place.wrapping_add(R * bytes + AHEAD + step * R * W::STEP);
-            for line in 0..(R * W::STEP).div_ceil(64) {
-                // SAFETY: the caller's.
-                unsafe { L::ask(at.wrapping_add(64 * line)) };
-            }
-        };
+        let ahead = (place.wrapping_add(R * bytes + AHEAD), R * W::STEP);
         let mut token = 0;
         while token + T <= tokens {
             let mut some = [x; T];
@@ -130,47 +124,43 @@ unsafe fn put(sums: &[f32], bias: Option<&[f32]>, rows: Range<usize>, token: usi
     }
 }
 
-/// The sums of R rows with T tokens. `ahead` hears of each step before it is done.
+/// The sums of R rows with T tokens. Beside step i, bytes `ahead.1 · i` to `ahead.1 · (i + 1)` after `ahead.0` are asked for.
 ///
 /// # Safety
-/// The machine has the instruction set of `L`.
+/// The machine has the instruction set of `L`, and the rows have `cols` columns.
 #[inline(always)]
 pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
     w: [W; R],
     x: [&[f32]; T],
     cols: usize,
-    ahead: impl Fn(usize),
+    ahead: (*const u8, usize),
 ) -> [[f32; R]; T] {
-    let mut totals = [[0.0; R]; T];
     let steps = cols / LANES;
-    let floats = x.map(|x| x.as_chunks::<LANES>().0);
+    let mut floats: [&[[f32; LANES]]; T] = [&[]; T];
+    for t in 0..T {
+        assert!(x[t].len() == cols, "activations of {cols} columns");
+        floats[t] = x[t].as_chunks().0;
+    }
+    let mut totals = [[0.0; R]; T];
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[L::zero(); R]; T];
         for (span, first) in (0..steps).step_by(SPAN).enumerate() {
-            let scales = w.map(|w| w.scales::<L>(span));
+            let mut scales = [w[0].scales::<L>(span); R];
+            for r in 1..R {
+                scales[r] = w[r].scales::<L>(span);
+            }
             let end = steps.min(first + SPAN);
-            let mut add = |step: usize| {
-                let mut rows = [L::zero(); R];
-                for r in 0..R {
-                    rows[r] = w[r].full(step, &scales[r]);
-                }
-                for t in 0..T {
-                    let x = L::f32(&floats[t][step]);
-                    for r in 0..R {
-                        sums[t][r] = sums[t][r].add_product(rows[r], x);
-                    }
-                }
-            };
             // Two steps are a block.
             for pair in first / 2..end / 2 {
-                ahead(2 * pair);
-                add(2 * pair);
-                ahead(2 * pair + 1);
-                add(2 * pair + 1);
+                for line in 0..(2 * ahead.1).div_ceil(64) {
+                    L::ask(ahead.0.wrapping_add(2 * pair * ahead.1 + 64 * line));
+                }
+                add::<L, W, R, T>(w, &scales, floats, 2 * pair, &mut sums);
+                add::<L, W, R, T>(w, &scales, floats, 2 * pair + 1, &mut sums);
             }
             if end % 2 == 1 {
-                add(end - 1);
+                add::<L, W, R, T>(w, &scales, floats, end - 1, &mut sums);
             }
         }
         if !cols.is_multiple_of(LANES) {
@@ -192,4 +182,31 @@ pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
         }
     }
     totals
+}
+
+/// One full step of a tile.
+///
+/// # Safety
+/// As [`tile`], and every row and every token has the step in full.
+#[inline(always)]
+unsafe fn add<L: Lanes, W: Row, const R: usize, const T: usize>(
+    w: [W; R],
+    scales: &[W::Scales; R],
+    x: [&[[f32; LANES]]; T],
+    step: usize,
+    sums: &mut [[L; R]; T],
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut rows = [L::zero(); R];
+        for r in 0..R {
+            rows[r] = w[r].full(step, &scales[r]);
+        }
+        for t in 0..T {
+            let x = L::f32(x[t].get_unchecked(step));
+            for r in 0..R {
+                sums[t][r] = sums[t][r].add_product(rows[r], x);
+            }
+        }
+    }
 }
