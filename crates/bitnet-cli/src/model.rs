@@ -22,10 +22,10 @@ pub(crate) struct LoadArgs {
     /// Inputs of ternary layers: auto (int8 where the model says it was trained so), int8, float.
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     activations: ActivationType,
-    /// Linear layers with float inputs, in memory: exact, bf16, int8.
+    /// Linear layers with float inputs, in memory: exact, bf16, int8, int4.
     #[arg(long, default_value = "exact", value_name = "TYPE")]
     weights: FloatType,
-    /// Embedding and output matrix, in memory: exact, bf16, int8.
+    /// Embedding and output matrix, in memory: exact, bf16, int8, int4.
     #[arg(long, default_value = "exact", value_name = "TYPE")]
     embedding: FloatType,
     /// Keys and values: f32, f16, int8.

@@ -189,11 +189,20 @@ fn ctrl_c_stops_the_answer_and_not_the_program() {
     let mut stdin = child.stdin.take().unwrap();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut err = BufReader::new(child.stderr.take().unwrap());
+    let (seen, see) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let mut line = vec![];
+        while out.read_until(b'\n', &mut line).unwrap() > 0 {
+            let _ = seen.send(());
+            line.clear();
+        }
+    });
     for message in ["one\n", "two\n"] {
+        // Nothing more comes of the answer before.
+        while see.recv_timeout(std::time::Duration::from_millis(300)).is_ok() {}
         stdin.write_all(message.as_bytes()).unwrap();
         // Something of the answer is there: it is being made.
-        let mut line = String::new();
-        out.read_line(&mut line).unwrap();
+        see.recv().unwrap();
         interrupt(child.id());
         let mut note = String::new();
         while !note.contains("stopped") {
@@ -201,20 +210,19 @@ fn ctrl_c_stops_the_answer_and_not_the_program() {
             assert!(err.read_line(&mut note).unwrap() > 0, "the program ended");
         }
     }
-    drop(stdin);
-    // Whatever else it said must not keep it from ending.
-    std::io::copy(&mut out, &mut std::io::sink()).unwrap();
+    drop((stdin, see));
     assert!(child.wait().unwrap().success());
+    reader.join().unwrap();
 }
 
 #[test]
 fn bench_measures_models_and_shapes() {
     let dir = with_model();
-    for args in [&["model"][..], &["--shape", "tiny", "--embedding", "int8"]] {
+    for args in [&["model"][..], &["--shape", "tiny", "--embedding", "int8"], &["--shape", "tiny", "--embedding", "int4"]] {
         let run: Run = dir.run(&[&["bench", "--json", "--prompt", "16", "--tokens", "4", "--repeat", "2"], args].concat());
         run.is(0);
         let document = run.json();
-        for key in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
+        for key in ["prefill_tokens_per_second", "decode_tokens_per_second", "read_bytes_per_second"] {
             let figure = |which: &str| document[key][which].as_f64().unwrap();
             assert!(
                 figure("smallest") > 0.0 && figure("smallest") <= figure("median") && figure("median") <= figure("largest"),
@@ -222,6 +230,13 @@ fn bench_measures_models_and_shapes() {
             );
         }
         assert!(document["weight_bytes"].as_u64().unwrap() > 100_000);
+        let number = |key: &str| document[key].as_f64().unwrap();
+        let share = document["decode_tokens_per_second"]["median"].as_f64().unwrap() * number("bytes_per_token")
+            / document["read_bytes_per_second"]["median"].as_f64().unwrap();
+        assert!((number("decode_share_of_read") / share - 1.0).abs() < 1e-9, "{document}");
+        // 2 layers of 256: q and o of 256, k and v of 128, three of 512.
+        let products = 2.0 * 256.0 * (2.0 * 256.0 + 2.0 * 128.0 + 3.0 * 512.0);
+        assert!(args[0] == "model" || number("int8_multiply_adds_per_token") == products, "{document}");
     }
     dir.refuses(&["bench", "model", "--shape", "tiny"], &["--shape"]);
     dir.refuses(&["bench", "model", "--prompt", "128"], &["context", "160", "128"]);

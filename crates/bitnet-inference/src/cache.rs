@@ -2,6 +2,7 @@
 
 use crate::{Config, Error, Result};
 use bitnet_kernels::dense::Cached;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 /// How keys and values are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -109,7 +110,7 @@ impl KvCache {
                 match store {
                     Store::F32(all) => all[at * d..][..d].copy_from_slice(x),
                     Store::F16(all) => {
-                        all[at * d..][..d].iter_mut().zip(x).for_each(|(to, &x)| *to = half::f16::from_f32(x).to_bits());
+                        all[at * d..][..d].reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(x);
                     }
                     Store::Int8(all, scales) => {
                         let top = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));

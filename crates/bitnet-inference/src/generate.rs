@@ -95,7 +95,12 @@ impl Model {
             let got = format!("{context}, and the model was made for at most {}", self.config().context);
             return Err(Error::Option { option: "context", expected: "a number of positions that the model has", got });
         }
-        Ok(Session { model: self, cache: KvCache::new(self.config(), context, cache), tokens: vec![], scratch: Scratch::default() })
+        Ok(Session {
+            model: self,
+            cache: KvCache::new(self.config(), context, cache),
+            tokens: Vec::with_capacity(context),
+            scratch: Scratch::default(),
+        })
     }
 
     /// What the model goes on with after a text, as an iterator of tokens. The context is the model's, or what the prompt and `max_tokens` need of it.

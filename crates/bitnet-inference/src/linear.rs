@@ -52,6 +52,12 @@ impl Input {
         self.floats.resize(len, 0.0);
         &mut self.floats
     }
+
+    /// Takes elements, and leaves those before in their place.
+    pub(crate) fn swap(&mut self, floats: &mut Vec<f32>) {
+        self.fresh = false;
+        std::mem::swap(&mut self.floats, floats);
+    }
 }
 
 impl Linear {
@@ -60,6 +66,14 @@ impl Linear {
         match &self.weights {
             Weights::Ternary(w) => w.memory(),
             Weights::Dense(w) => w.bytes(),
+        }
+    }
+
+    /// Multiply-adds of a token, if they are of integers.
+    pub(crate) fn integer_products(&self) -> usize {
+        match &self.weights {
+            Weights::Ternary(w) => w.rows() * w.cols(),
+            Weights::Dense(_) => 0,
         }
     }
 

@@ -9,9 +9,10 @@ use bitnet_formats::arch::{self, Architecture};
 use bitnet_formats::gguf::GgmlType;
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
-use bitnet_kernels::dense::{BLOCK, Data, Matrix, quantize_blocks};
+use bitnet_kernels::dense::{BLOCK, Data, Matrix, quantize_blocks, quantize_nibbles, zeros};
 use bitnet_kernels::matmul::Prepacked;
 use std::collections::HashSet;
+use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
@@ -43,14 +44,27 @@ impl FromStr for ActivationType {
 /// How weights with float activations are held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FloatType {
-    /// Without any loss: f32, f16 and bf16 as stored; Q8_0, Q4_0 and what else fits 8-bit integers with one f16 scale for each 32 columns so; the rest as
-    /// f32.
+    /// Without any loss: f32, f16 and bf16 as stored; Q8_0, Q4_0 and what else fits 4-bit or 8-bit integers with one f16 scale for each 32 columns so; the
+    /// rest as f32.
     #[default]
     Exact,
     /// Rounded to bf16: an error of 2⁻⁹ of each weight, 56 dB.
     Bf16,
     /// 8-bit integers with one f16 scale for each 32 columns (Q8_0): about 44 dB for normal weights.
     Int8,
+    /// 4-bit integers with one f16 scale for each 32 columns (Q4_0): about 20 dB for normal weights.
+    Int4,
+}
+
+impl fmt::Display for FloatType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Exact => "exact",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        })
+    }
 }
 
 impl FromStr for FloatType {
@@ -60,7 +74,8 @@ impl FromStr for FloatType {
             "exact" => Ok(Self::Exact),
             "bf16" => Ok(Self::Bf16),
             "int8" => Ok(Self::Int8),
-            _ => Err(Error::Option { option: "type of weights", expected: "exact, bf16 or int8", got: format!("'{s}'") }),
+            "int4" => Ok(Self::Int4),
+            _ => Err(Error::Option { option: "type of weights", expected: "exact, bf16, int8 or int4", got: format!("'{s}'") }),
         }
     }
 }
@@ -86,6 +101,44 @@ pub(crate) struct Loader<'a> {
     /// How linear layers and the embedding are held where they are floats.
     pub(crate) floats: [FloatType; 2],
     pub(crate) used: Mutex<HashSet<String>>,
+    /// What rounding by choice did to linear layers and to the embedding.
+    pub(crate) losses: Mutex<[Loss; 2]>,
+}
+
+/// Σ w² and Σ (w − rounded)² of weights that were rounded.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Loss {
+    power: f64,
+    error: f64,
+}
+
+impl Loss {
+    /// What `matrix`, rows from one on, holds of the weights `w`.
+    fn of(matrix: &Matrix, w: &[f32]) -> Self {
+        let mut row = vec![0.0; matrix.cols()];
+        let mut loss = Self::default();
+        for (i, w) in w.chunks(matrix.cols().max(1)).enumerate() {
+            matrix.row_into(i, &mut row);
+            loss.power += w.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+            loss.error += w.iter().zip(&row).map(|(w, r)| f64::from(w - r).powi(2)).sum::<f64>();
+        }
+        loss
+    }
+
+    fn add(&mut self, other: Self) {
+        self.power += other.power;
+        self.error += other.error;
+    }
+
+    /// Says what was rounded, if anything was.
+    pub(crate) fn note(&self, what: &str, held: FloatType) -> Option<String> {
+        let sqnr = 10.0 * (self.power / self.error).log10();
+        match (self.power > 0.0, self.error > 0.0) {
+            (false, _) => None,
+            (true, true) => Some(format!("{what} rounded to {held}: {sqnr:.1} dB above the error")),
+            (true, false) => Some(format!("{what} held in {held} without loss")),
+        }
+    }
 }
 
 /// Decodes whole rows from one on.
@@ -125,7 +178,7 @@ impl Provider for Loader<'_> {
                 let what = "int8 activations: weights that are made ternary on load are multiplied with nothing else";
                 return Err(bitnet_formats::Error::tensor(path, &tensor.name, what, "float activations").into());
             }
-            let mut matrix = self.dense(tensor, path, rows, cols, self.floats[0])?;
+            let mut matrix = self.dense(tensor, path, rows, cols, 0)?;
             if multiplier != 1.0 {
                 let mut all = vec![0.0; rows * cols];
                 all.chunks_mut(cols).enumerate().for_each(|(row, out)| matrix.row_into(row, out));
@@ -139,7 +192,7 @@ impl Provider for Loader<'_> {
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
         let (tensor, path) = self.tensor(&format!("{module}.weight"), &[rows, cols])?;
-        self.dense(tensor, path, rows, cols, self.floats[1])
+        self.dense(tensor, path, rows, cols, 1)
     }
 }
 
@@ -267,8 +320,9 @@ impl Loader<'_> {
         Ok(bitnet_core::Matrix { spec, values, scales: vec![1.0 / inverse], zero_points: vec![] })
     }
 
-    /// Weights for float activations.
-    fn dense(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, choice: FloatType) -> Result<Matrix> {
+    /// Weights for float activations; `part` is 0 for a linear layer and 1 for the embedding.
+    fn dense(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, part: usize) -> Result<Matrix> {
+        let choice = self.floats[part];
         let read: Box<ReadRows<'_>> = match &tensor.content {
             Content::Quantized(q) => {
                 let matrix = self.source.matrix(&tensor.name, q)?;
@@ -288,9 +342,12 @@ impl Loader<'_> {
             }
             Content::Float(stored) | Content::Opaque(stored) => {
                 let (source, stored) = (self.source, *stored);
-                if choice != FloatType::Bf16
-                    && let StoredType::Ggml(kind @ (GgmlType::Q8_0 | GgmlType::Q4_0)) = source.stored[stored].dtype
-                {
+                let held = match (source.stored[stored].dtype, choice) {
+                    (StoredType::Ggml(kind @ GgmlType::Q8_0), FloatType::Exact | FloatType::Int8) => Some(kind),
+                    (StoredType::Ggml(kind @ GgmlType::Q4_0), FloatType::Exact | FloatType::Int8 | FloatType::Int4) => Some(kind),
+                    _ => None,
+                };
+                if let Some(kind) = held {
                     let data = self.blocks(stored, kind, rows, cols)?;
                     return Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source));
                 }
@@ -316,38 +373,63 @@ impl Loader<'_> {
                 Err(error) => _ = failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error),
             }
         };
+        // What a rounded strip lost.
+        let lose = |data: Data, w: &[f32]| {
+            if let Ok(rounded) = Matrix::new(w.len() / cols.max(1), cols, data) {
+                self.losses.lock().unwrap_or_else(PoisonError::into_inner)[part].add(Loss::of(&rounded, w));
+            }
+        };
+        let blocks = cols.div_ceil(BLOCK);
         let data = match (choice, exact.as_str()) {
             (FloatType::Exact, "F16") => {
-                let mut all = vec![0u16; weights];
+                let mut all = zeros::<u16>(weights);
                 pool.for_chunks(&mut all, strip * cols, |part, out| {
                     each(part, out.len(), &mut |w| out.iter_mut().zip(w).for_each(|(o, w)| *o = half::f16::from_f32(*w).to_bits()));
                 });
                 Data::F16(all)
             }
             (FloatType::Bf16, _) | (FloatType::Exact, "BF16") => {
-                let mut all = vec![0u16; weights];
+                let mut all = zeros::<u16>(weights);
                 pool.for_chunks(&mut all, strip * cols, |part, out| {
-                    each(part, out.len(), &mut |w| out.iter_mut().zip(w).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits()));
+                    each(part, out.len(), &mut |w| {
+                        out.iter_mut().zip(w).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
+                        if choice == FloatType::Bf16 {
+                            lose(Data::Bf16(out.to_vec()), w);
+                        }
+                    });
                 });
                 Data::Bf16(all)
             }
             (FloatType::Exact, _) => {
-                let mut all = vec![0f32; weights];
+                let mut all = zeros::<f32>(weights);
                 pool.for_chunks(&mut all, strip * cols, |part, out| each(part, out.len(), &mut |w| out.copy_from_slice(w)));
                 Data::F32(all)
             }
             (FloatType::Int8, _) => {
-                let blocks = cols.div_ceil(BLOCK);
-                let (mut values, mut scales) = (vec![0i8; weights], vec![0u16; rows * blocks]);
+                let (mut values, mut scales) = (zeros::<i8>(weights), vec![0u16; rows * blocks]);
                 let mut strips: Vec<_> = values.chunks_mut(strip * cols).zip(scales.chunks_mut(strip * blocks)).collect();
                 pool.for_chunks(&mut strips, 1, |part, strips| {
                     let (values, scales) = &mut strips[0];
                     each(part, values.len(), &mut |w| {
                         let rows = values.chunks_mut(cols).zip(scales.chunks_mut(blocks));
                         w.chunks(cols).zip(rows).for_each(|(w, (values, scales))| quantize_blocks(w, values, scales));
+                        lose(Data::Int8 { values: values.to_vec(), scales: scales.to_vec() }, w);
                     });
                 });
                 Data::Int8 { values, scales }
+            }
+            (FloatType::Int4, _) => {
+                let (mut codes, mut scales) = (zeros::<u8>(rows * blocks * BLOCK / 2), vec![0u16; rows * blocks]);
+                let mut strips: Vec<_> = codes.chunks_mut(strip * blocks * BLOCK / 2).zip(scales.chunks_mut(strip * blocks)).collect();
+                pool.for_chunks(&mut strips, 1, |part, strips| {
+                    let (codes, scales) = &mut strips[0];
+                    each(part, scales.len() / blocks * cols, &mut |w| {
+                        let rows = codes.chunks_mut(blocks * BLOCK / 2).zip(scales.chunks_mut(blocks));
+                        w.chunks(cols).zip(rows).for_each(|(w, (codes, scales))| quantize_nibbles(w, codes, scales));
+                        lose(Data::Int4 { codes: codes.to_vec(), scales: scales.to_vec() }, w);
+                    });
+                });
+                Data::Int4 { codes, scales }
             }
         };
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -356,27 +438,21 @@ impl Loader<'_> {
         }
     }
 
-    /// Q8_0 and Q4_0 blocks as 8-bit ones: a block is an f16 scale, then 32 values, or 16 bytes whose low halves come before the high ones, less 8.
+    /// Q8_0 and Q4_0 as they are: a block is an f16 scale, then 32 values, or 16 bytes whose low halves come before the high ones.
     fn blocks(&self, stored: usize, kind: GgmlType, rows: usize, cols: usize) -> Result<Data> {
         let bytes = self.source.read_all(stored)?;
-        let blocks = rows * cols / BLOCK;
-        let (mut values, mut scales) = (Vec::with_capacity(rows * cols), Vec::with_capacity(blocks));
-        for block in bytes.chunks_exact(kind.block_bytes()) {
-            let (scale, codes) = block.split_at(2);
-            scales.push(u16::from_le_bytes([scale[0], scale[1]]));
-            match kind {
-                GgmlType::Q8_0 => values.extend(codes.iter().map(|&b| b as i8)),
-                _ => {
-                    values.extend(codes.iter().map(|b| (b & 15) as i8 - 8));
-                    values.extend(codes.iter().map(|b| (b >> 4) as i8 - 8));
-                }
-            }
-        }
+        let (size, blocks) = (kind.block_bytes(), rows * cols / BLOCK);
+        let scales: Vec<u16> = bytes.chunks_exact(size).map(|block| u16::from_le_bytes([block[0], block[1]])).collect();
+        let mut all = zeros::<u8>(blocks * (size - 2));
+        all.chunks_exact_mut(size - 2).zip(bytes.chunks_exact(size)).for_each(|(to, block)| to.copy_from_slice(&block[2..]));
         if let Some(i) = scales.iter().position(|s| s & 0x7c00 == 0x7c00) {
             let (path, name) = (self.source.file_of(stored), &self.source.stored[stored].name);
             return Err(bitnet_formats::Error::tensor(path, name, "finite scales", format!("NaN or infinity in block {i}")).into());
         }
-        Ok(Data::Int8 { values, scales })
+        Ok(match kind {
+            GgmlType::Q8_0 => Data::Int8 { values: all.into_iter().map(|b| b as i8).collect(), scales },
+            _ => Data::Int4 { codes: all, scales },
+        })
     }
 
     /// Refuses tensors that the graph has no place for: they would be left out in silence.
@@ -402,7 +478,8 @@ impl Loader<'_> {
     }
 }
 
-/// A quantized matrix as 8-bit blocks, where that is exact: one plane without zero points, scales that f16 holds, and one scale to a block.
+/// A quantized matrix as 4-bit blocks or else as 8-bit ones, where that is exact: one plane without zero points, scales that f16 holds, and one scale to a
+/// block.
 fn as_blocks(matrix: &bitnet_core::Matrix) -> Option<Data> {
     let spec = &matrix.spec;
     let width = spec.granule_cols();
@@ -417,7 +494,17 @@ fn as_blocks(matrix: &bitnet_core::Matrix) -> Option<Data> {
     let blocks = spec.cols.div_ceil(BLOCK);
     let scale = |row: usize, block: usize| half::f16::from_f32(matrix.scales[spec.scale_index(0, row, block * BLOCK)]).to_bits();
     let scales = (0..spec.rows).flat_map(|row| (0..blocks).map(move |block| (row, block))).map(|(row, block)| scale(row, block)).collect();
-    Some(Data::Int8 { values: matrix.values.clone(), scales })
+    if !matrix.values.iter().all(|v| (-8..8).contains(v)) {
+        return Some(Data::Int8 { values: matrix.values.clone(), scales });
+    }
+    let mut codes = zeros::<u8>(spec.rows * blocks * BLOCK / 2);
+    for (row, codes) in matrix.values.chunks(spec.cols.max(1)).zip(codes.chunks_mut((blocks * BLOCK / 2).max(1))) {
+        for (values, codes) in row.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)) {
+            let code = |i: usize| values.get(i).map_or(8, |v| v + 8) as u8;
+            codes.iter_mut().enumerate().for_each(|(i, byte)| *byte = code(i) | code(i + BLOCK / 2) << 4);
+        }
+    }
+    Some(Data::Int4 { codes, scales })
 }
 
 /// Refuses NaN and infinity; `first` is the index of the first weight.

@@ -14,6 +14,7 @@ use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::Matrix;
 use bitnet_kernels::{Kernels, Pool};
 use std::path::Path;
+use std::sync::PoisonError;
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -99,7 +100,15 @@ impl Model {
             ActivationType::Float => false,
         };
         let floats = [options.weights, options.embedding];
-        let loader = Loader { source: &source, config: &config, machine: &machine, int8, floats, used: Default::default() };
+        let loader = Loader {
+            source: &source,
+            config: &config,
+            machine: &machine,
+            int8,
+            floats,
+            used: Default::default(),
+            losses: Default::default(),
+        };
         let (embedding, head, norm, layers) = weights(&loader, &machine)?;
         loader.check_all_used()?;
         let mut notes = source.notes.clone();
@@ -107,6 +116,9 @@ impl Model {
             let (uses, says) = if int8 { ("int8", "nothing about it") } else { ("floats", "it was trained with int8") };
             notes.push(format!("inputs of ternary layers are {uses}, where the model says {says}"));
         }
+        let losses = loader.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
+        notes
+            .extend(losses.iter().zip(["linear layers", "embedding and output matrix"]).zip(floats).filter_map(|((l, w), f)| l.note(w, f)));
         let tokenizer = Tokenizer::read(&source, &config);
         let template = ChatTemplate::read(&source)?;
         let mut model = Self::new(config, machine, embedding, head, norm, layers);
@@ -165,6 +177,16 @@ impl Model {
     pub fn bytes(&self) -> usize {
         let linear: usize = self.layers.iter().flat_map(Layer::linears).map(|l| l.bytes()).sum();
         linear + self.embedding.bytes() + self.head.as_ref().map_or(0, Matrix::bytes)
+    }
+
+    /// Bytes of the weights that a decoded token reads: all but the embedding, where it is not the output matrix too.
+    pub fn bytes_per_token(&self) -> usize {
+        self.bytes() - if self.head.is_some() { self.embedding.bytes() } else { 0 }
+    }
+
+    /// Multiply-adds of a token in layers that multiply integers.
+    pub fn integer_products(&self) -> usize {
+        self.layers.iter().flat_map(Layer::linears).map(|l| l.integer_products()).sum()
     }
 
     /// Runs tokens of one or several sequences through the graph. Their keys and values go into the caches.

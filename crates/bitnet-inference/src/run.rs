@@ -130,7 +130,7 @@ impl Run<'_, '_> {
         let s = &mut *self.scratch;
         s.delta.resize(s.x.len(), 0.0);
         o.apply(self.machine, &mut s.heads, &mut s.delta)?;
-        self.machine.kernels.add(&mut s.x, &s.delta);
+        add(self.machine, self.config.hidden, s);
         Ok(())
     }
 
@@ -151,11 +151,14 @@ impl Run<'_, '_> {
                 Activation::Relu2 => kernels.relu2_mul(gate, up),
             }
         });
-        let gate = &s.gate;
-        let product = s.product.fill(tokens * ffn);
         match sub_norm {
-            None => product.copy_from_slice(gate),
-            Some(norm) => pool.for_chunks(product, ffn, |token, out| kernels.rms_norm(&gate[token * ffn..][..ffn], &norm.0, eps, out)),
+            None => s.product.swap(&mut s.gate),
+            Some(norm) => {
+                let gate = &s.gate;
+                pool.for_chunks(s.product.fill(tokens * ffn), ffn, |token, out| {
+                    kernels.rms_norm(&gate[token * ffn..][..ffn], &norm.0, eps, out);
+                });
+            }
         }
         Ok(())
     }
@@ -165,9 +168,15 @@ impl Run<'_, '_> {
         let s = &mut *self.scratch;
         s.delta.resize(s.x.len(), 0.0);
         down.apply(self.machine, &mut s.product, &mut s.delta)?;
-        self.machine.kernels.add(&mut s.x, &s.delta);
+        add(self.machine, self.config.hidden, s);
         Ok(())
     }
+}
+
+/// `x += delta`, token by token.
+fn add(machine: &Machine, hidden: usize, s: &mut Scratch) {
+    let delta = &s.delta;
+    machine.pool.for_chunks(&mut s.x, hidden, |token, x| machine.kernels.add(x, &delta[token * hidden..][..hidden]));
 }
 
 /// Says where activations stopped being numbers.

@@ -1,6 +1,6 @@
 //! Logits of tiny random models against those that transformers computed in f32: scripts/make-inference-golden.py made both.
 
-use bitnet_inference::{CacheType, KvCache, LoadOptions, Model, Scratch, Step, Want};
+use bitnet_inference::{CacheType, FloatType, KvCache, LoadOptions, Model, Scratch, Step, Want};
 use bitnet_kernels::Kernels;
 use safetensors::{Dtype, SafeTensors};
 use std::fs;
@@ -274,4 +274,20 @@ fn tokens_and_lengths_that_do_not_fit() {
     assert!(message(&[]).contains("empty prompt"));
     assert!(model.session(65, CacheType::F16).unwrap_err().to_string().contains("at most 64"));
     assert!(model.tokenizer().unwrap_err().to_string().contains("tokenizer.json"));
+}
+
+#[test]
+fn rounding_by_choice_says_what_it_did() {
+    // Of normal weights: 6.02 dB a bit and the shape of their blocks; bounds are wide of what any model's could be.
+    for (embedding, least, most) in [(FloatType::Int4, 15.0, 27.0), (FloatType::Int8, 40.0, 50.0), (FloatType::Bf16, 52.0, 60.0)] {
+        let options = LoadOptions { threads: 2, embedding, ..LoadOptions::default() };
+        let model = Model::load_with(folder("llama-f32"), &options).unwrap();
+        let notes: Vec<_> = model.notes().iter().filter_map(|n| n.split_once(&format!("rounded to {embedding}: "))).collect();
+        let [(what, decibels)] = notes[..] else { panic!("{:?}", model.notes()) };
+        assert!(what.starts_with("embedding"));
+        let got: f64 = decibels.split(' ').next().unwrap().parse().unwrap();
+        assert!(least < got && got < most, "{embedding}: {got} dB");
+    }
+    let exact = Model::load(folder("llama-f32")).unwrap();
+    assert!(exact.notes().iter().all(|n| !n.contains("rounded")), "{:?}", exact.notes());
 }

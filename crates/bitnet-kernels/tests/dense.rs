@@ -1,6 +1,6 @@
 //! Float products, attention and elementwise steps against f64, and every instruction set and thread count against one another.
 
-use bitnet_kernels::dense::{Attention, BLOCK, Cached, Data, Matrix, Pairing, f16_to_f32, quantize_blocks};
+use bitnet_kernels::dense::{Attention, BLOCK, Cached, Data, Matrix, Pairing, f16_to_f32, quantize_blocks, quantize_nibbles};
 use bitnet_kernels::{Kernels, Pool};
 
 fn random(seed: u64, n: usize) -> Vec<f32> {
@@ -25,8 +25,13 @@ fn formats(rows: usize, cols: usize) -> Vec<(&'static str, Matrix)> {
     let brains: Vec<u16> = w.iter().map(|&w| half::bf16::from_f32(w).to_bits()).collect();
     let blocks = cols.div_ceil(BLOCK);
     let (mut values, mut scales) = (vec![0; rows * cols], vec![0; rows * blocks]);
+    let (mut codes, mut coarse) = (vec![0; rows * blocks * 16], vec![0; rows * blocks]);
     for r in 0..rows {
         quantize_blocks(&w[r * cols..][..cols], &mut values[r * cols..][..cols], &mut scales[r * blocks..][..blocks]);
+        let of_row = &mut codes[r * blocks * 16..][..blocks * 16];
+        quantize_nibbles(&w[r * cols..][..cols], of_row, &mut coarse[r * blocks..][..blocks]);
+        // Codes after the end of a row must not count.
+        (cols..blocks * 32).for_each(|c| of_row[c / 32 * 16 + c % 16] ^= if c % 32 < 16 { 0x05 } else { 0x50 });
     }
     let matrix = |data| Matrix::new(rows, cols, data).unwrap();
     vec![
@@ -34,6 +39,7 @@ fn formats(rows: usize, cols: usize) -> Vec<(&'static str, Matrix)> {
         ("f16", matrix(Data::F16(halves))),
         ("bf16", matrix(Data::Bf16(brains))),
         ("int8", matrix(Data::Int8 { values, scales })),
+        ("int4", matrix(Data::Int4 { codes, scales: coarse })),
     ]
 }
 
@@ -90,7 +96,9 @@ fn rows_are_what_the_formats_hold() {
             let step = match *name {
                 "f16" => |w: f32, _: f32| w.abs() * 2f32.powi(-11) + 2f32.powi(-25),
                 "bf16" => |w: f32, _: f32| w.abs() * 2f32.powi(-8),
-                _ => |_: f32, top: f32| top / 127.0 * 0.51,
+                "int8" => |_: f32, top: f32| top / 127.0 * 0.51,
+                // The end of the scale that has no value of its own is a whole step away.
+                _ => |_: f32, top: f32| top / 8.0 * 1.01,
             };
             let worst = exact.chunks(BLOCK).zip(rounded.chunks(BLOCK)).all(|(e, r)| {
                 let top = e.iter().fold(0.0f32, |m, w| m.max(w.abs()));
@@ -124,8 +132,7 @@ fn attention_truth(q: &[f32], k: &[f32], v: &[f32], len: usize, d: usize) -> Vec
 
 #[test]
 fn attention_is_that_of_the_definition() {
-    for (d, len) in [(8, 1), (32, 63), (64, 64), (64, 65), (128, 200), (20, 7)] {
-        let group = 3;
+    for (d, len, group) in [(8, 1, 3), (32, 63, 1), (64, 64, 2), (64, 65, 3), (128, 200, 4), (20, 7, 5), (80, 130, 9)] {
         // Scores far apart, so that the running maximum moves.
         let q: Vec<f32> = random(1, group * d).iter().map(|x| x * 6.0).collect();
         let (k, v) = (random(2, len * d), random(3, len * d));
@@ -153,6 +160,11 @@ fn attention_is_that_of_the_definition() {
                     }
                 }
                 assert_eq!(*first.get_or_insert_with(|| bits(&out)), bits(&out), "{}", kernels.isa());
+                // A head alone gives the same bits as among others.
+                let mut alone = vec![f32::NAN; d];
+                let a = Attention { keys, values, len, head_dim: d, scale: 1.0 / (d as f32).sqrt() };
+                kernels.attend(&a, &q[(group - 1) * d..], &mut alone);
+                assert_eq!(bits(&alone), bits(&out[(group - 1) * d..]));
             }
         }
     }

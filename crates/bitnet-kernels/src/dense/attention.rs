@@ -1,11 +1,14 @@
 //! Causal attention over a cache, one token at a time.
 
-use super::LANES;
 use super::elementwise::exp;
 use super::lanes::Lanes;
 use super::matrix::{Bytes, Floats, Halves, Row, Rows};
 use super::product::tile;
+use super::{LANES, total};
+use std::ops::Range;
 
+/// Asks memory for nothing.
+const NOTHING: (*const u8, usize) = (std::ptr::null(), 0);
 /// Positions whose scores are kept at once.
 const BLOCK: usize = 64;
 
@@ -57,109 +60,206 @@ impl Attention<'_> {
     }
 }
 
+/// Heads, up to G at once, so that each key and each value is widened once for all of them; values in S steps at once.
+///
 /// # Safety
 /// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) unsafe fn attend<L: Lanes>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
-    for (q, out) in q.chunks_exact(a.head_dim).zip(out.chunks_exact_mut(a.head_dim)) {
-        // SAFETY: the caller's.
-        unsafe { head::<L>(a, q, out) };
+pub(super) unsafe fn attend<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+    for (q, out) in q.chunks(G * a.head_dim).zip(out.chunks_mut(G * a.head_dim)) {
+        // SAFETY of every call: the caller's.
+        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+        match (q.len() / a.head_dim).min(G) {
+            1 => unsafe { heads::<L, S, 1>(a, q, out) },
+            2 => unsafe { heads::<L, S, 2>(a, q, out) },
+            3 => unsafe { heads::<L, S, 3>(a, q, out) },
+            _ => unsafe { heads::<L, S, G>(a, q, out) },
+        }
     }
 }
 
-/// One query head.
+/// G query heads.
 ///
 /// # Safety
 /// As [`attend`].
 #[inline(always)]
-unsafe fn head<L: Lanes>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+unsafe fn heads<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+    let cols = a.head_dim;
+    let queries: [&[f32]; G] = std::array::from_fn(|g| &q[g * cols..][..cols]);
+    let (mut tops, mut sums) = ([f32::NEG_INFINITY; G], [0.0f32; G]);
+    let mut scores = [[0.0; BLOCK]; G];
     out.fill(0.0);
-    let (mut top, mut sum) = (f32::NEG_INFINITY, 0.0f32);
-    let mut scores = [0.0; BLOCK];
     for first in (0..a.len).step_by(BLOCK) {
-        let scores = &mut scores[..BLOCK.min(a.len - first)];
+        let count = BLOCK.min(a.len - first);
         // SAFETY of every call: the caller's.
         #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
         match a.keys {
-            Cached::F32(all) => unsafe { dots::<L, _>(Floats { all, cols: a.head_dim }, first, q, scores) },
-            Cached::F16(all) => unsafe { dots::<L, _>(Halves { all, cols: a.head_dim }, first, q, scores) },
+            Cached::F32(all) => unsafe { dots::<L, _, G>(Floats { all, cols }, first..first + count, queries, &mut scores) },
+            Cached::F16(all) => unsafe { dots::<L, _, G>(Halves { all, cols }, first..first + count, queries, &mut scores) },
             Cached::Int8(all, scales) => {
-                unsafe { dots::<L, _>(Bytes { all, cols: a.head_dim }, first, q, scores) };
-                scores.iter_mut().zip(&scales[first..]).for_each(|(s, scale)| *s *= scale);
+                unsafe { dots::<L, _, G>(Bytes { all, cols }, first..first + count, queries, &mut scores) };
+                scores.iter_mut().for_each(|scores| by(&mut scores[..count], &scales[first..]));
             }
         }
-        let before = top;
-        for s in scores.iter_mut() {
-            *s *= a.scale;
-            top = if *s > top { *s } else { top };
-        }
-        let shrink = exp(before - top);
-        sum *= shrink;
-        out.iter_mut().for_each(|o| *o *= shrink);
-        scores.iter_mut().for_each(|s| *s = exp(*s - top));
-        for s in scores.iter() {
-            sum += s;
+        for (((scores, top), sum), out) in scores.iter_mut().zip(&mut tops).zip(&mut sums).zip(out.chunks_exact_mut(cols)) {
+            scores[..count].iter_mut().for_each(|s| *s *= a.scale);
+            scores[count..].fill(f32::NEG_INFINITY);
+            let shrink = softmax(scores, top, sum);
+            out.iter_mut().for_each(|o| *o *= shrink);
         }
         // SAFETY of every call: the caller's.
         #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
         match a.values {
-            Cached::F32(all) => unsafe { mix::<L, _>(Floats { all, cols: a.head_dim }, first, scores, out) },
-            Cached::F16(all) => unsafe { mix::<L, _>(Halves { all, cols: a.head_dim }, first, scores, out) },
+            Cached::F32(all) => unsafe { mix::<L, _, S, G>(Floats { all, cols }, first..first + count, &scores, cols, out) },
+            Cached::F16(all) => unsafe { mix::<L, _, S, G>(Halves { all, cols }, first..first + count, &scores, cols, out) },
             Cached::Int8(all, scales) => {
-                scores.iter_mut().zip(&scales[first..]).for_each(|(s, scale)| *s *= scale);
-                unsafe { mix::<L, _>(Bytes { all, cols: a.head_dim }, first, scores, out) };
+                scores.iter_mut().for_each(|scores| by(&mut scores[..count], &scales[first..]));
+                unsafe { mix::<L, _, S, G>(Bytes { all, cols }, first..first + count, &scores, cols, out) };
             }
         }
     }
-    out.iter_mut().for_each(|o| *o /= sum);
+    for (out, sum) in out.chunks_exact_mut(cols).zip(sums) {
+        out.iter_mut().for_each(|o| *o /= sum);
+    }
 }
 
-/// `scores[j] = q · key[first + j]`.
+#[inline(always)]
+fn by(scores: &mut [f32], scales: &[f32]) {
+    scores.iter_mut().zip(scales).for_each(|(s, scale)| *s *= scale);
+}
+
+/// Makes scores exponentials under the largest so far, `top`, adds them to `sum`, and returns what everything before has to be multiplied by.
+#[inline(always)]
+fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
+    let steps = scores.as_chunks_mut::<LANES>().0;
+    let mut tops = [*top; LANES];
+    for step in steps.iter() {
+        for (top, &s) in tops.iter_mut().zip(step) {
+            *top = if s > *top { s } else { *top };
+        }
+    }
+    let before = *top;
+    *top = tops.into_iter().fold(before, |top, s| if s > top { s } else { top });
+    let mut lanes = [0.0; LANES];
+    for step in steps {
+        for (lane, s) in lanes.iter_mut().zip(step) {
+            *s = exp(*s - *top);
+            *lane += *s;
+        }
+    }
+    let shrink = exp(before - *top);
+    *sum = *sum * shrink + total(lanes);
+    shrink
+}
+
+/// `scores[g][j] = queries[g] · key[first + j]`.
 ///
 /// # Safety
 /// As [`attend`].
 #[inline(always)]
-unsafe fn dots<'a, L: Lanes, K: Rows<'a>>(keys: K, first: usize, q: &[f32], scores: &mut [f32]) {
-    let (fours, rest) = scores.as_chunks_mut::<4>();
-    let mut at = first;
-    for four in fours {
-        let rows = [keys.row(at), keys.row(at + 1), keys.row(at + 2), keys.row(at + 3)];
+unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
+    keys: K,
+    positions: Range<usize>,
+    queries: [&[f32]; G],
+    scores: &mut [[f32; BLOCK]; G],
+) {
+    let (mut j, count, first, cols) = (0, positions.len(), positions.start, queries[0].len());
+    while j + 4 <= count {
+        let rows = [keys.row(first + j), keys.row(first + j + 1), keys.row(first + j + 2), keys.row(first + j + 3)];
         // SAFETY: the caller's.
-        [*four] = unsafe { tile::<L, _, 4, 1>(rows, [q], q.len()) };
-        at += 4;
+        let sums = unsafe { tile::<L, _, 4, G>(rows, queries, cols, NOTHING) };
+        scores.iter_mut().zip(sums).for_each(|(scores, sums)| scores[j..j + 4].copy_from_slice(&sums));
+        j += 4;
     }
-    for score in rest {
+    while j < count {
         // SAFETY: the caller's.
-        [[*score]] = unsafe { tile::<L, _, 1, 1>([keys.row(at)], [q], q.len()) };
-        at += 1;
+        let sums = unsafe { tile::<L, _, 1, G>([keys.row(first + j)], queries, cols, NOTHING) };
+        scores.iter_mut().zip(sums).for_each(|(scores, [sum])| scores[j] = sum);
+        j += 1;
     }
 }
 
-/// `out += Σ_j weights[j] · value[first + j]`, positions in order.
+/// `out[g] += Σ_j weights[g][j] · value[first + j]`, positions in order.
 ///
 /// # Safety
 /// As [`attend`].
 #[inline(always)]
-unsafe fn mix<'a, L: Lanes, V: Rows<'a>>(values: V, first: usize, weights: &[f32], out: &mut [f32]) {
-    let (steps, rest) = out.as_chunks_mut::<LANES>();
+unsafe fn mix<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
+    values: V,
+    positions: Range<usize>,
+    weights: &[[f32; BLOCK]; G],
+    cols: usize,
+    out: &mut [f32],
+) where
+    V::Row: Row<Scales = ()>,
+{
+    let (steps, mut step) = (cols / LANES, 0);
     // SAFETY: the caller's.
     unsafe {
-        for (step, sums) in steps.iter_mut().enumerate() {
-            let mut kept = L::f32(sums);
-            for (j, &weight) in weights.iter().enumerate() {
-                kept = kept.add_product(L::f32(&[weight; LANES]), values.row(first + j).full(step));
-            }
-            kept.store(sums);
+        while step + S <= steps {
+            mix_steps::<L, V, S, G>(values, positions.clone(), weights, cols, step, out);
+            step += S;
         }
-        if !rest.is_empty() {
-            let mut padded = [0.0; LANES];
-            padded[..rest.len()].copy_from_slice(rest);
-            let mut kept = L::f32(&padded);
-            for (j, &weight) in weights.iter().enumerate() {
-                kept = kept.add_product(L::f32(&[weight; LANES]), values.row(first + j).tail());
+        while step < steps {
+            mix_steps::<L, V, 1, G>(values, positions.clone(), weights, cols, step, out);
+            step += 1;
+        }
+        if !cols.is_multiple_of(LANES) {
+            for (out, weights) in out.chunks_exact_mut(cols).zip(weights) {
+                let rest = &mut out[steps * LANES..];
+                let mut padded = [0.0; LANES];
+                padded[..rest.len()].copy_from_slice(rest);
+                let mut kept = L::f32(&padded);
+                for (position, &weight) in positions.clone().zip(weights) {
+                    kept = kept.add_product(L::f32(&[weight; LANES]), values.row(position).tail());
+                }
+                kept.store(&mut padded);
+                rest.copy_from_slice(&padded[..rest.len()]);
             }
-            kept.store(&mut padded);
-            rest.copy_from_slice(&padded[..rest.len()]);
+        }
+    }
+}
+
+/// [`mix`] for S steps from one on.
+///
+/// # Safety
+/// As [`attend`].
+#[inline(always)]
+unsafe fn mix_steps<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
+    values: V,
+    positions: Range<usize>,
+    weights: &[[f32; BLOCK]; G],
+    cols: usize,
+    first: usize,
+    out: &mut [f32],
+) where
+    V::Row: Row<Scales = ()>,
+{
+    // SAFETY: the caller's.
+    unsafe {
+        let mut kept = [[L::zero(); S]; G];
+        for (kept, out) in kept.iter_mut().zip(out.chunks_exact(cols)) {
+            for (s, kept) in kept.iter_mut().enumerate() {
+                *kept = L::f32(&out.as_chunks().0[first + s]);
+            }
+        }
+        for (j, position) in positions.enumerate() {
+            let row = values.row(position);
+            let mut value = [L::zero(); S];
+            for (s, value) in value.iter_mut().enumerate() {
+                *value = row.full(first + s, &());
+            }
+            for (kept, weights) in kept.iter_mut().zip(weights) {
+                let weight = L::f32(&[weights[j]; LANES]);
+                for (kept, value) in kept.iter_mut().zip(value) {
+                    *kept = kept.add_product(weight, value);
+                }
+            }
+        }
+        for (kept, out) in kept.into_iter().zip(out.chunks_exact_mut(cols)) {
+            for (s, kept) in kept.into_iter().enumerate() {
+                kept.store(&mut out.as_chunks_mut().0[first + s]);
+            }
         }
     }
 }

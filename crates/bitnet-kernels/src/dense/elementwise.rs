@@ -1,6 +1,8 @@
 //! Norm, rotation and activation functions of one token.
 
-use super::{LANES, total};
+use super::LANES;
+use super::lanes::Lanes;
+use super::matrix::tail;
 
 /// Which elements of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,19 +13,25 @@ pub enum Pairing {
     Adjacent,
 }
 
+/// # Safety
+/// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let (steps, tail) = x.as_chunks::<LANES>();
-    let mut squares = [0.0; LANES];
-    for step in steps {
-        for lane in 0..LANES {
-            squares[lane] = step[lane].mul_add(step[lane], squares[lane]);
+pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let (steps, rest) = x.as_chunks::<LANES>();
+    // SAFETY: the caller's.
+    let squares = unsafe {
+        let mut squares = L::zero();
+        for step in steps {
+            let x = L::f32(step);
+            squares = squares.add_product(x, x);
         }
-    }
-    for (square, x) in squares.iter_mut().zip(tail) {
-        *square = x.mul_add(*x, *square);
-    }
-    let inverse = 1.0 / (total(squares) / x.len() as f32 + eps).sqrt();
+        if !rest.is_empty() {
+            let x = L::f32(&tail(x));
+            squares = squares.add_product(x, x);
+        }
+        squares.total()
+    };
+    let inverse = 1.0 / (squares / x.len() as f32 + eps).sqrt();
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = weight * (x * inverse);
     }

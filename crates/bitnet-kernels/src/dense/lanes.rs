@@ -20,6 +20,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn bf16(from: &[u16; LANES]) -> Self;
     /// From integers.
     unsafe fn i8(from: &[i8; LANES]) -> Self;
+    /// From the low or the high halves of bytes, less 8, times a scale.
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self;
+    /// Asks for the cache line at an address that may lie anywhere.
+    unsafe fn ask(at: *const u8);
     /// `self · by`, lane by lane.
     unsafe fn times(self, by: f32) -> Self;
     /// `self + w · x` with one rounding.
@@ -54,6 +58,12 @@ impl Lanes for Plain {
     unsafe fn i8(from: &[i8; LANES]) -> Self {
         Self(from.map(f32::from))
     }
+
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
+        Self(from.map(|byte| f32::from((if high { byte >> 4 } else { byte & 15 }) as i8 - 8) * scale))
+    }
+
+    unsafe fn ask(_: *const u8) {}
 
     unsafe fn times(self, by: f32) -> Self {
         Self(self.0.map(|x| x * by))
@@ -130,6 +140,22 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
+        unsafe {
+            let table = _mm512_setr_ps(-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
+            let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let table = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+            // The lower four bits of a lane are the place in the table.
+            Self(_mm512_permutexvar_ps(if high { _mm512_srli_epi32::<4>(wide) } else { wide }, table))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ask(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn times(self, by: f32) -> Self {
         unsafe { Self(_mm512_mul_ps(self.0, _mm512_set1_ps(by))) }
     }
@@ -188,6 +214,22 @@ impl Lanes for Avx2 {
             let upper = _mm_srli_si128::<8>(all);
             Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            let codes = _mm_and_si128(if high { _mm_srli_epi16::<4>(bytes) } else { bytes }, _mm_set1_epi8(15));
+            let mut values = [0; LANES];
+            _mm_storeu_si128(values.as_mut_ptr().cast(), _mm_sub_epi8(codes, _mm_set1_epi8(8)));
+            Self::i8(&values).times(scale)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ask(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Products with float activations, attention over a cache, and the elementwise steps between them.
 //!
 //! ```text
-//! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of 8-bit integers: see [`Data`]
+//! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of 8-bit or 4-bit integers: see [`Data`]
 //! ```
 //!
 //! Every loop is written once, over 16 lanes or plain Rust, and compiled for each instruction set. A sum runs over [`LANES`] strided partial sums with fused
@@ -17,7 +17,7 @@ mod product;
 
 pub use attention::{Attention, Cached};
 pub use elementwise::Pairing;
-pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks};
+pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks, quantize_nibbles, zeros};
 
 #[cfg(target_arch = "x86_64")]
 use crate::Isa;
@@ -58,12 +58,13 @@ macro_rules! compiled {
             $(#[target_feature(enable = $features)])?
             pub(super) fn attend(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
                 // SAFETY: the features of this function are those of the lanes.
-                unsafe { attention::attend::<$lanes>(a, q, out) };
+                unsafe { attention::attend::<$lanes, $rows, $tokens>(a, q, out) };
             }
 
             $(#[target_feature(enable = $features)])?
             pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-                elementwise::rms_norm(x, weight, eps, out);
+                // SAFETY: the features of this function are those of the lanes.
+                unsafe { elementwise::rms_norm::<$lanes>(x, weight, eps, out) };
             }
 
             $(#[target_feature(enable = $features)])?

@@ -2,9 +2,12 @@
 
 use super::LANES;
 use super::lanes::Lanes;
-use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Row, Rows, tail};
+use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Nibbles, Row, Rows, SPAN, tail};
 use std::marker::PhantomData;
 use std::ops::Range;
+
+/// Bytes that memory is asked for beyond the tile after this one's beginning.
+const AHEAD: usize = 4 << 10;
 
 /// A matrix `[M, N]`, of whose rows each thread writes other columns.
 pub(super) struct Output<'a> {
@@ -55,6 +58,7 @@ pub(super) unsafe fn product<L: Lanes, const R: usize, const T: usize>(
         Data::F16(all) => unsafe { sweep::<L, _, R, T>(Halves { all, cols }, cols, x, bias, rows, out) },
         Data::Bf16(all) => unsafe { sweep::<L, _, R, T>(Brains { all, cols }, cols, x, bias, rows, out) },
         Data::Int8 { values, scales } => unsafe { sweep::<L, _, R, T>(Blocks { values, scales, cols }, cols, x, bias, rows, out) },
+        Data::Int4 { codes, scales } => unsafe { sweep::<L, _, R, T>(Nibbles { codes, scales, cols }, cols, x, bias, rows, out) },
     }
 }
 
@@ -78,6 +82,9 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
         for (r, tile_row) in tile_rows.iter_mut().enumerate() {
             *tile_row = w.row(row + r.min(count - 1));
         }
+        // The rows of a tile lie side by side: what it reads, in whatever order, is as long as what is asked for meanwhile.
+        let (place, bytes) = w.place(row);
+        let ahead = (place.wrapping_add(R * bytes + AHEAD), R * W::STEP);
         let mut token = 0;
         while token + T <= tokens {
             let mut some = [x; T];
@@ -85,7 +92,7 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
                 some[t] = &x[(token + t) * cols..][..cols];
             }
             // SAFETY: the caller's.
-            let sums = unsafe { tile::<L, _, R, T>(tile_rows, some, cols) };
+            let sums = unsafe { tile::<L, _, R, T>(tile_rows, some, cols, ahead) };
             for (t, sums) in sums.iter().enumerate() {
                 // SAFETY: the caller's.
                 unsafe { put(sums, bias, row..row + count, token + t, out) };
@@ -94,7 +101,7 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
         }
         while token < tokens {
             // SAFETY: the caller's.
-            let sums = unsafe { tile::<L, _, R, 1>(tile_rows, [&x[token * cols..][..cols]], cols) };
+            let sums = unsafe { tile::<L, _, R, 1>(tile_rows, [&x[token * cols..][..cols]], cols, ahead) };
             // SAFETY: the caller's.
             unsafe { put(&sums[0], bias, row..row + count, token, out) };
             token += 1;
@@ -117,29 +124,47 @@ unsafe fn put(sums: &[f32], bias: Option<&[f32]>, rows: Range<usize>, token: usi
     }
 }
 
-/// The sums of R rows with T tokens.
+/// The sums of R rows with T tokens. Beside step i, bytes `ahead.1 · i` to `ahead.1 · (i + 1)` after `ahead.0` are asked for.
 ///
 /// # Safety
-/// The machine has the instruction set of `L`.
+/// The machine has the instruction set of `L`, and the rows have `cols` columns.
 #[inline(always)]
-pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(w: [W; R], x: [&[f32]; T], cols: usize) -> [[f32; R]; T] {
+pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
+    w: [W; R],
+    x: [&[f32]; T],
+    cols: usize,
+    ahead: (*const u8, usize),
+) -> [[f32; R]; T] {
+    let steps = cols / LANES;
+    let mut floats: [&[[f32; LANES]]; T] = [&[]; T];
+    for t in 0..T {
+        assert!(x[t].len() == cols, "activations of {cols} columns");
+        floats[t] = x[t].as_chunks().0;
+    }
     let mut totals = [[0.0; R]; T];
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[L::zero(); R]; T];
-        let mut rows = [L::zero(); R];
-        for step in 0..cols / LANES {
-            for r in 0..R {
-                rows[r] = w[r].full(step);
+        for (span, first) in (0..steps).step_by(SPAN).enumerate() {
+            let mut scales = [w[0].scales::<L>(span); R];
+            for r in 1..R {
+                scales[r] = w[r].scales::<L>(span);
             }
-            for t in 0..T {
-                let x = L::f32(&x[t].as_chunks::<LANES>().0[step]);
-                for r in 0..R {
-                    sums[t][r] = sums[t][r].add_product(rows[r], x);
+            let end = steps.min(first + SPAN);
+            // Two steps are a block.
+            for pair in first / 2..end / 2 {
+                for line in 0..(2 * ahead.1).div_ceil(64) {
+                    L::ask(ahead.0.wrapping_add(2 * pair * ahead.1 + 64 * line));
                 }
+                add::<L, W, R, T>(w, &scales, floats, 2 * pair, &mut sums);
+                add::<L, W, R, T>(w, &scales, floats, 2 * pair + 1, &mut sums);
+            }
+            if end % 2 == 1 {
+                add::<L, W, R, T>(w, &scales, floats, end - 1, &mut sums);
             }
         }
         if !cols.is_multiple_of(LANES) {
+            let mut rows = [L::zero(); R];
             for r in 0..R {
                 rows[r] = w[r].tail();
             }
@@ -157,4 +182,31 @@ pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(w: [
         }
     }
     totals
+}
+
+/// One full step of a tile.
+///
+/// # Safety
+/// As [`tile`], and every row and every token has the step in full.
+#[inline(always)]
+unsafe fn add<L: Lanes, W: Row, const R: usize, const T: usize>(
+    w: [W; R],
+    scales: &[W::Scales; R],
+    x: [&[[f32; LANES]]; T],
+    step: usize,
+    sums: &mut [[L; R]; T],
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut rows = [L::zero(); R];
+        for r in 0..R {
+            rows[r] = w[r].full(step, &scales[r]);
+        }
+        for t in 0..T {
+            let x = L::f32(x[t].get_unchecked(step));
+            for r in 0..R {
+                sums[t][r] = sums[t][r].add_product(rows[r], x);
+            }
+        }
+    }
 }

@@ -1,0 +1,37 @@
+//! A decoded token allocates nothing.
+
+use bitnet_inference::{CacheType, Config, FloatType, LoadOptions, Model};
+use std::path::Path;
+
+fn decodes_without_allocating(what: &str, model: &Model) {
+    for cache in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        let mut session = model.session(40, cache).unwrap();
+        session.prefill(&[1, 2, 3, 4, 5]).unwrap();
+        // Two buffers of quantized inputs take turns.
+        (0..2).for_each(|token| _ = session.decode(token).unwrap());
+        let counted = allocation_counter::measure(|| (0..30).for_each(|token| _ = session.decode(token).unwrap()));
+        assert_eq!(counted.count_total, 0, "{what}, {cache:?}");
+        // The counter counts.
+        assert!(allocation_counter::measure(|| drop(model.session(1, cache).unwrap())).count_total > 0);
+    }
+}
+
+#[test]
+fn a_decoded_token_allocates_nothing() {
+    for embedding in [FloatType::Exact, FloatType::Int8, FloatType::Int4] {
+        let options = LoadOptions { threads: 1, embedding, ..LoadOptions::default() };
+        let model = Model::made_up(Config::shape("tiny").unwrap(), &options).unwrap();
+        decodes_without_allocating("bitnet, made up", &model);
+    }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut models = 0;
+    for entry in std::fs::read_dir(golden).unwrap() {
+        let path = entry.unwrap().path();
+        if path.join("config.json").is_file() {
+            let model = Model::load_with(&path, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
+            decodes_without_allocating(&path.display().to_string(), &model);
+            models += 1;
+        }
+    }
+    assert!(models >= 10, "{models} models");
+}
