@@ -1,6 +1,8 @@
 //! Loops of laying weights out, compiled for each instruction set.
 
-use crate::{Isa, Kernels};
+#[cfg(target_arch = "x86_64")]
+use crate::Isa;
+use crate::Kernels;
 
 /// Values that [`quads`] takes at once: four steps of a row.
 const QUADS: usize = 64;
