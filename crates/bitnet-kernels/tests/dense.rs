@@ -179,9 +179,12 @@ fn elementwise_steps() {
             let mut norm = vec![f32::NAN; n];
             kernels.rms_norm(&x, &w, 1e-5, &mut norm);
             let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
-            let (mut silu, mut relu2, mut sum) = (x.clone(), x.clone(), x.clone());
-            kernels.silu_mul(&mut silu, &w);
-            kernels.relu2_mul(&mut relu2, &w);
+            let (mut in_place, mut sum) = (x.clone(), x.clone());
+            kernels.rms_norm_in_place(&mut in_place, &w, 1e-5);
+            assert_eq!(bits(&in_place), bits(&norm));
+            let [mut silu, mut relu2] = [vec![f32::NAN; n], vec![f32::NAN; n]];
+            kernels.silu_mul(&x, &w, &mut silu);
+            kernels.relu2_mul(&x, &w, &mut relu2);
             kernels.add(&mut sum, &w);
             for i in 0..n {
                 let (x, w) = (f64::from(x[i]), f64::from(w[i]));

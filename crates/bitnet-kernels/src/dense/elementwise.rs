@@ -16,7 +16,7 @@ pub enum Pairing {
 /// # Safety
 /// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(super) unsafe fn inverse_rms<L: Lanes>(x: &[f32], eps: f32) -> f32 {
     let (steps, rest) = x.as_chunks::<LANES>();
     // SAFETY: the caller's.
     let squares = unsafe {
@@ -31,9 +31,28 @@ pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out
         }
         squares.total()
     };
-    let inverse = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    1.0 / (squares / x.len() as f32 + eps).sqrt()
+}
+
+/// # Safety
+/// The machine has the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    // SAFETY: the caller's.
+    let inverse = unsafe { inverse_rms::<L>(x, eps) };
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = weight * (x * inverse);
+    }
+}
+
+/// # Safety
+/// The machine has the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn rms_norm_in_place<L: Lanes>(x: &mut [f32], weight: &[f32], eps: f32) {
+    // SAFETY: the caller's.
+    let inverse = unsafe { inverse_rms::<L>(x, eps) };
+    for (x, weight) in x.iter_mut().zip(weight) {
+        *x = weight * (*x * inverse);
     }
 }
 
@@ -58,17 +77,17 @@ pub(super) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
 }
 
 #[inline(always)]
-pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
+pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate / (1.0 + exp(-gate)) * up;
     }
 }
 
 #[inline(always)]
-pub(super) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        let positive = if *gate > 0.0 { *gate } else { 0.0 };
-        *gate = positive * positive * up;
+pub(super) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
+        let positive = if gate > 0.0 { gate } else { 0.0 };
+        *out = positive * positive * up;
     }
 }
 

@@ -68,18 +68,24 @@ macro_rules! compiled {
             }
 
             $(#[target_feature(enable = $features)])?
+            pub(super) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+                // SAFETY: the features of this function are those of the lanes.
+                unsafe { elementwise::rms_norm_in_place::<$lanes>(x, weight, eps) };
+            }
+
+            $(#[target_feature(enable = $features)])?
             pub(super) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
                 elementwise::rotate(x, angles, pairing);
             }
 
             $(#[target_feature(enable = $features)])?
-            pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-                elementwise::silu_mul(gate, up);
+            pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                elementwise::silu_mul(gate, up, out);
             }
 
             $(#[target_feature(enable = $features)])?
-            pub(super) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
-                elementwise::relu2_mul(gate, up);
+            pub(super) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                elementwise::relu2_mul(gate, up, out);
             }
 
             $(#[target_feature(enable = $features)])?
@@ -172,6 +178,15 @@ impl Kernels {
         dispatch!(self, rms_norm(x, weight, eps, out));
     }
 
+    /// `x = weight · x / √(mean(x²) + eps)` of one token.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], eps: f32) {
+        assert!(x.len() == weight.len(), "a norm of {} elements", weight.len());
+        dispatch!(self, rms_norm_in_place(x, weight, eps));
+    }
+
     /// Rotates pair i of every head of a token by the angle with cosine and sine `angles[i]`.
     ///
     /// # Panics
@@ -181,22 +196,22 @@ impl Kernels {
         dispatch!(self, rotate(x, angles, pairing));
     }
 
-    /// `gate = gate / (1 + exp(−gate)) · up`.
+    /// `out = gate / (1 + exp(−gate)) · up`.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
-        assert_eq!(gate.len(), up.len(), "as many gates as values");
-        dispatch!(self, silu_mul(gate, up));
+    pub fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(gate.len() == up.len() && gate.len() == out.len(), "as many gates as values");
+        dispatch!(self, silu_mul(gate, up, out));
     }
 
-    /// `gate = max(gate, 0)² · up`.
+    /// `out = max(gate, 0)² · up`.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn relu2_mul(&self, gate: &mut [f32], up: &[f32]) {
-        assert_eq!(gate.len(), up.len(), "as many gates as values");
-        dispatch!(self, relu2_mul(gate, up));
+    pub fn relu2_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(gate.len() == up.len() && gate.len() == out.len(), "as many gates as values");
+        dispatch!(self, relu2_mul(gate, up, out));
     }
 
     /// `x += y`.

@@ -7,6 +7,21 @@ use super::{PANEL, STEP_BYTES};
 /// Most tokens that a tile takes at once.
 pub(crate) const TOKENS: usize = 6;
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Asks for the cache line at an address, which may lie anywhere.
+#[inline(always)]
+pub(crate) fn ask(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has SSE, and a prefetch reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// The sums of one token with the rows of a panel.
 pub(crate) type Sums = [i32; PANEL];
 
