@@ -4,7 +4,10 @@ use crate::cache::KvCache;
 use crate::config::{Activation, Config};
 use crate::linear::{Input, Linear, Machine};
 use crate::{Error, Result};
-use bitnet_kernels::dense::Attention;
+use bitnet_kernels::dense::{Attention, Heads};
+
+/// Tokens of a long batch whose attention is computed together.
+const TOGETHER: usize = 8;
 
 /// Which logits a step is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,13 +102,29 @@ impl Run<'_, '_> {
         }
         let (queries, steps, scale) = (&s.q, &*self.steps, 1.0 / (d as f32).sqrt());
         s.attended.resize(tokens * width, 0.0);
-        pool.for_chunks(&mut s.attended, group * d, |part, out| {
-            let (token, head) = (part / config.kv_heads, part % config.kv_heads);
-            let (step, position) = places[token];
+        let attention = |(step, position): (usize, usize), head: usize| {
             let [keys, values] = steps[step].cache.head(layer, head);
-            let attention = Attention { keys, values, len: position + 1, head_dim: d, scale };
-            kernels.attend(&attention, &queries[token * width + head * group * d..][..group * d], out);
-        });
+            Attention { keys, values, len: position + 1, head_dim: d, scale }
+        };
+        if tokens < 2 * TOGETHER {
+            pool.for_chunks(&mut s.attended, group * d, |part, out| {
+                let (token, head) = (part / config.kv_heads, part % config.kv_heads);
+                kernels.attend(&attention(places[token], head), &queries[token * width + head * group * d..][..group * d], out);
+            });
+        } else {
+            pool.for_chunks(&mut s.attended, TOGETHER * width, |part, out| {
+                let places = &places[part * TOGETHER..][..out.len() / width];
+                let mut first = 0;
+                for run in places.chunk_by(|a, b| a.0 == b.0) {
+                    for head in 0..config.kv_heads {
+                        let (at, start) = (Heads { tokens: run.len(), width: group * d, stride: width }, first * width + head * group * d);
+                        let queries = &queries[part * TOGETHER * width + start..];
+                        kernels.attend_run(&attention(run[0], head), at, queries, &mut out[start..]);
+                    }
+                    first += run.len();
+                }
+            });
+        }
         if layer + 1 == config.layers {
             self.keep_wanted();
         }

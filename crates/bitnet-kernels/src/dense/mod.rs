@@ -9,6 +9,7 @@
 //! tokens computed together change no bit of the result.
 
 mod attention;
+mod causal;
 mod elementwise;
 mod lanes;
 mod matrix;
@@ -16,6 +17,7 @@ mod parallel;
 mod product;
 
 pub use attention::{Attention, Cached};
+pub use causal::Heads;
 pub use elementwise::Pairing;
 pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks, quantize_nibbles, zeros};
 
@@ -23,6 +25,7 @@ pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks, quantize_nibb
 use crate::Isa;
 use crate::{Kernels, Pool};
 use product::Output;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Strided partial sums of every reduction.
@@ -59,6 +62,12 @@ macro_rules! compiled {
             pub(super) fn attend(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
                 // SAFETY: the features of this function are those of the lanes.
                 unsafe { attention::attend::<$lanes, $rows, $tokens>(a, q, out) };
+            }
+
+            $(#[target_feature(enable = $features)])?
+            pub(super) fn attend_run(a: &Attention<'_>, at: Heads, q: &[f32], out: &mut [f32], room: &mut causal::Room) {
+                // SAFETY: the features of this function are those of the lanes.
+                unsafe { causal::attend_run::<$lanes, $rows, $tokens>(a, at, q, out, room) };
             }
 
             $(#[target_feature(enable = $features)])?
@@ -167,6 +176,25 @@ impl Kernels {
     pub fn attend(&self, attention: &Attention<'_>, q: &[f32], out: &mut [f32]) {
         attention.check(q, out);
         dispatch!(self, attend(attention, q, out));
+    }
+
+    /// Attention of the heads that share one key and value head, for tokens that follow one another: `attention.len` is what the first one sees, and
+    /// each sees one position more than the one before. The bits are those of [`Kernels::attend`] for each.
+    ///
+    /// # Panics
+    /// If `q` and `out` do not hold these heads, all of them whole, or the cache holds fewer positions than the last token sees.
+    pub fn attend_run(&self, attention: &Attention<'_>, at: Heads, q: &[f32], out: &mut [f32]) {
+        thread_local! {
+            static ROOM: Cell<causal::Room> = Cell::default();
+        }
+        if at.tokens == 0 {
+            return;
+        }
+        at.check(q, out);
+        Attention { len: attention.len.saturating_add(at.tokens - 1), ..*attention }.check(&q[..at.width], &out[..at.width]);
+        let mut room = ROOM.take();
+        dispatch!(self, attend_run(attention, at, q, out, &mut room));
+        ROOM.set(room);
     }
 
     /// `out = weight · x / √(mean(x²) + eps)` of one token.
