@@ -7,7 +7,7 @@ use crate::{Error, Result};
 use bitnet_kernels::dense::{Attention, Heads};
 
 /// Tokens of a long batch whose attention is computed together.
-const TOGETHER: usize = 8;
+const TOGETHER: usize = 16;
 
 /// Which logits a step is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -109,13 +109,15 @@ pub(super) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let bounded = if x < 88.0 { x } else { 88.0 };
     let bounded = if bounded > -87.3 { bounded } else { -87.3 };
-    let n = bounded.mul_add(std::f32::consts::LOG2_E, MAGIC) - MAGIC;
+    let shifted = bounded.mul_add(std::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, bounded));
     let mut sum = 1.0 / 5040.0;
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         sum = r.mul_add(sum, c);
     }
-    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The last bits of the shifted number are n: a conversion, which saturates, would be done lane by lane.
+    let power = f32::from_bits(shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { sum * power }
 }
 

@@ -114,6 +114,9 @@ fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut Sums) {
 /// `out (+)= sum · scale − shift · Σx`, and after the last group `out · s_x + bias`.
 #[inline(always)]
 pub(crate) fn finish(term: &Term<'_>, sums: &Sums, out: &mut [f32]) {
+    if let (true, None, Some((last, None))) = (term.first, term.shift, term.last) {
+        return out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out = sum as f32 * scale * last);
+    }
     match (term.first, term.shift) {
         (true, None) => out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out = sum as f32 * scale),
         (false, None) => out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out += sum as f32 * scale),
