@@ -31,32 +31,60 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Vec<f32>>,
 }
 
-/// The input of linear layers, `[tokens, K]`, quantized at most once however many layers of one shape read it.
+/// The input of linear layers, `[tokens, K]`: floats for those that multiply floats, and quantized once for the others, however many layers of one
+/// shape read it.
 #[derive(Debug, Default)]
 pub(crate) struct Input {
     floats: Vec<f32>,
     quantized: Option<Activations>,
-    /// Whether `quantized` are the floats of now; if not, it is room for others.
+    /// Whether `quantized` is the input of now; if not, it is room for another.
     fresh: bool,
 }
 
 impl Input {
-    /// The elements.
+    /// The elements, if they were last written for something that multiplies floats.
     pub(crate) fn floats(&self) -> &[f32] {
         &self.floats
     }
 
-    /// Room for `len` elements, to be written anew.
-    pub(crate) fn fill(&mut self, len: usize) -> &mut [f32] {
+    /// Writes the input of `layers`, `cols` elements of each token by `fill`, on the pool. Where all of them multiply integers, the floats of a token go
+    /// no further than the cache of the thread that quantizes them.
+    ///
+    /// # Errors
+    /// [`bitnet_core::Error::NotFinite`], wrapped, if a token that is to be quantized holds NaN or infinity.
+    pub(crate) fn write(
+        &mut self,
+        machine: &Machine,
+        layers: &[&Linear],
+        (tokens, cols): (usize, usize),
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<()> {
+        if let [Linear { weights: Weights::Ternary(w), .. }, ..] = layers {
+            let mut quantized = self.room(w)?;
+            let all = layers.iter().all(|l| matches!(&l.weights, Weights::Ternary(w) if quantized.fits(w)));
+            if all {
+                quantized.requantize_rows(&machine.kernels, &machine.pool, w, tokens, &fill)?;
+            }
+            (self.quantized, self.fresh) = (Some(quantized), all);
+            if all {
+                return Ok(());
+            }
+        }
         self.fresh = false;
-        self.floats.resize(len, 0.0);
-        &mut self.floats
+        self.floats.resize(tokens * cols, 0.0);
+        machine.pool.for_chunks(&mut self.floats, cols, fill);
+        Ok(())
     }
 
-    /// Takes elements, and leaves those before in their place.
-    pub(crate) fn swap(&mut self, floats: &mut Vec<f32>) {
-        self.fresh = false;
-        std::mem::swap(&mut self.floats, floats);
+    /// Activations for these weights, or room for them.
+    fn room(&mut self, w: &Prepacked) -> Result<Activations> {
+        match self.quantized.take() {
+            Some(same) if same.fits(w) => Ok(same),
+            _ => {
+                self.fresh = false;
+                Ok(Activations::from_values(&[], &[], w)?)
+            }
+        }
     }
 }
 
@@ -86,15 +114,10 @@ impl Linear {
         match &self.weights {
             Weights::Dense(w) => kernels.dense_matmul(pool, w, &x.floats, bias, out),
             Weights::Ternary(w) => {
-                let quantized = match x.quantized.take() {
-                    Some(mut same) if same.fits(w) => {
-                        if !x.fresh {
-                            same.requantize(kernels, &x.floats)?;
-                        }
-                        same
-                    }
-                    _ => Activations::quantize(kernels, &x.floats, w)?,
-                };
+                let mut quantized = x.room(w)?;
+                if !x.fresh {
+                    quantized.requantize(kernels, &x.floats)?;
+                }
                 kernels.matmul(pool, w, &quantized, bias, out);
                 (x.quantized, x.fresh) = (Some(quantized), true);
             }

@@ -2,9 +2,9 @@
 
 use crate::arch::Layer;
 use crate::chat::ChatTemplate;
-use crate::linear::Machine;
+use crate::linear::{Linear, Machine};
 use crate::load::{ActivationType, FloatType, Loader, Provider};
-use crate::run::{Norm, Run, Scratch, Step, Want, located};
+use crate::run::{Norm, Run, Scratch, Step, located};
 use crate::shape::MadeUp;
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
@@ -184,9 +184,13 @@ impl Model {
         self.bytes() - if self.head.is_some() { self.embedding.bytes() } else { 0 }
     }
 
-    /// Multiply-adds of a token in layers that multiply integers.
-    pub fn integer_products(&self) -> usize {
-        self.layers.iter().flat_map(Layer::linears).map(|l| l.integer_products()).sum()
+    /// Multiply-adds of integers in a pass over `tokens` tokens of which the logits of `wanted` are asked for.
+    pub fn integer_products(&self, tokens: usize, wanted: usize) -> usize {
+        let of = |layers: &[&Linear], tokens: usize| tokens * layers.iter().map(|l| l.integer_products()).sum::<usize>();
+        let last = self.layers.len().saturating_sub(1);
+        let layers = self.layers.iter().map(Layer::linears).enumerate();
+        // The last layer's attention reads all tokens; what follows it concerns those that are wanted.
+        layers.map(|(i, layers)| of(&layers[..3], tokens) + of(&layers[3..], if i == last { wanted } else { tokens })).sum()
     }
 
     /// Runs tokens of one or several sequences through the graph. Their keys and values go into the caches.
@@ -230,32 +234,13 @@ impl Model {
         for (i, layer) in self.layers.iter().enumerate() {
             layer.forward(&mut run, i).map_err(located(|| format!("layer {i}")))?;
         }
-        let wanted = self.keep_wanted(&mut run);
+        run.norm(&self.norm, &[])?;
+        let wanted = run.scratch.x.len() / hidden;
         steps.iter_mut().for_each(|step| step.cache.len += step.tokens.len());
         scratch.logits.resize(wanted * vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         self.machine.kernels.dense_matmul(&self.machine.pool, head, scratch.normed.floats(), None, &mut scratch.logits);
         Ok(&scratch.logits)
-    }
-
-    /// Moves the states whose logits are wanted to the front and norms them; their number.
-    fn keep_wanted(&self, run: &mut Run<'_, '_>) -> usize {
-        let hidden = self.config.hidden;
-        let (mut first, mut wanted) = (0, 0);
-        for step in run.steps.iter() {
-            let end = first + step.tokens.len();
-            let from = match step.want {
-                Want::Nothing => end,
-                Want::Last => end - 1,
-                Want::All => first,
-            };
-            run.scratch.x.copy_within(from * hidden..end * hidden, wanted * hidden);
-            wanted += end - from;
-            first = end;
-        }
-        run.scratch.x.truncate(wanted * hidden);
-        run.norm(&self.norm);
-        wanted
     }
 }
 

@@ -4,7 +4,10 @@ use crate::cache::KvCache;
 use crate::config::{Activation, Config};
 use crate::linear::{Input, Linear, Machine};
 use crate::{Error, Result};
-use bitnet_kernels::dense::Attention;
+use bitnet_kernels::dense::{Attention, Heads};
+
+/// Tokens of a long batch whose attention is computed together.
+const TOGETHER: usize = 16;
 
 /// Which logits a step is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,10 +41,10 @@ pub struct Scratch {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    /// Heads, `[tokens, heads · head_dim]`.
+    /// What goes into the output projection, `[tokens, heads · head_dim]`.
     heads: Input,
-    /// Before the sub-norm, where there is one.
-    raw: Vec<f32>,
+    /// What attention gives, `[tokens, heads · head_dim]`, before the sub-norm if there is one.
+    attended: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
     /// What goes into the down projection, `[tokens, ffn]`.
@@ -68,23 +71,19 @@ pub(crate) struct Run<'a, 'c> {
 }
 
 impl Run<'_, '_> {
-    fn tokens(&self) -> usize {
-        self.scratch.places.len()
-    }
-
-    /// `normed = RMS(x) · weight`.
-    pub(crate) fn norm(&mut self, norm: &Norm) {
-        let (Machine { kernels, pool }, hidden, eps) = (self.machine, self.config.hidden, self.config.norm_eps);
+    /// `normed = RMS(x) · weight`, as input of `layers`.
+    pub(crate) fn norm(&mut self, norm: &Norm, layers: &[&Linear]) -> Result<()> {
+        let (kernels, hidden, eps) = (&self.machine.kernels, self.config.hidden, self.config.norm_eps);
         let x = &self.scratch.x;
-        pool.for_chunks(self.scratch.normed.fill(x.len()), hidden, |token, out| {
+        self.scratch.normed.write(self.machine, layers, (x.len() / hidden, hidden), |token, out| {
             kernels.rms_norm(&x[token * hidden..][..hidden], &norm.0, eps, out);
-        });
+        })
     }
 
-    /// `heads = Attention(rope(q·normed), rope(k·normed), v·normed)` over the cache, which gets the new keys and values; then the sub-norm
-    /// of all heads together, if there is one.
-    pub(crate) fn attention(&mut self, layer: usize, [q, k, v]: [&Linear; 3], sub_norm: Option<&Norm>) -> Result<()> {
-        let (tokens, config) = (self.tokens(), self.config);
+    /// `attended = Attention(rope(q·normed), rope(k·normed), v·normed)` over the cache, which gets the new keys and values. After the last layer's nothing
+    /// remains of the tokens whose logits nobody wants.
+    pub(crate) fn attention(&mut self, layer: usize, [q, k, v]: [&Linear; 3]) -> Result<()> {
+        let (tokens, config) = (self.scratch.places.len(), self.config);
         let Machine { kernels, pool } = self.machine;
         let (d, group) = (config.head_dim, config.heads / config.kv_heads);
         let (width, kv_width, pairs) = (config.heads * d, config.kv_heads * d, d / 2);
@@ -102,70 +101,94 @@ impl Run<'_, '_> {
             self.steps[step].cache.write(layer, position, k, v);
         }
         let (queries, steps, scale) = (&s.q, &*self.steps, 1.0 / (d as f32).sqrt());
-        let out = match sub_norm {
-            None => s.heads.fill(tokens * width),
-            Some(_) => {
-                s.raw.resize(tokens * width, 0.0);
-                &mut s.raw[..]
-            }
-        };
-        pool.for_chunks(out, group * d, |part, out| {
-            let (token, head) = (part / config.kv_heads, part % config.kv_heads);
-            let (step, position) = places[token];
+        s.attended.resize(tokens * width, 0.0);
+        let attention = |(step, position): (usize, usize), head: usize| {
             let [keys, values] = steps[step].cache.head(layer, head);
-            let attention = Attention { keys, values, len: position + 1, head_dim: d, scale };
-            kernels.attend(&attention, &queries[token * width + head * group * d..][..group * d], out);
-        });
-        if let Some(norm) = sub_norm {
-            let (raw, eps) = (&s.raw, config.norm_eps);
-            pool.for_chunks(s.heads.fill(tokens * width), width, |token, out| {
-                kernels.rms_norm(&raw[token * width..][..width], &norm.0, eps, out);
+            Attention { keys, values, len: position + 1, head_dim: d, scale }
+        };
+        if tokens < 2 * TOGETHER {
+            pool.for_chunks(&mut s.attended, group * d, |part, out| {
+                let (token, head) = (part / config.kv_heads, part % config.kv_heads);
+                kernels.attend(&attention(places[token], head), &queries[token * width + head * group * d..][..group * d], out);
             });
+        } else {
+            pool.for_chunks(&mut s.attended, TOGETHER * width, |part, out| {
+                let places = &places[part * TOGETHER..][..out.len() / width];
+                let mut first = 0;
+                for run in places.chunk_by(|a, b| a.0 == b.0) {
+                    for head in 0..config.kv_heads {
+                        let (at, start) = (Heads { tokens: run.len(), width: group * d, stride: width }, first * width + head * group * d);
+                        let queries = &queries[part * TOGETHER * width + start..];
+                        kernels.attend_run(&attention(run[0], head), at, queries, &mut out[start..]);
+                    }
+                    first += run.len();
+                }
+            });
+        }
+        if layer + 1 == config.layers {
+            self.keep_wanted();
         }
         Ok(())
     }
 
-    /// `x += o · heads`.
-    pub(crate) fn attention_out(&mut self, o: &Linear) -> Result<()> {
+    /// Moves what there is of the tokens whose logits are wanted to the front, and lets go of the rest.
+    fn keep_wanted(&mut self) {
+        let (hidden, width) = (self.config.hidden, self.config.heads * self.config.head_dim);
+        let (mut first, mut wanted) = (0, 0);
+        for step in self.steps.iter() {
+            let end = first + step.tokens.len();
+            let from = match step.want {
+                Want::Nothing => end,
+                Want::Last => end - 1,
+                Want::All => first,
+            };
+            self.scratch.x.copy_within(from * hidden..end * hidden, wanted * hidden);
+            self.scratch.attended.copy_within(from * width..end * width, wanted * width);
+            wanted += end - from;
+            first = end;
+        }
+        self.scratch.x.truncate(wanted * hidden);
+        self.scratch.attended.truncate(wanted * width);
+    }
+
+    /// `x += o · heads`, where `heads` is what attention gave, or its sub-norm if there is one.
+    pub(crate) fn attention_out(&mut self, o: &Linear, sub_norm: Option<&Norm>) -> Result<()> {
+        let (kernels, width, eps) = (&self.machine.kernels, self.config.heads * self.config.head_dim, self.config.norm_eps);
         let s = &mut *self.scratch;
+        let attended = &s.attended;
+        s.heads.write(self.machine, &[o], (attended.len() / width, width), |token, out| {
+            let attended = &attended[token * width..][..width];
+            match sub_norm {
+                None => out.copy_from_slice(attended),
+                Some(norm) => kernels.rms_norm(attended, &norm.0, eps, out),
+            }
+        })?;
         s.delta.resize(s.x.len(), 0.0);
         o.apply(self.machine, &mut s.heads, &mut s.delta)?;
         add(self.machine, self.config.hidden, s);
         Ok(())
     }
 
-    /// `product = f(gate · normed) ⊙ (up · normed)`; then the sub-norm, if there is one.
-    pub(crate) fn feed_forward(&mut self, [gate, up]: [&Linear; 2], sub_norm: Option<&Norm>) -> Result<()> {
-        let (tokens, ffn, eps) = (self.tokens(), self.config.ffn, self.config.norm_eps);
-        let Machine { kernels, pool } = self.machine;
+    /// `x += down · product`, where `product = f(gate · normed) ⊙ (up · normed)`, or the sub-norm of this if there is one.
+    pub(crate) fn feed_forward(&mut self, [gate, up]: [&Linear; 2], down: &Linear, sub_norm: Option<&Norm>) -> Result<()> {
+        let (ffn, eps, kernels) = (self.config.ffn, self.config.norm_eps, &self.machine.kernels);
         let s = &mut *self.scratch;
+        let tokens = s.x.len() / self.config.hidden;
         for (linear, out) in [(gate, &mut s.gate), (up, &mut s.up)] {
             out.resize(tokens * ffn, 0.0);
             linear.apply(self.machine, &mut s.normed, out)?;
         }
-        let (up, activation) = (&s.up, self.config.activation);
-        pool.for_chunks(&mut s.gate, ffn, |token, gate| {
-            let up = &up[token * ffn..][..ffn];
+        let (gate, up, activation) = (&s.gate, &s.up, self.config.activation);
+        s.product.write(self.machine, &[down], (tokens, ffn), |token, out| {
+            let (gate, up) = (&gate[token * ffn..][..ffn], &up[token * ffn..][..ffn]);
             match activation {
-                Activation::Silu => kernels.silu_mul(gate, up),
-                Activation::Relu2 => kernels.relu2_mul(gate, up),
+                Activation::Silu => kernels.silu_mul(gate, up, out),
+                Activation::Relu2 => kernels.relu2_mul(gate, up, out),
             }
-        });
-        match sub_norm {
-            None => s.product.swap(&mut s.gate),
-            Some(norm) => {
-                let gate = &s.gate;
-                pool.for_chunks(s.product.fill(tokens * ffn), ffn, |token, out| {
-                    kernels.rms_norm(&gate[token * ffn..][..ffn], &norm.0, eps, out);
-                });
+            if let Some(norm) = sub_norm {
+                kernels.rms_norm_in_place(out, &norm.0, eps);
             }
-        }
-        Ok(())
-    }
-
-    /// `x += down · product`.
-    pub(crate) fn feed_forward_out(&mut self, down: &Linear) -> Result<()> {
-        let s = &mut *self.scratch;
+        })?;
         s.delta.resize(s.x.len(), 0.0);
         down.apply(self.machine, &mut s.product, &mut s.delta)?;
         add(self.machine, self.config.hidden, s);

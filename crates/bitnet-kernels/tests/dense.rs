@@ -1,6 +1,6 @@
 //! Float products, attention and elementwise steps against f64, and every instruction set and thread count against one another.
 
-use bitnet_kernels::dense::{Attention, BLOCK, Cached, Data, Matrix, Pairing, f16_to_f32, quantize_blocks, quantize_nibbles};
+use bitnet_kernels::dense::{Attention, BLOCK, Cached, Data, Heads, Matrix, Pairing, f16_to_f32, quantize_blocks, quantize_nibbles};
 use bitnet_kernels::{Kernels, Pool};
 
 fn random(seed: u64, n: usize) -> Vec<f32> {
@@ -171,6 +171,38 @@ fn attention_is_that_of_the_definition() {
 }
 
 #[test]
+fn attention_of_a_run_is_that_of_its_tokens() {
+    for (d, len, tokens, group) in
+        [(8, 1, 1, 3), (16, 1, 70, 4), (64, 60, 9, 2), (128, 130, 8, 4), (20, 63, 3, 5), (80, 64, 66, 9), (128, 1, 20, 8)]
+    {
+        let (positions, width) = (len + tokens - 1, group * d);
+        let stride = width + 24;
+        let q: Vec<f32> = random(1, tokens * stride).iter().map(|x| x * 6.0).collect();
+        let (k, v) = (random(2, positions * d), random(3, positions * d));
+        let half = |x: &[f32]| x.iter().map(|&x| half::f16::from_f32(x).to_bits()).collect::<Vec<_>>();
+        let bytes = |x: &[f32]| x.iter().map(|x| (x * 40.0) as i8).collect::<Vec<_>>();
+        let (kh, vh, ki, vi, scales) = (half(&k), half(&v), bytes(&k), bytes(&v), random(4, positions));
+        let caches = [
+            [Cached::F32(&k), Cached::F32(&v)],
+            [Cached::F16(&kh), Cached::F16(&vh)],
+            [Cached::Int8(&ki, &scales), Cached::Int8(&vi, &scales)],
+        ];
+        for (kernels, [keys, values]) in Kernels::all().flat_map(|k| caches.map(|c| (k, c))) {
+            let attention = |len| Attention { keys, values, len, head_dim: d, scale: 0.3 };
+            let mut out = vec![f32::NAN; tokens * stride];
+            kernels.attend_run(&attention(len), Heads { tokens, width, stride }, &q, &mut out);
+            for token in 0..tokens {
+                let mut alone = vec![f32::NAN; width];
+                kernels.attend(&attention(len + token), &q[token * stride..][..width], &mut alone);
+                let here = &out[token * stride..][..stride];
+                assert_eq!(bits(&alone), bits(&here[..width]), "{}, token {token} of {tokens} after {len} × {d}", kernels.isa());
+                assert!(here[width..].iter().all(|x| x.is_nan()), "nothing beside the heads is written");
+            }
+        }
+    }
+}
+
+#[test]
 fn elementwise_steps() {
     for n in [1, 15, 16, 341] {
         let (x, w) = (random(4, n), random(5, n));
@@ -179,9 +211,12 @@ fn elementwise_steps() {
             let mut norm = vec![f32::NAN; n];
             kernels.rms_norm(&x, &w, 1e-5, &mut norm);
             let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
-            let (mut silu, mut relu2, mut sum) = (x.clone(), x.clone(), x.clone());
-            kernels.silu_mul(&mut silu, &w);
-            kernels.relu2_mul(&mut relu2, &w);
+            let (mut in_place, mut sum) = (x.clone(), x.clone());
+            kernels.rms_norm_in_place(&mut in_place, &w, 1e-5);
+            assert_eq!(bits(&in_place), bits(&norm));
+            let [mut silu, mut relu2] = [vec![f32::NAN; n], vec![f32::NAN; n]];
+            kernels.silu_mul(&x, &w, &mut silu);
+            kernels.relu2_mul(&x, &w, &mut relu2);
             kernels.add(&mut sum, &w);
             for i in 0..n {
                 let (x, w) = (f64::from(x[i]), f64::from(w[i]));

@@ -59,8 +59,8 @@ pub(crate) fn run(args: &BenchArgs, out: &mut Output) -> anyhow::Result<Answer> 
     let (prefill, decode) = (Spread::of(prefill), Spread::of(decode));
     let (read, products) = ceilings.map_or((None, None), |c| (Some(Spread::of(c.read.clone())), c.products()));
     let decode_share = read.as_ref().map(|read| decode.median * touched as f64 / read.median);
-    let integers = model.integer_products();
-    let prefill_share = products.as_ref().filter(|_| integers > 0).map(|p| prefill.median * integers as f64 / p.median);
+    let integers = model.integer_products(prompt, 1);
+    let prefill_share = products.as_ref().filter(|_| integers > 0).map(|p| prefill.median / prompt as f64 * integers as f64 / p.median);
     let mut table = Table::new(&["figure", "median", "smallest", "largest"]);
     for (name, s) in [(format!("prefill of {prompt}, tokens/s"), &prefill), (format!("decode of {count} after it, tokens/s"), &decode)] {
         table.row(vec![name, format!("{:.2}", s.median), format!("{:.2}", s.smallest), format!("{:.2}", s.largest)]);

@@ -34,12 +34,11 @@ impl Layer {
 
     pub(crate) fn forward(&self, run: &mut Run<'_, '_>, layer: usize) -> Result<()> {
         let base = &self.base;
-        run.norm(&base.attention_norm);
-        run.attention(layer, [&base.q, &base.k, &base.v], Some(&self.attention_sub_norm))?;
-        run.attention_out(&base.o)?;
-        run.norm(&base.ffn_norm);
-        run.feed_forward([&base.gate, &base.up], Some(&self.ffn_sub_norm))?;
-        run.feed_forward_out(&base.down)
+        run.norm(&base.attention_norm, &[&base.q, &base.k, &base.v])?;
+        run.attention(layer, [&base.q, &base.k, &base.v])?;
+        run.attention_out(&base.o, Some(&self.attention_sub_norm))?;
+        run.norm(&base.ffn_norm, &[&base.gate, &base.up])?;
+        run.feed_forward([&base.gate, &base.up], &base.down, Some(&self.ffn_sub_norm))
     }
 
     pub(crate) fn linears(&self) -> [&Linear; 7] {

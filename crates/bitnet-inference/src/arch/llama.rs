@@ -55,12 +55,11 @@ impl Layer {
     }
 
     pub(crate) fn forward(&self, run: &mut Run<'_, '_>, layer: usize) -> Result<()> {
-        run.norm(&self.attention_norm);
-        run.attention(layer, [&self.q, &self.k, &self.v], None)?;
-        run.attention_out(&self.o)?;
-        run.norm(&self.ffn_norm);
-        run.feed_forward([&self.gate, &self.up], None)?;
-        run.feed_forward_out(&self.down)
+        run.norm(&self.attention_norm, &[&self.q, &self.k, &self.v])?;
+        run.attention(layer, [&self.q, &self.k, &self.v])?;
+        run.attention_out(&self.o, None)?;
+        run.norm(&self.ffn_norm, &[&self.gate, &self.up])?;
+        run.feed_forward([&self.gate, &self.up], &self.down, None)
     }
 
     pub(crate) fn linears(&self) -> [&Linear; 7] {

@@ -10,7 +10,7 @@ use std::ops::Range;
 /// Asks memory for nothing.
 const NOTHING: (*const u8, usize) = (std::ptr::null(), 0);
 /// Positions whose scores are kept at once.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// Keys or values of one head: rows of `head_dim` elements, one for each position.
 #[derive(Debug, Clone, Copy)]
@@ -124,13 +124,13 @@ unsafe fn heads<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: 
 }
 
 #[inline(always)]
-fn by(scores: &mut [f32], scales: &[f32]) {
+pub(super) fn by(scores: &mut [f32], scales: &[f32]) {
     scores.iter_mut().zip(scales).for_each(|(s, scale)| *s *= scale);
 }
 
 /// Makes scores exponentials under the largest so far, `top`, adds them to `sum`, and returns what everything before has to be multiplied by.
 #[inline(always)]
-fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
+pub(super) fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
     let steps = scores.as_chunks_mut::<LANES>().0;
     let mut tops = [*top; LANES];
     for step in steps.iter() {
@@ -157,7 +157,7 @@ fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
 /// # Safety
 /// As [`attend`].
 #[inline(always)]
-unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
+pub(super) unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
     keys: K,
     positions: Range<usize>,
     queries: [&[f32]; G],
@@ -184,7 +184,7 @@ unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
 /// # Safety
 /// As [`attend`].
 #[inline(always)]
-unsafe fn mix<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
+pub(super) unsafe fn mix<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
     values: V,
     positions: Range<usize>,
     weights: &[[f32; BLOCK]; G],

@@ -16,7 +16,7 @@ pub enum Pairing {
 /// # Safety
 /// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(super) unsafe fn inverse_rms<L: Lanes>(x: &[f32], eps: f32) -> f32 {
     let (steps, rest) = x.as_chunks::<LANES>();
     // SAFETY: the caller's.
     let squares = unsafe {
@@ -31,9 +31,28 @@ pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out
         }
         squares.total()
     };
-    let inverse = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    1.0 / (squares / x.len() as f32 + eps).sqrt()
+}
+
+/// # Safety
+/// The machine has the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    // SAFETY: the caller's.
+    let inverse = unsafe { inverse_rms::<L>(x, eps) };
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = weight * (x * inverse);
+    }
+}
+
+/// # Safety
+/// The machine has the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn rms_norm_in_place<L: Lanes>(x: &mut [f32], weight: &[f32], eps: f32) {
+    // SAFETY: the caller's.
+    let inverse = unsafe { inverse_rms::<L>(x, eps) };
+    for (x, weight) in x.iter_mut().zip(weight) {
+        *x = weight * (*x * inverse);
     }
 }
 
@@ -58,17 +77,17 @@ pub(super) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
 }
 
 #[inline(always)]
-pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
+pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate / (1.0 + exp(-gate)) * up;
     }
 }
 
 #[inline(always)]
-pub(super) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        let positive = if *gate > 0.0 { *gate } else { 0.0 };
-        *gate = positive * positive * up;
+pub(super) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
+        let positive = if gate > 0.0 { gate } else { 0.0 };
+        *out = positive * positive * up;
     }
 }
 
@@ -90,13 +109,15 @@ pub(super) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let bounded = if x < 88.0 { x } else { 88.0 };
     let bounded = if bounded > -87.3 { bounded } else { -87.3 };
-    let n = bounded.mul_add(std::f32::consts::LOG2_E, MAGIC) - MAGIC;
+    let shifted = bounded.mul_add(std::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, bounded));
     let mut sum = 1.0 / 5040.0;
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         sum = r.mul_add(sum, c);
     }
-    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The last bits of the shifted number are n: a conversion, which saturates, would be done lane by lane.
+    let power = f32::from_bits(shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { sum * power }
 }
 

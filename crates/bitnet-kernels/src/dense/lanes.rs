@@ -32,6 +32,16 @@ pub(super) trait Lanes: Copy {
     unsafe fn store(self, to: &mut [f32; LANES]);
     /// The sum, in pairs: 16 → 8 → 4 → 2 → 1, lane i with the one half the width above it.
     unsafe fn total(self) -> f32;
+    /// The sum of each.
+    #[inline(always)]
+    unsafe fn totals(all: &[Self; 16]) -> [f32; 16] {
+        let mut totals = [0.0; 16];
+        for (total, lanes) in totals.iter_mut().zip(all) {
+            // SAFETY: the caller's.
+            *total = unsafe { lanes.total() };
+        }
+        totals
+    }
 }
 
 /// The plain form.
@@ -173,6 +183,34 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn total(self) -> f32 {
         unsafe { total_of_8(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))) }
+    }
+
+    /// Halves of two registers side by side, level after level, so that each level adds the pairs of [`Lanes::total`] for two at once.
+    #[inline(always)]
+    unsafe fn totals(all: &[Self; 16]) -> [f32; 16] {
+        unsafe {
+            let zero = _mm512_setzero_ps();
+            let (mut eights, mut fours, mut twos) = ([zero; 8], [zero; 4], [zero; 2]);
+            for i in 0..8 {
+                let [a, b] = [all[2 * i].0, all[2 * i + 1].0];
+                eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b));
+            }
+            for i in 0..4 {
+                let [a, b] = [eights[2 * i], eights[2 * i + 1]];
+                fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b));
+            }
+            for i in 0..2 {
+                let [a, b] = [fours[2 * i], fours[2 * i + 1]];
+                twos[i] = _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b));
+            }
+            let [a, b] = twos;
+            let ones = _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b));
+            // Lane 4k + m is the sum of register 4m + k.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let mut totals = [0.0; 16];
+            _mm512_storeu_ps(totals.as_mut_ptr(), _mm512_permutexvar_ps(order, ones));
+            totals
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! tokens computed together change no bit of the result.
 
 mod attention;
+mod causal;
 mod elementwise;
 mod lanes;
 mod matrix;
@@ -16,6 +17,7 @@ mod parallel;
 mod product;
 
 pub use attention::{Attention, Cached};
+pub use causal::Heads;
 pub use elementwise::Pairing;
 pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks, quantize_nibbles, zeros};
 
@@ -23,6 +25,7 @@ pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks, quantize_nibb
 use crate::Isa;
 use crate::{Kernels, Pool};
 use product::Output;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Strided partial sums of every reduction.
@@ -62,9 +65,21 @@ macro_rules! compiled {
             }
 
             $(#[target_feature(enable = $features)])?
+            pub(super) fn attend_run(a: &Attention<'_>, at: Heads, q: &[f32], out: &mut [f32], room: &mut causal::Room) {
+                // SAFETY: the features of this function are those of the lanes.
+                unsafe { causal::attend_run::<$lanes, $rows, $tokens>(a, at, q, out, room) };
+            }
+
+            $(#[target_feature(enable = $features)])?
             pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
                 // SAFETY: the features of this function are those of the lanes.
                 unsafe { elementwise::rms_norm::<$lanes>(x, weight, eps, out) };
+            }
+
+            $(#[target_feature(enable = $features)])?
+            pub(super) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+                // SAFETY: the features of this function are those of the lanes.
+                unsafe { elementwise::rms_norm_in_place::<$lanes>(x, weight, eps) };
             }
 
             $(#[target_feature(enable = $features)])?
@@ -73,13 +88,13 @@ macro_rules! compiled {
             }
 
             $(#[target_feature(enable = $features)])?
-            pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-                elementwise::silu_mul(gate, up);
+            pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                elementwise::silu_mul(gate, up, out);
             }
 
             $(#[target_feature(enable = $features)])?
-            pub(super) fn relu2_mul(gate: &mut [f32], up: &[f32]) {
-                elementwise::relu2_mul(gate, up);
+            pub(super) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                elementwise::relu2_mul(gate, up, out);
             }
 
             $(#[target_feature(enable = $features)])?
@@ -163,6 +178,25 @@ impl Kernels {
         dispatch!(self, attend(attention, q, out));
     }
 
+    /// Attention of the heads that share one key and value head, for tokens that follow one another: `attention.len` is what the first one sees, and
+    /// each sees one position more than the one before. The bits are those of [`Kernels::attend`] for each.
+    ///
+    /// # Panics
+    /// If `q` and `out` do not hold these heads, all of them whole, or the cache holds fewer positions than the last token sees.
+    pub fn attend_run(&self, attention: &Attention<'_>, at: Heads, q: &[f32], out: &mut [f32]) {
+        thread_local! {
+            static ROOM: Cell<causal::Room> = Cell::default();
+        }
+        if at.tokens == 0 {
+            return;
+        }
+        at.check(q, out);
+        Attention { len: attention.len.saturating_add(at.tokens - 1), ..*attention }.check(&q[..at.width], &out[..at.width]);
+        let mut room = ROOM.take();
+        dispatch!(self, attend_run(attention, at, q, out, &mut room));
+        ROOM.set(room);
+    }
+
     /// `out = weight · x / √(mean(x²) + eps)` of one token.
     ///
     /// # Panics
@@ -170,6 +204,15 @@ impl Kernels {
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         assert!(x.len() == weight.len() && x.len() == out.len(), "a norm of {} elements", weight.len());
         dispatch!(self, rms_norm(x, weight, eps, out));
+    }
+
+    /// `x = weight · x / √(mean(x²) + eps)` of one token.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], eps: f32) {
+        assert!(x.len() == weight.len(), "a norm of {} elements", weight.len());
+        dispatch!(self, rms_norm_in_place(x, weight, eps));
     }
 
     /// Rotates pair i of every head of a token by the angle with cosine and sine `angles[i]`.
@@ -181,22 +224,22 @@ impl Kernels {
         dispatch!(self, rotate(x, angles, pairing));
     }
 
-    /// `gate = gate / (1 + exp(−gate)) · up`.
+    /// `out = gate / (1 + exp(−gate)) · up`.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
-        assert_eq!(gate.len(), up.len(), "as many gates as values");
-        dispatch!(self, silu_mul(gate, up));
+    pub fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(gate.len() == up.len() && gate.len() == out.len(), "as many gates as values");
+        dispatch!(self, silu_mul(gate, up, out));
     }
 
-    /// `gate = max(gate, 0)² · up`.
+    /// `out = max(gate, 0)² · up`.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn relu2_mul(&self, gate: &mut [f32], up: &[f32]) {
-        assert_eq!(gate.len(), up.len(), "as many gates as values");
-        dispatch!(self, relu2_mul(gate, up));
+    pub fn relu2_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(gate.len() == up.len() && gate.len() == out.len(), "as many gates as values");
+        dispatch!(self, relu2_mul(gate, up, out));
     }
 
     /// `x += y`.

@@ -40,4 +40,30 @@ impl Pool {
             each(part, unsafe { std::slice::from_raw_parts_mut(shared.start().add(first), end - first) });
         });
     }
+
+    /// [`Pool::for_chunks`] of three slices, whose chunks of `lens` elements belong together.
+    ///
+    /// # Panics
+    /// If a length is 0 or the slices are not as many whole chunks, and with the first panic of `each`.
+    pub(crate) fn for_chunks_of_three<A: Send, B: Send, C: Send>(
+        &self,
+        (a, b, c): (&mut [A], &mut [B], &mut [C]),
+        lens: [usize; 3],
+        each: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
+    ) {
+        let parts = a.len() / lens[0];
+        assert!([a.len(), b.len(), c.len()].iter().zip(lens).all(|(&all, len)| all == parts * len), "as many chunks of each");
+        let (a, b, c) = (Shared(a.as_mut_ptr(), PhantomData), Shared(b.as_mut_ptr(), PhantomData), Shared(c.as_mut_ptr(), PhantomData));
+        self.run(parts, |part| {
+            // SAFETY: `Pool::run` calls every part once, chunks of different parts do not overlap, and the assertion has them inside the slices.
+            unsafe {
+                each(
+                    part,
+                    std::slice::from_raw_parts_mut(a.start().add(part * lens[0]), lens[0]),
+                    std::slice::from_raw_parts_mut(b.start().add(part * lens[1]), lens[1]),
+                    std::slice::from_raw_parts_mut(c.start().add(part * lens[2]), lens[2]),
+                );
+            }
+        });
+    }
 }

@@ -175,9 +175,19 @@ pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
                 }
             }
         }
-        for t in 0..T {
-            for r in 0..R {
-                totals[t][r] = sums[t][r].total();
+        if R * T == 16 {
+            let mut all = [L::zero(); 16];
+            for (i, sum) in all.iter_mut().enumerate() {
+                *sum = sums[i / R][i % R];
+            }
+            for (i, total) in L::totals(&all).into_iter().enumerate() {
+                totals[i / R][i % R] = total;
+            }
+        } else {
+            for t in 0..T {
+                for r in 0..R {
+                    totals[t][r] = sums[t][r].total();
+                }
             }
         }
     }

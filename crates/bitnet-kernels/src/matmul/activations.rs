@@ -3,9 +3,11 @@
 use super::Prepacked;
 use super::tiles::Columns;
 use crate::stream::quantize_token;
-use crate::{Error, Kernels};
+use crate::{Error, Kernels, Pool};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
+use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 /// Activations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the steps of the weights it will meet.
 ///
@@ -173,6 +175,50 @@ impl Activations {
         self.requantize_in(kernels, self.shape, x, ActivationMethod::Int8)
     }
 
+    /// Quantizes `rows` tokens for any weights, on the pool: `fill(token, x)` writes the K elements of a token, which nobody else gets to see. As
+    /// [`Activations::requantize`] otherwise.
+    ///
+    /// # Errors
+    /// As [`Activations::quantize`], of the first such token; these are then as they were.
+    pub fn requantize_rows(
+        &mut self,
+        kernels: &Kernels,
+        pool: &Pool,
+        w: &Prepacked,
+        rows: usize,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<(), Error> {
+        thread_local! {
+            static ROW: Cell<Vec<f32>> = const { Cell::new(vec![]) };
+        }
+        let (shape, failed) = (w.shape(), Mutex::new(None));
+        self.spare.prepare(rows, shape);
+        let Quantized { values, scales, sums, .. } = &mut self.spare;
+        let lens = [shape.stride().max(1), 1, shape.groups().max(1)];
+        pool.for_chunks_of_three((values, scales, sums), lens, |token, values, scale, sums| {
+            let mut row = ROW.take();
+            row.resize(shape.cols, 0.0);
+            fill(token, &mut row);
+            match quantize_token(*kernels, &row, shape.group, shape.padded, values, sums) {
+                Ok(found) => scale[0] = found,
+                Err(e) => {
+                    let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                    if failed.as_ref().is_none_or(|(first, _)| token < *first) {
+                        *failed = Some((token, e));
+                    }
+                }
+            }
+            ROW.set(row);
+        });
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some((token, e)) => Err(placed(e, token, shape).into()),
+            None => {
+                self.adopt(rows, shape);
+                Ok(())
+            }
+        }
+    }
+
     /// The same by any method and for any weights.
     ///
     /// # Errors
@@ -193,20 +239,20 @@ impl Activations {
                 let done = activation::quantize_into(x, shape.cols, how, &mut self.token);
                 done.map(|()| self.spare.put(token, shape, &self.token.values, self.token.scales[0]))
             };
-            done.map_err(|e| match e {
-                bitnet_core::Error::NotFinite { index, value } => {
-                    bitnet_core::Error::NotFinite { index: token * shape.cols + index, value }
-                }
-                other => other,
-            })?;
+            done.map_err(|e| placed(e, token, shape))?;
         }
+        self.adopt(rows, shape);
+        Ok(())
+    }
+
+    /// What is in `spare` is what these are from now on.
+    fn adopt(&mut self, rows: usize, shape: Shape) {
         (self.rows, self.shape) = (rows, shape);
         self.spare = match std::mem::replace(&mut self.data, Data::Integers(std::mem::take(&mut self.spare))) {
             Data::Integers(before) => before,
             Data::Floats(_) => Quantized::default(),
         };
         self.spare.reserve(rows, shape);
-        Ok(())
     }
 
     /// M, the number of tokens.
@@ -248,6 +294,14 @@ impl Activations {
             Data::Integers(_) => None,
             Data::Floats(values) => Some(&values[token * self.shape.stride()..][..self.shape.stride()]),
         }
+    }
+}
+
+/// An error about one token, its place among all of them.
+fn placed(error: bitnet_core::Error, token: usize, shape: Shape) -> bitnet_core::Error {
+    match error {
+        bitnet_core::Error::NotFinite { index, value } => bitnet_core::Error::NotFinite { index: token * shape.cols + index, value },
+        other => other,
     }
 }
 

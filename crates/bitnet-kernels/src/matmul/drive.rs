@@ -6,7 +6,7 @@ use super::float::{self, Float, STEP_TABLES};
 use super::neon;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 use super::simd128;
-use super::tiles::{SCALAR, Sums, TOKENS, Term, Tiles};
+use super::tiles::{LINE, SCALAR, Sums, TOKENS, Term, Tiles, ask};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{Activations, PANEL, Prepacked};
@@ -258,12 +258,15 @@ unsafe fn dense(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, pa
                 let steps = w.group_steps(at.group);
                 for begin in steps.clone().step_by(block) {
                     let now = begin..steps.end.min(begin + block);
-                    let codes = &mut room.bytes()[..now.len() * coding.step_codes()];
+                    let (codes, packed) = (&mut room.bytes()[..now.len() * coding.step_codes()], w.codes(panel, at.plane, now));
                     let column = (begin - steps.start) * coding.step();
+                    // Lines of the block after this one, to be asked for beside each tile.
+                    let lines = packed.len().div_ceil(LINE * sums.len().div_ceil(TOKENS));
                     // SAFETY: the caller's.
                     unsafe {
-                        (tiles.unpack)(coding, w.codes(panel, at.plane, now), codes);
+                        (tiles.unpack)(coding, packed, codes);
                         for (i, sums) in sums.chunks_mut(TOKENS).enumerate() {
+                            (0..lines).for_each(|line| ask(packed.as_ptr().wrapping_add(packed.len() + (i * lines + line) * LINE)));
                             (tiles.dense)(coding.most(), codes, x.from(first + i * TOKENS, at.group, column), sums);
                         }
                     }

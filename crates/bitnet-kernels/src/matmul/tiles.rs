@@ -7,6 +7,21 @@ use super::{PANEL, STEP_BYTES};
 /// Most tokens that a tile takes at once.
 pub(crate) const TOKENS: usize = 6;
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Asks for the cache line at an address, which may lie anywhere.
+#[inline(always)]
+pub(crate) fn ask(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has SSE, and a prefetch reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// The sums of one token with the rows of a panel.
 pub(crate) type Sums = [i32; PANEL];
 
@@ -99,6 +114,9 @@ fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut Sums) {
 /// `out (+)= sum · scale − shift · Σx`, and after the last group `out · s_x + bias`.
 #[inline(always)]
 pub(crate) fn finish(term: &Term<'_>, sums: &Sums, out: &mut [f32]) {
+    if let (true, None, Some((last, None))) = (term.first, term.shift, term.last) {
+        return out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out = sum as f32 * scale * last);
+    }
     match (term.first, term.shift) {
         (true, None) => out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out = sum as f32 * scale),
         (false, None) => out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out += sum as f32 * scale),
