@@ -36,6 +36,8 @@ pub mod compare;
 pub mod config;
 pub mod control;
 pub mod inspect;
+#[cfg(feature = "qat")]
+pub mod qat;
 pub mod recipe;
 #[cfg(feature = "advanced")]
 pub mod search;
