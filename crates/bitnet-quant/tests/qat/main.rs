@@ -324,6 +324,41 @@ fn stages_and_strength() {
     }
 }
 
+/// The dead-zone bias is a bias, and its weights get the gradient of the bias times β.
+#[test]
+fn the_dead_zone_is_a_bias() {
+    for estimator in [StraightThroughEstimator::Plain, StraightThroughEstimator::Stretched] {
+        for bias in [None, Some(Var::from_tensor(&normal(&[6])).unwrap())] {
+            let config = config(Precision::Ternary, Granularity::Channel, Activations::Int8);
+            let (w, x, r) = (Var::from_tensor(&normal(&[6, 40])).unwrap(), normal(&[5, 40]), normal(&[5, 6]));
+            let bias_of = bias.as_ref().map(|b| b.as_tensor().clone());
+            let mut layer = QatLinear::new(w.as_tensor().clone(), bias_of, None, &config, estimator).unwrap();
+            let gradients = |layer: &QatLinear| {
+                let y = layer.forward(&x).unwrap();
+                let gradients = (&y * &r).unwrap().sum_all().unwrap().backward().unwrap();
+                (y, flat(gradients.get(&w).unwrap()), bias.as_ref().map(|b| flat(gradients.get(b).unwrap())))
+            };
+            let (plain, before, of_bias) = gradients(&layer);
+            layer.set_dead_zone_bias(0.01).unwrap();
+            let (y, after, still_of_bias) = gradients(&layer);
+            assert_eq!(of_bias, still_of_bias);
+            assert_eq!(flat(&y), flat(&layer.convert().unwrap().forward(&x).unwrap()), "packed");
+            let values = layer.quantized_weights().unwrap().values;
+            let (w, r) = (flat(&w), r.to_vec2::<f32>().unwrap());
+            let dead = |n: usize| (0..40).filter(|k| values[n * 40 + k] == 0).map(|k| 0.01 * w[n * 40 + k]).sum::<f32>();
+            let expected: Vec<f32> = flat(&plain).iter().enumerate().map(|(i, y)| y + dead(i % 6)).collect();
+            close("y", &y, &expected, 1e-6);
+            let of_row = |n: usize| r.iter().map(|r| r[n]).sum::<f32>();
+            let expected: Vec<f32> =
+                before.iter().enumerate().map(|(i, g)| g + if values[i] == 0 { 0.01 * of_row(i / 40) } else { 0.0 }).collect();
+            close("dw", &Tensor::from_vec(after, expected.len(), &CPU).unwrap(), &expected, 1e-6);
+        }
+    }
+    let int4 = config(Precision::Int4, Granularity::Channel, Activations::Int8);
+    let mut layer = QatLinear::new(normal(&[4, 4]), None, None, &int4, StraightThroughEstimator::Plain).unwrap();
+    assert!(layer.set_dead_zone_bias(1e-3).unwrap_err().to_string().contains("ternary"));
+}
+
 /// What candle's own operations do, and what the layer must not inherit.
 mod traps {
     use super::*;

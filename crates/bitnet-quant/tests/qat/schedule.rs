@@ -159,3 +159,27 @@ fn gradients_scatter_as_those_of_dequantized_leaves() {
     let ratio = variance(&latent) / variance(&leaves);
     assert!((ratio - 1.0).abs() < 0.01, "{ratio}");
 }
+
+/// A model rounded to ternary is drawn to the one it was: every estimator wins back most of what rounding lost.
+#[test]
+fn training_wins_back_what_rounding_lost() {
+    let estimators = ["plain", "clipped:2", "lsq", "stretched", "soft:1"];
+    for estimator in estimators {
+        let vars = VarMap::new();
+        let mut model = Mlp::new(&[16, 64, 64, 5], &vars);
+        let x = normal(&[512, 16]);
+        let target = model.forward(&x).detach();
+        let config = config(Precision::Ternary, Granularity::Channel, Activations::Int8);
+        prepare(&mut model, &config, estimator.parse().unwrap(), &vars).unwrap();
+        let loss = |model: &Mlp| (model.forward(&x) - &target).unwrap().sqr().unwrap().mean_all().unwrap();
+        let rounded = loss(&model).to_scalar::<f32>().unwrap();
+        let mut adamw = candle_nn::AdamW::new_lr(vars.all_vars(), 3e-3).unwrap();
+        for _ in 0..200 {
+            adamw.backward_step(&loss(&model)).unwrap();
+        }
+        let trained = loss(&model).to_scalar::<f32>().unwrap();
+        assert!(trained < 0.4 * rounded, "{estimator}: {rounded} before, {trained} after");
+        convert(&mut model).unwrap();
+        assert_eq!(loss(&model).to_scalar::<f32>().unwrap(), trained, "{estimator}: packed");
+    }
+}
