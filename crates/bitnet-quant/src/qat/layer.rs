@@ -361,7 +361,7 @@ impl Product {
         let mut bias = (!bias.is_empty()).then_some(bias);
         if let (Some(codes), Some(beta)) = (&codes, self.beta()) {
             dead = codes.sums_of_zeros(w, beta, runtime)?;
-            dead.iter_mut().zip(bias.unwrap_or_default()).for_each(|(dead, bias)| *dead = bias + *dead);
+            dead.iter_mut().zip(bias.unwrap_or_default()).for_each(|(dead, bias)| *dead += bias);
             bias = Some(&dead);
         }
         match (&codes, self.activations.method()) {

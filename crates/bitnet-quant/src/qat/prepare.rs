@@ -41,7 +41,7 @@ pub fn prepare(
             if let (Some(scale), Ok(mut vars)) = (layer.learned_scale(), vars.data().lock()) {
                 vars.insert(scale_name(name), scale.clone());
             }
-            *linear = Linear::Qat(layer);
+            *linear = Linear::Qat(Box::new(layer));
         }
         Ok(())
     })?;

@@ -185,7 +185,7 @@ impl Quantizer {
         estimator.validate()?;
         scheme.spec(1, 1)?;
         let several = matches!(scheme.method, Method::Ternary { planes: 2.., .. });
-        if several && matches!(estimator, StraightThroughEstimator::Soft { .. }) || several && estimator.learns_scale() {
+        if several && !matches!(estimator, StraightThroughEstimator::Plain | StraightThroughEstimator::Clipped { .. }) {
             return Err(Error::input("estimator", "plain or clipped for several trit planes", estimator));
         }
         if estimator.learns_scale() {
