@@ -471,13 +471,16 @@ fn fake_token(kernels: Kernels, method: ActivationMethod, x: &[f32], values: &mu
     Ok(())
 }
 
-/// Σ over the rows of `[M, n]`.
+/// Σ over the rows of `[M, n]`: in f32 over some rows, in f64 over those sums.
 fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
-    let mut sums = vec![0.0; n];
-    for row in x.chunks(n) {
-        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    let mut sums = vec![0f64; n];
+    let mut part = vec![0f32; n];
+    for rows in x.chunks(256 * n) {
+        part.fill(0.0);
+        rows.chunks(n).for_each(|row| part.iter_mut().zip(row).for_each(|(sum, x)| *sum += x));
+        sums.iter_mut().zip(&part).for_each(|(sum, &part)| *sum += f64::from(part));
     }
-    sums
+    sums.into_iter().map(|sum| sum as f32).collect()
 }
 
 /// Turns ∂L/∂W̃ into ∂L/∂W where it lies.
@@ -499,7 +502,7 @@ impl InplaceOp1 for Surrogate<'_> {
             return Err(candle_core::Error::msg("the gradient of weights is contiguous f32"));
         };
         let (of, grad) = (self.of, &mut grad[start..end]);
-        let of_scales = of.quantizer.surrogate(self.w, self.codes, of.lambda, of.scales > 0, grad);
+        let of_scales = of.quantizer.surrogate(self.w, self.codes, of.lambda, of.scales > 0, grad).map_err(candle)?;
         if let Some(beta) = of.beta() {
             self.codes.add_to_zeros(self.of_bias, beta, &of.quantizer.runtime, grad).map_err(candle)?;
         }

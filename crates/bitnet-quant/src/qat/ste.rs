@@ -251,7 +251,14 @@ impl Quantizer {
     pub(super) fn encode(&self, w: &[f32], shape: (usize, usize), learned: Option<&[f32]>) -> Result<Codes> {
         let (kernels, pool) = (self.runtime.machine.kernels, &self.runtime.pool);
         if let Some(learned) = learned {
-            return self.runtime.install(|| self.encode_learned(w, shape, learned)).map(Codes::Values);
+            let matrix = self.runtime.install(|| self.encode_learned(w, shape, learned))?;
+            if matrix.spec.precision != Precision::Ternary {
+                return Ok(Codes::Values(matrix));
+            }
+            let Matrix { spec, values, scales, zero_points } = matrix;
+            let mut bytes = vec![];
+            stream::pack(kernels, pool, pack::by_name("two-bit")?, &spec, &values, &scales, &mut bytes)?;
+            return Ok(Codes::TwoBit(stream::Packed { spec, bytes, scales, zero_points }));
         }
         if let Method::Ternary { planes: 1, .. } = self.scheme.method {
             let layout = pack::by_name("two-bit")?;
@@ -297,12 +304,13 @@ impl Quantizer {
     }
 
     /// ∂L/∂w in place of ∂L/∂ŵ, both `[N, K]`, for `w + λ·(ŵ − w)`; ∂L/∂scale where scales are learned.
-    pub(super) fn surrogate(&self, w: &[f32], codes: &Codes, lambda: f32, learned: bool, grad: &mut [f32]) -> Option<Vec<f32>> {
+    pub(super) fn surrogate(&self, w: &[f32], codes: &Codes, lambda: f32, learned: bool, grad: &mut [f32]) -> Result<Option<Vec<f32>>> {
         if self.estimator == StraightThroughEstimator::Plain {
-            return None;
+            return Ok(None);
         }
         let spec = codes.spec();
         let (cols, width, granules) = (spec.cols.max(1), spec.granule_cols(), spec.granules_per_row());
+        let values = if learned { codes.values(&self.runtime)? } else { Cow::Borrowed(&[][..]) };
         let mut of_scales = vec![0f64; if learned { spec.rows * granules } else { 0 }];
         let row = |row: usize, w: &[f32], grad: &mut [f32], of_scales: &mut [f64]| {
             for (i, (grad, w)) in grad.chunks_mut(width).zip(w.chunks(width)).enumerate() {
@@ -312,8 +320,8 @@ impl Quantizer {
                     // A granule of zeros has no range: the identity.
                     continue;
                 }
-                if let (Some(sum), Codes::Values(matrix), Slope::Range(from, to)) = (of_scales.get_mut(i), codes, slope) {
-                    let (of_values, of_weights) = scale_sums(grad, w, &matrix.values[row * cols + i * width..][..w.len()], (from, to));
+                if let (Some(sum), Slope::Range(from, to)) = (of_scales.get_mut(i), slope) {
+                    let (of_values, of_weights) = scale_sums(grad, w, &values[row * cols + i * width..][..w.len()], (from, to));
                     let inside = if spec.precision == Precision::Binary { 0.0 } else { of_weights / f64::from(step) };
                     *sum = f64::from(lambda) * (of_values - inside) / f64::from(self.unit());
                 }
@@ -333,7 +341,7 @@ impl Quantizer {
             let rows = grad.par_chunks_mut(cols).zip(w.par_chunks(cols));
             self.runtime.install(|| rows.enumerate().for_each(|(r, (grad, w))| row(r, w, grad, &mut [])));
         }
-        learned.then(|| {
+        Ok(learned.then(|| {
             let tensor = spec.granularity == Granularity::Tensor;
             let sums = if tensor { vec![of_scales.iter().sum()] } else { of_scales };
             let qp = f64::from(self.scheme.precision().map_or(1, |p| p.range().1));
@@ -342,7 +350,7 @@ impl Quantizer {
                 (sum / (n as f64 * qp).sqrt()) as f32
             };
             sums.into_iter().enumerate().map(scaled).collect()
-        })
+        }))
     }
 
     /// Step between two values of the granule whose scale is at `index`, and its slope.
