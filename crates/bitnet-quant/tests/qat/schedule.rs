@@ -3,7 +3,6 @@
 use super::*;
 use bitnet_quant::qat::Progressive;
 use bitnet_quant::qat::sensitivity::{self, Fisher};
-use bitnet_quant::recipe::Choices;
 
 fn prepared(sizes: &[usize]) -> (Mlp, VarMap) {
     let vars = VarMap::new();
@@ -75,8 +74,10 @@ fn fisher_predicts_the_loss_of_rounding() {
     assert!((0.7..1.4).contains(&(predicted / change)), "{predicted} {change}");
 }
 
+#[cfg(feature = "advanced")]
 #[test]
 fn fisher_chooses_precisions_within_a_budget() {
+    use bitnet_quant::recipe::Choices;
     let (mut model, vars) = prepared(&[32, 64, 64, 8]);
     model.0.iter_mut().for_each(|l| l.as_qat().unwrap().set_lambda(0.0));
     let (x, target) = (normal(&[64, 32]), normal(&[64, 8]));
