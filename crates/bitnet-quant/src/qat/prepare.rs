@@ -48,7 +48,7 @@ pub fn prepare(
     Ok(names)
 }
 
-fn scale_name(name: &str) -> String {
+pub(super) fn scale_name(name: &str) -> String {
     format!("{name}.learned_scale")
 }
 
