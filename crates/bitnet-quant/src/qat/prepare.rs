@@ -77,7 +77,7 @@ pub fn prepare(
     Ok(names)
 }
 
-fn scale_name(name: &str) -> String {
+pub(super) fn scale_name(name: &str) -> String {
     format!("{name}.learned_scale")
 }
 
