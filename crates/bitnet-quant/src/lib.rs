@@ -36,6 +36,8 @@ pub mod compare;
 pub mod config;
 pub mod control;
 pub mod inspect;
+#[cfg(feature = "qat")]
+pub mod qat;
 pub mod recipe;
 #[cfg(feature = "advanced")]
 pub mod search;
@@ -55,6 +57,8 @@ pub use names::{
 pub use plan::{GENERATOR, Job};
 pub use recipe::{Format, Recipe};
 
+#[cfg(feature = "qat")]
+pub use qat::{QATConfig, QATTrainer, StraightThroughEstimator};
 #[cfg(all(feature = "tensor", feature = "advanced"))]
 pub use tensor::mixed::{
     LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer, PrecisionAdjustmentParams,
