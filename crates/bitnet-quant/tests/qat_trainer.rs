@@ -96,7 +96,7 @@ impl Task for Mlp {
     }
 
     fn restore(&mut self, state: &serde_json::Value) -> Result<()> {
-        if *state == serde_json::Value::from(self.seed) {
+        if state.as_u64() == Some(self.seed) {
             return Ok(());
         }
         Err(Error::Input { what: "seed", expected: state.to_string(), got: self.seed.to_string() })
