@@ -388,6 +388,28 @@ impl Recipe {
         Ok(self.rule_for(name)?.map_or_else(|| self.default.clone(), |rule| rule.choices.over(&self.default)))
     }
 
+    /// The choices for a matrix of that name if it is to be quantized: the first rule that matches, else the default where `include` and
+    /// `exclude` say so.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for a glob that is not one.
+    #[cfg(feature = "qat")]
+    pub(crate) fn matrix_choices(&self, name: &str) -> Result<Option<Choices>> {
+        let choices = match self.rule_for(name)? {
+            Some(rule) => rule.choices.over(&self.default),
+            None => {
+                let matches = |globs: &[String]| -> Result<bool> {
+                    globs.iter().try_fold(false, |any, glob| Ok(any || compile(glob)?.is_match(name)))
+                };
+                if !matches(&self.include)? || matches(&self.exclude)? {
+                    return Ok(None);
+                }
+                self.default.clone()
+            }
+        };
+        Ok(choices.precision().is_some().then_some(choices))
+    }
+
     /// The first rule that matches a name.
     pub(crate) fn rule_for(&self, name: &str) -> Result<Option<&Rule>> {
         for rule in &self.rules {

@@ -1,5 +1,6 @@
 //! The linear layers of a model that is trained.
 
+use super::QatLinear;
 use crate::{BitLinear, Result};
 use candle_core::{Module, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -9,6 +10,8 @@ use candle_nn::{Init, VarBuilder};
 pub enum Linear {
     /// Floats.
     Full(candle_nn::Linear),
+    /// Floats that the forward pass quantizes; see [`QatLinear`].
+    Qat(QatLinear),
     /// Packed weights; see [`BitLinear`].
     Packed(BitLinear),
 }
@@ -24,12 +27,21 @@ impl Linear {
         let bias = if bias { Some(vb.get_with_hints(out_features, "bias", Init::Const(0.0))?) } else { None };
         Ok(Self::Full(candle_nn::Linear::new(weight, bias)))
     }
+
+    /// The layer in training, if it is one.
+    pub fn as_qat(&mut self) -> Option<&mut QatLinear> {
+        match self {
+            Self::Qat(layer) => Some(layer),
+            Self::Full(_) | Self::Packed(_) => None,
+        }
+    }
 }
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Full(linear) => linear.forward(x),
+            Self::Qat(linear) => linear.forward(x),
             Self::Packed(linear) => linear.forward(x),
         }
     }

@@ -3,8 +3,12 @@
 use super::runtime::Runtime;
 use crate::Result;
 use crate::config::Activations;
+#[cfg(feature = "qat")]
+use bitnet_core::pack::Layout;
 use bitnet_core::{Matrix, MatrixSpec, ZeroPoints};
 use bitnet_kernels::matmul::{self, Prepacked};
+#[cfg(feature = "qat")]
+use bitnet_kernels::stream;
 use std::sync::{Mutex, PoisonError};
 
 /// Laid out activations that are used again.
@@ -36,6 +40,18 @@ impl Packed {
     pub(crate) fn new(matrix: &Matrix, runtime: &Runtime) -> Result<Self> {
         let weights = Prepacked::new(matrix, &runtime.pool)?;
         Ok(Self { spec: matrix.spec.clone(), scales: matrix.scales.clone(), zero_points: matrix.zero_points.clone(), weights })
+    }
+
+    /// From the bytes of a layout.
+    ///
+    /// # Errors
+    /// As [`Packed::new`].
+    #[cfg(feature = "qat")]
+    pub(crate) fn from_wire(packed: &stream::Packed, layout: &dyn Layout, runtime: &Runtime) -> Result<Self> {
+        let stream::Packed { spec, bytes, scales, zero_points } = packed;
+        let parts = matmul::Parts { spec, scales, zero_points };
+        let weights = Prepacked::from_wire(&runtime.machine.kernels, &runtime.pool, layout, parts, bytes, matmul::Stream::TwoBit)?;
+        Ok(Self { spec: spec.clone(), scales: scales.clone(), zero_points: zero_points.clone(), weights })
     }
 
     pub(crate) fn spec(&self) -> &MatrixSpec {

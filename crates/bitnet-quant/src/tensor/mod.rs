@@ -1,7 +1,7 @@
 //! The library on candle tensors: quantizers, BitLinear, calibration and mixed precision. CPU; f32, f16 and bf16; any strides.
 
 pub mod bitlinear;
-mod kernel;
+pub(crate) mod kernel;
 #[cfg(feature = "advanced")]
 pub mod mixed;
 #[cfg(feature = "calibration")]

@@ -1,0 +1,66 @@
+//! From floats to layers in training, and from those to packed ones.
+
+use super::{Linear, Linears, QatLinear, StraightThroughEstimator};
+use crate::config::QuantizationConfig;
+use crate::{Error, Result};
+use candle_nn::VarMap;
+
+/// Swaps the linear layers that the configuration quantizes (`include`, `exclude` and the rules, matched with `NAME.weight`) for layers in
+/// training on the same variables, and returns their names. Learned scales become the variables `NAME.learned_scale`; one that `vars` holds
+/// already is used as it is.
+///
+/// Layers that are in training already, or packed, stay as they are.
+///
+/// # Errors
+/// [`Error::Recipe`] if the configuration reaches no linear layer, [`Error::Invalid`] for one that is wrong, [`Error::Input`] for an
+/// estimator that does not go with a scheme. The model is then as it was.
+pub fn prepare(
+    model: &mut dyn Linears,
+    config: &QuantizationConfig,
+    estimator: StraightThroughEstimator,
+    vars: &VarMap,
+) -> Result<Vec<String>> {
+    config.validate()?;
+    let mut prepared = vec![];
+    model.visit_linears(&mut |name, linear| {
+        let Linear::Full(full) = linear else { return Ok(()) };
+        if let Some(choices) = config.matrix_choices(&format!("{name}.weight"))? {
+            let config = QuantizationConfig { default: choices, rules: vec![], search: None, ..config.clone() };
+            let scale = vars.data().lock().ok().and_then(|vars| vars.get(&scale_name(name)).cloned());
+            prepared.push((name.to_owned(), QatLinear::new(full.weight().clone(), full.bias().cloned(), scale, &config, estimator)?));
+        }
+        Ok(())
+    })?;
+    if prepared.is_empty() {
+        return Err(Error::Recipe("the configuration quantizes no linear layer of the model".into()));
+    }
+    let names = prepared.iter().map(|(name, _)| name.clone()).collect();
+    let mut next = prepared.into_iter().peekable();
+    model.visit_linears(&mut |name, linear| {
+        if let Some((_, layer)) = next.next_if(|(of, _)| of == name) {
+            if let (Some(scale), Ok(mut vars)) = (layer.learned_scale(), vars.data().lock()) {
+                vars.insert(scale_name(name), scale.clone());
+            }
+            *linear = Linear::Qat(layer);
+        }
+        Ok(())
+    })?;
+    Ok(names)
+}
+
+fn scale_name(name: &str) -> String {
+    format!("{name}.learned_scale")
+}
+
+/// Puts packed layers in the place of those in training: the codes and scales of their last forward pass at full strength.
+///
+/// # Errors
+/// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no product.
+pub fn convert(model: &mut dyn Linears) -> Result<()> {
+    model.visit_linears(&mut |_, linear| {
+        if let Linear::Qat(layer) = linear {
+            *linear = Linear::Packed(layer.convert()?);
+        }
+        Ok(())
+    })
+}
