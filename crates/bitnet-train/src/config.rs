@@ -22,6 +22,17 @@ pub struct ImageConfig {
     pub training: QATConfig,
 }
 
+impl ImageConfig {
+    /// Leaves the first convolution in floats unless a rule says something about it.
+    pub fn complete(&mut self) {
+        const FIRST: &str = "conv.0.weight";
+        let recipe = &mut self.training.quantization;
+        if self.model.network == Network::Cnn && !recipe.exclude.iter().any(|glob| glob == FIRST) {
+            recipe.exclude.push(FIRST.into());
+        }
+    }
+}
+
 /// A folder of idx files: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-…`, each plain or with `.gz`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -144,6 +155,8 @@ pub struct RunConfig {
     pub twin: bool,
     /// Whether the quantized model begins with the twin's weights instead of the twin's start.
     pub fine_tune: bool,
+    /// How gradients pass the rounding of weights.
+    pub estimator: StraightThroughEstimator,
     /// What is also learnt from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<Teacher>,
@@ -153,7 +166,7 @@ pub struct RunConfig {
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { batch: 64, twin: true, fine_tune: false, teacher: None, distillation: Distillation::default() }
+        Self { batch: 64, twin: true, fine_tune: false, estimator: StraightThroughEstimator::Plain, teacher: None, distillation: Distillation::default() }
     }
 }
 

@@ -17,6 +17,11 @@ pub fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {
     all.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
 }
 
+/// Their values by name.
+pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
+    sorted(vars).into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect()
+}
+
 /// Sets every variable from the tensor of its name in a checkpoint of floats.
 ///
 /// # Errors
@@ -55,17 +60,17 @@ pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
 ///
 /// # Errors
 /// [`Error::File`] if the folder exists or cannot be written.
-pub fn save(path: &Path, vars: &VarMap, config: &Value, files: &[(String, Vec<u8>)]) -> Result<()> {
-    let tensors = sorted(vars).into_iter().map(|(name, var)| Ok((name, (var.dims().to_vec(), bytes(var.as_tensor())?))));
-    let tensors: Vec<(String, (Vec<usize>, Vec<u8>))> = tensors.collect::<Result<_>>()?;
+pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, config: &Value, files: &[(String, Vec<u8>)]) -> Result<()> {
+    if path.exists() {
+        return Err(bitnet_quant::Error::Exists { path: path.to_path_buf() }.into());
+    }
+    let tensors = tensors.iter().map(|(name, tensor)| Ok((name, (tensor.dims().to_vec(), bytes(tensor)?))));
+    let tensors: Vec<(&String, (Vec<usize>, Vec<u8>))> = tensors.collect::<Result<_>>()?;
     let failed = |what: String| Error::from(bitnet_formats::Error::file(path, "tensors that safetensors can hold", what));
     let views = tensors.iter().map(|(name, (shape, data))| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)));
     let views: Vec<_> = views.collect::<Result<_, safetensors::SafeTensorError>>().map_err(|e| failed(e.to_string()))?;
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let weights = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
-    if path.exists() {
-        return Err(bitnet_quant::Error::Exists { path: path.to_path_buf() }.into());
-    }
     // Beside its target, so that a rename can give it its name.
     let mut partial = path.as_os_str().to_os_string();
     partial.push(".");
@@ -96,6 +101,5 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 
 /// The variables of a map as constants, of which no graph is kept.
 pub fn constants(vars: &VarMap) -> VarBuilder<'static> {
-    let tensors = sorted(vars).into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect();
-    VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)
+    VarBuilder::from_tensors(tensors(vars).into_iter().collect(), DType::F32, &Device::Cpu)
 }

@@ -66,7 +66,7 @@ fn what_is_written_is_what_is_run() {
         let mut decoder = Decoder::new("new".as_ref(), &config, 32, &variables(&vars, 5)).unwrap();
         let work = tempfile::tempdir().unwrap();
         let path = work.path().join("model");
-        folder::save(&path, &vars, &config, &[]).unwrap();
+        folder::save(&path, &folder::tensors(&vars), &config, &[]).unwrap();
         check_against_inference(&decoder, &path);
         assert_eq!(names(&mut decoder).last().unwrap() == "lm_head", !tied);
     }
@@ -83,12 +83,12 @@ fn a_checkpoint_of_another_shape_or_with_other_tensors_is_refused() {
         (vars, config)
     };
     let (two, config) = make(2);
-    folder::save(&work.path().join("two"), &two, &config, &[]).unwrap();
+    folder::save(&work.path().join("two"), &folder::tensors(&two), &config, &[]).unwrap();
     let source = Source::open(&work.path().join("two")).unwrap();
     let message = |layers| folder::load(&make(layers).0, &source).unwrap_err().to_string();
     assert!(message(3).contains("model.layers.2.") && message(3).contains("no such tensor"), "{}", message(3));
     assert!(message(1).contains("model.layers.1.") && message(1).contains("no place"), "{}", message(1));
-    assert!(folder::save(&work.path().join("two"), &two, &config, &[]).unwrap_err().to_string().contains("exists"));
+    assert!(folder::save(&work.path().join("two"), &folder::tensors(&two), &config, &[]).unwrap_err().to_string().contains("exists"));
 }
 
 /// The derivative along a random direction of all variables is that of the difference quotient.
@@ -127,8 +127,8 @@ fn slopes_of_the_decoders_are_those_of_differences() {
         check_slope(&vars, || cross_entropy(&decoder.forward(&tokens).unwrap(), &tokens).unwrap());
         let (logits, trace) = decoder.forward_traced(&tokens).unwrap();
         assert_eq!((logits.dims(), trace.hidden.len()), (&[2, 6, 11][..], 2));
-        let [q, k, v] = trace.relations.unwrap();
-        assert_eq!((q.dims(), k.dims(), v.dims()), (&[2, 4, 6, 4][..], &[2, 2, 6, 4][..], &[2, 2, 6, 4][..]));
+        let ([q, k, v], heads) = trace.relations.unwrap();
+        assert_eq!((q.dims(), k.dims(), v.dims(), heads), (&[2, 6, 16][..], &[2, 6, 8][..], &[2, 6, 8][..], 2));
     }
 }
 

@@ -98,8 +98,8 @@ struct Layer {
 pub struct Trace {
     /// The residual stream after each layer, `[B, T, hidden]`.
     pub hidden: Vec<Tensor>,
-    /// Queries, keys and values of the last layer, `[B, heads, T, head_dim]` each, turned by their positions.
-    pub relations: Option<[Tensor; 3]>,
+    /// Queries `[B, T, D]`, keys and values `[B, T, V]` of the last layer, not yet turned by their positions; and a number of heads that divides all.
+    pub relations: Option<([Tensor; 3], usize)>,
 }
 
 /// A decoder; the equations are in `bitnet_inference`'s `arch`. Variables have the names of Hugging Face.
@@ -219,12 +219,13 @@ impl Decoder {
         let Config { heads, kv_heads, head_dim, .. } = self.config;
         let z = self.rms_norm(x, &layer.attention_norm)?;
         let [q, k, v, o] = &layer.attention;
-        let q = ops::heads_first(&q.forward(&z)?, heads, Some(&self.angles))?;
-        let k = ops::heads_first(&k.forward(&z)?, kv_heads, Some(&self.angles))?;
-        let v = ops::heads_first(&v.forward(&z)?, kv_heads, None)?;
+        let [q, k, v] = [q.forward(&z)?, k.forward(&z)?, v.forward(&z)?];
         if let Some(trace) = trace {
-            trace.relations = Some([q.clone(), k.clone(), v.clone()]);
+            trace.relations = Some(([q.clone(), k.clone(), v.clone()], kv_heads));
         }
+        let q = ops::heads_first(&q, heads, Some(&self.angles))?;
+        let k = ops::heads_first(&k, kv_heads, Some(&self.angles))?;
+        let v = ops::heads_first(&v, kv_heads, None)?;
         // The queries of a group of heads stand one after another before the keys that they share.
         let grouped = q.reshape((batch, kv_heads, heads / kv_heads * positions, head_dim))?;
         let scores = grouped.matmul(&k.transpose(2, 3)?)?;
