@@ -23,6 +23,7 @@ pub mod machine;
 pub mod matmul;
 mod pool;
 pub mod stream;
+pub mod update;
 
 pub use pool::Pool;
 

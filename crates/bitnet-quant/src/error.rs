@@ -68,6 +68,18 @@ pub enum Error {
         /// What differs.
         what: String,
     },
+    /// Training came to a loss, or to gradients, that are no numbers.
+    #[error("step {step}: the {what} is {got}; {}", .checkpoint.as_ref().map_or("no checkpoint was written before".into(), |path| format!("the last good checkpoint is {}", path.display())))]
+    Diverged {
+        /// The step, counted from 1.
+        step: u64,
+        /// Loss or norm of the gradients.
+        what: &'static str,
+        /// Its value.
+        got: f64,
+        /// The newest checkpoint.
+        checkpoint: Option<PathBuf>,
+    },
     /// The caller asked to stop. What is done stays, and the same job goes on from there.
     #[error("interrupted; the same command goes on from here")]
     Interrupted,

@@ -20,7 +20,7 @@ use bitnet_core::{Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::qat::{CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, prepare};
+use bitnet_quant::qat::{Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, prepare};
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
 use candle_core::Tensor;
@@ -292,9 +292,7 @@ impl<W: Work> Runner<'_, W> {
 
     /// The last evaluation, and seconds.
     fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(f64, f64)> {
-        let mut config = self.training.clone();
-        let checkpoints = self.out.join("checkpoints").join(phase.name());
-        config.checkpoint = Some(CheckpointConfig { folder: checkpoints, every: self.place.every, keep: self.place.keep });
+        let config = self.training.clone();
         let outcome = QATTrainer::new(config)?.run(task, &mut |event: &Event<'_>| observer.on(phase, event))?;
         match (outcome.stopped, outcome.evaluation) {
             (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),

@@ -1,0 +1,308 @@
+//! Where a training stands, on disk: a folder for each checkpoint.
+//!
+//! ```text
+//! FOLDER/step-000000100/model.safetensors        the variables, f32, by name
+//!                       optimizer.safetensors    NAME.first (velocity or first moment) and NAME.second, f32
+//!                       state.json               steps taken, evaluations, configuration, what the task wants back, checksums of the two files
+//! ```
+//!
+//! A checkpoint is written beside its name and renamed when it is complete and on the disk, so a name always stands for a whole one, and
+//! whatever interrupts the writing leaves the earlier ones as they were.
+
+use super::optimizer::Optimizer;
+use super::trainer::Evaluation;
+use crate::tensor::with_floats;
+use crate::{Error, Result};
+use bitnet_formats::document::Checksum;
+use bitnet_formats::safetensors::{Header, OutEntry, encode_header};
+use bitnet_formats::{Error as FileError, StoredType};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// Version that this code writes and reads.
+const VERSION: u32 = 1;
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+/// Floats that are converted at a time.
+const PIECE: usize = 1 << 16;
+/// Ending of an unfinished folder.
+const PARTIAL: &str = "partial";
+
+/// When checkpoints are written, where, and how many stay.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// The folder that holds them.
+    pub folder: PathBuf,
+    /// Steps between two of them; 0: only at the end and where the training is stopped.
+    #[serde(default)]
+    pub every: u64,
+    /// How many of the newest stay; 0: all.
+    #[serde(default = "two")]
+    pub keep: usize,
+}
+
+fn two() -> usize {
+    2
+}
+
+/// What is not a tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    pub(crate) version: u32,
+    /// Steps taken.
+    pub(crate) step: u64,
+    pub(crate) loss: f64,
+    pub(crate) evaluation: Option<Evaluation>,
+    /// Evaluations since the best one.
+    pub(crate) worse: u64,
+    /// Whether the training has come to its end.
+    pub(crate) complete: bool,
+    /// What decides the numbers of a training.
+    pub(crate) config: serde_json::Value,
+    /// Bits and strength of quantization.
+    pub(crate) quantization: serde_json::Value,
+    /// What [`super::Task::state`] said.
+    pub(crate) task: serde_json::Value,
+    /// xxh3-128 of the files beside this one.
+    pub(crate) checksums: BTreeMap<String, String>,
+}
+
+/// A tensor to be written or read.
+struct Slot<'a> {
+    name: String,
+    shape: &'a [usize],
+}
+
+/// The checkpoints of a folder, oldest first: steps and paths.
+///
+/// # Errors
+/// [`FileError::Io`] if the folder is there and cannot be read.
+pub fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+        entries => entries.map_err(FileError::io(folder, "read"))?,
+    };
+    let mut found = vec![];
+    for entry in entries {
+        let entry = entry.map_err(FileError::io(folder, "read"))?;
+        let name = entry.file_name();
+        let step = name.to_str().and_then(|n| n.strip_prefix("step-")).filter(|n| n.len() >= 9 && n.bytes().all(|b| b.is_ascii_digit()));
+        if let Some(step) = step.and_then(|n| n.parse().ok()) {
+            found.push((step, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Writes a checkpoint, then removes those that are too many. Returns its path.
+pub(crate) fn write(config: &CheckpointConfig, optimizer: &Optimizer, mut state: State) -> Result<PathBuf> {
+    fs::create_dir_all(&config.folder).map_err(FileError::io(&config.folder, "create"))?;
+    let target = config.folder.join(format!("step-{:09}", state.step));
+    let partial = target.with_extension(PARTIAL);
+    let result = fill(&partial, optimizer, &mut state).and_then(|()| {
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(FileError::io(&target, "replace"))?;
+        }
+        fs::rename(&partial, &target).map_err(FileError::io(&target, "rename to"))?;
+        sync(&config.folder)
+    });
+    if let Err(error) = result {
+        let _ = fs::remove_dir_all(&partial);
+        return Err(error);
+    }
+    let mut old = checkpoints(&config.folder)?;
+    old.retain(|(step, _)| *step < state.step);
+    let kept = if config.keep == 0 { usize::MAX } else { config.keep - 1 };
+    for (_, path) in old.iter().rev().skip(kept) {
+        fs::remove_dir_all(path).map_err(FileError::io(path, "remove"))?;
+    }
+    Ok(target)
+}
+
+fn fill(folder: &Path, optimizer: &Optimizer, state: &mut State) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(FileError::io(folder, "remove"))?;
+    }
+    fs::create_dir(folder).map_err(FileError::io(folder, "create"))?;
+    let parameters = &optimizer.parameters;
+    let sum = save(&folder.join(MODEL), &variables(optimizer), |i, each| with_floats(&parameters[i].var, each))?;
+    state.checksums.insert(MODEL.into(), sum);
+    let (slots, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
+    let sum = save(&folder.join(OPTIMIZER), &slots, |i, each| each(moments[i]))?;
+    state.checksums.insert(OPTIMIZER.into(), sum);
+    let path = folder.join(STATE);
+    let json = serde_json::to_vec_pretty(state).map_err(|e| Error::Recipe(e.to_string()))?;
+    let mut file = File::create(&path).map_err(FileError::io(&path, "create"))?;
+    file.write_all(&json).and_then(|()| file.sync_all()).map_err(FileError::io(&path, "write"))?;
+    sync(folder)
+}
+
+/// Makes the names in a folder last.
+fn sync(folder: &Path) -> Result<()> {
+    #[cfg(unix)]
+    File::open(folder).and_then(|f| f.sync_all()).map_err(FileError::io(folder, "write"))?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}
+
+fn variables(optimizer: &Optimizer) -> Vec<Slot<'_>> {
+    optimizer.parameters.iter().map(|p| Slot { name: p.name.clone(), shape: p.var.dims() }).collect()
+}
+
+fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (Slot<'_>, &[f32])> {
+    optimizer.parameters.iter().flat_map(|p| {
+        let slot = |ending: &str| Slot { name: format!("{}.{ending}", p.name), shape: p.var.dims() };
+        let both = [(slot("first"), &p.first[..]), (slot("second"), &p.second[..])];
+        both.into_iter().filter(|(_, moment)| !moment.is_empty())
+    })
+}
+
+/// Writes tensors of f32 one after another; `floats` calls its argument with the elements of one. Returns the checksum of the file.
+fn save(path: &Path, slots: &[Slot<'_>], floats: impl Fn(usize, &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>) -> Result<String> {
+    let mut at = 0;
+    let entry = |slot: &Slot<'_>| {
+        let len = 4 * slot.shape.iter().product::<usize>() as u64;
+        at += len;
+        OutEntry { name: slot.name.clone(), dtype: safetensors::Dtype::F32, shape: slot.shape.to_vec(), range: (at - len, at) }
+    };
+    let entries: Vec<_> = slots.iter().map(entry).collect();
+    let format = [("format".to_string(), "pt".to_string())];
+    let header = encode_header(&format, &entries, None).map_err(|got| FileError::file(path, "a header that fits", got))?;
+    let (mut file, mut checksum) = (File::create(path).map_err(FileError::io(path, "create"))?, Checksum::default());
+    let mut put = |bytes: &[u8]| {
+        checksum.update(bytes);
+        file.write_all(bytes).map_err(FileError::io(path, "write"))
+    };
+    put(&header)?;
+    let mut bytes = Vec::with_capacity(4 * PIECE);
+    for i in 0..slots.len() {
+        floats(i, &mut |x| {
+            for piece in x.chunks(PIECE) {
+                bytes.clear();
+                bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+                put(&bytes)?;
+            }
+            Ok(())
+        })?;
+    }
+    file.sync_all().map_err(FileError::io(path, "write"))?;
+    Ok(checksum.hex())
+}
+
+/// Reads a checkpoint into an optimizer and its variables. Nothing is changed unless all of it fits and is undamaged.
+///
+/// # Errors
+/// [`Error::Mismatch`] naming what differs, for one of another model, another configuration or another optimizer; [`Error::File`] for one that is damaged.
+pub(crate) fn read(folder: &Path, optimizer: &mut Optimizer, config: &serde_json::Value) -> Result<State> {
+    let path = folder.join(STATE);
+    let json = fs::read(&path).map_err(FileError::io(&path, "read"))?;
+    let broken = |got: String| FileError::file(&path, format!("the state of a training, version {VERSION}"), got);
+    let state: State = serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
+    if state.version != VERSION {
+        return Err(broken(format!("version {}", state.version)).into());
+    }
+    let (model, moment) = (folder.join(MODEL), folder.join(OPTIMIZER));
+    let weights = Stored::open(&model, folder, &variables(optimizer), "variable")?;
+    if let Some(what) = difference("", &state.config, config) {
+        return Err(Error::Mismatch { path: folder.to_path_buf(), what });
+    }
+    let slots: Vec<_> = moments(optimizer).map(|(slot, _)| slot).collect();
+    let remembered = Stored::open(&moment, folder, &slots, "moment")?;
+    for (path, file) in [(&model, MODEL), (&moment, OPTIMIZER)] {
+        let got = checksum(path)?;
+        let expected = state.checksums.get(file).cloned().unwrap_or_default();
+        if got != expected {
+            return Err(FileError::file(path, format!("checksum {expected}"), format!("{got}: the file is damaged")).into());
+        }
+    }
+    for p in &mut optimizer.parameters {
+        let values = weights.floats(&p.name)?;
+        p.var.set(&Tensor::from_vec(values, p.var.shape(), &Device::Cpu)?)?;
+        for (ending, moment) in [("first", &mut p.first), ("second", &mut p.second)] {
+            if !moment.is_empty() {
+                *moment = remembered.floats(&format!("{}.{ending}", p.name))?;
+            }
+        }
+    }
+    optimizer.steps = state.step;
+    Ok(state)
+}
+
+fn checksum(path: &Path) -> Result<String> {
+    let (mut file, mut sum) = (File::open(path).map_err(FileError::io(path, "open"))?, Checksum::default());
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        match file.read(&mut buffer).map_err(FileError::io(path, "read"))? {
+            0 => return Ok(sum.hex()),
+            n => sum.update(&buffer[..n]),
+        }
+    }
+}
+
+/// A file whose tensors are those that are wanted.
+struct Stored<'a> {
+    path: &'a Path,
+    header: Header,
+}
+
+impl<'a> Stored<'a> {
+    fn open(path: &'a Path, folder: &Path, wanted: &[Slot<'_>], kind: &str) -> Result<Self> {
+        let file = File::open(path).map_err(FileError::io(path, "open"))?;
+        let len = file.metadata().map_err(FileError::io(path, "read"))?.len();
+        let header = Header::read(path, &file, len)?;
+        let differs = |what: String| Err(Error::Mismatch { path: folder.to_path_buf(), what: format!("a checkpoint of another model: {what}") });
+        for slot in wanted {
+            match header.tensors.iter().find(|t| t.name == slot.name) {
+                None => return differs(format!("it has no {kind} '{}'", slot.name)),
+                Some(t) if t.shape != slot.shape => {
+                    return differs(format!("{kind} '{}' has shape {:?} there and {:?} here", slot.name, t.shape, slot.shape));
+                }
+                Some(t) if StoredType::Plain(t.dtype) != StoredType::Plain(safetensors::Dtype::F32) => {
+                    return differs(format!("{kind} '{}' is {:?} there and F32 here", slot.name, t.dtype));
+                }
+                Some(_) => {}
+            }
+        }
+        if let Some(extra) = header.tensors.iter().find(|t| !wanted.iter().any(|slot| slot.name == t.name)) {
+            return differs(format!("it has a {kind} '{}', which the model has not", extra.name));
+        }
+        Ok(Self { path, header })
+    }
+
+    fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.header.tensors.iter().find(|t| t.name == name);
+        let Some(entry) = entry else { return Err(FileError::tensor(self.path, name, "a tensor", "none").into()) };
+        let mut file = File::open(self.path).map_err(FileError::io(self.path, "open"))?;
+        file.seek(SeekFrom::Start(entry.offset)).map_err(FileError::io(self.path, "read"))?;
+        let (mut values, mut bytes) = (Vec::with_capacity(entry.len as usize / 4), vec![0; 4 * PIECE]);
+        let mut left = entry.len as usize;
+        while left > 0 {
+            let piece = &mut bytes[..left.min(4 * PIECE)];
+            file.read_exact(piece).map_err(FileError::io(self.path, "read"))?;
+            values.extend(piece.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
+            left -= piece.len();
+        }
+        Ok(values)
+    }
+}
+
+/// Where two documents differ first.
+fn difference(at: &str, there: &serde_json::Value, here: &serde_json::Value) -> Option<String> {
+    use serde_json::Value::{Null, Object};
+    if let (Object(a), Object(b)) = (there, here) {
+        let keys = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k)));
+        let path = |key: &str| if at.is_empty() { key.to_string() } else { format!("{at}.{key}") };
+        return keys.into_iter().find_map(|key| difference(&path(key), a.get(key).unwrap_or(&Null), b.get(key).unwrap_or(&Null)));
+    }
+    let say = |value: &serde_json::Value| if value.is_null() { "not set".into() } else { value.to_string() };
+    (there != here).then(|| format!("{at} is {} there and {} here; a training goes on as it began", say(there), say(here)))
+}

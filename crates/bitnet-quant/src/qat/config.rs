@@ -1,0 +1,198 @@
+//! The configuration of a training.
+
+use super::optimizer::OptimizerConfig;
+use super::schedule::Schedule;
+use crate::config::QuantizationConfig;
+use crate::names::QuantizationScheme;
+use crate::recipe::Choices;
+use crate::{Error, Result};
+use bitnet_core::Scheme;
+use serde::{Deserialize, Serialize};
+
+/// Everything about a training but its model and data.
+///
+/// ```
+/// use bitnet_quant::qat::QATConfig;
+/// let config = QATConfig::from_toml("steps = 200\nclip = 1.0\n[optimizer]\nlearning_rate = 0.002\n[quantization.default]\nthreshold = 'optimal'")?;
+/// assert_eq!(config.optimizer.learning_rate, 0.002);
+/// assert_eq!(QATConfig::from_toml(&config.to_toml()?)?, config);
+/// # Ok::<(), bitnet_quant::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QATConfig {
+    /// Steps of the optimizer.
+    pub steps: u64,
+    /// Micro-batches of a step; their gradients are averaged.
+    pub accumulate: u64,
+    /// Largest norm of all gradients together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
+    /// Factor of the gradients of latent weights.
+    pub gradient_scaling: f64,
+    /// Steps between evaluations; 0: only at the end.
+    pub evaluate_every: u64,
+    /// When to stop before the last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<EarlyStopping>,
+    /// The rule of a step and its numbers.
+    pub optimizer: OptimizerConfig,
+    /// Learning rate and decay over the steps.
+    pub schedule: Schedule,
+    /// What weights and activations become: the same configuration as for quantization after training.
+    pub quantization: QuantizationConfig,
+}
+
+/// Stopping where evaluations no longer improve.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EarlyStopping {
+    /// Evaluations without improvement until the training stops.
+    pub patience: u64,
+    /// By how much an evaluation must be lower than the best so far to be an improvement.
+    pub min_delta: f64,
+}
+
+impl Default for EarlyStopping {
+    fn default() -> Self {
+        Self { patience: 3, min_delta: 0.0 }
+    }
+}
+
+impl Default for QATConfig {
+    fn default() -> Self {
+        Self {
+            steps: 1000,
+            accumulate: 1,
+            clip: None,
+            gradient_scaling: 1.0,
+            evaluate_every: 0,
+            early_stopping: None,
+            optimizer: OptimizerConfig::default(),
+            schedule: Schedule::default(),
+            quantization: QuantizationConfig::bitnet_158(),
+        }
+    }
+}
+
+impl QATConfig {
+    /// A builder that begins with the default: b1.58, AdamW, cosine.
+    pub fn builder() -> QATConfigBuilder {
+        QATConfigBuilder::default()
+    }
+
+    /// Reads TOML.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for what is no such TOML, [`Error::Invalid`] for values that make no sense.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let config: Self = toml::from_str(text).map_err(|e| Error::Recipe(e.to_string()))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// This configuration as TOML.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for a number that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::Recipe(e.to_string()))
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming each wrong field.
+    pub fn validate(&self) -> Result<()> {
+        let mut wrong = vec![];
+        for (name, n) in [("steps", self.steps), ("accumulate", self.accumulate)] {
+            if n == 0 {
+                wrong.push(format!("{name}: expected at least 1, got 0"));
+            }
+        }
+        if let Some(clip) = self.clip.filter(|c| !(c.is_finite() && *c > 0.0)) {
+            wrong.push(format!("clip: expected a positive number, got {clip}"));
+        }
+        if !(self.gradient_scaling.is_finite() && self.gradient_scaling > 0.0) {
+            wrong.push(format!("gradient_scaling: expected a positive number, got {}", self.gradient_scaling));
+        }
+        if let Some(stop) = self.early_stopping {
+            if stop.patience == 0 {
+                wrong.push("early_stopping.patience: expected at least 1, got 0".into());
+            }
+            if !(stop.min_delta.is_finite() && stop.min_delta >= 0.0) {
+                wrong.push(format!("early_stopping.min_delta: expected a number of at least 0, got {}", stop.min_delta));
+            }
+            if self.evaluate_every == 0 {
+                wrong.push("early_stopping: expected evaluate_every above 0, got 0".into());
+            }
+        }
+        self.optimizer.problems(&mut wrong);
+        self.schedule.problems(&mut wrong);
+        match self.quantization.validate() {
+            Err(Error::Invalid(fields)) => wrong.extend(fields.into_iter().map(|f| format!("quantization.{f}"))),
+            Err(other) => return Err(other),
+            Ok(()) => {}
+        }
+        Error::unless_empty(wrong)
+    }
+}
+
+/// Builds a [`QATConfig`].
+#[derive(Debug, Clone, Default)]
+pub struct QATConfigBuilder {
+    config: QATConfig,
+}
+
+/// A setter for each plain field.
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $type:ty => $($field:ident).+;)*) => {$(
+        $(#[$doc])*
+        pub fn $name(mut self, $name: $type) -> Self {
+            self.config.$($field).+ = $name.into();
+            self
+        }
+    )*};
+}
+
+impl QATConfigBuilder {
+    setters! {
+        /// Steps of the optimizer.
+        steps: u64 => steps;
+        /// Micro-batches of a step.
+        accumulate: u64 => accumulate;
+        /// Largest norm of all gradients together.
+        clip: f64 => clip;
+        /// Factor of the gradients of latent weights.
+        gradient_scaling: f64 => gradient_scaling;
+        /// Steps between evaluations.
+        evaluate_every: u64 => evaluate_every;
+        /// When to stop before the last step.
+        early_stopping: EarlyStopping => early_stopping;
+        /// The rule of a step and its numbers.
+        optimizer: OptimizerConfig => optimizer;
+        /// Learning rate η.
+        learning_rate: f64 => optimizer.learning_rate;
+        /// Decay λ.
+        weight_decay: f64 => optimizer.weight_decay;
+        /// Learning rate and decay over the steps.
+        schedule: Schedule => schedule;
+        /// What weights and activations become.
+        quantization: QuantizationConfig => quantization;
+    }
+
+    /// A scheme with a name for the weights.
+    pub fn quantization_scheme(mut self, scheme: QuantizationScheme) -> Self {
+        self.config.quantization.default = Choices::from(&Scheme::from(scheme)).over(&self.config.quantization.default);
+        self
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    /// As [`QATConfig::validate`].
+    pub fn build(self) -> Result<QATConfig> {
+        self.config.validate()?;
+        Ok(self.config)
+    }
+}
