@@ -186,7 +186,7 @@ impl CommonArgs {
             run.teacher = Some(Teacher::from(teacher.clone()));
         }
         set(&mut training.steps, self.steps);
-        set(&mut training.seed, self.seed);
+        set(&mut run.seed, self.seed);
         set(&mut training.optimizer.learning_rate, self.learning_rate);
         set(&mut training.optimizer.weight_decay, self.weight_decay);
         set(&mut training.schedule.warmup, self.warmup);

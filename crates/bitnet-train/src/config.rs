@@ -149,6 +149,8 @@ impl Default for LmModelConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
+    /// What all randomness is drawn from.
+    pub seed: u64,
     /// Images, or windows, of a micro-batch.
     pub batch: usize,
     /// Whether the full-precision twin is trained first, from the same start on the same data: the report compares with it.
@@ -166,7 +168,7 @@ pub struct RunConfig {
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { batch: 64, twin: true, fine_tune: false, estimator: StraightThroughEstimator::Plain, teacher: None, distillation: Distillation::default() }
+        Self { seed: 0, batch: 64, twin: true, fine_tune: false, estimator: StraightThroughEstimator::Plain, teacher: None, distillation: Distillation::default() }
     }
 }
 

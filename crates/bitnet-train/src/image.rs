@@ -72,7 +72,7 @@ impl ImageWork {
             train,
             test,
             batch: config.run.batch,
-            seed: training.seed,
+            seed: config.run.seed,
             accumulate: training.accumulate,
             distillation: config.run.distillation,
             quantization: training.quantization.clone(),

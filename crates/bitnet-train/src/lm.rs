@@ -90,7 +90,7 @@ impl LmWork {
             train: text.train,
             context,
             batch: config.run.batch,
-            seed: config.training.seed,
+            seed: config.run.seed,
             accumulate: config.training.accumulate,
             distillation: config.run.distillation,
             activations,

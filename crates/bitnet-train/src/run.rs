@@ -274,7 +274,7 @@ impl<W: Work> Runner<'_, W> {
     /// Variables and model at the start, or with the weights of a folder.
     fn start(&self, from: Option<&Path>) -> Result<(VarMap, W::Model)> {
         let vars = VarMap::new();
-        let model = self.work.build(&variables(&vars, self.training.seed))?;
+        let model = self.work.build(&variables(&vars, self.run.seed))?;
         match from {
             Some(path) => folder::load(&vars, &Source::open(path)?)?,
             None => self.work.begin(&vars)?,
