@@ -9,14 +9,16 @@
 //! A checkpoint is written beside its name and renamed when it is complete and on the disk, so a name always stands for a whole one, and
 //! whatever interrupts the writing leaves the earlier ones as they were.
 
+use super::layer::Stage;
 use super::optimizer::Optimizer;
-use super::trainer::Evaluation;
+use super::trainer::{Evaluation, Stopped};
 use crate::tensor::with_floats;
 use crate::{Error, Result};
+use bitnet_formats::Error as FileError;
 use bitnet_formats::document::Checksum;
 use bitnet_formats::safetensors::{Header, OutEntry, encode_header};
-use bitnet_formats::{Error as FileError, StoredType};
 use candle_core::{Device, Tensor};
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -24,7 +26,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// Version that this code writes and reads.
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
@@ -62,16 +64,24 @@ pub(crate) struct State {
     pub(crate) evaluation: Option<Evaluation>,
     /// Evaluations since the best one.
     pub(crate) worse: u64,
-    /// Whether the training has come to its end.
-    pub(crate) complete: bool,
+    /// Why the training stopped here, if it did.
+    pub(crate) stopped: Option<Stopped>,
     /// What decides the numbers of a training.
     pub(crate) config: serde_json::Value,
-    /// Bits and strength of quantization.
-    pub(crate) quantization: serde_json::Value,
+    /// What each layer rounds to.
+    pub(crate) layers: BTreeMap<String, Rounding>,
     /// What [`super::Task::state`] said.
     pub(crate) task: serde_json::Value,
     /// xxh3-128 of the files beside this one.
     pub(crate) checksums: BTreeMap<String, String>,
+}
+
+/// What a layer rounds to, and how strongly.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Rounding {
+    pub(crate) stage: Stage,
+    pub(crate) lambda: f32,
 }
 
 /// A tensor to be written or read.
@@ -172,7 +182,7 @@ fn save(path: &Path, slots: &[Slot<'_>], floats: impl Fn(usize, &mut dyn FnMut(&
     let entry = |slot: &Slot<'_>| {
         let len = 4 * slot.shape.iter().product::<usize>() as u64;
         at += len;
-        OutEntry { name: slot.name.clone(), dtype: safetensors::Dtype::F32, shape: slot.shape.to_vec(), range: (at - len, at) }
+        OutEntry { name: slot.name.clone(), dtype: Dtype::F32, shape: slot.shape.to_vec(), range: (at - len, at) }
     };
     let entries: Vec<_> = slots.iter().map(entry).collect();
     let format = [("format".to_string(), "pt".to_string())];
@@ -198,43 +208,54 @@ fn save(path: &Path, slots: &[Slot<'_>], floats: impl Fn(usize, &mut dyn FnMut(&
     Ok(checksum.hex())
 }
 
-/// Reads a checkpoint into an optimizer and its variables. Nothing is changed unless all of it fits and is undamaged.
-///
-/// # Errors
-/// [`Error::Mismatch`] naming what differs, for one of another model, another configuration or another optimizer; [`Error::File`] for one that is damaged.
-pub(crate) fn read(folder: &Path, optimizer: &mut Optimizer, config: &serde_json::Value) -> Result<State> {
-    let path = folder.join(STATE);
-    let json = fs::read(&path).map_err(FileError::io(&path, "read"))?;
-    let broken = |got: String| FileError::file(&path, format!("the state of a training, version {VERSION}"), got);
-    let state: State = serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
-    if state.version != VERSION {
-        return Err(broken(format!("version {}", state.version)).into());
-    }
-    let (model, moment) = (folder.join(MODEL), folder.join(OPTIMIZER));
-    let weights = Stored::open(&model, folder, &variables(optimizer), "variable")?;
-    if let Some(what) = difference("", &state.config, config) {
-        return Err(Error::Mismatch { path: folder.to_path_buf(), what });
-    }
-    let slots: Vec<_> = moments(optimizer).map(|(slot, _)| slot).collect();
-    let remembered = Stored::open(&moment, folder, &slots, "moment")?;
-    for (path, file) in [(&model, MODEL), (&moment, OPTIMIZER)] {
-        let got = checksum(path)?;
-        let expected = state.checksums.get(file).cloned().unwrap_or_default();
-        if got != expected {
-            return Err(FileError::file(path, format!("checksum {expected}"), format!("{got}: the file is damaged")).into());
+/// A checkpoint that fits and is undamaged, and of which nothing has been taken over.
+#[derive(Debug)]
+pub(crate) struct Checked {
+    folder: PathBuf,
+    pub(crate) state: State,
+}
+
+impl Checked {
+    /// # Errors
+    /// [`Error::Mismatch`] naming what differs, for one of another model, configuration or optimizer; [`Error::File`] for one that is damaged.
+    pub(crate) fn open(folder: &Path, optimizer: &Optimizer, config: &serde_json::Value) -> Result<Self> {
+        let path = folder.join(STATE);
+        let json = fs::read(&path).map_err(FileError::io(&path, "read"))?;
+        let broken = |got: String| FileError::file(&path, format!("the state of a training, version {VERSION}"), got);
+        let state: State = serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
+        if state.version != VERSION {
+            return Err(broken(format!("version {}", state.version)).into());
         }
-    }
-    for p in &mut optimizer.parameters {
-        let values = weights.floats(&p.name)?;
-        p.var.set(&Tensor::from_vec(values, p.var.shape(), &Device::Cpu)?)?;
-        for (ending, moment) in [("first", &mut p.first), ("second", &mut p.second)] {
-            if !moment.is_empty() {
-                *moment = remembered.floats(&format!("{}.{ending}", p.name))?;
+        Stored::open(folder, MODEL, &variables(optimizer))?;
+        if let Some(what) = difference("", &state.config, config) {
+            return Err(Error::Mismatch { path: folder.to_path_buf(), what });
+        }
+        Stored::open(folder, OPTIMIZER, &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>())?;
+        for file in [MODEL, OPTIMIZER] {
+            let (path, expected) = (folder.join(file), state.checksums.get(file).cloned().unwrap_or_default());
+            let got = checksum(&path)?;
+            if got != expected {
+                return Err(FileError::file(&path, format!("checksum {expected}"), format!("{got}: the file is damaged")).into());
             }
         }
+        Ok(Self { folder: folder.to_path_buf(), state })
     }
-    optimizer.steps = state.step;
-    Ok(state)
+
+    /// Variables, moments and number of steps into the optimizer.
+    pub(crate) fn load(&self, optimizer: &mut Optimizer) -> Result<()> {
+        let model = Stored::open(&self.folder, MODEL, &variables(optimizer))?;
+        let moments = Stored::open(&self.folder, OPTIMIZER, &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>())?;
+        for p in &mut optimizer.parameters {
+            p.var.set(&Tensor::from_vec(model.floats(&p.name)?, p.var.shape(), &Device::Cpu)?)?;
+            for (ending, moment) in [("first", &mut p.first), ("second", &mut p.second)] {
+                if !moment.is_empty() {
+                    *moment = moments.floats(&format!("{}.{ending}", p.name))?;
+                }
+            }
+        }
+        optimizer.steps = self.state.step;
+        Ok(())
+    }
 }
 
 fn checksum(path: &Path) -> Result<String> {
@@ -249,24 +270,26 @@ fn checksum(path: &Path) -> Result<String> {
 }
 
 /// A file whose tensors are those that are wanted.
-struct Stored<'a> {
-    path: &'a Path,
+struct Stored {
+    path: PathBuf,
     header: Header,
 }
 
-impl<'a> Stored<'a> {
-    fn open(path: &'a Path, folder: &Path, wanted: &[Slot<'_>], kind: &str) -> Result<Self> {
-        let file = File::open(path).map_err(FileError::io(path, "open"))?;
-        let len = file.metadata().map_err(FileError::io(path, "read"))?.len();
-        let header = Header::read(path, &file, len)?;
-        let differs = |what: String| Err(Error::Mismatch { path: folder.to_path_buf(), what: format!("a checkpoint of another model: {what}") });
+impl Stored {
+    fn open(folder: &Path, file: &str, wanted: &[Slot<'_>]) -> Result<Self> {
+        let (path, kind) = (folder.join(file), if file == MODEL { "variable" } else { "moment" });
+        let file = File::open(&path).map_err(FileError::io(&path, "open"))?;
+        let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
+        let header = Header::read(&path, &file, len)?;
+        let differs =
+            |what: String| Err(Error::Mismatch { path: folder.to_path_buf(), what: format!("a checkpoint of another model: {what}") });
         for slot in wanted {
             match header.tensors.iter().find(|t| t.name == slot.name) {
                 None => return differs(format!("it has no {kind} '{}'", slot.name)),
                 Some(t) if t.shape != slot.shape => {
                     return differs(format!("{kind} '{}' has shape {:?} there and {:?} here", slot.name, t.shape, slot.shape));
                 }
-                Some(t) if StoredType::Plain(t.dtype) != StoredType::Plain(safetensors::Dtype::F32) => {
+                Some(t) if t.dtype != Dtype::F32 => {
                     return differs(format!("{kind} '{}' is {:?} there and F32 here", slot.name, t.dtype));
                 }
                 Some(_) => {}
@@ -280,14 +303,14 @@ impl<'a> Stored<'a> {
 
     fn floats(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.header.tensors.iter().find(|t| t.name == name);
-        let Some(entry) = entry else { return Err(FileError::tensor(self.path, name, "a tensor", "none").into()) };
-        let mut file = File::open(self.path).map_err(FileError::io(self.path, "open"))?;
-        file.seek(SeekFrom::Start(entry.offset)).map_err(FileError::io(self.path, "read"))?;
+        let Some(entry) = entry else { return Err(FileError::tensor(&self.path, name, "a tensor", "none").into()) };
+        let mut file = File::open(&self.path).map_err(FileError::io(&self.path, "open"))?;
+        file.seek(SeekFrom::Start(entry.offset)).map_err(FileError::io(&self.path, "read"))?;
         let (mut values, mut bytes) = (Vec::with_capacity(entry.len as usize / 4), vec![0; 4 * PIECE]);
         let mut left = entry.len as usize;
         while left > 0 {
             let piece = &mut bytes[..left.min(4 * PIECE)];
-            file.read_exact(piece).map_err(FileError::io(self.path, "read"))?;
+            file.read_exact(piece).map_err(FileError::io(&self.path, "read"))?;
             values.extend(piece.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
             left -= piece.len();
         }

@@ -1,8 +1,11 @@
 //! The configuration of a training.
 
+use super::checkpoint::CheckpointConfig;
 use super::optimizer::OptimizerConfig;
 use super::schedule::Schedule;
-use crate::config::QuantizationConfig;
+use super::ste::StraightThroughEstimator;
+use super::telemetry::TelemetryConfig;
+use crate::config::{Compute, QuantizationConfig};
 use crate::names::QuantizationScheme;
 use crate::recipe::Choices;
 use crate::{Error, Result};
@@ -28,6 +31,8 @@ pub struct QATConfig {
     /// Largest norm of all gradients together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
+    /// How gradients pass the rounding of weights.
+    pub estimator: StraightThroughEstimator,
     /// Factor of the gradients of latent weights.
     pub gradient_scaling: f64,
     /// Steps between evaluations; 0: only at the end.
@@ -35,6 +40,11 @@ pub struct QATConfig {
     /// When to stop before the last step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<EarlyStopping>,
+    /// Checkpoints, where there are to be any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointConfig>,
+    /// What is recorded of the layers, and the log.
+    pub telemetry: TelemetryConfig,
     /// The rule of a step and its numbers.
     pub optimizer: OptimizerConfig,
     /// Learning rate and decay over the steps.
@@ -68,6 +78,9 @@ impl Default for QATConfig {
             gradient_scaling: 1.0,
             evaluate_every: 0,
             early_stopping: None,
+            estimator: StraightThroughEstimator::default(),
+            checkpoint: None,
+            telemetry: TelemetryConfig::default(),
             optimizer: OptimizerConfig::default(),
             schedule: Schedule::default(),
             quantization: QuantizationConfig::bitnet_158(),
@@ -89,6 +102,20 @@ impl QATConfig {
         let config: Self = toml::from_str(text).map_err(|e| Error::Recipe(e.to_string()))?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// The part that decides the numbers of a training, as a document.
+    pub(crate) fn numbers(&self) -> Result<serde_json::Value> {
+        let quantization = QuantizationConfig { compute: Compute::default(), ..self.quantization.clone() };
+        let numbers = Self {
+            evaluate_every: 0,
+            early_stopping: None,
+            checkpoint: None,
+            telemetry: TelemetryConfig::default(),
+            quantization,
+            ..self.clone()
+        };
+        serde_json::to_value(numbers).map_err(|e| Error::Recipe(e.to_string()))
     }
 
     /// This configuration as TOML.
@@ -163,12 +190,18 @@ impl QATConfigBuilder {
         accumulate: u64 => accumulate;
         /// Largest norm of all gradients together.
         clip: f64 => clip;
+        /// How gradients pass the rounding of weights.
+        estimator: StraightThroughEstimator => estimator;
         /// Factor of the gradients of latent weights.
         gradient_scaling: f64 => gradient_scaling;
         /// Steps between evaluations.
         evaluate_every: u64 => evaluate_every;
         /// When to stop before the last step.
         early_stopping: EarlyStopping => early_stopping;
+        /// Checkpoints.
+        checkpoint: CheckpointConfig => checkpoint;
+        /// What is recorded of the layers, and the log.
+        telemetry: TelemetryConfig => telemetry;
         /// The rule of a step and its numbers.
         optimizer: OptimizerConfig => optimizer;
         /// Learning rate η.

@@ -144,8 +144,6 @@ pub(crate) struct Parameter {
     /// Learning rate and decay, as multiples of, and instead of, those of all.
     rate: f64,
     decay: f64,
-    /// Factor of its gradient.
-    pub(crate) gradient: f64,
     /// Velocity, or first moment.
     pub(crate) first: Vec<f32>,
     /// Second moment.
@@ -237,7 +235,6 @@ impl Optimizer {
                 var,
                 rate: group.map_or(1.0, |g| g.learning_rate),
                 decay,
-                gradient: 1.0,
                 first: vec![0.0; first],
                 second: vec![0.0; second],
                 sum: vec![],
@@ -297,7 +294,7 @@ impl Optimizer {
         };
         let mut squares = 0.0;
         for p in &self.parameters {
-            squares += (mean * p.gradient).powi(2) * self.with_gradient(p, grads, |g| Ok(sum_squares(self.kernels, g)))?.unwrap_or(0.0);
+            squares += mean.powi(2) * self.with_gradient(p, grads, |g| Ok(sum_squares(self.kernels, g)))?.unwrap_or(0.0);
         }
         let norm = squares.sqrt();
         if norm.is_finite() {
@@ -326,7 +323,7 @@ impl Optimizer {
         let (kernels, config, t) = (self.kernels, &self.config, self.steps as i32);
         let p = &mut self.parameters[i];
         let (rate, lambda) = (config.learning_rate * rates.learning_rate * p.rate, p.decay * rates.weight_decay);
-        let scale = (scale * p.gradient) as f32;
+        let scale = scale as f32;
         let coupled = Decay { scale, coupled: lambda as f32, decay: 1.0 };
         let rule = match config.method {
             Method::Sgd { momentum, nesterov } => Rule::Sgd(Sgd { decay: coupled, rate: rate as f32, momentum: momentum as f32, nesterov }),

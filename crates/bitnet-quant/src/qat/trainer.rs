@@ -1,12 +1,17 @@
 //! The loop: losses, gradients, steps, evaluations.
 
+use super::checkpoint::{self, Checked, CheckpointConfig, Rounding, State};
 use super::config::QATConfig;
-use super::linear::Linears;
+use super::linear::{Linear, Linears};
 use super::optimizer::Optimizer;
+use super::recompute::backward;
+use super::telemetry::{LayerRecord, Line, Log, Telemetry};
 use crate::{Error, Result};
-use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor};
 use candle_nn::VarMap;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -57,7 +62,7 @@ pub trait Task {
 }
 
 /// One step that was taken.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// Counted from 1.
     pub step: u64,
@@ -76,7 +81,7 @@ pub struct Step {
 }
 
 /// One evaluation.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Steps taken before.
     pub step: u64,
@@ -101,6 +106,8 @@ pub enum Event<'a> {
     Step(&'a Step),
     /// The model was evaluated.
     Evaluated(&'a Evaluation),
+    /// A layer was looked at.
+    Layer(&'a LayerRecord),
     /// A checkpoint was written.
     Saved(&'a Path),
 }
@@ -135,7 +142,7 @@ impl<A: Callback, B: Callback> Callback for (A, B) {
 }
 
 /// Why a training ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stopped {
     /// All steps were taken.
@@ -147,7 +154,7 @@ pub enum Stopped {
 }
 
 /// What a training came to.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Outcome {
     /// Steps taken.
     pub step: u64,
@@ -164,28 +171,75 @@ pub struct Outcome {
 }
 
 /// Trains as its configuration says.
+///
+/// ```
+/// # use bitnet_quant::{Result, qat::{Linear, Linears, QATConfig, QATTrainer, StraightThroughEstimator, Task}};
+/// # use candle_core::{DType, Device, Module, Tensor};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// struct Line { vars: VarMap, layer: Linear }
+///
+/// impl Linears for Line {
+///     fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>) -> Result<()> {
+///         visit("layer", &mut self.layer)
+///     }
+/// }
+///
+/// impl Task for Line {
+///     fn vars(&self) -> &VarMap {
+///         &self.vars
+///     }
+///     fn loss(&mut self, step: u64, _: u64) -> Result<Tensor> {
+///         let x = Tensor::new(&[[1f32, (step % 7) as f32]], &Device::Cpu)?;
+///         Ok((self.layer.forward(&x)? - x.sum_all()?.to_scalar::<f32>()? as f64)?.sqr()?.sum_all()?)
+///     }
+///     fn evaluate(&mut self) -> Result<f64> {
+///         Ok(self.loss(3, 0)?.to_scalar::<f32>()?.into())
+///     }
+///     fn linears(&mut self) -> Option<&mut dyn Linears> {
+///         Some(self)
+///     }
+/// }
+///
+/// let vars = VarMap::new();
+/// let layer = Linear::new(2, 1, false, &VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp("layer"))?;
+/// let mut task = Line { vars: vars.clone(), layer };
+/// let mut trainer = QATTrainer::new(QATConfig::builder().steps(200).learning_rate(0.02).build()?)?;
+/// trainer.prepare(&mut task, &vars)?;
+/// let outcome = trainer.run(&mut task, &mut ())?;
+/// assert_eq!(outcome.step, 200);
+/// assert!(outcome.evaluation.is_some_and(|e| e.value < 1.0), "{outcome:?}");
+/// # Ok::<(), bitnet_quant::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct QATTrainer {
     config: QATConfig,
+    /// Latent weights, whose gradients are scaled.
+    latent: Vec<Tensor>,
 }
 
-/// Where a training stands.
-#[derive(Debug, Clone, PartialEq)]
-struct Progress {
+/// A training under way.
+#[derive(Debug)]
+struct Training {
+    optimizer: Optimizer,
+    telemetry: Telemetry,
+    log: Option<Log>,
     /// Steps taken.
     step: u64,
     loss: f64,
     evaluation: Option<Evaluation>,
     /// Evaluations since the best one.
     worse: u64,
+    checkpoint: Option<PathBuf>,
 }
 
 impl QATTrainer {
+    /// A trainer of any number of tasks, one after another.
+    ///
     /// # Errors
     /// As [`QATConfig::validate`].
     pub fn new(config: QATConfig) -> Result<Self> {
         config.validate()?;
-        Ok(Self { config })
+        Ok(Self { config, latent: vec![] })
     }
 
     /// The configuration.
@@ -193,69 +247,182 @@ impl QATTrainer {
         &self.config
     }
 
-    /// The gradients of a loss.
+    /// [`prepare`](super::prepare) by the configuration: the linear layers that it quantizes become layers in training. Returns their names.
     ///
     /// # Errors
-    /// [`Error::Diverged`] for a loss that is no number, [`Error::Input`] for one that is no scalar.
-    pub fn backward_with_ste(&self, loss: &Tensor) -> Result<GradStore> {
-        finite(loss, 0, &None)?;
-        Ok(loss.backward()?)
+    /// As [`prepare`](super::prepare).
+    pub fn prepare(&mut self, model: &mut dyn Linears, vars: &VarMap) -> Result<Vec<String>> {
+        let names = super::prepare(model, &self.config.quantization, self.config.estimator, vars)?;
+        self.look_for_latent(model)?;
+        Ok(names)
     }
 
-    /// Trains from the beginning.
+    fn look_for_latent(&mut self, model: &mut dyn Linears) -> Result<()> {
+        self.latent.clear();
+        model.visit_linears(&mut |_, linear| {
+            if let Linear::Qat(layer) = linear {
+                self.latent.push(layer.weight().clone());
+            }
+            Ok(())
+        })
+    }
+
+    /// The gradients of a scalar loss, those of latent weights times `gradient_scaling`. For loops of one's own; [`QATTrainer::run`] does it by itself.
     ///
     /// # Errors
-    /// [`Error::Diverged`] where loss or gradients are no numbers; whatever the task says.
-    pub fn run(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
-        let begin = Instant::now();
-        let mut optimizer = Optimizer::new(task.vars(), &self.config.optimizer)?;
-        let mut progress = Progress { step: 0, loss: f64::NAN, evaluation: None, worse: 0 };
-        let mut stopped = Stopped::Finished;
-        let mut flow = callback.on(&Event::Begin { step: progress.step, steps: self.config.steps });
-        while progress.step < self.config.steps {
-            if flow.is_break() {
-                stopped = Stopped::Interrupted;
-                break;
-            }
-            let report = self.step(task, &mut optimizer, progress.step)?;
-            (progress.step, progress.loss) = (report.step, report.loss);
-            flow = callback.on(&Event::Step(&report));
-            let every = self.config.evaluate_every;
-            if progress.step == self.config.steps || (every > 0 && progress.step.is_multiple_of(every)) {
-                let evaluation = self.evaluate(task, &mut progress)?;
-                if callback.on(&Event::Evaluated(&evaluation)).is_break() {
-                    flow = ControlFlow::Break(());
-                }
-                if self.config.early_stopping.is_some_and(|stop| progress.worse >= stop.patience) {
-                    stopped = Stopped::Early;
-                    break;
+    /// [`Error::Input`] for a loss that is no scalar, or no number.
+    pub fn backward_with_ste(&self, loss: &Tensor) -> Result<GradStore> {
+        let value = scalar(loss)?;
+        if !value.is_finite() {
+            return Err(Error::input("loss", "a number", value));
+        }
+        self.gradients(loss)
+    }
+
+    fn gradients(&self, loss: &Tensor) -> Result<GradStore> {
+        let mut grads = backward(loss)?;
+        if self.config.gradient_scaling != 1.0 {
+            for latent in &self.latent {
+                if let Some(grad) = grads.remove(latent) {
+                    grads.insert(latent, (grad * self.config.gradient_scaling)?);
                 }
             }
         }
-        let Progress { step, loss, evaluation, .. } = progress;
-        Ok(Outcome { step, loss, evaluation, stopped, checkpoint: None, seconds: begin.elapsed().as_secs_f64() })
+        Ok(grads)
     }
 
-    fn step(&self, task: &mut dyn Task, optimizer: &mut Optimizer, t: u64) -> Result<Step> {
+    /// Trains from the beginning. Where checkpoints are configured, their folder must not hold any yet.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] where loss or gradients are no numbers; [`Error::Exists`] for a folder with checkpoints; whatever the task says.
+    pub fn run(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
+        if let Some(config) = &self.config.checkpoint
+            && let Some((_, path)) = checkpoint::checkpoints(&config.folder)?.pop()
+        {
+            return Err(Error::Exists { path });
+        }
+        let training = self.begin(task)?;
+        self.go_on(task, callback, training, None)
+    }
+
+    /// Goes on from the newest checkpoint with the same bits as if the training had never stopped.
+    ///
+    /// # Errors
+    /// As [`QATTrainer::run`]; [`Error::Mismatch`] for a checkpoint of another model or configuration, [`Error::File`] for a folder without
+    /// checkpoints and for one that is damaged.
+    pub fn resume(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
+        let Some(config) = &self.config.checkpoint else {
+            return Err(Error::input("checkpoint", "a folder to go on from", "none"));
+        };
+        let Some((_, path)) = checkpoint::checkpoints(&config.folder)?.pop() else {
+            return Err(bitnet_formats::Error::file(&config.folder, "a checkpoint to go on from", "none").into());
+        };
+        let mut training = self.begin(task)?;
+        let found = Checked::open(&path, &training.optimizer, &self.config.numbers()?)?;
+        let State { step, loss, evaluation, worse, stopped, ref layers, task: ref of_task, .. } = found.state;
+        task.restore(of_task)?;
+        if let Some(model) = task.linears() {
+            restore_rounding(model, layers)?;
+        }
+        found.load(&mut training.optimizer)?;
+        training = Training { step, loss, evaluation, worse, checkpoint: Some(path), ..training };
+        self.go_on(task, callback, training, stopped)
+    }
+
+    fn begin(&mut self, task: &mut dyn Task) -> Result<Training> {
+        if let Some(model) = task.linears() {
+            self.look_for_latent(model)?;
+        }
+        Ok(Training {
+            optimizer: Optimizer::new(task.vars(), &self.config.optimizer)?,
+            telemetry: Telemetry::new(self.config.telemetry.every)?,
+            log: None,
+            step: 0,
+            loss: 0.0,
+            evaluation: None,
+            worse: 0,
+            checkpoint: None,
+        })
+    }
+
+    fn go_on(&self, task: &mut dyn Task, callback: &mut dyn Callback, mut now: Training, stopped: Option<Stopped>) -> Result<Outcome> {
         let begin = Instant::now();
-        let (config, mut loss, mut norm) = (&self.config, 0.0, 0.0);
-        let mut rates = config.schedule.rates(t, config.steps);
+        let (steps, every) = (self.config.steps, self.config.evaluate_every);
+        if let Some(path) = &self.config.telemetry.file {
+            now.log = Some(Log::open(path, now.step)?);
+        }
+        let mut flow = callback.on(&Event::Begin { step: now.step, steps });
+        // One that was interrupted has more to do.
+        let mut stopped = stopped.filter(|s| *s != Stopped::Interrupted);
+        while stopped.is_none() {
+            let report = self.step(task, callback, &mut now, &mut flow)?;
+            break_if(&mut flow, callback.on(&Event::Step(&report)));
+            now.log(|| Line::Step(report))?;
+            if now.step == steps || (every > 0 && now.step.is_multiple_of(every)) {
+                let evaluation = self.evaluate(task, &mut now)?;
+                break_if(&mut flow, callback.on(&Event::Evaluated(&evaluation)));
+                now.log(|| Line::Evaluation(evaluation))?;
+            }
+            stopped = if now.step == steps {
+                Some(Stopped::Finished)
+            } else if self.config.early_stopping.is_some_and(|stop| now.worse >= stop.patience) {
+                Some(Stopped::Early)
+            } else {
+                flow.is_break().then_some(Stopped::Interrupted)
+            };
+            if let Some(config) = &self.config.checkpoint
+                && (stopped.is_some() || (config.every > 0 && now.step.is_multiple_of(config.every)))
+            {
+                let path = self.save(config, task, &now, stopped)?;
+                break_if(&mut flow, callback.on(&Event::Saved(&path)));
+                now.checkpoint = Some(path);
+            }
+        }
+        let Training { step, loss, evaluation, checkpoint, .. } = now;
+        let stopped = stopped.unwrap_or(Stopped::Interrupted);
+        Ok(Outcome { step, loss, evaluation, stopped, checkpoint, seconds: begin.elapsed().as_secs_f64() })
+    }
+
+    fn step(&self, task: &mut dyn Task, callback: &mut dyn Callback, now: &mut Training, flow: &mut ControlFlow<()>) -> Result<Step> {
+        let begin = Instant::now();
+        let (config, step, mut loss, mut norm) = (&self.config, now.step + 1, 0.0, 0.0);
+        let diverged = |what, got, now: &Training| Error::Diverged { step, what, got, checkpoint: now.checkpoint.clone() };
+        let mut rates = config.schedule.rates(now.step, config.steps);
         rates.clip = config.clip;
         for micro in 0..config.accumulate {
-            let value = task.loss(t, micro)?;
-            loss += finite(&value, t + 1, &None)? / config.accumulate as f64;
-            let grads = value.backward()?;
+            let value = task.loss(now.step, micro)?;
+            let number = scalar(&value)?;
+            if !number.is_finite() {
+                return Err(diverged("loss", number, now));
+            }
+            loss += number / config.accumulate as f64;
+            let grads = self.gradients(&value)?;
+            drop(value);
             if micro + 1 < config.accumulate {
-                optimizer.accumulate(&grads)?;
-            } else {
-                norm = optimizer.step(&grads, rates)?;
+                now.optimizer.accumulate(&grads)?;
+                continue;
+            }
+            if now.telemetry.is_on()
+                && let Some(model) = task.linears()
+            {
+                now.telemetry.gradients(model, &grads)?;
+            }
+            norm = now.optimizer.step(&grads, rates)?;
+            if !norm.is_finite() {
+                return Err(diverged("norm of the gradients", norm, now));
             }
         }
-        if !norm.is_finite() {
-            return Err(Error::Diverged { step: t + 1, what: "norm of the gradients", got: norm, checkpoint: None });
+        (now.step, now.loss) = (step, loss);
+        if now.telemetry.is_on()
+            && let Some(model) = task.linears()
+        {
+            for record in now.telemetry.records(model, step)? {
+                break_if(flow, callback.on(&Event::Layer(&record)));
+                now.log(|| Line::Layer(record))?;
+            }
         }
         Ok(Step {
-            step: t + 1,
+            step,
             steps: config.steps,
             loss,
             gradient_norm: norm,
@@ -265,22 +432,72 @@ impl QATTrainer {
         })
     }
 
-    fn evaluate(&self, task: &mut dyn Task, progress: &mut Progress) -> Result<Evaluation> {
+    fn evaluate(&self, task: &mut dyn Task, now: &mut Training) -> Result<Evaluation> {
         let value = task.evaluate()?;
-        let before = progress.evaluation.map_or(f64::INFINITY, |e| e.best);
+        if !value.is_finite() {
+            return Err(Error::Diverged { step: now.step, what: "evaluation", got: value, checkpoint: now.checkpoint.clone() });
+        }
+        let before = now.evaluation.map(|e| e.best);
         let delta = self.config.early_stopping.map_or(0.0, |stop| stop.min_delta);
-        progress.worse = if value < before - delta { 0 } else { progress.worse + 1 };
-        let evaluation = Evaluation { step: progress.step, value, best: value.min(before) };
-        progress.evaluation = Some(evaluation);
+        now.worse = if before.is_none_or(|best| value < best - delta) { 0 } else { now.worse + 1 };
+        let evaluation = Evaluation { step: now.step, value, best: before.map_or(value, |best| best.min(value)) };
+        now.evaluation = Some(evaluation);
         Ok(evaluation)
+    }
+
+    fn save(&self, config: &CheckpointConfig, task: &mut dyn Task, now: &Training, stopped: Option<Stopped>) -> Result<PathBuf> {
+        let mut layers = BTreeMap::new();
+        if let Some(model) = task.linears() {
+            model.visit_linears(&mut |name, linear| {
+                if let Linear::Qat(layer) = linear {
+                    layers.insert(name.to_string(), Rounding { stage: layer.stage(), lambda: layer.lambda() });
+                }
+                Ok(())
+            })?;
+        }
+        let state = State {
+            version: checkpoint::VERSION,
+            step: now.step,
+            loss: now.loss,
+            evaluation: now.evaluation,
+            worse: now.worse,
+            stopped,
+            config: self.config.numbers()?,
+            layers,
+            task: task.state(),
+            checksums: BTreeMap::new(),
+        };
+        checkpoint::write(config, &now.optimizer, state)
     }
 }
 
+impl Training {
+    fn log(&mut self, line: impl FnOnce() -> Line) -> Result<()> {
+        self.log.as_mut().map_or(Ok(()), |log| log.line(&line()))
+    }
+}
+
+fn break_if(flow: &mut ControlFlow<()>, said: ControlFlow<()>) {
+    if said.is_break() {
+        *flow = said;
+    }
+}
+
+/// Layers round as they did.
+fn restore_rounding(model: &mut dyn Linears, layers: &BTreeMap<String, Rounding>) -> Result<()> {
+    model.visit_linears(&mut |name, linear| {
+        if let (Linear::Qat(layer), Some(rounding)) = (linear, layers.get(name)) {
+            layer.set_stage(rounding.stage)?;
+            layer.set_lambda(rounding.lambda);
+        }
+        Ok(())
+    })
+}
+
 /// The value of a loss.
-fn finite(loss: &Tensor, step: u64, checkpoint: &Option<PathBuf>) -> Result<f64> {
+fn scalar(loss: &Tensor) -> Result<f64> {
     if loss.elem_count() != 1 {
         return Err(Error::input("loss", "a scalar", format!("shape {:?}", loss.dims())));
     }
-    let got = f64::from(loss.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0]);
-    if got.is_finite() { Ok(got) } else { Err(Error::Diverged { step, what: "loss", got, checkpoint: checkpoint.clone() }) }
+    Ok(loss.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0])
 }

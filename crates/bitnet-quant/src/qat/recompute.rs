@@ -1,0 +1,90 @@
+//! Gradient checkpointing: memory for time.
+//!
+//! A segment of the graph, `y = f(x)`, keeps x and y alone. Its backward pass computes `f(x)` once more, with a graph, and goes back through that.
+
+use crate::{Error, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Storage, Tensor, Var};
+use std::cell::RefCell;
+
+thread_local! {
+    /// Gradients of the variables inside segments, while [`backward`] runs on this thread.
+    static INSIDE: RefCell<Option<GradStore>> = const { RefCell::new(None) };
+}
+
+/// The gradients of a scalar `loss`, those of variables inside [`recompute`]d segments among them.
+///
+/// # Errors
+/// [`Error::Candle`].
+pub fn backward(loss: &Tensor) -> Result<GradStore> {
+    let before = INSIDE.with(|inside| inside.borrow_mut().replace(GradStore::default()));
+    let grads = loss.backward();
+    let inside = INSIDE.with(|inside| std::mem::replace(&mut *inside.borrow_mut(), before));
+    let mut grads = grads?;
+    if let Some(inside) = inside {
+        grads.extend(inside)?;
+    }
+    Ok(grads)
+}
+
+/// `f(x)` of f32 on the CPU, of whose graph nothing is kept: the backward pass, which must be [`backward`], computes it a second time.
+/// `f` must compute the same both times, and `x` be all that it takes from the graph but variables.
+///
+/// ```
+/// use bitnet_quant::qat::{backward, recompute};
+/// use candle_core::{Device, Tensor, Var};
+/// let (w, x) = (Var::new(&[[0.5f32, -1.0], [2.0, 0.25]], &Device::Cpu)?, Var::new(&[[1f32, 2.0]], &Device::Cpu)?);
+/// let segment = { let w = w.clone(); move |x: &Tensor| x.matmul(&w)?.tanh()?.matmul(&w) };
+/// let plain = segment(&x)?.sqr()?.sum_all()?.backward()?;
+/// let lean = backward(&recompute(segment, &x)?.sqr()?.sum_all()?)?;
+/// for of in [&w, &x] {
+///     assert_eq!(lean.get(of).unwrap().to_vec2::<f32>()?, plain.get(of).unwrap().to_vec2::<f32>()?);
+/// }
+/// # Ok::<(), bitnet_quant::Error>(())
+/// ```
+///
+/// # Errors
+/// What `f` returns; [`Error::Input`] for other types and devices.
+pub fn recompute(f: impl Fn(&Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static, x: &Tensor) -> Result<Tensor> {
+    if x.dtype() != DType::F32 || !x.device().is_cpu() {
+        return Err(Error::input("segment", "f32 on the CPU", format!("{} on {:?}", x.dtype().as_str(), x.device().location())));
+    }
+    // An argument that is a variable, so that candle goes back through the segment even where x has no gradient and the variables are all inside.
+    let anchor = Var::zeros((), DType::F32, x.device())?;
+    Ok(x.contiguous()?.apply_op2(anchor.as_tensor(), Segment { f: Box::new(f) })?)
+}
+
+struct Segment {
+    #[allow(clippy::type_complexity, reason = "used once")]
+    f: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + Send + Sync>,
+}
+
+impl CustomOp2 for Segment {
+    fn name(&self) -> &'static str {
+        "recomputed-segment"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (start, end) = layout.contiguous_offsets().ok_or_else(|| candle_core::Error::msg("a segment takes contiguous tensors"))?;
+        let x = Tensor::from_slice(&x.as_slice::<f32>()?[start..end], layout.shape(), &Device::Cpu)?;
+        let y = (self.f)(&x)?.contiguous()?;
+        let (storage, layout) = y.storage_and_layout();
+        match (&*storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::F32(y)), Some((start, end))) => Ok((CpuStorage::F32(y[start..end].to_vec()), layout.shape().clone())),
+            _ => Err(candle_core::Error::msg("a segment gives f32 on the CPU")),
+        }
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let x = Var::from_tensor(&x.detach())?;
+        // The gradient of Σ y·∂L/∂y is that of L through this segment.
+        let through = ((self.f)(x.as_tensor())? * grad)?.sum_all()?;
+        let mut grads = through.backward()?;
+        let of_x = grads.remove(x.as_tensor());
+        INSIDE.with(|inside| match &mut *inside.borrow_mut() {
+            Some(all) => all.extend(grads),
+            None => Err(candle_core::Error::msg("the graph has recomputed segments: go back by bitnet_quant::qat::backward")),
+        })?;
+        Ok((of_x, None))
+    }
+}

@@ -1,0 +1,242 @@
+//! What happens inside the layers while they train, and the log of a training: a JSON document for each line.
+
+use super::linear::{Linear, Linears};
+use super::optimizer::sum_squares;
+use super::trainer::{Evaluation, Step};
+use crate::tensor::with_floats;
+use crate::{Error, Result};
+use bitnet_formats::Error as FileError;
+use bitnet_kernels::Kernels;
+use candle_core::backprop::GradStore;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+/// Weights of a layer whose gradients are followed from step to step.
+const FOLLOWED: usize = 1024;
+/// The longest line of a log that is read.
+const LONGEST_LINE: usize = 1 << 20;
+
+/// What is recorded, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TelemetryConfig {
+    /// Steps between two records of every layer; 0: none. A record costs a quantization of the layer's weights.
+    pub every: u64,
+    /// A file for steps, evaluations and records, a JSON document for each line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+}
+
+/// One layer at one step. Shares are between 0 and 1, and "before" is the record before this one; the first has zeros there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Steps taken.
+    pub step: u64,
+    /// The layer.
+    pub name: String,
+    /// λ, the strength of its quantization.
+    pub lambda: f32,
+    /// Share of weights whose value is another one than before.
+    pub flips: f64,
+    /// Share of weights whose value changed since, in the direction opposite to their change before that (Nagel et al. 2022).
+    pub oscillation: f64,
+    /// Share of weights whose value is 0.
+    pub dead_zone: f64,
+    /// Mean scale.
+    pub scale: f64,
+    /// Its relative change since.
+    pub scale_drift: f64,
+    /// Norm of the gradient of the latent weights in the last micro-batch.
+    pub gradient_norm: f64,
+    /// Variance of that gradient over the steps since, the mean of at most 1024 weights that stand at equal distances.
+    pub gradient_variance: f64,
+}
+
+/// One line of the log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Line {
+    /// A step.
+    Step(Step),
+    /// An evaluation.
+    Evaluation(Evaluation),
+    /// A layer.
+    Layer(LayerRecord),
+}
+
+impl Line {
+    /// The step that it is about.
+    pub fn step(&self) -> u64 {
+        match self {
+            Self::Step(step) => step.step,
+            Self::Evaluation(evaluation) => evaluation.step,
+            Self::Layer(layer) => layer.step,
+        }
+    }
+}
+
+/// What is remembered of a layer.
+#[derive(Debug, Default)]
+struct Memory {
+    /// Values at the record before.
+    values: Vec<i8>,
+    /// Direction of the last change of each.
+    directions: Vec<i8>,
+    scale: f64,
+    /// Mean and sum of squared deviations of the followed gradients, over this many steps (Welford).
+    followed: Vec<(f64, f64)>,
+    steps: u64,
+    norm: f64,
+}
+
+/// The memory of all layers.
+#[derive(Debug)]
+pub(crate) struct Telemetry {
+    every: u64,
+    kernels: Kernels,
+    layers: BTreeMap<String, Memory>,
+}
+
+impl Telemetry {
+    pub(crate) fn new(every: u64) -> Result<Self> {
+        Ok(Self { every, kernels: Kernels::from_env()?, layers: BTreeMap::new() })
+    }
+
+    /// Whether anything is recorded.
+    pub(crate) fn is_on(&self) -> bool {
+        self.every > 0
+    }
+
+    /// Looks at the gradients of a step.
+    pub(crate) fn gradients(&mut self, model: &mut dyn Linears, grads: &GradStore) -> Result<()> {
+        model.visit_linears(&mut |name, linear| {
+            let Linear::Qat(layer) = linear else { return Ok(()) };
+            let memory = self.layers.entry(name.into()).or_default();
+            let Some(grad) = grads.get(layer.weight()) else { return Ok(()) };
+            with_floats(grad, |g| {
+                memory.norm = sum_squares(self.kernels, g).sqrt();
+                memory.follow(g);
+                Ok(())
+            })
+        })
+    }
+
+    /// The records that are due after `step`.
+    pub(crate) fn records(&mut self, model: &mut dyn Linears, step: u64) -> Result<Vec<LayerRecord>> {
+        let mut records = vec![];
+        if !step.is_multiple_of(self.every) {
+            return Ok(records);
+        }
+        model.visit_linears(&mut |name, linear| {
+            let Linear::Qat(layer) = linear else { return Ok(()) };
+            let matrix = layer.quantized_weights()?;
+            let scale = matrix.scales.iter().map(|&s| f64::from(s)).sum::<f64>() / matrix.scales.len().max(1) as f64;
+            let memory = self.layers.entry(name.into()).or_default();
+            records.push(memory.record(step, name, layer.lambda(), &matrix.values, scale));
+            Ok(())
+        })?;
+        Ok(records)
+    }
+}
+
+impl Memory {
+    fn follow(&mut self, g: &[f32]) {
+        let stride = g.len().div_ceil(FOLLOWED).max(1);
+        self.followed.resize(g.len().div_ceil(stride), (0.0, 0.0));
+        self.steps += 1;
+        for ((mean, squares), &g) in self.followed.iter_mut().zip(g.iter().step_by(stride)) {
+            let away = f64::from(g) - *mean;
+            *mean += away / self.steps as f64;
+            *squares += away * (f64::from(g) - *mean);
+        }
+    }
+
+    fn record(&mut self, step: u64, name: &str, lambda: f32, values: &[i8], scale: f64) -> LayerRecord {
+        let (mut flips, mut turns, mut dead) = (0u64, 0u64, 0u64);
+        let known = self.values.len() == values.len();
+        if !known {
+            (self.values, self.directions, self.scale) = (values.to_vec(), vec![0; values.len()], scale);
+        }
+        for ((&new, old), direction) in values.iter().zip(&mut self.values).zip(&mut self.directions) {
+            dead += u64::from(new == 0);
+            let towards = (i16::from(new) - i16::from(*old)).signum() as i8;
+            if towards != 0 {
+                flips += 1;
+                turns += u64::from(towards == -*direction);
+                (*old, *direction) = (new, towards);
+            }
+        }
+        let share = |n: u64| n as f64 / values.len().max(1) as f64;
+        let variance =
+            self.followed.iter().map(|(_, squares)| squares).sum::<f64>() / (self.followed.len().max(1) as f64 * self.steps.max(1) as f64);
+        let record = LayerRecord {
+            step,
+            name: name.into(),
+            lambda,
+            flips: share(flips),
+            oscillation: share(turns),
+            dead_zone: share(dead),
+            scale,
+            scale_drift: if self.scale > 0.0 { scale / self.scale - 1.0 } else { 0.0 },
+            gradient_norm: self.norm,
+            gradient_variance: variance,
+        };
+        (self.scale, self.steps) = (scale, 0);
+        self.followed.clear();
+        record
+    }
+}
+
+/// The log of a training.
+#[derive(Debug)]
+pub(crate) struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// A log that begins after `step`: of one that is there, later lines go, and at step 0 all of them.
+    pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
+        let earlier = if step > 0 && path.exists() { read_log(path)? } else { vec![] };
+        let temporary = path.with_extension("partial");
+        let mut file = File::create(&temporary).map_err(FileError::io(&temporary, "create"))?;
+        for line in earlier.iter().filter(|line| line.step() <= step) {
+            put(&mut file, &temporary, line)?;
+        }
+        fs::rename(&temporary, path).map_err(FileError::io(path, "rename to"))?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+
+    pub(crate) fn line(&mut self, line: &Line) -> Result<()> {
+        put(&mut self.file, &self.path, line)
+    }
+}
+
+fn put(file: &mut File, path: &Path, line: &Line) -> Result<()> {
+    let mut text = serde_json::to_string(line).map_err(|e| Error::Recipe(e.to_string()))?;
+    text.push('\n');
+    Ok(file.write_all(text.as_bytes()).map_err(FileError::io(path, "write"))?)
+}
+
+/// Reads the log of a training. A last line without its end, of a training that was killed, is left out.
+///
+/// # Errors
+/// [`Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
+pub fn read_log(path: &Path) -> Result<Vec<Line>> {
+    let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
+    let (mut lines, mut text) = (vec![], vec![]);
+    loop {
+        text.clear();
+        let limited = &mut std::io::Read::take(&mut file, LONGEST_LINE as u64);
+        limited.read_until(b'\n', &mut text).map_err(FileError::io(path, "read"))?;
+        if text.pop() != Some(b'\n') {
+            return Ok(lines);
+        }
+        let line = serde_json::from_slice(&text);
+        lines.push(line.map_err(|e| FileError::file(path, "a line of the log of a training", format!("line {}: {e}", lines.len() + 1)))?);
+    }
+}
