@@ -8,7 +8,7 @@ use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, r
 use bitnet_train::run::Place;
 use clap::{Args, Subcommand};
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]
@@ -61,6 +61,9 @@ pub(crate) struct CommonArgs {
     /// Steps in which the learning rate rises.
     #[arg(long, value_name = "N")]
     pub(crate) warmup: Option<u64>,
+    /// Steps between records of every layer in the log: flips, scales, gradients; 0: none.
+    #[arg(long, value_name = "N")]
+    pub(crate) telemetry: Option<u64>,
     /// Largest norm of all gradients together.
     #[arg(long, value_name = "X")]
     pub(crate) clip: Option<f64>,
@@ -181,7 +184,7 @@ impl CommonArgs {
         set(&mut run.batch, self.batch);
         run.twin &= !self.no_twin;
         run.fine_tune |= self.fine_tune;
-        set(&mut run.estimator, self.estimator);
+        set(&mut training.estimator, self.estimator);
         if let Some(teacher) = &self.teacher {
             run.teacher = Some(Teacher::from(teacher.clone()));
         }
@@ -191,6 +194,7 @@ impl CommonArgs {
         set(&mut training.optimizer.weight_decay, self.weight_decay);
         set(&mut training.schedule.warmup, self.warmup);
         set(&mut training.evaluate_every, self.evaluate_every);
+        set(&mut training.telemetry.every, self.telemetry);
         training.clip = self.clip.or(training.clip);
         let recipe = &mut training.quantization;
         set(&mut recipe.format, self.format);

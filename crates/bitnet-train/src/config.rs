@@ -2,7 +2,7 @@
 
 use crate::models::DecoderShape;
 use crate::{Error, Result};
-use bitnet_quant::qat::{QATConfig, StraightThroughEstimator};
+use bitnet_quant::qat::QATConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -157,8 +157,6 @@ pub struct RunConfig {
     pub twin: bool,
     /// Whether the quantized model begins with the twin's weights instead of the twin's start.
     pub fine_tune: bool,
-    /// How gradients pass the rounding of weights.
-    pub estimator: StraightThroughEstimator,
     /// What is also learnt from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<Teacher>,
@@ -168,7 +166,7 @@ pub struct RunConfig {
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { seed: 0, batch: 64, twin: true, fine_tune: false, estimator: StraightThroughEstimator::Plain, teacher: None, distillation: Distillation::default() }
+        Self { seed: 0, batch: 64, twin: true, fine_tune: false, teacher: None, distillation: Distillation::default() }
     }
 }
 

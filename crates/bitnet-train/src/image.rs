@@ -6,7 +6,7 @@ use crate::data::images::Order;
 use crate::distill;
 use crate::models::{CnnConfig, ImageModel, ImageShape, MlpConfig};
 use crate::random::variables;
-use crate::run::Work;
+use crate::run::{Work, restore, state};
 use crate::{Error, Result, folder, ops};
 use bitnet_formats::Content;
 use bitnet_quant::qat::{Linear, Linears, Task};
@@ -187,6 +187,15 @@ impl Task for ImageTask<'_> {
 
     fn linears(&mut self) -> Option<&mut dyn Linears> {
         Some(&mut self.model)
+    }
+
+    fn state(&self) -> Value {
+        let work = self.work;
+        state(work.seed, work.batch, &work.distillation, self.teacher.is_some(), work.train.checksum())
+    }
+
+    fn restore(&mut self, state: &Value) -> bitnet_quant::Result<()> {
+        restore(state, &self.state())
     }
 
     fn batch(&self) -> (u64, &'static str) {

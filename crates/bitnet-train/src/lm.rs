@@ -4,7 +4,7 @@ use crate::config::{Distillation, LmConfig};
 use crate::data::{Text, Vocabulary, text};
 use crate::models::Decoder;
 use crate::random::variables;
-use crate::run::Work;
+use crate::run::{Work, restore, state};
 use crate::{Error, Result, distill, folder, ops};
 use bitnet_inference::perplexity::{Windows, perplexity};
 use bitnet_inference::{ActivationType, CacheType, LoadOptions, Model};
@@ -15,6 +15,7 @@ use candle_nn::{VarBuilder, VarMap};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Tokens that are measured at a time.
 const MEASURED: usize = 4096;
@@ -114,6 +115,11 @@ impl LmWork {
         }
         Ok(sum / f64::from(u32::try_from(count).unwrap_or(u32::MAX)))
     }
+}
+
+fn checksum(tokens: &[u32]) -> u64 {
+    let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+    xxh3_64(&bytes)
 }
 
 /// Whole windows of a text, at most so many tokens if that is not 0, at equal distances; at least one.
@@ -216,6 +222,17 @@ impl Task for LmTask<'_> {
 
     fn linears(&mut self) -> Option<&mut dyn Linears> {
         Some(&mut self.model)
+    }
+
+    fn state(&self) -> Value {
+        let work = self.work;
+        let mut state = state(work.seed, work.batch, &work.distillation, self.teacher.is_some(), checksum(&work.train));
+        state["context"] = work.context.into();
+        state
+    }
+
+    fn restore(&mut self, state: &Value) -> bitnet_quant::Result<()> {
+        restore(state, &self.state())
     }
 
     fn batch(&self) -> (u64, &'static str) {

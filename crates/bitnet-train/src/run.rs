@@ -6,13 +6,13 @@
 //! OUT/latent/              the float weights behind the quantized model, as a folder of the same kind
 //! OUT/packed[.gguf]        the quantized model
 //! OUT/checkpoints/PHASE/   where a training stands; the newest few
-//! OUT/telemetry.jsonl      what the training of the quantized model was like
+//! OUT/telemetry-PHASE.jsonl  steps, evaluations and what the layers went through
 //! OUT/report.json          what came of it all
 //! ```
 //!
 //! Whatever interrupts a run, the same run goes on from the newest checkpoint and ends with the same weights.
 
-use crate::config::{RunConfig, Teacher};
+use crate::config::{Distillation, RunConfig, Teacher};
 use crate::random::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
@@ -20,13 +20,13 @@ use bitnet_core::{Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::qat::{Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, prepare};
+use bitnet_quant::qat::{CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, prepare};
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
 use candle_core::Tensor;
 use candle_nn::{VarBuilder, VarMap};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::ops::ControlFlow;
@@ -88,7 +88,8 @@ pub enum Phase {
 }
 
 impl Phase {
-    fn name(self) -> &'static str {
+    /// The name in the folder: `full` or `quantized`.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Twin => "full",
             Self::Quantized => "quantized",
@@ -189,7 +190,7 @@ pub fn run<W: Work>(work: &W, run: &RunConfig, training: &QATConfig, document: &
     }
     let (vars, mut model) = runner.start(run.fine_tune.then_some(full_path.as_path()))?;
     let own: HashSet<String> = folder::sorted(&vars).into_keys().collect();
-    prepare(&mut model, &training.quantization, run.estimator, &vars)?;
+    prepare(&mut model, &training.quantization, training.estimator, &vars)?;
     let mut task = work.task(model, vars.clone(), runner.teacher()?);
     let (qat_in_training, took) = runner.train(Phase::Quantized, &mut *task, observer)?;
     seconds[1] = took;
@@ -215,7 +216,7 @@ pub fn run<W: Work>(work: &W, run: &RunConfig, training: &QATConfig, document: &
         packed_bits: layers.0 as f64 * 8.0 / layers.1.max(1) as f64,
         packed,
     };
-    write(&report_path, format!("{:#}\n", serde_json::json!(report)).as_bytes())?;
+    write(&report_path, format!("{:#}\n", json!(report)).as_bytes())?;
     Ok(report)
 }
 
@@ -254,6 +255,10 @@ impl<W: Work> Runner<'_, W> {
         if self.training.quantization.search.is_some() {
             return Err(Error::option("training.quantization.search", "none: write down the rules that it finds", "one"));
         }
+        if self.training.checkpoint.is_some() || self.training.telemetry.file.is_some() {
+            return Err(Error::option("training.checkpoint and training.telemetry.file", "none: a run has places of its own", "one"));
+        }
+        self.training.validate()?;
         let (vars, mut model) = self.start(None)?;
         let path = self.out.join("rehearsal");
         remove(&path)?;
@@ -264,7 +269,7 @@ impl<W: Work> Runner<'_, W> {
         });
         remove(&path)?;
         planned?;
-        prepare(&mut model, &self.training.quantization, self.run.estimator, &vars)?;
+        prepare(&mut model, &self.training.quantization, self.training.estimator, &vars)?;
         if let Some(Teacher::Folder(path)) = &self.run.teacher {
             self.work.teacher(path)?;
         }
@@ -292,8 +297,14 @@ impl<W: Work> Runner<'_, W> {
 
     /// The last evaluation, and seconds.
     fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(f64, f64)> {
-        let config = self.training.clone();
-        let outcome = QATTrainer::new(config)?.run(task, &mut |event: &Event<'_>| observer.on(phase, event))?;
+        let folder = self.out.join("checkpoints").join(phase.name());
+        let begun = !checkpoints(&folder)?.is_empty();
+        let mut config = self.training.clone();
+        config.checkpoint = Some(CheckpointConfig { folder, every: self.place.every, keep: self.place.keep });
+        config.telemetry.file = Some(self.out.join(format!("telemetry-{}.jsonl", phase.name())));
+        let mut trainer = QATTrainer::new(config)?;
+        let mut callback = |event: &Event<'_>| observer.on(phase, event);
+        let outcome = if begun { trainer.resume(task, &mut callback)? } else { trainer.run(task, &mut callback)? };
         match (outcome.stopped, outcome.evaluation) {
             (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
             (_, Some(evaluation)) => Ok((evaluation.value, outcome.seconds)),
@@ -424,4 +435,21 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = path.with_extension("bitnet-partial");
     fs::write(&partial, bytes).map_err(bitnet_formats::Error::io(&partial, "write"))?;
     Ok(fs::rename(&partial, path).map_err(bitnet_formats::Error::io(path, "rename to"))?)
+}
+
+/// What, beside variables and step, decides the losses of a task.
+pub(crate) fn state(seed: u64, batch: usize, distillation: &Distillation, teacher: bool, data: u64) -> Value {
+    json!({"seed": seed, "batch": batch, "data": format!("{data:016x}"), "teacher": teacher, "distillation": teacher.then_some(distillation)})
+}
+
+/// Refuses to go on where something else decides the losses now.
+pub(crate) fn restore(there: &Value, here: &Value) -> bitnet_quant::Result<()> {
+    let differs = here.as_object().into_iter().flatten().find(|(key, value)| there.get(key) != Some(value));
+    match differs {
+        None => Ok(()),
+        Some((key, value)) => {
+            let expected = format!("{key} {} as in the checkpoint, for a training goes on as it began", there.get(key).unwrap_or(&Value::Null));
+            Err(bitnet_quant::Error::Input { what: "training", expected, got: value.to_string() })
+        }
+    }
 }

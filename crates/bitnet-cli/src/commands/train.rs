@@ -35,7 +35,9 @@ fn train<W: Work>(work: &W, run: &RunConfig, training: &QATConfig, document: &st
         Error::Quant(bitnet_quant::Error::Exists { path }) if path == args.out => {
             anyhow::anyhow!("{} exists already; --resume goes on with the run in it", path.display())
         }
-        Error::Quant(bitnet_quant::Error::Interrupted) => bitnet_quant::Error::Interrupted.into(),
+        Error::Quant(interrupted @ bitnet_quant::Error::Interrupted) => {
+            anyhow::Error::new(interrupted).context("interrupted; the same command with --resume goes on from here")
+        }
         other => other.into(),
     })
 }

@@ -5,6 +5,7 @@ use crate::random::Random;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Images of one size, with their classes.
 #[derive(Debug, Clone)]
@@ -49,6 +50,11 @@ impl Images {
     /// Whether there are none, which [`Images::read`] does not allow.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
+    }
+
+    /// xxh3-64 of pixels and classes.
+    pub fn checksum(&self) -> u64 {
+        xxh3_64_with_seed(&self.labels, xxh3_64(&self.pixels))
     }
 
     /// Height and width in pixels.
