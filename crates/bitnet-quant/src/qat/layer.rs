@@ -10,6 +10,7 @@
 //! The whole layer is one operation of the graph: between the passes it keeps its inputs, as any linear layer, and the codes of its weights.
 
 use super::ste::{Codes, Quantizer, StraightThroughEstimator};
+use super::{candle, slice};
 use crate::config::{Activations, QuantizationConfig};
 use crate::tensor::runtime::Runtime;
 use crate::tensor::{matrix_shape, not_empty, token_shape, with_floats};
@@ -39,11 +40,10 @@ pub enum Stage {
 impl Stage {
     fn scheme(self, target: &Scheme) -> Result<Scheme> {
         let Self::Bits(bits) = self else { return Ok(*target) };
-        // Steps of the uniform quantizer of 4, 8 and 16 levels with the least error on normal weights (Max 1960), times the greatest value.
         let clip = match bits {
-            2 => Clip::Rms(1.0),
-            3 => Clip::Rms(1.76),
-            4 => Clip::Rms(2.35),
+            2 => Clip::Rms(1.05),
+            3 => Clip::Rms(1.81),
+            4 => Clip::Rms(2.37),
             _ => Clip::None,
         };
         let scheme = Scheme { method: Method::Int { bits, mapping: Mapping::Symmetric, clip }, ..*target };
@@ -220,7 +220,11 @@ impl QatLinear {
         self.codes()?.into_matrix(&self.quantizer.runtime)
     }
 
-    fn codes(&self) -> Result<Codes> {
+    pub(super) fn runtime(&self) -> &Runtime {
+        &self.quantizer.runtime
+    }
+
+    pub(super) fn codes(&self) -> Result<Codes> {
         let shape = matrix_shape(&self.weight)?;
         with_floats(&self.weight, |w| match &self.scale {
             Some(scale) => with_floats(scale, |s| self.quantizer.encode(w, shape, Some(s))),
@@ -280,13 +284,6 @@ impl Module for QatLinear {
     }
 }
 
-fn candle(error: Error) -> candle_core::Error {
-    match error {
-        Error::Candle(error) => *error,
-        other => candle_core::Error::wrap(other),
-    }
-}
-
 fn is_f32(x: &Tensor) -> Result<()> {
     crate::tensor::check_device(x.device())?;
     if x.dtype() == DType::F32 { Ok(()) } else { Err(Error::input("dtype", "f32, which is what trains", x.dtype().as_str())) }
@@ -307,13 +304,6 @@ struct Product {
     third: Third,
     /// From the forward pass to the backward pass.
     codes: OnceLock<Codes>,
-}
-
-/// The elements of an argument of an operation.
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let (start, end) =
-        layout.contiguous_offsets().ok_or_else(|| candle_core::Error::msg("a layer in training needs contiguous tensors"))?;
-    Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
 impl Product {

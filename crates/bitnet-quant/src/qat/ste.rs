@@ -221,17 +221,20 @@ impl Quantizer {
         }
     }
 
-    /// Where learned scales begin: for ternary and binary with the scale of the scheme; for integers with `2·mean|W|/√Qp` as LSQ, and
-    /// `2.5·mean|W|`, which is nearly the best for normal weights, for stretched ones.
+    /// Where learned scales begin: for ternary and binary with the scale of the scheme, for integers with the multiple of `mean|W|` that has the
+    /// least squared error on normal weights.
     pub(super) fn initial_scales(&self, w: &[f32], shape: (usize, usize)) -> Result<Vec<f32>> {
         let Method::Int { .. } = self.scheme.method else {
             let fitted = self.runtime.install(|| matrix::quantize(self.runtime.machine.kernels, w, shape, &self.scheme, None))?;
             return Ok(fitted.scales.iter().map(|s| (s * self.unit()).max(LEAST_SCALE)).collect());
         };
         let spec = self.spec(shape)?;
-        let factor = match self.estimator {
-            StraightThroughEstimator::Stretched => 2.5,
-            _ => 2.0 / f64::from(spec.precision.range().1).sqrt(),
+        let factor = match (self.estimator, spec.precision) {
+            (StraightThroughEstimator::Stretched, _) => 2.5,
+            (_, Precision::Int2) => 1.32,
+            (_, Precision::Int3) => 0.756,
+            (_, Precision::Int4) => 0.424,
+            _ => 0.0386,
         };
         let width = if spec.granularity == Granularity::Tensor { w.len() } else { spec.granule_cols() };
         let rows = w.chunks(if spec.granularity == Granularity::Tensor { w.len() } else { spec.cols }.max(1));
@@ -360,6 +363,11 @@ impl Codes {
             Self::TwoBit(packed) => &packed.scales,
             Self::Values(matrix) => &matrix.scales,
         }
+    }
+
+    /// Mean of the scales' magnitudes.
+    pub(super) fn mean_scale(&self) -> f64 {
+        self.scales().iter().map(|s| f64::from(s.abs())).sum::<f64>() / self.scales().len().max(1) as f64
     }
 
     fn zero_point(&self, index: usize) -> f32 {

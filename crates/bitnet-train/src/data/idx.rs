@@ -96,7 +96,7 @@ mod tests {
         }
         let (_folder, path) = written("x", &huge);
         assert!(read(&path, 3).unwrap_err().to_string().contains("at most"), "no allocation for a claim");
-        let (_folder, path) = written("x.gz", b"not gzip");
+        let (_folder, path) = written("x.gz", b"anything but a gzip file");
         assert!(read(&path, 3).unwrap_err().to_string().contains("cannot read"));
         assert!(read(Path::new("/nowhere/x"), 1).unwrap_err().to_string().contains("cannot open"));
     }

@@ -1,0 +1,70 @@
+//! What draws latent weights to the levels of their quantizer.
+
+use super::ste::Codes;
+use super::{Linear, Linears, QatLinear};
+use crate::tensor::with_floats;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
+use std::sync::OnceLock;
+
+/// Distance of weights to their levels, `mean ((w − ŵ)/s)²` over the weights of all layers in training, s being the mean scale of the layer.
+/// ŵ and s are constants of the gradient, `2·(w − ŵ)/(s²·ΣN)`. Multiplied by a small factor it is added to the loss.
+///
+/// # Errors
+/// [`Error::Input`] if no layer is in training, [`Error::Core`] for NaN among the weights.
+pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
+    let (mut sum, mut weights) = (None::<Tensor>, 0);
+    model.visit_linears(&mut |_, linear| {
+        if let Linear::Qat(layer) = linear {
+            let of_layer = layer.weight().contiguous()?.apply_op1(Levels { layer: layer.clone(), codes: OnceLock::new() })?;
+            weights += layer.weight().elem_count();
+            sum = Some(match &sum {
+                None => of_layer,
+                Some(sum) => (sum + of_layer)?,
+            });
+        }
+        Ok(())
+    })?;
+    let sum = sum.ok_or_else(|| Error::input("model", "layers in training", "none"))?;
+    Ok((sum * (weights as f64).recip())?)
+}
+
+/// `Σ ((w − ŵ)/s)²`.
+struct Levels {
+    layer: QatLinear,
+    codes: OnceLock<Codes>,
+}
+
+impl Levels {
+    /// Ŵ and 1/s².
+    fn levels(&self, codes: &Codes) -> Result<(Vec<f32>, f64)> {
+        let scale = codes.mean_scale();
+        Ok((codes.dequantize(self.layer.runtime())?, if scale > 0.0 { scale.powi(-2) } else { 0.0 }))
+    }
+}
+
+impl CustomOp1 for Levels {
+    fn name(&self) -> &'static str {
+        "level-distance"
+    }
+
+    fn cpu_fwd(&self, w: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let codes = self.layer.codes().map_err(super::candle)?;
+        let (levels, factor) = self.levels(&codes).map_err(super::candle)?;
+        let sum: f64 = super::slice(w, layout)?.iter().zip(&levels).map(|(w, v)| f64::from(w - v).powi(2)).sum();
+        let _ = self.codes.set(codes);
+        Ok((CpuStorage::F32(vec![(sum * factor) as f32]), Shape::from(())))
+    }
+
+    fn bwd(&self, w: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let Some(codes) = self.codes.get() else { return Ok(None) };
+        let (mut out, factor) = self.levels(codes).map_err(super::candle)?;
+        let factor = (2.0 * factor * f64::from(grad.to_scalar::<f32>()?)) as f32;
+        let done = with_floats(w, |w| {
+            out.iter_mut().zip(w).for_each(|(out, w)| *out = factor * (w - *out));
+            Ok(())
+        });
+        done.map_err(super::candle)?;
+        Ok(Some(Tensor::from_vec(out, w.shape(), &Device::Cpu)?))
+    }
+}
