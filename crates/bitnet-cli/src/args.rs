@@ -1,8 +1,8 @@
 //! The command line.
 
+use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
 #[cfg(feature = "train")]
 use crate::train::TrainArgs;
-use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
 use bitnet_formats::hf::LinearClass;

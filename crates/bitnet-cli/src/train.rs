@@ -7,8 +7,8 @@ use bitnet_quant::recipe::{Format, Rule};
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
 use bitnet_train::run::Place;
 use clap::{Args, Subcommand};
-use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::Serialize;
+use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]

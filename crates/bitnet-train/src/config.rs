@@ -230,7 +230,9 @@ impl RunConfig {
         if !(0.0..=1.0).contains(&logits) {
             return Err(Error::option("run.distillation.logits", "a share from 0 to 1", logits));
         }
-        for (name, value, least) in [("temperature", temperature, f64::MIN_POSITIVE), ("hidden", hidden, 0.0), ("relations", relations, 0.0)] {
+        for (name, value, least) in
+            [("temperature", temperature, f64::MIN_POSITIVE), ("hidden", hidden, 0.0), ("relations", relations, 0.0)]
+        {
             if !(value.is_finite() && value >= least) {
                 let expected = if least > 0.0 { "a positive number" } else { "a number of at least 0" };
                 return Err(Error::option(format!("run.distillation.{name}"), expected, value));

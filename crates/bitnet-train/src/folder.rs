@@ -32,7 +32,9 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
         var.set(&read(source, name, var.dims())?)?;
     }
     match source.tensors.iter().find(|t| !vars.contains_key(&t.name)) {
-        Some(extra) => Err(bitnet_formats::Error::tensor(&source.path, &extra.name, "no tensor, for it has no place in the model", "one").into()),
+        Some(extra) => {
+            Err(bitnet_formats::Error::tensor(&source.path, &extra.name, "no tensor, for it has no place in the model", "one").into())
+        }
         None => Ok(()),
     }
 }
@@ -82,7 +84,9 @@ pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, config: &Value, fil
             _ => {}
         }
         fs::create_dir_all(partial).map_err(bitnet_formats::Error::io(partial, "create"))?;
-        let write = |name: &str, bytes: &[u8]| fs::write(partial.join(name), bytes).map_err(bitnet_formats::Error::io(&partial.join(name), "write"));
+        let write = |name: &str, bytes: &[u8]| {
+            fs::write(partial.join(name), bytes).map_err(bitnet_formats::Error::io(&partial.join(name), "write"))
+        };
         write("model.safetensors", &weights)?;
         write("config.json", format!("{config:#}\n").as_bytes())?;
         files.iter().try_for_each(|(name, bytes)| write(name, bytes))?;

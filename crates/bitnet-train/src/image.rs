@@ -52,7 +52,11 @@ impl ImageWork {
         let (train, test) = (Images::read(folder, "train", classes)?, Images::read(folder, "t10k", classes)?);
         let (height, width) = train.size();
         if test.size() != (height, width) {
-            return Err(Error::data(folder, format!("test images of {height} × {width} pixels, as those to learn from"), format!("{:?}", test.size())));
+            return Err(Error::data(
+                folder,
+                format!("test images of {height} × {width} pixels, as those to learn from"),
+                format!("{:?}", test.size()),
+            ));
         }
         let (model, sizes) = (&config.model, config.model.sizes.clone());
         let or = |default: [usize; 2]| if sizes.is_empty() { default.to_vec() } else { sizes.clone() };

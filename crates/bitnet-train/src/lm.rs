@@ -79,7 +79,11 @@ impl LmWork {
             Activations::Float => ActivationType::Float,
             other => {
                 let got = format!("{other:?}").to_lowercase();
-                return Err(Error::option("training.quantization.activations", "int8 or float, which packed language models run with", got));
+                return Err(Error::option(
+                    "training.quantization.activations",
+                    "int8 or float, which packed language models run with",
+                    got,
+                ));
             }
         };
         Ok(Self {
@@ -167,12 +171,14 @@ impl Work for LmWork {
         let source = Source::open(path)?;
         let json = source.config.clone().ok_or_else(|| Error::data(path, "a folder with config.json", "something else"))?;
         let json_path = path.join("config.json");
-        let (ours, theirs) = (bitnet_inference::Config::from_hf(&self.json_path, &self.json)?, bitnet_inference::Config::from_hf(&json_path, &json)?);
+        let (ours, theirs) =
+            (bitnet_inference::Config::from_hf(&self.json_path, &self.json)?, bitnet_inference::Config::from_hf(&json_path, &json)?);
         if theirs.vocab != ours.vocab {
             return Err(Error::data(path, format!("a teacher with the vocabulary of {}", ours.vocab), theirs.vocab));
         }
         if self.distillation.hidden > 0.0 && (theirs.layers, theirs.hidden) != (ours.layers, ours.hidden) {
-            let (expected, got) = (format!("{} layers of {} elements, to compare hidden states", ours.layers, ours.hidden), (theirs.layers, theirs.hidden));
+            let (expected, got) =
+                (format!("{} layers of {} elements, to compare hidden states", ours.layers, ours.hidden), (theirs.layers, theirs.hidden));
             return Err(Error::data(path, expected, format!("{got:?}")));
         }
         let vars = VarMap::new();

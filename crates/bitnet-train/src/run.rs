@@ -164,14 +164,26 @@ impl Report {
 /// # Errors
 /// [`bitnet_quant::Error::Exists`] for a folder that is there, unless the run is to go on; [`bitnet_quant::Error::Interrupted`] where the observer
 /// stopped it; what settings, data, training and files can fail with, most of it before the first step.
-pub fn run<W: Work>(work: &W, run: &RunConfig, training: &QATConfig, document: &str, place: &Place, observer: &mut dyn Observer) -> Result<Report> {
+pub fn run<W: Work>(
+    work: &W,
+    run: &RunConfig,
+    training: &QATConfig,
+    document: &str,
+    place: &Place,
+    observer: &mut dyn Observer,
+) -> Result<Report> {
     let runner = Runner { work, run, training, out: &place.out, place };
+    let fresh = !place.out.exists();
     let _lock = runner.open(document)?;
     let report_path = place.out.join("report.json");
     if let Ok(text) = fs::read(&report_path) {
         return serde_json::from_slice(&text).map_err(|e| Error::data(&report_path, "the report of a run", e));
     }
-    runner.rehearse()?;
+    runner.rehearse().inspect_err(|_| {
+        if fresh {
+            let _ = fs::remove_dir_all(&place.out);
+        }
+    })?;
     let full_path = place.out.join("full");
     let mut seconds = [0.0; 2];
     let (mut full, mut ptq) = (None, None);
@@ -229,23 +241,32 @@ struct Runner<'a, W> {
 }
 
 impl<W: Work> Runner<'_, W> {
-    /// Makes the folder, or finds it, and keeps other processes from it.
+    /// Makes the folder, or finds it, and keeps other processes from it. A run goes on as it began.
     fn open(&self, document: &str) -> Result<File> {
         let toml = self.out.join("run.toml");
         match (self.out.exists(), self.place.resume) {
             (true, false) => return Err(bitnet_quant::Error::Exists { path: self.out.to_path_buf() }.into()),
             (true, true) if !toml.exists() => return Err(Error::data(self.out, "the folder of a run to go on with: run.toml", "none")),
-            _ => fs::create_dir_all(self.out).map_err(bitnet_formats::Error::io(self.out, "create"))?,
+            (true, true) => {}
+            (false, _) => {
+                fs::create_dir_all(self.out).map_err(bitnet_formats::Error::io(self.out, "create"))?;
+                write(&toml, document.as_bytes())?;
+            }
         }
-        let path = self.out.join("lock");
-        let lock = File::create(&path).map_err(bitnet_formats::Error::io(&path, "create"))?;
+        let lock = File::open(&toml).map_err(bitnet_formats::Error::io(&toml, "open"))?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(Error::data(self.out, "to be the only process of this run", "another one at work")),
-            Err(fs::TryLockError::Error(e)) => return Err(bitnet_formats::Error::io(&path, "lock")(e).into()),
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(Error::data(self.out, "to be the only process of this run", "another one at work"));
+            }
+            Err(fs::TryLockError::Error(e)) => return Err(bitnet_formats::Error::io(&toml, "lock")(e).into()),
         }
-        if !toml.exists() {
-            write(&toml, document.as_bytes())?;
+        let began = fs::read_to_string(&toml).map_err(bitnet_formats::Error::io(&toml, "read"))?;
+        let missing = |text: &str, other: &str| text.lines().find(|line| !other.lines().any(|l| l == *line)).map(str::to_string);
+        if began != document {
+            let (there, here) = (missing(&began, document), missing(document, &began));
+            let say = |line: Option<String>| line.map_or("nothing about it".into(), |line| format!("'{line}'"));
+            return Err(Error::data(&toml, format!("the settings that the run began with, {}", say(there)), say(here)));
         }
         Ok(lock)
     }
@@ -395,7 +416,10 @@ impl Trained {
     /// config.json of the latent weights: where transformers can, it makes them ternary in each forward pass.
     fn config_json(&self, mut json: Value) -> Value {
         let decoder = matches!(json["model_type"].as_str(), Some("llama" | "bitnet"));
-        if self.online && decoder && let Some(object) = json.as_object_mut() {
+        if self.online
+            && decoder
+            && let Some(object) = json.as_object_mut()
+        {
             let bitnet = BitnetConfig { linear_class: LinearClass::AutoBitLinear, mode: Mode::Online };
             object.insert("quantization_config".into(), bitnet.to_json(&self.floats));
         }
@@ -448,7 +472,8 @@ pub(crate) fn restore(there: &Value, here: &Value) -> bitnet_quant::Result<()> {
     match differs {
         None => Ok(()),
         Some((key, value)) => {
-            let expected = format!("{key} {} as in the checkpoint, for a training goes on as it began", there.get(key).unwrap_or(&Value::Null));
+            let expected =
+                format!("{key} {} as in the checkpoint, for a training goes on as it began", there.get(key).unwrap_or(&Value::Null));
             Err(bitnet_quant::Error::Input { what: "training", expected, got: value.to_string() })
         }
     }

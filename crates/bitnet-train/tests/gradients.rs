@@ -88,9 +88,8 @@ fn heads_and_positions() {
     let x = normal(&[batch, positions, heads * d], 1);
     let angles = Angles::new(10_000.0, d, 7);
     let table = |f: fn(f64) -> f64| {
-        let values: Vec<f32> = (0..positions)
-            .flat_map(|p| (0..d / 2).map(move |i| f(p as f64 * 10_000f64.powf(-2.0 * i as f64 / d as f64)) as f32))
-            .collect();
+        let values: Vec<f32> =
+            (0..positions).flat_map(|p| (0..d / 2).map(move |i| f(p as f64 * 10_000f64.powf(-2.0 * i as f64 / d as f64)) as f32)).collect();
         Tensor::from_vec(values, (positions, d / 2), &Device::Cpu).unwrap()
     };
     let (cos, sin) = (table(f64::cos), table(f64::sin));

@@ -52,7 +52,10 @@ fn the_decoder_computes_what_the_inference_engine_does() {
     folder::load(&vars, &source).unwrap();
     check_against_inference(&decoder, ASSETS.as_ref());
     let names = names(&mut decoder);
-    assert_eq!((names.len(), names[0].as_str(), names[27].as_str()), (28, "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"));
+    assert_eq!(
+        (names.len(), names[0].as_str(), names[27].as_str()),
+        (28, "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj")
+    );
     let all = vars.data().lock().unwrap();
     assert!(names.iter().all(|name| all.contains_key(&format!("{name}.weight"))));
 }
@@ -60,7 +63,16 @@ fn the_decoder_computes_what_the_inference_engine_does() {
 #[test]
 fn what_is_written_is_what_is_run() {
     for (architecture, tied) in [("llama", true), ("llama", false), ("bitnet", true)] {
-        let shape = DecoderShape { architecture: architecture.into(), hidden: 32, ffn: 48, layers: 2, heads: 4, kv_heads: 2, tied, ..Default::default() };
+        let shape = DecoderShape {
+            architecture: architecture.into(),
+            hidden: 32,
+            ffn: 48,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            tied,
+            ..Default::default()
+        };
         let config = shape.config_json(50, 32).unwrap();
         let vars = VarMap::new();
         let mut decoder = Decoder::new("new".as_ref(), &config, 32, &variables(&vars, 5)).unwrap();
@@ -112,18 +124,17 @@ fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
         }
         f64::from(loss().to_scalar::<f32>().unwrap())
     };
-    for h in [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5] {
-        println!("{h}: {} {}", (at(h) - at(-h)) / (2.0 * h), slope);
-    }
-    let h = 1e-3;
+    // Small beside the embedding's deviation of 0.02, and large beside the rounding of a loss of 2.
+    let h = 1e-4;
     let difference = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
-    assert!((slope - difference).abs() < 0.01 * slope.abs() + 2e-3, "{slope} and {difference}");
+    assert!((slope - difference).abs() < 0.005 * slope.abs() + 5e-3, "{slope} and {difference}");
 }
 
 #[test]
 fn slopes_of_the_decoders_are_those_of_differences() {
     for architecture in ["llama", "bitnet"] {
-        let shape = DecoderShape { architecture: architecture.into(), hidden: 16, ffn: 24, layers: 2, heads: 4, kv_heads: 2, ..Default::default() };
+        let shape =
+            DecoderShape { architecture: architecture.into(), hidden: 16, ffn: 24, layers: 2, heads: 4, kv_heads: 2, ..Default::default() };
         let vars = VarMap::new();
         let decoder = Decoder::new("new".as_ref(), &shape.config_json(11, 6).unwrap(), 6, &variables(&vars, 2)).unwrap();
         let tokens = Tensor::new(&[[1u32, 5, 3, 9, 0, 2], [7, 7, 10, 4, 2, 6]], &Device::Cpu).unwrap();

@@ -17,12 +17,16 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
         What::Image(args) => {
             let config = args.configuration()?;
             let work = ImageWork::new(&config)?;
-            (train(&work, &config.run, &config.training, &document(&config)?, &args.common)?, |error| format!("accuracy {}", percent(1.0 - error)))
+            (train(&work, &config.run, &config.training, &document(&config)?, &args.common)?, |error| {
+                format!("accuracy {}", percent(1.0 - error))
+            })
         }
         What::Lm(args) => {
             let config = args.configuration()?;
             let work = LmWork::new(&config)?;
-            (train(&work, &config.run, &config.training, &document(&config)?, &args.common)?, |loss| format!("{loss:.4} nats, perplexity {:.3}", loss.exp()))
+            (train(&work, &config.run, &config.training, &document(&config)?, &args.common)?, |loss| {
+                format!("{loss:.4} nats, perplexity {:.3}", loss.exp())
+            })
         }
     };
     print(&report, say, out);

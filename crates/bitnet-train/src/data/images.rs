@@ -157,7 +157,9 @@ mod tests {
             let message = Images::read(folder(labels).path(), "train", 2).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }
-        assert!(Images::read(folder(&[0, 0]).path(), "t10k", 2).unwrap_err().to_string().contains("t10k-images-idx3-ubyte.gz, got neither"));
+        assert!(
+            Images::read(folder(&[0, 0]).path(), "t10k", 2).unwrap_err().to_string().contains("t10k-images-idx3-ubyte.gz, got neither")
+        );
     }
 
     #[test]

@@ -215,11 +215,14 @@ mod tests {
     #[test]
     fn the_end_of_each_text_is_held_out() {
         let folder = tempfile::tempdir().unwrap();
-        let paths: Vec<PathBuf> = ["aaaaaaaabb", "cccccccccccccccccdddd"].iter().map(|t| {
-            let path = folder.path().join(&t[..1]);
-            std::fs::write(&path, t).unwrap();
-            path
-        }).collect();
+        let paths: Vec<PathBuf> = ["aaaaaaaabb", "cccccccccccccccccdddd"]
+            .iter()
+            .map(|t| {
+                let path = folder.path().join(&t[..1]);
+                std::fs::write(&path, t).unwrap();
+                path
+            })
+            .collect();
         let text = Text::read(&paths, &Vocabulary::Bytes, 0.2).unwrap();
         assert_eq!(text.train, [[97; 8].as_slice(), &[99; 17]].concat());
         assert_eq!(text.held_out, [98, 98, 100, 100, 100, 100]);

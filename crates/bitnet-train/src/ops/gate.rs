@@ -63,9 +63,9 @@ impl CustomOp2 for Gate {
             candle_core::bail!("gate: expected the shape {:?} twice, got {:?}", l1.shape(), l2.shape());
         }
         let mut out = slice(s1, l1)?.to_vec();
-        out.par_chunks_mut(CHUNK).zip(slice(s2, l2)?.par_chunks(CHUNK)).for_each(|(gate, up)| {
-            if self.silu { self.kernels.silu_mul(gate, up) } else { self.kernels.relu2_mul(gate, up) }
-        });
+        out.par_chunks_mut(CHUNK)
+            .zip(slice(s2, l2)?.par_chunks(CHUNK))
+            .for_each(|(gate, up)| if self.silu { self.kernels.silu_mul(gate, up) } else { self.kernels.relu2_mul(gate, up) });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
