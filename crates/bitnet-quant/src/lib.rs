@@ -57,6 +57,8 @@ pub use names::{
 pub use plan::{GENERATOR, Job};
 pub use recipe::{Format, Recipe};
 
+#[cfg(feature = "qat")]
+pub use qat::{QATConfig, QATTrainer, StraightThroughEstimator};
 #[cfg(all(feature = "tensor", feature = "advanced"))]
 pub use tensor::mixed::{
     LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer, PrecisionAdjustmentParams,

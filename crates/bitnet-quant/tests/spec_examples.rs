@@ -359,3 +359,76 @@ fn configuration_first_approach() -> Result {
     assert!((quantized.stats(&weights)?.sqnr_db() - 7.3).abs() < 0.4);
     Ok(())
 }
+
+#[cfg(feature = "qat")]
+#[test]
+fn quantization_aware_training() -> Result {
+    use bitnet_quant::qat::{Linear, Linears, Optimizer, OptimizerConfig};
+    use bitnet_quant::{QATConfig, QATTrainer, QuantizationScheme};
+    use candle_nn::{Optimizer as _, VarBuilder, VarMap};
+
+    struct Model(Linear, Linear);
+    impl Model {
+        fn forward_quantized(&self, input: &Tensor) -> candle_core::Result<Tensor> {
+            self.1.forward(&self.0.forward(input)?.relu()?)
+        }
+    }
+    impl Linears for Model {
+        fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
+            visit("up", &mut self.0)?;
+            visit("down", &mut self.1)
+        }
+    }
+    struct Batch {
+        input: Tensor,
+        target: Tensor,
+    }
+    let (num_epochs, vars) = (24, VarMap::new());
+    let vb = VarBuilder::from_varmap(&vars, candle_core::DType::F32, &Device::Cpu);
+    let mut model = Model(Linear::new(8, 64, true, &vb.pp("up"))?, Linear::new(64, 1, true, &vb.pp("down"))?);
+    let mut dataloader = vec![];
+    for _ in 0..16 {
+        let input = Tensor::randn(0f32, 1f32, (64, 8), &Device::Cpu)?;
+        dataloader.push(Batch { target: input.abs()?.sum_keepdim(1)?, input });
+    }
+    let loss_fn = candle_nn::loss::mse;
+
+    // Configure QAT training with progressive quantization
+    let qat_config = QATConfig::builder()
+        .steps(num_epochs)
+        .quantization_scheme(QuantizationScheme::BitNet158)
+        .progressive_quantization(true)
+        .initial_bit_width(8)
+        .target_bit_width(2) // 1.58-bit equivalent
+        .gradient_scaling(1.0)
+        .build()?;
+
+    let mut trainer = QATTrainer::new(qat_config)?;
+    trainer.prepare(&mut model, &vars)?;
+    let mut optimizer = Optimizer::new(&vars, &OptimizerConfig { learning_rate: 0.01, ..OptimizerConfig::default() })?;
+
+    // Train with Straight-Through Estimator
+    let mut losses = vec![];
+    for epoch in 0..num_epochs {
+        trainer.update_quantization_schedule(epoch, &mut model)?;
+        for batch in &dataloader {
+            let output = model.forward_quantized(&batch.input)?;
+            let loss = loss_fn(&output, &batch.target)?;
+
+            // Backward pass with STE gradient preservation
+            let gradients = trainer.backward_with_ste(&loss)?;
+            candle_nn::Optimizer::step(&mut optimizer, &gradients)?;
+            losses.push(loss.to_scalar::<f32>()?);
+        }
+    }
+
+    let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len() as f32;
+    let (first, last) = (mean(&losses[..16]), mean(&losses[losses.len() - 16..]));
+    assert!(last < 0.25 * first, "{first} {last}");
+    assert_eq!(optimizer.learning_rate(), 0.01);
+    // 8, 4 and 2 bits over the first half, ternary at the end: three values and one scale.
+    let Linear::Qat(layer) = &model.0 else { panic!("in training") };
+    let weights = layer.quantized_weights()?;
+    assert!(weights.values.iter().all(|q| (-1..=1).contains(q)) && weights.scales.len() == 1);
+    Ok(())
+}

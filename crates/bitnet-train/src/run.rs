@@ -7,6 +7,7 @@
 //! OUT/packed[.gguf]        the quantized model
 //! OUT/checkpoints/PHASE/   where a training stands; the newest few
 //! OUT/telemetry-PHASE.jsonl  steps, evaluations and what the layers went through
+//! OUT/training.{svg,png}   the same, drawn
 //! OUT/report.json          what came of it all
 //! ```
 //!
@@ -20,7 +21,7 @@ use bitnet_core::{Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::qat::{CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, prepare};
+use bitnet_quant::qat::{CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, prepare, read_log};
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
 use candle_core::Tensor;
@@ -206,6 +207,7 @@ pub fn run<W: Work>(
     let mut task = work.task(model, vars.clone(), runner.teacher()?);
     let (qat_in_training, took) = runner.train(Phase::Quantized, &mut *task, observer)?;
     seconds[1] = took;
+    runner.plot()?;
     // Learned scales are no variables of the model: the packed weights hold them.
     let mut latent = folder::tensors(&vars);
     latent.retain(|name, _| own.contains(name));
@@ -322,7 +324,10 @@ impl<W: Work> Runner<'_, W> {
         let begun = !checkpoints(&folder)?.is_empty();
         let mut config = self.training.clone();
         config.checkpoint = Some(CheckpointConfig { folder, every: self.place.every, keep: self.place.keep });
-        config.telemetry.file = Some(self.out.join(format!("telemetry-{}.jsonl", phase.name())));
+        config.telemetry.file = Some(self.log(phase));
+        if phase == Phase::Twin {
+            config.progressive = None;
+        }
         let mut trainer = QATTrainer::new(config)?;
         let mut callback = |event: &Event<'_>| observer.on(phase, event);
         let outcome = if begun { trainer.resume(task, &mut callback)? } else { trainer.run(task, &mut callback)? };
@@ -330,6 +335,16 @@ impl<W: Work> Runner<'_, W> {
             (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
             (_, Some(evaluation)) => Ok((evaluation.value, outcome.seconds)),
         }
+    }
+
+    fn log(&self, phase: Phase) -> PathBuf {
+        self.out.join(format!("telemetry-{}.jsonl", phase.name()))
+    }
+
+    /// Draws the log of the quantized model.
+    fn plot(&self) -> Result<()> {
+        let log = read_log(&self.log(Phase::Quantized))?;
+        ["training.svg", "training.png"].into_iter().try_for_each(|name| Ok(plot::save(&log, &self.out.join(name))?))
     }
 
     fn packed(&self, name: &str) -> PathBuf {

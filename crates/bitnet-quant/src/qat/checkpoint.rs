@@ -11,7 +11,7 @@
 
 use super::layer::Stage;
 use super::optimizer::Optimizer;
-use super::trainer::{Evaluation, Stopped};
+use super::trainer::Stopped;
 use crate::tensor::with_floats;
 use crate::{Error, Result};
 use bitnet_formats::Error as FileError;
@@ -60,8 +60,9 @@ pub(crate) struct State {
     pub(crate) version: u32,
     /// Steps taken.
     pub(crate) step: u64,
-    pub(crate) loss: f64,
-    pub(crate) evaluation: Option<Evaluation>,
+    pub(crate) loss: Exact,
+    /// Steps taken before the last evaluation, its value, and the best so far.
+    pub(crate) evaluation: Option<(u64, Exact, Exact)>,
     /// Evaluations since the best one.
     pub(crate) worse: u64,
     /// Why the training stopped here, if it did.
@@ -74,6 +75,24 @@ pub(crate) struct State {
     pub(crate) task: serde_json::Value,
     /// xxh3-128 of the files beside this one.
     pub(crate) checksums: BTreeMap<String, String>,
+}
+
+/// A number whose bits survive JSON, which they do not with every reader: it is a string there.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub(crate) struct Exact(pub(crate) f64);
+
+impl From<Exact> for String {
+    fn from(exact: Exact) -> Self {
+        exact.0.to_string()
+    }
+}
+
+impl TryFrom<String> for Exact {
+    type Error = std::num::ParseFloatError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
 }
 
 /// What a layer rounds to, and how strongly.

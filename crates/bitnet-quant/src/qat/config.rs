@@ -2,6 +2,7 @@
 
 use super::checkpoint::CheckpointConfig;
 use super::optimizer::OptimizerConfig;
+use super::progressive::Progressive;
 use super::schedule::Schedule;
 use super::ste::StraightThroughEstimator;
 use super::telemetry::TelemetryConfig;
@@ -33,6 +34,9 @@ pub struct QATConfig {
     pub clip: Option<f64>,
     /// How gradients pass the rounding of weights.
     pub estimator: StraightThroughEstimator,
+    /// Stages of fewer and fewer bits, and strength that grows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progressive: Option<Progressive>,
     /// Factor of the gradients of latent weights.
     pub gradient_scaling: f64,
     /// Steps between evaluations; 0: only at the end.
@@ -79,6 +83,7 @@ impl Default for QATConfig {
             evaluate_every: 0,
             early_stopping: None,
             estimator: StraightThroughEstimator::default(),
+            progressive: None,
             checkpoint: None,
             telemetry: TelemetryConfig::default(),
             optimizer: OptimizerConfig::default(),
@@ -115,7 +120,9 @@ impl QATConfig {
             quantization,
             ..self.clone()
         };
-        serde_json::to_value(numbers).map_err(|e| Error::Recipe(e.to_string()))
+        // Through text: a reader of JSON may round, and both sides of a comparison then do.
+        let text = serde_json::to_string(&numbers).map_err(|e| Error::Recipe(e.to_string()))?;
+        serde_json::from_str(&text).map_err(|e| Error::Recipe(e.to_string()))
     }
 
     /// This configuration as TOML.
@@ -154,6 +161,16 @@ impl QATConfig {
                 wrong.push("early_stopping: expected evaluate_every above 0, got 0".into());
             }
         }
+        if let Some(progressive) = &self.progressive {
+            match progressive.validate() {
+                Err(Error::Invalid(fields)) => wrong.extend(fields),
+                other => other?,
+            }
+            if progressive.settled() >= self.steps {
+                let settled = progressive.settled();
+                wrong.push(format!("progressive: expected to settle before step {}, the last, got {settled}", self.steps));
+            }
+        }
         self.optimizer.problems(&mut wrong);
         self.schedule.problems(&mut wrong);
         match self.quantization.validate() {
@@ -169,6 +186,9 @@ impl QATConfig {
 #[derive(Debug, Clone, Default)]
 pub struct QATConfigBuilder {
     config: QATConfig,
+    progressive: bool,
+    initial_bits: Option<u32>,
+    target_bits: Option<u32>,
 }
 
 /// A setter for each plain field.
@@ -220,11 +240,55 @@ impl QATConfigBuilder {
         self
     }
 
+    /// Stages and strength, in every detail.
+    pub fn progressive(mut self, progressive: Progressive) -> Self {
+        self.config.progressive = Some(progressive);
+        self
+    }
+
+    /// Whether bits become fewer while training: [`Progressive::halving`] from `initial_bit_width`, over the first half of the steps.
+    pub fn progressive_quantization(mut self, progressive: bool) -> Self {
+        self.progressive = progressive;
+        self
+    }
+
+    /// The bits of the first stage of `progressive_quantization`; 8 if it is not said.
+    pub fn initial_bit_width(mut self, bits: u32) -> Self {
+        self.initial_bits = Some(bits);
+        self
+    }
+
+    /// The bits at the end, which are those of the scheme: 2 for ternary. Another number is an error.
+    pub fn target_bit_width(mut self, bits: u32) -> Self {
+        self.target_bits = Some(bits);
+        self
+    }
+
     /// The configuration.
     ///
     /// # Errors
-    /// As [`QATConfig::validate`].
-    pub fn build(self) -> Result<QATConfig> {
+    /// As [`QATConfig::validate`]; [`Error::Invalid`] also where setters contradict each other.
+    pub fn build(mut self) -> Result<QATConfig> {
+        let mut wrong = vec![];
+        let precision = self.config.quantization.default.precision();
+        let bits = precision.map(|p| p.code_bits());
+        if let Some(target) = self.target_bits.filter(|target| Some(*target) != bits) {
+            let expected = bits.map_or("none, as weights stay floats".into(), |bits| format!("{bits}, as the scheme has"));
+            wrong.push(format!("target_bit_width: expected {expected}, got {target}"));
+        }
+        match (self.progressive, &self.config.progressive) {
+            (true, Some(_)) => wrong.push("progressive_quantization: expected without progressive, got both".into()),
+            (true, None) => {
+                let initial = self.initial_bits.unwrap_or(8);
+                let stages = Progressive::halving(initial, 1).stages.len() as u64 - 1;
+                self.config.progressive = Some(Progressive::halving(initial, (self.config.steps / 2 / stages.max(1)).max(1)));
+            }
+            (false, _) if self.initial_bits.is_some() => {
+                wrong.push("initial_bit_width: expected with progressive_quantization, got it alone".into());
+            }
+            (false, _) => {}
+        }
+        Error::unless_empty(wrong)?;
         self.config.validate()?;
         Ok(self.config)
     }

@@ -5,6 +5,8 @@
 //! ∂L/∂x = ∂L/∂y · W̃,   ∂L/∂W = (∂L/∂yᵀ · x̃) ⊙ (1 − λ + λ·m),   ∂L/∂b = Σ ∂L/∂y
 //! ```
 //!
+//! With a dead-zone bias β (see [`QatLinear::set_dead_zone_bias`]), `λ·β·Σ of the weights of the row whose value is 0` is a part of b.
+//!
 //! x̂ are activations with one scale for each token, Ŵ the quantized weights, m the slope of the estimator. At full strength (λ = 1) and
 //! with quantized activations the product is that of the packed layer, in integers, so that a converted model gives the same bits.
 //! The whole layer is one operation of the graph: between the passes it keeps its inputs, as any linear layer, and the codes of its weights.
@@ -89,6 +91,8 @@ pub struct QatLinear {
     activations: Activations,
     stage: Stage,
     lambda: f32,
+    /// β.
+    dead_zone: f32,
     quantizer: Quantizer,
 }
 
@@ -133,7 +137,7 @@ impl QatLinear {
         };
         let (stage, lambda) = (Stage::Target, 1.0);
         let activations = config.activations.unwrap_or_default();
-        Ok(Self { weight, bias, scale, config: config.clone(), target, estimator, activations, stage, lambda, quantizer })
+        Ok(Self { weight, bias, scale, config: config.clone(), target, estimator, activations, stage, lambda, dead_zone: 0.0, quantizer })
     }
 
     /// The latent weights `[N, K]`.
@@ -199,6 +203,27 @@ impl QatLinear {
         self.lambda = if lambda.is_nan() { 1.0 } else { lambda.clamp(0.0, 1.0) };
     }
 
+    /// β, the weight of the dead-zone bias; 0, as in the beginning, for none.
+    pub fn dead_zone_bias(&self) -> f32 {
+        self.dead_zone
+    }
+
+    /// Sets β: weights whose value is 0 count as β times themselves in the bias of their row, whatever the input, and so get the gradient
+    /// β·∂L/∂b more, which leads them out of the dead zone (after Tequila, Huang et al. 2025, arXiv:2509.23809, where β is 1e-3). Packed, it is a bias.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a target that is not ternary of one plane, and for a β that is no number.
+    pub fn set_dead_zone_bias(&mut self, beta: f32) -> Result<()> {
+        if !matches!(self.target.method, Method::Ternary { planes: 1, .. }) {
+            return Err(Error::input("dead-zone bias", "ternary weights of one plane", format!("{:?}", self.target.method)));
+        }
+        if !beta.is_finite() {
+            return Err(Error::input("dead-zone bias", "a number", beta));
+        }
+        self.dead_zone = beta;
+        Ok(())
+    }
+
     /// Changes the temperature of the soft estimator; of no effect on another.
     ///
     /// # Errors
@@ -245,7 +270,17 @@ impl QatLinear {
     /// # Errors
     /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no product.
     pub fn convert(&self) -> Result<BitLinear> {
-        BitLinear::from_matrix(&self.quantized_weights()?, self.bias.as_ref().map(Tensor::detach), &self.config)
+        let codes = self.codes()?;
+        let mut bias = self.bias.as_ref().map(Tensor::detach);
+        if self.dead_zone != 0.0 {
+            let dead = with_floats(&self.weight, |w| codes.sums_of_zeros(w, self.dead_zone, self.runtime()))?;
+            let dead = Tensor::from_vec(dead, self.weight.dims()[0], &Device::Cpu)?;
+            bias = Some(match bias {
+                Some(bias) => (bias + dead)?,
+                None => dead,
+            });
+        }
+        BitLinear::from_matrix(&codes.into_matrix(self.runtime())?, bias, &self.config)
     }
 
     /// The same layer without quantization, on the same variables.
@@ -260,20 +295,20 @@ impl QatLinear {
         if k != self.weight.dims()[1] {
             return Err(Error::input("input", format!("{} features", self.weight.dims()[1]), format!("shape {:?}", x.dims())));
         }
-        let third = if self.scale.is_some() { Third::Scale } else { Third::Bias };
+        let (x, w) = (x.contiguous()?, self.weight.contiguous()?);
         let op = Product {
             quantizer: self.quantizer.clone(),
             activations: self.activations,
             lambda: self.lambda,
-            third,
+            dead_zone: self.dead_zone,
+            scales: self.scale.as_ref().map_or(0, |s| s.elem_count()),
             codes: OnceLock::new(),
         };
-        let (x, w) = (x.contiguous()?, self.weight.contiguous()?);
         Ok(match (&self.scale, &self.bias) {
             (None, None) => x.apply_op2(&w, op)?,
             (None, Some(bias)) => x.apply_op3(&w, &bias.contiguous()?, op)?,
             (Some(scale), None) => x.apply_op3(&w, scale, op)?,
-            (Some(scale), Some(bias)) => x.apply_op3(&w, scale, op)?.broadcast_add(bias)?,
+            (Some(scale), Some(bias)) => x.apply_op3(&w, &Tensor::cat(&[scale.as_tensor(), bias], 0)?, op)?,
         })
     }
 }
@@ -289,19 +324,14 @@ fn is_f32(x: &Tensor) -> Result<()> {
     if x.dtype() == DType::F32 { Ok(()) } else { Err(Error::input("dtype", "f32, which is what trains", x.dtype().as_str())) }
 }
 
-/// What the third argument of the operation is, if it has one.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Third {
-    Bias,
-    Scale,
-}
-
-/// The operation.
+/// The operation: of x, W, and a vector of learned scales followed by biases, if there are any.
 struct Product {
     quantizer: Quantizer,
     activations: Activations,
     lambda: f32,
-    third: Third,
+    dead_zone: f32,
+    /// Number of learned scales.
+    scales: usize,
     /// From the forward pass to the backward pass.
     codes: OnceLock<Codes>,
 }
@@ -324,8 +354,16 @@ impl Product {
 
     fn product(&self, x: &[f32], w: &[f32], shape: (usize, usize), third: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
         let runtime = &*self.quantizer.runtime;
-        let (scale, bias) = self.split(third);
-        let codes = if self.lambda > 0.0 { Some(self.quantizer.encode(w, shape, scale)?) } else { None };
+        let (scales, bias) = third.unwrap_or_default().split_at(self.scales);
+        let scales = (!scales.is_empty()).then_some(scales);
+        let codes = if self.lambda > 0.0 { Some(self.quantizer.encode(w, shape, scales)?) } else { None };
+        let mut dead;
+        let mut bias = (!bias.is_empty()).then_some(bias);
+        if let (Some(codes), Some(beta)) = (&codes, self.beta()) {
+            dead = codes.sums_of_zeros(w, beta, runtime)?;
+            dead.iter_mut().zip(bias.unwrap_or_default()).for_each(|(dead, bias)| *dead += bias);
+            bias = Some(&dead);
+        }
         match (&codes, self.activations.method()) {
             (Some(codes), Some(_)) if self.lambda == 1.0 => codes.prepack(runtime)?.product(runtime, x, self.activations, bias, out)?,
             _ => {
@@ -341,8 +379,9 @@ impl Product {
         Ok(())
     }
 
-    fn split<T>(&self, third: Option<T>) -> (Option<T>, Option<T>) {
-        if self.third == Third::Scale { (third, None) } else { (None, third) }
+    /// λ·β, if it is not 0.
+    fn beta(&self) -> Option<f32> {
+        Some(self.lambda * self.dead_zone).filter(|&beta| beta != 0.0)
     }
 
     /// W̃.
@@ -378,35 +417,43 @@ impl Product {
         let (tokens, k) = token_shape(x)?;
         let n = w.dims()[0];
         let grad = grad.contiguous()?.reshape((tokens, n))?;
-        let (scale, bias) = self.split(third);
         if self.lambda > 0.0 && self.codes.get().is_none() {
             return Err(Error::input("backward pass", "one after the forward pass", "one before it"));
         }
+        let third = third.filter(|t| t.track_op());
         let dx = if x.track_op() {
             let weights = with_floats(w, |w| self.mixed_weights(w, self.codes.get()))?;
             Some(grad.matmul(&Tensor::from_vec(weights, (n, k), &Device::Cpu)?)?.reshape(x.shape())?)
         } else {
             None
         };
-        let (mut dw, mut dscale) = (None, None);
-        if w.track_op() || scale.is_some_and(Tensor::track_op) {
+        let of_bias = match third.is_some_and(|t| t.elem_count() > self.scales) || self.beta().is_some() {
+            true => with_floats(&grad, |g| Ok(column_sums(g, n)))?,
+            false => vec![],
+        };
+        let (mut dw, mut dthird) = (None, vec![0.0; self.scales]);
+        if w.track_op() || (third.is_some() && self.scales > 0) {
             let tokens = with_floats(x, |x| self.mixed_tokens(x, k))?;
             let product = grad.t()?.matmul(&Tensor::from_vec(tokens, ((), k), &Device::Cpu)?)?;
             if let Some(codes) = self.codes.get() {
                 let of_scales = with_floats(w, |w| {
-                    let surrogate = Surrogate { of: self, w, codes, learned: scale.is_some(), of_scales: Mutex::new(None) };
+                    let surrogate = Surrogate { of: self, w, codes, of_bias: &of_bias, of_scales: Mutex::new(None) };
                     product.inplace_op1(&surrogate)?;
                     Ok(surrogate.of_scales.into_inner().unwrap_or_else(PoisonError::into_inner))
                 })?;
-                dscale = of_scales.map(|s| Tensor::from_vec(s, codes.spec().scales_len(), &Device::Cpu)).transpose()?;
+                dthird = of_scales.unwrap_or(dthird);
             }
             dw = Some(product);
         }
-        let dbias = match bias {
-            Some(bias) if bias.track_op() => Some(Tensor::from_vec(with_floats(&grad, |g| Ok(column_sums(g, n)))?, n, &Device::Cpu)?),
-            _ => None,
+        let dthird = match third {
+            Some(third) => {
+                dthird.extend(of_bias);
+                dthird.truncate(third.elem_count());
+                Some(Tensor::from_vec(dthird, third.shape(), &Device::Cpu)?)
+            }
+            None => None,
         };
-        Ok([dx, dw, if self.third == Third::Scale { dscale } else { dbias }])
+        Ok([dx, dw, dthird])
     }
 }
 
@@ -424,13 +471,16 @@ fn fake_token(kernels: Kernels, method: ActivationMethod, x: &[f32], values: &mu
     Ok(())
 }
 
-/// Σ over the rows of `[M, n]`.
+/// Σ over the rows of `[M, n]`: in f32 over some rows, in f64 over those sums.
 fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
-    let mut sums = vec![0.0; n];
-    for row in x.chunks(n) {
-        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    let mut sums = vec![0f64; n];
+    let mut part = vec![0f32; n];
+    for rows in x.chunks(256 * n) {
+        part.fill(0.0);
+        rows.chunks(n).for_each(|row| part.iter_mut().zip(row).for_each(|(sum, x)| *sum += x));
+        sums.iter_mut().zip(&part).for_each(|(sum, &part)| *sum += f64::from(part));
     }
-    sums
+    sums.into_iter().map(|sum| sum as f32).collect()
 }
 
 /// Turns ∂L/∂W̃ into ∂L/∂W where it lies.
@@ -438,7 +488,7 @@ struct Surrogate<'a> {
     of: &'a Product,
     w: &'a [f32],
     codes: &'a Codes,
-    learned: bool,
+    of_bias: &'a [f32],
     of_scales: Mutex<Option<Vec<f32>>>,
 }
 
@@ -451,7 +501,11 @@ impl InplaceOp1 for Surrogate<'_> {
         let (CpuStorage::F32(grad), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
             return Err(candle_core::Error::msg("the gradient of weights is contiguous f32"));
         };
-        let of_scales = self.of.quantizer.surrogate(self.w, self.codes, self.of.lambda, self.learned, &mut grad[start..end]);
+        let (of, grad) = (self.of, &mut grad[start..end]);
+        let of_scales = of.quantizer.surrogate(self.w, self.codes, of.lambda, of.scales > 0, grad).map_err(candle)?;
+        if let Some(beta) = of.beta() {
+            self.codes.add_to_zeros(self.of_bias, beta, &of.quantizer.runtime, grad).map_err(candle)?;
+        }
         *self.of_scales.lock().unwrap_or_else(PoisonError::into_inner) = of_scales;
         Ok(())
     }

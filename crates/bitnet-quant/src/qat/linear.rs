@@ -11,7 +11,7 @@ pub enum Linear {
     /// Floats.
     Full(candle_nn::Linear),
     /// Floats that the forward pass quantizes; see [`QatLinear`].
-    Qat(QatLinear),
+    Qat(Box<QatLinear>),
     /// Packed weights; see [`BitLinear`].
     Packed(BitLinear),
 }

@@ -6,6 +6,8 @@ pub mod distillation;
 mod layer;
 mod linear;
 mod optimizer;
+#[cfg(feature = "plot")]
+pub mod plot;
 mod prepare;
 mod progressive;
 mod recompute;

@@ -254,6 +254,24 @@ impl Optimizer {
         self.steps
     }
 
+    /// Moments of a variable begin anew, because it means something else from now on.
+    pub(crate) fn forget(&mut self, name: &str) {
+        for p in self.parameters.iter_mut().filter(|p| p.name == name) {
+            p.first.fill(0.0);
+            p.second.fill(0.0);
+        }
+    }
+
+    /// Whether every weight is a number.
+    pub(crate) fn is_finite(&self) -> Result<bool> {
+        for p in &self.parameters {
+            if !with_floats(&p.var, |w| Ok(sum_squares(self.kernels, w)))?.is_finite() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Variables without a gradient in `grads`.
     pub fn without_gradient<'a>(&'a self, grads: &'a GradStore) -> impl Iterator<Item = &'a str> {
         self.parameters.iter().filter(|p| grads.get(&p.var).is_none()).map(|p| p.name.as_str())

@@ -11,6 +11,35 @@ use candle_nn::VarMap;
 ///
 /// Layers that are in training already, or packed, stay as they are.
 ///
+/// ```
+/// use bitnet_quant::qat::{Linear, Linears, StraightThroughEstimator, convert, prepare};
+/// use bitnet_quant::{QuantizationConfig, Result};
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{Optimizer, VarBuilder, VarMap};
+///
+/// struct Model(Linear);
+///
+/// impl Linears for Model {
+///     fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>) -> Result<()> {
+///         visit("layer", &mut self.0)
+///     }
+/// }
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let mut model = Model(Linear::new(64, 8, true, &vb.pp("layer"))?);
+/// prepare(&mut model, &QuantizationConfig::bitnet_158(), StraightThroughEstimator::Plain, &vars)?;
+/// let mut sgd = candle_nn::SGD::new(vars.all_vars(), 0.01)?;
+/// let x = Tensor::randn(0f32, 1f32, (16, 64), &Device::Cpu)?;
+/// for _ in 0..10 {
+///     sgd.backward_step(&model.0.forward(&x)?.sqr()?.mean_all()?)?;
+/// }
+/// let before = model.0.forward(&x)?;
+/// convert(&mut model)?;
+/// assert_eq!(model.0.forward(&x)?.to_vec2::<f32>()?, before.to_vec2::<f32>()?);
+/// # Ok::<(), bitnet_quant::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Recipe`] if the configuration reaches no linear layer, [`Error::Invalid`] for one that is wrong, [`Error::Input`] for an
 /// estimator that does not go with a scheme. The model is then as it was.
@@ -41,14 +70,14 @@ pub fn prepare(
             if let (Some(scale), Ok(mut vars)) = (layer.learned_scale(), vars.data().lock()) {
                 vars.insert(scale_name(name), scale.clone());
             }
-            *linear = Linear::Qat(layer);
+            *linear = Linear::Qat(Box::new(layer));
         }
         Ok(())
     })?;
     Ok(names)
 }
 
-fn scale_name(name: &str) -> String {
+pub(super) fn scale_name(name: &str) -> String {
     format!("{name}.learned_scale")
 }
 

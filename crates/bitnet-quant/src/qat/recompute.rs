@@ -2,6 +2,7 @@
 //!
 //! A segment of the graph, `y = f(x)`, keeps x and y alone. Its backward pass computes `f(x)` once more, with a graph, and goes back through that.
 
+use super::slice;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -65,12 +66,11 @@ impl CustomOp2 for Segment {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (start, end) = layout.contiguous_offsets().ok_or_else(|| candle_core::Error::msg("a segment takes contiguous tensors"))?;
-        let x = Tensor::from_slice(&x.as_slice::<f32>()?[start..end], layout.shape(), &Device::Cpu)?;
+        let x = Tensor::from_slice(slice(x, layout)?, layout.shape(), &Device::Cpu)?;
         let y = (self.f)(&x)?.contiguous()?;
         let (storage, layout) = y.storage_and_layout();
-        match (&*storage, layout.contiguous_offsets()) {
-            (Storage::Cpu(CpuStorage::F32(y)), Some((start, end))) => Ok((CpuStorage::F32(y[start..end].to_vec()), layout.shape().clone())),
+        match &*storage {
+            Storage::Cpu(y) => Ok((CpuStorage::F32(slice(y, layout)?.to_vec()), layout.shape().clone())),
             _ => Err(candle_core::Error::msg("a segment gives f32 on the CPU")),
         }
     }

@@ -16,7 +16,7 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     let (mut sum, mut weights) = (None::<Tensor>, 0);
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
-            let of_layer = layer.weight().contiguous()?.apply_op1(Levels { layer: layer.clone(), codes: OnceLock::new() })?;
+            let of_layer = layer.weight().contiguous()?.apply_op1(Levels { layer: (**layer).clone(), codes: OnceLock::new() })?;
             weights += layer.weight().elem_count();
             sum = Some(match &sum {
                 None => of_layer,

@@ -14,6 +14,7 @@ use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ZeroPoints, pack};
 use bitnet_kernels::stream;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -134,45 +135,48 @@ pub(super) struct Quantizer {
     pub(super) runtime: Arc<Runtime>,
 }
 
-/// The middle of the road of `∂ŵ/∂w` and `∂ŵ/∂scale` for one granule.
+/// m over one granule.
 #[derive(Clone, Copy)]
-struct Slope {
-    /// Step between two values.
-    step: f32,
-    /// Least and greatest level in units of the step.
-    low: f32,
-    high: f32,
-    /// The variable in units of the step.
-    unit: f32,
-    binary: bool,
+enum Slope {
+    /// 1 for weights from the first to the second number, else 0.
+    Range(f32, f32),
+    Soft(Staircase),
 }
 
-impl Slope {
-    /// m of one weight.
-    #[inline(always)]
-    fn mask(self, estimator: StraightThroughEstimator, w: f32) -> f32 {
-        let v = w / self.step;
-        let inside = match estimator {
-            StraightThroughEstimator::Plain => true,
-            StraightThroughEstimator::Clipped { range } => range * self.low <= v && v <= range * self.high,
-            StraightThroughEstimator::LearnedScale => self.low < v && v < self.high,
-            StraightThroughEstimator::Stretched => v.abs() < self.unit,
-            StraightThroughEstimator::Soft { temperature: t } => {
-                let (cell, half) = if self.binary { (self.low, 1.0) } else { (v.floor().clamp(self.low, self.high - 1.0), 0.5) };
-                let tanh = ((v - cell - half) / half / t).tanh();
-                let slope = (1.0 - tanh * tanh) / (t * t.recip().tanh());
-                return if self.low <= v && v <= self.high { slope } else { 0.0 };
-            }
-        };
-        if inside { 1.0 } else { 0.0 }
-    }
+/// The staircase of tanh: levels from `low` to `high` in units of `step`, `2·half` apart.
+#[derive(Clone, Copy)]
+struct Staircase {
+    step: f32,
+    low: f32,
+    high: f32,
+    half: f32,
+    temperature: f32,
+}
 
-    /// ∂ŵ/∂(the variable) of a weight whose value is q.
-    #[inline(always)]
-    fn of_scale(self, estimator: StraightThroughEstimator, w: f32, q: f32) -> f32 {
-        let inside = self.mask(estimator, w) != 0.0 && !self.binary;
-        (q - if inside { w / self.step } else { 0.0 }) / self.unit
+impl Staircase {
+    fn slope(self, w: f32) -> f32 {
+        let Self { step, low, high, half, temperature: t } = self;
+        let v = w / step;
+        // The lower of the two levels that v is between.
+        let below = low + ((v - low) / (2.0 * half)).floor().clamp(0.0, (high - low) / (2.0 * half) - 1.0) * 2.0 * half;
+        let tanh = ((v - below - half) / half / t).tanh();
+        if low <= v && v <= high { (1.0 - tanh * tanh) / (t * t.recip().tanh()) } else { 0.0 }
     }
+}
+
+const LANES: usize = 16;
+
+/// `Σ g·q` and `Σ g·w` over the weights from `range.0` to `range.1`.
+fn scale_sums(grad: &[f32], w: &[f32], q: &[i8], range: (f32, f32)) -> (f64, f64) {
+    let (mut of_values, mut of_weights) = ([0f32; LANES], [0f32; LANES]);
+    for ((grad, w), q) in grad.chunks(LANES).zip(w.chunks(LANES)).zip(q.chunks(LANES)) {
+        for (lane, ((&g, &w), &q)) in grad.iter().zip(w).zip(q).enumerate() {
+            of_values[lane] += g * f32::from(q);
+            of_weights[lane] += if range.0 <= w && w <= range.1 { g * w } else { 0.0 };
+        }
+    }
+    let total = |lanes: [f32; LANES]| lanes.into_iter().map(f64::from).sum();
+    (total(of_values), total(of_weights))
 }
 
 impl Quantizer {
@@ -181,7 +185,7 @@ impl Quantizer {
         estimator.validate()?;
         scheme.spec(1, 1)?;
         let several = matches!(scheme.method, Method::Ternary { planes: 2.., .. });
-        if several && matches!(estimator, StraightThroughEstimator::Soft { .. }) || several && estimator.learns_scale() {
+        if several && !matches!(estimator, StraightThroughEstimator::Plain | StraightThroughEstimator::Clipped { .. }) {
             return Err(Error::input("estimator", "plain or clipped for several trit planes", estimator));
         }
         if estimator.learns_scale() {
@@ -247,7 +251,14 @@ impl Quantizer {
     pub(super) fn encode(&self, w: &[f32], shape: (usize, usize), learned: Option<&[f32]>) -> Result<Codes> {
         let (kernels, pool) = (self.runtime.machine.kernels, &self.runtime.pool);
         if let Some(learned) = learned {
-            return self.runtime.install(|| self.encode_learned(w, shape, learned)).map(Codes::Values);
+            let matrix = self.runtime.install(|| self.encode_learned(w, shape, learned))?;
+            if matrix.spec.precision != Precision::Ternary {
+                return Ok(Codes::Values(matrix));
+            }
+            let Matrix { spec, values, scales, zero_points } = matrix;
+            let mut bytes = vec![];
+            stream::pack(kernels, pool, pack::by_name("two-bit")?, &spec, &values, &scales, &mut bytes)?;
+            return Ok(Codes::TwoBit(stream::Packed { spec, bytes, scales, zero_points }));
         }
         if let Method::Ternary { planes: 1, .. } = self.scheme.method {
             let layout = pack::by_name("two-bit")?;
@@ -261,15 +272,17 @@ impl Quantizer {
         let expected = |what, expected, got| if expected == got { Ok(()) } else { Err(bitnet_core::Error::Length { what, expected, got }) };
         expected("weights", spec.weights_len(), w.len())?;
         expected("scales", spec.scales_len(), learned.len())?;
-        let broken = |x: &[f32]| x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i]));
-        if let Some((index, value)) = broken(w).or_else(|| broken(learned)) {
-            return Err(bitnet_core::Error::NotFinite { index, value }.into());
+        let kernels = self.runtime.machine.kernels;
+        for x in [w, learned].into_iter().filter(|x| !kernels.magnitudes(x).sum.is_finite()) {
+            if let Some(index) = x.iter().position(|x| !x.is_finite()) {
+                return Err(bitnet_core::Error::NotFinite { index, value: x[index] }.into());
+            }
         }
         let storage = self.scheme.scale_storage();
         let step = |&scale: &f32| storage.round(f64::from(scale.max(LEAST_SCALE) / self.unit()));
         let scales = learned.iter().map(step).collect::<Result<Vec<_>, _>>()?;
         let mut values = vec![0i8; w.len()];
-        let (width, kernels) = (spec.granule_cols(), self.runtime.machine.kernels);
+        let width = spec.granule_cols();
         values.par_chunks_mut(spec.cols).zip(w.par_chunks(spec.cols)).enumerate().for_each(|(row, (values, w))| {
             for (i, (q, w)) in values.chunks_mut(width).zip(w.chunks(width)).enumerate() {
                 let scale = scales[spec.scale_index(0, row, i * width)];
@@ -291,33 +304,34 @@ impl Quantizer {
     }
 
     /// ∂L/∂w in place of ∂L/∂ŵ, both `[N, K]`, for `w + λ·(ŵ − w)`; ∂L/∂scale where scales are learned.
-    pub(super) fn surrogate(&self, w: &[f32], codes: &Codes, lambda: f32, learned: bool, grad: &mut [f32]) -> Option<Vec<f32>> {
+    pub(super) fn surrogate(&self, w: &[f32], codes: &Codes, lambda: f32, learned: bool, grad: &mut [f32]) -> Result<Option<Vec<f32>>> {
         if self.estimator == StraightThroughEstimator::Plain {
-            return None;
+            return Ok(None);
         }
-        let estimator = self.estimator;
         let spec = codes.spec();
-        let (low, high) = self.levels(spec);
         let (cols, width, granules) = (spec.cols.max(1), spec.granule_cols(), spec.granules_per_row());
+        let values = if learned { codes.values(&self.runtime)? } else { Cow::Borrowed(&[][..]) };
         let mut of_scales = vec![0f64; if learned { spec.rows * granules } else { 0 }];
-        let scales = codes.scales();
         let row = |row: usize, w: &[f32], grad: &mut [f32], of_scales: &mut [f64]| {
             for (i, (grad, w)) in grad.chunks_mut(width).zip(w.chunks(width)).enumerate() {
                 let index = spec.scale_index(0, row, i * width);
-                let zero = codes.zero_point(index);
-                let step = (0..spec.planes).map(|p| scales[p * (spec.scales_len() / spec.planes) + index]).sum::<f32>();
-                let binary = spec.precision == Precision::Binary;
-                let slope = Slope { step, low: low - zero, high: high - zero, unit: self.unit(), binary };
+                let (step, slope) = self.slope(codes, index);
                 if step == 0.0 {
                     // A granule of zeros has no range: the identity.
                     continue;
                 }
-                if let (Some(sum), Codes::Values(matrix)) = (of_scales.get_mut(i), codes) {
-                    let values = &matrix.values[row * cols + i * width..][..w.len()];
-                    let part = |((&g, &w), &q): ((&f32, &f32), &i8)| f64::from(g * slope.of_scale(estimator, w, f32::from(q)));
-                    *sum = f64::from(lambda) * grad.iter().zip(w).zip(values).map(part).sum::<f64>();
+                if let (Some(sum), Slope::Range(from, to)) = (of_scales.get_mut(i), slope) {
+                    let (of_values, of_weights) = scale_sums(grad, w, &values[row * cols + i * width..][..w.len()], (from, to));
+                    let inside = if spec.precision == Precision::Binary { 0.0 } else { of_weights / f64::from(step) };
+                    *sum = f64::from(lambda) * (of_values - inside) / f64::from(self.unit());
                 }
-                grad.iter_mut().zip(w).for_each(|(g, &w)| *g *= 1.0 - lambda + lambda * slope.mask(estimator, w));
+                match slope {
+                    Slope::Range(from, to) => {
+                        let outside = 1.0 - lambda;
+                        grad.iter_mut().zip(w).for_each(|(g, &w)| *g *= if from <= w && w <= to { 1.0 } else { outside });
+                    }
+                    Slope::Soft(stairs) => grad.iter_mut().zip(w).for_each(|(g, &w)| *g *= 1.0 - lambda + lambda * stairs.slope(w)),
+                }
             }
         };
         if learned {
@@ -327,7 +341,7 @@ impl Quantizer {
             let rows = grad.par_chunks_mut(cols).zip(w.par_chunks(cols));
             self.runtime.install(|| rows.enumerate().for_each(|(r, (grad, w))| row(r, w, grad, &mut [])));
         }
-        learned.then(|| {
+        Ok(learned.then(|| {
             let tensor = spec.granularity == Granularity::Tensor;
             let sums = if tensor { vec![of_scales.iter().sum()] } else { of_scales };
             let qp = f64::from(self.scheme.precision().map_or(1, |p| p.range().1));
@@ -336,17 +350,27 @@ impl Quantizer {
                 (sum / (n as f64 * qp).sqrt()) as f32
             };
             sums.into_iter().enumerate().map(scaled).collect()
-        })
+        }))
     }
 
-    /// Least and greatest value.
-    fn levels(&self, spec: &MatrixSpec) -> (f32, f32) {
+    /// Step between two values of the granule whose scale is at `index`, and its slope.
+    fn slope(&self, codes: &Codes, index: usize) -> (f32, Slope) {
+        let (spec, scales) = (codes.spec(), codes.scales());
+        let step = (0..spec.planes).map(|plane| scales[plane * (scales.len() / spec.planes) + index]).sum::<f32>();
+        let zero = codes.zero_point(index);
         let (low, high) = spec.precision.range();
-        if self.estimator == StraightThroughEstimator::Stretched && spec.precision == Precision::Int3 {
-            (-3.0, 3.0)
-        } else {
-            (low.into(), high.into())
-        }
+        let (low, high) = (f32::from(low) - zero, f32::from(high) - zero);
+        let slope = match self.estimator {
+            StraightThroughEstimator::Plain => Slope::Range(f32::NEG_INFINITY, f32::INFINITY),
+            StraightThroughEstimator::Clipped { range } => Slope::Range(range * low * step, range * high * step),
+            StraightThroughEstimator::LearnedScale => Slope::Range((low * step).next_up(), (high * step).next_down()),
+            StraightThroughEstimator::Stretched => Slope::Range((-self.unit() * step).next_up(), (self.unit() * step).next_down()),
+            StraightThroughEstimator::Soft { temperature } => {
+                let half = if spec.precision == Precision::Binary { 1.0 } else { 0.5 };
+                Slope::Soft(Staircase { step, low, high, half, temperature })
+            }
+        };
+        (step, slope)
     }
 }
 
@@ -404,14 +428,40 @@ impl Codes {
         Ok(out)
     }
 
+    /// `beta·Σ of the weights whose value is 0` of each row.
+    pub(super) fn sums_of_zeros(&self, w: &[f32], beta: f32, runtime: &Runtime) -> Result<Vec<f32>> {
+        let (values, cols) = (self.values(runtime)?, self.spec().cols.max(1));
+        let row = |(w, q): (&[f32], &[i8])| w.iter().zip(q).map(|(&w, &q)| if q == 0 { f64::from(w) } else { 0.0 }).sum::<f64>();
+        Ok(w.chunks(cols).zip(values.chunks(cols)).map(|part| (f64::from(beta) * row(part)) as f32).collect())
+    }
+
+    /// Adds `beta·of_rows[n]` to the elements of row n, where the value is 0.
+    pub(super) fn add_to_zeros(&self, of_rows: &[f32], beta: f32, runtime: &Runtime, out: &mut [f32]) -> Result<()> {
+        let (values, cols) = (self.values(runtime)?, self.spec().cols.max(1));
+        for ((out, q), of_row) in out.chunks_mut(cols).zip(values.chunks(cols)).zip(of_rows) {
+            out.iter_mut().zip(q).for_each(|(out, &q)| *out += if q == 0 { beta * of_row } else { 0.0 });
+        }
+        Ok(())
+    }
+
+    fn values(&self, runtime: &Runtime) -> Result<Cow<'_, [i8]>> {
+        match self {
+            Self::Values(matrix) => Ok(Cow::Borrowed(&matrix.values)),
+            Self::TwoBit(stream::Packed { spec, bytes, .. }) => {
+                let mut values = vec![0; spec.values_len()];
+                stream::unpack(runtime.machine.kernels, &runtime.pool, pack::by_name("two-bit")?, spec, bytes, &mut values)?;
+                Ok(Cow::Owned(values))
+            }
+        }
+    }
+
     /// Values, one byte each.
     pub(super) fn into_matrix(self, runtime: &Runtime) -> Result<Matrix> {
         match self {
             Self::Values(matrix) => Ok(matrix),
-            Self::TwoBit(stream::Packed { spec, bytes, scales, zero_points }) => {
-                let mut values = vec![0; spec.values_len()];
-                stream::unpack(runtime.machine.kernels, &runtime.pool, pack::by_name("two-bit")?, &spec, &bytes, &mut values)?;
-                Ok(Matrix { spec, values, scales, zero_points })
+            Self::TwoBit(_) => {
+                let values = self.values(runtime)?.into_owned();
+                Ok(Matrix { spec: self.spec().clone(), values, scales: self.scales().to_vec(), zero_points: vec![] })
             }
         }
     }

@@ -1,9 +1,10 @@
 //! The loop: losses, gradients, steps, evaluations.
 
-use super::checkpoint::{self, Checked, CheckpointConfig, Rounding, State};
+use super::checkpoint::{self, Checked, CheckpointConfig, Exact, Rounding, State};
 use super::config::QATConfig;
 use super::linear::{Linear, Linears};
 use super::optimizer::Optimizer;
+use super::prepare::scale_name;
 use super::recompute::backward;
 use super::telemetry::{LayerRecord, Line, Log, Telemetry};
 use crate::{Error, Result};
@@ -279,6 +280,15 @@ impl QATTrainer {
         self.gradients(loss)
     }
 
+    /// Puts every layer of a model where the schedule of quantization has it at `step`, 0 being the first. A loop of one's own counts in what it likes,
+    /// epochs for instance, with that many `steps` in the configuration. Returns the names of the layers that changed their stage.
+    ///
+    /// # Errors
+    /// As [`Progressive::apply`](super::Progressive::apply).
+    pub fn update_quantization_schedule(&self, step: u64, model: &mut dyn Linears) -> Result<Vec<String>> {
+        self.config.progressive.as_ref().map_or(Ok(vec![]), |progressive| progressive.apply(model, step))
+    }
+
     fn gradients(&self, loss: &Tensor) -> Result<GradStore> {
         let mut grads = backward(loss)?;
         if self.config.gradient_scaling != 1.0 {
@@ -319,7 +329,8 @@ impl QATTrainer {
         };
         let mut training = self.begin(task)?;
         let found = Checked::open(&path, &training.optimizer, &self.config.numbers()?)?;
-        let State { step, loss, evaluation, worse, stopped, ref layers, task: ref of_task, .. } = found.state;
+        let State { step, loss: Exact(loss), worse, stopped, ref layers, task: ref of_task, .. } = found.state;
+        let evaluation = found.state.evaluation.map(|(step, value, best)| Evaluation { step, value: value.0, best: best.0 });
         task.restore(of_task)?;
         if let Some(model) = task.linears() {
             restore_rounding(model, layers)?;
@@ -389,6 +400,11 @@ impl QATTrainer {
         let diverged = |what, got, now: &Training| Error::Diverged { step, what, got, checkpoint: now.checkpoint.clone() };
         let mut rates = config.schedule.rates(now.step, config.steps);
         rates.clip = config.clip;
+        if let Some(model) = task.linears() {
+            for name in self.update_quantization_schedule(now.step, model)? {
+                now.optimizer.forget(&scale_name(&name));
+            }
+        }
         for micro in 0..config.accumulate {
             let value = task.loss(now.step, micro)?;
             let number = scalar(&value)?;
@@ -446,6 +462,9 @@ impl QATTrainer {
     }
 
     fn save(&self, config: &CheckpointConfig, task: &mut dyn Task, now: &Training, stopped: Option<Stopped>) -> Result<PathBuf> {
+        if !now.optimizer.is_finite()? {
+            return Err(Error::Diverged { step: now.step, what: "norm of the weights", got: f64::NAN, checkpoint: now.checkpoint.clone() });
+        }
         let mut layers = BTreeMap::new();
         if let Some(model) = task.linears() {
             model.visit_linears(&mut |name, linear| {
@@ -458,8 +477,8 @@ impl QATTrainer {
         let state = State {
             version: checkpoint::VERSION,
             step: now.step,
-            loss: now.loss,
-            evaluation: now.evaluation,
+            loss: Exact(now.loss),
+            evaluation: now.evaluation.map(|e| (e.step, Exact(e.value), Exact(e.best))),
             worse: now.worse,
             stopped,
             config: self.config.numbers()?,

@@ -2,7 +2,7 @@
 
     python generate_qat.py        needs torch
 
-The equations are written here from the papers that docs/training.md names, not from the Rust code. What is rounded must not depend on the
+The equations are written here from the papers that src/qat/ste.rs names, not from the Rust code. What is rounded must not depend on the
 last bits of a sum, so a seed is taken only if every number that is rounded stays away from the middle between two integers.
 """
 

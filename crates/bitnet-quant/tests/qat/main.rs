@@ -15,8 +15,21 @@ use serde_json::Value;
 
 const CPU: Device = Device::Cpu;
 
+thread_local!(static STATE: std::cell::Cell<u64> = const { std::cell::Cell::new(158) });
+
+/// Uniform in (0, 1], the same in each run (splitmix64).
+fn uniform() -> f64 {
+    let state = STATE.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+    STATE.set(state);
+    let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 11).wrapping_add(1) as f64 / (1u64 << 53) as f64
+}
+
+/// Normally distributed (Box and Muller).
 fn normal(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f32, 1f32, shape, &CPU).unwrap()
+    let one = |_| ((-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()) as f32;
+    Tensor::from_vec((0..shape.iter().product()).map(one).collect::<Vec<f32>>(), shape, &CPU).unwrap()
 }
 
 fn flat(x: &Tensor) -> Vec<f32> {
@@ -29,8 +42,13 @@ struct Mlp(Vec<Linear>);
 impl Mlp {
     fn new(sizes: &[usize], vars: &VarMap) -> Self {
         let vb = VarBuilder::from_varmap(vars, DType::F32, &CPU);
-        let layers = sizes.windows(2).enumerate();
-        Self(layers.map(|(i, s)| Linear::new(s[0], s[1], true, &vb.pp(i.to_string())).unwrap()).collect())
+        let layer = |(i, s): (usize, &[usize])| {
+            let layer = Linear::new(s[0], s[1], true, &vb.pp(i.to_string())).unwrap();
+            let weight = vars.data().lock().unwrap()[&format!("{i}.weight")].clone();
+            weight.set(&(normal(&[s[1], s[0]]) * (s[0] as f64).sqrt().recip()).unwrap()).unwrap();
+            layer
+        };
+        Self(sizes.windows(2).enumerate().map(layer).collect())
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
@@ -249,17 +267,21 @@ fn gradients_of_learned_scales() {
             let spec = &matrix.spec;
             let (values, slopes) = (flat(&layer.dequantized_weights().unwrap()), slopes(&layer, estimator));
             let alpha = flat(layer.learned_scale().unwrap());
-            let mut expected = vec![0f64; alpha.len()];
-            let mut count = vec![0f64; alpha.len()];
+            // Sum, sum of magnitudes, and number of terms.
+            let mut expected = vec![(0f64, 0f64, 0f64); alpha.len()];
             for (i, w) in flat(&w).iter().enumerate() {
                 let at = spec.scale_index(0, i / 40, i % 40);
                 let inside = f64::from(slopes[i]) * f64::from(u8::from(precision != Precision::Binary));
-                expected[at] += f64::from(of_w_hat[i]) * f64::from(values[i] - inside as f32 * w) / f64::from(alpha[at]);
-                count[at] += 1.0;
+                let factor = f64::from(of_w_hat[i]) / f64::from(alpha[at]);
+                let (hat, w) = (f64::from(values[i]), inside * f64::from(*w));
+                let (sum, size, count) = &mut expected[at];
+                (*sum, *size, *count) = (*sum + factor * (hat - w), *size + factor.abs() * (hat.abs() + w.abs()), *count + 1.0);
             }
             let qp = f64::from(precision.range().1);
-            let expected: Vec<f32> = expected.iter().zip(count).map(|(s, n)| (s / (n * qp).sqrt()) as f32).collect();
-            close(&what, &Tensor::from_vec(got, expected.len(), &CPU).unwrap(), &expected, 2e-4);
+            for (got, (sum, size, n)) in got.into_iter().zip(expected) {
+                let (expected, bound) = (sum / (n * qp).sqrt(), 4e-7 * size / (n * qp).sqrt());
+                assert!((f64::from(got) - expected).abs() <= bound, "{what}: {got} {expected}, which differ by more than {bound}");
+            }
         }
     }
 }
@@ -322,6 +344,41 @@ fn stages_and_strength() {
         close("floats", &layer.forward(&x).unwrap(), &flat(&exact), 1e-6 * 64.0);
         assert!(layer.set_stage(Stage::Bits(5)).is_err());
     }
+}
+
+/// The dead-zone bias is a bias, and its weights get the gradient of the bias times β.
+#[test]
+fn the_dead_zone_is_a_bias() {
+    for estimator in [StraightThroughEstimator::Plain, StraightThroughEstimator::Stretched] {
+        for bias in [None, Some(Var::from_tensor(&normal(&[6])).unwrap())] {
+            let config = config(Precision::Ternary, Granularity::Channel, Activations::Int8);
+            let (w, x, r) = (Var::from_tensor(&normal(&[6, 40])).unwrap(), normal(&[5, 40]), normal(&[5, 6]));
+            let bias_of = bias.as_ref().map(|b| b.as_tensor().clone());
+            let mut layer = QatLinear::new(w.as_tensor().clone(), bias_of, None, &config, estimator).unwrap();
+            let gradients = |layer: &QatLinear| {
+                let y = layer.forward(&x).unwrap();
+                let gradients = (&y * &r).unwrap().sum_all().unwrap().backward().unwrap();
+                (y, flat(gradients.get(&w).unwrap()), bias.as_ref().map(|b| flat(gradients.get(b).unwrap())))
+            };
+            let (plain, before, of_bias) = gradients(&layer);
+            layer.set_dead_zone_bias(0.01).unwrap();
+            let (y, after, still_of_bias) = gradients(&layer);
+            assert_eq!(of_bias, still_of_bias);
+            assert_eq!(flat(&y), flat(&layer.convert().unwrap().forward(&x).unwrap()), "packed");
+            let values = layer.quantized_weights().unwrap().values;
+            let (w, r) = (flat(&w), r.to_vec2::<f32>().unwrap());
+            let dead = |n: usize| (0..40).filter(|k| values[n * 40 + k] == 0).map(|k| 0.01 * w[n * 40 + k]).sum::<f32>();
+            let expected: Vec<f32> = flat(&plain).iter().enumerate().map(|(i, y)| y + dead(i % 6)).collect();
+            close("y", &y, &expected, 1e-6);
+            let of_row = |n: usize| r.iter().map(|r| r[n]).sum::<f32>();
+            let expected: Vec<f32> =
+                before.iter().enumerate().map(|(i, g)| g + if values[i] == 0 { 0.01 * of_row(i / 40) } else { 0.0 }).collect();
+            close("dw", &Tensor::from_vec(after, expected.len(), &CPU).unwrap(), &expected, 1e-6);
+        }
+    }
+    let int4 = config(Precision::Int4, Granularity::Channel, Activations::Int8);
+    let mut layer = QatLinear::new(normal(&[4, 4]), None, None, &int4, StraightThroughEstimator::Plain).unwrap();
+    assert!(layer.set_dead_zone_bias(1e-3).unwrap_err().to_string().contains("ternary"));
 }
 
 /// What candle's own operations do, and what the layer must not inherit.

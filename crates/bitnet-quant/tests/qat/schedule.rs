@@ -3,7 +3,6 @@
 use super::*;
 use bitnet_quant::qat::Progressive;
 use bitnet_quant::qat::sensitivity::{self, Fisher};
-use bitnet_quant::recipe::Choices;
 
 fn prepared(sizes: &[usize]) -> (Mlp, VarMap) {
     let vars = VarMap::new();
@@ -75,8 +74,10 @@ fn fisher_predicts_the_loss_of_rounding() {
     assert!((0.7..1.4).contains(&(predicted / change)), "{predicted} {change}");
 }
 
+#[cfg(feature = "advanced")]
 #[test]
 fn fisher_chooses_precisions_within_a_budget() {
+    use bitnet_quant::recipe::Choices;
     let (mut model, vars) = prepared(&[32, 64, 64, 8]);
     model.0.iter_mut().for_each(|l| l.as_qat().unwrap().set_lambda(0.0));
     let (x, target) = (normal(&[64, 32]), normal(&[64, 8]));
@@ -158,4 +159,28 @@ fn gradients_scatter_as_those_of_dequantized_leaves() {
     };
     let ratio = variance(&latent) / variance(&leaves);
     assert!((ratio - 1.0).abs() < 0.01, "{ratio}");
+}
+
+/// A model rounded to ternary is drawn to the one it was: every estimator wins back most of what rounding lost.
+#[test]
+fn training_wins_back_what_rounding_lost() {
+    let estimators = ["plain", "clipped:2", "lsq", "stretched", "soft:1"];
+    for estimator in estimators {
+        let vars = VarMap::new();
+        let mut model = Mlp::new(&[16, 64, 64, 5], &vars);
+        let x = normal(&[512, 16]);
+        let target = model.forward(&x).detach();
+        let config = config(Precision::Ternary, Granularity::Channel, Activations::Int8);
+        prepare(&mut model, &config, estimator.parse().unwrap(), &vars).unwrap();
+        let loss = |model: &Mlp| (model.forward(&x) - &target).unwrap().sqr().unwrap().mean_all().unwrap();
+        let rounded = loss(&model).to_scalar::<f32>().unwrap();
+        let mut adamw = candle_nn::AdamW::new_lr(vars.all_vars(), 3e-3).unwrap();
+        for _ in 0..200 {
+            adamw.backward_step(&loss(&model)).unwrap();
+        }
+        let trained = loss(&model).to_scalar::<f32>().unwrap();
+        assert!(trained < 0.4 * rounded, "{estimator}: {rounded} before, {trained} after");
+        convert(&mut model).unwrap();
+        assert_eq!(loss(&model).to_scalar::<f32>().unwrap(), trained, "{estimator}: packed");
+    }
 }
