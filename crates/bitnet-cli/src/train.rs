@@ -1,9 +1,11 @@
 //! Flags of `bitnet train`, each over the configuration file.
 
-use crate::args::{ChoiceArgs, parse_rule};
+use crate::args::parse_rule;
+use bitnet_core::Granularity;
+use bitnet_core::scheme::Threshold;
 use bitnet_quant::Activations;
 use bitnet_quant::qat::StraightThroughEstimator;
-use bitnet_quant::recipe::{Format, Rule};
+use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
 use bitnet_train::run::Place;
 use clap::{Args, Subcommand};
@@ -94,8 +96,15 @@ pub(crate) struct CommonArgs {
     /// Precision of the layers that a glob matches; may be given several times.
     #[arg(long, value_name = "GLOB=PRECISION", value_parser = parse_rule)]
     pub(crate) rule: Vec<Rule>,
-    #[command(flatten)]
-    pub(crate) choices: ChoiceArgs,
+    /// binary, ternary, int2, int3, int4, int8 [default: ternary].
+    #[arg(long)]
+    pub(crate) precision: Option<Target>,
+    /// Ternary rule: absmean, mean, median, adaptive, optimal, factor:X [default: absmean].
+    #[arg(long)]
+    pub(crate) threshold: Option<Threshold>,
+    /// What one scale covers: tensor, channel, group:N [default: tensor].
+    #[arg(long)]
+    pub(crate) granularity: Option<Granularity>,
     /// No progress on stderr.
     #[arg(long)]
     pub(crate) quiet: bool,
@@ -203,7 +212,8 @@ impl CommonArgs {
         recipe.exclude.extend(self.exclude.iter().filter(|glob| !recipe.exclude.contains(glob)).cloned().collect::<Vec<_>>());
         let rules: Vec<Rule> = self.rule.iter().filter(|rule| !recipe.rules.contains(rule)).cloned().collect();
         recipe.rules.splice(0..0, rules);
-        recipe.default = self.choices.choices().over(&recipe.default);
+        let Self { precision, threshold, granularity, .. } = *self;
+        recipe.default = Choices { precision, threshold, granularity, ..Choices::default() }.over(&recipe.default);
     }
 
     pub(crate) fn place(&self) -> Place {

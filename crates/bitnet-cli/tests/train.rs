@@ -103,9 +103,16 @@ fn images_from_files_to_a_packed_folder() {
     }
     assert_eq!(report["qat"], report["qat_in_training"], "integers give the classes that training saw: {report}");
     assert!(number(&report, "packed_bits") < 3.0 && report["steps"] == 120, "{report}");
-    for file in
-        ["run.toml", "report.json", "full/model.safetensors", "latent/config.json", "packed/model.safetensors", "telemetry-quantized.jsonl", "training.svg", "training.png"]
-    {
+    for file in [
+        "run.toml",
+        "report.json",
+        "full/model.safetensors",
+        "latent/config.json",
+        "packed/model.safetensors",
+        "telemetry-quantized.jsonl",
+        "training.svg",
+        "training.png",
+    ] {
         assert!(dir.at("run").join(file).exists(), "{file}");
     }
     assert!(!dir.at("run/ptq").exists() && !dir.at("run/rounded").exists() && !dir.at("run/rehearsal").exists());

@@ -21,7 +21,9 @@ use bitnet_core::{Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::qat::{CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, prepare, read_log};
+use bitnet_quant::qat::{
+    CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, prepare, read_log,
+};
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
 use candle_core::Tensor;
