@@ -180,7 +180,7 @@ fn text_to_a_packed_model_that_the_engine_runs() {
         let args = [&["perplexity", path, "--text", "text.txt", "--context", "16", "--json", "--quiet", "--cache", "f32"], more].concat();
         number(&dir.run(&args).is(0).json()["model"], "perplexity")
     };
-    let (packed, latent) = (perplexity("run/packed", &["--activations", "int8"]), perplexity("run/latent", &[]));
+    let (packed, latent) = (perplexity("run/packed", &[]), perplexity("run/latent", &[]));
     assert!((packed / latent - 1.0).abs() < 2e-3, "{packed} and {latent}");
     let said = dir.run(&["run", "run/packed", "--prompt", "the cat ", "-n", "12", "--json"]).is(0).json();
     assert!(!said["text"].as_str().unwrap().is_empty());

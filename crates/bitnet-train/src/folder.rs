@@ -66,10 +66,12 @@ pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, config: &Value, fil
     if path.exists() {
         return Err(bitnet_quant::Error::Exists { path: path.to_path_buf() }.into());
     }
-    let tensors = tensors.iter().map(|(name, tensor)| Ok((name, (tensor.dims().to_vec(), bytes(tensor)?))));
-    let tensors: Vec<(&String, (Vec<usize>, Vec<u8>))> = tensors.collect::<Result<_>>()?;
+    let mut stored = vec![];
+    for (name, tensor) in tensors {
+        stored.push((name, tensor.dims().to_vec(), bytes(tensor)?));
+    }
     let failed = |what: String| Error::from(bitnet_formats::Error::file(path, "tensors that safetensors can hold", what));
-    let views = tensors.iter().map(|(name, (shape, data))| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)));
+    let views = stored.iter().map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)));
     let views: Vec<_> = views.collect::<Result<_, safetensors::SafeTensorError>>().map_err(|e| failed(e.to_string()))?;
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let weights = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;

@@ -45,7 +45,7 @@ impl Cnn {
         let norm = |first: bool, name: String, len| if config.norm && !first { gain(&vb.pp(name), len).map(Some) } else { Ok(None) };
         let mut convolutions = vec![];
         for (i, &channels) in config.channels.iter().enumerate() {
-            if channels == 0 || height % 2 != 0 || width % 2 != 0 || height * width == 0 {
+            if channels == 0 || !height.is_multiple_of(2) || !width.is_multiple_of(2) || height * width == 0 {
                 let got = format!("{channels} channels of {height} × {width}");
                 return Err(Error::option("model.channels", "channels, of images that can be halved once for each", got));
             }

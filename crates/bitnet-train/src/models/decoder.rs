@@ -132,7 +132,7 @@ impl Decoder {
         if positions == 0 || positions > config.context {
             return Err(Error::option("context", format!("1 to {}, the positions of the model", config.context), positions));
         }
-        if config.head_dim % 2 != 0 {
+        if !config.head_dim.is_multiple_of(2) {
             return Err(Error::option("head_dim", "an even number", config.head_dim));
         }
         let deviation = json.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02);

@@ -37,7 +37,7 @@ pub enum ImageModel {
     /// See [`Mlp`].
     Mlp(Mlp),
     /// See [`Cnn`].
-    Cnn(Cnn),
+    Cnn(Box<Cnn>),
 }
 
 impl ImageModel {
@@ -48,7 +48,7 @@ impl ImageModel {
     pub fn new(shape: &ImageShape, vb: &VarBuilder<'_>) -> crate::Result<Self> {
         Ok(match shape {
             ImageShape::Mlp(config) => Self::Mlp(Mlp::new(config, vb)?),
-            ImageShape::Cnn(config) => Self::Cnn(Cnn::new(config, vb)?),
+            ImageShape::Cnn(config) => Self::Cnn(Box::new(Cnn::new(config, vb)?)),
         })
     }
 

@@ -1,6 +1,6 @@
 //! What causal attention with rotary positions needs beside products.
 
-use super::{rows, slice, with};
+use super::{dot, rows, slice, with};
 use bitnet_kernels::Kernels;
 use bitnet_kernels::dense::Pairing;
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
@@ -40,7 +40,7 @@ impl Angles {
 /// For a tensor of another kind or shape, and more positions than there are angles.
 pub fn heads_first(x: &Tensor, heads: usize, angles: Option<&Angles>) -> Result<Tensor> {
     let (batch, positions, width) = x.dims3()?;
-    if heads == 0 || width % heads != 0 {
+    if heads == 0 || !width.is_multiple_of(heads) {
         return Err(Error::msg(format!("expected {heads} heads to divide {width} elements")));
     }
     let shape = [batch, positions, heads, width / heads];
@@ -139,7 +139,7 @@ impl CustomOp1 for Move {
 /// For a tensor of another kind or shape.
 pub fn causal_softmax(x: &Tensor, scale: f32) -> Result<Tensor> {
     let (r, t) = (x.dim(candle_core::D::Minus2)?, x.dim(candle_core::D::Minus1)?);
-    if t == 0 || r % t != 0 {
+    if t == 0 || !r.is_multiple_of(t) {
         return Err(Error::msg(format!("causal softmax: expected rows for each of {t} positions, got {r}")));
     }
     x.contiguous()?.apply_op1(CausalSoftmax { scale })
@@ -179,7 +179,7 @@ impl CustomOp1 for CausalSoftmax {
                 dx.par_chunks_mut(t * t).zip(inputs).for_each(|(dx, (p, dp))| {
                     for (position, (dx, (p, dp))) in dx.chunks_mut(t).zip(p.chunks(t).zip(dp.chunks(t))).enumerate() {
                         let (dx, p, dp) = (&mut dx[..=position], &p[..=position], &dp[..=position]);
-                        let sum: f32 = p.iter().zip(dp).map(|(p, d)| p * d).sum();
+                        let sum = dot(p, dp);
                         dx.iter_mut().zip(p.iter().zip(dp)).for_each(|(dx, (p, d))| *dx = self.scale * p * (d - sum));
                     }
                 });

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 /// For a tensor of another kind or shape, or an even size.
 pub fn patches(x: &Tensor, size: usize) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
-    if size % 2 == 0 {
+    if size.is_multiple_of(2) {
         return Err(Error::msg(format!("patches: expected an odd size, got {size}")));
     }
     x.contiguous()?.apply_op1(Patches { shape: [batch, height, width, channels], size })
@@ -89,7 +89,7 @@ impl CustomOp1 for Patches {
 /// For a tensor of another kind or shape, or odd sizes.
 pub fn max_pool(x: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
-    if height % 2 != 0 || width % 2 != 0 {
+    if !height.is_multiple_of(2) || !width.is_multiple_of(2) {
         return Err(Error::msg(format!("pooling: expected even sizes, got {height} × {width}")));
     }
     x.contiguous()?.apply_op1(MaxPool { shape: [batch, height, width, channels] })

@@ -1,6 +1,6 @@
 //! RMS norm.
 
-use super::{rows, slice, with};
+use super::{dot, rows, slice, with};
 use bitnet_kernels::Kernels;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -72,11 +72,9 @@ impl CustomOp2 for RmsNorm {
 
 fn row(x: &[f32], gain: &[f32], dy: &[f32], eps: f32, dx: &mut [f32], dgain: &mut [f32]) {
     let k = x.len() as f32;
-    let lanes = |f: &dyn Fn(usize) -> f32| (0..x.len()).map(f).sum::<f32>();
-    let r = 1.0 / (lanes(&|i| x[i] * x[i]) / k + eps).sqrt();
-    let mean = lanes(&|i| gain[i] * dy[i] * x[i]) / k;
-    for i in 0..x.len() {
-        dx[i] = r * (gain[i] * dy[i] - x[i] * r * r * mean);
-        dgain[i] += dy[i] * x[i] * r;
-    }
+    let r = 1.0 / (dot(x, x) / k + eps).sqrt();
+    dx.iter_mut().zip(gain.iter().zip(dy)).for_each(|(dx, (gain, dy))| *dx = gain * dy);
+    let pull = r * r * dot(dx, x) / k;
+    dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = r * (*dx - x * pull));
+    dgain.iter_mut().zip(x.iter().zip(dy)).for_each(|(dgain, (x, dy))| *dgain += dy * x * r);
 }
