@@ -313,3 +313,46 @@ fn a_loss_that_diverges_stops_the_run() {
     assert!(dir.at("run/checkpoints/quantized").exists(), "earlier checkpoints stay");
     assert!(run.stderr().contains("step-0000"), "the last good checkpoint is named: {}", run.stderr());
 }
+
+#[test]
+fn settings_come_from_toml_and_layers_go_through_stages() {
+    let dir = Dir::new();
+    text(&dir);
+    let toml = r#"
+        [run]
+        teacher = "self"
+        distillation = { logits = 0.4, temperature = 2.0, hidden = 0.1, relations = 0.1 }
+
+        [training]
+        steps = 60
+        clip = 1.0
+        estimator = "lsq"
+
+        [training.telemetry]
+        every = 5
+
+        [training.progressive]
+        stages = [[0, { bits = 8 }], [20, { bits = 4 }], [40, "target"]]
+        warmup = 10
+
+        [training.quantization.default]
+        granularity = "channel"
+
+        [[training.quantization.rule]]
+        match = "*.down_proj.weight"
+        precision = "int8"
+    "#;
+    dir.write("settings.toml", toml);
+    let report = dir.run(&with(&LM, &["--out", "run", "--config", "settings.toml", "--batch", "4"])).is(0).json();
+    assert_eq!(report["steps"], 60);
+    // One layer of five takes float inputs in the engine, for it is not ternary.
+    assert!((number(&report, "qat") - number(&report, "qat_in_training")).abs() < 0.02, "{report}");
+    let log = String::from_utf8(dir.read("run/telemetry-quantized.jsonl")).unwrap();
+    let records: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lambdas: Vec<f64> = records.iter().filter_map(|r| r["lambda"].as_f64()).collect();
+    assert!(lambdas.iter().any(|&l| l < 1.0) && lambdas.last() == Some(&1.0), "{lambdas:?}");
+    let tensors = dir.run(&["inspect", "run/packed"]).is(0).stdout();
+    assert_eq!(tensors.lines().filter(|l| l.contains("down_proj") && l.contains("int8")).count(), 2, "{tensors}");
+    let own = String::from_utf8(dir.read("run/run.toml")).unwrap();
+    assert!(own.contains("temperature = 2.0") && own.contains("batch = 4"), "{own}");
+}

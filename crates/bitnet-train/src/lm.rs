@@ -117,7 +117,7 @@ impl LmWork {
             sum += f64::from(loss.to_scalar::<f32>()?) * (rows * (context - 1)) as f64;
             count += rows * (context - 1);
         }
-        Ok(sum / f64::from(u32::try_from(count).unwrap_or(u32::MAX)))
+        Ok(sum / count as f64)
     }
 }
 
