@@ -294,6 +294,7 @@ fn bad_input_is_one_line_and_leaves_nothing() {
     dir.refuses(&lm(&["--precision", "keep"]), &["quantize"]);
     dir.refuses(&lm(&["--activations", "int4"]), &["activations", "int8 or float"]);
     dir.refuses(&lm(&["--estimator", "magic"]), &["--estimator"]);
+    dir.refuses(&lm(&["--estimator", "lsq", "--precision", "int4"]), &["estimator", "lsq for model.layers", "int4"]);
     dir.write("bad.toml", "[training]\nstepz = 3\n");
     dir.refuses(&lm(&["--config", "bad.toml"]), &["bad.toml", "stepz"]);
     dir.write("images/train-images-idx3-ubyte", [0, 0, 8, 1, 0, 0]);
@@ -326,7 +327,7 @@ fn settings_come_from_toml_and_layers_go_through_stages() {
         [training]
         steps = 60
         clip = 1.0
-        estimator = "lsq"
+        estimator = "clipped:1.5"
 
         [training.telemetry]
         every = 5

@@ -295,6 +295,24 @@ impl<W: Work> Runner<'_, W> {
         remove(&path)?;
         planned?;
         prepare(&mut model, &self.training.quantization, self.training.estimator, &vars)?;
+        let mut lost = None;
+        model.visit_linears(&mut |name, linear| {
+            // The scale of levels that nothing reaches is not to be found again in the weights.
+            if let Linear::Qat(layer) = linear
+                && layer.learned_scale().is_some()
+                && !matches!(layer.target().precision()?, Precision::Ternary | Precision::Binary)
+            {
+                lost = Some(format!("{} for {name}, which becomes {}", self.training.estimator, layer.target().precision()?));
+            }
+            Ok(())
+        })?;
+        if let Some(got) = lost {
+            return Err(Error::option(
+                "training.estimator",
+                "one without learned scales for integers, which a recipe cannot write down",
+                got,
+            ));
+        }
         if let Some(Teacher::Folder(path)) = &self.run.teacher {
             self.work.teacher(path)?;
         }
