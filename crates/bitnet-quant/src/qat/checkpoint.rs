@@ -134,6 +134,7 @@ pub fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// Writes a checkpoint, then removes those that are too many. Returns its path.
 pub(crate) fn write(config: &CheckpointConfig, optimizer: &Optimizer, mut state: State) -> Result<PathBuf> {
     fs::create_dir_all(&config.folder).map_err(FileError::io(&config.folder, "create"))?;
+    remove_unfinished(&config.folder);
     let target = config.folder.join(format!("step-{:09}", state.step));
     let partial = target.with_extension(PARTIAL);
     let result = fill(&partial, optimizer, &mut state).and_then(|()| {
@@ -154,6 +155,16 @@ pub(crate) fn write(config: &CheckpointConfig, optimizer: &Optimizer, mut state:
         fs::remove_dir_all(path).map_err(FileError::io(path, "remove"))?;
     }
     Ok(target)
+}
+
+/// Removes what a training that was killed left behind; where that fails, the next write says so.
+fn remove_unfinished(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|e| e == PARTIAL) && path.join(MODEL).exists() {
+            let _ = fs::remove_dir_all(path);
+        }
+    }
 }
 
 fn fill(folder: &Path, optimizer: &Optimizer, state: &mut State) -> Result<()> {

@@ -9,6 +9,7 @@ mod optimizer;
 #[cfg(feature = "plot")]
 pub mod plot;
 mod prepare;
+mod product;
 mod progressive;
 mod recompute;
 pub mod regularization;

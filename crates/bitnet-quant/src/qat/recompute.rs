@@ -13,19 +13,35 @@ thread_local! {
     static INSIDE: RefCell<Option<GradStore>> = const { RefCell::new(None) };
 }
 
-/// The gradients of a scalar `loss`, those of variables inside [`recompute`]d segments among them.
+/// The gradients of a scalar `loss` by its variables, those inside [`recompute`]d segments among them. Unlike candle's own, they hold nothing of the graph.
 ///
 /// # Errors
 /// [`Error::Candle`].
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
     let before = INSIDE.with(|inside| inside.borrow_mut().replace(GradStore::default()));
-    let grads = loss.backward();
+    let outside = of_variables(loss);
     let inside = INSIDE.with(|inside| std::mem::replace(&mut *inside.borrow_mut(), before));
-    let mut grads = grads?;
-    if let Some(inside) = inside {
-        grads.extend(inside)?;
+    let mut grads = inside.unwrap_or_default();
+    for (variable, grad) in outside? {
+        add(&mut grads, &variable, grad)?;
     }
     Ok(grads)
+}
+
+/// The variables of a graph with their gradients, which are apart from it: candle's hold the tensors that they were computed from.
+fn of_variables(loss: &Tensor) -> candle_core::Result<Vec<(Tensor, Tensor)>> {
+    let variables: Vec<Tensor> = loss.sorted_nodes().into_iter().filter(|node| node.is_variable()).cloned().collect();
+    let mut grads = loss.backward()?;
+    Ok(variables.into_iter().filter_map(|variable| grads.remove(&variable).map(|grad| (variable, grad.detach()))).collect())
+}
+
+fn add(grads: &mut GradStore, variable: &Tensor, grad: Tensor) -> candle_core::Result<()> {
+    let sum = match grads.remove(variable) {
+        Some(before) => (before + grad)?,
+        None => grad,
+    };
+    grads.insert(variable, sum);
+    Ok(())
 }
 
 /// `f(x)` of f32 on the CPU, of whose graph nothing is kept: the backward pass, which must be [`backward`], computes it a second time.
@@ -79,12 +95,17 @@ impl CustomOp2 for Segment {
         let x = Var::from_tensor(&x.detach())?;
         // The gradient of Σ y·∂L/∂y is that of L through this segment.
         let through = ((self.f)(x.as_tensor())? * grad)?.sum_all()?;
-        let mut grads = through.backward()?;
-        let of_x = grads.remove(x.as_tensor());
-        INSIDE.with(|inside| match &mut *inside.borrow_mut() {
-            Some(all) => all.extend(grads),
-            None => Err(candle_core::Error::msg("the graph has recomputed segments: go back by bitnet_quant::qat::backward")),
-        })?;
+        let mut of_x = None;
+        for (variable, grad) in of_variables(&through)? {
+            if variable.id() == x.id() {
+                of_x = Some(grad);
+                continue;
+            }
+            INSIDE.with(|inside| match &mut *inside.borrow_mut() {
+                Some(all) => add(all, &variable, grad),
+                None => Err(candle_core::Error::msg("the graph has recomputed segments: go back by bitnet_quant::qat::backward")),
+            })?;
+        }
         Ok((of_x, None))
     }
 }

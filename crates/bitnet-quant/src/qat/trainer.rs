@@ -176,7 +176,7 @@ pub struct Outcome {
 /// ```
 /// # use bitnet_quant::{Result, qat::{Linear, Linears, QATConfig, QATTrainer, StraightThroughEstimator, Task}};
 /// # use candle_core::{DType, Device, Module, Tensor};
-/// # use candle_nn::{VarBuilder, VarMap};
+/// # use candle_nn::{Init, VarBuilder, VarMap};
 /// struct Line { vars: VarMap, layer: Linear }
 ///
 /// impl Linears for Line {
@@ -202,6 +202,7 @@ pub struct Outcome {
 /// }
 ///
 /// let vars = VarMap::new();
+/// vars.get((1, 2), "layer.weight", Init::Const(0.1), DType::F32, &Device::Cpu)?;
 /// let layer = Linear::new(2, 1, false, &VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp("layer"))?;
 /// let mut task = Line { vars: vars.clone(), layer };
 /// let mut trainer = QATTrainer::new(QATConfig::builder().steps(200).learning_rate(0.02).build()?)?;

@@ -1,6 +1,7 @@
-"""Writes qat.json beside this file: ten training steps of a small BitLinear MLP for each estimator, in torch with float64.
+#!/usr/bin/env python3
+"""Writes qat.json: ten training steps of a small BitLinear MLP for each estimator, and losses of distillation, in torch with float64.
 
-    python generate_qat.py        needs torch
+    python generate_qat.py      (torch of scripts/requirements-truth.txt)
 
 The equations are written here from the papers that src/qat/ste.rs names, not from the Rust code. What is rounded must not depend on the
 last bits of a sum, so a seed is taken only if every number that is rounded stays away from the middle between two integers.

@@ -439,10 +439,28 @@ mod traps {
     }
 
     #[test]
-    fn nan_is_an_error_and_not_a_code() {
-        let w = Var::new(&[[1f32, f32::NAN], [0.0, 1.0]], &CPU).unwrap();
-        for estimator in [StraightThroughEstimator::Plain, StraightThroughEstimator::Clipped { range: 1.0 }] {
-            assert!(layer(&w, estimator).forward(&normal(&[1, 2])).unwrap_err().to_string().contains("NaN"));
+    fn nan_is_nan_and_not_a_code() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            for estimator in [StraightThroughEstimator::Plain, StraightThroughEstimator::Stretched] {
+                let good = normal(&[3, 2]);
+                let (w, x) = (Var::from_tensor(&good).unwrap(), Var::new(&[[1f32, bad], [0.0, 1.0]], &CPU).unwrap());
+                let of_input = layer(&w, estimator);
+                let mut of_weights = layer(&w, estimator);
+                w.set(&Tensor::new(&[[1f32, bad], [0.0, 1.0], [1.0, 1.0]], &CPU).unwrap()).unwrap();
+                assert!(of_weights.quantized_weights().unwrap_err().to_string().contains("finite"), "{estimator}");
+                assert!(of_weights.convert().is_err());
+                for lambda in [1.0, 0.5] {
+                    of_weights.set_lambda(lambda);
+                    let y = of_weights.forward(&normal(&[1, 2])).unwrap();
+                    assert!(flat(&y).iter().all(|y| y.is_nan()), "{estimator} {bad} {lambda}");
+                }
+                w.set(&good).unwrap();
+                let y = of_input.forward(&x).unwrap();
+                let gradients = y.sum_all().unwrap().backward().unwrap();
+                for t in [&y, gradients.get(&w).unwrap(), gradients.get(&x).unwrap()] {
+                    assert!(flat(t).iter().all(|y| y.is_nan()), "{estimator} {bad}");
+                }
+            }
         }
     }
 }
