@@ -1,6 +1,8 @@
 //! The command line.
 
 use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
+#[cfg(feature = "train")]
+use crate::train::TrainArgs;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
 use bitnet_formats::hf::LinearClass;
@@ -42,6 +44,9 @@ pub(crate) enum Command {
     Perplexity(PerplexityArgs),
     /// Speed, load time and memory of a model, or of a shape with made-up weights.
     Bench(BenchArgs),
+    /// Train a model whose weights learn to be quantized, and pack it.
+    #[cfg(feature = "train")]
+    Train(Box<TrainArgs>),
     /// Quantize the built-in model in several ways and print bits against error.
     Demo(DemoArgs),
 }
@@ -193,7 +198,7 @@ impl ChoiceArgs {
     }
 }
 
-fn parse_rule(s: &str) -> Result<Rule, String> {
+pub(crate) fn parse_rule(s: &str) -> Result<Rule, String> {
     let (glob, precision) = s.rsplit_once('=').ok_or("expected GLOB=PRECISION")?;
     let precision = precision.parse().map_err(|e: bitnet_core::Error| e.to_string())?;
     Ok(Rule { glob: glob.into(), choices: Choices { precision: Some(precision), ..Choices::default() } })

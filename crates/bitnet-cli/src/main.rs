@@ -5,6 +5,8 @@ mod commands;
 mod job;
 mod model;
 mod print;
+#[cfg(feature = "train")]
+mod train;
 
 use args::{Cli, Command};
 use clap::Parser;
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(args, &mut out),
         Command::Perplexity(args) => commands::perplexity::run(args, &mut out),
         Command::Bench(args) => commands::bench::run(args, &mut out),
+        #[cfg(feature = "train")]
+        Command::Train(args) => commands::train::run(args, &mut out),
         Command::Demo(args) => commands::demo::run(args, &mut out),
     };
     match result {

@@ -20,7 +20,8 @@ use std::sync::{Mutex, PoisonError};
 /// What the inputs of ternary layers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ActivationType {
-    /// int8 in models that say they were trained so (architecture `bitnet`, or a `quantization_config` of `bitnet`), floats in others.
+    /// int8 in models that say they were trained so (architecture `bitnet`, a `quantization_config` of `bitnet`, or a recipe of ours that says it), floats
+    /// in others.
     #[default]
     Auto,
     /// 8-bit integers with one absmax scale for each token.

@@ -93,7 +93,8 @@ impl Model {
         let source = Source::open_with(path.as_ref(), &options.open)?;
         let config = Config::read(&source)?;
         let machine = options.machine()?;
-        let trained = config.architecture == Architecture::Bitnet || source.bitnet.is_some();
+        let recipe = source.document.as_ref().is_some_and(|d| d.recipe["activations"] == "int8");
+        let trained = config.architecture == Architecture::Bitnet || source.bitnet.is_some() || recipe;
         let int8 = match options.activations {
             ActivationType::Auto => trained,
             ActivationType::Int8 => true,

@@ -10,4 +10,6 @@ pub(crate) mod inspect;
 pub(crate) mod perplexity;
 pub(crate) mod quantize;
 pub(crate) mod run;
+#[cfg(feature = "train")]
+pub(crate) mod train;
 pub(crate) mod verify;

@@ -1,0 +1,8 @@
+//! What models learn from: images in idx files, and text.
+
+pub mod idx;
+pub mod images;
+pub mod text;
+
+pub use images::Images;
+pub use text::{Text, Vocabulary};

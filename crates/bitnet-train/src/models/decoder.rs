@@ -1,0 +1,268 @@
+//! The decoders of [`bitnet_inference`], as graphs with gradients: llama, and bitnet with its sub-norms and squared relu.
+
+use super::gain;
+use crate::ops::{self, Angles};
+use crate::{Error, Result};
+use bitnet_formats::arch::Architecture;
+use bitnet_inference::{Activation, Config};
+use bitnet_quant::qat::{Linear, Linears};
+use candle_core::{Module, Tensor};
+use candle_nn::{Init, VarBuilder};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// The shape of a decoder that is made from scratch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DecoderShape {
+    /// `llama`, or `bitnet`: with sub-norms and `relu²`.
+    pub architecture: String,
+    /// Elements of a token's state.
+    pub hidden: usize,
+    /// Elements between the feed-forward matrices.
+    pub ffn: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads, a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Base of the rotary positions.
+    pub rope_theta: f64,
+    /// Whether the embedding is the output matrix too.
+    pub tied: bool,
+}
+
+impl Default for DecoderShape {
+    /// A llama of about a million parameters.
+    fn default() -> Self {
+        Self { architecture: "llama".into(), hidden: 128, ffn: 384, layers: 5, heads: 4, kv_heads: 2, rope_theta: 10_000.0, tied: true }
+    }
+}
+
+impl DecoderShape {
+    /// The config.json of Hugging Face that says the same.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an architecture that there is no graph for.
+    pub fn config_json(&self, vocabulary: usize, context: usize) -> Result<Value> {
+        let (class, activation) = match self.architecture.as_str() {
+            "llama" => ("LlamaForCausalLM", "silu"),
+            "bitnet" => ("BitNetForCausalLM", "relu2"),
+            other => return Err(Error::option("model.architecture", "llama or bitnet", format!("'{other}'"))),
+        };
+        Ok(json!({
+            "architectures": [class],
+            "model_type": self.architecture,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden / self.heads.max(1),
+            "vocab_size": vocabulary,
+            "max_position_embeddings": context,
+            "hidden_act": activation,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": null,
+            "tie_word_embeddings": self.tied,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "initializer_range": 0.02,
+            "torch_dtype": "float32",
+        }))
+    }
+}
+
+/// Weights of a layer; D = heads · head_dim, V = kv_heads · head_dim.
+#[derive(Debug)]
+struct Layer {
+    /// `[hidden]`.
+    attention_norm: Tensor,
+    /// Q `(D, hidden)`, K and V `(V, hidden)`, O `(hidden, D)`.
+    attention: [Linear; 4],
+    /// Over all heads together, `[D]`.
+    attention_sub_norm: Option<Tensor>,
+    /// `[hidden]`.
+    ffn_norm: Tensor,
+    /// Gate and up `(ffn, hidden)`, down `(hidden, ffn)`.
+    ffn: [Linear; 3],
+    /// `[ffn]`.
+    ffn_sub_norm: Option<Tensor>,
+}
+
+/// What a forward pass went through, for distillation.
+#[derive(Debug, Default)]
+pub struct Trace {
+    /// The residual stream after each layer, `[B, T, hidden]`.
+    pub hidden: Vec<Tensor>,
+    /// Queries `[B, T, D]`, keys and values `[B, T, V]` of the last layer, not yet turned by their positions; and a number of heads that divides all.
+    pub relations: Option<([Tensor; 3], usize)>,
+}
+
+/// A decoder; the equations are in `bitnet_inference`'s `arch`. Variables have the names of Hugging Face.
+#[derive(Debug)]
+pub struct Decoder {
+    config: Config,
+    /// `(vocab, hidden)`.
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// `(vocab, hidden)`; none where it is the embedding.
+    head: Option<Linear>,
+    angles: Angles,
+}
+
+const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
+const FFN: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+impl Decoder {
+    /// A decoder of this config.json with the variables of `vb`; new ones are drawn as `initializer_range` and the linear layers say. `positions` of
+    /// them can be used at a time.
+    ///
+    /// # Errors
+    /// As [`Config::from_hf`]; [`Error::Option`] for rotary positions that are scaled, or more positions than the model has; variables of another shape.
+    pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
+        let config = Config::from_hf(path, json)?;
+        if config.rope.divisors.is_some() {
+            return Err(Error::option("rope_scaling", "none, in a model to be trained", json["rope_scaling"].to_string()));
+        }
+        if positions == 0 || positions > config.context {
+            return Err(Error::option("context", format!("1 to {}, the positions of the model", config.context), positions));
+        }
+        if !config.head_dim.is_multiple_of(2) {
+            return Err(Error::option("head_dim", "an even number", config.head_dim));
+        }
+        let deviation = json.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02);
+        let (d, v) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let model = vb.pp("model");
+        let embedding = Init::Randn { mean: 0.0, stdev: deviation };
+        let embedding = model.pp("embed_tokens").get_with_hints((config.vocab, config.hidden), "weight", embedding)?;
+        let bitnet = config.architecture == Architecture::Bitnet;
+        let mut layers = vec![];
+        for i in 0..config.layers {
+            let vb = model.pp("layers").pp(i);
+            let (attention, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
+            let project = |i: usize, inputs, outputs| Linear::new(inputs, outputs, config.attention_bias, &attention.pp(ATTENTION[i]));
+            let feed = |i: usize, inputs, outputs| Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]));
+            let sub_norm = |vb: VarBuilder<'_>, len| if bitnet { gain(&vb, len).map(Some) } else { Ok(None) };
+            layers.push(Layer {
+                attention_norm: gain(&vb.pp("input_layernorm"), config.hidden)?,
+                attention: [
+                    project(0, config.hidden, d)?,
+                    project(1, config.hidden, v)?,
+                    project(2, config.hidden, v)?,
+                    project(3, d, config.hidden)?,
+                ],
+                attention_sub_norm: sub_norm(attention.pp("attn_sub_norm"), d)?,
+                ffn_norm: gain(&vb.pp("post_attention_layernorm"), config.hidden)?,
+                ffn: [feed(0, config.hidden, config.ffn)?, feed(1, config.hidden, config.ffn)?, feed(2, config.ffn, config.hidden)?],
+                ffn_sub_norm: sub_norm(mlp.pp("ffn_sub_norm"), config.ffn)?,
+            });
+        }
+        let head = if config.tied { None } else { Some(Linear::new(config.hidden, config.vocab, false, &vb.pp("lm_head"))?) };
+        let norm = gain(&model.pp("norm"), config.hidden)?;
+        let angles = Angles::new(config.rope.theta, config.head_dim, positions);
+        Ok(Self { config, embedding, layers, norm, head, angles })
+    }
+
+    /// The facts of the graph.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Logits `[B, T, vocab]` of tokens `[B, T]`.
+    ///
+    /// # Errors
+    /// For tokens outside the vocabulary and more positions than there are.
+    pub fn forward(&self, tokens: &Tensor) -> candle_core::Result<Tensor> {
+        self.run(tokens, None)
+    }
+
+    /// [`Decoder::forward`], with what it went through.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_traced(&self, tokens: &Tensor) -> candle_core::Result<(Tensor, Trace)> {
+        let mut trace = Trace::default();
+        Ok((self.run(tokens, Some(&mut trace))?, trace))
+    }
+
+    fn run(&self, tokens: &Tensor, mut trace: Option<&mut Trace>) -> candle_core::Result<Tensor> {
+        let (batch, positions) = tokens.dims2()?;
+        let shape = (batch, positions, self.config.hidden);
+        let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?.reshape(shape)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let last = i + 1 == self.layers.len();
+            x = (&x + self.attention(layer, &x, trace.as_deref_mut().filter(|_| last))?)?;
+            x = (&x + self.feed_forward(layer, &x)?)?;
+            if let Some(trace) = &mut trace {
+                trace.hidden.push(x.clone());
+            }
+        }
+        let x = self.rms_norm(&x, &self.norm)?;
+        match &self.head {
+            Some(head) => head.forward(&x),
+            None => x.reshape(((), self.config.hidden))?.matmul(&self.embedding.t()?)?.reshape((batch, positions, self.config.vocab)),
+        }
+    }
+
+    fn rms_norm(&self, x: &Tensor, gain: &Tensor) -> candle_core::Result<Tensor> {
+        ops::rms_norm(x, gain, f64::from(self.config.norm_eps))
+    }
+
+    /// `o · sub_norm(Attention(rope(q·z), rope(k·z), v·z))`, z = RMS(x).
+    fn attention(&self, layer: &Layer, x: &Tensor, trace: Option<&mut Trace>) -> candle_core::Result<Tensor> {
+        let (batch, positions, _) = x.dims3()?;
+        let Config { heads, kv_heads, head_dim, .. } = self.config;
+        let z = self.rms_norm(x, &layer.attention_norm)?;
+        let [q, k, v, o] = &layer.attention;
+        let [q, k, v] = [q.forward(&z)?, k.forward(&z)?, v.forward(&z)?];
+        if let Some(trace) = trace {
+            trace.relations = Some(([q.clone(), k.clone(), v.clone()], kv_heads));
+        }
+        let q = ops::heads_first(&q, heads, Some(&self.angles))?;
+        let k = ops::heads_first(&k, kv_heads, Some(&self.angles))?;
+        let v = ops::heads_first(&v, kv_heads, None)?;
+        // The queries of a group of heads stand one after another before the keys that they share.
+        let grouped = q.reshape((batch, kv_heads, heads / kv_heads * positions, head_dim))?;
+        let scores = grouped.matmul(&k.transpose(2, 3)?)?;
+        let mixed = ops::causal_softmax(&scores, 1.0 / (head_dim as f32).sqrt())?.matmul(&v)?;
+        let mut mixed = ops::heads_last(&mixed.reshape((batch, heads, positions, head_dim))?)?;
+        if let Some(gain) = &layer.attention_sub_norm {
+            mixed = self.rms_norm(&mixed, gain)?;
+        }
+        o.forward(&mixed)
+    }
+
+    /// `down · sub_norm(f(gate·z) ⊙ up·z)`, z = RMS(x).
+    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> candle_core::Result<Tensor> {
+        let z = self.rms_norm(x, &layer.ffn_norm)?;
+        let [gate, up, down] = &layer.ffn;
+        let (gate, up) = (gate.forward(&z)?, up.forward(&z)?);
+        let mut product = match self.config.activation {
+            Activation::Silu => ops::silu_gate(&gate, &up)?,
+            Activation::Relu2 => ops::relu2_gate(&gate, &up)?,
+        };
+        if let Some(gain) = &layer.ffn_sub_norm {
+            product = self.rms_norm(&product, gain)?;
+        }
+        down.forward(&product)
+    }
+}
+
+impl Linears for Decoder {
+    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            for (name, linear) in ATTENTION.iter().zip(&mut layer.attention) {
+                visit(&format!("model.layers.{i}.self_attn.{name}"), linear)?;
+            }
+            for (name, linear) in FFN.iter().zip(&mut layer.ffn) {
+                visit(&format!("model.layers.{i}.mlp.{name}"), linear)?;
+            }
+        }
+        self.head.iter_mut().try_for_each(|head| visit("lm_head", head))
+    }
+}

@@ -1,0 +1,151 @@
+//! Convolution as a product of patches, and pooling. Images are `[B, H, W, C]`, channels last.
+
+use super::{slice, with};
+use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// The patches of size × size pixels around each pixel, zeros beyond the border: `[B, H, W, C]` to `[B, H, W, size·size·C]`.
+///
+/// A convolution is then a linear layer, and its quantization that of one: a token is a patch.
+///
+/// # Errors
+/// For a tensor of another kind or shape, or an even size.
+pub fn patches(x: &Tensor, size: usize) -> Result<Tensor> {
+    let (batch, height, width, channels) = x.dims4()?;
+    if size.is_multiple_of(2) {
+        return Err(Error::msg(format!("patches: expected an odd size, got {size}")));
+    }
+    x.contiguous()?.apply_op1(Patches { shape: [batch, height, width, channels], size })
+}
+
+struct Patches {
+    shape: [usize; 4],
+    size: usize,
+}
+
+impl Patches {
+    /// Calls `f` with (index in a patched image, index in an image) of each run of C elements of a patch that lies inside, row by row.
+    fn runs(&self, mut f: impl FnMut(usize, usize)) {
+        let ([_, height, width, channels], size) = (self.shape, self.size);
+        let half = size / 2;
+        let mut patch = 0;
+        for y in 0..height {
+            for x in 0..width {
+                for dy in 0..size {
+                    for dx in 0..size {
+                        let (y, x) = (y + dy, x + dx);
+                        if (half..height + half).contains(&y) && (half..width + half).contains(&x) {
+                            f(patch, ((y - half) * width + x - half) * channels);
+                        }
+                        patch += channels;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Elements of an image, and of its patches.
+    fn sizes(&self) -> (usize, usize) {
+        let [_, height, width, channels] = self.shape;
+        let image = height * width * channels;
+        (image, image * self.size * self.size)
+    }
+}
+
+impl CustomOp1 for Patches {
+    fn name(&self) -> &'static str {
+        "patches"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let ([batch, height, width, channels], (image, patched)) = (self.shape, self.sizes());
+        let x = slice(storage, layout)?;
+        let mut out = vec![0.0; batch * patched];
+        if image > 0 {
+            out.par_chunks_mut(patched).zip(x.par_chunks(image)).for_each(|(out, x)| {
+                self.runs(|to, from| out[to..to + channels].copy_from_slice(&x[from..from + channels]));
+            });
+        }
+        Ok((CpuStorage::F32(out), Shape::from((batch, height, width, channels * self.size * self.size))))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (channels, (image, patched)) = (self.shape[3], self.sizes());
+        let mut dx = vec![0.0; x.elem_count()];
+        with(grad, |grad| {
+            if image > 0 {
+                dx.par_chunks_mut(image).zip(grad.par_chunks(patched)).for_each(|(dx, grad)| {
+                    self.runs(|from, to| dx[to..to + channels].iter_mut().zip(&grad[from..from + channels]).for_each(|(d, g)| *d += g));
+                });
+            }
+        })?;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// The largest of each 2 × 2 pixels: `[B, H, W, C]` to `[B, H/2, W/2, C]`. Of equals the first one gets the gradient.
+///
+/// # Errors
+/// For a tensor of another kind or shape, or odd sizes.
+pub fn max_pool(x: &Tensor) -> Result<Tensor> {
+    let (batch, height, width, channels) = x.dims4()?;
+    if !height.is_multiple_of(2) || !width.is_multiple_of(2) {
+        return Err(Error::msg(format!("pooling: expected even sizes, got {height} × {width}")));
+    }
+    x.contiguous()?.apply_op1(MaxPool { shape: [batch, height, width, channels] })
+}
+
+struct MaxPool {
+    shape: [usize; 4],
+}
+
+impl MaxPool {
+    /// Calls `f` with each index of a pooled image and the index of the largest of its four pixels.
+    fn largest(&self, x: &[f32], mut f: impl FnMut(usize, usize)) {
+        let [_, height, width, channels] = self.shape;
+        for y in 0..height / 2 {
+            for col in 0..width / 2 {
+                for c in 0..channels {
+                    let at = |dy, dx| ((2 * y + dy) * width + 2 * col + dx) * channels + c;
+                    let mut best = at(0, 0);
+                    for other in [at(0, 1), at(1, 0), at(1, 1)] {
+                        if x[other] > x[best] {
+                            best = other;
+                        }
+                    }
+                    f((y * (width / 2) + col) * channels + c, best);
+                }
+            }
+        }
+    }
+}
+
+impl CustomOp1 for MaxPool {
+    fn name(&self) -> &'static str {
+        "max-pool"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let ([batch, height, width, channels], x) = (self.shape, slice(storage, layout)?);
+        let image = height * width * channels;
+        let mut out = vec![0.0; x.len() / 4];
+        if image > 0 {
+            out.par_chunks_mut(image / 4).zip(x.par_chunks(image)).for_each(|(out, x)| self.largest(x, |to, from| out[to] = x[from]));
+        }
+        Ok((CpuStorage::F32(out), Shape::from((batch, height / 2, width / 2, channels))))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let image: usize = self.shape[1..].iter().product();
+        let mut dx = vec![0.0; x.elem_count()];
+        with(x, |x| {
+            with(grad, |grad| {
+                if image > 0 {
+                    let inputs = x.par_chunks(image).zip(grad.par_chunks(image / 4));
+                    dx.par_chunks_mut(image).zip(inputs).for_each(|(dx, (x, grad))| self.largest(x, |from, to| dx[to] = grad[from]));
+                }
+            })
+        })??;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}

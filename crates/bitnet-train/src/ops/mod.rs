@@ -1,0 +1,62 @@
+//! Operations of models with their gradients, each one pass over its tensors.
+//!
+//! candle composes these of many operations, each with a tensor to keep and two passes more in the backward one; its fused ones (`rms_norm`,
+//! `softmax_last_dim`, `rope`) have no gradient at all, and its `relu` lets the gradient through at 0. All of these take f32 on the CPU, and their results do
+//! not depend on the number of threads.
+
+mod attention;
+mod conv;
+mod gate;
+mod loss;
+mod norm;
+
+pub use attention::{Angles, causal_softmax, heads_first, heads_last};
+pub use conv::{max_pool, patches};
+pub use gate::{relu, relu2_gate, silu_gate};
+pub use loss::cross_entropy;
+pub use norm::rms_norm;
+
+use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+
+/// Elements that one thread takes at a time.
+const CHUNK: usize = 1 << 13;
+
+/// The elements of a contiguous f32 storage.
+fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let (start, end) = layout.contiguous_offsets().ok_or_else(|| Error::msg("expected a contiguous tensor"))?;
+    match storage {
+        CpuStorage::F32(all) => Ok(&all[start..end]),
+        _ => Err(Error::msg("expected an f32 tensor")),
+    }
+}
+
+/// Calls `f` with the elements of an f32 tensor on the CPU, in order.
+fn with<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(f(slice(storage, layout)?)),
+        _ => Err(Error::msg("expected a tensor on the CPU")),
+    }
+}
+
+/// `Σ a·b`, in 16 sums side by side so that they can be vectors.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    let mut sums = [0f32; 16];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..16 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+/// The last size of a shape, and the number of rows of that size.
+fn rows(layout: &Layout) -> Result<(usize, usize)> {
+    match layout.dims() {
+        [rest @ .., k] if *k > 0 => Ok((rest.iter().product(), *k)),
+        dims => Err(Error::msg(format!("expected rows of at least one element, got shape {dims:?}"))),
+    }
+}
