@@ -93,6 +93,17 @@ def test_perplexity(smollm2_floats, tmp_path):
     assert abs(ours["model"]["loss"]["error"] / error - 1) < 0.02
 
 
+def test_blocks_are_their_floats(smollm2_floats):
+    """Weights that stay in the blocks of the file (Q4_1, Q8_0) give the losses of the same weights in f32 to the last bit."""
+    source = MODELS / "SmolLM2-135M-Instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    arguments = ["--text", ROOT / "README.md", "--context", 128, "--stride", 128, "--tokens", 256, "--quiet"]
+    blocks, floats = (run_json("perplexity", path, *arguments)["model"]["loss"] for path in (source, smollm2_floats))
+    assert blocks == floats
+    held = {path: run_json("bench", path, "--prompt", 1, "--tokens", 1, "--repeat", 1)["weight_bytes"] for path in (source, smollm2_floats)}
+    figure(f"SmolLM2 Q4_1: {held[source] / 1e6:.1f} MB of weights in memory, of a file of {source.stat().st_size / 1e6:.1f} MB; in f32 {held[smollm2_floats] / 1e6:.1f} MB")
+    assert held[source] <= 1.02 * source.stat().st_size
+
+
 @pytest.mark.parametrize("precision", ["original", "tq2_0"])
 def test_quantized_files(precision, tmp_path):
     """Files whose inputs llama.cpp rounds and we do not: likely tokens are the same within that rounding."""

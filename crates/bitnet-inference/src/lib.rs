@@ -20,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 mod arch;
+mod blocks;
 mod cache;
 mod chat;
 mod config;

@@ -1,15 +1,15 @@
 //! Weights: from the tensors of a checkpoint, or made up.
 
+use crate::blocks;
 use crate::linear::{Linear, Machine, Weights};
 use crate::run::Norm;
 use crate::{Config, Error, Result};
 use bitnet_core::ops::Ops;
-use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
+use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::{self, Architecture};
-use bitnet_formats::gguf::GgmlType;
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
-use bitnet_kernels::dense::{BLOCK, Data, Matrix, quantize_blocks, quantize_nibbles, zeros};
+use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, quantize_int4, quantize_int8, zeros};
 use bitnet_kernels::matmul::Prepacked;
 use std::collections::HashSet;
 use std::fmt;
@@ -45,16 +45,28 @@ impl FromStr for ActivationType {
 /// How weights with float activations are held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FloatType {
-    /// Without any loss: f32, f16 and bf16 as stored; Q8_0, Q4_0 and what else fits 4-bit or 8-bit integers with one f16 scale for each 32 columns so; the
-    /// rest as f32.
+    /// Without any loss: f32, f16 and bf16 as stored; the block types of GGUF and quantized layers of one plane without zero points as the integers they are,
+    /// ternary ones in 2 bits; the rest as f32.
     #[default]
     Exact,
     /// Rounded to bf16: an error of 2⁻⁹ of each weight, 56 dB.
     Bf16,
-    /// 8-bit integers with one f16 scale for each 32 columns (Q8_0): about 44 dB for normal weights.
+    /// 8-bit integers with one f16 scale for each 32 columns (Q8_0): about 44 dB for normal weights. What has codes of 8 bits or fewer stays exact.
     Int8,
-    /// 4-bit integers with one f16 scale for each 32 columns (Q4_0): about 20 dB for normal weights.
+    /// 4-bit integers with one f16 scale for each 32 columns (Q4_0): about 20 dB for normal weights. What has codes of 4 bits or fewer stays exact.
     Int4,
+}
+
+impl FloatType {
+    /// Whether weights that are held exactly in blocks are left so.
+    fn keeps(self, kind: BlockType) -> bool {
+        match self {
+            Self::Exact => true,
+            Self::Bf16 => false,
+            Self::Int8 => kind.codes.bits() <= 8,
+            Self::Int4 => kind.codes.bits() <= 4,
+        }
+    }
 }
 
 impl fmt::Display for FloatType {
@@ -114,16 +126,11 @@ pub(crate) struct Loss {
 }
 
 impl Loss {
-    /// What `matrix`, rows from one on, holds of the weights `w`.
-    fn of(matrix: &Matrix, w: &[f32]) -> Self {
-        let mut row = vec![0.0; matrix.cols()];
-        let mut loss = Self::default();
-        for (i, w) in w.chunks(matrix.cols().max(1)).enumerate() {
-            matrix.row_into(i, &mut row);
-            loss.power += w.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
-            loss.error += w.iter().zip(&row).map(|(w, r)| f64::from(w - r).powi(2)).sum::<f64>();
-        }
-        loss
+    fn of(w: &[f32], rounded: impl Iterator<Item = f32>) -> Self {
+        let square = |x: f32| f64::from(x).powi(2);
+        let sums = |(power, error), (&w, r)| (power + square(w), error + square(w - r));
+        let (power, error) = w.iter().zip(rounded).fold((0.0, 0.0), sums);
+        Self { power, error }
     }
 
     fn add(&mut self, other: Self) {
@@ -323,7 +330,7 @@ impl Loader<'_> {
 
     /// Weights for float activations; `part` is 0 for a linear layer and 1 for the embedding.
     fn dense(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, part: usize) -> Result<Matrix> {
-        let choice = self.floats[part];
+        let (choice, pool) = (self.floats[part], &self.machine.pool);
         let read: Box<ReadRows<'_>> = match &tensor.content {
             Content::Quantized(q) => {
                 let matrix = self.source.matrix(&tensor.name, q)?;
@@ -331,10 +338,11 @@ impl Loader<'_> {
                     let got = format!("{} × {}", matrix.spec.rows, matrix.spec.cols);
                     return Err(bitnet_formats::Error::tensor(path, &tensor.name, format!("a matrix of {rows} × {cols}"), got).into());
                 }
-                if choice == FloatType::Exact
-                    && let Some(data) = as_blocks(&matrix)
-                {
-                    return Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source));
+                if let Some(kind) = blocks::type_of(&matrix).filter(|kind| choice.keeps(*kind)) {
+                    return match blocks::of_matrix(pool, &matrix, kind) {
+                        Ok(blocks) => Ok(blocks.into()),
+                        Err(source) => Err(matrix_error(path, tensor, source)),
+                    };
                 }
                 Box::new(move |first, out| {
                     out.chunks_mut(cols.max(1)).enumerate().for_each(|(i, out)| matrix.dequantize_row_into(first + i, out));
@@ -343,14 +351,10 @@ impl Loader<'_> {
             }
             Content::Float(stored) | Content::Opaque(stored) => {
                 let (source, stored) = (self.source, *stored);
-                let held = match (source.stored[stored].dtype, choice) {
-                    (StoredType::Ggml(kind @ GgmlType::Q8_0), FloatType::Exact | FloatType::Int8) => Some(kind),
-                    (StoredType::Ggml(kind @ GgmlType::Q4_0), FloatType::Exact | FloatType::Int8 | FloatType::Int4) => Some(kind),
-                    _ => None,
-                };
-                if let Some(kind) = held {
-                    let data = self.blocks(stored, kind, rows, cols)?;
-                    return Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source));
+                if let StoredType::Ggml(ggml_type) = source.stored[stored].dtype
+                    && let Some(kind) = blocks::type_of_gguf(ggml_type).filter(|kind| choice.keeps(*kind))
+                {
+                    return Ok(blocks::of_gguf(pool, source, stored, ggml_type, kind, [rows, cols])?.into());
                 }
                 Box::new(move |first, out| {
                     let at = first * cols;
@@ -362,98 +366,78 @@ impl Loader<'_> {
             Content::Float(i) => self.source.stored[*i].dtype.to_string(),
             _ => String::new(),
         };
-        let pool = &self.machine.pool;
-        let failed = Mutex::new(None);
-        let strip = (STRIP / cols.max(1)).max(1);
-        let weights = rows * cols;
-        // Decodes a strip into a buffer, checks it, and hands it on; keeps the first failure.
-        let each = |part: usize, count: usize, then: &mut dyn FnMut(&[f32])| {
+        // Decodes whole rows from one on into a buffer, and checks them.
+        let floats = |first: usize, count: usize| -> Result<Vec<f32>> {
             let mut floats = vec![0.0; count];
-            match read(part * strip, &mut floats).and_then(|()| finite(path, tensor, part * strip * cols, &floats)) {
-                Ok(()) => then(&floats),
-                Err(error) => _ = failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error),
-            }
+            read(first, &mut floats)?;
+            finite(path, tensor, first * cols, &floats)?;
+            Ok(floats)
         };
-        // What a rounded strip lost.
-        let lose = |data: Data, w: &[f32]| {
-            if let Ok(rounded) = Matrix::new(w.len() / cols.max(1), cols, data) {
-                self.losses.lock().unwrap_or_else(PoisonError::into_inner)[part].add(Loss::of(&rounded, w));
-            }
-        };
-        let blocks = cols.div_ceil(BLOCK);
+        let lost = |loss: Loss| self.losses.lock().unwrap_or_else(PoisonError::into_inner)[part].add(loss);
         let data = match (choice, exact.as_str()) {
-            (FloatType::Exact, "F16") => {
-                let mut all = zeros::<u16>(weights);
-                pool.for_chunks(&mut all, strip * cols, |part, out| {
-                    each(part, out.len(), &mut |w| out.iter_mut().zip(w).for_each(|(o, w)| *o = half::f16::from_f32(*w).to_bits()));
-                });
-                Data::F16(all)
-            }
-            (FloatType::Bf16, _) | (FloatType::Exact, "BF16") => {
-                let mut all = zeros::<u16>(weights);
-                pool.for_chunks(&mut all, strip * cols, |part, out| {
-                    each(part, out.len(), &mut |w| {
-                        out.iter_mut().zip(w).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
-                        if choice == FloatType::Bf16 {
-                            lose(Data::Bf16(out.to_vec()), w);
-                        }
-                    });
-                });
-                Data::Bf16(all)
-            }
+            (FloatType::Exact, "F16") => Data::F16(self.halves(tensor, path, rows, cols, 0x7c00)?),
+            (FloatType::Exact, "BF16") => Data::Bf16(self.halves(tensor, path, rows, cols, 0x7f80)?),
+            (FloatType::Bf16, _) => Data::Bf16(self.strips(rows, cols, |first, out| {
+                let w = floats(first, out.len())?;
+                out.iter_mut().zip(&w).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
+                lost(Loss::of(&w, out.iter().map(|&bits| half::bf16::from_bits(bits).to_f32())));
+                Ok(())
+            })?),
             (FloatType::Exact, _) => {
-                let mut all = zeros::<f32>(weights);
-                pool.for_chunks(&mut all, strip * cols, |part, out| each(part, out.len(), &mut |w| out.copy_from_slice(w)));
-                Data::F32(all)
+                Data::F32(self.strips(rows, cols, |first, out| floats(first, out.len()).map(|w| out.copy_from_slice(&w)))?)
             }
-            (FloatType::Int8, _) => {
-                let (mut values, mut scales) = (zeros::<i8>(weights), vec![0u16; rows * blocks]);
-                let mut strips: Vec<_> = values.chunks_mut(strip * cols).zip(scales.chunks_mut(strip * blocks)).collect();
-                pool.for_chunks(&mut strips, 1, |part, strips| {
-                    let (values, scales) = &mut strips[0];
-                    each(part, values.len(), &mut |w| {
-                        let rows = values.chunks_mut(cols).zip(scales.chunks_mut(blocks));
-                        w.chunks(cols).zip(rows).for_each(|(w, (values, scales))| quantize_blocks(w, values, scales));
-                        lose(Data::Int8 { values: values.to_vec(), scales: scales.to_vec() }, w);
-                    });
-                });
-                Data::Int8 { values, scales }
-            }
-            (FloatType::Int4, _) => {
-                let (mut codes, mut scales) = (zeros::<u8>(rows * blocks * BLOCK / 2), vec![0u16; rows * blocks]);
-                let mut strips: Vec<_> = codes.chunks_mut(strip * blocks * BLOCK / 2).zip(scales.chunks_mut(strip * blocks)).collect();
-                pool.for_chunks(&mut strips, 1, |part, strips| {
-                    let (codes, scales) = &mut strips[0];
-                    each(part, scales.len() / blocks * cols, &mut |w| {
-                        let rows = codes.chunks_mut(blocks * BLOCK / 2).zip(scales.chunks_mut(blocks));
-                        w.chunks(cols).zip(rows).for_each(|(w, (codes, scales))| quantize_nibbles(w, codes, scales));
-                        lose(Data::Int4 { codes: codes.to_vec(), scales: scales.to_vec() }, w);
-                    });
-                });
-                Data::Int4 { codes, scales }
+            (FloatType::Int8 | FloatType::Int4, _) => {
+                let kind = if choice == FloatType::Int8 { BlockType::INT8 } else { BlockType::INT4 };
+                Data::Blocks(Blocks::new(pool, rows, cols, kind, |first, strip| {
+                    let w = floats(first, strip.rows() * cols)?;
+                    let (mut loss, mut rounded) = (Loss::default(), vec![0.0; cols]);
+                    for (i, w) in w.chunks_exact(cols.max(1)).enumerate() {
+                        let mut row = strip.row(i);
+                        if choice == FloatType::Int8 {
+                            quantize_int8(w, &mut row)
+                        } else {
+                            quantize_int4(w, &mut row)
+                        }
+                        strip.row_into(i, &mut rounded);
+                        loss.add(Loss::of(w, rounded.iter().copied()));
+                    }
+                    lost(loss);
+                    Ok::<(), Error>(())
+                })?)
             }
         };
-        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error),
-            None => Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source)),
-        }
+        Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source))
     }
 
-    /// Q8_0 and Q4_0 as they are: a block is an f16 scale, then 32 values, or 16 bytes whose low halves come before the high ones.
-    fn blocks(&self, stored: usize, kind: GgmlType, rows: usize, cols: usize) -> Result<Data> {
-        let bytes = self.source.read_all(stored)?;
-        let (size, blocks) = (kind.block_bytes(), rows * cols / BLOCK);
-        let scales: Vec<u16> = bytes.chunks_exact(size).map(|block| u16::from_le_bytes([block[0], block[1]])).collect();
-        let mut all = zeros::<u8>(blocks * (size - 2));
-        all.chunks_exact_mut(size - 2).zip(bytes.chunks_exact(size)).for_each(|(to, block)| to.copy_from_slice(&block[2..]));
-        if let Some(i) = scales.iter().position(|s| s & 0x7c00 == 0x7c00) {
-            let (path, name) = (self.source.file_of(stored), &self.source.stored[stored].name);
-            return Err(bitnet_formats::Error::tensor(path, name, "finite scales", format!("NaN or infinity in block {i}")).into());
-        }
-        Ok(match kind {
-            GgmlType::Q8_0 => Data::Int8 { values: all.into_iter().map(|b| b as i8).collect(), scales },
-            _ => Data::Int4 { codes: all, scales },
+    /// 16-bit floats as they are stored. All bits of `special` are set in those that are no finite numbers.
+    fn halves(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, special: u16) -> Result<Vec<u16>> {
+        let stored = tensor.stored()[0];
+        self.strips(rows, cols, |first, out: &mut [u16]| {
+            let mut bytes = vec![0; 2 * out.len()];
+            self.source.read(stored, 2 * (first * cols) as u64, &mut bytes)?;
+            out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, bytes)| *out = u16::from_le_bytes(*bytes));
+            match out.iter().position(|bits| bits & special == special) {
+                None => Ok(()),
+                Some(i) => Err(not_finite(path, tensor, first * cols + i, out[i] & !(special | 0x8000) != 0)),
+            }
         })
+    }
+
+    /// Row-major elements that `fill` writes, some rows from one on at a time, on the threads of the pool.
+    fn strips<T: Copy + Default + Send>(
+        &self,
+        rows: usize,
+        cols: usize,
+        fill: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+    ) -> Result<Vec<T>> {
+        let strip = (STRIP / cols.max(1)).max(1);
+        let (mut all, failed) = (zeros::<T>(rows * cols), Mutex::new(None));
+        self.machine.pool.for_chunks(&mut all, (strip * cols).max(1), |part, out| {
+            if let Err(error) = fill(part * strip, out) {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(all), Err)
     }
 
     /// Refuses tensors that the graph has no place for: they would be left out in silence.
@@ -479,41 +463,15 @@ impl Loader<'_> {
     }
 }
 
-/// A quantized matrix as 4-bit blocks or else as 8-bit ones, where that is exact: one plane without zero points, scales that f16 holds, and one scale to a
-/// block.
-fn as_blocks(matrix: &bitnet_core::Matrix) -> Option<Data> {
-    let spec = &matrix.spec;
-    let width = spec.granule_cols();
-    let exact = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
-    let fits = spec.planes == 1
-        && spec.zero_points == ZeroPoints::None
-        && (width.is_multiple_of(BLOCK) || width >= spec.cols)
-        && (spec.scale_dtype == ScaleDtype::F16 || matrix.scales.iter().all(exact));
-    if !fits {
-        return None;
-    }
-    let blocks = spec.cols.div_ceil(BLOCK);
-    let scale = |row: usize, block: usize| half::f16::from_f32(matrix.scales[spec.scale_index(0, row, block * BLOCK)]).to_bits();
-    let scales = (0..spec.rows).flat_map(|row| (0..blocks).map(move |block| (row, block))).map(|(row, block)| scale(row, block)).collect();
-    if !matrix.values.iter().all(|v| (-8..8).contains(v)) {
-        return Some(Data::Int8 { values: matrix.values.clone(), scales });
-    }
-    let mut codes = zeros::<u8>(spec.rows * blocks * BLOCK / 2);
-    for (row, codes) in matrix.values.chunks(spec.cols.max(1)).zip(codes.chunks_mut((blocks * BLOCK / 2).max(1))) {
-        for (values, codes) in row.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)) {
-            let code = |i: usize| values.get(i).map_or(8, |v| v + 8) as u8;
-            codes.iter_mut().enumerate().for_each(|(i, byte)| *byte = code(i) | code(i + BLOCK / 2) << 4);
-        }
-    }
-    Some(Data::Int4 { codes, scales })
-}
-
 /// Refuses NaN and infinity; `first` is the index of the first weight.
 fn finite(path: &Path, tensor: &Tensor, first: usize, w: &[f32]) -> Result<()> {
     match w.iter().position(|w| !w.is_finite()) {
         None => Ok(()),
-        Some(i) => {
-            Err(bitnet_formats::Error::tensor(path, &tensor.name, "finite weights", format!("{} at index {}", w[i], first + i)).into())
-        }
+        Some(i) => Err(not_finite(path, tensor, first + i, w[i].is_nan())),
     }
+}
+
+fn not_finite(path: &Path, tensor: &Tensor, index: usize, nan: bool) -> Error {
+    let got = format!("{} at index {index}", if nan { "NaN" } else { "infinity" });
+    bitnet_formats::Error::tensor(path, &tensor.name, "finite weights", got).into()
 }

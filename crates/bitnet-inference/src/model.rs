@@ -110,7 +110,18 @@ impl Model {
             used: Default::default(),
             losses: Default::default(),
         };
-        let (embedding, head, norm, layers) = weights(&loader, &machine)?;
+        // A large vocabulary takes as long as many layers.
+        let (tokenizer, loaded) = std::thread::scope(|scope| {
+            let tokenizer = || Tokenizer::read(&source, &config);
+            let beside = (machine.pool.threads() > 1).then(|| scope.spawn(tokenizer));
+            let loaded = weights(&loader, &machine);
+            let tokenizer = match beside {
+                None => tokenizer(),
+                Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            };
+            (tokenizer, loaded)
+        });
+        let (embedding, head, norm, layers) = loaded?;
         loader.check_all_used()?;
         let mut notes = source.notes.clone();
         if int8 != trained {
@@ -120,7 +131,6 @@ impl Model {
         let losses = loader.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
         notes
             .extend(losses.iter().zip(["linear layers", "embedding and output matrix"]).zip(floats).filter_map(|((l, w), f)| l.note(w, f)));
-        let tokenizer = Tokenizer::read(&source, &config);
         let template = ChatTemplate::read(&source)?;
         let mut model = Self::new(config, machine, embedding, head, norm, layers);
         (model.tokenizer, model.template, model.notes) = (tokenizer, template, notes);

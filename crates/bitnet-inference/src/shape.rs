@@ -7,7 +7,7 @@ use crate::run::Norm;
 use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::Architecture;
-use bitnet_kernels::dense::{BLOCK, Data, Matrix, Pairing, quantize_blocks, quantize_nibbles, zeros};
+use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros};
 use bitnet_kernels::matmul::Prepacked;
 
 impl Config {
@@ -95,31 +95,18 @@ impl Provider for MadeUp<'_> {
                 *w = (sum as f32 / 65536.0 - 2.0) * 0.05;
             }
         };
-        let blocks = cols.div_ceil(BLOCK);
         let data = match self.embedding {
-            FloatType::Int8 => {
-                let (mut values, mut scales) = (zeros::<i8>(rows * cols), vec![0u16; rows * blocks]);
-                let mut all: Vec<_> = values.chunks_mut(cols).zip(scales.chunks_mut(blocks)).collect();
-                pool.for_chunks(&mut all, 256, |part, some| {
+            FloatType::Int8 | FloatType::Int4 => {
+                let int8 = self.embedding == FloatType::Int8;
+                Data::Blocks(Blocks::new(pool, rows, cols, if int8 { BlockType::INT8 } else { BlockType::INT4 }, |first, strip| {
                     let mut floats = vec![0.0; cols];
-                    for (i, (values, scales)) in some.iter_mut().enumerate() {
-                        fill(part * 256 + i, &mut floats);
-                        quantize_blocks(&floats, values, scales);
+                    for i in 0..strip.rows() {
+                        fill(first + i, &mut floats);
+                        let mut row = strip.row(i);
+                        if int8 { quantize_int8(&floats, &mut row) } else { quantize_int4(&floats, &mut row) }
                     }
-                });
-                Data::Int8 { values, scales }
-            }
-            FloatType::Int4 => {
-                let (mut codes, mut scales) = (zeros::<u8>(rows * blocks * BLOCK / 2), vec![0u16; rows * blocks]);
-                let mut all: Vec<_> = codes.chunks_mut(blocks * BLOCK / 2).zip(scales.chunks_mut(blocks)).collect();
-                pool.for_chunks(&mut all, 256, |part, some| {
-                    let mut floats = vec![0.0; cols];
-                    for (i, (codes, scales)) in some.iter_mut().enumerate() {
-                        fill(part * 256 + i, &mut floats);
-                        quantize_nibbles(&floats, codes, scales);
-                    }
-                });
-                Data::Int4 { codes, scales }
+                    Ok::<(), Error>(())
+                })?)
             }
             FloatType::Exact | FloatType::Bf16 => {
                 let mut all = zeros::<u16>(rows * cols);

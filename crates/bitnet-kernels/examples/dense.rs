@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p bitnet-kernels --example dense`. Products read from memory: their bytes are set against a plain read of as many in the same turn.
 
-use bitnet_kernels::dense::{Attention, BLOCK, Cached, Data, Matrix, zeros};
+use bitnet_kernels::dense::{Attention, BlockType, Blocks, Cached, Codes, Data, Matrix, ScaleType, Strip, zeros};
 use bitnet_kernels::machine::{Memory, Pages, read};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
@@ -23,32 +23,42 @@ fn median(mut all: Vec<f64>) -> f64 {
 
 fn main() -> Result<(), bitnet_kernels::Error> {
     let (kernels, pool) = (Kernels::from_env()?, Pool::single());
-    let (rows, cols) = (128_256, 2560);
-    let (weights, blocks) = (rows * cols, rows * cols / BLOCK);
+    // Rows may be fewer: what is in the caches then is bound by arithmetic.
+    let (rows, cols) = (std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(128_256), 2560);
+    let weights = rows * cols;
     // 1.0 in binary16, and in bfloat16 a small number.
-    let scales = || vec![0x3c00u16; blocks];
     let half = || {
         let mut all = zeros(weights);
         all.fill(0x3c00u16);
         all
     };
+    let blocks = |codes, scales, minimum| {
+        let fill = |_: usize, strip: &mut Strip| -> Result<(), bitnet_kernels::Error> {
+            for i in 0..strip.rows() {
+                let mut row = strip.row(i);
+                row.codes.fill(1);
+                row.floats.fill(0.5);
+                row.halves.iter_mut().for_each(|all| all.fill(0x3c00));
+                row.factors.iter_mut().for_each(|all| all.fill(3));
+            }
+            Ok(())
+        };
+        Blocks::new(&pool, rows, cols, BlockType { codes, scales, minimum }, fill).map(Data::Blocks)
+    };
+    let (group, row) = (ScaleType::Nested { group: 16 }, ScaleType::F32 { group: cols });
     let x: Vec<f32> = (0..cols).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut out = vec![0.0; rows];
     println!("{}: {rows} × {cols} with one token, GB/s and the share of a plain read", kernels.isa());
-    for name in ["f16", "bf16", "int8", "int4"] {
+    for name in ["f16", "bf16", "int8", "int4", "q4_1", "q4_k", "q6_k", "ternary"] {
         let data = match name {
             "f16" => Data::F16(half()),
             "bf16" => Data::Bf16(half()),
-            "int8" => {
-                let mut values = zeros(weights);
-                values.fill(3);
-                Data::Int8 { values, scales: scales() }
-            }
-            _ => {
-                let mut codes = zeros(weights / 2);
-                codes.fill(0x53);
-                Data::Int4 { codes, scales: scales() }
-            }
+            "int8" => blocks(Codes::Int8, ScaleType::F16, false)?,
+            "int4" => blocks(Codes::Int4, ScaleType::F16, false)?,
+            "q4_1" => blocks(Codes::Int4, ScaleType::F16, true)?,
+            "q4_k" => blocks(Codes::Int4, ScaleType::Nested { group: 32 }, true)?,
+            "q6_k" => blocks(Codes::Int8, group, false)?,
+            _ => blocks(Codes::Trits, row, false)?,
         };
         let matrix = Matrix::new(rows, cols, data)?;
         let memory = Memory::new(matrix.bytes(), Pages::Huge);
@@ -60,7 +70,7 @@ fn main() -> Result<(), bitnet_kernels::Error> {
         let bytes = matrix.bytes() as f64 / 1e9;
         let speed = median(turns.iter().map(|t| bytes / t[1]).collect());
         let share = median(turns.iter().map(|t| 100.0 * t[0] / t[1]).collect());
-        println!("{name:5} {speed:5.1} GB/s, {share:.0} %");
+        println!("{name:7} {speed:5.1} GB/s, {share:.0} %");
     }
     println!("\nattention of 4 heads of 128 over a cache of binary16, µs");
     for len in [128, 512, 2048] {

@@ -1,5 +1,6 @@
 //! Memory for prepacked weights: aligned to cache lines, on huge pages where the system grants them.
 
+use crate::Pool;
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -42,6 +43,14 @@ impl Lines {
     /// # Panics
     /// If they exceed the address space; like a `Vec`, it aborts where there is no memory.
     pub(crate) fn filled(line: Line, len: usize) -> Self {
+        Self::filled_on(&Pool::single(), line, len)
+    }
+
+    /// The same, written by the threads of a pool: the system clears the pages where they are first touched.
+    ///
+    /// # Panics
+    /// As [`Lines::filled`].
+    pub(crate) fn filled_on(pool: &Pool, line: Line, len: usize) -> Self {
         if len == 0 {
             return Self { data: NonNull::dangling(), len };
         }
@@ -53,12 +62,17 @@ impl Lines {
             // SAFETY: advice about an allocation of ours changes no byte of it. Where it is refused, pages stay small, which is the fallback.
             unsafe { libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
         }
-        let data = data.cast::<Line>();
-        for i in 0..len {
-            // SAFETY: the allocation has room for `len` lines and is aligned for them.
-            unsafe { data.add(i).write(line) };
-        }
-        Self { data, len }
+        let lines = Self { data: data.cast(), len };
+        let parts = len.div_ceil(HUGE / size_of::<Line>());
+        pool.run(parts, |part| {
+            // `lines` is shared as a whole: it may go to other threads, its pointer may not.
+            let lines = &lines;
+            for i in part * len / parts..(part + 1) * len / parts {
+                // SAFETY: the allocation has room for `len` lines and is aligned for them; parts write different ones, and nothing reads them meanwhile.
+                unsafe { lines.data.add(i).write(line) };
+            }
+        });
+        lines
     }
 
     /// The bytes of `lines`.

@@ -1,7 +1,11 @@
 //! Float products, attention and elementwise steps against f64, and every instruction set and thread count against one another.
 
-use bitnet_kernels::dense::{Attention, BLOCK, Cached, Data, Heads, Matrix, Pairing, f16_to_f32, quantize_blocks, quantize_nibbles};
-use bitnet_kernels::{Kernels, Pool};
+use bitnet_kernels::dense::{
+    Attention, BLOCK, BlockRow, BlockType, Blocks, Cached, Codes, Data, Heads, Matrix, Pairing, SUPER, ScaleType, Strip, f16_to_f32,
+    quantize_int4, quantize_int8,
+};
+use bitnet_kernels::{Error, Kernels, Pool};
+use std::sync::Mutex;
 
 fn random(seed: u64, n: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -23,24 +27,149 @@ fn formats(rows: usize, cols: usize) -> Vec<(&'static str, Matrix)> {
     let w = random(rows as u64 * 1000 + cols as u64, rows * cols);
     let halves: Vec<u16> = w.iter().map(|&w| half::f16::from_f32(w).to_bits()).collect();
     let brains: Vec<u16> = w.iter().map(|&w| half::bf16::from_f32(w).to_bits()).collect();
-    let blocks = cols.div_ceil(BLOCK);
-    let (mut values, mut scales) = (vec![0; rows * cols], vec![0; rows * blocks]);
-    let (mut codes, mut coarse) = (vec![0; rows * blocks * 16], vec![0; rows * blocks]);
-    for r in 0..rows {
-        quantize_blocks(&w[r * cols..][..cols], &mut values[r * cols..][..cols], &mut scales[r * blocks..][..blocks]);
-        let of_row = &mut codes[r * blocks * 16..][..blocks * 16];
-        quantize_nibbles(&w[r * cols..][..cols], of_row, &mut coarse[r * blocks..][..blocks]);
-        // Codes after the end of a row must not count.
-        (cols..blocks * 32).for_each(|c| of_row[c / 32 * 16 + c % 16] ^= if c % 32 < 16 { 0x05 } else { 0x50 });
-    }
+    let rounded = |kind, quantize: fn(&[f32], &mut BlockRow<'_>)| {
+        let fill = |first: usize, strip: &mut Strip| -> Result<(), Error> {
+            (0..strip.rows()).for_each(|i| quantize(&w[(first + i) * cols..][..cols], &mut strip.row(i)));
+            Ok(())
+        };
+        Matrix::from(Blocks::new(&Pool::single(), rows, cols, kind, fill).unwrap())
+    };
+    let (int8, int4) = (rounded(BlockType::INT8, quantize_int8), rounded(BlockType::INT4, quantize_int4));
     let matrix = |data| Matrix::new(rows, cols, data).unwrap();
-    vec![
+    let mut all = vec![
         ("f32", matrix(Data::F32(w))),
         ("f16", matrix(Data::F16(halves))),
         ("bf16", matrix(Data::Bf16(brains))),
-        ("int8", matrix(Data::Int8 { values, scales })),
-        ("int4", matrix(Data::Int4 { codes, scales: coarse })),
+        ("int8", int8),
+        ("int4", int4),
+    ];
+    all.extend(types(cols).into_iter().map(|(name, kind)| (name, filled(rows, cols, kind).0)));
+    all
+}
+
+/// Block types that rows of `cols` columns can have.
+fn types(cols: usize) -> Vec<(&'static str, BlockType)> {
+    use Codes::{Int4, Int8, Trits};
+    use ScaleType::{F16, F32, Nested};
+    [
+        ("q4_1", Int4, F16, true),
+        ("q5_1", Int8, F16, true),
+        ("q2_k", Int8, Nested { group: 16 }, true),
+        ("q4_k", Int4, Nested { group: 32 }, true),
+        ("q5_k", Int8, Nested { group: 32 }, true),
+        ("q6_k", Int8, Nested { group: 16 }, false),
+        ("trits", Trits, F32 { group: cols }, false),
+        ("trits of 64", Trits, F32 { group: 64 }, false),
+        ("int4 of 96", Int4, F32 { group: 96 }, false),
+        ("int8 of 48", Int8, F32 { group: 48 }, false),
     ]
+    .map(|(name, codes, scales, minimum)| (name, BlockType { codes, scales, minimum }))
+    .into()
+}
+
+/// A matrix of random codes, scales and minima, and the weights that they are by definition, computed in f64, which holds all of them exactly.
+fn filled(rows: usize, cols: usize, kind: BlockType) -> (Matrix, Vec<f32>) {
+    let truth = Mutex::new(vec![f32::NAN; rows * cols]);
+    let fill = |first: usize, strip: &mut Strip| -> Result<(), Error> {
+        for i in 0..strip.rows() {
+            let mut noise = random((first + i) as u64 + 99, 9 * cols + 64).into_iter().map(f32::to_bits);
+            let mut row = strip.row(i);
+            let (low, high) = match kind.codes {
+                Codes::Trits => (0, 2),
+                Codes::Int4 => (0, 15),
+                Codes::Int8 => (-128, 127),
+            };
+            let mut bits = || noise.next().unwrap() >> 3;
+            row.codes.iter_mut().for_each(|code| *code = (low + (bits() % (high - low + 1) as u32) as i32) as u8);
+            row.floats.iter_mut().for_each(|s| *s = f32::from_bits(0x3f80_0000 | bits() << 3 & 0x807f_fff8));
+            // Every finite binary16, subnormals and zeros among them.
+            row.halves.iter_mut().flat_map(|all| all.iter_mut()).for_each(|h| *h = (bits() & 0xffff) as u16 & 0xfbff);
+            row.factors.iter_mut().flat_map(|all| all.iter_mut()).for_each(|f| *f = bits() as i8);
+            let offset = match (kind.codes, kind.minimum) {
+                (Codes::Trits, _) => 1,
+                (Codes::Int4, false) => 8,
+                _ => 0,
+            };
+            let part = |which: usize, column: usize| -> f64 {
+                let half = |i: usize| f64::from(f16_to_f32(row.halves[which][i]));
+                match kind.scales {
+                    ScaleType::F32 { group } => f64::from(row.floats[column / group]),
+                    ScaleType::F16 => half(column / BLOCK),
+                    ScaleType::Nested { group } => half(column / SUPER) * f64::from(row.factors[which][column / group]),
+                }
+            };
+            for (c, &code) in row.codes.iter().enumerate() {
+                let code = if kind.codes == Codes::Int8 { i32::from(code as i8) } else { i32::from(code) - offset };
+                let minimum = if kind.minimum { part(1, c) } else { -0.0 };
+                truth.lock().unwrap()[(first + i) * cols + c] = (f64::from(code) * part(0, c) + minimum) as f32;
+            }
+        }
+        Ok(())
+    };
+    let blocks = Blocks::new(&Pool::single(), rows, cols, kind, fill).unwrap();
+    (blocks.into(), truth.into_inner().unwrap())
+}
+
+#[test]
+fn blocks_are_their_weights_and_multiply_as_floats_do() {
+    for (rows, cols) in [(1, 1), (5, 64), (7, 256), (6, 341), (9, 576), (66, 1056)] {
+        for (name, kind) in types(cols).into_iter().chain([("int4", BlockType::INT4), ("int8", BlockType::INT8)]) {
+            let (matrix, truth) = filled(rows, cols, kind);
+            let mut row = vec![f32::NAN; cols];
+            for (n, truth) in truth.chunks(cols).enumerate() {
+                matrix.row_into(n, &mut row);
+                assert_eq!(bits(&row), bits(truth), "{name} {rows}×{cols}, row {n}");
+            }
+            let floats = Matrix::new(rows, cols, Data::F32(truth)).unwrap();
+            for tokens in [1, 6] {
+                let (x, mut out, mut expected) = (random(3, tokens * cols), vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]);
+                for kernels in Kernels::all() {
+                    kernels.dense_matmul(&Pool::single(), &matrix, &x, None, &mut out);
+                    kernels.dense_matmul(&Pool::single(), &floats, &x, None, &mut expected);
+                    assert_eq!(bits(&out), bits(&expected), "{name} {rows}×{cols}, {tokens} tokens, {}", kernels.isa());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn strips_are_filled_once_and_errors_come_back() {
+    // Several strips, the last one short.
+    let (rows, cols) = (1030, 256);
+    for pool in (1..=if cfg!(target_family = "wasm") { 1 } else { 2 }).map(|threads| Pool::new(threads).unwrap()) {
+        let seen = Mutex::new(vec![0; rows]);
+        let blocks = Blocks::new(&pool, rows, cols, BlockType::INT8, |first, strip| {
+            for i in 0..strip.rows() {
+                seen.lock().unwrap()[first + i] += 1;
+                let row = strip.row(i);
+                row.codes.fill(((first + i) % 100) as u8);
+                row.halves[0].fill(0x3c00);
+            }
+            Ok::<(), Error>(())
+        })
+        .unwrap();
+        assert!(seen.into_inner().unwrap().iter().all(|n| *n == 1));
+        let mut row = vec![0.0; cols];
+        for n in 0..rows {
+            blocks.row_into(n, &mut row);
+            assert!(row.iter().all(|w| *w == (n % 100) as f32), "row {n}");
+        }
+        let failed = Blocks::new(&pool, rows, cols, BlockType::INT8, |first, _| if first > 300 { Err(at(first)) } else { Ok(()) });
+        assert_eq!(failed.unwrap_err().to_string(), at(512).to_string());
+    }
+    let wrong =
+        |codes, scales, minimum| Blocks::new(&Pool::single(), 4, 256, BlockType { codes, scales, minimum }, |_, _| Ok::<(), Error>(()));
+    assert!(wrong(Codes::Trits, ScaleType::F16, false).unwrap_err().to_string().contains("whole 64 columns"));
+    assert!(wrong(Codes::Int4, ScaleType::Nested { group: 16 }, true).is_err());
+    assert!(wrong(Codes::Int8, ScaleType::Nested { group: 64 }, true).is_err());
+    assert!(wrong(Codes::Int8, ScaleType::F32 { group: 32 }, true).is_err());
+    assert!(wrong(Codes::Int8, ScaleType::F32 { group: 0 }, false).is_err());
+}
+
+/// Some error with a number in it.
+fn at(row: usize) -> Error {
+    bitnet_core::Error::Length { what: "rows", expected: 0, got: row }.into()
 }
 
 #[test]
@@ -91,7 +220,7 @@ fn rows_are_what_the_formats_hold() {
     let mut rounded = vec![0.0; 70];
     for row in 0..4 {
         formats[0].1.row_into(row, &mut exact);
-        for (name, w) in &formats[1..] {
+        for (name, w) in &formats[1..5] {
             w.row_into(row, &mut rounded);
             let step = match *name {
                 "f16" => |w: f32, _: f32| w.abs() * 2f32.powi(-11) + 2f32.powi(-25),
@@ -116,7 +245,9 @@ fn rows_are_what_the_formats_hold() {
 #[test]
 fn lengths_that_do_not_fit_are_errors() {
     assert!(Matrix::new(2, 3, Data::F32(vec![0.0; 5])).unwrap_err().to_string().contains('6'));
-    assert!(Matrix::new(1, 33, Data::Int8 { values: vec![0; 33], scales: vec![0; 1] }).is_err());
+    let (blocks, _) = filled(2, 33, BlockType::INT8);
+    let Data::Blocks(blocks) = blocks.data() else { panic!("blocks") };
+    assert!(Matrix::new(2, 34, Data::Blocks(blocks.clone())).is_err() && Matrix::new(2, 33, Data::Blocks(blocks.clone())).is_ok());
     assert!(Matrix::new(usize::MAX, 3, Data::F16(vec![])).is_err());
 }
 

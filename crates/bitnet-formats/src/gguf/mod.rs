@@ -20,7 +20,7 @@ mod types;
 mod value;
 mod writer;
 
-pub use decode::{decode, has_decoder};
+pub use decode::{Integers, decode, has_decoder, integers};
 pub use error::{Error, Result};
 pub use reader::{Header, TensorInfo};
 pub use types::GgmlType;

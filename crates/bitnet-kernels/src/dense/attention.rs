@@ -190,9 +190,7 @@ pub(super) unsafe fn mix<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usi
     weights: &[[f32; BLOCK]; G],
     cols: usize,
     out: &mut [f32],
-) where
-    V::Row: Row<Scales = ()>,
-{
+) {
     let (steps, mut step) = (cols / LANES, 0);
     // SAFETY: the caller's.
     unsafe {
@@ -232,9 +230,7 @@ unsafe fn mix_steps<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
     cols: usize,
     first: usize,
     out: &mut [f32],
-) where
-    V::Row: Row<Scales = ()>,
-{
+) {
     // SAFETY: the caller's.
     unsafe {
         let mut kept = [[L::zero(); S]; G];
@@ -247,7 +243,7 @@ unsafe fn mix_steps<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
             let row = values.row(position);
             let mut value = [L::zero(); S];
             for (s, value) in value.iter_mut().enumerate() {
-                *value = row.full(first + s, &());
+                *value = row.full(first + s);
             }
             for (kept, weights) in kept.iter_mut().zip(weights) {
                 let weight = L::f32(&[weights[j]; LANES]);

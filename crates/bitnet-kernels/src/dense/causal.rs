@@ -167,16 +167,13 @@ unsafe fn widen<L: Lanes>(from: Cached<'_>, positions: Range<usize>, cols: usize
 /// # Safety
 /// As [`attend_run`].
 #[inline(always)]
-unsafe fn widen_rows<'a, L: Lanes, R: Rows<'a>>(rows: R, positions: Range<usize>, cols: usize, to: &mut [f32])
-where
-    R::Row: Row<Scales = ()>,
-{
+unsafe fn widen_rows<'a, L: Lanes, R: Rows<'a>>(rows: R, positions: Range<usize>, cols: usize, to: &mut [f32]) {
     for (position, to) in positions.zip(to.chunks_exact_mut(cols)) {
         let (row, (steps, rest)) = (rows.row(position), to.as_chunks_mut::<LANES>());
         // SAFETY: the caller's.
         unsafe {
             for (step, to) in steps.iter_mut().enumerate() {
-                row.full::<L>(step, &()).store(to);
+                row.full::<L>(step).store(to);
             }
             if !rest.is_empty() {
                 let mut padded = [0.0; LANES];

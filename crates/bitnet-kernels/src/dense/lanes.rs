@@ -7,9 +7,15 @@ use std::arch::x86_64::*;
 
 /// 16 lanes of f32.
 ///
+/// Weights in blocks come from a line of codes (`blocks`), whose rows' 16 lanes hold `BITS` bits for each step.
+///
 /// # Safety
 /// Every function may be called where the machine has the implementor's instruction set, and nowhere else.
 pub(super) trait Lanes: Copy {
+    /// The codes of a row in a line.
+    type Codes: Copy;
+    /// What turns codes into weights.
+    type Table: Copy;
     /// Zeros.
     unsafe fn zero() -> Self;
     /// As they are.
@@ -20,12 +26,16 @@ pub(super) trait Lanes: Copy {
     unsafe fn bf16(from: &[u16; LANES]) -> Self;
     /// From integers.
     unsafe fn i8(from: &[i8; LANES]) -> Self;
-    /// From the low or the high halves of bytes, less 8, times a scale.
-    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self;
-    /// Asks for the cache line at an address that may lie anywhere.
-    unsafe fn ask(at: *const u8);
+    /// `(code − offset) · scale + minimum`, rounded once.
+    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table;
+    /// Those of row `row` of the 64 bytes at `line`; three bytes more may be read.
+    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes;
+    /// The weights of a step of a line.
+    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, table: Self::Table) -> Self;
+    /// Asks for the cache line at an address that may lie anywhere, to the nearest cache or to the one after it.
+    unsafe fn ask<const NEAR: bool>(at: *const u8);
     /// `self · by`, lane by lane.
-    unsafe fn times(self, by: f32) -> Self;
+    unsafe fn times(self, by: Self) -> Self;
     /// `self + w · x` with one rounding.
     unsafe fn add_product(self, w: Self, x: Self) -> Self;
     /// The lanes.
@@ -49,6 +59,9 @@ pub(super) trait Lanes: Copy {
 pub(super) struct Plain([f32; LANES]);
 
 impl Lanes for Plain {
+    type Codes = [u8; LANES];
+    type Table = (f32, f32, f32);
+
     unsafe fn zero() -> Self {
         Self([0.0; LANES])
     }
@@ -69,14 +82,27 @@ impl Lanes for Plain {
         Self(from.map(f32::from))
     }
 
-    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
-        Self(from.map(|byte| f32::from((if high { byte >> 4 } else { byte & 15 }) as i8 - 8) * scale))
+    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
+        (offset.into(), scale, minimum)
     }
 
-    unsafe fn ask(_: *const u8) {}
+    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
+        // SAFETY: the caller vouches for 64 bytes, which are never anything but bytes.
+        let line: &[u8; 64] = unsafe { &*line.cast() };
+        std::array::from_fn(|j| line[if BITS == 8 { LANES * row + j } else { 4 * j + row }])
+    }
 
-    unsafe fn times(self, by: f32) -> Self {
-        Self(self.0.map(|x| x * by))
+    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, (offset, scale, minimum): Self::Table) -> Self {
+        Self(codes.map(|byte| {
+            let code = if BITS == 8 { f32::from(byte.cast_signed()) } else { f32::from(byte >> (BITS * step) & ((1 << BITS) - 1)) };
+            (code - offset).mul_add(scale, minimum)
+        }))
+    }
+
+    unsafe fn ask<const NEAR: bool>(_: *const u8) {}
+
+    unsafe fn times(self, by: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * by.0[i]))
     }
 
     unsafe fn add_product(self, w: Self, x: Self) -> Self {
@@ -117,10 +143,31 @@ unsafe fn total_of_8(eight: __m256) -> f32 {
     }
 }
 
+/// The weights of eight lanes of codes.
+///
+/// # Safety
+/// The machine has AVX2 and FMA.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn weights_of_8<const BITS: usize>(codes: __m256i, step: usize, (offset, scale, minimum): (__m256, __m256, __m256)) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe {
+        if BITS == 8 {
+            return _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, minimum);
+        }
+        let shifted = _mm256_srl_epi32(codes, _mm_cvtsi32_si128((BITS * step) as i32));
+        let codes = _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32((1 << BITS) - 1)));
+        _mm256_fmadd_ps(_mm256_sub_ps(codes, offset), scale, minimum)
+    }
+}
+
 // SAFETY of every block below: the caller has the instruction set; loads and stores are unaligned and inside the arrays that they are given.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment above for all of them")]
 impl Lanes for Avx512 {
+    type Codes = __m512i;
+    type Table = (__m512, __m512);
+
     #[inline(always)]
     unsafe fn zero() -> Self {
         unsafe { Self(_mm512_setzero_ps()) }
@@ -150,24 +197,47 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
+    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
         unsafe {
-            let table = _mm512_setr_ps(-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
-            let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
-            let table = _mm512_mul_ps(table, _mm512_set1_ps(scale));
-            // The lower four bits of a lane are the place in the table.
-            Self(_mm512_permutexvar_ps(if high { _mm512_srli_epi32::<4>(wide) } else { wide }, table))
+            let (scale, minimum) = (_mm512_set1_ps(scale), _mm512_set1_ps(minimum));
+            if BITS == 8 {
+                return (scale, minimum);
+            }
+            // All 16 codes, or four times four: a place in the table is the lower four bits of a lane.
+            let codes: [f32; LANES] = std::array::from_fn(|i| (i % (1 << BITS)) as f32);
+            let codes = _mm512_sub_ps(_mm512_loadu_ps(codes.as_ptr()), _mm512_set1_ps(offset.into()));
+            (_mm512_fmadd_ps(codes, scale, minimum), minimum)
         }
     }
 
     #[inline(always)]
-    unsafe fn ask(at: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
+        unsafe {
+            if BITS == 8 {
+                return _mm512_cvtepi8_epi32(_mm_loadu_si128(line.add(LANES * row).cast()));
+            }
+            _mm512_loadu_si512(line.add(row).cast())
+        }
     }
 
     #[inline(always)]
-    unsafe fn times(self, by: f32) -> Self {
-        unsafe { Self(_mm512_mul_ps(self.0, _mm512_set1_ps(by))) }
+    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, (table, minimum): Self::Table) -> Self {
+        unsafe {
+            if BITS == 8 {
+                return Self(_mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), table, minimum));
+            }
+            Self(_mm512_permutexvar_ps(_mm512_srl_epi32(codes, _mm_cvtsi32_si128((BITS * step) as i32)), table))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ask<const NEAR: bool>(at: *const u8) {
+        unsafe { if NEAR { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) } }
+    }
+
+    #[inline(always)]
+    unsafe fn times(self, by: Self) -> Self {
+        unsafe { Self(_mm512_mul_ps(self.0, by.0)) }
     }
 
     #[inline(always)]
@@ -218,6 +288,9 @@ impl Lanes for Avx512 {
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment above for all of them")]
 impl Lanes for Avx2 {
+    type Codes = (__m256i, __m256i);
+    type Table = (__m256, __m256, __m256);
+
     #[inline(always)]
     unsafe fn zero() -> Self {
         unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
@@ -255,27 +328,34 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn i4(from: &[u8; LANES], high: bool, scale: f32) -> Self {
+    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
+        unsafe { (_mm256_set1_ps(offset.into()), _mm256_set1_ps(scale), _mm256_set1_ps(minimum)) }
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
         unsafe {
-            let bytes = _mm_loadu_si128(from.as_ptr().cast());
-            let codes = _mm_and_si128(if high { _mm_srli_epi16::<4>(bytes) } else { bytes }, _mm_set1_epi8(15));
-            let mut values = [0; LANES];
-            _mm_storeu_si128(values.as_mut_ptr().cast(), _mm_sub_epi8(codes, _mm_set1_epi8(8)));
-            Self::i8(&values).times(scale)
+            if BITS == 8 {
+                let all = _mm_loadu_si128(line.add(LANES * row).cast());
+                return (_mm256_cvtepi8_epi32(all), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(all)));
+            }
+            (_mm256_loadu_si256(line.add(row).cast()), _mm256_loadu_si256(line.add(32 + row).cast()))
         }
     }
 
     #[inline(always)]
-    unsafe fn ask(at: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, table: Self::Table) -> Self {
+        unsafe { Self(weights_of_8::<BITS>(codes.0, step, table), weights_of_8::<BITS>(codes.1, step, table)) }
     }
 
     #[inline(always)]
-    unsafe fn times(self, by: f32) -> Self {
-        unsafe {
-            let by = _mm256_set1_ps(by);
-            Self(_mm256_mul_ps(self.0, by), _mm256_mul_ps(self.1, by))
-        }
+    unsafe fn ask<const NEAR: bool>(at: *const u8) {
+        unsafe { if NEAR { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) } }
+    }
+
+    #[inline(always)]
+    unsafe fn times(self, by: Self) -> Self {
+        unsafe { Self(_mm256_mul_ps(self.0, by.0), _mm256_mul_ps(self.1, by.1)) }
     }
 
     #[inline(always)]

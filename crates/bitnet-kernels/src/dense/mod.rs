@@ -1,7 +1,7 @@
 //! Products with float activations, attention over a cache, and the elementwise steps between them.
 //!
 //! ```text
-//! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of 8-bit or 4-bit integers: see [`Data`]
+//! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of integers: see [`Data`] and [`Blocks`]
 //! ```
 //!
 //! Every loop is written once, over 16 lanes or plain Rust, and compiled for each instruction set. A sum runs over [`LANES`] strided partial sums with fused
@@ -9,17 +9,20 @@
 //! tokens computed together change no bit of the result.
 
 mod attention;
+mod blocks;
 mod causal;
 mod elementwise;
 mod lanes;
 mod matrix;
+mod panels;
 mod parallel;
 mod product;
 
 pub use attention::{Attention, Cached};
+pub use blocks::{BlockRow, BlockType, Blocks, Codes, SUPER, ScaleType, Strip, quantize_int4, quantize_int8};
 pub use causal::Heads;
 pub use elementwise::Pairing;
-pub use matrix::{BLOCK, Data, Matrix, f16_to_f32, quantize_blocks, quantize_nibbles, zeros};
+pub use matrix::{Data, Matrix, f16_to_f32, zeros};
 
 #[cfg(target_arch = "x86_64")]
 use crate::Isa;
@@ -28,6 +31,8 @@ use product::Output;
 use std::cell::Cell;
 use std::ops::Range;
 
+/// Columns of a block that has one binary16 scale.
+pub const BLOCK: usize = 32;
 /// Strided partial sums of every reduction.
 pub const LANES: usize = 16;
 
@@ -159,7 +164,7 @@ impl Kernels {
         let out = Output::new(out, tokens, w.rows());
         let work = w.rows() * w.cols() * tokens;
         let most = if pool.threads() > 1 { pool.threads() * PARTS } else { 1 };
-        // Whole tiles for every part but the last.
+        // Whole tiles and panels for every part but the last.
         let panels = w.rows().div_ceil(8);
         let parts = (work / WORTH).clamp(1, most).min(panels.max(1));
         pool.run(parts, |part| {

@@ -1,8 +1,9 @@
-//! The product of floats and a weight matrix.
+//! The product of floats and a weight matrix of floats.
 
 use super::LANES;
 use super::lanes::Lanes;
-use super::matrix::{Blocks, Brains, Data, Floats, Halves, Matrix, Nibbles, Row, Rows, SPAN, tail};
+use super::matrix::{Brains, Data, Floats, Halves, Matrix, Row, Rows, tail};
+use super::panels::panels;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -57,8 +58,7 @@ pub(super) unsafe fn product<L: Lanes, const R: usize, const T: usize>(
         Data::F32(all) => unsafe { sweep::<L, _, R, T>(Floats { all, cols }, cols, x, bias, rows, out) },
         Data::F16(all) => unsafe { sweep::<L, _, R, T>(Halves { all, cols }, cols, x, bias, rows, out) },
         Data::Bf16(all) => unsafe { sweep::<L, _, R, T>(Brains { all, cols }, cols, x, bias, rows, out) },
-        Data::Int8 { values, scales } => unsafe { sweep::<L, _, R, T>(Blocks { values, scales, cols }, cols, x, bias, rows, out) },
-        Data::Int4 { codes, scales } => unsafe { sweep::<L, _, R, T>(Nibbles { codes, scales, cols }, cols, x, bias, rows, out) },
+        Data::Blocks(blocks) => unsafe { panels::<L, R, T>(blocks, x, bias, rows, out) },
     }
 }
 
@@ -115,7 +115,7 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
 /// # Safety
 /// No other thread has these rows.
 #[inline(always)]
-unsafe fn put(sums: &[f32], bias: Option<&[f32]>, rows: Range<usize>, token: usize, out: &Output<'_>) {
+pub(super) unsafe fn put(sums: &[f32], bias: Option<&[f32]>, rows: Range<usize>, token: usize, out: &Output<'_>) {
     // SAFETY: the caller's, and the slice ends with this call.
     let out = unsafe { out.columns(token, rows.clone()) };
     match bias {
@@ -145,23 +145,15 @@ pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[L::zero(); R]; T];
-        for (span, first) in (0..steps).step_by(SPAN).enumerate() {
-            let mut scales = [w[0].scales::<L>(span); R];
-            for r in 1..R {
-                scales[r] = w[r].scales::<L>(span);
+        for pair in 0..steps / 2 {
+            for line in 0..(2 * ahead.1).div_ceil(64) {
+                L::ask::<false>(ahead.0.wrapping_add(2 * pair * ahead.1 + 64 * line));
             }
-            let end = steps.min(first + SPAN);
-            // Two steps are a block.
-            for pair in first / 2..end / 2 {
-                for line in 0..(2 * ahead.1).div_ceil(64) {
-                    L::ask(ahead.0.wrapping_add(2 * pair * ahead.1 + 64 * line));
-                }
-                add::<L, W, R, T>(w, &scales, floats, 2 * pair, &mut sums);
-                add::<L, W, R, T>(w, &scales, floats, 2 * pair + 1, &mut sums);
-            }
-            if end % 2 == 1 {
-                add::<L, W, R, T>(w, &scales, floats, end - 1, &mut sums);
-            }
+            add::<L, W, R, T>(w, floats, 2 * pair, &mut sums);
+            add::<L, W, R, T>(w, floats, 2 * pair + 1, &mut sums);
+        }
+        if steps % 2 == 1 {
+            add::<L, W, R, T>(w, floats, steps - 1, &mut sums);
         }
         if !cols.is_multiple_of(LANES) {
             let mut rows = [L::zero(); R];
@@ -199,18 +191,12 @@ pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
 /// # Safety
 /// As [`tile`], and every row and every token has the step in full.
 #[inline(always)]
-unsafe fn add<L: Lanes, W: Row, const R: usize, const T: usize>(
-    w: [W; R],
-    scales: &[W::Scales; R],
-    x: [&[[f32; LANES]]; T],
-    step: usize,
-    sums: &mut [[L; R]; T],
-) {
+unsafe fn add<L: Lanes, W: Row, const R: usize, const T: usize>(w: [W; R], x: [&[[f32; LANES]]; T], step: usize, sums: &mut [[L; R]; T]) {
     // SAFETY: the caller's.
     unsafe {
         let mut rows = [L::zero(); R];
         for r in 0..R {
-            rows[r] = w[r].full(step, &scales[r]);
+            rows[r] = w[r].full(step);
         }
         for t in 0..T {
             let x = L::f32(x[t].get_unchecked(step));

@@ -36,7 +36,7 @@ pub(super) fn q2_k(bytes: &[u8], out: &mut [f32]) {
 
 /// First byte and shift of the two-bit codes of values `16i` and up.
 #[inline(always)]
-fn two_bit_run(i: usize) -> (usize, usize) {
+pub(super) fn two_bit_run(i: usize) -> (usize, usize) {
     (32 * (i / 8) + 16 * (i % 2), 2 * (i / 2 % 4))
 }
 
@@ -60,14 +60,13 @@ pub(super) fn q3_k(bytes: &[u8], out: &mut [f32]) {
 
 /// Scale and minimum of sub-block `i` in the twelve bytes at `at`.
 #[inline(always)]
-fn scale_min<const B: usize>(b: &[u8; B], at: usize, i: usize) -> (f32, f32) {
-    let (scale, min) = if i < 4 {
+pub(super) fn scale_min<const B: usize>(b: &[u8; B], at: usize, i: usize) -> (u8, u8) {
+    if i < 4 {
         (b[at + i] & 63, b[at + 4 + i] & 63)
     } else {
         let low = b[at + 4 + i];
         (low & 15 | (b[at + i - 4] >> 6) << 4, low >> 4 | (b[at + i] >> 6) << 4)
-    };
-    (scale.into(), min.into())
+    }
 }
 
 pub(super) fn q4_k(bytes: &[u8], out: &mut [f32]) {
@@ -75,7 +74,7 @@ pub(super) fn q4_k(bytes: &[u8], out: &mut [f32]) {
         let (d, m) = (half_at(b, 0), half_at(b, 2));
         for (i, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
             let (scale, min) = scale_min(b, 4, i);
-            let (scale, min) = (d * scale, m * min);
+            let (scale, min) = (d * f32::from(scale), m * f32::from(min));
             let shift = 4 * (i % 2);
             for (out, q) in out.iter_mut().zip(&b[16 + 32 * (i / 2)..]) {
                 *out = scale * f32::from((q >> shift) & 15) - min;
@@ -89,7 +88,7 @@ pub(super) fn q5_k(bytes: &[u8], out: &mut [f32]) {
         let (d, m) = (half_at(b, 0), half_at(b, 2));
         for (i, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
             let (scale, min) = scale_min(b, 4, i);
-            let (scale, min) = (d * scale, m * min);
+            let (scale, min) = (d * f32::from(scale), m * f32::from(min));
             let shift = 4 * (i % 2);
             for ((out, q), h) in out.iter_mut().zip(&b[48 + 32 * (i / 2)..]).zip(&b[16..48]) {
                 let q = (q >> shift) & 15 | ((h >> i) & 1) << 4;

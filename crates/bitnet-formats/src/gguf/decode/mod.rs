@@ -4,10 +4,13 @@
 //! bit for bit the same. NaN and infinite scales decode to what the arithmetic gives. `value` below is the float, `d` and `m` are f16
 //! numbers widened to f32, `q` is an integer.
 
+mod integers;
 mod kquants;
 mod legacy;
 mod plain;
 mod ternary;
+
+pub use integers::{Integers, integers};
 
 use super::GgmlType;
 use super::error::{Error, Result};

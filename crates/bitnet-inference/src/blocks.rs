@@ -1,0 +1,249 @@
+//! Weights that stay the integers they are stored as, under float activations.
+
+use crate::{Error, Result};
+use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
+use bitnet_formats::Source;
+use bitnet_formats::gguf::{GgmlType, Integers, integers};
+use bitnet_kernels::Pool;
+use bitnet_kernels::dense::{BLOCK, BlockType, Blocks, Codes, ScaleType};
+
+/// How the blocks of a GGUF type are held: codes of 5 and 6 bits in 8, everything else as it is.
+pub(crate) fn type_of_gguf(stored: GgmlType) -> Option<BlockType> {
+    let (codes, scales, minimum) = match stored {
+        GgmlType::Q4_0 => (Codes::Int4, ScaleType::F16, false),
+        GgmlType::Q4_1 => (Codes::Int4, ScaleType::F16, true),
+        GgmlType::Q5_0 | GgmlType::Q8_0 => (Codes::Int8, ScaleType::F16, false),
+        GgmlType::Q5_1 => (Codes::Int8, ScaleType::F16, true),
+        GgmlType::Q2K => (Codes::Int8, ScaleType::Nested { group: 16 }, true),
+        GgmlType::Q3K | GgmlType::Q6K => (Codes::Int8, ScaleType::Nested { group: 16 }, false),
+        GgmlType::Q4K => (Codes::Int4, ScaleType::Nested { group: 32 }, true),
+        GgmlType::Q5K => (Codes::Int8, ScaleType::Nested { group: 32 }, true),
+        _ => return None,
+    };
+    Some(BlockType { codes, scales, minimum })
+}
+
+/// The blocks of a stored tensor, a strip at a time.
+pub(crate) fn of_gguf(
+    pool: &Pool,
+    source: &Source,
+    stored: usize,
+    ggml_type: GgmlType,
+    kind: BlockType,
+    [rows, cols]: [usize; 2],
+) -> Result<Blocks> {
+    let (path, name) = (source.file_of(stored), &source.stored[stored].name);
+    let bad = |e: &dyn std::fmt::Display| Error::from(bitnet_formats::Error::tensor(path, name, "weights", e.to_string()));
+    let size = ggml_type.row_bytes(cols).map_err(|e| bad(&e))?;
+    Blocks::new(pool, rows, cols, kind, |first, strip| {
+        let mut bytes = vec![0; strip.rows() * size];
+        source.read(stored, (first * size) as u64, &mut bytes)?;
+        for (i, bytes) in bytes.chunks_exact(size.max(1)).enumerate() {
+            let mut row = strip.row(i);
+            let [scales, minima] = &mut row.halves;
+            let to = Integers { codes: row.codes, halves: [scales, minima], factors: row.factors };
+            integers(ggml_type, bytes, to).map_err(|e| bad(&e))?;
+            if row.halves.iter().any(|all| all.iter().any(|half| half & 0x7c00 == 0x7c00)) {
+                let got = format!("NaN or infinity in row {}", first + i);
+                return Err(bitnet_formats::Error::tensor(path, name, "finite scales", got).into());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// How a quantized matrix of one plane without zero points is held exactly, if it can be.
+pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
+    let spec = &matrix.spec;
+    if spec.planes != 1 || spec.zero_points != ZeroPoints::None {
+        return None;
+    }
+    let group = spec.granule_cols();
+    let fits = |line: usize| group.is_multiple_of(line) || group >= spec.cols;
+    let half = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
+    let codes = match spec.precision {
+        Precision::Ternary | Precision::Binary if fits(64) => Codes::Trits,
+        Precision::Int8 => Codes::Int8,
+        _ => Codes::Int4,
+    };
+    // An f32 for 64 columns is as long as a binary16 for each 32.
+    let halves = codes != Codes::Trits
+        && group < 2 * BLOCK
+        && fits(BLOCK)
+        && (spec.scale_dtype == ScaleDtype::F16 || matrix.scales.iter().all(half));
+    let scales = if halves { ScaleType::F16 } else { ScaleType::F32 { group } };
+    let kind = BlockType { codes, scales, minimum: false };
+    let line = if codes == Codes::Int8 { 16 } else { 32 };
+    (halves || fits(line)).then_some(kind)
+}
+
+/// A matrix in the type that [`type_of`] found.
+pub(crate) fn of_matrix(pool: &Pool, matrix: &Matrix, kind: BlockType) -> Result<Blocks, bitnet_kernels::Error> {
+    let spec = &matrix.spec;
+    let (cols, group) = (spec.cols, spec.granule_cols());
+    let offset = match kind.codes {
+        Codes::Trits => 1,
+        Codes::Int4 => 8,
+        Codes::Int8 => 0,
+    };
+    Blocks::new(pool, spec.rows, cols, kind, |first, strip| {
+        for i in 0..strip.rows() {
+            let row = strip.row(i);
+            let values = &matrix.values[(first + i) * cols..][..cols];
+            row.codes.iter_mut().zip(values).for_each(|(code, v)| *code = (v + offset).cast_unsigned());
+            let scale = |column: usize| matrix.scales[spec.scale_index(0, first + i, column)];
+            row.floats.iter_mut().enumerate().for_each(|(g, s)| *s = scale(g * group));
+            row.halves[0].iter_mut().enumerate().for_each(|(g, s)| *s = half::f16::from_f32(scale(g * BLOCK)).to_bits());
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use bitnet_core::{Granularity, MatrixSpec};
+    use bitnet_formats::gguf::{OutTensor, decode, encode_header};
+
+    const TYPES: [GgmlType; 10] = [
+        GgmlType::Q4_0,
+        GgmlType::Q4_1,
+        GgmlType::Q5_0,
+        GgmlType::Q5_1,
+        GgmlType::Q8_0,
+        GgmlType::Q2K,
+        GgmlType::Q3K,
+        GgmlType::Q4K,
+        GgmlType::Q5K,
+        GgmlType::Q6K,
+    ];
+
+    /// A file of one tensor for each type, of random blocks whose weights are finite, and their bytes.
+    fn file(path: &std::path::Path, rows: usize, cols: usize) -> Vec<Vec<u8>> {
+        let mut random = Random::new(7);
+        let mut tensors = vec![];
+        let mut all = vec![];
+        for ggml_type in TYPES {
+            let mut bytes = vec![];
+            while bytes.len() < rows * ggml_type.row_bytes(cols).unwrap() {
+                let block: Vec<u8> = (0..ggml_type.block_bytes()).map(|_| random.next() as u8).collect();
+                let mut weights = vec![0.0; ggml_type.block_len()];
+                decode(ggml_type, &block, &mut weights).unwrap();
+                if weights.iter().all(|w| w.is_finite()) {
+                    bytes.extend(block);
+                }
+            }
+            tensors.push(OutTensor { name: ggml_type.to_string(), shape: vec![rows, cols], ggml_type, len: bytes.len() as u64 });
+            all.push(bytes);
+        }
+        let header = encode_header(&[], &tensors, 32).unwrap();
+        let mut out = header.bytes.clone();
+        for (bytes, offset) in all.iter().zip(&header.offsets) {
+            out.resize(header.bytes.len() + *offset as usize, 0);
+            out.extend(bytes);
+        }
+        out.resize(header.file_len() as usize, 0);
+        std::fs::write(path, out).unwrap();
+        all
+    }
+
+    #[test]
+    fn blocks_hold_what_the_file_says_bit_for_bit() {
+        let (rows, cols) = (300, 512);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("blocks.gguf");
+        let bytes = file(&path, rows, cols);
+        let source = Source::open(&path).unwrap();
+        for (ggml_type, bytes) in TYPES.into_iter().zip(bytes) {
+            let stored = source.find_stored(&ggml_type.to_string()).unwrap();
+            let kind = type_of_gguf(ggml_type).unwrap();
+            let blocks = of_gguf(&Pool::new(2).unwrap(), &source, stored, ggml_type, kind, [rows, cols]).unwrap();
+            let (mut expected, mut row) = (vec![0.0; rows * cols], vec![f32::NAN; cols]);
+            decode(ggml_type, &bytes, &mut expected).unwrap();
+            for (n, expected) in expected.chunks(cols).enumerate() {
+                blocks.row_into(n, &mut row);
+                let equal = row.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(equal, "{ggml_type}, row {n}: expected {expected:?}, got {row:?}");
+            }
+            let most = match ggml_type {
+                GgmlType::Q4K => 1.05,
+                GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q8_0 => 1.02,
+                _ => f64::INFINITY,
+            };
+            assert!((blocks.bytes() as f64) < most * bytes.len() as f64, "{ggml_type}: {} bytes of {}", blocks.bytes(), bytes.len());
+        }
+    }
+
+    #[test]
+    fn scales_that_are_no_numbers_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("blocks.gguf");
+        file(&path, 8, 256);
+        let header =
+            bitnet_formats::gguf::Header::read(std::fs::File::open(&path).unwrap(), std::fs::metadata(&path).unwrap().len()).unwrap();
+        let at = header.tensor("Q4_1").unwrap().offset as usize + 3 * 160;
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at..at + 2].copy_from_slice(&0x7c00u16.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let source = Source::open(&path).unwrap();
+        let (stored, kind) = (source.find_stored("Q4_1").unwrap(), type_of_gguf(GgmlType::Q4_1).unwrap());
+        let message = of_gguf(&Pool::single(), &source, stored, GgmlType::Q4_1, kind, [8, 256]).unwrap_err().to_string();
+        assert!(["blocks.gguf", "Q4_1", "finite scales", "row 3"].iter().all(|part| message.contains(part)), "{message}");
+    }
+
+    #[test]
+    fn quantized_layers_hold_their_values() {
+        let mut random = Random::new(3);
+        let cases = [
+            (Precision::Ternary, Granularity::Tensor, Some(Codes::Trits)),
+            (Precision::Ternary, Granularity::Channel, Some(Codes::Trits)),
+            (Precision::Ternary, Granularity::Group(128), Some(Codes::Trits)),
+            (Precision::Ternary, Granularity::Group(32), Some(Codes::Int4)),
+            (Precision::Binary, Granularity::Group(64), Some(Codes::Trits)),
+            (Precision::Int2, Granularity::Group(32), Some(Codes::Int4)),
+            (Precision::Int4, Granularity::Group(96), Some(Codes::Int4)),
+            (Precision::Int4, Granularity::Group(16), None),
+            (Precision::Int8, Granularity::Group(16), Some(Codes::Int8)),
+            (Precision::Int8, Granularity::Channel, Some(Codes::Int8)),
+        ];
+        for (precision, granularity, codes) in cases {
+            for scale_dtype in [ScaleDtype::F32, ScaleDtype::F16] {
+                let mut spec = MatrixSpec::new(9, 200, precision, granularity);
+                spec.scale_dtype = scale_dtype;
+                let (low, high) = precision.range();
+                let span = i64::from(high) - i64::from(low) + 1;
+                let mut value = || (i64::from(low) + (random.next() % span as u64) as i64) as i8;
+                let values = (0..9 * 200).map(|_| {
+                    loop {
+                        let v = value();
+                        if precision.contains(v) {
+                            break v;
+                        }
+                    }
+                });
+                let values = values.collect();
+                let scale = |bits: u64| {
+                    half::f16::from_f32((bits % 1000) as f32 / 777.0 - 0.3).to_f32()
+                        * if scale_dtype == ScaleDtype::F32 { 1.001 } else { 1.0 }
+                };
+                let scales = (0..spec.scales_len()).map(|_| scale(random.next())).collect();
+                let matrix = Matrix { spec, values, scales, zero_points: vec![] };
+                matrix.validate().unwrap();
+                let kind = type_of(&matrix);
+                assert_eq!(kind.map(|k| k.codes), codes, "{precision}, {granularity:?}");
+                let Some(kind) = kind else { continue };
+                let blocks = of_matrix(&Pool::single(), &matrix, kind).unwrap();
+                let (mut row, mut expected) = (vec![0.0; 200], vec![0.0; 200]);
+                for n in 0..9 {
+                    blocks.row_into(n, &mut row);
+                    matrix.dequantize_row_into(n, &mut expected);
+                    assert!(
+                        row.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{precision}, {granularity:?}: {row:?}, {expected:?}"
+                    );
+                }
+            }
+        }
+    }
+}
