@@ -62,10 +62,12 @@ impl CustomOp2 for Gate {
         if l1.shape() != l2.shape() {
             candle_core::bail!("gate: expected the shape {:?} twice, got {:?}", l1.shape(), l2.shape());
         }
-        let mut out = slice(s1, l1)?.to_vec();
-        out.par_chunks_mut(CHUNK)
-            .zip(slice(s2, l2)?.par_chunks(CHUNK))
-            .for_each(|(gate, up)| if self.silu { self.kernels.silu_mul(gate, up) } else { self.kernels.relu2_mul(gate, up) });
+        let (gate, up) = (slice(s1, l1)?, slice(s2, l2)?);
+        let mut out = vec![0.0; gate.len()];
+        let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
+        out.par_chunks_mut(CHUNK).zip(inputs).for_each(|(out, (gate, up))| {
+            if self.silu { self.kernels.silu_mul(gate, up, out) } else { self.kernels.relu2_mul(gate, up, out) }
+        });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
