@@ -6,7 +6,7 @@
 OUT receives config.json, model.safetensors and tokenizer.json as Hugging Face has them (1.18 GB): packed trits, the embedding in bf16, a byte-level BPE of
 128,256 tokens whose merges are made up. A GGUF of it with an int8 head is
 
-    bitnet convert OUT --out OUT.gguf --rule '*embed*=int8'
+    bitnet quantize OUT --out OUT.gguf --rule '*embed*=int8'
 
 The same arguments give the same bytes with the same numpy. Only numpy is needed.
 """

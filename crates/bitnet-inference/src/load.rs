@@ -8,9 +8,9 @@ use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::{self, Architecture};
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
+use bitnet_formats::{Content, Kind, Quantized, Scales, Source, StoredType, Tensor};
 use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, quantize_int4, quantize_int8, zeros};
-use bitnet_kernels::matmul::Prepacked;
+use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
 use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
@@ -172,7 +172,13 @@ impl Provider for Loader<'_> {
             Content::Quantized(q) => self.int8 && q.spec.precision == Precision::Ternary && q.spec.planes == 1,
             _ => self.int8 && self.is_online(module)?,
         };
-        let weights = if quantize {
+        let whole = match &tensor.content {
+            Content::Quantized(q) if quantize => self.prepacked(tensor, path, q, multiplier)?,
+            _ => None,
+        };
+        let weights = if let Some(packed) = whole {
+            Weights::Ternary(packed)
+        } else if quantize {
             let mut matrix = match &tensor.content {
                 Content::Quantized(q) => self.source.matrix(&tensor.name, q)?,
                 _ => self.ternarize(tensor, path, rows, cols)?,
@@ -288,6 +294,25 @@ impl Loader<'_> {
             return Err(bitnet_formats::Error::tensor(path, &name, "a finite number", scale[0].to_string()).into());
         }
         Ok(scale[0])
+    }
+
+    /// Ternary weights straight from their bytes, where one scale serves each row.
+    fn prepacked(&self, tensor: &Tensor, path: &Path, q: &Quantized, multiplier: f32) -> Result<Option<Prepacked>> {
+        let scales = match q.scales {
+            Scales::Inside if multiplier != 1.0 => return Ok(None),
+            Scales::Inside => vec![],
+            Scales::Stored { index, reciprocal } => {
+                let mut scales = vec![0.0; self.source.stored[index].elements()];
+                self.source.read_floats(index, 0..scales.len(), &mut vec![], &mut scales)?;
+                scales.iter_mut().for_each(|s| *s = if reciprocal { 1.0 / *s } else { *s } * multiplier);
+                scales
+            }
+        };
+        let bytes = self.source.read_all(q.packed)?;
+        let (Machine { kernels, pool }, parts) = (self.machine, Parts { spec: &q.spec, scales: &scales, zero_points: &[] });
+        let packed = Prepacked::from_wire(kernels, pool, q.layout, parts, &bytes, Stream::TwoBit);
+        let packed = packed.map_err(|source| matrix_error(path, tensor, source))?;
+        Ok((packed.groups() <= 1).then_some(packed))
     }
 
     /// Whether the float weights of a module are made ternary in each forward pass.

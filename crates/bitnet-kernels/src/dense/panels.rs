@@ -107,8 +107,8 @@ unsafe fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
                     L::ask::<true>(at.wrapping_add(NEAR));
                     add::<L, BITS, R, T>(at, from, &tables, here, steps, &mut sums);
                     at = at.add(64);
-                    for t in 0..T {
-                        here[t] = here[t].add(steps);
+                    for here in &mut here {
+                        *here = here.add(steps);
                     }
                 }
             }
@@ -118,8 +118,8 @@ unsafe fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
             for _ in whole * group_lines..full {
                 add::<L, BITS, R, T>(at, from, &tables, here, steps, &mut sums);
                 at = at.add(64);
-                for t in 0..T {
-                    here[t] = here[t].add(steps);
+                for here in &mut here {
+                    *here = here.add(steps);
                 }
             }
             // The line in which a row ends.
@@ -156,9 +156,9 @@ unsafe fn tables<L: Lanes, const BITS: usize, const R: usize>(
     // SAFETY: the caller's.
     unsafe {
         let mut tables = [L::table::<BITS>(0, 0.0, 0.0); R];
-        for r in 0..R {
+        for (r, table) in tables.iter_mut().enumerate() {
             let at = group * PANEL + from + r;
-            tables[r] = L::table::<BITS>(w.kind().offset(), wide[0][at], wide[1][at]);
+            *table = L::table::<BITS>(w.kind().offset(), wide[0][at], wide[1][at]);
         }
         tables
     }

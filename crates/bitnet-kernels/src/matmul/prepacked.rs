@@ -208,6 +208,9 @@ impl Prepacked {
         if scales.len() != spec.scales_len() {
             return Err(length("scales", spec.scales_len(), scales.len()).into());
         }
+        if let Some(index) = scales.iter().position(|s| !s.is_finite()) {
+            return Err(bitnet_core::Error::NotFinite { index, value: scales[index] }.into());
+        }
         let expected = if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() };
         if zero_points.len() != expected {
             return Err(length("zero points", expected, zero_points.len()).into());
@@ -469,8 +472,8 @@ impl Prepacked {
         self.rows.div_ceil(PANEL)
     }
 
-    /// Scale groups along a row.
-    pub(crate) fn groups(&self) -> usize {
+    /// Scale groups along a row; neighbours that share a scale are one.
+    pub fn groups(&self) -> usize {
         self.shape.groups()
     }
 
