@@ -97,7 +97,7 @@ pub(crate) fn run(args: &BenchArgs, out: &mut Output) -> anyhow::Result<Answer> 
         "read_bytes_per_second": read.as_ref().map(Spread::json),
         "int8_multiply_adds_per_second": products.as_ref().map(Spread::json),
         "bytes_per_token": touched,
-        "int8_multiply_adds_per_token": integers,
+        "int8_multiply_adds_of_prefill": integers,
         "decode_share_of_read": decode_share,
         "prefill_share_of_int8": prefill_share,
         "load_seconds": if args.shape.is_some() { Value::Null } else { json!(load) },
