@@ -338,9 +338,18 @@ impl Source {
     /// # Errors
     /// As [`Source::read`].
     pub fn read_all(&self, stored: usize) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.stored[stored].len as usize];
-        self.read(stored, 0, &mut bytes)?;
+        let mut bytes = vec![];
+        self.read_all_into(stored, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// [`Source::read_all`] into a vector whose allocation is kept.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    pub fn read_all_into(&self, stored: usize, bytes: &mut Vec<u8>) -> Result<()> {
+        bytes.resize(self.stored[stored].len as usize, 0);
+        self.read(stored, 0, bytes)
     }
 
     /// Decodes elements `range` of a stored float tensor into `out`. `bytes` is scratch that keeps its allocation.

@@ -2,7 +2,7 @@
 
 use crate::tokenizer::read_json;
 use crate::{Error, Model, Result};
-use bitnet_formats::arch::hf_tokenizer;
+use bitnet_formats::arch::gguf_bpe;
 use bitnet_formats::{Kind, Source};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value as Jinja, context};
@@ -41,7 +41,7 @@ impl ChatTemplate {
     pub(crate) fn read(source: &Source) -> Result<Option<Self>> {
         let (file, settings) = if source.kind == Kind::Gguf {
             let template = source.gguf.iter().find(|(k, _)| k == "tokenizer.chat_template").and_then(|(_, v)| v.as_str());
-            (template.map(str::to_string), hf_tokenizer(&source.gguf).map(|(_, settings)| settings))
+            (template.map(str::to_string), gguf_bpe(&source.gguf).map(|t| t.settings))
         } else {
             let path = source.path.join("chat_template.jinja");
             let file = match fs::read_to_string(&path) {

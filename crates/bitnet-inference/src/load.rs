@@ -114,6 +114,8 @@ pub(crate) struct Loader<'a> {
     /// How linear layers and the embedding are held where they are floats.
     pub(crate) floats: [FloatType; 2],
     pub(crate) used: Mutex<HashSet<String>>,
+    /// Buffers that are not in use, at most one for each thread.
+    pub(crate) buffers: Mutex<Vec<Vec<u8>>>,
     /// What rounding by choice did to linear layers and to the embedding.
     pub(crate) losses: Mutex<[Loss; 2]>,
 }
@@ -308,9 +310,12 @@ impl Loader<'_> {
                 scales
             }
         };
-        let bytes = self.source.read_all(q.packed)?;
+        let buffers = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = buffers().pop().unwrap_or_default();
+        self.source.read_all_into(q.packed, &mut bytes)?;
         let (Machine { kernels, pool }, parts) = (self.machine, Parts { spec: &q.spec, scales: &scales, zero_points: &[] });
         let packed = Prepacked::from_wire(kernels, pool, q.layout, parts, &bytes, Stream::TwoBit);
+        buffers().push(bytes);
         let packed = packed.map_err(|source| matrix_error(path, tensor, source))?;
         Ok((packed.groups() <= 1).then_some(packed))
     }
@@ -356,6 +361,16 @@ impl Loader<'_> {
     /// Weights for float activations; `part` is 0 for a linear layer and 1 for the embedding.
     fn dense(&self, tensor: &Tensor, path: &Path, rows: usize, cols: usize, part: usize) -> Result<Matrix> {
         let (choice, pool) = (self.floats[part], &self.machine.pool);
+        // Blocks of GGUF are taken as they are, whatever else a recipe in the file says of them.
+        let stored = match &tensor.content {
+            Content::Quantized(q) => q.packed,
+            Content::Float(stored) | Content::Opaque(stored) => *stored,
+        };
+        if let StoredType::Ggml(ggml_type) = self.source.stored[stored].dtype
+            && let Some(kind) = blocks::type_of_gguf(ggml_type).filter(|kind| choice.keeps(*kind))
+        {
+            return Ok(blocks::of_gguf(pool, self.source, stored, ggml_type, kind, [rows, cols])?.into());
+        }
         let read: Box<ReadRows<'_>> = match &tensor.content {
             Content::Quantized(q) => {
                 let matrix = self.source.matrix(&tensor.name, q)?;
@@ -376,11 +391,6 @@ impl Loader<'_> {
             }
             Content::Float(stored) | Content::Opaque(stored) => {
                 let (source, stored) = (self.source, *stored);
-                if let StoredType::Ggml(ggml_type) = source.stored[stored].dtype
-                    && let Some(kind) = blocks::type_of_gguf(ggml_type).filter(|kind| choice.keeps(*kind))
-                {
-                    return Ok(blocks::of_gguf(pool, source, stored, ggml_type, kind, [rows, cols])?.into());
-                }
                 Box::new(move |first, out| {
                     let at = first * cols;
                     Ok(source.read_floats(stored, at..at + out.len(), &mut vec![], out)?)

@@ -108,19 +108,20 @@ impl Model {
             int8,
             floats,
             used: Default::default(),
+            buffers: Default::default(),
             losses: Default::default(),
         };
-        // A large vocabulary takes as long as many layers.
-        let (tokenizer, loaded) = std::thread::scope(|scope| {
-            let tokenizer = || Tokenizer::read(&source, &config);
-            let beside = (machine.pool.threads() > 1).then(|| scope.spawn(tokenizer));
-            let loaded = weights(&loader, &machine);
-            let tokenizer = match beside {
-                None => tokenizer(),
-                Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            };
-            (tokenizer, loaded)
-        });
+        // A large vocabulary takes as long as many layers. What building it needs is given back before there are weights, or beside few of them.
+        let read = || Tokenizer::read(&source, &config);
+        let (tokenizer, loaded) = if machine.pool.threads() == 1 {
+            (read(), weights(&loader, &machine))
+        } else {
+            std::thread::scope(|scope| {
+                let beside = scope.spawn(read);
+                let loaded = weights(&loader, &machine);
+                (beside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), loaded)
+            })
+        };
         let (embedding, head, norm, layers) = loaded?;
         loader.check_all_used()?;
         let mut notes = source.notes.clone();

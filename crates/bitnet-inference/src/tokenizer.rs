@@ -1,11 +1,13 @@
 //! Text to tokens and back: tokenizer.json, or the vocabulary of a GGUF.
 
 use crate::{Config, Error, Result};
-use bitnet_formats::arch::hf_tokenizer;
+use bitnet_formats::arch::{GgufTokenizer, gguf_bpe};
 use bitnet_formats::{Kind, Source};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 /// The tokenizer of a model.
 #[derive(Debug, Clone)]
@@ -22,20 +24,21 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if there is none, it cannot be used, or it has tokens that the model has not.
     pub(crate) fn read(source: &Source, config: &Config) -> Result<Self> {
         let bad = |path: &Path, what: String| Error::Tokenizer { path: path.to_path_buf(), what };
-        let (path, bytes, settings) = if source.kind == Kind::Gguf {
+        let (path, inner, largest, settings) = if source.kind == Kind::Gguf {
             let path = source.path.clone();
-            let (tokenizer, settings) = hf_tokenizer(&source.gguf).ok_or_else(|| bad(&path, gguf_kind(source)))?;
-            (path, tokenizer.to_string().into_bytes(), settings)
+            let tokenizer = gguf_bpe(&source.gguf).ok_or_else(|| bad(&path, gguf_kind(source)))?;
+            let inner = build(&tokenizer).map_err(|e| bad(&path, e.to_string()))?;
+            (path, inner, tokenizer.tokens.len(), tokenizer.settings)
         } else {
             let path = source.path.join("tokenizer.json");
             let bytes = fs::read(&path).map_err(|e| bad(&path, e.to_string()))?;
-            (path, bytes, read_json(&source.path.join("tokenizer_config.json"))?.unwrap_or(Value::Null))
+            let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
+            // Limits for training batches are no limits here.
+            inner.with_padding(None);
+            inner.with_truncation(None).map_err(|e| bad(&path, e.to_string()))?;
+            let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+            (path, inner, largest, read_json(&source.path.join("tokenizer_config.json"))?.unwrap_or(Value::Null))
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
-        // Limits for training batches are no limits here.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| bad(&path, e.to_string()))?;
-        let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         if largest > config.vocab {
             return Err(bad(&path, format!("expected at most {} tokens, the model's vocabulary, got {largest}", config.vocab)));
         }
@@ -76,6 +79,21 @@ impl Tokenizer {
     pub fn name(&self, token: u32) -> Option<String> {
         self.inner.id_to_token(token)
     }
+}
+
+/// What `tokenizers` makes of the same tokenizer.json, without writing the vocabulary as JSON and reading it again.
+fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let part = |name: &str| gguf.frame[name].clone();
+    let vocab: Vocab = gguf.vocabulary().map(|(token, id)| (token.into(), id as u32)).collect();
+    let merges = gguf.merges().map(|(a, b)| (a.into(), b.into())).collect();
+    let model = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(gguf.frame["model"]["ignore_merges"] == true).build()?;
+    let mut inner = tokenizers::Tokenizer::new(model);
+    inner.with_pre_tokenizer(Some(serde_json::from_value::<PreTokenizerWrapper>(part("pre_tokenizer"))?));
+    inner.with_post_processor(Some(serde_json::from_value::<PostProcessorWrapper>(part("post_processor"))?));
+    inner.with_decoder(Some(serde_json::from_value::<DecoderWrapper>(part("decoder"))?));
+    let added: Vec<AddedToken> = serde_json::from_value(part("added_tokens"))?;
+    inner.add_tokens(added)?;
+    Ok(inner)
 }
 
 /// Why the vocabulary of a GGUF cannot be used.
@@ -157,5 +175,38 @@ impl<'t> TextStream<'t> {
         let before = self.tokenizer.decode(&self.tokens[self.start..self.said])?;
         let all = self.tokenizer.decode(&self.tokens[self.start..])?;
         Ok(all.get(before.len()..).unwrap_or_default().to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitnet_formats::arch::hf_tokenizer;
+    use bitnet_formats::gguf::Array;
+
+    #[test]
+    fn a_vocabulary_of_gguf_is_its_tokenizer_json() {
+        let names = ["<s>", "a", "b", "c", "ab", "abc", "<|user|>", "[PAD7]", "ġ"];
+        let types = vec![3, 1, 1, 1, 1, 1, 4, 5, 1];
+        let strings = |all: &[&str]| Array::String(all.iter().map(|s| s.to_string()).collect());
+        for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2"] {
+            let pairs = [
+                ("model", "gpt2".into()),
+                ("pre", pre.into()),
+                ("tokens", strings(&names).into()),
+                ("token_type", Array::I32(types.clone()).into()),
+                ("merges", strings(&["a b", "ab c"]).into()),
+                ("bos_token_id", bitnet_formats::gguf::Value::U32(0)),
+                ("add_bos_token", true.into()),
+            ]
+            .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value));
+            let direct = build(&gguf_bpe(&pairs).unwrap()).unwrap();
+            let (json, _) = hf_tokenizer(&pairs).unwrap();
+            let read = tokenizers::Tokenizer::from_bytes(json.to_string()).unwrap();
+            assert_eq!(direct.to_string(true).unwrap(), read.to_string(true).unwrap(), "{pre}");
+            let encode = |t: &tokenizers::Tokenizer| t.encode_fast("abcab<|user|>ba<s>", true).unwrap().get_ids().to_vec();
+            assert_eq!(encode(&direct), encode(&read));
+            assert_eq!(encode(&direct)[..2], [0, 5], "{pre}");
+        }
     }
 }

@@ -39,6 +39,22 @@ impl<B: Block> Ggml<B> {
     pub(super) const fn new() -> Self {
         Self(PhantomData)
     }
+
+    /// Adds the scale of block `i` where a granule begins, and compares it with its granule's elsewhere.
+    fn add_scale(spec: &MatrixSpec, i: usize, block: &[u8], scales: &mut Vec<f32>) -> Result<(), Bad> {
+        let per_row = spec.cols / B::VALUES;
+        let half = f16::from_le_bytes([block[B::SCALE_AT], block[B::SCALE_AT + 1]]);
+        if !half.is_finite() {
+            return Err(Bad::new(B::SCALE_AT, format!("the scale {half}")));
+        }
+        // Granules come up in order, so the first block of one is met exactly when its scale is not there yet.
+        match scales.get(spec.scale_index(0, i / per_row, i % per_row * B::VALUES)) {
+            None => scales.push(half.to_f32()),
+            Some(scale) if scale.to_bits() == half.to_f32().to_bits() => {}
+            Some(scale) => return Err(Bad::new(B::SCALE_AT, format!("the scale {half} in a granule that began with {scale}"))),
+        }
+        Ok(())
+    }
 }
 
 impl<B: Block> Layout for Ggml<B> {
@@ -101,23 +117,21 @@ impl<B: Block> Layout for Ggml<B> {
         check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
         let mut values = vec![0; spec.values_len()];
         let mut scales: Vec<f32> = Vec::with_capacity(spec.scales_len());
-        let per_row = spec.cols / B::VALUES;
         for (i, (block, values)) in bytes.chunks_exact(B::BYTES).zip(values.chunks_exact_mut(B::VALUES)).enumerate() {
             let corrupt = |bad: Bad| bad.at(B::NAME, i * B::BYTES);
             B::unpack(block, values).map_err(corrupt)?;
-            let half = f16::from_le_bytes([block[B::SCALE_AT], block[B::SCALE_AT + 1]]);
-            if !half.is_finite() {
-                return Err(corrupt(Bad::new(B::SCALE_AT, format!("the scale {half}"))));
-            }
-            // Granules come up in order, so the first block of one is met exactly when its scale is not there yet.
-            match scales.get(spec.scale_index(0, i / per_row, i % per_row * B::VALUES)) {
-                None => scales.push(half.to_f32()),
-                Some(scale) if scale.to_bits() == half.to_f32().to_bits() => {}
-                Some(scale) => {
-                    return Err(corrupt(Bad::new(B::SCALE_AT, format!("the scale {half} in a granule that began with {scale}"))));
-                }
-            }
+            Self::add_scale(spec, i, block, &mut scales).map_err(corrupt)?;
         }
         Ok(Unpacked { values, scales: Some(scales) })
+    }
+
+    fn scales(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Option<Vec<f32>>> {
+        self.check(spec)?;
+        check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
+        let mut scales = Vec::with_capacity(spec.scales_len());
+        for (i, block) in bytes.chunks_exact(B::BYTES).enumerate() {
+            Self::add_scale(spec, i, block, &mut scales).map_err(|bad| bad.at(B::NAME, i * B::BYTES))?;
+        }
+        Ok(Some(scales))
     }
 }

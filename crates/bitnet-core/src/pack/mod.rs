@@ -90,6 +90,14 @@ pub trait Layout: Send + Sync + Debug {
     /// What [`Layout::check`] finds; [`Error::Length`] if the number of bytes is wrong; [`Error::Corrupt`] for a pattern that no writer
     /// produces. Never panics and never allocates more than `spec` asks for.
     fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked>;
+
+    /// The scales in `bytes`, if the layout holds them: those of [`Layout::unpack`], whose patterns of values may go unread.
+    ///
+    /// # Errors
+    /// As [`Layout::unpack`], as far as bytes are read.
+    fn scales(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Option<Vec<f32>>> {
+        Ok(self.unpack(spec, bytes)?.scales)
+    }
 }
 
 /// How many of [`layouts`], from the front, are our own. None of these carries scales.

@@ -10,7 +10,7 @@ mod tokenizer;
 
 pub use metadata::{GgufMetadata, HfConfig, HfRope, ROPE_FREQS, activation, gguf_metadata, hf_config};
 pub use names::{gguf_name, hf_name};
-pub use tokenizer::hf_tokenizer;
+pub use tokenizer::{GgufTokenizer, gguf_bpe, hf_tokenizer};
 
 use crate::gguf;
 use crate::{Error, Result};

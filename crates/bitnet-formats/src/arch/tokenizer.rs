@@ -461,8 +461,44 @@ fn adds(tokenizer: &Value, settings: &Value, side: Side, token: Option<&str>) ->
     Ok(token.is_some() && settings[key] == true)
 }
 
+/// Byte-level BPE of a GGUF, in the terms of Hugging Face.
+#[derive(Debug)]
+pub struct GgufTokenizer<'a> {
+    /// tokenizer.json, with no vocabulary and no merges in its model.
+    pub frame: Value,
+    /// tokenizer_config.json.
+    pub settings: Value,
+    /// Names of all token ids, those of unused ones too.
+    pub tokens: &'a [String],
+    types: &'a [i32],
+    merges: &'a [String],
+}
+
+impl<'a> GgufTokenizer<'a> {
+    /// The model's vocabulary: unused tokens are not in it.
+    pub fn vocabulary(&self) -> impl Iterator<Item = (&'a str, usize)> {
+        let tokens = self.tokens.iter().zip(self.types).enumerate();
+        tokens.filter(|(_, (_, kind))| **kind != kind::UNUSED).map(|(id, (token, _))| (token.as_str(), id))
+    }
+
+    /// The merges by rank.
+    pub fn merges(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
+        self.merges.iter().filter_map(|m| m.split_once(' '))
+    }
+}
+
 /// tokenizer.json and tokenizer_config.json of a GGUF with byte-level BPE; `None` for other tokenizers, and for words that are not known here.
 pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)> {
+    let tokenizer = gguf_bpe(metadata)?;
+    let vocab: Map<String, Value> = tokenizer.vocabulary().map(|(token, id)| (token.into(), id.into())).collect();
+    let merges: Vec<Value> = tokenizer.merges().map(|(a, b)| json!([a, b])).collect();
+    let GgufTokenizer { mut frame, settings, .. } = tokenizer;
+    (frame["model"]["vocab"], frame["model"]["merges"]) = (vocab.into(), merges.into());
+    Some((frame, settings))
+}
+
+/// The tokenizer of a GGUF with byte-level BPE, its large lists left where they are; `None` as for [`hf_tokenizer`].
+pub fn gguf_bpe(metadata: &[(String, gguf::Value)]) -> Option<GgufTokenizer<'_>> {
     let get = |key: &str| find(metadata, &format!("tokenizer.ggml.{key}"));
     if get("model")?.as_str()? != "gpt2" {
         return None;
@@ -474,7 +510,10 @@ pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)
         Array::I32(types) if types.len() == tokens.len() => types,
         _ => return None,
     };
-    let merges: Option<Vec<Value>> = get("merges")?.as_strings()?.iter().map(|m| m.split_once(' ').map(|(a, b)| json!([a, b]))).collect();
+    let merges = get("merges")?.as_strings()?;
+    if merges.iter().any(|m| !m.contains(' ')) {
+        return None;
+    }
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let pre_tokenizer = match words {
         Words::Gpt2 => byte_level.clone(),
@@ -488,12 +527,8 @@ pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)
             json!({"type": "Sequence", "pretokenizers": [split, bytes]})
         }
     };
-    let mut vocab = Map::new();
     let mut added = vec![];
     for (id, (token, &kind)) in tokens.iter().zip(types).enumerate() {
-        if kind != kind::UNUSED {
-            vocab.insert(token.clone(), id.into());
-        }
         if matches!(kind, kind::CONTROL | kind::USER_DEFINED | kind::UNKNOWN) {
             let special = kind != kind::USER_DEFINED;
             added.push(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": special}));
@@ -531,7 +566,7 @@ pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)
         let template = json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": specials});
         json!({"type": "Sequence", "processors": [byte_level_after, template]})
     };
-    let tokenizer = json!({
+    let frame = json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
@@ -549,8 +584,8 @@ pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)
             "fuse_unk": false,
             "byte_fallback": false,
             "ignore_merges": ignore_merges,
-            "vocab": vocab,
-            "merges": merges?,
+            "vocab": {},
+            "merges": [],
         },
     });
     let mut settings = json!({
@@ -577,7 +612,7 @@ pub fn hf_tokenizer(metadata: &[(String, gguf::Value)]) -> Option<(Value, Value)
     {
         settings["model_max_length"] = length.into();
     }
-    Some((tokenizer, settings))
+    Some(GgufTokenizer { frame, settings, tokens, types, merges })
 }
 
 #[cfg(test)]

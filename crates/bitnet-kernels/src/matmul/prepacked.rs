@@ -153,16 +153,19 @@ impl Prepacked {
             return Self::with_stream(&matrix, stream, pool);
         }
         let of = |rows: usize| layout.packed_len(&spec.with_rows(rows)).bound();
-        let unpack = |panel: usize| {
+        let strip = |panel: usize| {
             let rows = panel * PANEL..spec.rows.min((panel + 1) * PANEL);
-            unpack(&spec.with_rows(rows.len()), &bytes[of(rows.start)..of(rows.end)])
+            (spec.with_rows(rows.len()), &bytes[of(rows.start)..of(rows.end)])
         };
         let mut inside = vec![];
         let panels = spec.rows.div_ceil(PANEL);
         if layout.stores_scales() {
             // The scales come first: what they are decides how the columns are grouped.
             let found: Vec<_> = (0..panels).map(|_| Mutex::new(Ok(vec![]))).collect();
-            pool.run(panels, |panel| *lock(&found[panel]) = unpack(panel).map(|(_, scales)| scales.unwrap_or_default()));
+            pool.run(panels, |panel| {
+                let (spec, bytes) = strip(panel);
+                *lock(&found[panel]) = layout.scales(&spec, bytes).map(Option::unwrap_or_default);
+            });
             for scales in found {
                 inside.extend(scales.into_inner().unwrap_or_else(PoisonError::into_inner)?);
             }
@@ -173,7 +176,8 @@ impl Prepacked {
         let parts = Parts { scales: if layout.stores_scales() { &inside } else { parts.scales }, ..parts };
         let mut packed = Self::empty(parts, stream)?;
         packed.fill(pool, panels, |panel, put| {
-            let (values, _) = unpack(panel)?;
+            let (spec, bytes) = strip(panel);
+            let (values, _) = unpack(&spec, bytes)?;
             put(panel, 0, &values.chunks(spec.cols.max(1)).collect::<Vec<_>>())
         })?;
         Ok(packed)
