@@ -25,7 +25,7 @@ const FLOAT_TOKENS: usize = 8;
 /// Products that are worth a fork, some microseconds of one thread.
 const WORTH: usize = 1 << 18;
 /// Parts for each thread, so that a slow core does not keep the others waiting.
-const PARTS: usize = 4;
+const PARTS: usize = 16;
 
 /// Where the sums of a panel come from: groups of a panel and token come in order, plane after plane.
 #[derive(Clone, Copy)]
@@ -252,27 +252,32 @@ unsafe fn dense(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, pa
         for first in (0..tokens).step_by(DENSE_TOKENS) {
             let sums = &mut sums[..DENSE_TOKENS.min(tokens - first)];
             for at in segments(w, panel) {
-                for (token, sums) in sums.iter_mut().enumerate() {
-                    *sums = w.start(panel, at.group, x.sum(first + token, at.group));
-                }
                 let steps = w.group_steps(at.group);
                 for begin in steps.clone().step_by(block) {
                     let now = begin..steps.end.min(begin + block);
+                    let last = now.end == steps.end;
                     let (codes, packed) = (&mut room.bytes()[..now.len() * coding.step_codes()], w.codes(panel, at.plane, now));
                     let column = (begin - steps.start) * coding.step();
                     // Lines of the block after this one, to be asked for beside each tile.
                     let lines = packed.len().div_ceil(LINE * sums.len().div_ceil(TOKENS));
                     // SAFETY: the caller's.
-                    unsafe {
-                        (tiles.unpack)(coding, packed, codes);
-                        for (i, sums) in sums.chunks_mut(TOKENS).enumerate() {
-                            (0..lines).for_each(|line| ask(packed.as_ptr().wrapping_add(packed.len() + (i * lines + line) * LINE)));
-                            (tiles.dense)(coding.most(), codes, x.from(first + i * TOKENS, at.group, column), sums);
+                    unsafe { (tiles.unpack)(coding, packed, codes) };
+                    for (i, sums) in sums.chunks_mut(TOKENS).enumerate() {
+                        (0..lines).for_each(|line| ask(packed.as_ptr().wrapping_add(packed.len() + (i * lines + line) * LINE)));
+                        let tokens = first + i * TOKENS..;
+                        if begin == steps.start {
+                            for (token, sums) in tokens.clone().zip(sums.iter_mut()) {
+                                *sums = w.start(panel, at.group, x.sum(token, at.group));
+                            }
+                        }
+                        // SAFETY: the caller's.
+                        unsafe { (tiles.dense)(coding.most(), codes, x.from(tokens.start, at.group, column), sums) };
+                        if last {
+                            // SAFETY: the caller's.
+                            tokens.zip(sums.iter()).for_each(|(token, sums)| unsafe { sink.put(at, token, sums) });
                         }
                     }
                 }
-                // SAFETY: the caller's.
-                sums.iter().enumerate().for_each(|(token, sums)| unsafe { sink.put(at, first + token, sums) });
             }
         }
     }

@@ -12,6 +12,7 @@
 
 use super::tiles::{Columns, Sums, TOKENS};
 use super::{PANEL, STEP_BYTES};
+use std::hint::black_box;
 
 /// What a code times an activation adds to a 16-bit sum at most, for each unit of the code.
 const ACTIVATION: usize = 128;
@@ -149,6 +150,30 @@ pub(crate) unsafe fn direct<V: Vector, const BITS: usize, const R: usize, const 
     }
 }
 
+/// Quads between two jumps of [`dense`].
+const UNROLLED: usize = 4;
+
+/// Four columns, from `column` on, of T tokens, whose rows begin at `x`, times the codes at `at`.
+///
+/// # Safety
+/// The machine has V; the codes of R registers and the columns of each row are readable.
+#[inline(always)]
+unsafe fn add_quad<V: Vector, const R: usize, const T: usize>(acc: &mut [[V::Sum; R]; T], at: *const u8, x: &[*const i8; T], column: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut w = [V::fill(0); R];
+        for (r, w) in w.iter_mut().enumerate() {
+            *w = V::load(at.add(r * 4 * V::ROWS));
+        }
+        for (acc, x) in acc.iter_mut().zip(x) {
+            let x = V::splat(four(x.add(column)));
+            for r in 0..R {
+                acc[r] = V::dot(acc[r], w[r], x);
+            }
+        }
+    }
+}
+
 /// The same from steps that are unpacked to a code in each byte, none above `most`.
 ///
 /// # Safety
@@ -162,20 +187,22 @@ pub(crate) unsafe fn dense<V: Vector, const R: usize, const T: usize>(codes: &[u
         for (block, codes) in codes.chunks(room.saturating_mul(STEP_BYTES)).enumerate() {
             for part in 0..PANEL / (R * V::ROWS) {
                 let mut acc = [[V::zero(); R]; T];
-                for quad in 0..codes.len() / STEP_BYTES {
-                    // Inside `codes`, which has so many quads of PANEL rows.
-                    let at = codes.as_ptr().add(quad * STEP_BYTES + part * R * 4 * V::ROWS);
-                    let mut w = [V::fill(0); R];
-                    for (r, w) in w.iter_mut().enumerate() {
-                        *w = V::load(at.add(r * 4 * V::ROWS));
+                // A pointer for each token, all moved by one index: sums of strides would take the ports of the products.
+                let mut rows = [x.values.as_ptr(); T];
+                for (token, row) in rows.iter_mut().enumerate() {
+                    *row = black_box(row.add(token * x.stride + block * room * 4));
+                }
+                let at = codes.as_ptr().add(part * R * 4 * V::ROWS);
+                let quads = codes.len() / STEP_BYTES;
+                let mut quad = 0;
+                while quad + UNROLLED <= quads {
+                    for i in 0..UNROLLED {
+                        add_quad::<V, R, T>(&mut acc, at.add((quad + i) * STEP_BYTES), &rows, 4 * (quad + i));
                     }
-                    for (token, acc) in acc.iter_mut().enumerate() {
-                        // Inside `x`, which the caller vouches for.
-                        let x = V::splat(four(x.values.as_ptr().add(token * x.stride + (block * room + quad) * 4)));
-                        for r in 0..R {
-                            acc[r] = V::dot(acc[r], w[r], x);
-                        }
-                    }
+                    quad += UNROLLED;
+                }
+                for quad in quad..quads {
+                    add_quad::<V, R, T>(&mut acc, at.add(quad * STEP_BYTES), &rows, 4 * quad);
                 }
                 for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
                     for (r, &acc) in acc.iter().enumerate() {
