@@ -3,6 +3,7 @@
 //! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one thread and the widest instruction set.
 
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
+use bitnet_kernels::machine::{self, Instruction, Memory, Pages};
 use bitnet_kernels::matmul::{Activations, Prepacked};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
@@ -68,19 +69,6 @@ fn activations(w: &Prepacked, tokens: usize) -> Activations {
     Activations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
 }
 
-/// Words, on huge pages where the system grants them, as prepacked weights are.
-fn words(n: usize) -> Vec<u64> {
-    let mut words = Vec::with_capacity(n);
-    #[cfg(target_os = "linux")]
-    {
-        let page = (words.as_ptr() as usize).next_multiple_of(4096);
-        // SAFETY: advice about memory of ours, which changes no byte of it; a refusal leaves small pages.
-        unsafe { libc::madvise(page as *mut libc::c_void, (8 * n).saturating_sub(4096), libc::MADV_HUGEPAGE) };
-    }
-    words.extend((0..n as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-    words
-}
-
 /// Reads of `data` on the pool, a sixteenth of the cold bytes at most in a call, each call where the last one ended.
 fn reading<'a>(pool: &'a Pool, data: &'a [u64]) -> Work<'a> {
     let words = data.len().min(COLD_BYTES / 16 / 8);
@@ -88,23 +76,18 @@ fn reading<'a>(pool: &'a Pool, data: &'a [u64]) -> Work<'a> {
     let call = move || {
         let data = &data[at..at + words];
         pool.run(pool.threads(), |part| {
-            black_box(machine::sum(&data[part * words / pool.threads()..(part + 1) * words / pool.threads()]));
+            black_box(machine::read(&data[part * words / pool.threads()..(part + 1) * words / pool.threads()]));
         });
         at = if at + 2 * words <= data.len() { at + words } else { 0 };
     };
     Work { amount: (8 * words) as f64, call: Box::new(call) }
 }
 
-/// Multiply-adds of the byte dot product on registers alone.
-fn dots(pool: &Pool) -> Work<'_> {
-    const ROUNDS: usize = 2000;
-    let amount = (pool.threads() * machine::dots(0) * ROUNDS) as f64;
-    let call = move || {
-        pool.run(pool.threads(), |_| {
-            black_box(machine::dots(ROUNDS));
-        })
-    };
-    Work { amount, call: Box::new(call) }
+/// Multiply-adds of the byte product that the kernels are made of, on registers alone.
+fn dots(pool: &Pool, instruction: Instruction) -> Work<'_> {
+    const ROUNDS: usize = 50_000;
+    let amount = (pool.threads() * instruction.multiply_adds() * ROUNDS) as f64;
+    Work { amount, call: Box::new(move || pool.run(pool.threads(), |_| instruction.run(ROUNDS))) }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -132,7 +115,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{} on {threads} thread(s), fork-join {:.2} µs ({:.2} … {:.2})", kernels.isa(), fork[1], fork[0], fork[2]);
     println!("median (smallest … largest) of {TURNS} turns; shares are of the ceiling in the same turn");
 
-    let (cold, warm) = (words(COLD_BYTES / 8), words(threads << 16));
+    let (cold, warm) = (Memory::new(COLD_BYTES, Pages::Huge), Memory::new(threads << 19, Pages::Huge));
     println!("\nG weights/s, share of the bytes read in GB/s");
     for (rows, cols) in [(6912, 2560), (2560, 6912), (4096, 14336), (1024, 2560)] {
         let matrix = matrix(rows, cols);
@@ -150,84 +133,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             };
             let work = Work { amount: (rows * cols) as f64, call: Box::new(call) };
             let bytes = packed.bytes() as f64 / (rows * cols) as f64;
-            let result = against(reading(&pool, if hot { &warm } else { &cold }), work, bytes);
+            let result = against(reading(&pool, if hot { warm.words() } else { cold.words() }), work, bytes);
             println!("{rows:5} × {cols:5} M = {tokens} from {}: {result}", if hot { "L2    " } else { "memory" });
         }
         println!("{rows:5} × {cols:5} prepack: {:.2}", prepack / 1e9);
     }
 
-    println!("\nG MAC/s, share of the byte dot product on registers");
+    let Some(instruction) = Instruction::all().find(|i| i.is_int8()) else { return Ok(()) };
+    println!("\nG MAC/s, share of {instruction} on registers");
     let packed = Prepacked::new(&matrix(6912, 2560), &pool)?;
     for tokens in [1, 2, 3, 4, 6, 8, 12, 16, 32, 128, 512] {
         let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * 6912]);
         let call = || kernels.matmul(&pool, &packed, &x, None, &mut y);
         let work = Work { amount: (tokens * 6912 * 2560) as f64, call: Box::new(call) };
-        println!(" 6912 ×  2560 M = {tokens:3}: {}", against(dots(&pool), work, 1.0));
+        println!(" 6912 ×  2560 M = {tokens:3}: {}", against(dots(&pool, instruction), work, 1.0));
     }
     Ok(())
-}
-
-/// The ceilings, with the widest registers that the machine has.
-mod machine {
-    #[cfg(target_arch = "x86_64")]
-    use std::arch::x86_64::*;
-
-    /// Σ of the words, as fast as memory gives them.
-    pub(crate) fn sum(data: &[u64]) -> u64 {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was found on the line above.
-            return unsafe { wide_sum(data) };
-        }
-        plain_sum(data)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    fn wide_sum(data: &[u64]) -> u64 {
-        let mut sums = [_mm512_setzero_si512(); 8];
-        let (lines, rest) = data.as_chunks::<64>();
-        for lines in lines {
-            for (sum, line) in sums.iter_mut().zip(lines.as_chunks::<8>().0) {
-                // SAFETY: eight words of 8 bytes; the read needs no alignment.
-                *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(line.as_ptr().cast()) });
-            }
-        }
-        sums.into_iter().map(|s| _mm512_reduce_add_epi64(s) as u64).sum::<u64>() + rest.iter().sum::<u64>()
-    }
-
-    fn plain_sum(data: &[u64]) -> u64 {
-        data.iter().fold(0, |sum, &word| sum.wrapping_add(word))
-    }
-
-    /// Some rounds of byte dot products on registers; for 0 rounds, the multiply-adds of one.
-    pub(crate) fn dots(rounds: usize) -> usize {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512vnni") {
-            // SAFETY: the feature, which AVX-512 F comes with, was found on the line above.
-            return unsafe { wide_dots(rounds) };
-        }
-        let mut sum = [0i32; 64];
-        for round in 0..rounds {
-            sum.iter_mut().for_each(|s| *s = s.wrapping_add(std::hint::black_box(round as i32)));
-        }
-        std::hint::black_box(sum);
-        64
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    fn wide_dots(rounds: usize) -> usize {
-        let mut sums = [_mm512_setzero_si512(); 24];
-        let (a, b) = (_mm512_set1_epi8(std::hint::black_box(1)), _mm512_set1_epi8(std::hint::black_box(2)));
-        for _ in 0..rounds {
-            // Opaque, so that rounds are not merged.
-            let b = std::hint::black_box(b);
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, a, b);
-            }
-        }
-        std::hint::black_box(sums);
-        24 * 64
-    }
 }

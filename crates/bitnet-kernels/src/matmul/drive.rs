@@ -25,7 +25,7 @@ const FLOAT_TOKENS: usize = 8;
 /// Products that are worth a fork, some microseconds of one thread.
 const WORTH: usize = 1 << 18;
 /// Parts for each thread, so that a slow core does not keep the others waiting.
-const PARTS: usize = 16;
+const PARTS: usize = 4;
 
 /// Where the sums of a panel come from: groups of a panel and token come in order, plane after plane.
 #[derive(Clone, Copy)]
