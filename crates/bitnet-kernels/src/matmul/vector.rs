@@ -158,7 +158,12 @@ const UNROLLED: usize = 4;
 /// # Safety
 /// The machine has V; the codes of R registers and the columns of each row are readable.
 #[inline(always)]
-unsafe fn add_quad<V: Vector, const R: usize, const T: usize>(acc: &mut [[V::Sum; R]; T], at: *const u8, x: &[*const i8; T], column: usize) {
+unsafe fn add_quad<V: Vector, const R: usize, const T: usize>(
+    acc: &mut [[V::Sum; R]; T],
+    at: *const u8,
+    x: &[*const i8; T],
+    column: usize,
+) {
     // SAFETY: the caller's.
     unsafe {
         let mut w = [V::fill(0); R];
