@@ -22,7 +22,7 @@ use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
-    CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, prepare, read_log,
+    CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, read_log,
 };
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
@@ -140,9 +140,11 @@ pub struct Report {
     pub ptq: Option<f64>,
     /// The model that was trained quantized, packed.
     pub qat: f64,
-    /// The same before packing: the last evaluation of its training.
+    /// The same before packing: the evaluation in its training, the best one where there were several.
     pub qat_in_training: f64,
-    /// Steps of each training.
+    /// The step after which it was so: the last, or the one of the best evaluation.
+    pub qat_step: u64,
+    /// Most steps of each training.
     pub steps: u64,
     /// Seconds of training of the twin and of the quantized model, of the last run of each.
     pub seconds: [f64; 2],
@@ -205,9 +207,9 @@ pub fn run<W: Work>(
     }
     let (vars, mut model) = runner.start(run.fine_tune.then_some(full_path.as_path()))?;
     let own: HashSet<String> = folder::sorted(&vars).into_keys().collect();
-    prepare(&mut model, &training.quantization, training.estimator, &vars)?;
+    QATTrainer::new(training.clone())?.prepare(&mut model, &vars)?;
     let mut task = work.task(model, vars.clone(), runner.teacher()?);
-    let (qat_in_training, took) = runner.train(Phase::Quantized, &mut *task, observer)?;
+    let (kept, took) = runner.train(Phase::Quantized, &mut *task, observer)?;
     seconds[1] = took;
     runner.plot()?;
     // Learned scales are no variables of the model: the packed weights hold them.
@@ -225,7 +227,8 @@ pub fn run<W: Work>(
         full,
         ptq,
         qat: work.measure(&packed)?,
-        qat_in_training,
+        qat_in_training: kept.value,
+        qat_step: kept.step,
         steps: training.steps,
         seconds,
         packed_bytes: summary.file_bytes,
@@ -294,8 +297,8 @@ impl<W: Work> Runner<'_, W> {
         });
         remove(&path)?;
         planned?;
-        prepare(&mut model, &self.training.quantization, self.training.estimator, &vars)?;
-        let mut lost = None;
+        QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
+        let (mut lost, mut no_bias) = (None, None);
         model.visit_linears(&mut |name, linear| {
             // The scale of levels that nothing reaches is not to be found again in the weights.
             if let Linear::Qat(layer) = linear
@@ -303,6 +306,12 @@ impl<W: Work> Runner<'_, W> {
                 && !matches!(layer.target().precision()?, Precision::Ternary | Precision::Binary)
             {
                 lost = Some(format!("{} for {name}, which becomes {}", self.training.estimator, layer.target().precision()?));
+            }
+            if let Linear::Qat(layer) = linear
+                && layer.dead_zone_bias() != 0.0
+                && layer.bias().is_none()
+            {
+                no_bias = Some(name.to_owned());
             }
             Ok(())
         })?;
@@ -312,6 +321,10 @@ impl<W: Work> Runner<'_, W> {
                 "one without learned scales for integers, which a recipe cannot write down",
                 got,
             ));
+        }
+        if let Some(name) = no_bias {
+            let got = format!("{} and {name} without one", self.training.dead_zone_bias);
+            return Err(Error::option("training.dead_zone_bias", "0 where a layer has no bias, which is what it is packed as", got));
         }
         if let Some(Teacher::Folder(path)) = &self.run.teacher {
             self.work.teacher(path)?;
@@ -338,8 +351,8 @@ impl<W: Work> Runner<'_, W> {
         }
     }
 
-    /// The last evaluation, and seconds.
-    fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(f64, f64)> {
+    /// The evaluation of the model that the task now holds, and seconds.
+    fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(Evaluation, f64)> {
         let folder = self.out.join("checkpoints").join(phase.name());
         let begun = !checkpoints(&folder)?.is_empty();
         let mut config = self.training.clone();
@@ -351,9 +364,9 @@ impl<W: Work> Runner<'_, W> {
         let mut trainer = QATTrainer::new(config)?;
         let mut callback = |event: &Event<'_>| observer.on(phase, event);
         let outcome = if begun { trainer.resume(task, &mut callback)? } else { trainer.run(task, &mut callback)? };
-        match (outcome.stopped, outcome.evaluation) {
+        match (outcome.stopped, outcome.kept) {
             (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
-            (_, Some(evaluation)) => Ok((evaluation.value, outcome.seconds)),
+            (_, Some(kept)) => Ok((kept, outcome.seconds)),
         }
     }
 
@@ -395,6 +408,7 @@ impl<W: Work> Runner<'_, W> {
         for layer in trained.layers.iter().filter(|layer| layer.rounded_first) {
             weights.insert(layer.name.clone(), layer.weight.clone());
         }
+        weights.extend(trained.biases.clone());
         remove(&from)?;
         folder::save(&from, &weights, &self.work.config_json(), &self.work.files()?)?;
         let summary = self.pack(&from, to);
@@ -411,6 +425,8 @@ impl<W: Work> Runner<'_, W> {
 /// The layers of a trained model that are quantized.
 struct Trained {
     layers: Vec<Layer>,
+    /// Biases that hold a dead zone, by name, `[N]`.
+    biases: BTreeMap<String, Tensor>,
     /// Linear layers in floats.
     floats: Vec<String>,
     /// Whether transformers computes the same from the latent weights: b1.58 itself.
@@ -428,7 +444,7 @@ struct Layer {
 
 impl Trained {
     fn of(model: Option<&mut dyn Linears>) -> Result<Self> {
-        let mut trained = Self { layers: vec![], floats: vec!["lm_head".into()], online: true };
+        let mut trained = Self { layers: vec![], biases: BTreeMap::new(), floats: vec!["lm_head".into()], online: true };
         if let Some(model) = model {
             model.visit_linears(&mut |name, linear| {
                 let Linear::Qat(layer) = linear else {
@@ -436,7 +452,12 @@ impl Trained {
                     return Ok(());
                 };
                 let (scheme, learned) = (layer.scheme(), layer.learned_scale().is_some());
+                let dead_zone = layer.dead_zone_bias() != 0.0;
                 trained.online &= *scheme == Scheme::ternary(Threshold::Absmean) && !learned && layer.activations() == Activations::Int8;
+                trained.online &= !dead_zone;
+                if let Some(bias) = layer.packed_bias()?.filter(|_| dead_zone) {
+                    trained.biases.insert(format!("{name}.bias"), bias);
+                }
                 let planes = matches!(scheme.method, Method::Ternary { planes, .. } if planes > 1);
                 let rounded_first = learned || (scheme.precision()? == Precision::Ternary && !planes);
                 trained.layers.push(Layer { name: format!("{name}.weight"), weight: layer.dequantized_weights()?, rounded_first });
