@@ -165,11 +165,16 @@ fn a_folder_holds_what_the_model_needs_and_no_more() {
     assert_eq!(dir.read("out/tokenizer.json"), b"{}");
 }
 
+/// Runs the program on a disk of `size` bytes, and then says what is left there.
+fn on_a_full_disk(dir: &Dir, size: &str, fill: &str, args: &[&str]) -> Option<(i32, String, String)> {
+    let after = "echo \"left: $(ls -A disk)\"; head -c 4 disk/out.safetensors 2>/dev/null";
+    on_a_small_disk(dir, size, [fill, after], args)
+}
+
 #[track_caller]
 fn full(dir: &Dir, size: &str, fill: &str, args: &[&str], left: &str) {
     let before = dir.files();
-    let after = "echo \"left: $(ls -A disk)\"; head -c 4 disk/out.safetensors 2>/dev/null";
-    let Some((status, out, err)) = on_a_small_disk(dir, size, [fill, after], args) else { return };
+    let Some((status, out, err)) = on_a_full_disk(dir, size, fill, args) else { return };
     assert_eq!((status, out.trim()), (2, format!("left: {left}").trim()), "{err}");
     assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains("No space left") && err.contains("disk/"), "{err}");
     let mut after = dir.files();

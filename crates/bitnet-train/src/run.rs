@@ -17,7 +17,7 @@ use crate::config::{Distillation, RunConfig, Teacher};
 use crate::random::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
-use bitnet_core::{Precision, Scheme};
+use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
@@ -201,7 +201,7 @@ pub fn run<W: Work>(
         }
         full = Some(work.measure(&full_path)?);
         let packed = runner.packed("ptq");
-        runner.pack(&full_path, &packed)?;
+        runner.pack(&full_path, &packed, BTreeMap::new())?;
         ptq = Some(work.measure(&packed)?);
         remove(&packed)?;
     }
@@ -288,25 +288,20 @@ impl<W: Work> Runner<'_, W> {
         }
         self.training.validate()?;
         let (vars, mut model) = self.start(None)?;
+        let floats = folder::tensors(&vars);
+        QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
         let path = self.out.join("rehearsal");
         remove(&path)?;
-        folder::save(&path, &folder::tensors(&vars), &self.work.config_json(), &self.work.files()?)?;
+        folder::save(&path, &floats, &self.work.config_json(), &self.work.files()?)?;
         let planned = Source::open(&path).map_err(Error::from).and_then(|source| {
-            Job::quantize(&source, &self.training.quantization, &self.packed("packed"))?;
+            let given = Trained::of(Some(&mut model))?.given;
+            Job::quantize_given(&source, &self.training.quantization, &self.packed("packed"), given)?;
             Ok(())
         });
         remove(&path)?;
         planned?;
-        QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
-        let (mut lost, mut no_bias) = (None, None);
+        let mut no_bias = None;
         model.visit_linears(&mut |name, linear| {
-            // The scale of levels that nothing reaches is not to be found again in the weights.
-            if let Linear::Qat(layer) = linear
-                && layer.learned_scale().is_some()
-                && !matches!(layer.target().precision()?, Precision::Ternary | Precision::Binary)
-            {
-                lost = Some(format!("{} for {name}, which becomes {}", self.training.estimator, layer.target().precision()?));
-            }
             if let Linear::Qat(layer) = linear
                 && layer.dead_zone_bias() != 0.0
                 && layer.bias().is_none()
@@ -315,13 +310,6 @@ impl<W: Work> Runner<'_, W> {
             }
             Ok(())
         })?;
-        if let Some(got) = lost {
-            return Err(Error::option(
-                "training.estimator",
-                "one without learned scales for integers, which a recipe cannot write down",
-                got,
-            ));
-        }
         if let Some(name) = no_bias {
             let got = format!("{} and {name} without one", self.training.dead_zone_bias);
             return Err(Error::option("training.dead_zone_bias", "0 where a layer has no bias, which is what it is packed as", got));
@@ -359,7 +347,7 @@ impl<W: Work> Runner<'_, W> {
         config.checkpoint = Some(CheckpointConfig { folder, every: self.place.every, keep: self.place.keep });
         config.telemetry.file = Some(self.log(phase));
         if phase == Phase::Twin {
-            config.progressive = None;
+            (config.progressive, config.level_regularization) = (None, 0.0);
         }
         let mut trainer = QATTrainer::new(config)?;
         let mut callback = |event: &Event<'_>| observer.on(phase, event);
@@ -388,9 +376,9 @@ impl<W: Work> Runner<'_, W> {
     }
 
     /// Quantizes as `bitnet quantize` does.
-    fn pack(&self, from: &Path, to: &Path) -> Result<checkpoint::Summary> {
+    fn pack(&self, from: &Path, to: &Path, given: BTreeMap<String, Matrix>) -> Result<checkpoint::Summary> {
         let (source, recipe) = (Source::open(from)?, &self.training.quantization);
-        let job = Job::quantize(&source, recipe, to)?;
+        let job = Job::quantize_given(&source, recipe, to, given)?;
         let options = Options {
             threads: recipe.compute.threads,
             kernels: recipe.compute.machine()?.kernels,
@@ -411,7 +399,7 @@ impl<W: Work> Runner<'_, W> {
         weights.extend(trained.biases.clone());
         remove(&from)?;
         folder::save(&from, &weights, &self.work.config_json(), &self.work.files()?)?;
-        let summary = self.pack(&from, to);
+        let summary = self.pack(&from, to, trained.given.clone());
         remove(&from)?;
         let summary = summary?;
         if self.training.quantization.format != Format::Gguf {
@@ -427,6 +415,8 @@ struct Trained {
     layers: Vec<Layer>,
     /// Biases that hold a dead zone, by name, `[N]`.
     biases: BTreeMap<String, Tensor>,
+    /// Values and scales of integers whose scales were learned: of levels that nothing reaches the scale is not to be found again in Ŵ.
+    given: BTreeMap<String, Matrix>,
     /// Linear layers in floats.
     floats: Vec<String>,
     /// Whether transformers computes the same from the latent weights: b1.58 itself.
@@ -444,7 +434,8 @@ struct Layer {
 
 impl Trained {
     fn of(model: Option<&mut dyn Linears>) -> Result<Self> {
-        let mut trained = Self { layers: vec![], biases: BTreeMap::new(), floats: vec!["lm_head".into()], online: true };
+        let mut trained =
+            Self { layers: vec![], biases: BTreeMap::new(), given: BTreeMap::new(), floats: vec!["lm_head".into()], online: true };
         if let Some(model) = model {
             model.visit_linears(&mut |name, linear| {
                 let Linear::Qat(layer) = linear else {
@@ -460,6 +451,9 @@ impl Trained {
                 }
                 let planes = matches!(scheme.method, Method::Ternary { planes, .. } if planes > 1);
                 let rounded_first = learned || (scheme.precision()? == Precision::Ternary && !planes);
+                if learned && !matches!(scheme.precision()?, Precision::Ternary | Precision::Binary) {
+                    trained.given.insert(format!("{name}.weight"), layer.quantized_weights()?);
+                }
                 trained.layers.push(Layer { name: format!("{name}.weight"), weight: layer.dequantized_weights()?, rounded_first });
                 Ok(())
             })?;

@@ -42,6 +42,9 @@ pub struct QATConfig {
     /// β of [`QatLinear::set_dead_zone_bias`](super::QatLinear::set_dead_zone_bias) for the layers whose weights are ternary of one plane.
     #[serde(skip_serializing_if = "is_zero")]
     pub dead_zone_bias: f32,
+    /// What [`level_distance`](super::regularization::level_distance) is multiplied with and added to the loss; 0: nothing is.
+    #[serde(skip_serializing_if = "is_zero64")]
+    pub level_regularization: f64,
     /// Steps between evaluations; 0: only at the end. Where there are several, the model in the end is that of the best one.
     pub evaluate_every: u64,
     /// When to stop before the last step.
@@ -61,6 +64,10 @@ pub struct QATConfig {
 }
 
 fn is_zero(x: &f32) -> bool {
+    *x == 0.0
+}
+
+fn is_zero64(x: &f64) -> bool {
     *x == 0.0
 }
 
@@ -88,6 +95,7 @@ impl Default for QATConfig {
             clip: None,
             gradient_scaling: 1.0,
             dead_zone_bias: 0.0,
+            level_regularization: 0.0,
             evaluate_every: 0,
             early_stopping: None,
             estimator: StraightThroughEstimator::default(),
@@ -161,6 +169,9 @@ impl QATConfig {
         if !self.dead_zone_bias.is_finite() {
             wrong.push(format!("dead_zone_bias: expected a number, got {}", self.dead_zone_bias));
         }
+        if !(self.level_regularization.is_finite() && self.level_regularization >= 0.0) {
+            wrong.push(format!("level_regularization: expected a number of at least 0, got {}", self.level_regularization));
+        }
         if let Some(stop) = self.early_stopping {
             if stop.patience == 0 {
                 wrong.push("early_stopping.patience: expected at least 1, got 0".into());
@@ -227,6 +238,8 @@ impl QATConfigBuilder {
         gradient_scaling: f64 => gradient_scaling;
         /// β of the dead-zone bias.
         dead_zone_bias: f32 => dead_zone_bias;
+        /// Factor of the distance of weights to their levels in the loss.
+        level_regularization: f64 => level_regularization;
         /// Steps between evaluations.
         evaluate_every: u64 => evaluate_every;
         /// When to stop before the last step.

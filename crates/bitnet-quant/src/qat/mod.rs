@@ -55,7 +55,7 @@ fn with_host_floats<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Resul
 fn device_sum_squares(x: &Tensor) -> Result<f64> {
     let x = x.detach();
     let x = if x.device().is_metal() { x } else { x.to_dtype(DType::F64)? };
-    Ok(x.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?.into())
+    Ok(x.sqr()?.sum_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
 }
 
 /// The elements of an argument of an operation.

@@ -6,10 +6,11 @@ use super::linear::{Linear, Linears};
 use super::optimizer::Optimizer;
 use super::prepare::scale_name;
 use super::recompute::backward;
+use super::regularization::level_distance;
 use super::telemetry::{LayerRecord, Line, Log, Telemetry};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -69,7 +70,7 @@ pub struct Step {
     pub step: u64,
     /// How many there will be.
     pub steps: u64,
-    /// Mean loss of its micro-batches, before the update.
+    /// Mean loss of its micro-batches, before the update, with what is added to it.
     pub loss: f64,
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f64,
@@ -263,16 +264,18 @@ impl QATTrainer {
     /// As [`prepare`](super::prepare); [`Error::Input`] for a dead-zone bias that no layer can have.
     pub fn prepare(&mut self, model: &mut dyn Linears, vars: &VarMap) -> Result<Vec<String>> {
         let names = super::prepare(model, &self.config.quantization, self.config.estimator, vars)?;
-        let (beta, mut without) = (self.config.dead_zone_bias, self.config.dead_zone_bias != 0.0);
-        model.visit_linears(&mut |_, linear| match linear {
-            Linear::Qat(layer) if layer.has_dead_zone() => {
-                without = false;
-                layer.set_dead_zone_bias(beta)
+        let (beta, mut without) = (self.config.dead_zone_bias, true);
+        if beta != 0.0 {
+            model.visit_linears(&mut |_, linear| match linear {
+                Linear::Qat(layer) if layer.has_dead_zone() => {
+                    without = false;
+                    layer.set_dead_zone_bias(beta)
+                }
+                _ => Ok(()),
+            })?;
+            if without {
+                return Err(Error::input("dead-zone bias", "layers of ternary weights of one plane", "none"));
             }
-            _ => Ok(()),
-        })?;
-        if without {
-            return Err(Error::input("dead-zone bias", "layers of ternary weights of one plane", "none"));
         }
         self.look_for_latent(model)?;
         Ok(names)
@@ -460,7 +463,12 @@ impl QATTrainer {
             }
         }
         for micro in 0..config.accumulate {
-            let value = task.loss(now.step, micro)?;
+            let mut value = task.loss(now.step, micro)?;
+            if config.level_regularization > 0.0
+                && let Some(model) = task.linears()
+            {
+                value = (value + (level_distance(model)? * config.level_regularization)?)?;
+            }
             let number = scalar(&value)?;
             if !number.is_finite() {
                 return Err(diverged("loss", number, now));
@@ -577,5 +585,5 @@ fn scalar(loss: &Tensor) -> Result<f64> {
     if loss.elem_count() != 1 {
         return Err(Error::input("loss", "a scalar", format!("shape {:?}", loss.dims())));
     }
-    Ok(loss.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0])
+    Ok(loss.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0])
 }

@@ -3,6 +3,7 @@
 use super::*;
 use bitnet_core::Precision;
 use bitnet_quant::QuantizationConfig;
+use bitnet_quant::qat::regularization::level_distance;
 
 /// A task whose evaluations are written down: the best one is after step 15, but for one after step 6, when layers are not at their target.
 struct Scored {
@@ -139,6 +140,33 @@ fn early_stopping_leaves_the_best_model() -> Result<()> {
     let (outcome, _) = scored(&mut again, &config, None, true)?;
     assert_eq!((outcome.step, outcome.stopped, again.seen.len()), (21, Stopped::Early, 0));
     assert_eq!(again.task.bits(), best);
+    Ok(())
+}
+
+/// The loss holds the distance to the levels, and weights come nearer to them where it counts.
+#[test]
+fn regularization_by_configuration() -> Result<()> {
+    let run = |factor: f64| -> Result<(f64, f64)> {
+        let config = QATConfig { steps: 40, level_regularization: factor, ..QATConfig::default() };
+        let mut task = Mlp::new(24)?;
+        let vars = task.vars.clone();
+        let mut trainer = QATTrainer::new(config)?;
+        trainer.prepare(&mut task, &vars)?;
+        let expected = task.error(0)?.to_scalar::<f32>()? as f64 + factor * level_distance(&mut task)?.to_scalar::<f32>()? as f64;
+        let mut first = None;
+        let mut hear = |event: &Event<'_>| {
+            if let Event::Step(step) = event {
+                first.get_or_insert(step.loss);
+            }
+            ControlFlow::Continue(())
+        };
+        trainer.run(&mut task, &mut hear)?;
+        Ok(((first.unwrap() - expected).abs(), level_distance(&mut task)?.to_scalar::<f32>()?.into()))
+    };
+    let ((wrong, free), (also_wrong, drawn)) = (run(0.0)?, run(0.5)?);
+    assert!(wrong < 1e-6 && also_wrong < 1e-6, "{wrong} {also_wrong}");
+    assert!(drawn < 0.9 * free, "{drawn} of {free}");
+    assert!(QATConfig::from_toml("level_regularization = -1.0").unwrap_err().to_string().contains("level_regularization"));
     Ok(())
 }
 
