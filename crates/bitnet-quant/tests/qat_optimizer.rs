@@ -230,7 +230,7 @@ fn wrong_numbers_and_variables_are_refused_together() -> Result {
     assert_eq!(fields.len(), 7, "{error}");
     let half = Var::zeros(3, DType::F16, &Device::Cpu)?;
     let error = Optimizer::of(vec![("h".into(), half)], &OptimizerConfig::default()).unwrap_err().to_string();
-    assert_eq!(error, "variable: expected f32 on the CPU, got 'h' in f16 on Cpu");
+    assert_eq!(error, "variable: expected contiguous f32, got 'h' in f16");
     let error = Optimizer::of(vec![], &OptimizerConfig::default()).unwrap_err().to_string();
     assert_eq!(error, "variables: expected at least one to train, got none");
     Ok(())

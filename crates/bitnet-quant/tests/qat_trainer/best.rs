@@ -147,7 +147,8 @@ fn early_stopping_leaves_the_best_model() -> Result<()> {
 #[test]
 fn regularization_by_configuration() -> Result<()> {
     let run = |factor: f64| -> Result<(f64, f64)> {
-        let config = QATConfig { steps: 40, level_regularization: factor, ..QATConfig::default() };
+        let mut config = QATConfig { steps: 100, level_regularization: factor, ..QATConfig::default() };
+        config.optimizer.learning_rate = 0.01;
         let mut task = Mlp::new(24)?;
         let vars = task.vars.clone();
         let mut trainer = QATTrainer::new(config)?;
