@@ -564,7 +564,7 @@ impl Worker<'_> {
         let source = self.job.source;
         let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else { return Err(Error::Recipe("a literal has no codes".into())) };
         let matrix = match (&pack.given, &tensor.content) {
-            (Some(given), _) => given.clone(),
+            (Some(given), _) => (**given).clone(),
             (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };

@@ -48,7 +48,7 @@ pub(crate) struct Pack {
     /// Importance of the columns, if the scheme can weigh errors by it.
     pub(crate) importance: Option<Vec<f32>>,
     /// Values that the source does not hold; only where there is no scheme.
-    pub(crate) given: Option<Matrix>,
+    pub(crate) given: Option<Box<Matrix>>,
 }
 
 /// One tensor's work.

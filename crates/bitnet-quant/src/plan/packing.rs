@@ -49,7 +49,7 @@ impl Builder<'_> {
                 let (expected, got) = (rows * cols, matrix.spec.weights_len());
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Length { what: "given values", expected, got }));
             }
-            let known = Known { spec: matrix.spec.clone(), layout: None, inverses: None, given: Some(matrix) };
+            let known = Known { spec: matrix.spec.clone(), layout: None, inverses: None, given: Some(Box::new(matrix)) };
             return self.place(index, known, choices.layout.as_deref());
         }
         let mut first_refusal = None;
@@ -279,7 +279,7 @@ struct Known {
     /// The stored tensor of their inverse scales.
     inverses: Option<usize>,
     /// The values themselves, where the source does not hold them.
-    given: Option<Matrix>,
+    given: Option<Box<Matrix>>,
 }
 
 /// Whether no block type of GGUF would take the matrix even with the plainest scales.
