@@ -4,7 +4,7 @@ use crate::args::parse_rule;
 use bitnet_core::Granularity;
 use bitnet_core::scheme::Threshold;
 use bitnet_quant::Activations;
-use bitnet_quant::qat::StraightThroughEstimator;
+use bitnet_quant::qat::{EarlyStopping, Progressive, StraightThroughEstimator};
 use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
 use bitnet_train::run::Place;
@@ -69,9 +69,21 @@ pub(crate) struct CommonArgs {
     /// Largest norm of all gradients together.
     #[arg(long, value_name = "X")]
     pub(crate) clip: Option<f64>,
-    /// Steps between evaluations; 0: only at the end.
+    /// Steps between evaluations; 0: only at the end. Of several the best one decides which weights are packed.
     #[arg(long, value_name = "N")]
     pub(crate) evaluate_every: Option<u64>,
+    /// Stop after this many evaluations without improvement; needs --evaluate-every.
+    #[arg(long, value_name = "N")]
+    pub(crate) patience: Option<u64>,
+    /// Begin with so many bits, and go to the target by half as many, and so on, in the first half of the steps.
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u32).range(2..=8))]
+    pub(crate) initial_bits: Option<u32>,
+    /// Steps in which the strength of quantization rises from 0 to 1.
+    #[arg(long, value_name = "N")]
+    pub(crate) strength_warmup: Option<u64>,
+    /// Weights of 0 count so much as a bias of their row, which leads them out of the dead zone: 0.001 for instance.
+    #[arg(long, value_name = "X")]
+    pub(crate) dead_zone_bias: Option<f32>,
     /// Learn also from this model: a folder, or `self` for the full-precision twin.
     #[arg(long, value_name = "FOLDER|self")]
     pub(crate) teacher: Option<String>,
@@ -205,6 +217,17 @@ impl CommonArgs {
         set(&mut training.evaluate_every, self.evaluate_every);
         set(&mut training.telemetry.every, self.telemetry);
         training.clip = self.clip.or(training.clip);
+        set(&mut training.dead_zone_bias, self.dead_zone_bias);
+        if let Some(patience) = self.patience {
+            training.early_stopping = Some(EarlyStopping { patience, ..training.early_stopping.unwrap_or_default() });
+        }
+        if let Some(bits) = self.initial_bits {
+            let stages = Progressive::first_half(bits, training.steps).stages;
+            training.progressive.get_or_insert_default().stages = stages;
+        }
+        if let Some(steps) = self.strength_warmup {
+            training.progressive.get_or_insert_default().warmup = steps;
+        }
         let recipe = &mut training.quantization;
         set(&mut recipe.format, self.format);
         recipe.activations = self.activations.or(recipe.activations);

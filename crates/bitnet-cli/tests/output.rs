@@ -2,9 +2,8 @@
 
 mod common;
 
-use common::{Dir, gauss, llama, safetensors};
+use common::{Dir, gauss, llama, on_a_small_disk, safetensors};
 use std::fs;
-use std::process::Command;
 
 const QUANTIZE: &[&str] = &["quantize", "in.safetensors", "--out"];
 
@@ -166,27 +165,10 @@ fn a_folder_holds_what_the_model_needs_and_no_more() {
     assert_eq!(dir.read("out/tokenizer.json"), b"{}");
 }
 
-/// Runs the program in a folder of its own file system of `size` bytes, and then says what is left there. `None` where mounting is not allowed.
+/// Runs the program on a disk of `size` bytes, and then says what is left there.
 fn on_a_full_disk(dir: &Dir, size: &str, fill: &str, args: &[&str]) -> Option<(i32, String, String)> {
-    fs::create_dir_all(dir.at("disk")).unwrap();
-    let script = format!(
-        "mount -t tmpfs -o size={size} none disk 2>/dev/null || exit 77; {fill}; \"$0\" \"$@\"; s=$?; echo \"left: $(ls -A disk)\"; head -c 4 disk/out.safetensors 2>/dev/null; exit $s"
-    );
-    let output = Command::new("unshare")
-        .args(["-m", "--propagation", "private", "sh", "-c", &script, env!("CARGO_BIN_EXE_bitnet")])
-        .args(args)
-        .current_dir(dir.path())
-        .output();
-    match output {
-        Ok(output) if output.status.code() != Some(77) && !output.stdout.is_empty() => {
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            Some((output.status.code().unwrap(), text(&output.stdout), text(&output.stderr)))
-        }
-        _ => {
-            println!("skipped: a private tmpfs cannot be mounted here");
-            None
-        }
-    }
+    let after = "echo \"left: $(ls -A disk)\"; head -c 4 disk/out.safetensors 2>/dev/null";
+    on_a_small_disk(dir, size, [fill, after], args)
 }
 
 #[track_caller]

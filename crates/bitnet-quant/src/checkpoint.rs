@@ -563,8 +563,12 @@ impl Worker<'_> {
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
         let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else { return Err(Error::Recipe("a literal has no codes".into())) };
-        let Content::Quantized(q) = &tensor.content else { return Err(Error::Recipe("floats have no codes".into())) };
-        let mut matrix = source.matrix(&tensor.name, q)?.with_granularity(pack.spec.granularity)?;
+        let matrix = match (&pack.given, &tensor.content) {
+            (Some(given), _) => (**given).clone(),
+            (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
+            (None, _) => return Err(Error::Recipe("floats have no codes".into())),
+        };
+        let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
         if let Some(order) = &self.unit.rows {
             matrix = matrix.select_rows(order);
         }

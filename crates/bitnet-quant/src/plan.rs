@@ -8,7 +8,7 @@ use crate::recipe::{Format, Recipe, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::scheme::{ScaleForm, Scheme};
-use bitnet_core::{Granularity, MatrixSpec, ScaleDtype, ZeroPoints};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ZeroPoints};
 use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, Packed};
 use bitnet_formats::hf::{LinearClass, Mode};
@@ -29,7 +29,7 @@ pub(crate) enum Work {
     Copy,
     /// Floats of this type.
     Cast(ScaleDtype),
-    /// Packed values: made by a scheme, or (`None`) taken over from a quantized source.
+    /// Packed values: made by a scheme, or (`None`) given, or taken over from a quantized source.
     Pack(Pack),
     /// Bytes that no tensor of the source holds.
     Literal(Vec<u8>),
@@ -47,6 +47,8 @@ pub(crate) struct Pack {
     pub(crate) scale_form: ScaleForm,
     /// Importance of the columns, if the scheme can weigh errors by it.
     pub(crate) importance: Option<Vec<f32>>,
+    /// Values that the source does not hold; only where there is no scheme.
+    pub(crate) given: Option<Box<Matrix>>,
 }
 
 /// One tensor's work.
@@ -99,7 +101,16 @@ impl<'a> Job<'a> {
     /// # Errors
     /// [`Error::Recipe`] for choices that do not exist, do not apply, or select nothing; [`Error::Tensor`] for a layout that cannot hold a tensor.
     pub fn quantize(source: &'a Source, recipe: &Recipe, out: &std::path::Path) -> Result<Self> {
-        Self::quantize_weighted(source, recipe, out, BTreeMap::new())
+        Self::quantize_weighted(source, recipe, out, BTreeMap::new(), BTreeMap::new())
+    }
+
+    /// The same with values and scales that are known already, as training with learned scales leaves them, for the tensors of these names: of them the
+    /// recipe says no more than the container and the layout. Where no layout of the container can hold such a tensor, the floats of the source stay.
+    ///
+    /// # Errors
+    /// As [`Job::quantize`]; also for a matrix of another shape, or of a tensor that the recipe does not quantize.
+    pub fn quantize_given(source: &'a Source, recipe: &Recipe, out: &std::path::Path, given: BTreeMap<String, Matrix>) -> Result<Self> {
+        Self::quantize_weighted(source, recipe, out, BTreeMap::new(), given)
     }
 
     /// The same with errors weighted by the second moments of the channels: for tensors that were observed, and rules that can weigh them.
@@ -117,7 +128,7 @@ impl<'a> Job<'a> {
         if !source.tensors.iter().any(|t| importance.contains_key(&t.name)) {
             return Err(Error::Recipe(format!("the calibration has no tensor of {}", source.path.display())));
         }
-        Self::quantize_weighted(source, recipe, out, importance)
+        Self::quantize_weighted(source, recipe, out, importance, BTreeMap::new())
     }
 
     fn quantize_weighted(
@@ -125,13 +136,14 @@ impl<'a> Job<'a> {
         recipe: &Recipe,
         out: &std::path::Path,
         importance: BTreeMap<String, Vec<f32>>,
+        given: BTreeMap<String, Matrix>,
     ) -> Result<Self> {
         if recipe.search.is_some() {
             return Err(Error::Recipe("the search has to be carried out first: search::resolve".into()));
         }
         let selector = recipe.selector(source)?;
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
-        builder.importance = importance;
+        (builder.importance, builder.given) = (importance, given);
         let mut count = 0;
         for (i, tensor) in source.tensors.iter().enumerate() {
             match selector.choices(tensor) {
@@ -149,6 +161,9 @@ impl<'a> Job<'a> {
                     }
                 }
             }
+        }
+        if let Some(name) = builder.given.keys().next() {
+            return Err(Error::Recipe(format!("values for '{name}', which the recipe does not quantize")));
         }
         if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
             return Err(Error::Recipe(format!("selects no tensor of {}; see --include and --exclude", source.path.display())));
@@ -220,6 +235,7 @@ pub(crate) struct Builder<'a> {
     config: Option<serde_json::Value>,
     notes: Vec<String>,
     importance: BTreeMap<String, Vec<f32>>,
+    given: BTreeMap<String, Matrix>,
 }
 
 impl<'a> Builder<'a> {
@@ -253,6 +269,7 @@ impl<'a> Builder<'a> {
             config: source.config.clone(),
             notes: source.notes.clone(),
             importance: BTreeMap::new(),
+            given: BTreeMap::new(),
         };
         if source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(

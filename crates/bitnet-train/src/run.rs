@@ -17,12 +17,12 @@ use crate::config::{Distillation, RunConfig, Teacher};
 use crate::random::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
-use bitnet_core::{Precision, Scheme};
+use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
-    CheckpointConfig, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, prepare, read_log,
+    CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, read_log,
 };
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
@@ -140,9 +140,11 @@ pub struct Report {
     pub ptq: Option<f64>,
     /// The model that was trained quantized, packed.
     pub qat: f64,
-    /// The same before packing: the last evaluation of its training.
+    /// The same before packing: the evaluation in its training, the best one where there were several.
     pub qat_in_training: f64,
-    /// Steps of each training.
+    /// The step after which it was so: the last, or the one of the best evaluation.
+    pub qat_step: u64,
+    /// Most steps of each training.
     pub steps: u64,
     /// Seconds of training of the twin and of the quantized model, of the last run of each.
     pub seconds: [f64; 2],
@@ -199,15 +201,15 @@ pub fn run<W: Work>(
         }
         full = Some(work.measure(&full_path)?);
         let packed = runner.packed("ptq");
-        runner.pack(&full_path, &packed)?;
+        runner.pack(&full_path, &packed, BTreeMap::new())?;
         ptq = Some(work.measure(&packed)?);
         remove(&packed)?;
     }
     let (vars, mut model) = runner.start(run.fine_tune.then_some(full_path.as_path()))?;
     let own: HashSet<String> = folder::sorted(&vars).into_keys().collect();
-    prepare(&mut model, &training.quantization, training.estimator, &vars)?;
+    QATTrainer::new(training.clone())?.prepare(&mut model, &vars)?;
     let mut task = work.task(model, vars.clone(), runner.teacher()?);
-    let (qat_in_training, took) = runner.train(Phase::Quantized, &mut *task, observer)?;
+    let (kept, took) = runner.train(Phase::Quantized, &mut *task, observer)?;
     seconds[1] = took;
     runner.plot()?;
     // Learned scales are no variables of the model: the packed weights hold them.
@@ -225,7 +227,8 @@ pub fn run<W: Work>(
         full,
         ptq,
         qat: work.measure(&packed)?,
-        qat_in_training,
+        qat_in_training: kept.value,
+        qat_step: kept.step,
         steps: training.steps,
         seconds,
         packed_bytes: summary.file_bytes,
@@ -285,33 +288,31 @@ impl<W: Work> Runner<'_, W> {
         }
         self.training.validate()?;
         let (vars, mut model) = self.start(None)?;
+        let floats = folder::tensors(&vars);
+        QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
         let path = self.out.join("rehearsal");
         remove(&path)?;
-        folder::save(&path, &folder::tensors(&vars), &self.work.config_json(), &self.work.files()?)?;
+        folder::save(&path, &floats, &self.work.config_json(), &self.work.files()?)?;
         let planned = Source::open(&path).map_err(Error::from).and_then(|source| {
-            Job::quantize(&source, &self.training.quantization, &self.packed("packed"))?;
+            let given = Trained::of(Some(&mut model))?.given;
+            Job::quantize_given(&source, &self.training.quantization, &self.packed("packed"), given)?;
             Ok(())
         });
         remove(&path)?;
         planned?;
-        prepare(&mut model, &self.training.quantization, self.training.estimator, &vars)?;
-        let mut lost = None;
+        let mut no_bias = None;
         model.visit_linears(&mut |name, linear| {
-            // The scale of levels that nothing reaches is not to be found again in the weights.
             if let Linear::Qat(layer) = linear
-                && layer.learned_scale().is_some()
-                && !matches!(layer.target().precision()?, Precision::Ternary | Precision::Binary)
+                && layer.dead_zone_bias() != 0.0
+                && layer.bias().is_none()
             {
-                lost = Some(format!("{} for {name}, which becomes {}", self.training.estimator, layer.target().precision()?));
+                no_bias = Some(name.to_owned());
             }
             Ok(())
         })?;
-        if let Some(got) = lost {
-            return Err(Error::option(
-                "training.estimator",
-                "one without learned scales for integers, which a recipe cannot write down",
-                got,
-            ));
+        if let Some(name) = no_bias {
+            let got = format!("{} and {name} without one", self.training.dead_zone_bias);
+            return Err(Error::option("training.dead_zone_bias", "0 where a layer has no bias, which is what it is packed as", got));
         }
         if let Some(Teacher::Folder(path)) = &self.run.teacher {
             self.work.teacher(path)?;
@@ -338,22 +339,22 @@ impl<W: Work> Runner<'_, W> {
         }
     }
 
-    /// The last evaluation, and seconds.
-    fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(f64, f64)> {
+    /// The evaluation of the model that the task now holds, and seconds.
+    fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(Evaluation, f64)> {
         let folder = self.out.join("checkpoints").join(phase.name());
         let begun = !checkpoints(&folder)?.is_empty();
         let mut config = self.training.clone();
         config.checkpoint = Some(CheckpointConfig { folder, every: self.place.every, keep: self.place.keep });
         config.telemetry.file = Some(self.log(phase));
         if phase == Phase::Twin {
-            config.progressive = None;
+            (config.progressive, config.level_regularization) = (None, 0.0);
         }
         let mut trainer = QATTrainer::new(config)?;
         let mut callback = |event: &Event<'_>| observer.on(phase, event);
         let outcome = if begun { trainer.resume(task, &mut callback)? } else { trainer.run(task, &mut callback)? };
-        match (outcome.stopped, outcome.evaluation) {
+        match (outcome.stopped, outcome.kept) {
             (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
-            (_, Some(evaluation)) => Ok((evaluation.value, outcome.seconds)),
+            (_, Some(kept)) => Ok((kept, outcome.seconds)),
         }
     }
 
@@ -375,9 +376,9 @@ impl<W: Work> Runner<'_, W> {
     }
 
     /// Quantizes as `bitnet quantize` does.
-    fn pack(&self, from: &Path, to: &Path) -> Result<checkpoint::Summary> {
+    fn pack(&self, from: &Path, to: &Path, given: BTreeMap<String, Matrix>) -> Result<checkpoint::Summary> {
         let (source, recipe) = (Source::open(from)?, &self.training.quantization);
-        let job = Job::quantize(&source, recipe, to)?;
+        let job = Job::quantize_given(&source, recipe, to, given)?;
         let options = Options {
             threads: recipe.compute.threads,
             kernels: recipe.compute.machine()?.kernels,
@@ -395,9 +396,10 @@ impl<W: Work> Runner<'_, W> {
         for layer in trained.layers.iter().filter(|layer| layer.rounded_first) {
             weights.insert(layer.name.clone(), layer.weight.clone());
         }
+        weights.extend(trained.biases.clone());
         remove(&from)?;
         folder::save(&from, &weights, &self.work.config_json(), &self.work.files()?)?;
-        let summary = self.pack(&from, to);
+        let summary = self.pack(&from, to, trained.given.clone());
         remove(&from)?;
         let summary = summary?;
         if self.training.quantization.format != Format::Gguf {
@@ -411,6 +413,10 @@ impl<W: Work> Runner<'_, W> {
 /// The layers of a trained model that are quantized.
 struct Trained {
     layers: Vec<Layer>,
+    /// Biases that hold a dead zone, by name, `[N]`.
+    biases: BTreeMap<String, Tensor>,
+    /// Values and scales of integers whose scales were learned: of levels that nothing reaches the scale is not to be found again in Ŵ.
+    given: BTreeMap<String, Matrix>,
     /// Linear layers in floats.
     floats: Vec<String>,
     /// Whether transformers computes the same from the latent weights: b1.58 itself.
@@ -428,7 +434,8 @@ struct Layer {
 
 impl Trained {
     fn of(model: Option<&mut dyn Linears>) -> Result<Self> {
-        let mut trained = Self { layers: vec![], floats: vec!["lm_head".into()], online: true };
+        let mut trained =
+            Self { layers: vec![], biases: BTreeMap::new(), given: BTreeMap::new(), floats: vec!["lm_head".into()], online: true };
         if let Some(model) = model {
             model.visit_linears(&mut |name, linear| {
                 let Linear::Qat(layer) = linear else {
@@ -436,9 +443,17 @@ impl Trained {
                     return Ok(());
                 };
                 let (scheme, learned) = (layer.scheme(), layer.learned_scale().is_some());
+                let dead_zone = layer.dead_zone_bias() != 0.0;
                 trained.online &= *scheme == Scheme::ternary(Threshold::Absmean) && !learned && layer.activations() == Activations::Int8;
+                trained.online &= !dead_zone;
+                if let Some(bias) = layer.packed_bias()?.filter(|_| dead_zone) {
+                    trained.biases.insert(format!("{name}.bias"), bias);
+                }
                 let planes = matches!(scheme.method, Method::Ternary { planes, .. } if planes > 1);
                 let rounded_first = learned || (scheme.precision()? == Precision::Ternary && !planes);
+                if learned && !matches!(scheme.precision()?, Precision::Ternary | Precision::Binary) {
+                    trained.given.insert(format!("{name}.weight"), layer.quantized_weights()?);
+                }
                 trained.layers.push(Layer { name: format!("{name}.weight"), weight: layer.dequantized_weights()?, rounded_first });
                 Ok(())
             })?;

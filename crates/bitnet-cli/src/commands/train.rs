@@ -53,6 +53,9 @@ fn print(report: &Report, say: fn(f64) -> String, out: &mut Output) {
             out.line(format!("{name:<26}{}", say(value)));
         }
     }
+    if report.qat_step != report.steps {
+        out.line(format!("{:<26}the weights after step {}, the best evaluation", "packed", report.qat_step));
+    }
     if let Some(share) = report.recovered() {
         out.line(format!("{:<26}{} of what quantization after training loses", "recovered", percent(share)));
     }

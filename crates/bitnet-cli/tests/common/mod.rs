@@ -233,3 +233,25 @@ pub(crate) fn llama(dir: &Dir, name: &str) {
     });
     dir.write(&format!("{name}/model.safetensors"), safetensors(&tensors)).write_json(&format!("{name}/config.json"), &config);
 }
+
+/// Runs the program where `disk` is a file system of `size` bytes, between two pieces of shell of which the second says something: status, stdout and
+/// stderr. `None` where mounting is not allowed.
+pub(crate) fn on_a_small_disk(dir: &Dir, size: &str, [before, after]: [&str; 2], args: &[&str]) -> Option<(i32, String, String)> {
+    fs::create_dir_all(dir.at("disk")).unwrap();
+    let script = format!("mount -t tmpfs -o size={size} none disk 2>/dev/null || exit 77; {before}; \"$0\" \"$@\"; s=$?; {after}; exit $s");
+    let output = Command::new("unshare")
+        .args(["-m", "--propagation", "private", "sh", "-c", &script, env!("CARGO_BIN_EXE_bitnet")])
+        .args(args)
+        .current_dir(dir.path())
+        .output();
+    match output {
+        Ok(output) if output.status.code() != Some(77) && !output.stdout.is_empty() => {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            Some((output.status.code().unwrap(), text(&output.stdout), text(&output.stderr)))
+        }
+        _ => {
+            println!("skipped: a private tmpfs cannot be mounted here");
+            None
+        }
+    }
+}

@@ -5,7 +5,7 @@ use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::scheme::ScaleForm;
-use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Scales, StoredType, output};
 
@@ -16,7 +16,10 @@ impl Builder<'_> {
         let Some((rows, cols)) = tensor.matrix_shape() else { return self.keep(index) };
         let named = match choices.layout.as_deref() {
             None => None,
-            Some(output::AUTO) if self.format == Format::Safetensors => return self.quantize_auto(index, choices),
+            Some(output::AUTO) if self.format == Format::Safetensors && !self.given.contains_key(&tensor.name) => {
+                return self.quantize_auto(index, choices);
+            }
+            Some(output::AUTO) if self.format == Format::Safetensors => None,
             Some(output::AUTO) => {
                 return Err(Error::Recipe("layout auto picks among our own layouts, which only safetensors holds".into()));
             }
@@ -40,6 +43,14 @@ impl Builder<'_> {
                 let why = format!("linear_class autobitlinear multiplies the bias '{}' by the scale too; bitlinear does not", bias.name);
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported { layout: "hf-bitnet", why }));
             }
+        }
+        if let Some(matrix) = self.given.remove(&tensor.name) {
+            if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
+                let (expected, got) = (rows * cols, matrix.spec.weights_len());
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Length { what: "given values", expected, got }));
+            }
+            let known = Known { spec: matrix.spec.clone(), layout: None, inverses: None, given: Some(Box::new(matrix)) };
+            return self.place(index, known, choices.layout.as_deref());
         }
         let mut first_refusal = None;
         let mut possible = false;
@@ -67,6 +78,7 @@ impl Builder<'_> {
                             scale_dtype: dtype,
                             scale_form: form,
                             importance: None,
+                            given: None,
                         };
                         return self.pack(index, pack, None);
                     }
@@ -113,7 +125,15 @@ impl Builder<'_> {
         let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
         self.pack(
             index,
-            Pack { scheme: Some(scheme), spec, layout: None, scale_dtype: dtype, scale_form: ScaleForm::Direct, importance: None },
+            Pack {
+                scheme: Some(scheme),
+                spec,
+                layout: None,
+                scale_dtype: dtype,
+                scale_form: ScaleForm::Direct,
+                importance: None,
+                given: None,
+            },
             None,
         )
     }
@@ -163,43 +183,55 @@ impl Builder<'_> {
 
     /// The values of a quantized source as they are, in a layout of that name or in one that suits.
     pub(super) fn recode(&mut self, index: usize, layout: Option<&str>) -> Result<()> {
+        let Content::Quantized(q) = &self.source.tensors[index].content else { return self.keep(index) };
+        let inverses = match q.scales {
+            Scales::Stored { index, reciprocal: true } => Some(index),
+            _ => None,
+        };
+        self.place(index, Known { spec: q.spec.clone(), layout: Some(q.layout), inverses, given: None }, layout)
+    }
+
+    /// Values that are known, in a layout of that name or in one that suits.
+    fn place(&mut self, index: usize, known: Known, layout: Option<&str>) -> Result<()> {
         let tensor = &self.source.tensors[index];
-        let Content::Quantized(q) = &tensor.content else { return self.keep(index) };
+        let Known { spec: of, layout: own, inverses, given } = known;
         let layouts = match (layout, self.format) {
             (Some(output::AUTO), Format::Safetensors) => {
                 let pack = Pack {
                     scheme: None,
-                    spec: q.spec.clone(),
+                    scale_dtype: of.scale_dtype,
+                    spec: of,
                     layout: None,
-                    scale_dtype: q.spec.scale_dtype,
                     scale_form: ScaleForm::Direct,
                     importance: None,
+                    given,
                 };
                 return self.pack(index, pack, None);
             }
             (Some(name), _) => vec![pack::by_name(name)?],
-            (None, Format::HfBitnet) => default_layouts(self.format, q.spec.precision)?,
-            (None, _) if output::stores(&self.container, q.layout.name()) && q.layout.name() != "hf-bitnet" => vec![q.layout],
-            (None, _) => default_layouts(self.format, q.spec.precision)?,
+            (None, Format::HfBitnet) => default_layouts(self.format, of.precision)?,
+            (None, _) => match own {
+                Some(own) if output::stores(&self.container, own.name()) && own.name() != "hf-bitnet" => vec![own],
+                _ => default_layouts(self.format, of.precision)?,
+            },
         };
         let mut refusal = None;
         for layout in layouts {
             if !output::stores(&self.container, layout.name()) || (self.format == Format::HfBitnet && layout.name() != "hf-bitnet") {
                 return Err(Error::Recipe(format!("format {} does not hold layout {}", self.format_name(), layout.name())));
             }
-            let granularities =
-                [q.spec.granularity].into_iter().chain([32, 64, 128, 256].map(Granularity::Group)).chain([Granularity::Tensor]);
+            let granularities = [of.granularity].into_iter().chain([32, 64, 128, 256].map(Granularity::Group)).chain([Granularity::Tensor]);
             for granularity in granularities {
-                for dtype in [q.spec.scale_dtype, ScaleDtype::F16, ScaleDtype::F32] {
-                    let spec = MatrixSpec { granularity, scale_dtype: dtype, ..q.spec.clone() };
+                for dtype in [of.scale_dtype, ScaleDtype::F16, ScaleDtype::F32] {
+                    let spec = MatrixSpec { granularity, scale_dtype: dtype, ..of.clone() };
                     match layout.check(&spec) {
                         Err(why) => refusal = refusal.or(Some(why)),
                         Ok(()) => {
                             let hf = self.format == Format::HfBitnet;
                             let form = if hf && self.linear_class.is_reciprocal() { ScaleForm::Inverse } else { ScaleForm::Direct };
                             // The type of the stored numbers, and the type that every scale has when it is read again.
-                            let (stored, spec) = match (form, q.scales) {
-                                (ScaleForm::Inverse, Scales::Stored { index, reciprocal: true }) => (self.scale_dtype_of(index), spec),
+                            let (stored, spec) = match (form, inverses) {
+                                (ScaleForm::Inverse, Some(index)) => (self.scale_dtype_of(index), spec),
                                 (ScaleForm::Inverse, _) => (ScaleDtype::F32, MatrixSpec { scale_dtype: ScaleDtype::F32, ..spec }),
                                 // transformers gives weight_scale the type of the model.
                                 (ScaleForm::Direct, _) if hf => {
@@ -207,7 +239,7 @@ impl Builder<'_> {
                                 }
                                 (ScaleForm::Direct, _) => (dtype, spec),
                             };
-                            let from = q.spec.scale_dtype;
+                            let from = of.scale_dtype;
                             let note = match form {
                                 ScaleForm::Inverse if spec.scale_dtype == from && stored != ScaleDtype::F32 => None,
                                 ScaleForm::Inverse => {
@@ -216,8 +248,15 @@ impl Builder<'_> {
                                 ScaleForm::Direct if spec.scale_dtype == from || spec.scale_dtype == ScaleDtype::F32 => None,
                                 ScaleForm::Direct => Some(format!("codes exact, scales rounded from {from} to {stored}")),
                             };
-                            let pack =
-                                Pack { scheme: None, spec, layout: Some(layout), scale_dtype: stored, scale_form: form, importance: None };
+                            let pack = Pack {
+                                scheme: None,
+                                spec,
+                                layout: Some(layout),
+                                scale_dtype: stored,
+                                scale_form: form,
+                                importance: None,
+                                given,
+                            };
                             return self.pack(index, pack, note);
                         }
                     }
@@ -225,11 +264,22 @@ impl Builder<'_> {
             }
         }
         let refusal = refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
-        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&q.spec) {
+        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&of) {
             return self.cast(index, ScaleDtype::F32, Some(format!("not packed: {refusal}; kept exactly, as F32")));
         }
         Err(self.tensor_error(tensor)(refusal))
     }
+}
+
+/// Values and scales that nothing chooses any more.
+struct Known {
+    spec: MatrixSpec,
+    /// The layout that they have.
+    layout: Option<&'static dyn Layout>,
+    /// The stored tensor of their inverse scales.
+    inverses: Option<usize>,
+    /// The values themselves, where the source does not hold them.
+    given: Option<Box<Matrix>>,
 }
 
 /// Whether no block type of GGUF would take the matrix even with the plainest scales.

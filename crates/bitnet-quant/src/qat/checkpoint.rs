@@ -3,21 +3,23 @@
 //! ```text
 //! FOLDER/step-000000100/model.safetensors        the variables, f32, by name
 //!                       optimizer.safetensors    NAME.first (velocity or first moment) and NAME.second, f32
-//!                       state.json               steps taken, evaluations, configuration, what the task wants back, checksums of the two files
+//!                       telemetry.safetensors    what the telemetry remembers of each layer, where it is on
+//!                       state.json               steps taken, evaluations, configuration, what the task wants back, checksums of the other files
 //! ```
 //!
 //! A checkpoint is written beside its name and renamed when it is complete and on the disk, so a name always stands for a whole one, and
 //! whatever interrupts the writing leaves the earlier ones as they were.
 
 use super::layer::Stage;
-use super::optimizer::Optimizer;
+use super::optimizer::{Kept, Optimizer};
+use super::telemetry::Telemetry;
 use super::trainer::Stopped;
-use crate::tensor::with_floats;
+use super::with_host_floats;
 use crate::{Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_formats::document::Checksum;
 use bitnet_formats::safetensors::{Header, OutEntry, encode_header};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,9 +28,10 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// Version that this code writes and reads.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const TELEMETRY: &str = "telemetry.safetensors";
 const STATE: &str = "state.json";
 /// Floats that are converted at a time.
 const PIECE: usize = 1 << 16;
@@ -41,10 +44,10 @@ const PARTIAL: &str = "partial";
 pub struct CheckpointConfig {
     /// The folder that holds them.
     pub folder: PathBuf,
-    /// Steps between two of them; 0: only at the end and where the training is stopped.
+    /// Steps between two of them; 0: only at the end, where the training is stopped, and at each evaluation that is the best so far.
     #[serde(default)]
     pub every: u64,
-    /// How many of the newest stay; 0: all.
+    /// How many of the newest stay, besides that of the best evaluation; 0: all.
     #[serde(default = "two")]
     pub keep: usize,
 }
@@ -63,6 +66,8 @@ pub(crate) struct State {
     pub(crate) loss: Exact,
     /// Steps taken before the last evaluation, its value, and the best so far.
     pub(crate) evaluation: Option<(u64, Exact, Exact)>,
+    /// Steps taken before the best one, whose checkpoint is kept, and its value.
+    pub(crate) best: Option<(u64, Exact)>,
     /// Evaluations since the best one.
     pub(crate) worse: u64,
     /// Why the training stopped here, if it did.
@@ -104,9 +109,19 @@ pub(crate) struct Rounding {
 }
 
 /// A tensor to be written or read.
-struct Slot<'a> {
-    name: String,
-    shape: &'a [usize],
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) dtype: Dtype,
+}
+
+/// Takes the bytes of a tensor, piece by piece.
+pub(crate) type Put<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
+
+/// The folder of a step.
+pub(crate) fn path(folder: &Path, step: u64) -> PathBuf {
+    folder.join(format!("step-{step:09}"))
 }
 
 /// The checkpoints of a folder, oldest first: steps and paths.
@@ -132,12 +147,12 @@ pub fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 /// Writes a checkpoint, then removes those that are too many. Returns its path.
-pub(crate) fn write(config: &CheckpointConfig, optimizer: &Optimizer, mut state: State) -> Result<PathBuf> {
+pub(crate) fn write(config: &CheckpointConfig, optimizer: &Optimizer, telemetry: &Telemetry, mut state: State) -> Result<PathBuf> {
     fs::create_dir_all(&config.folder).map_err(FileError::io(&config.folder, "create"))?;
     remove_unfinished(&config.folder);
-    let target = config.folder.join(format!("step-{:09}", state.step));
+    let target = path(&config.folder, state.step);
     let partial = target.with_extension(PARTIAL);
-    let result = fill(&partial, optimizer, &mut state).and_then(|()| {
+    let result = fill(&partial, optimizer, telemetry, &mut state).and_then(|()| {
         if target.exists() {
             fs::remove_dir_all(&target).map_err(FileError::io(&target, "replace"))?;
         }
@@ -149,7 +164,7 @@ pub(crate) fn write(config: &CheckpointConfig, optimizer: &Optimizer, mut state:
         return Err(error);
     }
     let mut old = checkpoints(&config.folder)?;
-    old.retain(|(step, _)| *step < state.step);
+    old.retain(|(step, _)| *step < state.step && state.best.is_none_or(|(best, _)| *step != best));
     let kept = if config.keep == 0 { usize::MAX } else { config.keep - 1 };
     for (_, path) in old.iter().rev().skip(kept) {
         fs::remove_dir_all(path).map_err(FileError::io(path, "remove"))?;
@@ -167,17 +182,21 @@ fn remove_unfinished(folder: &Path) {
     }
 }
 
-fn fill(folder: &Path, optimizer: &Optimizer, state: &mut State) -> Result<()> {
+fn fill(folder: &Path, optimizer: &Optimizer, telemetry: &Telemetry, state: &mut State) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).map_err(FileError::io(folder, "remove"))?;
     }
     fs::create_dir(folder).map_err(FileError::io(folder, "create"))?;
     let parameters = &optimizer.parameters;
-    let sum = save(&folder.join(MODEL), &variables(optimizer), |i, each| with_floats(&parameters[i].var, each))?;
+    let sum = save(&folder.join(MODEL), &variables(optimizer), |i, put| with_host_floats(&parameters[i].var, |x| put_floats(x, put)))?;
     state.checksums.insert(MODEL.into(), sum);
     let (slots, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
-    let sum = save(&folder.join(OPTIMIZER), &slots, |i, each| each(moments[i]))?;
+    let sum = save(&folder.join(OPTIMIZER), &slots, |i, put| moments[i].with(|x| put_floats(x, put)))?;
     state.checksums.insert(OPTIMIZER.into(), sum);
+    if telemetry.is_on() {
+        let sum = save(&folder.join(TELEMETRY), &telemetry.slots(), |i, put| telemetry.put(i, put))?;
+        state.checksums.insert(TELEMETRY.into(), sum);
+    }
     let path = folder.join(STATE);
     let json = serde_json::to_vec_pretty(state).map_err(|e| Error::Recipe(e.to_string()))?;
     let mut file = File::create(&path).map_err(FileError::io(&path, "create"))?;
@@ -194,25 +213,34 @@ fn sync(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn variables(optimizer: &Optimizer) -> Vec<Slot<'_>> {
-    optimizer.parameters.iter().map(|p| Slot { name: p.name.clone(), shape: p.var.dims() }).collect()
+fn variables(optimizer: &Optimizer) -> Vec<Slot> {
+    optimizer.parameters.iter().map(|p| Slot { name: p.name.clone(), shape: p.var.dims().to_vec(), dtype: Dtype::F32 }).collect()
 }
 
-fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (Slot<'_>, &[f32])> {
+fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (Slot, &Kept)> {
     optimizer.parameters.iter().flat_map(|p| {
-        let slot = |ending: &str| Slot { name: format!("{}.{ending}", p.name), shape: p.var.dims() };
-        let both = [(slot("first"), &p.first[..]), (slot("second"), &p.second[..])];
-        both.into_iter().filter(|(_, moment)| !moment.is_empty())
+        let slot = |ending: &str| Slot { name: format!("{}.{ending}", p.name), shape: p.var.dims().to_vec(), dtype: Dtype::F32 };
+        let both = [("first", &p.first), ("second", &p.second)];
+        both.into_iter().filter_map(move |(ending, moment)| Some((slot(ending), moment.as_ref()?)))
     })
 }
 
-/// Writes tensors of f32 one after another; `floats` calls its argument with the elements of one. Returns the checksum of the file.
-fn save(path: &Path, slots: &[Slot<'_>], floats: impl Fn(usize, &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>) -> Result<String> {
+fn put_floats(x: &[f32], put: &mut Put<'_>) -> Result<()> {
+    let mut bytes = Vec::with_capacity(4 * PIECE.min(x.len()));
+    x.chunks(PIECE).try_for_each(|piece| {
+        bytes.clear();
+        bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+        put(&bytes)
+    })
+}
+
+/// Writes tensors one after another; `bytes` calls its second argument with the bytes of one. Returns the checksum of the file.
+fn save(path: &Path, slots: &[Slot], bytes: impl Fn(usize, &mut Put<'_>) -> Result<()>) -> Result<String> {
     let mut at = 0;
-    let entry = |slot: &Slot<'_>| {
-        let len = 4 * slot.shape.iter().product::<usize>() as u64;
+    let entry = |slot: &Slot| {
+        let len = (slot.dtype.bitsize() / 8 * slot.shape.iter().product::<usize>()) as u64;
         at += len;
-        OutEntry { name: slot.name.clone(), dtype: Dtype::F32, shape: slot.shape.to_vec(), range: (at - len, at) }
+        OutEntry { name: slot.name.clone(), dtype: slot.dtype, shape: slot.shape.clone(), range: (at - len, at) }
     };
     let entries: Vec<_> = slots.iter().map(entry).collect();
     let format = [("format".to_string(), "pt".to_string())];
@@ -220,20 +248,10 @@ fn save(path: &Path, slots: &[Slot<'_>], floats: impl Fn(usize, &mut dyn FnMut(&
     let (mut file, mut checksum) = (File::create(path).map_err(FileError::io(path, "create"))?, Checksum::default());
     let mut put = |bytes: &[u8]| {
         checksum.update(bytes);
-        file.write_all(bytes).map_err(FileError::io(path, "write"))
+        Ok(file.write_all(bytes).map_err(FileError::io(path, "write"))?)
     };
     put(&header)?;
-    let mut bytes = Vec::with_capacity(4 * PIECE);
-    for i in 0..slots.len() {
-        floats(i, &mut |x| {
-            for piece in x.chunks(PIECE) {
-                bytes.clear();
-                bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
-                put(&bytes)?;
-            }
-            Ok(())
-        })?;
-    }
+    (0..slots.len()).try_for_each(|i| bytes(i, &mut put))?;
     file.sync_all().map_err(FileError::io(path, "write"))?;
     Ok(checksum.hex())
 }
@@ -261,7 +279,10 @@ impl Checked {
             return Err(Error::Mismatch { path: folder.to_path_buf(), what });
         }
         Stored::open(folder, OPTIMIZER, &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>())?;
-        for file in [MODEL, OPTIMIZER] {
+        for file in [MODEL, OPTIMIZER, TELEMETRY] {
+            if file == TELEMETRY && !state.checksums.contains_key(file) {
+                continue;
+            }
             let (path, expected) = (folder.join(file), state.checksums.get(file).cloned().unwrap_or_default());
             let got = checksum(&path)?;
             if got != expected {
@@ -276,15 +297,32 @@ impl Checked {
         let model = Stored::open(&self.folder, MODEL, &variables(optimizer))?;
         let moments = Stored::open(&self.folder, OPTIMIZER, &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>())?;
         for p in &mut optimizer.parameters {
-            p.var.set(&Tensor::from_vec(model.floats(&p.name)?, p.var.shape(), &Device::Cpu)?)?;
+            p.var.set(&Tensor::from_vec(model.floats(&p.name)?, p.var.shape(), p.var.device())?)?;
             for (ending, moment) in [("first", &mut p.first), ("second", &mut p.second)] {
-                if !moment.is_empty() {
-                    *moment = moments.floats(&format!("{}.{ending}", p.name))?;
+                if let Some(moment) = moment {
+                    moment.set(moments.floats(&format!("{}.{ending}", p.name))?)?;
                 }
             }
         }
         optimizer.steps = self.state.step;
         Ok(())
+    }
+
+    /// What the telemetry remembered, by tensor; nothing where it was off.
+    pub(crate) fn telemetry(&self) -> Result<BTreeMap<String, Vec<u8>>> {
+        if !self.state.checksums.contains_key(TELEMETRY) {
+            return Ok(BTreeMap::new());
+        }
+        let path = self.folder.join(TELEMETRY);
+        let mut file = File::open(&path).map_err(FileError::io(&path, "open"))?;
+        let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
+        let header = Header::read(&path, &file, len)?;
+        let tensors = header.tensors.iter().map(|t| {
+            let mut bytes = vec![0; t.len as usize];
+            file.seek(SeekFrom::Start(t.offset)).and_then(|_| file.read_exact(&mut bytes)).map_err(FileError::io(&path, "read"))?;
+            Ok((t.name.clone(), bytes))
+        });
+        tensors.collect()
     }
 }
 
@@ -306,7 +344,7 @@ struct Stored {
 }
 
 impl Stored {
-    fn open(folder: &Path, file: &str, wanted: &[Slot<'_>]) -> Result<Self> {
+    fn open(folder: &Path, file: &str, wanted: &[Slot]) -> Result<Self> {
         let (path, kind) = (folder.join(file), if file == MODEL { "variable" } else { "moment" });
         let file = File::open(&path).map_err(FileError::io(&path, "open"))?;
         let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();

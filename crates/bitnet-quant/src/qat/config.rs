@@ -39,7 +39,13 @@ pub struct QATConfig {
     pub progressive: Option<Progressive>,
     /// Factor of the gradients of latent weights.
     pub gradient_scaling: f64,
-    /// Steps between evaluations; 0: only at the end.
+    /// β of [`QatLinear::set_dead_zone_bias`](super::QatLinear::set_dead_zone_bias) for the layers whose weights are ternary of one plane.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub dead_zone_bias: f32,
+    /// What [`level_distance`](super::regularization::level_distance) is multiplied with and added to the loss; 0: nothing is.
+    #[serde(skip_serializing_if = "is_zero64")]
+    pub level_regularization: f64,
+    /// Steps between evaluations; 0: only at the end. Where there are several, the model in the end is that of the best one.
     pub evaluate_every: u64,
     /// When to stop before the last step.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,6 +61,14 @@ pub struct QATConfig {
     pub schedule: Schedule,
     /// What weights and activations become: the same configuration as for quantization after training.
     pub quantization: QuantizationConfig,
+}
+
+fn is_zero(x: &f32) -> bool {
+    *x == 0.0
+}
+
+fn is_zero64(x: &f64) -> bool {
+    *x == 0.0
 }
 
 /// Stopping where evaluations no longer improve.
@@ -80,6 +94,8 @@ impl Default for QATConfig {
             accumulate: 1,
             clip: None,
             gradient_scaling: 1.0,
+            dead_zone_bias: 0.0,
+            level_regularization: 0.0,
             evaluate_every: 0,
             early_stopping: None,
             estimator: StraightThroughEstimator::default(),
@@ -150,6 +166,12 @@ impl QATConfig {
         if !(self.gradient_scaling.is_finite() && self.gradient_scaling > 0.0) {
             wrong.push(format!("gradient_scaling: expected a positive number, got {}", self.gradient_scaling));
         }
+        if !self.dead_zone_bias.is_finite() {
+            wrong.push(format!("dead_zone_bias: expected a number, got {}", self.dead_zone_bias));
+        }
+        if !(self.level_regularization.is_finite() && self.level_regularization >= 0.0) {
+            wrong.push(format!("level_regularization: expected a number of at least 0, got {}", self.level_regularization));
+        }
         if let Some(stop) = self.early_stopping {
             if stop.patience == 0 {
                 wrong.push("early_stopping.patience: expected at least 1, got 0".into());
@@ -214,6 +236,10 @@ impl QATConfigBuilder {
         estimator: StraightThroughEstimator => estimator;
         /// Factor of the gradients of latent weights.
         gradient_scaling: f64 => gradient_scaling;
+        /// β of the dead-zone bias.
+        dead_zone_bias: f32 => dead_zone_bias;
+        /// Factor of the distance of weights to their levels in the loss.
+        level_regularization: f64 => level_regularization;
         /// Steps between evaluations.
         evaluate_every: u64 => evaluate_every;
         /// When to stop before the last step.
@@ -246,7 +272,7 @@ impl QATConfigBuilder {
         self
     }
 
-    /// Whether bits become fewer while training: [`Progressive::halving`] from `initial_bit_width`, over the first half of the steps.
+    /// Whether bits become fewer while training: [`Progressive::first_half`] from `initial_bit_width`.
     pub fn progressive_quantization(mut self, progressive: bool) -> Self {
         self.progressive = progressive;
         self
@@ -279,9 +305,7 @@ impl QATConfigBuilder {
         match (self.progressive, &self.config.progressive) {
             (true, Some(_)) => wrong.push("progressive_quantization: expected without progressive, got both".into()),
             (true, None) => {
-                let initial = self.initial_bits.unwrap_or(8);
-                let stages = Progressive::halving(initial, 1).stages.len() as u64 - 1;
-                self.config.progressive = Some(Progressive::halving(initial, (self.config.steps / 2 / stages.max(1)).max(1)));
+                self.config.progressive = Some(Progressive::first_half(self.initial_bits.unwrap_or(8), self.config.steps));
             }
             (false, _) if self.initial_bits.is_some() => {
                 wrong.push("initial_bit_width: expected with progressive_quantization, got it alone".into());

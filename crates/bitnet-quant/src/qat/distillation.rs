@@ -25,17 +25,28 @@ fn same_shape(what: &'static str, student: &Tensor, teacher: &Tensor) -> Result<
 }
 
 /// `T²·mean over tokens of KL(softmax(t/T) ‖ softmax(s/T))` of logits `[…, V]`, f32 (Hinton et al. 2015, arXiv:1503.02531; T² keeps the size
-/// of the gradient the same for every temperature). Stable for logits of any size; one operation of the graph, which keeps its inputs only.
+/// of the gradient the same for every temperature). Stable for logits of any size; on the CPU one operation of the graph, which keeps its inputs only.
 ///
 /// # Errors
-/// [`Error::Input`] for shapes that differ, a temperature that is no positive number, or another type than f32 on the CPU.
+/// [`Error::Input`] for shapes that differ, a temperature that is no positive number, or another type than f32.
 pub fn logits_loss(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<Tensor> {
     same_shape("teacher's logits", student, teacher)?;
     if !(temperature.is_finite() && temperature > 0.0) {
         return Err(Error::input("temperature", "a positive number", temperature));
     }
     let (_, classes) = token_shape(student)?;
+    if !student.device().is_cpu() {
+        return on_device(student, teacher, temperature);
+    }
     Ok(student.contiguous()?.apply_op2(&teacher.detach().contiguous()?, Divergence { temperature, classes })?)
+}
+
+/// [`logits_loss`] as operations of candle.
+pub(super) fn on_device(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<Tensor> {
+    let log = |x: &Tensor| candle_nn::ops::log_softmax(&(x / temperature)?, D::Minus1);
+    let (student, teacher) = (log(student)?, log(&teacher.detach())?);
+    let each = (teacher.exp()? * (teacher - student)?)?.sum(D::Minus1)?;
+    Ok((each.mean_all()? * temperature.powi(2))?)
 }
 
 /// How far hidden states are from one another.

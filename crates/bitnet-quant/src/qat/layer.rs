@@ -1,11 +1,12 @@
 //! The linear layer in training; what it computes is in `product.rs`.
 
-use super::candle;
+use super::graph::{Graph, Rounded};
 use super::product::Product;
 use super::ste::{Codes, Quantizer, StraightThroughEstimator};
+use super::{candle, with_host_floats};
 use crate::config::{Activations, QuantizationConfig};
 use crate::tensor::runtime::Runtime;
-use crate::tensor::{matrix_shape, not_empty, token_shape, with_floats};
+use crate::tensor::{matrix_shape, not_empty, token_shape};
 use crate::{BitLinear, Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::scheme::{Clip, Mapping, Method, Scheme};
@@ -58,6 +59,9 @@ impl Stage {
 /// strength. At full strength, λ = 1, and with quantized activations the product is that of the packed layer, in integers, so that a
 /// converted model gives the same bits.
 ///
+/// So it is on the CPU. On other devices of candle the same is said in its own operations, in floats, for ternary weights of one plane (absmean, mean,
+/// a factor; any rule where the scale is learned), binary ones around 0 and symmetric integers; groups must divide the columns.
+///
 /// ```
 /// use bitnet_quant::{QuantizationConfig, qat::{QatLinear, StraightThroughEstimator}};
 /// use candle_core::{Device, Module, Tensor, Var};
@@ -91,7 +95,7 @@ pub struct QatLinear {
 }
 
 impl QatLinear {
-    /// A layer on latent weights `[N, K]` and a bias `[N]`, f32 on the CPU, quantized as `default` of the configuration says. Learned scales
+    /// A layer on latent weights `[N, K]` and a bias `[N]`, f32 on one device, quantized as `default` of the configuration says. Learned scales
     /// are `scale`, or a new variable where none is given.
     ///
     /// # Errors
@@ -111,6 +115,7 @@ impl QatLinear {
         not_empty(&weight)?;
         for tensor in [Some(&weight), bias.as_ref()].into_iter().flatten() {
             is_f32(tensor)?;
+            same_device(tensor, &weight)?;
         }
         if let Some(bias) = bias.as_ref().filter(|b| b.dims() != [rows]) {
             return Err(Error::input("bias", format!("shape [{rows}]"), format!("{:?}", bias.dims())));
@@ -121,17 +126,25 @@ impl QatLinear {
         let quantizer = Quantizer::new(target, estimator, runtime)?;
         let granules = target.spec(rows, cols)?.scales_len();
         let scale = match scale.filter(|_| estimator.learns_scale()) {
-            Some(scale) if scale.dims() == [granules] && scale.dtype() == DType::F32 => Some(scale),
+            Some(scale) if scale.dims() == [granules] && scale.dtype() == DType::F32 => {
+                same_device(&scale, &weight)?;
+                Some(scale)
+            }
             Some(scale) => return Err(Error::input("scale", format!("f32 of [{granules}]"), format!("{:?}", scale.as_tensor()))),
             None if estimator.learns_scale() => {
-                let fresh = with_floats(&weight, |w| quantizer.initial_scales(w, (rows, cols)))?;
-                Some(Var::from_vec(fresh, granules, &Device::Cpu)?)
+                let fresh = with_host_floats(&weight, |w| quantizer.initial_scales(w, (rows, cols)))?;
+                Some(Var::from_vec(fresh, granules, weight.device())?)
             }
             None => None,
         };
         let (stage, lambda) = (Stage::Target, 1.0);
         let activations = config.activations.unwrap_or_default();
-        Ok(Self { weight, bias, scale, config: config.clone(), target, estimator, activations, stage, lambda, dead_zone: 0.0, quantizer })
+        let config = config.clone();
+        let layer = Self { weight, bias, scale, config, target, estimator, activations, stage, lambda, dead_zone: 0.0, quantizer };
+        if !layer.weight.device().is_cpu() {
+            layer.graph().check(cols)?;
+        }
+        Ok(layer)
     }
 
     /// The latent weights `[N, K]`.
@@ -180,8 +193,8 @@ impl QatLinear {
         let scheme = stage.scheme(&self.target)?;
         let quantizer = Quantizer::new(scheme, stage.estimator(self.estimator), self.quantizer.runtime.clone())?;
         if let Some(scale) = &self.scale {
-            let fresh = with_floats(&self.weight, |w| quantizer.initial_scales(w, matrix_shape(&self.weight)?))?;
-            scale.set(&Tensor::from_vec(fresh, scale.dims(), &Device::Cpu)?)?;
+            let fresh = with_host_floats(&self.weight, |w| quantizer.initial_scales(w, matrix_shape(&self.weight)?))?;
+            scale.set(&Tensor::from_vec(fresh, scale.dims(), scale.device())?)?;
         }
         (self.stage, self.quantizer) = (stage, quantizer);
         Ok(())
@@ -208,7 +221,7 @@ impl QatLinear {
     /// # Errors
     /// [`Error::Input`] for a target that is not ternary of one plane, and for a β that is no number.
     pub fn set_dead_zone_bias(&mut self, beta: f32) -> Result<()> {
-        if !matches!(self.target.method, Method::Ternary { planes: 1, .. }) {
+        if !self.has_dead_zone() {
             return Err(Error::input("dead-zone bias", "ternary weights of one plane", format!("{:?}", self.target.method)));
         }
         if !beta.is_finite() {
@@ -216,6 +229,11 @@ impl QatLinear {
         }
         self.dead_zone = beta;
         Ok(())
+    }
+
+    /// Whether the target is ternary of one plane, which alone has a dead zone to be led out of.
+    pub(super) fn has_dead_zone(&self) -> bool {
+        matches!(self.target.method, Method::Ternary { planes: 1, .. })
     }
 
     /// Changes the temperature of the soft estimator; of no effect on another.
@@ -245,8 +263,8 @@ impl QatLinear {
 
     pub(super) fn codes(&self) -> Result<Codes> {
         let shape = matrix_shape(&self.weight)?;
-        with_floats(&self.weight, |w| match &self.scale {
-            Some(scale) => with_floats(scale, |s| self.quantizer.encode(w, shape, Some(s))),
+        with_host_floats(&self.weight, |w| match &self.scale {
+            Some(scale) => with_host_floats(scale, |s| self.quantizer.encode(w, shape, Some(s))),
             None => self.quantizer.encode(w, shape, None),
         })
     }
@@ -256,24 +274,37 @@ impl QatLinear {
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
     pub fn dequantized_weights(&self) -> Result<Tensor> {
-        Ok(Tensor::from_vec(self.codes()?.dequantize(&self.quantizer.runtime)?, self.weight.dims(), &Device::Cpu)?)
+        Ok(Tensor::from_vec(self.codes()?.dequantize(&self.quantizer.runtime)?, self.weight.dims(), self.weight.device())?)
     }
 
-    /// The packed layer: at full strength it computes the same.
+    /// The bias `[N]` of the packed layer, on the CPU: this one's, and what the dead zone adds.
+    ///
+    /// # Errors
+    /// [`Error::Core`] for NaN among the weights.
+    pub fn packed_bias(&self) -> Result<Option<Tensor>> {
+        self.bias_with(&self.codes()?)
+    }
+
+    fn bias_with(&self, codes: &Codes) -> Result<Option<Tensor>> {
+        let bias = self.bias.as_ref().map(|bias| bias.detach().to_device(&Device::Cpu)).transpose()?;
+        if self.dead_zone == 0.0 {
+            return Ok(bias);
+        }
+        let dead = with_host_floats(&self.weight, |w| codes.sums_of_zeros(w, self.dead_zone, self.runtime()))?;
+        let dead = Tensor::from_vec(dead, self.weight.dims()[0], &Device::Cpu)?;
+        Ok(Some(match bias {
+            Some(bias) => (bias + dead)?,
+            None => dead,
+        }))
+    }
+
+    /// The packed layer, on the CPU: at full strength it computes the same.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no product.
     pub fn convert(&self) -> Result<BitLinear> {
         let codes = self.codes()?;
-        let mut bias = self.bias.as_ref().map(Tensor::detach);
-        if self.dead_zone != 0.0 {
-            let dead = with_floats(&self.weight, |w| codes.sums_of_zeros(w, self.dead_zone, self.runtime()))?;
-            let dead = Tensor::from_vec(dead, self.weight.dims()[0], &Device::Cpu)?;
-            bias = Some(match bias {
-                Some(bias) => (bias + dead)?,
-                None => dead,
-            });
-        }
+        let bias = self.bias_with(&codes)?;
         BitLinear::from_matrix(&codes.into_matrix(self.runtime())?, bias, &self.config)
     }
 
@@ -282,12 +313,16 @@ impl QatLinear {
         candle_nn::Linear::new(self.weight.clone(), self.bias.clone())
     }
 
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         is_f32(x)?;
+        same_device(x, &self.weight)?;
         not_empty(x)?;
         let (_, k) = token_shape(x)?;
         if k != self.weight.dims()[1] {
             return Err(Error::input("input", format!("{} features", self.weight.dims()[1]), format!("shape {:?}", x.dims())));
+        }
+        if !x.device().is_cpu() {
+            return self.apply_graph(x);
         }
         let (x, w) = (x.contiguous()?, self.weight.contiguous()?);
         let op = Product {
@@ -305,6 +340,23 @@ impl QatLinear {
             (Some(scale), Some(bias)) => x.apply_op3(&w, &Tensor::cat(&[scale.as_tensor(), bias], 0)?, op)?,
         })
     }
+
+    /// y as operations of candle, whatever the device.
+    pub(super) fn apply_graph(&self, x: &Tensor) -> Result<Tensor> {
+        self.graph().forward(x, &self.weight, self.scale.as_ref().map(Var::as_tensor), self.bias.as_ref())
+    }
+
+    /// The latent weights by granules, and what candle's operations make of them.
+    pub(super) fn rounded(&self) -> Result<(Tensor, Rounded)> {
+        let (graph, scale) = (self.graph(), self.scale.as_ref().map(|s| s.as_tensor().detach().reshape(((), 1))).transpose()?);
+        let w = graph.granules(&self.weight)?;
+        let rounded = graph.round(&w.detach(), scale.as_ref())?;
+        Ok((w, rounded))
+    }
+
+    pub(super) fn graph(&self) -> Graph<'_> {
+        Graph { quantizer: &self.quantizer, activations: self.activations, lambda: self.lambda, dead_zone: self.dead_zone }
+    }
 }
 
 impl Module for QatLinear {
@@ -314,6 +366,12 @@ impl Module for QatLinear {
 }
 
 fn is_f32(x: &Tensor) -> Result<()> {
-    crate::tensor::check_device(x.device())?;
     if x.dtype() == DType::F32 { Ok(()) } else { Err(Error::input("dtype", "f32, which is what trains", x.dtype().as_str())) }
+}
+
+fn same_device(x: &Tensor, weight: &Tensor) -> Result<()> {
+    if x.device().same_device(weight.device()) {
+        return Ok(());
+    }
+    Err(Error::input("device", format!("that of the weights, {:?}", weight.device().location()), format!("{:?}", x.device().location())))
 }

@@ -3,6 +3,9 @@
 mod checkpoint;
 mod config;
 pub mod distillation;
+mod graph;
+#[cfg(test)]
+mod graph_tests;
 mod layer;
 mod linear;
 mod optimizer;
@@ -32,14 +35,27 @@ pub use ste::StraightThroughEstimator;
 pub use telemetry::{LayerRecord, Line, TelemetryConfig, read_log};
 pub use trainer::{Callback, Evaluation, Event, Outcome, QATTrainer, Step, Stopped, Task};
 
-use crate::Error;
-use candle_core::{CpuStorage, Layout};
+use crate::tensor::with_floats;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, DType, Device, Layout, Tensor};
 
 fn candle(error: Error) -> candle_core::Error {
     match error {
         Error::Candle(error) => *error,
         other => candle_core::Error::wrap(other),
     }
+}
+
+/// Calls `f` with the elements of a tensor of any device.
+fn with_host_floats<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    if x.device().is_cpu() { with_floats(x, f) } else { with_floats(&x.detach().to_device(&Device::Cpu)?, f) }
+}
+
+/// Σ x² of a tensor of another device than the CPU.
+fn device_sum_squares(x: &Tensor) -> Result<f64> {
+    let x = x.detach();
+    let x = if x.device().is_metal() { x } else { x.to_dtype(DType::F64)? };
+    Ok(x.sqr()?.sum_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
 }
 
 /// The elements of an argument of an operation.

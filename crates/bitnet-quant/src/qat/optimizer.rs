@@ -8,13 +8,14 @@
 //!
 //! These are the equations of PyTorch, in f32.
 
+use super::{device_sum_squares, with_host_floats};
 use crate::recipe::compile;
 use crate::tensor::with_floats;
 use crate::{Error, Result};
 use bitnet_kernels::Kernels;
 use bitnet_kernels::update::{Adam, Decay, Sgd};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Var};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, Var};
 use candle_nn::VarMap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -145,11 +146,69 @@ pub(crate) struct Parameter {
     rate: f64,
     decay: f64,
     /// Velocity, or first moment.
-    pub(crate) first: Vec<f32>,
+    pub(crate) first: Option<Kept>,
     /// Second moment.
-    pub(crate) second: Vec<f32>,
+    pub(crate) second: Option<Kept>,
     /// Gradients of micro-batches before the last.
-    sum: Vec<f32>,
+    sum: Option<Kept>,
+    /// Whether its steps are those of our kernels.
+    fused: bool,
+}
+
+/// A number for each element of a variable.
+#[derive(Debug)]
+pub(crate) enum Kept {
+    /// For our kernels.
+    Host(Vec<f32>),
+    /// On the variable's device, for operations of candle.
+    Device(Tensor),
+}
+
+impl Kept {
+    fn zeros(var: &Var, fused: bool) -> Result<Self> {
+        Ok(if fused { Self::Host(vec![0.0; var.elem_count()]) } else { Self::Device(var.zeros_like()?.detach()) })
+    }
+
+    /// Calls `f` with the numbers.
+    pub(crate) fn with<T>(&self, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+        match self {
+            Self::Host(x) => f(x),
+            Self::Device(x) => with_host_floats(x, f),
+        }
+    }
+
+    /// Takes over numbers, as many as it has.
+    pub(crate) fn set(&mut self, values: Vec<f32>) -> Result<()> {
+        match self {
+            Self::Host(x) => *x = values,
+            Self::Device(x) => *x = Tensor::from_vec(values, x.shape(), x.device())?,
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self) -> Result<()> {
+        match self {
+            Self::Host(x) => x.fill(0.0),
+            Self::Device(x) => *x = x.zeros_like()?,
+        }
+        Ok(())
+    }
+}
+
+/// The numbers of a fused parameter, which are none where none are kept.
+fn host(kept: &mut Option<Kept>) -> &mut [f32] {
+    match kept {
+        Some(Kept::Host(x)) => x,
+        _ => &mut [],
+    }
+}
+
+/// Those of another one.
+fn tensor(kept: &Option<Kept>) -> Option<&Tensor> {
+    match kept {
+        Some(Kept::Device(x)) => Some(x),
+        _ => None,
+    }
 }
 
 /// What the schedules say about one step.
@@ -169,7 +228,8 @@ impl Default for Rates {
     }
 }
 
-/// A fused optimizer of f32 variables on the CPU. It serves wherever candle takes a [`candle_nn::Optimizer`].
+/// A fused optimizer of f32 variables on the CPU; on other devices the same equations are operations of candle. It serves wherever candle takes a
+/// [`candle_nn::Optimizer`].
 ///
 /// ```
 /// use bitnet_quant::qat::{Optimizer, OptimizerConfig, Rates};
@@ -198,7 +258,7 @@ impl Optimizer {
     /// For all variables of a map, by name.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for numbers that make no sense, [`Error::Input`] for variables that are not f32 on the CPU or that do not exist.
+    /// [`Error::Invalid`] for numbers that make no sense, [`Error::Input`] for variables that are not f32 or that do not exist.
     pub fn new(vars: &VarMap, config: &OptimizerConfig) -> Result<Self> {
         Self::of(sorted(vars), config)
     }
@@ -208,6 +268,11 @@ impl Optimizer {
     /// # Errors
     /// As [`Optimizer::new`].
     pub fn of(vars: Vec<(String, Var)>, config: &OptimizerConfig) -> Result<Self> {
+        Self::build(vars, config, |var| var.device().is_cpu())
+    }
+
+    /// `fused` says for which variables our kernels step.
+    pub(super) fn build(vars: Vec<(String, Var)>, config: &OptimizerConfig, fused: impl Fn(&Var) -> bool) -> Result<Self> {
         let mut wrong = vec![];
         config.problems(&mut wrong);
         Error::unless_empty(wrong)?;
@@ -217,28 +282,17 @@ impl Optimizer {
         let globs = config.group.iter().map(|g| compile(&g.glob)).collect::<Result<Vec<_>>>()?;
         let mut parameters = vec![];
         for (name, var) in vars {
-            if var.dtype() != DType::F32 || !var.device().is_cpu() || !var.is_contiguous() {
-                let got = format!("'{name}' in {} on {:?}", var.dtype().as_str(), var.device().location());
-                return Err(Error::input("variable", "f32 on the CPU", got));
+            if var.dtype() != DType::F32 || !var.is_contiguous() {
+                return Err(Error::input("variable", "contiguous f32", format!("'{name}' in {}", var.dtype().as_str())));
             }
             let group = globs.iter().position(|glob| glob.is_match(&name)).map(|i| &config.group[i]);
             let plain = var.rank() <= 1 || name.ends_with("scale") || name.ends_with("norm");
             let decay = group.and_then(|g| g.weight_decay).unwrap_or(if plain { 0.0 } else { config.weight_decay });
-            let len = var.elem_count();
-            let (first, second) = match config.method {
-                Method::Sgd { momentum: 0.0, .. } => (0, 0),
-                Method::Sgd { .. } => (len, 0),
-                Method::Adam(_) | Method::AdamW(_) => (len, len),
-            };
-            parameters.push(Parameter {
-                name,
-                var,
-                rate: group.map_or(1.0, |g| g.learning_rate),
-                decay,
-                first: vec![0.0; first],
-                second: vec![0.0; second],
-                sum: vec![],
-            });
+            let fused = fused(&var);
+            let keep = |yes: bool| if yes { Kept::zeros(&var, fused).map(Some) } else { Ok(None) };
+            let adam = !matches!(config.method, Method::Sgd { .. });
+            let (first, second) = (keep(!matches!(config.method, Method::Sgd { momentum: 0.0, .. }))?, keep(adam)?);
+            parameters.push(Parameter { name, var, rate: group.map_or(1.0, |g| g.learning_rate), decay, first, second, sum: None, fused });
         }
         let config = config.clone();
         Ok(Self { config, parameters, steps: 0, pending: 0, kernels: Kernels::from_env()? })
@@ -255,17 +309,15 @@ impl Optimizer {
     }
 
     /// Moments of a variable begin anew, because it means something else from now on.
-    pub(crate) fn forget(&mut self, name: &str) {
-        for p in self.parameters.iter_mut().filter(|p| p.name == name) {
-            p.first.fill(0.0);
-            p.second.fill(0.0);
-        }
+    pub(crate) fn forget(&mut self, name: &str) -> Result<()> {
+        let of_name = self.parameters.iter_mut().filter(|p| p.name == name);
+        of_name.flat_map(|p| [&mut p.first, &mut p.second]).flatten().try_for_each(Kept::zero)
     }
 
     /// Whether every weight is a number.
     pub(crate) fn is_finite(&self) -> Result<bool> {
         for p in &self.parameters {
-            if !with_floats(&p.var, |w| Ok(sum_squares(self.kernels, w)))?.is_finite() {
+            if !squares(self.kernels, &p.var)?.is_finite() {
                 return Ok(false);
             }
         }
@@ -285,14 +337,15 @@ impl Optimizer {
         let kernels = self.kernels;
         for p in &mut self.parameters {
             let Some(g) = grads.get(&p.var) else { continue };
-            with_floats(g, |g| {
-                if p.sum.is_empty() {
-                    p.sum.extend_from_slice(g);
-                } else {
-                    p.sum.par_chunks_mut(PART).zip(g.par_chunks(PART)).for_each(|(sum, g)| kernels.add(sum, g));
-                }
-                Ok(())
-            })?;
+            match &mut p.sum {
+                None if p.fused => p.sum = Some(Kept::Host(with_floats(g, |g| Ok(g.to_vec()))?)),
+                None => p.sum = Some(Kept::Device(g.detach())),
+                Some(Kept::Host(sum)) => with_floats(g, |g| {
+                    sum.par_chunks_mut(PART).zip(g.par_chunks(PART)).for_each(|(sum, g)| kernels.add(sum, g));
+                    Ok(())
+                })?,
+                Some(Kept::Device(sum)) => *sum = (&*sum + g.detach())?,
+            }
         }
         self.pending += 1;
         Ok(())
@@ -310,11 +363,17 @@ impl Optimizer {
         } else {
             1.0
         };
-        let mut squares = 0.0;
+        let mut all = 0.0;
         for p in &self.parameters {
-            squares += mean.powi(2) * self.with_gradient(p, grads, |g| Ok(sum_squares(self.kernels, g)))?.unwrap_or(0.0);
+            all += mean.powi(2)
+                * match (&p.sum, grads.get(&p.var)) {
+                    (Some(Kept::Host(sum)), _) => sum_squares(self.kernels, sum),
+                    (Some(Kept::Device(sum)), _) => device_sum_squares(sum)?,
+                    (None, Some(g)) => squares(self.kernels, g)?,
+                    (None, None) => 0.0,
+                };
         }
-        let norm = squares.sqrt();
+        let norm = all.sqrt();
         if norm.is_finite() {
             // As PyTorch's clip_grad_norm_: a little is added to the norm.
             let clip = rates.clip.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
@@ -324,17 +383,8 @@ impl Optimizer {
             }
         }
         self.pending = 0;
-        self.parameters.iter_mut().for_each(|p| p.sum.clear());
+        self.parameters.iter_mut().for_each(|p| p.sum = None);
         Ok(norm)
-    }
-
-    /// Calls `f` with the gradient of a variable, of all micro-batches together where there are several.
-    fn with_gradient<T>(&self, p: &Parameter, grads: &GradStore, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<Option<T>> {
-        match grads.get(&p.var) {
-            _ if !p.sum.is_empty() => f(&p.sum).map(Some),
-            Some(g) => with_floats(g, f).map(Some),
-            None => Ok(None),
-        }
     }
 
     fn update(&mut self, i: usize, grads: &GradStore, rates: Rates, scale: f64) -> Result<()> {
@@ -348,17 +398,26 @@ impl Optimizer {
             Method::Adam(b) => Rule::Adam(b.step(t, rate, coupled)),
             Method::AdamW(b) => Rule::Adam(b.step(t, rate, Decay { scale, coupled: 0.0, decay: (1.0 - rate * lambda) as f32 })),
         };
-        let sum = std::mem::take(&mut p.sum);
-        let (var, first, second) = (p.var.clone(), &mut p.first, &mut p.second);
+        let (sum, gradient) = (p.sum.take(), grads.get(&p.var));
+        if !p.fused {
+            return match tensor(&sum).or(gradient) {
+                Some(g) => rule.on_device(p, &g.detach()),
+                None => Ok(()),
+            };
+        }
+        let (var, first, second) = (p.var.clone(), host(&mut p.first), host(&mut p.second));
         let mut run = |g: &[f32]| Ok(var.inplace_op1(&Step(RefCell::new(Update { kernels, rule, g, first, second })))?);
-        let result = match grads.get(&p.var) {
-            _ if !sum.is_empty() => run(&sum),
-            Some(g) => with_floats(g, run),
-            None => Ok(()),
-        };
-        self.parameters[i].sum = sum;
-        result
+        match (&sum, gradient) {
+            (Some(Kept::Host(sum)), _) => run(sum),
+            (_, Some(g)) => with_floats(g, run),
+            (_, None) => Ok(()),
+        }
     }
+}
+
+/// Σ x² on any device.
+fn squares(kernels: Kernels, x: &Tensor) -> Result<f64> {
+    if x.device().is_cpu() { with_floats(x, |x| Ok(sum_squares(kernels, x))) } else { device_sum_squares(x) }
 }
 
 /// Σ g², in parts that do not depend on the threads.
@@ -395,13 +454,42 @@ enum Rule {
     Adam(Adam),
 }
 
+impl Rule {
+    /// The step of [`bitnet_kernels::update`] as operations of candle.
+    fn on_device(self, p: &mut Parameter, g: &Tensor) -> Result<()> {
+        let (Self::Sgd(Sgd { decay, rate, .. }) | Self::Adam(Adam { decay, rate, .. })) = self;
+        let w = p.var.as_tensor().detach();
+        let mut g = (g * f64::from(decay.scale))?;
+        if decay.coupled != 0.0 {
+            g = (g + (&w * f64::from(decay.coupled))?)?;
+        }
+        let direction = match (self, tensor(&p.first), tensor(&p.second)) {
+            (Self::Sgd(step), Some(b), _) => {
+                let b = ((b * f64::from(step.momentum))? + &g)?;
+                let direction = if step.nesterov { (g + (&b * f64::from(step.momentum))?)? } else { b.clone() };
+                p.first = Some(Kept::Device(b));
+                direction
+            }
+            (Self::Adam(step), Some(m), Some(v)) => {
+                let m = (m + ((&g - m)? * f64::from(step.new1))?)?;
+                let v = ((v * f64::from(step.beta2))? + (g.sqr()? * f64::from(step.new2))?)?;
+                let direction = (&m / v.sqrt()?.affine(f64::from(step.root), f64::from(step.eps))?)?;
+                (p.first, p.second) = (Some(Kept::Device(m)), Some(Kept::Device(v)));
+                direction
+            }
+            _ => g,
+        };
+        Ok(p.var.set(&((w * f64::from(decay.decay))? - (direction * f64::from(rate))?)?)?)
+    }
+}
+
 #[derive(Debug)]
 struct Update<'a> {
     kernels: Kernels,
     rule: Rule,
     g: &'a [f32],
-    first: &'a mut Vec<f32>,
-    second: &'a mut Vec<f32>,
+    first: &'a mut [f32],
+    second: &'a mut [f32],
 }
 
 /// candle's way to write into a variable.

@@ -42,6 +42,12 @@ impl Progressive {
         Self { stages, ..Self::default() }
     }
 
+    /// [`Progressive::halving`] with stages that fill the first half of `steps`.
+    pub fn first_half(initial_bits: u32, steps: u64) -> Self {
+        let stages = Self::halving(initial_bits, 1).stages.len() as u64 - 1;
+        Self::halving(initial_bits, (steps / 2 / stages.max(1)).max(1))
+    }
+
     /// Checks every field.
     ///
     /// # Errors

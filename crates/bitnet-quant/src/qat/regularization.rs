@@ -1,5 +1,6 @@
 //! What draws latent weights to the levels of their quantizer.
 
+use super::graph::{Rounded, divisor};
 use super::ste::Codes;
 use super::{Linear, Linears, QatLinear};
 use crate::tensor::with_floats;
@@ -16,7 +17,10 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     let (mut sum, mut weights) = (None::<Tensor>, 0);
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
-            let of_layer = layer.weight().contiguous()?.apply_op1(Levels { layer: (**layer).clone(), codes: OnceLock::new() })?;
+            let of_layer = match layer.weight().device().is_cpu() {
+                true => layer.weight().contiguous()?.apply_op1(Levels { layer: (**layer).clone(), codes: OnceLock::new() })?,
+                false => on_device(layer)?,
+            };
             weights += layer.weight().elem_count();
             sum = Some(match &sum {
                 None => of_layer,
@@ -29,7 +33,14 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     Ok((sum * (weights as f64).recip())?)
 }
 
-/// `Σ ((w − ŵ)/s)²`.
+/// `Σ ((w − ŵ)/s)²` as operations of candle.
+pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
+    let (w, Rounded { values, step }) = layer.rounded()?;
+    let away = (w - values.broadcast_mul(&step)?)?;
+    Ok(away.broadcast_div(&divisor(&step.abs()?.mean_all()?)?)?.sqr()?.sum_all()?)
+}
+
+/// The same as one operation, on the CPU.
 struct Levels {
     layer: QatLinear,
     codes: OnceLock<Codes>,

@@ -56,7 +56,7 @@ pub enum Shape {
 }
 
 impl Shape {
-    /// Two stages of equal length, the second from a third of the rate.
+    /// Two stages of equal length, the second from a third of the rate: with 1.5e-3 from there to about 8e-4, then from 5e-4 to 0.
     pub const TWO_STAGE: Self = Self::TwoStage { midway: 0.5, drop: 1.0 / 3.0 };
 }
 

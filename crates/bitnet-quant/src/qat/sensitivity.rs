@@ -1,7 +1,6 @@
 //! Which layers lose most by quantization.
 
-use super::{Linear, Linears};
-use crate::tensor::with_floats;
+use super::{Linear, Linears, with_host_floats};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
@@ -111,7 +110,7 @@ impl Fisher {
                 return Err(missing("another model"));
             };
             index += 1;
-            with_floats(gradient, |g| {
+            with_host_floats(gradient, |g| {
                 sums.iter_mut().zip(g).for_each(|(sum, g)| *sum += samples as f32 * g * g);
                 Ok(())
             })
@@ -139,8 +138,8 @@ impl Fisher {
     fn loss_change(&self, name: &str, weight: &Tensor, quantized: &Tensor) -> Result<f64> {
         let known = self.layers.iter().find(|(of, f)| of == name && f.len() == weight.elem_count());
         let (_, fisher) = known.ok_or_else(|| Error::input("layer", "one whose gradients were added", name))?;
-        let sum = with_floats(weight, |w| {
-            with_floats(quantized, |v| {
+        let sum = with_host_floats(weight, |w| {
+            with_host_floats(quantized, |v| {
                 Ok(fisher.iter().zip(w).zip(v).map(|((f, w), v)| f64::from(*f) * f64::from(w - v).powi(2)).sum::<f64>())
             })
         })?;

@@ -116,7 +116,7 @@ impl<'de> Deserialize<'de> for StraightThroughEstimator {
 }
 
 /// No learned scale is smaller: what training pushes below stays a positive scale.
-const LEAST_SCALE: f32 = 1e-8;
+pub(super) const LEAST_SCALE: f32 = 1e-8;
 
 /// Weights as values and scales, from the forward pass to the backward pass.
 #[derive(Debug, Clone)]
@@ -209,15 +209,19 @@ impl Quantizer {
 
     /// The spec of what this makes.
     fn spec(&self, (rows, cols): (usize, usize)) -> Result<MatrixSpec> {
-        let mut spec = self.scheme.spec(rows, cols)?;
-        if self.estimator == StraightThroughEstimator::Stretched && spec.precision == Precision::Int2 {
-            spec.precision = Precision::Int3;
+        Ok(MatrixSpec { precision: self.levels()?, ..self.scheme.spec(rows, cols)? })
+    }
+
+    /// The alphabet of the values, which is that of the scheme but for four stretched levels.
+    pub(super) fn levels(&self) -> Result<Precision> {
+        match self.scheme.precision()? {
+            Precision::Int2 if self.estimator == StraightThroughEstimator::Stretched => Ok(Precision::Int3),
+            other => Ok(other),
         }
-        Ok(spec)
     }
 
     /// The learned variable in units of the step between two values.
-    fn unit(&self) -> f32 {
+    pub(super) fn unit(&self) -> f32 {
         match (self.estimator, self.scheme.method) {
             (StraightThroughEstimator::Stretched, Method::Ternary { .. }) => 1.5,
             (StraightThroughEstimator::Stretched, Method::Int { .. }) => 4.0,

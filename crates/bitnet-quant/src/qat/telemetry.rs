@@ -1,13 +1,15 @@
 //! What happens inside the layers while they train, and the log of a training: a JSON document for each line.
 
+use super::checkpoint::{Put, Slot};
 use super::linear::{Linear, Linears};
 use super::optimizer::sum_squares;
 use super::trainer::{Evaluation, Step};
-use crate::tensor::with_floats;
+use super::with_host_floats;
 use crate::{Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_kernels::Kernels;
 use candle_core::backprop::GradStore;
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -117,7 +119,7 @@ impl Telemetry {
             let Linear::Qat(layer) = linear else { return Ok(()) };
             let memory = self.layers.entry(name.into()).or_default();
             let Some(grad) = grads.get(layer.weight()) else { return Ok(()) };
-            with_floats(grad, |g| {
+            with_host_floats(grad, |g| {
                 memory.norm = sum_squares(self.kernels, g).sqrt();
                 memory.follow(g);
                 Ok(())
@@ -140,6 +142,58 @@ impl Telemetry {
             Ok(())
         })?;
         Ok(records)
+    }
+}
+
+/// Tensors in which a checkpoint keeps the memory of a layer: `NAME.values`, …; the numbers are scale, norm and steps.
+const PARTS: [(&str, Dtype); 4] = [("values", Dtype::I8), ("directions", Dtype::I8), ("followed", Dtype::F64), ("numbers", Dtype::F64)];
+
+impl Telemetry {
+    /// What a checkpoint keeps.
+    pub(crate) fn slots(&self) -> Vec<Slot> {
+        let of_layer = |(name, memory): (&String, &Memory)| {
+            let shapes = [vec![memory.values.len()], vec![memory.directions.len()], vec![memory.followed.len(), 2], vec![3]];
+            PARTS
+                .into_iter()
+                .zip(shapes)
+                .map(|((part, dtype), shape)| Slot { name: format!("{name}.{part}"), shape, dtype })
+                .collect::<Vec<_>>()
+        };
+        self.layers.iter().flat_map(of_layer).collect()
+    }
+
+    /// The bytes of one of them.
+    pub(crate) fn put(&self, slot: usize, put: &mut Put<'_>) -> Result<()> {
+        let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else { return Ok(()) };
+        match slot % PARTS.len() {
+            0 => put(&memory.values.iter().map(|q| q.to_le_bytes()[0]).collect::<Vec<_>>()),
+            1 => put(&memory.directions.iter().map(|d| d.to_le_bytes()[0]).collect::<Vec<_>>()),
+            2 => put(&memory
+                .followed
+                .iter()
+                .flat_map(|(mean, squares)| [mean.to_le_bytes(), squares.to_le_bytes()].concat())
+                .collect::<Vec<_>>()),
+            _ => put(&[memory.scale, memory.norm, memory.steps as f64].map(f64::to_le_bytes).concat()),
+        }
+    }
+
+    /// Goes on with what a checkpoint kept; with nothing, where it kept nothing.
+    pub(crate) fn restore(&mut self, kept: &BTreeMap<String, Vec<u8>>) {
+        let floats = |name: &str, part| -> Vec<f64> {
+            let bytes = kept.get(&format!("{name}.{part}")).map_or(&[][..], |bytes| bytes);
+            bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect()
+        };
+        let integers = |bytes: &[u8]| bytes.iter().map(|&b| i8::from_le_bytes([b])).collect::<Vec<_>>();
+        for (name, values) in kept.iter().filter_map(|(name, bytes)| Some((name.strip_suffix(".values")?, bytes))) {
+            let directions = kept.get(&format!("{name}.directions")).map(|bytes| integers(bytes)).unwrap_or_default();
+            if let [scale, norm, steps] = floats(name, "numbers")[..]
+                && directions.len() == values.len()
+            {
+                let followed = floats(name, "followed").as_chunks::<2>().0.iter().map(|[mean, squares]| (*mean, *squares)).collect();
+                let memory = Memory { values: integers(values), directions, scale, followed, steps: steps as u64, norm };
+                self.layers.insert(name.to_owned(), memory);
+            }
+        }
     }
 }
 

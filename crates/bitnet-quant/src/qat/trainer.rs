@@ -6,10 +6,11 @@ use super::linear::{Linear, Linears};
 use super::optimizer::Optimizer;
 use super::prepare::scale_name;
 use super::recompute::backward;
+use super::regularization::level_distance;
 use super::telemetry::{LayerRecord, Line, Log, Telemetry};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -69,7 +70,7 @@ pub struct Step {
     pub step: u64,
     /// How many there will be.
     pub steps: u64,
-    /// Mean loss of its micro-batches, before the update.
+    /// Mean loss of its micro-batches, before the update, with what is added to it.
     pub loss: f64,
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f64,
@@ -88,7 +89,8 @@ pub struct Evaluation {
     pub step: u64,
     /// What [`Task::evaluate`] said.
     pub value: f64,
-    /// The lowest so far, this one included.
+    /// The lowest so far, this one included. Those before quantization has settled, see [`Progressive::settled`](super::Progressive::settled),
+    /// say nothing about what will be packed, and count for nothing.
     pub best: f64,
 }
 
@@ -163,6 +165,9 @@ pub struct Outcome {
     pub loss: f64,
     /// The last evaluation; none where the training was interrupted before it.
     pub evaluation: Option<Evaluation>,
+    /// The evaluation of the model as the variables now hold it: where evaluations were asked for ([`QATConfig::evaluate_every`]) the best of a
+    /// training that has ended. None where the training was interrupted at a step without one.
+    pub kept: Option<Evaluation>,
     /// Why it ended.
     pub stopped: Stopped,
     /// The newest checkpoint.
@@ -229,6 +234,9 @@ struct Training {
     step: u64,
     loss: f64,
     evaluation: Option<Evaluation>,
+    best: Option<Evaluation>,
+    /// Variables of the best evaluation, where no checkpoint holds them.
+    variables: Vec<Tensor>,
     /// Evaluations since the best one.
     worse: u64,
     checkpoint: Option<PathBuf>,
@@ -249,12 +257,26 @@ impl QATTrainer {
         &self.config
     }
 
-    /// [`prepare`](super::prepare) by the configuration: the linear layers that it quantizes become layers in training. Returns their names.
+    /// [`prepare`](super::prepare) by the configuration: the linear layers that it quantizes become layers in training, with a dead-zone bias where
+    /// that is configured. Returns their names.
     ///
     /// # Errors
-    /// As [`prepare`](super::prepare).
+    /// As [`prepare`](super::prepare); [`Error::Input`] for a dead-zone bias that no layer can have.
     pub fn prepare(&mut self, model: &mut dyn Linears, vars: &VarMap) -> Result<Vec<String>> {
         let names = super::prepare(model, &self.config.quantization, self.config.estimator, vars)?;
+        let (beta, mut without) = (self.config.dead_zone_bias, true);
+        if beta != 0.0 {
+            model.visit_linears(&mut |_, linear| match linear {
+                Linear::Qat(layer) if layer.has_dead_zone() => {
+                    without = false;
+                    layer.set_dead_zone_bias(beta)
+                }
+                _ => Ok(()),
+            })?;
+            if without {
+                return Err(Error::input("dead-zone bias", "layers of ternary weights of one plane", "none"));
+            }
+        }
         self.look_for_latent(model)?;
         Ok(names)
     }
@@ -322,7 +344,7 @@ impl QATTrainer {
     /// As [`QATTrainer::run`]; [`Error::Mismatch`] for a checkpoint of another model or configuration, [`Error::File`] for a folder without
     /// checkpoints and for one that is damaged.
     pub fn resume(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
-        let Some(config) = &self.config.checkpoint else {
+        let Some(config) = self.config.checkpoint.clone() else {
             return Err(Error::input("checkpoint", "a folder to go on from", "none"));
         };
         let Some((_, path)) = checkpoint::checkpoints(&config.folder)?.pop() else {
@@ -332,12 +354,20 @@ impl QATTrainer {
         let found = Checked::open(&path, &training.optimizer, &self.config.numbers()?)?;
         let State { step, loss: Exact(loss), worse, stopped, ref layers, task: ref of_task, .. } = found.state;
         let evaluation = found.state.evaluation.map(|(step, value, best)| Evaluation { step, value: value.0, best: best.0 });
+        let best = found.state.best.filter(|_| self.config.evaluate_every > 0);
+        let best = best.map(|(step, Exact(value))| Evaluation { step, value, best: value });
+        if let Some(gone) = best.map(|best| checkpoint::path(&config.folder, best.step)).filter(|path| !path.exists()) {
+            return Err(bitnet_formats::Error::file(&gone, "the checkpoint of the best evaluation", "none").into());
+        }
         task.restore(of_task)?;
         if let Some(model) = task.linears() {
             restore_rounding(model, layers)?;
         }
         found.load(&mut training.optimizer)?;
-        training = Training { step, loss, evaluation, worse, checkpoint: Some(path), ..training };
+        if training.telemetry.is_on() {
+            training.telemetry.restore(&found.telemetry()?);
+        }
+        training = Training { step, loss, evaluation, best, worse, checkpoint: Some(path), ..training };
         self.go_on(task, callback, training, stopped)
     }
 
@@ -352,6 +382,8 @@ impl QATTrainer {
             step: 0,
             loss: 0.0,
             evaluation: None,
+            best: None,
+            variables: vec![],
             worse: 0,
             checkpoint: None,
         })
@@ -370,10 +402,15 @@ impl QATTrainer {
             let report = self.step(task, callback, &mut now, &mut flow)?;
             break_if(&mut flow, callback.on(&Event::Step(&report)));
             now.log(|| Line::Step(report))?;
+            let mut best = false;
             if now.step == steps || (every > 0 && now.step.is_multiple_of(every)) {
                 let evaluation = self.evaluate(task, &mut now)?;
                 break_if(&mut flow, callback.on(&Event::Evaluated(&evaluation)));
                 now.log(|| Line::Evaluation(evaluation))?;
+                best = now.best.is_some_and(|best| best.step == now.step);
+                if best && self.config.checkpoint.is_none() && now.step < steps {
+                    now.variables = now.optimizer.parameters.iter().map(|p| p.var.copy()).collect::<candle_core::Result<_>>()?;
+                }
             }
             stopped = if now.step == steps {
                 Some(Stopped::Finished)
@@ -383,16 +420,35 @@ impl QATTrainer {
                 flow.is_break().then_some(Stopped::Interrupted)
             };
             if let Some(config) = &self.config.checkpoint
-                && (stopped.is_some() || (config.every > 0 && now.step.is_multiple_of(config.every)))
+                && (stopped.is_some() || best || (config.every > 0 && now.step.is_multiple_of(config.every)))
             {
                 let path = self.save(config, task, &now, stopped)?;
                 break_if(&mut flow, callback.on(&Event::Saved(&path)));
                 now.checkpoint = Some(path);
             }
         }
-        let Training { step, loss, evaluation, checkpoint, .. } = now;
         let stopped = stopped.unwrap_or(Stopped::Interrupted);
-        Ok(Outcome { step, loss, evaluation, stopped, checkpoint, seconds: begin.elapsed().as_secs_f64() })
+        let mut kept = now.evaluation.filter(|e| e.step == now.step);
+        if stopped != Stopped::Interrupted
+            && let Some(best) = now.best
+        {
+            self.restore_best(&mut now, best.step)?;
+            kept = Some(best);
+        }
+        let Training { step, loss, evaluation, checkpoint, .. } = now;
+        Ok(Outcome { step, loss, evaluation, kept, stopped, checkpoint, seconds: begin.elapsed().as_secs_f64() })
+    }
+
+    /// Variables as they were after `step`, where the best evaluation was.
+    fn restore_best(&self, now: &mut Training, step: u64) -> Result<()> {
+        match &self.config.checkpoint {
+            _ if step == now.step => Ok(()),
+            Some(config) => {
+                let path = checkpoint::path(&config.folder, step);
+                Checked::open(&path, &now.optimizer, &self.config.numbers()?)?.load(&mut now.optimizer)
+            }
+            None => Ok(now.optimizer.parameters.iter().zip(&now.variables).try_for_each(|(p, value)| p.var.set(value))?),
+        }
     }
 
     fn step(&self, task: &mut dyn Task, callback: &mut dyn Callback, now: &mut Training, flow: &mut ControlFlow<()>) -> Result<Step> {
@@ -403,11 +459,16 @@ impl QATTrainer {
         rates.clip = config.clip;
         if let Some(model) = task.linears() {
             for name in self.update_quantization_schedule(now.step, model)? {
-                now.optimizer.forget(&scale_name(&name));
+                now.optimizer.forget(&scale_name(&name))?;
             }
         }
         for micro in 0..config.accumulate {
-            let value = task.loss(now.step, micro)?;
+            let mut value = task.loss(now.step, micro)?;
+            if config.level_regularization > 0.0
+                && let Some(model) = task.linears()
+            {
+                value = (value + (level_distance(model)? * config.level_regularization)?)?;
+            }
             let number = scalar(&value)?;
             if !number.is_finite() {
                 return Err(diverged("loss", number, now));
@@ -454,11 +515,15 @@ impl QATTrainer {
         if !value.is_finite() {
             return Err(Error::Diverged { step: now.step, what: "evaluation", got: value, checkpoint: now.checkpoint.clone() });
         }
-        let before = now.evaluation.map(|e| e.best);
+        let before = now.best.map(|best| best.value);
+        let settled = self.config.progressive.as_ref().is_none_or(|progressive| now.step > progressive.settled());
         let delta = self.config.early_stopping.map_or(0.0, |stop| stop.min_delta);
         now.worse = if before.is_none_or(|best| value < best - delta) { 0 } else { now.worse + 1 };
         let evaluation = Evaluation { step: now.step, value, best: before.map_or(value, |best| best.min(value)) };
         now.evaluation = Some(evaluation);
+        if settled && before.is_none_or(|best| value < best) {
+            now.best = Some(evaluation);
+        }
         Ok(evaluation)
     }
 
@@ -480,6 +545,7 @@ impl QATTrainer {
             step: now.step,
             loss: Exact(now.loss),
             evaluation: now.evaluation.map(|e| (e.step, Exact(e.value), Exact(e.best))),
+            best: now.best.map(|e| (e.step, Exact(e.value))),
             worse: now.worse,
             stopped,
             config: self.config.numbers()?,
@@ -487,7 +553,7 @@ impl QATTrainer {
             task: task.state(),
             checksums: BTreeMap::new(),
         };
-        checkpoint::write(config, &now.optimizer, state)
+        checkpoint::write(config, &now.optimizer, &now.telemetry, state)
     }
 }
 
@@ -519,5 +585,5 @@ fn scalar(loss: &Tensor) -> Result<f64> {
     if loss.elem_count() != 1 {
         return Err(Error::input("loss", "a scalar", format!("shape {:?}", loss.dims())));
     }
-    Ok(loss.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0])
+    Ok(loss.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0])
 }

@@ -1,6 +1,8 @@
 //! The trainer: what it computes, that a resumed training has the bits of one that never stopped, and what it refuses.
 #![cfg(feature = "qat")]
 
+mod best;
+
 use bitnet_quant::qat::{
     CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method, OptimizerConfig, Outcome, Progressive, QATConfig,
     QATTrainer, Schedule, Shape, Stage, Step, Stopped, StraightThroughEstimator, Task, TelemetryConfig, backward, checkpoints, read_log,
@@ -256,7 +258,7 @@ fn damaged_checkpoints_are_refused() -> Result<()> {
     let config = config(folder.path());
     let (outcome, _) = train(&mut Mlp::new(24)?, &config, Some(5), false)?;
     let path = outcome.checkpoint.unwrap();
-    for file in ["model.safetensors", "optimizer.safetensors", "state.json"] {
+    for file in ["model.safetensors", "optimizer.safetensors", "telemetry.safetensors", "state.json"] {
         let good = std::fs::read(path.join(file)).unwrap();
         let mut bad = good.clone();
         let last = bad.len() - 3;

@@ -1,0 +1,269 @@
+//! The linear layer in training as plain operations of candle, for devices that the operation of `product.rs` has no kernels for: CUDA, Metal.
+//!
+//! ```text
+//! y = x̃·W̃ᵀ + b      x̃ = |x + λ·(x̂ − x)| + (x − |x|)
+//!                    W̃ = |W + λ·(Ŵ − W)| + (W − |W|)·|1 − λ + λ·m| + (s − |s|)·|λ·∂Ŵ/∂s|
+//! ```
+//!
+//! `|…|` is a value apart from the graph. What stands in brackets with one is 0, or NaN for what is not finite, and passes the gradient. Codes and
+//! scales are the CPU's but where a sum of another order rounds to another scale, and for weights that are ternary already, whose scale the rules
+//! of the CPU keep. Sums over weights are taken in f64, on Metal, which has none, in f32.
+
+use super::ste::{LEAST_SCALE, Quantizer, StraightThroughEstimator};
+use crate::config::Activations;
+use crate::{Error, Result};
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Scheme, Threshold};
+use bitnet_core::{Granularity, Precision, ScaleDtype};
+use candle_core::{D, DType, Tensor};
+
+/// The layer, without its tensors.
+pub(super) struct Graph<'a> {
+    pub(super) quantizer: &'a Quantizer,
+    pub(super) activations: Activations,
+    pub(super) lambda: f32,
+    /// β.
+    pub(super) dead_zone: f32,
+}
+
+/// Values and the step between two of them, apart from the graph.
+pub(super) struct Rounded {
+    /// `[granules, weights of one]`.
+    pub(super) values: Tensor,
+    /// `[granules, 1]`.
+    pub(super) step: Tensor,
+}
+
+impl Graph<'_> {
+    /// Refuses what these operations cannot say.
+    pub(super) fn check(&self, cols: usize) -> Result<()> {
+        let Scheme { method, granularity, scale_form, rounding, .. } = self.quantizer.scheme;
+        let learned = self.quantizer.estimator.learns_scale();
+        let can = match method {
+            Method::Ternary { planes: 1, threshold, .. } => {
+                let rule = matches!(threshold, Threshold::Absmean | Threshold::Mean | Threshold::Factor(_));
+                (rule || learned) && rounding == Rounding::HalfEven
+            }
+            Method::Binary { split: BinarySplit::Zero, stochastic: None } => true,
+            Method::Int { mapping: Mapping::Symmetric, clip: Clip::None | Clip::Rms(_), .. } => true,
+            _ => false,
+        };
+        if !can || scale_form != ScaleForm::Direct {
+            let expected =
+                "ternary of one plane by absmean, mean or a factor, binary around 0, or symmetric integers, on devices other than the CPU";
+            return Err(Error::input("scheme", expected, format!("{method:?}")));
+        }
+        match granularity {
+            Granularity::Group(group) if !cols.is_multiple_of(group) => {
+                Err(Error::input("group", format!("a divisor of the {cols} columns, on devices other than the CPU"), group))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// y `[…, N]` of x `[…, K]`, W `[N, K]`, learned scales `[granules]` and a bias `[N]`.
+    pub(super) fn forward(&self, x: &Tensor, w: &Tensor, scale: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (n, k) = w.dims2()?;
+        self.check(k)?;
+        let mut dims = x.dims().to_vec();
+        dims.splice(dims.len() - 1.., [n]);
+        let x = x.reshape(((), k))?;
+        let y = if self.lambda > 0.0 {
+            let granules = self.granules(w)?;
+            let scale = scale.map(|s| s.reshape(((), 1))).transpose()?;
+            let rounded = self.round(&granules.detach(), scale.as_ref().map(Tensor::detach).as_ref())?;
+            let weights = self.weights(&granules, scale.as_ref(), &rounded)?.reshape((n, k))?;
+            let y = self.tokens(&x)?.matmul(&weights.t()?)?;
+            match f64::from(self.lambda * self.dead_zone) {
+                0.0 => y,
+                beta => {
+                    let dead = rounded.values.eq(0f32)?.to_dtype(DType::F32)?.reshape((n, k))?;
+                    y.broadcast_add(&((w * dead)?.sum(1)? * beta)?)?
+                }
+            }
+        } else {
+            x.matmul(&w.t()?)?
+        };
+        let y = y.reshape(dims)?;
+        Ok(bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))?)
+    }
+
+    /// W as `[granules, weights of one]`.
+    pub(super) fn granules(&self, w: &Tensor) -> Result<Tensor> {
+        Ok(match self.quantizer.scheme.granularity {
+            Granularity::Tensor => w.reshape((1, ()))?,
+            Granularity::Channel => w.clone(),
+            Granularity::Group(group) => w.reshape(((), group))?,
+        })
+    }
+
+    /// Values of granules by the scheme, or with learned scales `[granules, 1]`.
+    pub(super) fn round(&self, w: &Tensor, learned: Option<&Tensor>) -> Result<Rounded> {
+        let Scheme { method, rounding, .. } = self.quantizer.scheme;
+        let size = w.abs()?;
+        let mut cut = None;
+        let step = match (learned, method) {
+            (Some(learned), _) => self.stored(&over(&learned.maximum(LEAST_SCALE)?, self.quantizer.unit())?)?,
+            (None, Method::Ternary { threshold: Threshold::Absmean, scale: ScaleRule::Rule, .. } | Method::Binary { .. }) => {
+                self.stored(&wide(&size)?.mean_keepdim(1)?)?
+            }
+            (None, Method::Ternary { threshold, .. }) => {
+                let mean = wide(&size)?.mean_keepdim(1)?;
+                let at = match threshold {
+                    Threshold::Mean => (mean * 0.7)?.to_dtype(DType::F32)?,
+                    Threshold::Factor(factor) => (mean * f64::from(factor))?.to_dtype(DType::F32)?,
+                    _ => (mean.to_dtype(DType::F32)? * 0.5)?,
+                };
+                let kept = wide(&size.broadcast_gt(&at)?.to_dtype(DType::F32)?)?;
+                let step = ((wide(&size)? * &kept)?.sum_keepdim(1)? / kept.sum_keepdim(1)?.maximum(1.0)?)?;
+                cut = Some(at);
+                self.stored(&step)?
+            }
+            (None, Method::Int { clip, .. }) => {
+                let mut range = wide(&size.max_keepdim(1)?)?;
+                if let Clip::Rms(times) = clip {
+                    range = range.minimum(&(wide(w)?.sqr()?.mean_keepdim(1)?.sqrt()? * f64::from(times))?)?;
+                }
+                self.stored(&over(&range, f32::from(self.quantizer.scheme.precision()?.range().1))?)?
+            }
+        };
+        let values = match (method, self.quantizer.estimator) {
+            (Method::Ternary { .. }, _) => {
+                let cut = cut.map_or_else(|| &step * 0.5, Ok)?;
+                (is(w.broadcast_gt(&cut)?)? - is(w.broadcast_lt(&cut.neg()?)?)?)?
+            }
+            (Method::Binary { .. }, _) => is(w.ge(0f32)?)?.affine(2.0, -1.0)?,
+            (Method::Int { .. }, StraightThroughEstimator::Stretched) => {
+                let far = (&step * 2.0)?;
+                let above = (is(w.broadcast_gt(&far)?)? + is(w.ge(0f32)?)?)?;
+                (above + is(w.broadcast_gt(&far.neg()?)?)?)?.affine(2.0, -3.0)?
+            }
+            (Method::Int { .. }, _) => {
+                let (low, high) = self.quantizer.scheme.precision()?.range();
+                let v = w.broadcast_div(&divisor(&step)?)?.clamp(f32::from(low), f32::from(high))?;
+                match rounding {
+                    Rounding::HalfEven => half_even(&v)?,
+                    Rounding::HalfAway => v.round()?,
+                    Rounding::HalfUp => (v + 0.5)?.floor()?,
+                }
+            }
+        };
+        Ok(Rounded { values, step })
+    }
+
+    /// The number that is stored for scales: in f32, of the type that the scheme says.
+    fn stored(&self, scale: &Tensor) -> Result<Tensor> {
+        let scale = scale.to_dtype(DType::F32)?;
+        let dtype = match self.quantizer.scheme.scale_dtype {
+            ScaleDtype::F32 => return Ok(scale),
+            ScaleDtype::F16 => DType::F16,
+            ScaleDtype::Bf16 => DType::BF16,
+        };
+        Ok(scale.to_dtype(dtype)?.to_dtype(DType::F32)?)
+    }
+
+    /// W̃ in granules.
+    fn weights(&self, w: &Tensor, scale: Option<&Tensor>, rounded: &Rounded) -> Result<Tensor> {
+        let lambda = f64::from(self.lambda);
+        let (still, Rounded { values, step }) = (w.detach(), rounded);
+        let mut passing = (w - &still)?;
+        let slope = self.slope(&still, step)?;
+        if let Some(slope) = &slope {
+            passing = (passing * slope.affine(lambda, 1.0 - lambda)?)?;
+        }
+        if let (Some(scale), Some(inside)) = (scale, &slope) {
+            let scheme = &self.quantizer.scheme;
+            let of_weights = match scheme.precision()? {
+                Precision::Binary => values.clone(),
+                _ => (values - (inside * still.broadcast_div(&divisor(step)?)?)?)?,
+            };
+            let most = f64::from(scheme.precision()?.range().1);
+            let factor = lambda / f64::from(self.quantizer.unit()) / (w.dims()[1] as f64 * most).sqrt();
+            passing = (passing + (of_weights * factor)?.broadcast_mul(&(scale - scale.detach())?)?)?;
+        }
+        Ok((mix(&still, values.broadcast_mul(step)?, lambda)? + passing)?)
+    }
+
+    /// m, `[granules, weights of one]`; none where it is 1 everywhere.
+    fn slope(&self, w: &Tensor, step: &Tensor) -> Result<Option<Tensor>> {
+        let precision = self.quantizer.levels()?;
+        let (low, high) = precision.range();
+        let (low, high) = (f32::from(low), f32::from(high));
+        let at = |factor: f32| step * f64::from(factor);
+        let slope = match self.quantizer.estimator {
+            StraightThroughEstimator::Plain => return Ok(None),
+            StraightThroughEstimator::Clipped { range } => {
+                (is(w.broadcast_ge(&at(range * low)?)?)? * is(w.broadcast_le(&at(range * high)?)?)?)?
+            }
+            StraightThroughEstimator::LearnedScale => (is(w.broadcast_gt(&at(low)?)?)? * is(w.broadcast_lt(&at(high)?)?)?)?,
+            StraightThroughEstimator::Stretched => is(w.abs()?.broadcast_lt(&at(self.quantizer.unit())?)?)?,
+            StraightThroughEstimator::Soft { temperature: t } => {
+                let half = if precision == Precision::Binary { 1.0 } else { 0.5 };
+                let v = w.broadcast_div(&divisor(step)?)?;
+                let inside = (is(v.ge(low)?)? * is(v.le(high)?)?)?;
+                let places = f64::from((high - low) / (2.0 * half)) - 1.0;
+                let below = v.affine(f64::from(0.5 / half), f64::from(-0.5 * low / half))?.floor()?.clamp(0.0, places)?;
+                let from_middle = (v - below.affine(f64::from(2.0 * half), f64::from(low + half))?)?;
+                let tanh = (from_middle / f64::from(half * t))?.tanh()?;
+                let most = f64::from(t * t.recip().tanh());
+                (inside * tanh.sqr()?.affine(-1.0 / most, 1.0 / most)?)?
+            }
+        };
+        // A granule of zeros has no range: the identity.
+        let dead = is(step.eq(0f32)?)?;
+        Ok(Some(slope.broadcast_mul(&dead.affine(-1.0, 1.0)?)?.broadcast_add(&dead)?))
+    }
+
+    /// x̃ of tokens `[M, K]`.
+    fn tokens(&self, x: &Tensor) -> Result<Tensor> {
+        let still = x.detach();
+        let quantized = match self.activations {
+            Activations::Float => return Ok(x.clone()),
+            Activations::Int8 => absmax(&still, 127.0)?,
+            Activations::Int4 => absmax(&still, 7.0)?,
+            Activations::Sign => {
+                let scale = wide(&still.abs()?)?.mean_keepdim(1)?.to_dtype(DType::F32)?;
+                is(still.ge(0f32)?)?.affine(2.0, -1.0)?.broadcast_mul(&scale)?
+            }
+        };
+        Ok((mix(&still, quantized, f64::from(self.lambda))? + (x - &still)?)?)
+    }
+}
+
+/// `x + λ·(x̂ − x)`.
+fn mix(x: &Tensor, quantized: Tensor, lambda: f64) -> candle_core::Result<Tensor> {
+    if lambda == 1.0 { Ok(quantized) } else { x + ((quantized - x)? * lambda)? }
+}
+
+/// Integers of each token by its largest magnitude, times their scale.
+fn absmax(x: &Tensor, top: f32) -> candle_core::Result<Tensor> {
+    let max = x.abs()?.max_keepdim(D::Minus1)?.maximum(1e-5f32)?;
+    let inverse = max.ones_like()?.affine(f64::from(top), 0.0)?.div(&max)?;
+    half_even(&x.broadcast_mul(&inverse)?.clamp(-top - 1.0, top)?)?.broadcast_mul(&over(&max, top)?)
+}
+
+/// A quotient as division rounds it; candle's division by a number multiplies with its inverse.
+fn over(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
+    x.broadcast_div(&Tensor::new(by, x.device())?.to_dtype(x.dtype())?)
+}
+
+/// To the nearest integer, halves to the even one, of numbers below 2²² in magnitude: candle's own `round` takes halves away from 0. 1.5·2²³ leaves no
+/// bit below 1.
+fn half_even(x: &Tensor) -> candle_core::Result<Tensor> {
+    const MAGIC: f64 = 12_582_912.0;
+    (x + MAGIC)? - MAGIC
+}
+
+/// A condition as 0 and 1.
+fn is(condition: Tensor) -> candle_core::Result<Tensor> {
+    condition.to_dtype(DType::F32)
+}
+
+/// Steps, or 1 where a step is 0 and so is what it divides.
+pub(super) fn divisor(step: &Tensor) -> candle_core::Result<Tensor> {
+    step + is(step.eq(0f32)?)?
+}
+
+/// The type in which weights are summed.
+fn wide(x: &Tensor) -> candle_core::Result<Tensor> {
+    if x.device().is_metal() { Ok(x.clone()) } else { x.to_dtype(DType::F64) }
+}
