@@ -50,13 +50,15 @@ pub(crate) struct WhatArgs {
     /// Groups of operations: quantization, packing, simd, gemv, gemm [default: all].
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     pub(crate) operations: Vec<Group>,
-    /// Shapes N×K (out × in) of the weights of gemv and gemm, such as 6912x2560 [default: those of BitNet 2B-4T and larger].
+    /// Shapes N×K (out × in) of the weights of gemv and gemm, such as 6912x2560 [default: those of
+    /// BitNet 2B-4T and larger].
     #[arg(long, value_delimiter = ',', value_name = "NxK,…")]
     pub(crate) shapes: Vec<Shape>,
     /// Numbers of tokens M of gemm [default: 4,16,128,512; quick: 4,128].
     #[arg(long, value_delimiter = ',', value_name = "M,…", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) tokens: Vec<u32>,
-    /// MiB that are cycled through where data comes from memory [default: four times the last cache, as memory permits; quick: once].
+    /// MiB that are cycled through where data comes from memory [default: four times the last
+    /// cache, as memory permits; quick: once].
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(crate) working_set: Option<u32>,
     /// Turns of each comparison [default: 11; quick: 3].

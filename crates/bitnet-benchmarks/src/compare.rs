@@ -21,7 +21,14 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
     let target = Target::new(&args.output)?;
     let mut threads: Vec<u16> = args.threads.clone();
     if threads.is_empty() {
-        threads = vec![1, if args.what.quick { 1 } else { processors().min(1024) as u16 }];
+        threads = vec![
+            1,
+            if args.what.quick {
+                1
+            } else {
+                processors().min(1024) as u16
+            },
+        ];
         threads.dedup();
     }
     let mut document: Option<Document> = None;
@@ -39,7 +46,10 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
     document.command = std::env::args().collect();
     target.write(&format!("{:#}\n", serde_json::to_value(&document)?))?;
     let mut out = std::io::stdout().lock();
-    match out.write_all(table::text(&document).as_bytes()).and_then(|()| out.flush()) {
+    match out
+        .write_all(table::text(&document).as_bytes())
+        .and_then(|()| out.flush())
+    {
         // Whoever reads our output has seen enough.
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
@@ -49,50 +59,110 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
 /// candle and rayon take their number of threads from the environment, once for a process.
 fn in_its_own_process(threads: u16, what: &WhatArgs) -> Result<Document> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("measure").args(["--threads", &threads.to_string()]).args(what.flags());
+    command
+        .arg("measure")
+        .args(["--threads", &threads.to_string()])
+        .args(what.flags());
     for name in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
         command.env(name, threads.to_string());
     }
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()?;
     match output.status.code() {
         Some(0) => Document::parse(std::str::from_utf8(&output.stdout)?),
         Some(status @ 1..=2) => Err(Failed(status as u8).into()),
-        _ => bail!("measuring with {threads} thread(s) ended with {}", output.status),
+        _ => bail!(
+            "measuring with {threads} thread(s) ended with {}",
+            output.status
+        ),
     }
 }
 
 impl WhatArgs {
     /// The flags that say the same.
     fn flags(&self) -> Vec<String> {
-        let list = |name: &str, values: Vec<String>| if values.is_empty() { vec![] } else { vec![name.into(), values.join(",")] };
-        let mut flags = list("--operations", self.operations.iter().map(ToString::to_string).collect());
-        flags.extend(list("--shapes", self.shapes.iter().map(ToString::to_string).collect()));
-        flags.extend(list("--tokens", self.tokens.iter().map(ToString::to_string).collect()));
-        flags.extend(list("--working-set", self.working_set.iter().map(ToString::to_string).collect()));
-        flags.extend(list("--turns", self.turns.iter().map(ToString::to_string).collect()));
+        let list = |name: &str, values: Vec<String>| {
+            if values.is_empty() {
+                vec![]
+            } else {
+                vec![name.into(), values.join(",")]
+            }
+        };
+        let mut flags = list(
+            "--operations",
+            self.operations.iter().map(ToString::to_string).collect(),
+        );
+        flags.extend(list(
+            "--shapes",
+            self.shapes.iter().map(ToString::to_string).collect(),
+        ));
+        flags.extend(list(
+            "--tokens",
+            self.tokens.iter().map(ToString::to_string).collect(),
+        ));
+        flags.extend(list(
+            "--working-set",
+            self.working_set.iter().map(ToString::to_string).collect(),
+        ));
+        flags.extend(list(
+            "--turns",
+            self.turns.iter().map(ToString::to_string).collect(),
+        ));
         flags.extend(self.no_rivals.then(|| "--no-rivals".into()));
         flags.extend(self.quick.then(|| "--quick".into()));
         flags
     }
 
     fn selection(&self) -> Selection {
-        let or = |given: &[Shape], default: &[Shape]| if given.is_empty() { default.to_vec() } else { given.to_vec() };
+        let or = |given: &[Shape], default: &[Shape]| {
+            if given.is_empty() {
+                default.to_vec()
+            } else {
+                given.to_vec()
+            }
+        };
         // A layer of BitNet 2B-4T, a larger one, and one that L2 holds.
-        let gemv = [Shape::new(6912, 2560), Shape::new(1024, 2560), Shape::new(4096, 14336)];
-        let tokens: &[usize] = if self.quick { &[4, 128] } else { &[4, 16, 128, 512] };
+        let gemv = [
+            Shape::new(6912, 2560),
+            Shape::new(1024, 2560),
+            Shape::new(4096, 14336),
+        ];
+        let tokens: &[usize] = if self.quick {
+            &[4, 128]
+        } else {
+            &[4, 16, 128, 512]
+        };
         Selection {
-            groups: if self.operations.is_empty() { Group::ALL.to_vec() } else { self.operations.clone() },
+            groups: if self.operations.is_empty() {
+                Group::ALL.to_vec()
+            } else {
+                self.operations.clone()
+            },
             gemv: or(&self.shapes, if self.quick { &gemv[..2] } else { &gemv }),
             gemm: or(&self.shapes, &gemv[..1]),
-            tokens: if self.tokens.is_empty() { tokens.to_vec() } else { self.tokens.iter().map(|&m| m as usize).collect() },
-            rivals: if self.no_rivals { Rivals::None } else { Rivals::All },
+            tokens: if self.tokens.is_empty() {
+                tokens.to_vec()
+            } else {
+                self.tokens.iter().map(|&m| m as usize).collect()
+            },
+            rivals: if self.no_rivals {
+                Rivals::None
+            } else {
+                Rivals::All
+            },
         }
     }
 }
 
 pub(crate) fn measure(args: &MeasureArgs) -> Result<()> {
     let what = &args.what;
-    let mut effort = if what.quick { Effort::QUICK } else { Effort::FULL };
+    let mut effort = if what.quick {
+        Effort::QUICK
+    } else {
+        Effort::FULL
+    };
     effort.turns = what.turns.map_or(effort.turns, |turns| turns as usize);
     let working_set = match what.working_set {
         Some(mib) => mib as usize * (1 << 20),
@@ -117,11 +187,20 @@ pub(crate) fn measure(args: &MeasureArgs) -> Result<()> {
     progress(threads, "the machine");
     let ceilings = Ceiling::all();
     let rates = measure::ceilings(&machine, &ceilings, &effort);
-    let row = |(ceiling, rate): (Ceiling, _)| CeilingRow { name: ceiling.to_string(), threads, unit: ceiling.unit(), rate };
+    let row = |(ceiling, rate): (Ceiling, _)| CeilingRow {
+        name: ceiling.to_string(),
+        threads,
+        unit: ceiling.unit(),
+        rate,
+    };
     document.ceilings = ceilings.into_iter().zip(rates).map(row).collect();
     for planned in plan {
         progress(threads, &format!("{planned:?}"));
-        document.rows.extend(measure::case(&mut planned.make(&machine)?, &machine, &effort)?);
+        document.rows.extend(measure::case(
+            &mut planned.make(&machine)?,
+            &machine,
+            &effort,
+        )?);
     }
     serde_json::to_writer(std::io::stdout().lock(), &document)?;
     Ok(())

@@ -45,13 +45,27 @@ pub fn dot_product(isa: Isa) -> Option<Instruction> {
 impl Ceiling {
     /// All that can be measured here.
     pub fn all() -> Vec<Self> {
-        let memory = [Self::MemoryRead, Self::MemoryReadSmallPages, Self::MemoryStream, Self::MemoryWrite, Self::L2Read, Self::L2Write];
-        memory.into_iter().chain(Instruction::all().map(Self::Peak)).collect()
+        let memory = [
+            Self::MemoryRead,
+            Self::MemoryReadSmallPages,
+            Self::MemoryStream,
+            Self::MemoryWrite,
+            Self::L2Read,
+            Self::L2Write,
+        ];
+        memory
+            .into_iter()
+            .chain(Instruction::all().map(Self::Peak))
+            .collect()
     }
 
     /// What it is counted in.
     pub const fn unit(self) -> Unit {
-        if matches!(self, Self::Peak(_)) { Unit::Macs } else { Unit::Bytes }
+        if matches!(self, Self::Peak(_)) {
+            Unit::Macs
+        } else {
+            Unit::Bytes
+        }
     }
 }
 
@@ -85,7 +99,13 @@ pub struct Machine {
 impl Machine {
     /// `working_set` in bytes is what no cache is to hold.
     pub fn new(pool: Arc<Pool>, working_set: usize) -> Self {
-        Self { pool, working_set, l2: l2_bytes(), large: OnceCell::new(), written: OnceCell::new() }
+        Self {
+            pool,
+            working_set,
+            l2: l2_bytes(),
+            large: OnceCell::new(),
+            written: OnceCell::new(),
+        }
     }
 
     /// The threads that measure.
@@ -103,7 +123,8 @@ impl Machine {
         self.l2 * self.pool.threads()
     }
 
-    /// Bytes of a thread that its L2 holds beside as much again and what else there is: a quarter of it.
+    /// Bytes of a thread that its L2 holds beside as much again and what else there is: a quarter
+    /// of it.
     pub fn in_l2(&self) -> usize {
         self.l2 / 4
     }
@@ -111,8 +132,13 @@ impl Machine {
     pub(crate) fn timed(&self, ceiling: Ceiling) -> Timed<'_> {
         let threads = self.pool.threads();
         match ceiling {
-            Ceiling::MemoryRead => self.reading(self.large.get_or_init(|| Memory::new(self.working_set, Pages::Huge))),
-            Ceiling::MemoryReadSmallPages => self.reading(Box::new(Memory::new(self.working_set, Pages::Small))),
+            Ceiling::MemoryRead => self.reading(
+                self.large
+                    .get_or_init(|| Memory::new(self.working_set, Pages::Huge)),
+            ),
+            Ceiling::MemoryReadSmallPages => {
+                self.reading(Box::new(Memory::new(self.working_set, Pages::Small)))
+            }
             Ceiling::MemoryStream => self.writing(self.written(), stream),
             Ceiling::MemoryWrite => self.writing(self.written(), write),
             Ceiling::L2Read => self.in_cache(|words| {
@@ -122,7 +148,10 @@ impl Machine {
             Ceiling::Peak(instruction) => {
                 const ROUNDS: usize = 2000;
                 let amount = (threads * ROUNDS * instruction.multiply_adds()) as f64;
-                Timed { amount, call: Box::new(move || self.pool.run(threads, |_| instruction.run(ROUNDS))) }
+                Timed {
+                    amount,
+                    call: Box::new(move || self.pool.run(threads, |_| instruction.run(ROUNDS))),
+                }
             }
         }
     }
@@ -134,18 +163,26 @@ impl Machine {
         let read = move || {
             let words = &memory.words()[call * words..][..words];
             self.pool.run(threads, |part| {
-                black_box(read(&words[part * words.len() / threads..(part + 1) * words.len() / threads]));
+                black_box(read(
+                    &words[part * words.len() / threads..(part + 1) * words.len() / threads],
+                ));
             });
             call = (call + 1) % CALLS;
         };
-        Timed { amount: (8 * words) as f64, call: Box::new(read) }
+        Timed {
+            amount: (8 * words) as f64,
+            call: Box::new(read),
+        }
     }
 
-    /// Goes over what L2 holds, many times in a call: a part may run on another core than in the last one, and then fetches its words once.
+    /// Goes over what L2 holds, many times in a call: a part may run on another core than in the
+    /// last one, and then fetches its words once.
     fn in_cache(&self, work: fn(&mut [u64])) -> Timed<'_> {
         const TIMES: usize = 16;
         let threads = self.pool.threads();
-        let parts: Vec<_> = (0..threads).map(|_| Mutex::new(Memory::new(self.in_l2(), Pages::Huge))).collect();
+        let parts: Vec<_> = (0..threads)
+            .map(|_| Mutex::new(Memory::new(self.in_l2(), Pages::Huge)))
+            .collect();
         let amount = (TIMES * threads * locked(&parts[0]).bytes()) as f64;
         let call = move || {
             self.pool.run(threads, |part| {
@@ -153,22 +190,34 @@ impl Machine {
                 (0..TIMES).for_each(|_| work(memory.words_mut()));
             });
         };
-        Timed { amount, call: Box::new(call) }
+        Timed {
+            amount,
+            call: Box::new(call),
+        }
     }
 
     fn written(&self) -> &[Mutex<Memory>] {
         let parts = CALLS * self.pool.threads();
-        self.written.get_or_init(|| (0..parts).map(|_| Mutex::new(Memory::new(self.working_set / parts, Pages::Huge))).collect())
+        self.written.get_or_init(|| {
+            (0..parts)
+                .map(|_| Mutex::new(Memory::new(self.working_set / parts, Pages::Huge)))
+                .collect()
+        })
     }
 
     fn writing<'a>(&'a self, parts: &'a [Mutex<Memory>], fill: fn(&mut [u64], u64)) -> Timed<'a> {
         let threads = self.pool.threads();
         let mut at = 0;
         let call = move || {
-            self.pool.run(threads, |part| fill(locked(&parts[at + part]).words_mut(), 3));
+            self.pool.run(threads, |part| {
+                fill(locked(&parts[at + part]).words_mut(), 3)
+            });
             at = (at + threads) % parts.len();
         };
-        Timed { amount: (threads * locked(&parts[0]).bytes()) as f64, call: Box::new(call) }
+        Timed {
+            amount: (threads * locked(&parts[0]).bytes()) as f64,
+            call: Box::new(call),
+        }
     }
 }
 
@@ -180,7 +229,9 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// What the system tells about the machine.
 pub fn facts() -> Facts {
     let cpuinfo = text("/proc/cpuinfo");
-    let cpu = field(&cpuinfo, "model name").or_else(|| field(&cpuinfo, "Hardware")).unwrap_or("unknown");
+    let cpu = field(&cpuinfo, "model name")
+        .or_else(|| field(&cpuinfo, "Hardware"))
+        .unwrap_or("unknown");
     let model = field(&cpuinfo, "model").map_or(String::new(), |model| format!(", model {model}"));
     Facts {
         cpu: format!("{cpu}{model}"),
@@ -197,8 +248,9 @@ pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// What no cache holds: four times the last cache (the fourth part of it that may remain by chance matters little), 256 MiB at least, and at
-/// most a twelfth of the memory that is available, because every contender has its own.
+/// What no cache holds: four times the last cache (the fourth part of it that may remain by chance
+/// matters little), 256 MiB at least, and at most a twelfth of the memory that is available,
+/// because every contender has its own.
 pub fn working_set() -> usize {
     let last = caches().iter().map(|c| c.bytes).max().unwrap_or(64 << 20);
     let most = available().map_or(1 << 30, |bytes| bytes / 12);
@@ -206,26 +258,40 @@ pub fn working_set() -> usize {
 }
 
 fn l2_bytes() -> usize {
-    caches().iter().find(|c| c.level == 2).map_or(512 << 10, |c| c.bytes as usize)
+    caches()
+        .iter()
+        .find(|c| c.level == 2)
+        .map_or(512 << 10, |c| c.bytes as usize)
 }
 
 fn caches() -> Vec<Cache> {
     let read = |index: usize| {
-        let file = |name: &str| text(&format!("/sys/devices/system/cpu/cpu0/cache/index{index}/{name}"));
+        let file = |name: &str| {
+            text(&format!(
+                "/sys/devices/system/cpu/cpu0/cache/index{index}/{name}"
+            ))
+        };
         let size = file("size");
         let (number, factor) = match size.trim().strip_suffix('K') {
             Some(kib) => (kib, 1024),
             None => (size.trim().strip_suffix('M')?, 1 << 20),
         };
         let kind = file("type").trim().to_owned();
-        Some(Cache { level: file("level").trim().parse().ok()?, kind, bytes: number.parse::<u64>().ok()? * factor })
+        Some(Cache {
+            level: file("level").trim().parse().ok()?,
+            kind,
+            bytes: number.parse::<u64>().ok()? * factor,
+        })
     };
     (0..8).map_while(read).collect()
 }
 
 fn available() -> Option<u64> {
     let meminfo = text("/proc/meminfo");
-    let kib: u64 = field(&meminfo, "MemAvailable")?.strip_suffix(" kB")?.parse().ok()?;
+    let kib: u64 = field(&meminfo, "MemAvailable")?
+        .strip_suffix(" kB")?
+        .parse()
+        .ok()?;
     Some(kib * 1024)
 }
 
@@ -236,15 +302,23 @@ fn text(path: &str) -> String {
 
 /// The value after `name` and a colon.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines().filter_map(|line| line.split_once(':')).find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim())
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(key, _)| key.trim() == name)
+        .map(|(_, value)| value.trim())
 }
 
 /// Now, as `2026-01-31T23:59:59Z`.
 pub fn now() -> String {
-    date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
+    date(
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs()),
+    )
 }
 
-/// Seconds since 1970 in the Gregorian calendar, counted in years that begin in March, so that a leap day is the last of its year.
+/// Seconds since 1970 in the Gregorian calendar, counted in years that begin in March, so that a
+/// leap day is the last of its year.
 fn date(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day) = (days / 146_097, days % 146_097);
@@ -252,8 +326,16 @@ fn date(seconds: u64) -> String {
     let day = day - (365 * year + year / 4 - year / 100);
     let month = (5 * day + 2) / 153;
     let day = day - (153 * month + 2) / 5 + 1;
-    let (year, month) = (era * 400 + year + u64::from(month >= 10), if month < 10 { month + 3 } else { month - 9 });
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+    let (year, month) = (
+        era * 400 + year + u64::from(month >= 10),
+        if month < 10 { month + 3 } else { month - 9 },
+    );
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
+        second / 3600,
+        second / 60 % 60,
+        second % 60
+    )
 }
 
 #[cfg(test)]

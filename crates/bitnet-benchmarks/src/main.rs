@@ -1,4 +1,5 @@
-//! The program `bitnet-benchmarks`. Exit status: 0 done, 1 a contender computes something wrong, 2 bad usage or bad input.
+//! The program `bitnet-benchmarks`. Exit status: 0 done, 1 a contender computes something wrong, 2
+//! bad usage or bad input.
 
 mod args;
 mod compare;
@@ -35,8 +36,17 @@ fn draw(args: &args::ReportArgs) -> Result<()> {
 /// What is wrong with the command line, in one line: clap says it in the first paragraph.
 fn usage(error: &clap::Error) -> anyhow::Error {
     let text = error.to_string();
-    let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty() && !line.starts_with("Usage:"));
-    anyhow::anyhow!("{}; see --help", lines.collect::<Vec<_>>().join(" ").trim_start_matches("error: "))
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.is_empty() && !line.starts_with("Usage:"));
+    anyhow::anyhow!(
+        "{}; see --help",
+        lines
+            .collect::<Vec<_>>()
+            .join(" ")
+            .trim_start_matches("error: ")
+    )
 }
 
 /// One line on stderr, and the exit status.
@@ -44,7 +54,10 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     if let Some(compare::Failed(status)) = error.downcast_ref() {
         return ExitCode::from(*status);
     }
-    let line: String = format!("{error:#}").chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let line: String = format!("{error:#}")
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
     let _ = writeln!(std::io::stderr(), "error: {line}");
     ExitCode::from(if error.is::<Wrong>() { 1 } else { 2 })
 }

@@ -4,7 +4,8 @@ use crate::results::{Document, Row, Spread};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use std::fmt::Write;
 
-/// Colours by the names that the chart and the tables share; dark ones where the reader asks for dark, black on white on paper.
+/// Colours by the names that the chart and the tables share; dark ones where the reader asks for
+/// dark, black on white on paper.
 const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d5d5d5; --ours: #1668b8; --other: #9a9a9a; --soft: #f3f5f8; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --paper: #16181b; --line: #3a3f45; --ours: #5aa9f5; --other: #777; --soft: #1f2328; } }
@@ -22,7 +23,11 @@ svg .ours { fill: var(--ours); } svg .other { fill: var(--other); } svg line { s
 /// The whole page.
 pub fn html(document: &Document) -> String {
     let machine = &document.machine;
-    let caches: Vec<_> = machine.caches.iter().map(|c| format!("L{} {} {}", c.level, c.kind, bytes(c.bytes))).collect();
+    let caches: Vec<_> = machine
+        .caches
+        .iter()
+        .map(|c| format!("L{} {} {}", c.level, c.kind, bytes(c.bytes)))
+        .collect();
     let mut groups: Vec<_> = document.rows.iter().map(|r| r.group).collect();
     groups.dedup();
     groups.sort_by_key(|g| crate::operations::Group::ALL.iter().position(|x| x == g));
@@ -72,7 +77,9 @@ pub fn html(document: &Document) -> String {
 
 /// The rows of each operation, shape and number of threads, in the order of the document.
 fn cases(document: &Document) -> impl Iterator<Item = &[Row]> {
-    document.rows.chunk_by(|a, b| (&a.operation, &a.shape, a.threads) == (&b.operation, &b.shape, b.threads))
+    document
+        .rows
+        .chunk_by(|a, b| (&a.operation, &a.shape, a.threads) == (&b.operation, &b.shape, b.threads))
 }
 
 fn case(rows: &[Row]) -> Markup {
@@ -103,18 +110,33 @@ fn case(rows: &[Row]) -> Markup {
 /// Bars of the medians from 0, with lines from the smallest to the largest.
 fn chart(rows: &[Row]) -> Markup {
     let [left, bar, right, step] = [190.0, 480.0, 70.0, 22.0];
-    let top = rows.iter().map(|r| r.rate.largest).fold(f64::MIN_POSITIVE, f64::max);
+    let top = rows
+        .iter()
+        .map(|r| r.rate.largest)
+        .fold(f64::MIN_POSITIVE, f64::max);
     let x = |rate: f64| left + bar * rate / top;
     let (width, height) = (left + bar + right, step * rows.len() as f64 + 4.0);
     let mut bars = String::new();
     for (i, row) in rows.iter().enumerate() {
         let y = step * i as f64 + 4.0;
-        let Spread { smallest, median, largest } = row.rate;
+        let Spread {
+            smallest,
+            median,
+            largest,
+        } = row.rate;
         let (class, end, middle) = (if row.ours { "ours" } else { "other" }, x(median), y + 8.0);
-        let _ = write!(bars, r#"<rect class="{class}" x="{left}" y="{y:.1}" width="{:.1}" height="16"/>"#, end - left);
-        let _ = write!(bars, r#"<line x1="{:.1}" x2="{:.1}" y1="{middle:.1}" y2="{middle:.1}"/>"#, x(smallest), x(largest));
-        let value =
-            html! { text x=(format!("{:.1}", x(largest) + 6.0)) y=(format!("{:.1}", y + 12.0)) { (format!("{:.2}", median / 1e9)) } };
+        let _ = write!(
+            bars,
+            r#"<rect class="{class}" x="{left}" y="{y:.1}" width="{:.1}" height="16"/>"#,
+            end - left
+        );
+        let _ = write!(
+            bars,
+            r#"<line x1="{:.1}" x2="{:.1}" y1="{middle:.1}" y2="{middle:.1}"/>"#,
+            x(smallest),
+            x(largest)
+        );
+        let value = html! { text x=(format!("{:.1}", x(largest) + 6.0)) y=(format!("{:.1}", y + 12.0)) { (format!("{:.2}", median / 1e9)) } };
         let name = html! { text x=(left - 8.0) y=(format!("{:.1}", y + 12.0)) text-anchor="end" { (row.contender) } };
         bars += &(name.into_string() + &value.into_string());
     }
@@ -123,7 +145,8 @@ fn chart(rows: &[Row]) -> Markup {
 }
 
 fn spread(spread: &Spread, factor: f64, digits: usize) -> Markup {
-    let [low, median, high] = [spread.smallest, spread.median, spread.largest].map(|x| format!("{:.digits$}", x * factor));
+    let [low, median, high] = [spread.smallest, spread.median, spread.largest]
+        .map(|x| format!("{:.digits$}", x * factor));
     html! { (median) " " small { "(" (low) " … " (high) ")" } }
 }
 

@@ -32,7 +32,11 @@ impl Spread {
     /// If there is none.
     pub fn of(mut all: Vec<f64>) -> Self {
         all.sort_by(f64::total_cmp);
-        Self { smallest: all[0], median: all[all.len() / 2], largest: all[all.len() - 1] }
+        Self {
+            smallest: all[0],
+            median: all[all.len() / 2],
+            largest: all[all.len() - 1],
+        }
     }
 }
 
@@ -169,7 +173,8 @@ impl Document {
     /// # Errors
     /// If it is not one, or of another version.
     pub fn parse(text: &str) -> Result<Self> {
-        // What it is comes before whether all of it is right, so that the message is about the cause.
+        // What it is comes before whether all of it is right, so that the message is about the
+        // cause.
         #[derive(Deserialize)]
         struct Head {
             format: String,
@@ -177,7 +182,11 @@ impl Document {
         }
         let head: Head = serde_json::from_str(text).context("no document of this program")?;
         if head.format != FORMAT || head.version != VERSION {
-            bail!("expected {FORMAT} version {VERSION}, got {} version {}", head.format, head.version);
+            bail!(
+                "expected {FORMAT} version {VERSION}, got {} version {}",
+                head.format,
+                head.version
+            );
         }
         Ok(serde_json::from_str(text)?)
     }
@@ -189,7 +198,9 @@ impl Document {
     pub fn read(path: &Path) -> Result<Self> {
         let read = || -> Result<Self> {
             let mut text = String::new();
-            std::fs::File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
+            std::fs::File::open(path)?
+                .take(MAX_BYTES + 1)
+                .read_to_string(&mut text)?;
             if text.len() as u64 > MAX_BYTES {
                 bail!("more than {MAX_BYTES} bytes");
             }
@@ -216,7 +227,10 @@ impl<'a> Target<'a> {
             if path.is_dir() {
                 bail!("is a folder");
             }
-            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let folder = path
+                .parent()
+                .filter(|p| !p.as_os_str().is_empty())
+                .unwrap_or(Path::new("."));
             Ok(tempfile::NamedTempFile::new_in(folder)?)
         };
         let file = open().with_context(|| path.display().to_string())?;
@@ -228,7 +242,10 @@ impl<'a> Target<'a> {
     /// # Errors
     /// If the system does not write it.
     pub fn write(mut self, text: &str) -> Result<()> {
-        let result = self.file.write_all(text.as_bytes()).and_then(|()| self.file.persist(self.path).map(drop).map_err(|e| e.error));
+        let result = self
+            .file
+            .write_all(text.as_bytes())
+            .and_then(|()| self.file.persist(self.path).map(drop).map_err(|e| e.error));
         result.with_context(|| self.path.display().to_string())
     }
 }

@@ -64,14 +64,23 @@ pub(crate) struct InputArgs {
 /// What a file may leave open.
 #[derive(Debug, Args)]
 pub(crate) struct OpenArgs {
-    /// Order of codes in I2_S tensors that another program wrote, which the file does not say: i2_s, i2_s-g64, i2_s-x4.
+    /// Order of codes in I2_S tensors that another program wrote, which the file does not say:
+    /// i2_s, i2_s-g64, i2_s-x4.
     #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
     pub(crate) i2s_order: String,
 }
 
 impl OpenArgs {
-    pub(crate) fn open(&self, path: &std::path::Path) -> bitnet_formats::Result<bitnet_formats::Source> {
-        bitnet_formats::Source::open_with(path, &bitnet_formats::source::OpenOptions { i2s_layout: self.i2s_order.clone() })
+    pub(crate) fn open(
+        &self,
+        path: &std::path::Path,
+    ) -> bitnet_formats::Result<bitnet_formats::Source> {
+        bitnet_formats::Source::open_with(
+            path,
+            &bitnet_formats::source::OpenOptions {
+                i2s_layout: self.i2s_order.clone(),
+            },
+        )
     }
 }
 
@@ -107,16 +116,20 @@ pub(crate) struct QuantizeArgs {
     /// Configuration in TOML, or in JSON if it ends in .json; flags count more than it.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Settings for a purpose instead of a configuration: bitnet, performance, accuracy, memory, balanced; flags count more than it.
+    /// Settings for a purpose instead of a configuration: bitnet, performance, accuracy, memory,
+    /// balanced; flags count more than it.
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub(crate) preset: Option<ConfigurationPreset>,
-    /// Choose each tensor's precision, planes and granularity: least error with at most so many bits per weight, scales included.
+    /// Choose each tensor's precision, planes and granularity: least error with at most so many
+    /// bits per weight, scales included.
     #[arg(long, value_name = "BITS")]
     pub(crate) target_bpw: Option<f64>,
-    /// Choose them so that each tensor keeps at least so many dB; without --target-bpw in the fewest bytes.
+    /// Choose them so that each tensor keeps at least so many dB; without --target-bpw in the
+    /// fewest bytes.
     #[arg(long, value_name = "DB", allow_negative_numbers = true)]
     pub(crate) min_sqnr: Option<f64>,
-    /// Statistics of the layers' inputs, as the library saves them: errors are weighted by them where a rule can do so.
+    /// Statistics of the layers' inputs, as the library saves them: errors are weighted by them
+    /// where a rule can do so.
     #[arg(long, value_name = "FILE.json")]
     pub(crate) calibration: Option<PathBuf>,
     /// Container: safetensors, hf-bitnet, gguf. Default: by the ending of --out.
@@ -131,7 +144,8 @@ pub(crate) struct QuantizeArgs {
     /// Tensors to keep, besides embeddings, heads, norms and routers.
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<String>,
-    /// Precision for the tensors that a glob matches, excluded ones too; may be given several times.
+    /// Precision for the tensors that a glob matches, excluded ones too; may be given several
+    /// times.
     #[arg(long, value_name = "GLOB=PRECISION", value_parser = parse_rule)]
     pub(crate) rule: Vec<Rule>,
     #[command(flatten)]
@@ -144,7 +158,8 @@ pub(crate) struct ChoiceArgs {
     /// binary, ternary, int2, int3, int4, int8; f32, f16, bf16; keep [default: ternary].
     #[arg(long)]
     precision: Option<Target>,
-    /// Ternary rule: absmean, mean, median, adaptive, optimal, factor:X [default: absmean; optimal for several planes].
+    /// Ternary rule: absmean, mean, median, adaptive, optimal, factor:X [default: absmean; optimal
+    /// for several planes].
     #[arg(long)]
     threshold: Option<Threshold>,
     /// Ternary scale: rule, least-squares [default: rule].
@@ -165,10 +180,12 @@ pub(crate) struct ChoiceArgs {
     /// Range of integers: none, search, rms:X [default: none].
     #[arg(long)]
     clip: Option<Clip>,
-    /// What one scale covers: tensor, channel, group:N [default: channel; the block in GGUF; tensor in hf-bitnet].
+    /// What one scale covers: tensor, channel, group:N [default: channel; the block in GGUF; tensor
+    /// in hf-bitnet].
     #[arg(long)]
     granularity: Option<Granularity>,
-    /// How scales are stored: f32, f16, bf16 [default: f32; f16 in GGUF; the model's type in hf-bitnet].
+    /// How scales are stored: f32, f16, bf16 [default: f32; f16 in GGUF; the model's type in
+    /// hf-bitnet].
     #[arg(long, value_name = "TYPE")]
     scale_dtype: Option<ScaleDtype>,
     /// Ties: half-even, half-away, half-up [default: half-even].
@@ -200,13 +217,24 @@ impl ChoiceArgs {
 
 pub(crate) fn parse_rule(s: &str) -> Result<Rule, String> {
     let (glob, precision) = s.rsplit_once('=').ok_or("expected GLOB=PRECISION")?;
-    let precision = precision.parse().map_err(|e: bitnet_core::Error| e.to_string())?;
-    Ok(Rule { glob: glob.into(), choices: Choices { precision: Some(precision), ..Choices::default() } })
+    let precision = precision
+        .parse()
+        .map_err(|e: bitnet_core::Error| e.to_string())?;
+    Ok(Rule {
+        glob: glob.into(),
+        choices: Choices {
+            precision: Some(precision),
+            ..Choices::default()
+        },
+    })
 }
 
 /// A gate's limit. NaN would let everything pass.
 fn parse_limit(s: &str) -> Result<f64, String> {
-    s.parse().ok().filter(|x: &f64| !x.is_nan()).ok_or_else(|| "expected a number".into())
+    s.parse()
+        .ok()
+        .filter(|x: &f64| !x.is_nan())
+        .ok_or_else(|| "expected a number".into())
 }
 
 #[derive(Debug, Args)]
@@ -227,7 +255,8 @@ pub(crate) struct ConvertArgs {
     /// Container: safetensors, hf-bitnet, gguf. Default: by the ending of --out.
     #[arg(long)]
     pub(crate) format: Option<Format>,
-    /// Wire layout of quantized tensors, or auto [default: the one they have, if the container holds it].
+    /// Wire layout of quantized tensors, or auto [default: the one they have, if the container
+    /// holds it].
     #[arg(long, value_name = "NAME")]
     pub(crate) layout: Option<String>,
     /// Scale convention of hf-bitnet: bitlinear or autobitlinear.

@@ -17,9 +17,15 @@ pub(crate) struct Bar(ProgressBar);
 
 impl Bar {
     pub(crate) fn new(total: u64, quiet: bool) -> Self {
-        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let target = if quiet {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
         let bar = ProgressBar::with_draw_target(Some(total), target);
-        let style = ProgressStyle::with_template("{bar:30} {percent:>3}%  {decimal_bytes_per_sec}  {eta} left  {wide_msg}");
+        let style = ProgressStyle::with_template(
+            "{bar:30} {percent:>3}%  {decimal_bytes_per_sec}  {eta} left  {wide_msg}",
+        );
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         Self(bar)
     }
@@ -58,10 +64,15 @@ pub(crate) fn interrupt() -> &'static AtomicBool {
 
 /// The container that the command line asks for.
 pub(crate) fn format(asked: Option<Format>, out: &Path) -> Format {
-    asked.unwrap_or(if out.extension().is_some_and(|e| e == "gguf") { Format::Gguf } else { Format::Safetensors })
+    asked.unwrap_or(if out.extension().is_some_and(|e| e == "gguf") {
+        Format::Gguf
+    } else {
+        Format::Safetensors
+    })
 }
 
-/// Calls `f` with a progress bar over `total` bytes, Ctrl-C, and the threads and kernels that flags and configuration ask for.
+/// Calls `f` with a progress bar over `total` bytes, Ctrl-C, and the threads and kernels that flags
+/// and configuration ask for.
 pub(crate) fn with_options<T>(
     args: &JobArgs,
     compute: &Compute,
@@ -70,16 +81,32 @@ pub(crate) fn with_options<T>(
 ) -> anyhow::Result<T> {
     let bar = Bar::new(total, args.quiet);
     Ok(f(&Options {
-        threads: if args.threads > 0 { args.threads } else { compute.threads },
+        threads: if args.threads > 0 {
+            args.threads
+        } else {
+            compute.threads
+        },
         kernels: compute.machine()?.kernels,
         progress: &bar,
         interrupt: interrupt(),
-        existing: if args.force { Existing::Replace } else { Existing::Refuse },
+        existing: if args.force {
+            Existing::Replace
+        } else {
+            Existing::Refuse
+        },
     })?)
 }
 
-pub(crate) fn run(job: &Job<'_>, source: &Source, args: &JobArgs, compute: &Compute, out: &mut Output) -> anyhow::Result<()> {
-    let summary = with_options(args, compute, job.input_bytes(), |options| checkpoint::run(job, &args.out, options))?;
+pub(crate) fn run(
+    job: &Job<'_>,
+    source: &Source,
+    args: &JobArgs,
+    compute: &Compute,
+    out: &mut Output,
+) -> anyhow::Result<()> {
+    let summary = with_options(args, compute, job.input_bytes(), |options| {
+        checkpoint::run(job, &args.out, options)
+    })?;
     print(&summary, job, source, &args.out, out);
     Ok(())
 }
@@ -97,14 +124,27 @@ pub(crate) fn totals(tensors: &[TensorReport], file_bytes: u64) -> Totals {
     let quantized: Vec<&TensorReport> = tensors.iter().filter(|t| t.layout.is_some()).collect();
     let bits = |bytes: u64, weights: u64| bytes as f64 * 8.0 / weights.max(1) as f64;
     Totals {
-        error: quantized.iter().filter_map(|t| t.error).fold(ErrorStats::default(), ErrorStats::then),
-        quantized_bits: bits(quantized.iter().map(|t| t.bytes).sum(), quantized.iter().map(|t| t.weights).sum()),
+        error: quantized
+            .iter()
+            .filter_map(|t| t.error)
+            .fold(ErrorStats::default(), ErrorStats::then),
+        quantized_bits: bits(
+            quantized.iter().map(|t| t.bytes).sum(),
+            quantized.iter().map(|t| t.weights).sum(),
+        ),
         file_bits: bits(file_bytes, tensors.iter().map(|t| t.weights).sum()),
     }
 }
 
 fn print(summary: &Summary, job: &Job<'_>, source: &Source, path: &Path, out: &mut Output) {
-    let mut table = Table::new(&["tensor", "became", "layout", "scales", "bits/weight", "SQNR dB"]);
+    let mut table = Table::new(&[
+        "tensor",
+        "became",
+        "layout",
+        "scales",
+        "bits/weight",
+        "SQNR dB",
+    ]);
     for t in &summary.tensors {
         table.row(vec![
             t.name.clone(),
@@ -117,18 +157,33 @@ fn print(summary: &Summary, job: &Job<'_>, source: &Source, path: &Path, out: &m
     }
     out.table(&table);
     for t in summary.tensors.iter().filter(|t| t.note.is_some()) {
-        out.line(format!("note: {}: {}", t.name, t.note.as_deref().unwrap_or_default()));
+        out.line(format!(
+            "note: {}: {}",
+            t.name,
+            t.note.as_deref().unwrap_or_default()
+        ));
     }
     for note in &job.notes {
         out.line(format!("note: {note}"));
     }
     let totals = totals(&summary.tensors, summary.file_bytes);
-    let quantized = summary.tensors.iter().filter(|t| t.layout.is_some()).count();
+    let quantized = summary
+        .tensors
+        .iter()
+        .filter(|t| t.layout.is_some())
+        .count();
     let input: u64 = source.files.iter().map(|f| f.len).sum();
     out.line("");
     if quantized > 0 {
-        let sqnr = if totals.error.count > 0 { format!(", SQNR {} dB", decibels(totals.error.sqnr_db())) } else { String::new() };
-        out.line(format!("{quantized} tensors quantized at {:.3} bits per weight{sqnr}", totals.quantized_bits));
+        let sqnr = if totals.error.count > 0 {
+            format!(", SQNR {} dB", decibels(totals.error.sqnr_db()))
+        } else {
+            String::new()
+        };
+        out.line(format!(
+            "{quantized} tensors quantized at {:.3} bits per weight{sqnr}",
+            totals.quantized_bits
+        ));
     }
     let seconds = summary.elapsed.as_secs_f64();
     out.line(format!(

@@ -1,4 +1,5 @@
-//! The program `bitnet`. Exit status: 0 done, 1 the answer is no, 2 bad usage or bad input, 130 interrupted.
+//! The program `bitnet`. Exit status: 0 done, 1 the answer is no, 2 bad usage or bad input, 130
+//! interrupted.
 
 mod args;
 mod commands;
@@ -49,7 +50,9 @@ fn main() -> ExitCode {
             Ok(()) if answer == Answer::Yes => ExitCode::SUCCESS,
             Ok(()) => ExitCode::from(1),
             // Whoever reads our output has seen enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::from(u8::from(answer == Answer::No)),
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                ExitCode::from(u8::from(answer == Answer::No))
+            }
             Err(error) => fail(&error.into()),
         },
         Err(error) => fail(&error),
@@ -59,7 +62,10 @@ fn main() -> ExitCode {
 /// What is wrong with the command line, in one line: clap says it in the first paragraph.
 fn usage(error: &clap::Error) -> anyhow::Error {
     let text = error.to_string();
-    let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty() && !line.starts_with("Usage:"));
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.is_empty() && !line.starts_with("Usage:"));
     let line = lines.collect::<Vec<_>>().join(" ");
     anyhow::anyhow!("{}; see --help", line.trim_start_matches("error: "))
 }
@@ -67,7 +73,10 @@ fn usage(error: &clap::Error) -> anyhow::Error {
 /// One line on stderr, and the exit status.
 fn fail(error: &anyhow::Error) -> ExitCode {
     let interrupted = matches!(error.downcast_ref(), Some(bitnet_quant::Error::Interrupted))
-        || matches!(error.downcast_ref(), Some(bitnet_inference::Error::Interrupted));
+        || matches!(
+            error.downcast_ref(),
+            Some(bitnet_inference::Error::Interrupted)
+        );
     // The messages of the crates hold their causes already; a chain would say everything twice.
     let line = print::printable(&error.to_string().replace('\n', " "));
     let _ = writeln!(std::io::stderr(), "error: {line}");

@@ -2,7 +2,9 @@
 
 use crate::args::OpenArgs;
 use bitnet_formats::source::OpenOptions;
-use bitnet_inference::{ActivationType, CacheType, FloatType, GenerateOptions, LoadOptions, Model, Sampling, Timings};
+use bitnet_inference::{
+    ActivationType, CacheType, FloatType, GenerateOptions, LoadOptions, Model, Sampling, Timings,
+};
 use bitnet_kernels::Kernels;
 use clap::Args;
 use serde_json::{Value, json};
@@ -35,14 +37,20 @@ pub(crate) struct LoadArgs {
 
 impl LoadArgs {
     pub(crate) fn options(&self) -> anyhow::Result<LoadOptions> {
-        anyhow::ensure!(self.threads <= MAX_THREADS, "--threads: expected at most {MAX_THREADS}, got {}", self.threads);
+        anyhow::ensure!(
+            self.threads <= MAX_THREADS,
+            "--threads: expected at most {MAX_THREADS}, got {}",
+            self.threads
+        );
         Ok(LoadOptions {
             threads: self.threads,
             kernels: Kernels::from_env()?,
             activations: self.activations,
             weights: self.weights,
             embedding: self.embedding,
-            open: OpenOptions { i2s_layout: self.open.i2s_order.clone() },
+            open: OpenOptions {
+                i2s_layout: self.open.i2s_order.clone(),
+            },
         })
     }
 
@@ -63,19 +71,39 @@ pub(crate) struct GenerateArgs {
     #[arg(long, short = 'n', default_value_t = 256, value_name = "N")]
     max_tokens: usize,
     /// 0 takes the likeliest token.
-    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "X",
+        allow_negative_numbers = true
+    )]
     temperature: f32,
     /// Only the N likeliest tokens; 0 for all.
     #[arg(long, default_value_t = 0, value_name = "N")]
     top_k: usize,
     /// Only the likeliest tokens that together reach this probability.
-    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
     top_p: f32,
     /// Only tokens at least this share as likely as the likeliest.
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
     min_p: f32,
     /// Above 1: tokens that occurred become less likely.
-    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "X",
+        allow_negative_numbers = true
+    )]
     repetition_penalty: f32,
     /// What randomness begins with.
     #[arg(long, default_value_t = 0, value_name = "N")]
@@ -99,7 +127,12 @@ impl GenerateArgs {
             seed: self.seed,
         };
         sampling.check()?;
-        Ok(GenerateOptions { max_tokens: self.max_tokens, sampling, stop: self.stop.clone(), ignore_eos: self.ignore_eos })
+        Ok(GenerateOptions {
+            max_tokens: self.max_tokens,
+            sampling,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+        })
     }
 }
 

@@ -11,7 +11,11 @@ pub(crate) struct Output {
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json, text: String::new(), document: None }
+        Self {
+            json,
+            text: String::new(),
+            document: None,
+        }
     }
 
     /// A line for people.
@@ -20,14 +24,21 @@ impl Output {
         self.text.push('\n');
     }
 
-    /// Text of a model for people, at once: not escaped but for control characters other than line feeds and tabs.
+    /// Text of a model for people, at once: not escaped but for control characters other than line
+    /// feeds and tabs.
     pub(crate) fn stream(&mut self, text: &str) -> io::Result<()> {
         if self.json {
             return Ok(());
         }
         let mut out = io::stdout().lock();
         let keep = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
-        text.chars().try_for_each(|c| if keep(c) { write!(out, "{c}") } else { write!(out, "{}", c.escape_default()) })?;
+        text.chars().try_for_each(|c| {
+            if keep(c) {
+                write!(out, "{c}")
+            } else {
+                write!(out, "{}", c.escape_default())
+            }
+        })?;
         out.flush()
     }
 
@@ -55,7 +66,15 @@ impl Output {
 
 /// Control characters as escapes: names come from files, and must not steer a terminal.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect::<Vec<_>>()
+            } else {
+                vec![c]
+            }
+        })
+        .collect()
 }
 
 /// Rows of cells; the first column is aligned left, the others right.
@@ -65,23 +84,45 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn new(head: &[&str]) -> Self {
-        Self { rows: vec![head.iter().map(|s| (*s).into()).collect()] }
+        Self {
+            rows: vec![head.iter().map(|s| (*s).into()).collect()],
+        }
     }
 
     pub(crate) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
+        self.rows
+            .push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     fn lines(&self) -> Vec<String> {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        let width = |c: usize| self.rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+        let width = |c: usize| {
+            self.rows
+                .iter()
+                .filter_map(|r| r.get(c))
+                .map(|s| s.chars().count())
+                .max()
+                .unwrap_or(0)
+        };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let line = |row: &Vec<String>| {
             let cells = row.iter().zip(&widths).enumerate();
-            cells.map(|(c, (cell, &w))| if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") }).collect::<Vec<_>>().join("  ")
+            cells
+                .map(|(c, (cell, &w))| {
+                    if c == 0 {
+                        format!("{cell:<w$}")
+                    } else {
+                        format!("{cell:>w$}")
+                    }
+                })
+                .collect::<Vec<_>>()
+                .join("  ")
         };
         let mut lines: Vec<String> = self.rows.iter().map(line).collect();
-        lines.insert(1, "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)));
+        lines.insert(
+            1,
+            "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)),
+        );
         lines
     }
 }
@@ -98,12 +139,24 @@ pub(crate) fn bytes(n: u64) -> String {
 
 /// Decibels for people.
 pub(crate) fn decibels(db: f64) -> String {
-    if db.is_infinite() && db > 0.0 { "exact".into() } else { format!("{db:.2}") }
+    if db.is_infinite() && db > 0.0 {
+        "exact".into()
+    } else {
+        format!("{db:.2}")
+    }
 }
 
 /// A shape for people.
 pub(crate) fn shape(shape: &[usize]) -> String {
-    if shape.is_empty() { "scalar".into() } else { shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×") }
+    if shape.is_empty() {
+        "scalar".into()
+    } else {
+        shape
+            .iter()
+            .map(usize::to_string)
+            .collect::<Vec<_>>()
+            .join("×")
+    }
 }
 
 /// A share in percent.
@@ -113,5 +166,9 @@ pub(crate) fn percent(share: f64) -> String {
 
 /// A number whose size is not known.
 pub(crate) fn scientific(x: f64) -> String {
-    if x == 0.0 { "0".into() } else { format!("{x:.2e}") }
+    if x == 0.0 {
+        "0".into()
+    } else {
+        format!("{x:.2e}")
+    }
 }

@@ -36,7 +36,8 @@ pub(crate) struct CommonArgs {
     /// Go on with the run that is there, from its newest checkpoint.
     #[arg(long)]
     pub(crate) resume: bool,
-    /// Configuration in TOML; flags count more than it. With --resume, the run's own where there is none.
+    /// Configuration in TOML; flags count more than it. With --resume, the run's own where there is
+    /// none.
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,
     /// Steps between checkpoints; 0: only at the end and when interrupted.
@@ -69,19 +70,22 @@ pub(crate) struct CommonArgs {
     /// Largest norm of all gradients together.
     #[arg(long, value_name = "X")]
     pub(crate) clip: Option<f64>,
-    /// Steps between evaluations; 0: only at the end. Of several the best one decides which weights are packed.
+    /// Steps between evaluations; 0: only at the end. Of several the best one decides which weights
+    /// are packed.
     #[arg(long, value_name = "N")]
     pub(crate) evaluate_every: Option<u64>,
     /// Stop after this many evaluations without improvement; needs --evaluate-every.
     #[arg(long, value_name = "N")]
     pub(crate) patience: Option<u64>,
-    /// Begin with so many bits, and go to the target by half as many, and so on, in the first half of the steps.
+    /// Begin with so many bits, and go to the target by half as many, and so on, in the first half
+    /// of the steps.
     #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u32).range(2..=8))]
     pub(crate) initial_bits: Option<u32>,
     /// Steps in which the strength of quantization rises from 0 to 1.
     #[arg(long, value_name = "N")]
     pub(crate) strength_warmup: Option<u64>,
-    /// Weights of 0 count so much as a bias of their row, which leads them out of the dead zone: 0.001 for instance.
+    /// Weights of 0 count so much as a bias of their row, which leads them out of the dead zone:
+    /// 0.001 for instance.
     #[arg(long, value_name = "X")]
     pub(crate) dead_zone_bias: Option<f32>,
     /// Learn also from this model: a folder, or `self` for the full-precision twin.
@@ -93,7 +97,8 @@ pub(crate) struct CommonArgs {
     /// Begin the quantized model with the weights of the trained twin.
     #[arg(long)]
     pub(crate) fine_tune: bool,
-    /// How gradients pass the rounding: plain, clipped:RANGE, lsq, stretched, soft:TEMPERATURE [default: plain].
+    /// How gradients pass the rounding: plain, clipped:RANGE, lsq, stretched, soft:TEMPERATURE
+    /// [default: plain].
     #[arg(long, value_name = "NAME")]
     pub(crate) estimator: Option<StraightThroughEstimator>,
     /// Inputs of quantized layers: float, int8, int4, sign [default: int8].
@@ -124,14 +129,16 @@ pub(crate) struct CommonArgs {
 
 /// A name as configuration files have it.
 fn parse_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
-    T::deserialize(IntoDeserializer::<value::Error>::into_deserializer(name)).map_err(|e| e.to_string())
+    T::deserialize(IntoDeserializer::<value::Error>::into_deserializer(name))
+        .map_err(|e| e.to_string())
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ImageArgs {
     #[command(flatten)]
     pub(crate) common: CommonArgs,
-    /// The folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…, each plain or with .gz.
+    /// The folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…, each plain or with
+    /// .gz.
     #[arg(long, value_name = "FOLDER")]
     data: Option<PathBuf>,
     /// Number of classes.
@@ -219,7 +226,10 @@ impl CommonArgs {
         training.clip = self.clip.or(training.clip);
         set(&mut training.dead_zone_bias, self.dead_zone_bias);
         if let Some(patience) = self.patience {
-            training.early_stopping = Some(EarlyStopping { patience, ..training.early_stopping.unwrap_or_default() });
+            training.early_stopping = Some(EarlyStopping {
+                patience,
+                ..training.early_stopping.unwrap_or_default()
+            });
         }
         if let Some(bits) = self.initial_bits {
             let stages = Progressive::first_half(bits, training.steps).stages;
@@ -232,15 +242,42 @@ impl CommonArgs {
         set(&mut recipe.format, self.format);
         recipe.activations = self.activations.or(recipe.activations);
         // With --resume the run's own configuration has them already.
-        recipe.exclude.extend(self.exclude.iter().filter(|glob| !recipe.exclude.contains(glob)).cloned().collect::<Vec<_>>());
-        let rules: Vec<Rule> = self.rule.iter().filter(|rule| !recipe.rules.contains(rule)).cloned().collect();
+        recipe.exclude.extend(
+            self.exclude
+                .iter()
+                .filter(|glob| !recipe.exclude.contains(glob))
+                .cloned()
+                .collect::<Vec<_>>(),
+        );
+        let rules: Vec<Rule> = self
+            .rule
+            .iter()
+            .filter(|rule| !recipe.rules.contains(rule))
+            .cloned()
+            .collect();
         recipe.rules.splice(0..0, rules);
-        let Self { precision, threshold, granularity, .. } = *self;
-        recipe.default = Choices { precision, threshold, granularity, ..Choices::default() }.over(&recipe.default);
+        let Self {
+            precision,
+            threshold,
+            granularity,
+            ..
+        } = *self;
+        recipe.default = Choices {
+            precision,
+            threshold,
+            granularity,
+            ..Choices::default()
+        }
+        .over(&recipe.default);
     }
 
     pub(crate) fn place(&self) -> Place {
-        Place { out: self.out.clone(), resume: self.resume, every: self.every, keep: self.keep }
+        Place {
+            out: self.out.clone(),
+            resume: self.resume,
+            every: self.every,
+            keep: self.keep,
+        }
     }
 }
 
@@ -254,7 +291,10 @@ impl ImageArgs {
             config.model.sizes.clone_from(&self.sizes);
         }
         self.common.apply(&mut config.run, &mut config.training);
-        anyhow::ensure!(!config.data.folder.as_os_str().is_empty(), "--data: expected the folder of the images, got none");
+        anyhow::ensure!(
+            !config.data.folder.as_os_str().is_empty(),
+            "--data: expected the folder of the images, got none"
+        );
         config.complete();
         Ok(config)
     }
@@ -278,7 +318,10 @@ impl LmArgs {
         set(&mut shape.heads, self.heads);
         set(&mut shape.kv_heads, self.kv_heads);
         self.common.apply(&mut config.run, &mut config.training);
-        anyhow::ensure!(!config.data.text.is_empty(), "--text: expected at least one file, got none");
+        anyhow::ensure!(
+            !config.data.text.is_empty(),
+            "--text: expected at least one file, got none"
+        );
         Ok(config)
     }
 }

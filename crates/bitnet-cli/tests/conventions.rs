@@ -1,4 +1,5 @@
-//! Scale conventions, biases, metadata and other places where a file can say something else than it seems to.
+//! Scale conventions, biases, metadata and other places where a file can say something else than it
+//! seems to.
 
 mod common;
 
@@ -8,18 +9,33 @@ use std::io::Read;
 use std::process::Stdio;
 
 fn bf16(name: &'static str, shape: &[usize], weights: &[f32]) -> T {
-    T(name, "BF16", shape.to_vec(), weights.iter().flat_map(|w| ((w.to_bits() >> 16) as u16).to_le_bytes()).collect())
+    T(
+        name,
+        "BF16",
+        shape.to_vec(),
+        weights
+            .iter()
+            .flat_map(|w| ((w.to_bits() >> 16) as u16).to_le_bytes())
+            .collect(),
+    )
 }
 
-/// A folder as b1.58-2B-4T is: autobitlinear, a bf16 scale that is no power of two, and none of our documents.
+/// A folder as b1.58-2B-4T is: autobitlinear, a bf16 scale that is no power of two, and none of our
+/// documents.
 fn autobitlinear(scale: f32) -> Dir {
     let dir = Dir::new();
-    let codes: Vec<u8> = (0..2 * 64).map(|i| [0x58, 0x21, 0x86, 0x19][i % 4] & 0xaa | [0, 1, 4, 16][i % 4]).map(valid).collect();
+    let codes: Vec<u8> = (0..2 * 64)
+        .map(|i| [0x58, 0x21, 0x86, 0x19][i % 4] & 0xaa | [0, 1, 4, 16][i % 4])
+        .map(valid)
+        .collect();
     dir.write_json(
         "m/config.json",
         &json!({"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}),
     );
-    let tensors = [T("a.weight", "U8", vec![2, 64], codes), bf16("a.weight_scale", &[1], &[scale])];
+    let tensors = [
+        T("a.weight", "U8", vec![2, 64], codes),
+        bf16("a.weight_scale", &[1], &[scale]),
+    ];
     dir.write("m/model.safetensors", safetensors(&tensors));
     dir
 }
@@ -38,16 +54,49 @@ fn scales_that_are_no_powers_of_two_survive_both_conventions() {
     // 1.1640625 and 0.0214844 are bf16 numbers.
     for scale in [1.1640625, 0.021484375] {
         let dir = autobitlinear(scale);
-        dir.run(&["convert", "m", "--out", "bit", "--format", "hf-bitnet", "--linear-class", "bitlinear"]).is(0);
+        dir.run(&[
+            "convert",
+            "m",
+            "--out",
+            "bit",
+            "--format",
+            "hf-bitnet",
+            "--linear-class",
+            "bitlinear",
+        ])
+        .is(0);
         for folder in ["m", "bit"] {
             dir.run(&["inspect", folder]).is(0);
         }
-        // An f32 whose inverse is the scale exactly need not exist; the last bit may differ, and nothing else.
-        let error = dir.run(&["compare", "m", "bit", "--json"]).is(0).json()["all"]["max_error"].as_f64().unwrap();
+        // An f32 whose inverse is the scale exactly need not exist; the last bit may differ, and
+        // nothing else.
+        let error = dir.run(&["compare", "m", "bit", "--json"]).is(0).json()["all"]["max_error"]
+            .as_f64()
+            .unwrap();
         assert!(error <= f64::from(scale) * 1.2e-7, "{error}");
-        dir.run(&["convert", "bit", "--out", "again", "--format", "hf-bitnet", "--linear-class", "autobitlinear"]).is(0);
+        dir.run(&[
+            "convert",
+            "bit",
+            "--out",
+            "again",
+            "--format",
+            "hf-bitnet",
+            "--linear-class",
+            "autobitlinear",
+        ])
+        .is(0);
         assert!(exact(&dir, "m", "again"), "there and back");
-        dir.run(&["convert", "bit", "--out", "same", "--format", "hf-bitnet", "--linear-class", "bitlinear"]).is(0);
+        dir.run(&[
+            "convert",
+            "bit",
+            "--out",
+            "same",
+            "--format",
+            "hf-bitnet",
+            "--linear-class",
+            "bitlinear",
+        ])
+        .is(0);
         assert!(exact(&dir, "bit", "same"), "the same convention");
     }
 }
@@ -56,12 +105,24 @@ fn scales_that_are_no_powers_of_two_survive_both_conventions() {
 fn a_gguf_with_one_scale_becomes_a_bitlinear_folder() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.run(&["quantize", "m", "--out", "g.gguf", "--granularity", "tensor"]).is(0);
-    dir.run(&["convert", "g.gguf", "--out", "h", "--format", "hf-bitnet"]).is(0);
+    dir.run(&[
+        "quantize",
+        "m",
+        "--out",
+        "g.gguf",
+        "--granularity",
+        "tensor",
+    ])
+    .is(0);
+    dir.run(&["convert", "g.gguf", "--out", "h", "--format", "hf-bitnet"])
+        .is(0);
     dir.run(&["verify", "h"]).is(0);
     let run = dir.run(&["compare", "g.gguf", "h", "--json"]);
     for tensor in run.is(0).json()["tensors"].as_array().unwrap() {
-        let (mse, name) = (tensor["mse"].as_f64().unwrap(), tensor["name"].as_str().unwrap().to_string());
+        let (mse, name) = (
+            tensor["mse"].as_f64().unwrap(),
+            tensor["name"].as_str().unwrap().to_string(),
+        );
         assert!(mse < 1e-14, "{name}: {mse}");
     }
 }
@@ -69,19 +130,43 @@ fn a_gguf_with_one_scale_becomes_a_bitlinear_folder() {
 #[test]
 fn a_bias_under_autobitlinear_is_refused_both_ways() {
     let dir = Dir::new();
-    dir.write("m/model.safetensors", safetensors(&[gauss("a.weight", &[8, 64], 0.02), f32s("a.bias", &[8], &[0.5; 8])]));
+    dir.write(
+        "m/model.safetensors",
+        safetensors(&[
+            gauss("a.weight", &[8, 64], 0.02),
+            f32s("a.bias", &[8], &[0.5; 8]),
+        ]),
+    );
     dir.write_json("m/config.json", &json!({}));
     dir.refuses(
-        &["quantize", "m", "--out", "q", "--format", "hf-bitnet", "--linear-class", "autobitlinear"],
-        &["m/model.safetensors", "'a.weight'", "'a.bias'", "autobitlinear"],
+        &[
+            "quantize",
+            "m",
+            "--out",
+            "q",
+            "--format",
+            "hf-bitnet",
+            "--linear-class",
+            "autobitlinear",
+        ],
+        &[
+            "m/model.safetensors",
+            "'a.weight'",
+            "'a.bias'",
+            "autobitlinear",
+        ],
     );
-    dir.run(&["quantize", "m", "--out", "q", "--format", "hf-bitnet"]).is(0);
+    dir.run(&["quantize", "m", "--out", "q", "--format", "hf-bitnet"])
+        .is(0);
     let mut config: Value = serde_json::from_slice(&dir.read("q/config.json")).unwrap();
     config["quantization_config"]["linear_class"] = "autobitlinear".into();
     // Without our document: somebody else's folder.
     let scale = f32s("a.weight_scale", &[1], &[0.02]);
     let packed = T("a.weight", "U8", vec![2, 64], vec![0x55; 128]);
-    dir.write("f/model.safetensors", safetensors(&[packed, scale, f32s("a.bias", &[8], &[0.5; 8])]));
+    dir.write(
+        "f/model.safetensors",
+        safetensors(&[packed, scale, f32s("a.bias", &[8], &[0.5; 8])]),
+    );
     dir.write_json("f/config.json", &config);
     dir.refuses_input("f", &["f/model.safetensors", "'a.bias'", "autobitlinear"]);
 }
@@ -97,18 +182,48 @@ fn an_extra_norm_is_refused() {
 #[test]
 fn the_scale_type_of_a_folder_is_the_model_s() {
     let dir = autobitlinear(1.0);
-    dir.refuses(&["quantize", "m", "--out", "q", "--format", "hf-bitnet", "--scale-dtype", "f32"], &["bf16", "f32"]);
+    dir.refuses(
+        &[
+            "quantize",
+            "m",
+            "--out",
+            "q",
+            "--format",
+            "hf-bitnet",
+            "--scale-dtype",
+            "f32",
+        ],
+        &["bf16", "f32"],
+    );
 }
 
 #[test]
 fn floats_that_a_type_cannot_hold_are_named() {
     let dir = Dir::new();
-    dir.write("in.safetensors", safetensors(&[f32s("a.weight", &[2, 2], &[1.0, 2.0, 1e6, 3.0])]));
+    dir.write(
+        "in.safetensors",
+        safetensors(&[f32s("a.weight", &[2, 2], &[1.0, 2.0, 1e6, 3.0])]),
+    );
     dir.refuses(
-        &["dequantize", "in.safetensors", "--out", "o.safetensors", "--dtype", "f16"],
+        &[
+            "dequantize",
+            "in.safetensors",
+            "--out",
+            "o.safetensors",
+            "--dtype",
+            "f16",
+        ],
         &["in.safetensors", "'a.weight'", "weight 2", "1000000"],
     );
-    dir.run(&["dequantize", "in.safetensors", "--out", "o.safetensors", "--dtype", "bf16"]).is(0);
+    dir.run(&[
+        "dequantize",
+        "in.safetensors",
+        "--out",
+        "o.safetensors",
+        "--dtype",
+        "bf16",
+    ])
+    .is(0);
 }
 
 #[test]
@@ -119,7 +234,12 @@ fn metadata_and_files_beside_are_proven_too() {
     dir.run(&["verify", "q"]).is(0);
     let config = String::from_utf8(dir.read("q/config.json")).unwrap();
     dir.write("q/config.json", config.replace("256", "257"));
-    assert!(dir.run(&["verify", "q"]).is(1).stdout().contains("config.json"));
+    assert!(
+        dir.run(&["verify", "q"])
+            .is(1)
+            .stdout()
+            .contains("config.json")
+    );
     dir.write("q/config.json", &config);
     dir.run(&["verify", "q"]).is(0);
     dir.run(&["quantize", "m", "--out", "q.gguf"]).is(0);
@@ -129,14 +249,20 @@ fn metadata_and_files_beside_are_proven_too() {
     let at = file.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
     file[at..at + 4].copy_from_slice(&123.0f32.to_le_bytes());
     dir.write("q.gguf", &file);
-    assert!(dir.run(&["verify", "q.gguf"]).is(1).stdout().contains("metadata"));
+    assert!(
+        dir.run(&["verify", "q.gguf"])
+            .is(1)
+            .stdout()
+            .contains("metadata")
+    );
 }
 
 #[test]
 fn a_tensor_that_another_program_retyped_is_noticed() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.run(&["quantize", "m", "--out", "q.gguf", "--precision", "int4"]).is(0);
+    dir.run(&["quantize", "m", "--out", "q.gguf", "--precision", "int4"])
+        .is(0);
     let mut file = dir.read("q.gguf");
     let name = b"blk.0.attn_v.weight";
     let at = file.windows(name.len()).rposition(|w| w == name).unwrap() + name.len() + 4 + 16;
@@ -144,7 +270,10 @@ fn a_tensor_that_another_program_retyped_is_noticed() {
     // IQ4_NL: blocks of the same size with another meaning.
     file[at..at + 4].copy_from_slice(&20u32.to_le_bytes());
     dir.write("q.gguf", &file);
-    dir.refuses(&["inspect", "q.gguf"], &["q.gguf", "'blk.0.attn_v.weight'", "Q4_0", "IQ4_NL"]);
+    dir.refuses(
+        &["inspect", "q.gguf"],
+        &["q.gguf", "'blk.0.attn_v.weight'", "Q4_0", "IQ4_NL"],
+    );
 }
 
 #[test]
@@ -161,7 +290,10 @@ fn a_part_of_a_split_gguf_is_not_a_model() {
     file.extend(2u32.to_le_bytes());
     file.extend(3u16.to_le_bytes());
     dir.write("part.gguf", &file);
-    dir.refuses(&["inspect", "part.gguf"], &["part.gguf", "split.count", "3 parts"]);
+    dir.refuses(
+        &["inspect", "part.gguf"],
+        &["part.gguf", "split.count", "3 parts"],
+    );
 }
 
 #[test]
@@ -170,24 +302,41 @@ fn a_folder_with_other_things_in_it_is_not_replaced() {
     llama(&dir, "m");
     dir.run(&["quantize", "m", "--out", "q"]).is(0);
     dir.write("q/src/a.txt", "mine");
-    dir.refuses(&["quantize", "m", "--out", "q", "--force"], &["q", "something else"]);
+    dir.refuses(
+        &["quantize", "m", "--out", "q", "--force"],
+        &["q", "something else"],
+    );
 }
 
 #[test]
 fn names_do_not_steer_the_terminal() {
     let dir = Dir::new();
-    dir.write("in.safetensors", safetensors(&[gauss("a\n\u{1b}[31mOK b.weight", &[4, 8], 1.0)]));
+    dir.write(
+        "in.safetensors",
+        safetensors(&[gauss("a\n\u{1b}[31mOK b.weight", &[4, 8], 1.0)]),
+    );
     let run = dir.run(&["inspect", "in.safetensors"]);
-    assert!(!run.is(0).stdout().contains('\u{1b}') && run.stdout().contains("\\u{1b}"), "{}", run.stdout());
+    assert!(
+        !run.is(0).stdout().contains('\u{1b}') && run.stdout().contains("\\u{1b}"),
+        "{}",
+        run.stdout()
+    );
 }
 
 #[test]
 fn a_reader_that_leaves_does_not_turn_no_into_yes() {
     let dir = Dir::new();
-    let tensors: Vec<T> = (0..3000).map(|i| T(format!("{i}.weight").leak(), "F32", vec![1, 1], vec![0; 4])).collect();
+    let tensors: Vec<T> = (0..3000)
+        .map(|i| T(format!("{i}.weight").leak(), "F32", vec![1, 1], vec![0; 4]))
+        .collect();
     dir.write("in.safetensors", safetensors(&tensors));
     let mut child = dir
-        .command(&["compare", "in.safetensors", "in.safetensors", "--max-bpw=-1"])
+        .command(&[
+            "compare",
+            "in.safetensors",
+            "in.safetensors",
+            "--max-bpw=-1",
+        ])
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -201,16 +350,28 @@ fn a_reader_that_leaves_does_not_turn_no_into_yes() {
 fn columns_that_no_block_divides_stay_exact_floats_in_a_converted_gguf() {
     let dir = Dir::new();
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/glassllm-en");
-    dir.run(&["quantize", model, "--out", "h", "--format", "hf-bitnet"]).is(0);
+    dir.run(&["quantize", model, "--out", "h", "--format", "hf-bitnet"])
+        .is(0);
     let run = dir.run(&["convert", "h", "--out", "g.gguf"]);
-    assert!(run.is(0).stdout().contains("341 columns") && run.stdout().contains("kept exactly, as F32"), "{}", run.stdout());
-    // The scales of the packed ones are rounded to f16, which a note says; the others are equal to the bit.
+    assert!(
+        run.is(0).stdout().contains("341 columns") && run.stdout().contains("kept exactly, as F32"),
+        "{}",
+        run.stdout()
+    );
+    // The scales of the packed ones are rounded to f16, which a note says; the others are equal to
+    // the bit.
     let run = dir.run(&["compare", "h", "g.gguf", "--json"]);
     for tensor in run.is(0).json()["tensors"].as_array().unwrap() {
         let name = tensor["name"].as_str().unwrap();
-        assert!(tensor["stored_as"] != "F32" || tensor["exact"] == true, "{name}");
+        assert!(
+            tensor["stored_as"] != "F32" || tensor["exact"] == true,
+            "{name}"
+        );
         assert!(tensor["cosine"].as_f64().unwrap() > 0.999999, "{name}");
     }
     // A layout that is named is not replaced.
-    dir.refuses(&["convert", "h", "--out", "n.gguf", "--layout", "q2_0"], &["down_proj", "q2_0", "341 columns"]);
+    dir.refuses(
+        &["convert", "h", "--out", "n.gguf", "--layout", "q2_0"],
+        &["down_proj", "q2_0", "341 columns"],
+    );
 }

@@ -22,10 +22,16 @@ fn weights() -> Vec<u8> {
 /// A folder with this index over shards a and b of one tensor each.
 fn indexed(map: &Value) -> Dir {
     let shard = |name| safetensors(&[gauss(name, &[8, 16], 0.02)]);
-    let index = json!({"metadata": {"total_size": 1024}, "weight_map": map}).to_string().into_bytes();
+    let index = json!({"metadata": {"total_size": 1024}, "weight_map": map})
+        .to_string()
+        .into_bytes();
     folder(
         &json!({}),
-        &[("a.safetensors", shard("a.weight")), ("b.safetensors", shard("b.weight")), ("model.safetensors.index.json", index)],
+        &[
+            ("a.safetensors", shard("a.weight")),
+            ("b.safetensors", shard("b.weight")),
+            ("model.safetensors.index.json", index),
+        ],
     )
 }
 
@@ -34,24 +40,36 @@ fn a_folder_without_config() {
     let dir = Dir::new();
     dir.write("m/model.safetensors", weights());
     dir.refuses(&["inspect", "m"], &["m/config.json", "No such file"]);
-    dir.refuses(&["quantize", "m", "--out", "out"], &["m/config.json", "No such file"]);
+    dir.refuses(
+        &["quantize", "m", "--out", "out"],
+        &["m/config.json", "No such file"],
+    );
     dir.refuses(&["verify", "m"], &["m/config.json", "No such file"]);
 }
 
 #[test]
 fn a_folder_without_weights() {
-    folder(&json!({}), &[("pytorch_model.bin", vec![1])]).refuses_input("m", &["m: expected a .safetensors file", "none"]);
+    folder(&json!({}), &[("pytorch_model.bin", vec![1])])
+        .refuses_input("m", &["m: expected a .safetensors file", "none"]);
 }
 
 #[test]
 fn several_files_without_an_index() {
-    let dir = folder(&json!({}), &[("a.safetensors", weights()), ("b.safetensors", weights())]);
-    dir.refuses_input("m", &["m: expected", "model.safetensors.index.json", "2 of them"]);
+    let dir = folder(
+        &json!({}),
+        &[("a.safetensors", weights()), ("b.safetensors", weights())],
+    );
+    dir.refuses_input(
+        "m",
+        &["m: expected", "model.safetensors.index.json", "2 of them"],
+    );
 }
 
 #[test]
 fn a_single_file_of_another_name_is_taken() {
-    folder(&json!({}), &[("weights.safetensors", weights())]).run(&["quantize", "m", "--out", "out"]).is(0);
+    folder(&json!({}), &[("weights.safetensors", weights())])
+        .run(&["quantize", "m", "--out", "out"])
+        .is(0);
 }
 
 #[test]
@@ -68,7 +86,10 @@ fn shards_are_read_through_their_index() {
 fn an_index_that_names_a_missing_file() {
     let dir = indexed(&json!({"a.weight": "a.safetensors", "b.weight": "c.safetensors"}));
     dir.refuses(&["inspect", "m"], &["m/c.safetensors", "No such file"]);
-    dir.refuses(&["quantize", "m", "--out", "out"], &["m/c.safetensors", "No such file"]);
+    dir.refuses(
+        &["quantize", "m", "--out", "out"],
+        &["m/c.safetensors", "No such file"],
+    );
 }
 
 #[test]
@@ -79,12 +100,32 @@ fn an_index_whose_tensor_is_not_in_its_file() {
 
 #[test]
 fn an_index_that_leaves_the_folder() {
-    for path in ["../b.safetensors", "/etc/passwd", "sub/b.safetensors", "..", ".", "", "./a.safetensors"] {
+    for path in [
+        "../b.safetensors",
+        "/etc/passwd",
+        "sub/b.safetensors",
+        "..",
+        ".",
+        "",
+        "./a.safetensors",
+    ] {
         let dir = indexed(&json!({"a.weight": "a.safetensors", "b.weight": path}));
-        dir.write("b.safetensors", safetensors(&[gauss("b.weight", &[8, 16], 0.02)]));
-        dir.refuses_input("m", &["m/model.safetensors.index.json", "'b.weight'", "a file name in the same folder", path]);
+        dir.write(
+            "b.safetensors",
+            safetensors(&[gauss("b.weight", &[8, 16], 0.02)]),
+        );
+        dir.refuses_input(
+            "m",
+            &[
+                "m/model.safetensors.index.json",
+                "'b.weight'",
+                "a file name in the same folder",
+                path,
+            ],
+        );
     }
-    indexed(&json!({"a.weight": 3})).refuses_input("m", &["model.safetensors.index.json", "'a.weight'", "3"]);
+    indexed(&json!({"a.weight": 3}))
+        .refuses_input("m", &["model.safetensors.index.json", "'a.weight'", "3"]);
 }
 
 #[test]
@@ -110,7 +151,10 @@ fn a_config_that_is_not_json() {
 #[test]
 fn another_quantization_method() {
     for method in [json!("gptq"), json!(3), Value::Null] {
-        let dir = folder(&json!({"quantization_config": {"quant_method": method}}), &[("model.safetensors", weights())]);
+        let dir = folder(
+            &json!({"quantization_config": {"quant_method": method}}),
+            &[("model.safetensors", weights())],
+        );
         dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
     }
 }
@@ -127,9 +171,15 @@ fn an_unknown_linear_class_or_mode() {
 
 /// A folder as another program writes it: packed weights, a scale, no document of ours.
 fn foreign(linear_class: &str, packed: &[u8], scale: Option<f32>) -> Dir {
-    let mut tensors = vec![T("a.weight", "U8", vec![2, packed.len() / 2], packed.to_vec())];
+    let mut tensors = vec![T(
+        "a.weight",
+        "U8",
+        vec![2, packed.len() / 2],
+        packed.to_vec(),
+    )];
     tensors.extend(scale.map(|scale| f32s("a.weight_scale", &[1], &[scale])));
-    let config = json!({"quantization_config": {"quant_method": "bitnet", "linear_class": linear_class}});
+    let config =
+        json!({"quantization_config": {"quant_method": "bitnet", "linear_class": linear_class}});
     folder(&config, &[("model.safetensors", safetensors(&tensors))])
 }
 
@@ -142,10 +192,16 @@ fn codes(cols: usize) -> Vec<u8> {
 fn a_foreign_folder_is_read_in_both_conventions() {
     for (class, stored) in [("bitlinear", 64.0), ("autobitlinear", 1.0 / 64.0)] {
         let dir = foreign(class, &codes(256), Some(stored));
-        dir.run(&["dequantize", "m", "--out", "f.safetensors"]).is(0);
+        dir.run(&["dequantize", "m", "--out", "f.safetensors"])
+            .is(0);
         let file = dir.read("f.safetensors");
         let data = &file[file.len() - 4 * 8 * 256..];
-        let floats: Vec<f32> = data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let floats: Vec<f32> = data
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect();
         // Byte row r holds rows r, 2 + r, 4 + r and 6 + r, lowest bits first.
         let first_column: Vec<f32> = floats.iter().step_by(256).copied().collect();
         let s = 1.0 / 64.0;
@@ -157,29 +213,68 @@ fn a_foreign_folder_is_read_in_both_conventions() {
 fn packed_weights_without_a_config_that_says_what_they_are() {
     let dir = foreign("bitlinear", &codes(16), Some(64.0));
     dir.write("m/config.json", "{}");
-    dir.refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", "quantization_config"]);
+    dir.refuses_input(
+        "m",
+        &[
+            "m/model.safetensors",
+            "'a.weight_scale'",
+            "quantization_config",
+        ],
+    );
     let dir = foreign("bitlinear", &codes(16), Some(64.0));
-    dir.refuses_input("m/model.safetensors", &["m/model.safetensors", "'a.weight_scale'", "quantization_config"]);
+    dir.refuses_input(
+        "m/model.safetensors",
+        &[
+            "m/model.safetensors",
+            "'a.weight_scale'",
+            "quantization_config",
+        ],
+    );
 }
 
 #[test]
 fn packed_weights_without_a_scale() {
-    foreign("bitlinear", &codes(16), None).refuses_input("m", &["m/model.safetensors", "'a.weight'", "a.weight_scale"]);
+    foreign("bitlinear", &codes(16), None).refuses_input(
+        "m",
+        &["m/model.safetensors", "'a.weight'", "a.weight_scale"],
+    );
 }
 
 #[test]
 fn a_scale_of_the_wrong_size_or_type() {
-    let config = json!({"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}});
+    let config =
+        json!({"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}});
     let packed = || T("a.weight", "U8", vec![2, 16], codes(16));
-    let dir = folder(&config, &[("model.safetensors", safetensors(&[packed(), f32s("a.weight_scale", &[2], &[1.0; 2])]))]);
-    dir.refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", "1 elements", "2 of"]);
+    let dir = folder(
+        &config,
+        &[(
+            "model.safetensors",
+            safetensors(&[packed(), f32s("a.weight_scale", &[2], &[1.0; 2])]),
+        )],
+    );
+    dir.refuses_input(
+        "m",
+        &[
+            "m/model.safetensors",
+            "'a.weight_scale'",
+            "1 elements",
+            "2 of",
+        ],
+    );
     let scale = T("a.weight_scale", "I32", vec![1], vec![0; 4]);
-    let dir = folder(&config, &[("model.safetensors", safetensors(&[packed(), scale]))]);
+    let dir = folder(
+        &config,
+        &[("model.safetensors", safetensors(&[packed(), scale]))],
+    );
     dir.refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", "I32"]);
     for class in ["bitlinear", "autobitlinear"] {
-        let config = json!({"quantization_config": {"quant_method": "bitnet", "linear_class": class}});
+        let config =
+            json!({"quantization_config": {"quant_method": "bitnet", "linear_class": class}});
         let scale = T("a.weight_scale", "I64", vec![1], vec![0; 8]);
-        let dir = folder(&config, &[("model.safetensors", safetensors(&[packed(), scale]))]);
+        let dir = folder(
+            &config,
+            &[("model.safetensors", safetensors(&[packed(), scale]))],
+        );
         dir.refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", "I64"]);
     }
 }
@@ -187,8 +282,12 @@ fn a_scale_of_the_wrong_size_or_type() {
 #[test]
 fn a_packed_vector() {
     let config = json!({"quantization_config": {"quant_method": "bitnet"}});
-    let tensors = [T("a.weight", "U8", vec![16], vec![0; 16]), f32s("a.weight_scale", &[1], &[64.0])];
-    folder(&config, &[("model.safetensors", safetensors(&tensors))]).refuses_input("m", &["m/model.safetensors", "'a.weight'", "[16]"]);
+    let tensors = [
+        T("a.weight", "U8", vec![16], vec![0; 16]),
+        f32s("a.weight_scale", &[1], &[64.0]),
+    ];
+    folder(&config, &[("model.safetensors", safetensors(&tensors))])
+        .refuses_input("m", &["m/model.safetensors", "'a.weight'", "[16]"]);
 }
 
 #[test]
@@ -198,13 +297,26 @@ fn code_three() {
     let dir = foreign("bitlinear", &packed, Some(64.0));
     let inspect = dir.run(&["inspect", "m", "--json"]);
     let finding = inspect.is(0).json()["findings"][0].clone();
-    assert_eq!((&finding["check"], &finding["tensor"]), (&"corrupt".into(), &"a.weight".into()));
-    assert!(finding["what"].as_str().unwrap().contains("byte 19"), "{finding}");
+    assert_eq!(
+        (&finding["check"], &finding["tensor"]),
+        (&"corrupt".into(), &"a.weight".into())
+    );
+    assert!(
+        finding["what"].as_str().unwrap().contains("byte 19"),
+        "{finding}"
+    );
     for args in [
         &["dequantize", "m", "--out", "out.safetensors"][..],
         &["convert", "m", "--out", "out.safetensors"],
         &["convert", "m", "--out", "out"],
-        &["convert", "m", "--out", "out.safetensors", "--layout", "auto"],
+        &[
+            "convert",
+            "m",
+            "--out",
+            "out.safetensors",
+            "--layout",
+            "auto",
+        ],
         &["compare", "m", "m"],
     ] {
         dir.refuses(args, &["m/model.safetensors", "'a.weight'", "byte 19", "3"]);
@@ -213,13 +325,20 @@ fn code_three() {
 
 #[test]
 fn scales_that_are_none() {
-    for (scale, word) in [(f32::NAN, "NaN"), (-1.0, "-1"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+    for (scale, word) in [
+        (f32::NAN, "NaN"),
+        (-1.0, "-1"),
+        (f32::INFINITY, "inf"),
+        (f32::NEG_INFINITY, "-inf"),
+    ] {
         for class in ["bitlinear", "autobitlinear"] {
-            foreign(class, &codes(16), Some(scale)).refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", word]);
+            foreign(class, &codes(16), Some(scale))
+                .refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", word]);
         }
     }
     // 1/0 is no scale; 0 itself is that of a dead tensor.
-    foreign("bitlinear", &codes(16), Some(0.0)).refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", "got 0"]);
+    foreign("bitlinear", &codes(16), Some(0.0))
+        .refuses_input("m", &["m/model.safetensors", "'a.weight_scale'", "got 0"]);
     let dead = foreign("autobitlinear", &codes(16), Some(0.0)).run(&["inspect", "m", "--json"]);
     assert_eq!(dead.is(0).json()["findings"][0]["check"], "dead");
 }
@@ -229,10 +348,20 @@ fn scales_that_are_none() {
 fn numbers_that_contradict_the_convention() {
     for (says, stored) in [("autobitlinear", 1.0 / 0.016), ("bitlinear", 0.016)] {
         let dir = foreign(says, &codes(2560), Some(stored));
-        dir.refuses_input("m", &["m/config.json", "quantization_config.linear_class", &format!("'{says}'"), "amplify"]);
+        dir.refuses_input(
+            "m",
+            &[
+                "m/config.json",
+                "quantization_config.linear_class",
+                &format!("'{says}'"),
+                "amplify",
+            ],
+        );
     }
     for (says, stored) in [("bitlinear", 1.0 / 0.016), ("autobitlinear", 0.016)] {
-        foreign(says, &codes(2560), Some(stored)).run(&["inspect", "m"]).is(0);
+        foreign(says, &codes(2560), Some(stored))
+            .run(&["inspect", "m"])
+            .is(0);
     }
 }
 
@@ -240,17 +369,45 @@ fn numbers_that_contradict_the_convention() {
 fn a_config_that_contradicts_our_document() {
     let dir = Dir::new();
     llama(&dir, "m");
-    for (class, other) in [("bitlinear", "autobitlinear"), ("autobitlinear", "bitlinear")] {
-        dir.run(&["quantize", "m", "--out", class, "--format", "hf-bitnet", "--linear-class", class]).is(0);
+    for (class, other) in [
+        ("bitlinear", "autobitlinear"),
+        ("autobitlinear", "bitlinear"),
+    ] {
+        dir.run(&[
+            "quantize",
+            "m",
+            "--out",
+            class,
+            "--format",
+            "hf-bitnet",
+            "--linear-class",
+            class,
+        ])
+        .is(0);
         dir.run(&["verify", class]).is(0);
         let path = format!("{class}/config.json");
         let text = String::from_utf8(dir.read(&path)).unwrap();
-        assert!(text.contains(&format!("\"linear_class\": \"{class}\"")), "{text}");
-        dir.write(&path, text.replace(&format!("\"{class}\""), &format!("\"{other}\"")));
-        for args in
-            [&["inspect", class][..], &["dequantize", class, "--out", "f.safetensors"], &["convert", class, "--out", "c.safetensors"]]
-        {
-            dir.refuses(args, &[&path, "quantization_config.linear_class", &format!("'{other}'")]);
+        assert!(
+            text.contains(&format!("\"linear_class\": \"{class}\"")),
+            "{text}"
+        );
+        dir.write(
+            &path,
+            text.replace(&format!("\"{class}\""), &format!("\"{other}\"")),
+        );
+        for args in [
+            &["inspect", class][..],
+            &["dequantize", class, "--out", "f.safetensors"],
+            &["convert", class, "--out", "c.safetensors"],
+        ] {
+            dir.refuses(
+                args,
+                &[
+                    &path,
+                    "quantization_config.linear_class",
+                    &format!("'{other}'"),
+                ],
+            );
         }
         dir.run(&["verify", class]).is(1);
     }
@@ -260,9 +417,22 @@ fn a_config_that_contradicts_our_document() {
 fn hf_bitnet_names_the_layers_that_stay() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.run(&["quantize", "m", "--out", "out", "--format", "hf-bitnet", "--exclude", "*.down_proj.*"]).is(0);
+    dir.run(&[
+        "quantize",
+        "m",
+        "--out",
+        "out",
+        "--format",
+        "hf-bitnet",
+        "--exclude",
+        "*.down_proj.*",
+    ])
+    .is(0);
     let config: Value = serde_json::from_slice(&dir.read("out/config.json")).unwrap();
-    assert_eq!(config["quantization_config"]["modules_to_not_convert"], json!(["model.layers.0.mlp.down_proj", "lm_head"]));
+    assert_eq!(
+        config["quantization_config"]["modules_to_not_convert"],
+        json!(["model.layers.0.mlp.down_proj", "lm_head"])
+    );
     assert_eq!(config["hidden_size"], 256);
     // Floats again: nothing says that they are packed.
     dir.run(&["dequantize", "out", "--out", "f"]).is(0);
@@ -271,15 +441,34 @@ fn hf_bitnet_names_the_layers_that_stay() {
     dir.run(&["inspect", "f"]).is(0);
 }
 
-/// Rows that are no multiple of four would be padded, and transformers would not load that: such a layer stays as it is, and says so.
+/// Rows that are no multiple of four would be padded, and transformers would not load that: such a
+/// layer stays as it is, and says so.
 #[test]
 fn hf_bitnet_keeps_what_it_cannot_hold() {
     let config = json!({"torch_dtype": "bfloat16"});
-    let tensors = [gauss("odd.weight", &[6, 16], 0.02), gauss("even.weight", &[8, 16], 0.02)];
+    let tensors = [
+        gauss("odd.weight", &[6, 16], 0.02),
+        gauss("even.weight", &[8, 16], 0.02),
+    ];
     let dir = folder(&config, &[("model.safetensors", safetensors(&tensors))]);
-    let run = dir.run(&["quantize", "m", "--out", "out", "--format", "hf-bitnet", "--json"]);
+    let run = dir.run(&[
+        "quantize",
+        "m",
+        "--out",
+        "out",
+        "--format",
+        "hf-bitnet",
+        "--json",
+    ]);
     let tensors = run.is(0).json()["tensors"].clone();
-    assert!(tensors[0]["note"].as_str().unwrap().contains("not quantized") && tensors[0]["became"] == "copied F32", "{tensors}");
+    assert!(
+        tensors[0]["note"]
+            .as_str()
+            .unwrap()
+            .contains("not quantized")
+            && tensors[0]["became"] == "copied F32",
+        "{tensors}"
+    );
     assert_eq!(tensors[1]["became"], "ternary");
     dir.run(&["verify", "out"]).is(0);
 }

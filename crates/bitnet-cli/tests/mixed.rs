@@ -10,34 +10,73 @@ use std::collections::BTreeSet;
 /// Three layers, of which the second is ten times as strong.
 fn three() -> Dir {
     let dir = Dir::new();
-    let tensors = [gauss("a.weight", &[32, 256], 0.02), gauss("bb.weight", &[64, 256], 0.2), gauss("ccc.weight", &[32, 512], 0.02)];
+    let tensors = [
+        gauss("a.weight", &[32, 256], 0.02),
+        gauss("bb.weight", &[64, 256], 0.2),
+        gauss("ccc.weight", &[32, 512], 0.02),
+    ];
     dir.write("in.safetensors", safetensors(&tensors));
     dir
 }
 
 fn quantize(dir: &Dir, out: &str, more: &[&str]) -> Value {
-    let run = dir.run(&[&["quantize", "in.safetensors", "--out", out, "--json"], more].concat());
+    let run = dir.run(
+        &[
+            &["quantize", "in.safetensors", "--out", out, "--json"],
+            more,
+        ]
+        .concat(),
+    );
     run.is(0);
     run.json()
 }
 
 /// Σ (w − ŵ)² of all layers, from the SQNR.
 fn bits_and_sqnr(report: &Value) -> (f64, f64) {
-    (report["totals"]["quantized_bits_per_weight"].as_f64().unwrap(), report["totals"]["sqnr_db"].as_f64().unwrap())
+    (
+        report["totals"]["quantized_bits_per_weight"]
+            .as_f64()
+            .unwrap(),
+        report["totals"]["sqnr_db"].as_f64().unwrap(),
+    )
 }
 
 #[test]
 fn a_budget_is_kept_and_used_better_than_by_any_one_setting() {
     let dir = three();
     for target in ["1.2", "2.5", "3.3", "5"] {
-        let (bits, sqnr) = bits_and_sqnr(&quantize(&dir, &format!("{target}.safetensors"), &["--target-bpw", target]));
+        let (bits, sqnr) = bits_and_sqnr(&quantize(
+            &dir,
+            &format!("{target}.safetensors"),
+            &["--target-bpw", target],
+        ));
         let budget: f64 = target.parse().unwrap();
         assert!(bits <= budget, "{bits} {target}");
-        for (i, setting) in ["binary", "ternary --threshold optimal", "int3 --clip search", "int4 --clip search"].iter().enumerate() {
+        for (i, setting) in [
+            "binary",
+            "ternary --threshold optimal",
+            "int3 --clip search",
+            "int4 --clip search",
+        ]
+        .iter()
+        .enumerate()
+        {
             for granularity in ["channel", "group:64"] {
-                let flags: Vec<&str> =
-                    ["--granularity", granularity, "--scale-dtype", "f16", "--precision"].into_iter().chain(setting.split(' ')).collect();
-                let uniform = bits_and_sqnr(&quantize(&dir, &format!("{target}-{i}-{granularity}.safetensors"), &flags));
+                let flags: Vec<&str> = [
+                    "--granularity",
+                    granularity,
+                    "--scale-dtype",
+                    "f16",
+                    "--precision",
+                ]
+                .into_iter()
+                .chain(setting.split(' '))
+                .collect();
+                let uniform = bits_and_sqnr(&quantize(
+                    &dir,
+                    &format!("{target}-{i}-{granularity}.safetensors"),
+                    &flags,
+                ));
                 assert!(
                     uniform.0 > budget || uniform.1 <= sqnr + 1e-9,
                     "{target}: {setting} {granularity} {uniform:?}, mixed {bits} {sqnr}"
@@ -48,7 +87,16 @@ fn a_budget_is_kept_and_used_better_than_by_any_one_setting() {
     dir.run(&["verify", "2.5.safetensors"]).is(0);
     // What was chosen is in the file, as rules of a recipe that makes the same file again.
     let report = quantize(&dir, "again.safetensors", &["--target-bpw", "2.5"]);
-    assert!(report["tensors"].as_array().unwrap().iter().map(|t| t["became"].to_string()).collect::<BTreeSet<_>>().len() > 1);
+    assert!(
+        report["tensors"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t["became"].to_string())
+            .collect::<BTreeSet<_>>()
+            .len()
+            > 1
+    );
     assert_eq!(dir.read("again.safetensors"), dir.read("2.5.safetensors"));
 }
 
@@ -57,28 +105,78 @@ fn a_quality_is_reached_by_each_tensor_in_few_bytes() {
     let dir = three();
     let (bits, _) = bits_and_sqnr(&quantize(&dir, "out.safetensors", &["--min-sqnr", "12"]));
     assert!(bits < 4.0, "{bits}");
-    dir.run(&["compare", "in.safetensors", "out.safetensors", "--min-sqnr", "12"]).is(0);
-    dir.run(&["compare", "in.safetensors", "out.safetensors", "--min-sqnr", "25"]).is(1);
+    dir.run(&[
+        "compare",
+        "in.safetensors",
+        "out.safetensors",
+        "--min-sqnr",
+        "12",
+    ])
+    .is(0);
+    dir.run(&[
+        "compare",
+        "in.safetensors",
+        "out.safetensors",
+        "--min-sqnr",
+        "25",
+    ])
+    .is(1);
     // Both: the budget beyond what the quality needs goes where it helps most.
-    let (both, sqnr) = bits_and_sqnr(&quantize(&dir, "both.safetensors", &["--min-sqnr", "12", "--target-bpw", "5"]));
+    let (both, sqnr) = bits_and_sqnr(&quantize(
+        &dir,
+        "both.safetensors",
+        &["--min-sqnr", "12", "--target-bpw", "5"],
+    ));
     assert!(bits < both && both <= 5.0 && sqnr > 20.0, "{both} {sqnr}");
-    dir.run(&["compare", "in.safetensors", "both.safetensors", "--min-sqnr", "12"]).is(0);
+    dir.run(&[
+        "compare",
+        "in.safetensors",
+        "both.safetensors",
+        "--min-sqnr",
+        "12",
+    ])
+    .is(0);
 }
 
 #[test]
 fn rules_stay_and_count() {
     let dir = three();
-    let report = quantize(&dir, "out.safetensors", &["--target-bpw", "4", "--rule", "a.*=int8", "--granularity", "group:64"]);
+    let report = quantize(
+        &dir,
+        "out.safetensors",
+        &[
+            "--target-bpw",
+            "4",
+            "--rule",
+            "a.*=int8",
+            "--granularity",
+            "group:64",
+        ],
+    );
     assert!(bits_and_sqnr(&report).0 <= 4.0);
     assert_eq!(report["tensors"][0]["became"], "int8");
-    assert!(report["tensors"].as_array().unwrap().iter().all(|t| t["granularity"] == "group:64"));
+    assert!(
+        report["tensors"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|t| t["granularity"] == "group:64")
+    );
 }
 
 #[test]
 fn gguf_has_its_own_settings() {
     let dir = Dir::new();
     llama(&dir, "model");
-    let run = dir.run(&["quantize", "model", "--out", "out.gguf", "--target-bpw", "3.5", "--json"]);
+    let run = dir.run(&[
+        "quantize",
+        "model",
+        "--out",
+        "out.gguf",
+        "--target-bpw",
+        "3.5",
+        "--json",
+    ]);
     run.is(0);
     assert!(bits_and_sqnr(&run.json()).0 <= 3.5);
 }
@@ -86,15 +184,33 @@ fn gguf_has_its_own_settings() {
 #[test]
 fn goals_that_cannot_be() {
     let dir = three();
-    let quantize = |more: &[&'static str]| [&["quantize", "in.safetensors", "--out", "out.safetensors"], more].concat();
-    dir.refuses(&quantize(&["--target-bpw", "0.5"]), &["target_bpw 0.5", "1.0"]);
+    let quantize = |more: &[&'static str]| {
+        [
+            &["quantize", "in.safetensors", "--out", "out.safetensors"],
+            more,
+        ]
+        .concat()
+    };
+    dir.refuses(
+        &quantize(&["--target-bpw", "0.5"]),
+        &["target_bpw 0.5", "1.0"],
+    );
     dir.refuses(&quantize(&["--min-sqnr", "90"]), &["min_sqnr 90"]);
-    dir.refuses(&quantize(&["--target-bpw", "1.5", "--min-sqnr", "30"]), &["budget"]);
+    dir.refuses(
+        &quantize(&["--target-bpw", "1.5", "--min-sqnr", "30"]),
+        &["budget"],
+    );
     for bad in ["0", "-1", "NaN", "inf"] {
         dir.refuses(&quantize(&["--target-bpw", bad]), &[]);
     }
-    dir.refuses(&quantize(&["--target-bpw", "3", "--precision", "int4"]), &["default.precision"]);
-    dir.refuses(&quantize(&["--target-bpw", "3", "--threads", "1000000"]), &["1024", "1000000"]);
+    dir.refuses(
+        &quantize(&["--target-bpw", "3", "--precision", "int4"]),
+        &["default.precision"],
+    );
+    dir.refuses(
+        &quantize(&["--target-bpw", "3", "--threads", "1000000"]),
+        &["1024", "1000000"],
+    );
     dir.write("out.safetensors", "something");
     dir.refuses(&quantize(&["--target-bpw", "3"]), &["exists"]);
 }
@@ -104,18 +220,37 @@ fn presets_and_configurations_are_the_same_type() {
     let dir = three();
     let mut sizes = BTreeSet::new();
     for preset in ["bitnet", "performance", "accuracy", "memory", "balanced"] {
-        let report = quantize(&dir, &format!("{preset}.safetensors"), &["--preset", preset]);
+        let report = quantize(
+            &dir,
+            &format!("{preset}.safetensors"),
+            &["--preset", preset],
+        );
         sizes.insert(report["totals"]["quantized_bits_per_weight"].to_string());
-        let config = preset.parse::<bitnet_quant::ConfigurationPreset>().unwrap().build().unwrap();
-        dir.write("c.toml", config.to_toml().unwrap()).write("c.json", config.to_json().unwrap());
+        let config = preset
+            .parse::<bitnet_quant::ConfigurationPreset>()
+            .unwrap()
+            .build()
+            .unwrap();
+        dir.write("c.toml", config.to_toml().unwrap())
+            .write("c.json", config.to_json().unwrap());
         for file in ["c.toml", "c.json"] {
             quantize(&dir, "same.safetensors", &["--config", file, "--force"]);
-            assert!(dir.read("same.safetensors") == dir.read(&format!("{preset}.safetensors")), "{preset} {file}");
+            assert!(
+                dir.read("same.safetensors") == dir.read(&format!("{preset}.safetensors")),
+                "{preset} {file}"
+            );
         }
     }
     assert_eq!(sizes.len(), 5, "{sizes:?}");
     let refused = |more: &[&'static str], parts: &[&str]| {
-        dir.refuses(&[&["quantize", "in.safetensors", "--out", "out.safetensors"], more].concat(), parts);
+        dir.refuses(
+            &[
+                &["quantize", "in.safetensors", "--out", "out.safetensors"],
+                more,
+            ]
+            .concat(),
+            parts,
+        );
     };
     refused(&["--preset", "fast"], &["fast", "balanced"]);
     refused(&["--preset", "memory", "--config", "c.toml"], &["--preset"]);
@@ -143,34 +278,74 @@ fn a_calibration_weighs_the_errors() {
     calibration.save(&dir.at("calibration.json")).unwrap();
     let flags = ["--threshold", "optimal", "--granularity", "group:32"];
     quantize(&dir, "plain.safetensors", &flags);
-    quantize(&dir, "weighed.safetensors", &[&flags[..], &["--calibration", "calibration.json"]].concat());
+    quantize(
+        &dir,
+        "weighed.safetensors",
+        &[&flags[..], &["--calibration", "calibration.json"]].concat(),
+    );
     let source = bitnet_formats::Source::open(&dir.at("in.safetensors")).unwrap();
     let weights = {
         let (mut bytes, mut out) = (vec![], vec![0.0; 32 * 256]);
-        source.read_floats(0, 0..32 * 256, &mut bytes, &mut out).unwrap();
+        source
+            .read_floats(0, 0..32 * 256, &mut bytes, &mut out)
+            .unwrap();
         out
     };
     let error = |file: &str| -> f64 {
         let source = bitnet_formats::Source::open(&dir.at(file)).unwrap();
         let tensor = source.find("a.weight").unwrap();
-        let bitnet_formats::Content::Quantized(q) = &tensor.content else { panic!("{file}") };
+        let bitnet_formats::Content::Quantized(q) = &tensor.content else {
+            panic!("{file}")
+        };
         let back = source.matrix("a.weight", q).unwrap().dequantize();
-        weights.iter().zip(&back).step_by(2).map(|(w, v)| f64::from(w - v).powi(2)).sum()
+        weights
+            .iter()
+            .zip(&back)
+            .step_by(2)
+            .map(|(w, v)| f64::from(w - v).powi(2))
+            .sum()
     };
     assert!(error("weighed.safetensors") < 0.97 * error("plain.safetensors"));
     // The search spends less on a layer of which half does not matter.
-    let mixed = quantize(&dir, "mixed.safetensors", &["--target-bpw", "3", "--calibration", "calibration.json"]);
+    let mixed = quantize(
+        &dir,
+        "mixed.safetensors",
+        &["--target-bpw", "3", "--calibration", "calibration.json"],
+    );
     assert!(bits_and_sqnr(&mixed).0 <= 3.0);
 
     let refused = |more: &[&'static str], parts: &[&str]| {
-        dir.refuses(&[&["quantize", "in.safetensors", "--out", "out.safetensors", "--threshold", "optimal"], more].concat(), parts);
+        dir.refuses(
+            &[
+                &[
+                    "quantize",
+                    "in.safetensors",
+                    "--out",
+                    "out.safetensors",
+                    "--threshold",
+                    "optimal",
+                ],
+                more,
+            ]
+            .concat(),
+            parts,
+        );
     };
     refused(&["--calibration", "absent.json"], &["absent.json"]);
     let mut partial = calibration.clone();
     partial.layers.remove("bb.weight");
     partial.save(&dir.at("partial.json")).unwrap();
     dir.refuses(
-        &["quantize", "in.safetensors", "--out", "out.safetensors", "--target-bpw", "3", "--calibration", "partial.json"],
+        &[
+            "quantize",
+            "in.safetensors",
+            "--out",
+            "out.safetensors",
+            "--target-bpw",
+            "3",
+            "--calibration",
+            "partial.json",
+        ],
         &["bb.weight"],
     );
     let mut other = Calibration::default();

@@ -1,4 +1,5 @@
-//! Where the result goes: never over the input, never half, and nothing left when it cannot go there.
+//! Where the result goes: never over the input, never half, and nothing left when it cannot go
+//! there.
 
 mod common;
 
@@ -14,12 +15,25 @@ fn to(out: &'static str) -> Vec<&'static str> {
 #[test]
 fn an_output_that_exists_stays() {
     let dir = Dir::small();
-    dir.write("out.safetensors", "mine").write("folder/file", "mine");
-    dir.refuses(&to("out.safetensors"), &["out.safetensors", "exists already"]);
+    dir.write("out.safetensors", "mine")
+        .write("folder/file", "mine");
+    dir.refuses(
+        &to("out.safetensors"),
+        &["out.safetensors", "exists already"],
+    );
     llama(&dir, "m");
-    dir.refuses(&["quantize", "m", "--out", "folder"], &["folder", "exists already"]);
-    dir.refuses(&["convert", "in.safetensors", "--out", "out.safetensors"], &["out.safetensors", "exists already"]);
-    dir.refuses(&["dequantize", "in.safetensors", "--out", "out.safetensors"], &["out.safetensors", "exists already"]);
+    dir.refuses(
+        &["quantize", "m", "--out", "folder"],
+        &["folder", "exists already"],
+    );
+    dir.refuses(
+        &["convert", "in.safetensors", "--out", "out.safetensors"],
+        &["out.safetensors", "exists already"],
+    );
+    dir.refuses(
+        &["dequantize", "in.safetensors", "--out", "out.safetensors"],
+        &["out.safetensors", "exists already"],
+    );
 }
 
 #[test]
@@ -27,7 +41,8 @@ fn force_replaces_it() {
     let dir = Dir::small();
     dir.run(&to("new.safetensors")).is(0);
     dir.write("out.safetensors", "mine");
-    dir.run(&[to("out.safetensors"), vec!["--force"]].concat()).is(0);
+    dir.run(&[to("out.safetensors"), vec!["--force"]].concat())
+        .is(0);
     assert_eq!(dir.read("new.safetensors"), dir.read("out.safetensors"));
     assert_eq!(dir.files().len(), 3);
 }
@@ -39,7 +54,8 @@ fn force_replaces_a_folder_that_holds_a_model() {
     let args = ["quantize", "m", "--out", "out", "--format", "hf-bitnet"];
     dir.run(&args).is(0);
     let first = dir.files();
-    dir.write("out/model.safetensors", "damaged").write("out/old.json", "{}");
+    dir.write("out/model.safetensors", "damaged")
+        .write("out/old.json", "{}");
     dir.run(&[&args[..], &["--force"]].concat()).is(0);
     assert_eq!(dir.files(), first);
 }
@@ -50,8 +66,20 @@ fn force_does_not_remove_a_folder_around_the_input() {
     let dir = Dir::new();
     llama(&dir, "models/m");
     dir.write("models/notes.txt", "mine");
-    dir.refuses(&["quantize", "models/m", "--out", "models", "--force"], &["models", "input"]);
-    dir.refuses(&["quantize", "models/m/", "--out", "models/../models/", "--force"], &["models", "input"]);
+    dir.refuses(
+        &["quantize", "models/m", "--out", "models", "--force"],
+        &["models", "input"],
+    );
+    dir.refuses(
+        &[
+            "quantize",
+            "models/m/",
+            "--out",
+            "models/../models/",
+            "--force",
+        ],
+        &["models", "input"],
+    );
 }
 
 /// A folder of other things is no output of ours: it is not swept away.
@@ -60,14 +88,20 @@ fn force_does_not_remove_a_folder_that_is_no_model() {
     let dir = Dir::new();
     llama(&dir, "m");
     dir.write("home/letters/one.txt", "mine");
-    dir.refuses(&["quantize", "m", "--out", "home", "--force"], &["home", "config.json"]);
+    dir.refuses(
+        &["quantize", "m", "--out", "home", "--force"],
+        &["home", "config.json"],
+    );
 }
 
 #[test]
 fn force_does_not_put_a_file_in_the_place_of_a_folder() {
     let dir = Dir::small();
     dir.write("out.safetensors/mine", "mine");
-    dir.refuses(&[to("out.safetensors"), vec!["--force"]].concat(), &["out.safetensors", "director"]);
+    dir.refuses(
+        &[to("out.safetensors"), vec!["--force"]].concat(),
+        &["out.safetensors", "director"],
+    );
 }
 
 #[test]
@@ -78,7 +112,10 @@ fn the_input_is_no_output() {
     let round = format!("{}{}", "../".repeat(40), absolute.trim_start_matches('/'));
     for out in ["in.safetensors", "./in.safetensors", &round, &absolute] {
         for force in [&[][..], &["--force"]] {
-            dir.refuses(&[QUANTIZE, &[out], force].concat(), &["in.safetensors", "is the input"]);
+            dir.refuses(
+                &[QUANTIZE, &[out], force].concat(),
+                &["in.safetensors", "is the input"],
+            );
         }
     }
 }
@@ -90,15 +127,40 @@ fn the_input_through_a_link_is_no_output() {
     std::os::unix::fs::symlink("in.safetensors", dir.at("link.safetensors")).unwrap();
     fs::hard_link(dir.at("in.safetensors"), dir.at("hard.safetensors")).unwrap();
     std::os::unix::fs::symlink("m", dir.at("n")).unwrap();
-    dir.refuses(&[to("link.safetensors"), vec!["--force"]].concat(), &["link.safetensors", "is the input"]);
-    dir.refuses(&["quantize", "link.safetensors", "--out", "in.safetensors", "--force"], &["in.safetensors", "is the input"]);
-    dir.refuses(&["quantize", "m", "--out", "n", "--force"], &["n is the input"]);
-    dir.refuses(&["quantize", "n", "--out", "m", "--force"], &["m is the input"]);
-    dir.refuses(&["quantize", "m", "--out", "./m/", "--force"], &["is the input"]);
-    dir.refuses(&["quantize", "m", "--out", "m/model.safetensors", "--force"], &["is the input"]);
+    dir.refuses(
+        &[to("link.safetensors"), vec!["--force"]].concat(),
+        &["link.safetensors", "is the input"],
+    );
+    dir.refuses(
+        &[
+            "quantize",
+            "link.safetensors",
+            "--out",
+            "in.safetensors",
+            "--force",
+        ],
+        &["in.safetensors", "is the input"],
+    );
+    dir.refuses(
+        &["quantize", "m", "--out", "n", "--force"],
+        &["n is the input"],
+    );
+    dir.refuses(
+        &["quantize", "n", "--out", "m", "--force"],
+        &["m is the input"],
+    );
+    dir.refuses(
+        &["quantize", "m", "--out", "./m/", "--force"],
+        &["is the input"],
+    );
+    dir.refuses(
+        &["quantize", "m", "--out", "m/model.safetensors", "--force"],
+        &["is the input"],
+    );
     // A hard link is another name: replacing it leaves the first name alone.
     let before = dir.read("in.safetensors");
-    dir.run(&[to("hard.safetensors"), vec!["--force"]].concat()).is(0);
+    dir.run(&[to("hard.safetensors"), vec!["--force"]].concat())
+        .is(0);
     assert_eq!(dir.read("in.safetensors"), before);
 }
 
@@ -106,16 +168,28 @@ fn the_input_through_a_link_is_no_output() {
 fn a_folder_that_does_not_exist() {
     let dir = Dir::small();
     llama(&dir, "m");
-    dir.refuses(&to("no/out.safetensors"), &["no/out.safetensors", "No such file"]);
-    dir.refuses(&["quantize", "m", "--out", "no/way/out"], &["no/way/out", "No such file"]);
+    dir.refuses(
+        &to("no/out.safetensors"),
+        &["no/out.safetensors", "No such file"],
+    );
+    dir.refuses(
+        &["quantize", "m", "--out", "no/way/out"],
+        &["no/way/out", "No such file"],
+    );
 }
 
 #[test]
 fn a_path_below_a_file() {
     let dir = Dir::small();
     llama(&dir, "m");
-    dir.refuses(&to("in.safetensors/out.safetensors"), &["in.safetensors/out.safetensors", "Not a directory"]);
-    dir.refuses(&["quantize", "m", "--out", "in.safetensors/out"], &["in.safetensors/out", "Not a directory"]);
+    dir.refuses(
+        &to("in.safetensors/out.safetensors"),
+        &["in.safetensors/out.safetensors", "Not a directory"],
+    );
+    dir.refuses(
+        &["quantize", "m", "--out", "in.safetensors/out"],
+        &["in.safetensors/out", "Not a directory"],
+    );
 }
 
 #[test]
@@ -131,7 +205,10 @@ fn a_target_that_another_process_writes() {
     llama(&dir, "m");
     for (journal, args) in [
         ("out.safetensors.bitnet-journal", to("out.safetensors")),
-        ("out.bitnet-partial/model.safetensors.bitnet-journal", vec!["quantize", "m", "--out", "out"]),
+        (
+            "out.bitnet-partial/model.safetensors.bitnet-journal",
+            vec!["quantize", "m", "--out", "out"],
+        ),
     ] {
         dir.write(journal, "theirs\n");
         let file = fs::File::open(dir.at(journal)).unwrap();
@@ -150,23 +227,46 @@ fn a_folder_named_with_a_slash() {
     dir.run(&["quantize", "m/", "--out", "out/"]).is(0);
     dir.run(&["verify", "out/"]).is(0);
     assert_eq!(dir.files().len(), 6, "{:?}", dir.files().keys());
-    dir.refuses(&["quantize", "m/", "--out", "out/"], &["out/", "exists already"]);
+    dir.refuses(
+        &["quantize", "m/", "--out", "out/"],
+        &["out/", "exists already"],
+    );
 }
 
 #[test]
 fn a_folder_holds_what_the_model_needs_and_no_more() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.write("m/tokenizer.json", "{}").write("m/pytorch_model.bin", "old").write("m/.git/x", "x").write("m/sub/x", "x");
+    dir.write("m/tokenizer.json", "{}")
+        .write("m/pytorch_model.bin", "old")
+        .write("m/.git/x", "x")
+        .write("m/sub/x", "x");
     dir.write("m/other.safetensors.bitnet-journal", "x");
     dir.run(&["quantize", "m", "--out", "out"]).is(0);
-    let files: Vec<String> = dir.files().into_keys().filter(|f| f.starts_with("out")).collect();
-    assert_eq!(files, ["out/", "out/config.json", "out/model.safetensors", "out/tokenizer.json"]);
+    let files: Vec<String> = dir
+        .files()
+        .into_keys()
+        .filter(|f| f.starts_with("out"))
+        .collect();
+    assert_eq!(
+        files,
+        [
+            "out/",
+            "out/config.json",
+            "out/model.safetensors",
+            "out/tokenizer.json"
+        ]
+    );
     assert_eq!(dir.read("out/tokenizer.json"), b"{}");
 }
 
 /// Runs the program on a disk of `size` bytes, and then says what is left there.
-fn on_a_full_disk(dir: &Dir, size: &str, fill: &str, args: &[&str]) -> Option<(i32, String, String)> {
+fn on_a_full_disk(
+    dir: &Dir,
+    size: &str,
+    fill: &str,
+    args: &[&str],
+) -> Option<(i32, String, String)> {
     let after = "echo \"left: $(ls -A disk)\"; head -c 4 disk/out.safetensors 2>/dev/null";
     on_a_small_disk(dir, size, [fill, after], args)
 }
@@ -174,22 +274,91 @@ fn on_a_full_disk(dir: &Dir, size: &str, fill: &str, args: &[&str]) -> Option<(i
 #[track_caller]
 fn full(dir: &Dir, size: &str, fill: &str, args: &[&str], left: &str) {
     let before = dir.files();
-    let Some((status, out, err)) = on_a_full_disk(dir, size, fill, args) else { return };
-    assert_eq!((status, out.trim()), (2, format!("left: {left}").trim()), "{err}");
-    assert!(err.starts_with("error: ") && err.lines().count() == 1 && err.contains("No space left") && err.contains("disk/"), "{err}");
+    let Some((status, out, err)) = on_a_full_disk(dir, size, fill, args) else {
+        return;
+    };
+    assert_eq!(
+        (status, out.trim()),
+        (2, format!("left: {left}").trim()),
+        "{err}"
+    );
+    assert!(
+        err.starts_with("error: ")
+            && err.lines().count() == 1
+            && err.contains("No space left")
+            && err.contains("disk/"),
+        "{err}"
+    );
     let mut after = dir.files();
     after.remove("disk/");
-    assert!(before.iter().all(|(name, bytes)| name == "disk/" || after.get(name) == Some(bytes)), "the input changed");
+    assert!(
+        before
+            .iter()
+            .all(|(name, bytes)| name == "disk/" || after.get(name) == Some(bytes)),
+        "the input changed"
+    );
 }
 
 #[test]
 fn a_disk_that_fills_up_under_a_file() {
     let dir = Dir::new();
-    dir.write("in.safetensors", safetensors(&[gauss("a.weight", &[700, 1100], 0.02), gauss("b.weight", &[700, 1100], 0.02)]));
-    full(&dir, "64k", ":", &["quantize", "in.safetensors", "--out", "disk/out.safetensors"], "");
-    full(&dir, "256k", ":", &["quantize", "in.safetensors", "--out", "disk/out.safetensors"], "");
-    full(&dir, "256k", ":", &["quantize", "in.safetensors", "--out", "disk/out.safetensors", "--layout", "auto"], "");
-    full(&dir, "64k", ":", &["dequantize", "in.safetensors", "--out", "disk/out.safetensors"], "");
+    dir.write(
+        "in.safetensors",
+        safetensors(&[
+            gauss("a.weight", &[700, 1100], 0.02),
+            gauss("b.weight", &[700, 1100], 0.02),
+        ]),
+    );
+    full(
+        &dir,
+        "64k",
+        ":",
+        &[
+            "quantize",
+            "in.safetensors",
+            "--out",
+            "disk/out.safetensors",
+        ],
+        "",
+    );
+    full(
+        &dir,
+        "256k",
+        ":",
+        &[
+            "quantize",
+            "in.safetensors",
+            "--out",
+            "disk/out.safetensors",
+        ],
+        "",
+    );
+    full(
+        &dir,
+        "256k",
+        ":",
+        &[
+            "quantize",
+            "in.safetensors",
+            "--out",
+            "disk/out.safetensors",
+            "--layout",
+            "auto",
+        ],
+        "",
+    );
+    full(
+        &dir,
+        "64k",
+        ":",
+        &[
+            "dequantize",
+            "in.safetensors",
+            "--out",
+            "disk/out.safetensors",
+        ],
+        "",
+    );
 }
 
 #[test]
@@ -197,11 +366,24 @@ fn a_disk_that_fills_up_under_a_folder() {
     let dir = Dir::new();
     llama(&dir, "m");
     dir.write("m/vocab.txt", vec![b' '; 100_000]);
-    let args = ["quantize", "m", "--out", "disk/out", "--format", "hf-bitnet"];
+    let args = [
+        "quantize",
+        "m",
+        "--out",
+        "disk/out",
+        "--format",
+        "hf-bitnet",
+    ];
     full(&dir, "64k", ":", &args, "");
     // Enough for the weights, not for the vocabulary beside them.
     full(&dir, "220k", ":", &args, "");
-    full(&dir, "64k", ":", &["quantize", "m", "--out", "disk/out.gguf"], "");
+    full(
+        &dir,
+        "64k",
+        ":",
+        &["quantize", "m", "--out", "disk/out.gguf"],
+        "",
+    );
 }
 
 #[test]
@@ -209,28 +391,66 @@ fn a_disk_that_is_full_from_the_start() {
     let dir = Dir::small();
     llama(&dir, "m");
     let fill = "cat /dev/zero > disk/full 2>/dev/null";
-    full(&dir, "64k", fill, &["quantize", "in.safetensors", "--out", "disk/out.safetensors"], "full");
-    full(&dir, "64k", fill, &["quantize", "m", "--out", "disk/out"], "full");
+    full(
+        &dir,
+        "64k",
+        fill,
+        &[
+            "quantize",
+            "in.safetensors",
+            "--out",
+            "disk/out.safetensors",
+        ],
+        "full",
+    );
+    full(
+        &dir,
+        "64k",
+        fill,
+        &["quantize", "m", "--out", "disk/out"],
+        "full",
+    );
 }
 
-/// The room for the header is a hole until the end: here the last write, of several pages, is what fails.
+/// The room for the header is a hole until the end: here the last write, of several pages, is what
+/// fails.
 #[test]
 fn a_disk_that_fills_up_at_any_page_leaves_an_old_output_alone() {
     let dir = Dir::new();
-    let tensors: Vec<_> = (0..40).map(|i| gauss(format!("layers.{i}.weight").leak(), &[8, 16], 0.02)).collect();
+    let tensors: Vec<_> = (0..40)
+        .map(|i| gauss(format!("layers.{i}.weight").leak(), &[8, 16], 0.02))
+        .collect();
     dir.write("in.safetensors", safetensors(&tensors));
-    let args = ["quantize", "in.safetensors", "--out", "disk/out.safetensors", "--force"];
+    let args = [
+        "quantize",
+        "in.safetensors",
+        "--out",
+        "disk/out.safetensors",
+        "--force",
+    ];
     let (mut refused, mut done) = (0, 0);
     for pages in 1..20 {
-        let fill = format!("echo mine > disk/out.safetensors; head -c {} /dev/zero > disk/full", (20 - pages) * 4096);
-        let Some((status, out, err)) = on_a_full_disk(&dir, "84k", &fill, &args) else { return };
+        let fill = format!(
+            "echo mine > disk/out.safetensors; head -c {} /dev/zero > disk/full",
+            (20 - pages) * 4096
+        );
+        let Some((status, out, err)) = on_a_full_disk(&dir, "84k", &fill, &args) else {
+            return;
+        };
         if status == 0 {
             done += 1;
             continue;
         }
         refused += 1;
-        assert_eq!((status, out.trim()), (2, "left: full\nout.safetensors\nmine"), "{pages} pages: {err}");
-        assert!(err.contains("No space left") && err.lines().count() == 1, "{err}");
+        assert_eq!(
+            (status, out.trim()),
+            (2, "left: full\nout.safetensors\nmine"),
+            "{pages} pages: {err}"
+        );
+        assert!(
+            err.contains("No space left") && err.lines().count() == 1,
+            "{err}"
+        );
     }
     assert!(refused >= 8 && done >= 1, "{refused} {done}");
 }

@@ -7,11 +7,13 @@ use crate::{Error, Result};
 /// What activations become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationMethod {
-    /// `q = clip(round(x · 127 / m), −128, 127)` with `m = max(max|x|, 1e-5)`; the scale is `m / 127` (b1.58, as HF transformers computes it).
+    /// `q = clip(round(x · 127 / m), −128, 127)` with `m = max(max|x|, 1e-5)`; the scale is `m /
+    /// 127` (b1.58, as HF transformers computes it).
     Int8,
     /// The same with 7 and −8 … 7.
     Int4,
-    /// `q = +1 if x ≥ 0 else −1`; the scale is `mean|x|`, the least squared error that two levels ±s can reach.
+    /// `q = +1 if x ≥ 0 else −1`; the scale is `mean|x|`, the least squared error that two levels
+    /// ±s can reach.
     Sign,
 }
 
@@ -50,7 +52,8 @@ pub struct Activations {
 /// ```
 ///
 /// # Errors
-/// [`Error::Length`] if `x` is not a whole number of rows, [`Error::NotFinite`] for NaN or infinity.
+/// [`Error::Length`] if `x` is not a whole number of rows, [`Error::NotFinite`] for NaN or
+/// infinity.
 pub fn quantize(
     x: &[f32],
     cols: usize,
@@ -58,7 +61,10 @@ pub fn quantize(
     granularity: ActivationGranularity,
     rounding: Rounding,
 ) -> Result<Activations> {
-    let mut out = Activations { values: vec![], scales: vec![] };
+    let mut out = Activations {
+        values: vec![],
+        scales: vec![],
+    };
     quantize_into(x, cols, (method, granularity, rounding), &mut out)?;
     Ok(out)
 }
@@ -74,7 +80,11 @@ pub fn quantize_into(
     out: &mut Activations,
 ) -> Result<()> {
     if cols == 0 || !x.len().is_multiple_of(cols) {
-        return Err(Error::Length { what: "activations", expected: x.len().next_multiple_of(cols.max(1)).max(cols), got: x.len() });
+        return Err(Error::Length {
+            what: "activations",
+            expected: x.len().next_multiple_of(cols.max(1)).max(cols),
+            got: x.len(),
+        });
     }
     if let Some((index, &value)) = x.iter().enumerate().find(|(_, v)| !v.is_finite()) {
         return Err(Error::NotFinite { index, value });
@@ -85,14 +95,21 @@ pub fn quantize_into(
     };
     out.values.resize(x.len(), 0);
     out.scales.clear();
-    out.scales.extend(x.chunks(width).zip(out.values.chunks_mut(width)).map(|(x, q)| match method {
-        ActivationMethod::Int8 => absmax(x, 127.0, rounding, q),
-        ActivationMethod::Int4 => absmax(x, 7.0, rounding, q),
-        ActivationMethod::Sign => {
-            q.iter_mut().zip(x).for_each(|(q, &x)| *q = if x >= 0.0 { 1 } else { -1 });
-            (x.iter().map(|&x| f64::from(x.abs())).sum::<f64>() / x.len() as f64) as f32
-        }
-    }));
+    out.scales
+        .extend(
+            x.chunks(width)
+                .zip(out.values.chunks_mut(width))
+                .map(|(x, q)| match method {
+                    ActivationMethod::Int8 => absmax(x, 127.0, rounding, q),
+                    ActivationMethod::Int4 => absmax(x, 7.0, rounding, q),
+                    ActivationMethod::Sign => {
+                        q.iter_mut()
+                            .zip(x)
+                            .for_each(|(q, &x)| *q = if x >= 0.0 { 1 } else { -1 });
+                        (x.iter().map(|&x| f64::from(x.abs())).sum::<f64>() / x.len() as f64) as f32
+                    }
+                }),
+        );
     Ok(())
 }
 

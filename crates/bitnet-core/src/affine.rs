@@ -1,4 +1,5 @@
-//! Integers of 2, 3, 4 and 8 bits: `q = clip(round(w / s) + z, −2^(b−1), 2^(b−1) − 1)`, `w ≈ s·(q − z)`.
+//! Integers of 2, 3, 4 and 8 bits: `q = clip(round(w / s) + z, −2^(b−1), 2^(b−1) − 1)`, `w ≈ s·(q −
+//! z)`.
 
 use crate::Result;
 use crate::granule::{Granule, Importance};
@@ -20,16 +21,26 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && clip != Clip::Search {
-        return Err(crate::Error::Scheme(format!("importance with clip {clip:?}; only Search uses it")).into());
+        return Err(crate::Error::Scheme(format!(
+            "importance with clip {clip:?}; only Search uses it"
+        ))
+        .into());
     }
     let (low, high) = precision.range();
     let quantizer = |min: f64, max: f64| -> Result<Uniform> {
-        let mut uniform = Uniform { scale: 0.0, zero: 0.0, low, high, rounding };
+        let mut uniform = Uniform {
+            scale: 0.0,
+            zero: 0.0,
+            low,
+            high,
+            rounding,
+        };
         match mapping {
             Mapping::Symmetric => uniform.scale = storage.round(max.max(-min) / f64::from(high))?,
             Mapping::Asymmetric => {
                 let (min, max) = (min.min(0.0), max.max(0.0));
-                uniform.scale = storage.round((max - min) / f64::from(i32::from(high) - i32::from(low)))?;
+                uniform.scale =
+                    storage.round((max - min) / f64::from(i32::from(high) - i32::from(low)))?;
                 if uniform.scale > 0.0 {
                     let zero = (f64::from(low) - min / f64::from(uniform.scale)).round_ties_even();
                     uniform.zero = zero.clamp(f64::from(low), f64::from(high)) as f32;
@@ -51,29 +62,54 @@ pub(crate) fn fit<G: Granule + ?Sized>(
             quantizer(min.max(-limit), max.min(limit))?
         }
         Clip::Search => {
-            let candidates =
-                SHARES.map(|i| f64::from(i) / 64.0).map(|share| quantizer(share * min, share * max)).collect::<Result<Vec<_>>>()?;
+            let candidates = SHARES
+                .map(|i| f64::from(i) / 64.0)
+                .map(|share| quantizer(share * min, share * max))
+                .collect::<Result<Vec<_>>>()?;
             let errors = granule.fold(
-                |offset, w| candidates.iter().map(|q| error(ops, offset, w, importance, q)).collect::<Vec<_>>(),
+                |offset, w| {
+                    candidates
+                        .iter()
+                        .map(|q| error(ops, offset, w, importance, q))
+                        .collect::<Vec<_>>()
+                },
                 |mut a, b| {
                     a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
                     a
                 },
             )?;
             // The widest range wins a tie: it saturates least.
-            let best = (0..errors.len()).rev().min_by(|&a, &b| errors[a].total_cmp(&errors[b])).unwrap_or(errors.len() - 1);
+            let best = (0..errors.len())
+                .rev()
+                .min_by(|&a, &b| errors[a].total_cmp(&errors[b]))
+                .unwrap_or(errors.len() - 1);
             candidates[best]
         }
     };
-    Ok(Fitted { scales: [uniform.scale, 0.0, 0.0], zero_point: uniform.zero, coder: Coder::Uniform(uniform) })
+    Ok(Fitted {
+        scales: [uniform.scale, 0.0, 0.0],
+        zero_point: uniform.zero,
+        coder: Coder::Uniform(uniform),
+    })
 }
 
-fn error(ops: &impl Ops, offset: usize, w: &[f32], importance: Option<Importance<'_>>, quantizer: &Uniform) -> f64 {
+fn error(
+    ops: &impl Ops,
+    offset: usize,
+    w: &[f32],
+    importance: Option<Importance<'_>>,
+    quantizer: &Uniform,
+) -> f64 {
     match importance {
         None => ops.uniform_error(w, None, quantizer),
         Some(h) => {
             let mut sum = 0.0;
-            h.rows(offset, w, |w, h| ops.uniform_error(w, Some(h), quantizer), |part| sum += part);
+            h.rows(
+                offset,
+                w,
+                |w, h| ops.uniform_error(w, Some(h), quantizer),
+                |part| sum += part,
+            );
             sum
         }
     }

@@ -9,7 +9,8 @@ use crate::{Error, Result};
 
 /// Chooses the two levels of one granule. The rules are at [`BinarySplit`].
 ///
-/// Two free levels `low < high` are stored as `scale = (high − low) / 2` and `zero_point = −(low + high) / (high − low)`.
+/// Two free levels `low < high` are stored as `scale = (high − low) / 2` and `zero_point = −(low +
+/// high) / (high − low)`.
 pub(crate) fn fit<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -19,7 +20,10 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && split != BinarySplit::Optimal {
-        return Err(Error::Scheme(format!("importance with binary split {split:?}; only Optimal uses it")).into());
+        return Err(Error::Scheme(format!(
+            "importance with binary split {split:?}; only Optimal uses it"
+        ))
+        .into());
     }
     let mut mean = moments.sum / moments.count as f64;
     let (cut, upper, lower) = match split {
@@ -34,14 +38,28 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         BinarySplit::Mean => {
             let at = mean as f32;
             // `Above` is strict and a weight at the mean counts as upper.
-            let upper = granule.fold(|_, w| ops.above(w, None, Key::Signed, at.next_down()), Above::then)?;
-            let below = Above { count: 0, weight: moments.count as f64 - upper.weight, sum: moments.sum - upper.sum };
+            let upper = granule.fold(
+                |_, w| ops.above(w, None, Key::Signed, at.next_down()),
+                Above::then,
+            )?;
+            let below = Above {
+                count: 0,
+                weight: moments.count as f64 - upper.weight,
+                sum: moments.sum - upper.sum,
+            };
             (at, upper, below)
         }
         BinarySplit::Optimal => {
             let (cut, upper) = best_cut(ops, granule, &moments.extent(), importance, Key::Signed)?;
-            let all = granule.fold(|i, w| crate::ternary::above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY), Above::then)?;
-            let below = Above { count: 0, weight: all.weight - upper.weight, sum: all.sum - upper.sum };
+            let all = granule.fold(
+                |i, w| crate::ternary::above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY),
+                Above::then,
+            )?;
+            let below = Above {
+                count: 0,
+                weight: all.weight - upper.weight,
+                sum: all.sum - upper.sum,
+            };
             mean = all.mean();
             (cut.next_up(), upper, below)
         }
@@ -54,14 +72,26 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     let scale = storage.round((high - low) / 2.0)?;
     if scale == 0.0 {
         // Two levels too close together for the type of the scale: one level for all.
-        return Ok(Fitted::one(storage.round(mean.abs())?, Coder::Constant(if mean < 0.0 { -1 } else { 1 })));
+        return Ok(Fitted::one(
+            storage.round(mean.abs())?,
+            Coder::Constant(if mean < 0.0 { -1 } else { 1 }),
+        ));
     }
     let zero_point = (-(low + high) / 2.0 / f64::from(scale)) as f32;
-    let at = if lower.weight > 0.0 && upper.weight > 0.0 { cut } else { 0.0 };
-    Ok(Fitted { scales: [scale, 0.0, 0.0], zero_point, coder: Coder::Split(at) })
+    let at = if lower.weight > 0.0 && upper.weight > 0.0 {
+        cut
+    } else {
+        0.0
+    };
+    Ok(Fitted {
+        scales: [scale, 0.0, 0.0],
+        zero_point,
+        coder: Coder::Split(at),
+    })
 }
 
-/// A uniform number in [0, 1) for position `index`: splitmix64 of seed and position, so that order and threads do not matter.
+/// A uniform number in [0, 1) for position `index`: splitmix64 of seed and position, so that order
+/// and threads do not matter.
 pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
     let mut x = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -46,7 +46,15 @@ pub struct MatrixSpec {
 impl MatrixSpec {
     /// A symmetric single-plane matrix with f32 scales.
     pub fn new(rows: usize, cols: usize, precision: Precision, granularity: Granularity) -> Self {
-        Self { rows, cols, precision, planes: 1, granularity, scale_dtype: ScaleDtype::F32, zero_points: ZeroPoints::None }
+        Self {
+            rows,
+            cols,
+            precision,
+            planes: 1,
+            granularity,
+            scale_dtype: ScaleDtype::F32,
+            zero_points: ZeroPoints::None,
+        }
     }
 
     /// Rows as a layout sees them: the planes stacked under one another, `planes · N`.
@@ -100,28 +108,45 @@ impl MatrixSpec {
 
     /// The same matrix with another number of rows: a horizontal strip of it.
     pub fn with_rows(&self, rows: usize) -> Self {
-        Self { rows, ..self.clone() }
+        Self {
+            rows,
+            ..self.clone()
+        }
     }
 
     /// Checks that every size is representable and the fields agree with one another.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if `planes · N · K` overflows, [`Error::Scheme`] for a group of 0 columns, no plane at all, several planes of
-    /// something that is not ternary, or zero points that the precision does not have.
+    /// [`Error::TooLarge`] if `planes · N · K` overflows, [`Error::Scheme`] for a group of 0
+    /// columns, no plane at all, several planes of something that is not ternary, or zero points
+    /// that the precision does not have.
     pub fn validate(&self) -> Result<()> {
-        let too_large = Error::TooLarge { rows: self.rows, cols: self.cols };
-        // Sixteen bytes a value is more than any buffer that this engine makes from one; a side alone counts too, where the other is 0.
+        let too_large = Error::TooLarge {
+            rows: self.rows,
+            cols: self.cols,
+        };
+        // Sixteen bytes a value is more than any buffer that this engine makes from one; a side
+        // alone counts too, where the other is 0.
         const MOST: usize = isize::MAX as usize / 64;
         let side = self.rows.max(self.cols);
-        let cells = self.rows.checked_mul(self.cols).and_then(|n| n.checked_mul(self.planes));
+        let cells = self
+            .rows
+            .checked_mul(self.cols)
+            .and_then(|n| n.checked_mul(self.planes));
         if side > MOST || cells.is_none_or(|n| n > MOST) {
             return Err(too_large);
         }
         if self.granularity == Granularity::Group(0) {
             return Err(Error::Scheme("a group of 0 columns".into()));
         }
-        if self.planes == 0 || self.planes > 3 || (self.planes > 1 && self.precision != Precision::Ternary) {
-            return Err(Error::Scheme(format!("{} planes of {}; 1 to 3 planes exist, and only of ternary", self.planes, self.precision)));
+        if self.planes == 0
+            || self.planes > 3
+            || (self.planes > 1 && self.precision != Precision::Ternary)
+        {
+            return Err(Error::Scheme(format!(
+                "{} planes of {}; 1 to 3 planes exist, and only of ternary",
+                self.planes, self.precision
+            )));
         }
         let zero_points_fit = match self.zero_points {
             ZeroPoints::None => true,
@@ -129,13 +154,17 @@ impl MatrixSpec {
             ZeroPoints::F32 => self.precision == Precision::Binary,
         };
         if !zero_points_fit {
-            return Err(Error::Scheme(format!("{} has no {:?} zero points", self.precision, self.zero_points)));
+            return Err(Error::Scheme(format!(
+                "{} has no {:?} zero points",
+                self.precision, self.zero_points
+            )));
         }
         Ok(())
     }
 }
 
-/// A quantized matrix: `w[r, c] ≈ Σ_p scale[p, granule(r, c)] · (value[p, r, c] − zero_point[p, granule(r, c)])`.
+/// A quantized matrix: `w[r, c] ≈ Σ_p scale[p, granule(r, c)] · (value[p, r, c] − zero_point[p,
+/// granule(r, c)])`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Matrix {
     /// Shape and conventions.
@@ -155,31 +184,57 @@ impl Matrix {
     /// [`Error::Length`] naming the slice, or what [`MatrixSpec::validate`] finds.
     pub fn validate(&self) -> Result<()> {
         self.spec.validate()?;
-        let length = |what, expected, got| if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) };
+        let length = |what, expected, got| {
+            if expected == got {
+                Ok(())
+            } else {
+                Err(Error::Length {
+                    what,
+                    expected,
+                    got,
+                })
+            }
+        };
         length("values", self.spec.values_len(), self.values.len())?;
         length("scales", self.spec.scales_len(), self.scales.len())?;
-        let zero_points = if self.spec.zero_points == ZeroPoints::None { 0 } else { self.spec.scales_len() };
+        let zero_points = if self.spec.zero_points == ZeroPoints::None {
+            0
+        } else {
+            self.spec.scales_len()
+        };
         length("zero points", zero_points, self.zero_points.len())
     }
 
     /// Dequantizes row `row` into `out` (`K` elements).
     ///
-    /// Each plane contributes `scale · (value − zero_point)`, computed in f32 in that order; planes are added in order.
+    /// Each plane contributes `scale · (value − zero_point)`, computed in f32 in that order; planes
+    /// are added in order.
     ///
     /// # Panics
     /// If `row ≥ N` or `out.len() != K`.
     pub fn dequantize_row_into(&self, row: usize, out: &mut [f32]) {
-        assert_eq!(out.len(), self.spec.cols, "a row of {} columns", self.spec.cols);
+        assert_eq!(
+            out.len(),
+            self.spec.cols,
+            "a row of {} columns",
+            self.spec.cols
+        );
         self.dequantize_part_into(row, 0, out);
     }
 
-    /// Dequantizes the columns of row `row` from `first` on into `out`, as [`Matrix::dequantize_row_into`] does.
+    /// Dequantizes the columns of row `row` from `first` on into `out`, as
+    /// [`Matrix::dequantize_row_into`] does.
     ///
     /// # Panics
     /// If `row ≥ N` or `first + out.len() > K`.
     pub fn dequantize_part_into(&self, row: usize, first: usize, out: &mut [f32]) {
         let spec = &self.spec;
-        assert!(row < spec.rows && first + out.len() <= spec.cols, "row {row} of {}, column {first} of {}", spec.rows, spec.cols);
+        assert!(
+            row < spec.rows && first + out.len() <= spec.cols,
+            "row {row} of {}, column {first} of {}",
+            spec.rows,
+            spec.cols
+        );
         let width = spec.granule_cols();
         for plane in 0..spec.planes {
             let values = &self.values[(plane * spec.rows + row) * spec.cols + first..][..out.len()];
@@ -212,13 +267,16 @@ impl Matrix {
 
     /// The same matrix with scales of another granularity, if that loses nothing.
     ///
-    /// Finer is always possible. Coarser is possible where the granules that would share a scale have equal ones; those whose weights are all
-    /// 0 do not count, whatever scale they have.
+    /// Finer is always possible. Coarser is possible where the granules that would share a scale
+    /// have equal ones; those whose weights are all 0 do not count, whatever scale they have.
     ///
     /// # Errors
     /// [`Error::Scheme`] naming the two scales that differ.
     pub fn with_granularity(mut self, granularity: Granularity) -> Result<Self> {
-        let spec = MatrixSpec { granularity, ..self.spec.clone() };
+        let spec = MatrixSpec {
+            granularity,
+            ..self.spec.clone()
+        };
         spec.validate()?;
         if spec == self.spec {
             return Ok(self);
@@ -231,11 +289,23 @@ impl Matrix {
                 let line = &mut self.values[(plane * spec.rows + row) * spec.cols..][..spec.cols];
                 let mut start = 0;
                 while start < spec.cols {
-                    let end = ((start / old_width + 1) * old_width).min((start / new_width + 1) * new_width).min(spec.cols);
-                    let (from, to) = (self.spec.scale_index(plane, row, start), spec.scale_index(plane, row, start));
-                    let scale = (self.scales[from], self.zero_points.get(from).copied().unwrap_or(0.0));
-                    // Under the scale 0 every value stands for 0; under another one only the value 0 does.
-                    if scale.0 == 0.0 && spec.zero_points == ZeroPoints::None && spec.precision.contains(0) {
+                    let end = ((start / old_width + 1) * old_width)
+                        .min((start / new_width + 1) * new_width)
+                        .min(spec.cols);
+                    let (from, to) = (
+                        self.spec.scale_index(plane, row, start),
+                        spec.scale_index(plane, row, start),
+                    );
+                    let scale = (
+                        self.scales[from],
+                        self.zero_points.get(from).copied().unwrap_or(0.0),
+                    );
+                    // Under the scale 0 every value stands for 0; under another one only the value
+                    // 0 does.
+                    if scale.0 == 0.0
+                        && spec.zero_points == ZeroPoints::None
+                        && spec.precision.contains(0)
+                    {
                         line[start..end].fill(0);
                     }
                     if line[start..end].iter().all(|&v| f32::from(v) == scale.1) {
@@ -251,10 +321,23 @@ impl Matrix {
                 }
             }
         }
-        let chosen: Vec<(f32, f32)> = found.into_iter().zip(dead).map(|(found, dead)| found.or(dead).unwrap_or_default()).collect();
+        let chosen: Vec<(f32, f32)> = found
+            .into_iter()
+            .zip(dead)
+            .map(|(found, dead)| found.or(dead).unwrap_or_default())
+            .collect();
         let scales = chosen.iter().map(|c| c.0).collect();
-        let zero_points = if spec.zero_points == ZeroPoints::None { vec![] } else { chosen.iter().map(|c| c.1).collect() };
-        Ok(Self { spec, values: self.values, scales, zero_points })
+        let zero_points = if spec.zero_points == ZeroPoints::None {
+            vec![]
+        } else {
+            chosen.iter().map(|c| c.1).collect()
+        };
+        Ok(Self {
+            spec,
+            values: self.values,
+            scales,
+            zero_points,
+        })
     }
 
     /// The matrix whose row `r` is row `order[r]` of this one.
@@ -265,7 +348,14 @@ impl Matrix {
         let spec = self.spec.with_rows(order.len());
         let rows = |width: usize, all: &[i8]| -> Vec<i8> {
             let stride = self.spec.rows * width;
-            (0..spec.planes).flat_map(|p| order.iter().flat_map(move |&r| &all[p * stride + r * width..][..width])).copied().collect()
+            (0..spec.planes)
+                .flat_map(|p| {
+                    order
+                        .iter()
+                        .flat_map(move |&r| &all[p * stride + r * width..][..width])
+                })
+                .copied()
+                .collect()
         };
         let per_row = self.spec.granules_per_row();
         let granules = |all: &[f32]| -> Vec<f32> {
@@ -274,10 +364,19 @@ impl Matrix {
             }
             let stride = self.spec.rows * per_row;
             (0..all.len() / stride.max(1))
-                .flat_map(|p| order.iter().flat_map(move |&r| &all[p * stride + r * per_row..][..per_row]))
+                .flat_map(|p| {
+                    order
+                        .iter()
+                        .flat_map(move |&r| &all[p * stride + r * per_row..][..per_row])
+                })
                 .copied()
                 .collect()
         };
-        Self { values: rows(self.spec.cols, &self.values), scales: granules(&self.scales), zero_points: granules(&self.zero_points), spec }
+        Self {
+            values: rows(self.spec.cols, &self.values),
+            scales: granules(&self.scales),
+            zero_points: granules(&self.zero_points),
+            spec,
+        }
     }
 }

@@ -8,9 +8,9 @@
 //!                    ── Layout::pack ──► bytes of one wire layout
 //! ```
 //!
-//! Conventions of the whole engine: weights are row-major `(N = out_features, K = in_features)`, groups run along `K`,
-//! a *value* is the logical signed number and a *code* its stored unsigned pattern, and
-//! `w ≈ scale · (value − zero_point)`: the scale always multiplies.
+//! Conventions of the whole engine: weights are row-major `(N = out_features, K = in_features)`,
+//! groups run along `K`, a *value* is the logical signed number and a *code* its stored unsigned
+//! pattern, and `w ≈ scale · (value − zero_point)`: the scale always multiplies.
 #![forbid(unsafe_code)]
 
 mod affine;

@@ -47,9 +47,18 @@ impl BitNetTensor {
         };
         let mut scales = vec![];
         if !layout.stores_scales() {
-            matrix.scales.iter().for_each(|&s| matrix.spec.scale_dtype.write(s, &mut scales));
+            matrix
+                .scales
+                .iter()
+                .for_each(|&s| matrix.spec.scale_dtype.write(s, &mut scales));
         }
-        Ok(Self { spec: matrix.spec.clone(), layout, bytes, scales, zero_points: matrix.zero_points.clone() })
+        Ok(Self {
+            spec: matrix.spec.clone(),
+            layout,
+            bytes,
+            scales,
+            zero_points: matrix.zero_points.clone(),
+        })
     }
 
     /// The values and scales in it.
@@ -60,9 +69,18 @@ impl BitNetTensor {
         let unpacked = self.layout.unpack(&self.spec, &self.bytes)?;
         let scales = match unpacked.scales {
             Some(scales) => scales,
-            None => self.scales.chunks_exact(self.spec.scale_dtype.bytes()).map(|b| self.spec.scale_dtype.read(b)).collect(),
+            None => self
+                .scales
+                .chunks_exact(self.spec.scale_dtype.bytes())
+                .map(|b| self.spec.scale_dtype.read(b))
+                .collect(),
         };
-        let matrix = Matrix { spec: self.spec.clone(), values: unpacked.values, scales, zero_points: self.zero_points.clone() };
+        let matrix = Matrix {
+            spec: self.spec.clone(),
+            values: unpacked.values,
+            scales,
+            zero_points: self.zero_points.clone(),
+        };
         matrix.validate()?;
         Ok(matrix)
     }
@@ -82,7 +100,8 @@ impl BitNetTensor {
         &self.bytes
     }
 
-    /// Bytes of values, scales and zero points. Integer zero points count one byte each, as they are stored.
+    /// Bytes of values, scales and zero points. Integer zero points count one byte each, as they
+    /// are stored.
     pub fn memory_footprint(&self) -> usize {
         self.bytes.len() + self.scales.len() + self.zero_points.len() * zero_point_bytes(&self.spec)
     }
@@ -98,9 +117,12 @@ fn zero_point_bytes(spec: &MatrixSpec) -> usize {
 }
 
 impl Matrix {
-    /// Bytes of the matrix as it is in memory: a byte for each value, scales and zero points as they would be stored.
+    /// Bytes of the matrix as it is in memory: a byte for each value, scales and zero points as
+    /// they would be stored.
     pub fn memory_footprint(&self) -> usize {
-        self.values.len() + self.scales.len() * self.spec.scale_dtype.bytes() + self.zero_points.len() * zero_point_bytes(&self.spec)
+        self.values.len()
+            + self.scales.len() * self.spec.scale_dtype.bytes()
+            + self.zero_points.len() * zero_point_bytes(&self.spec)
     }
 
     /// The one scale of a matrix that has only one.
@@ -110,7 +132,11 @@ impl Matrix {
     pub fn single_scale(&self) -> Result<f32> {
         match (self.spec.granularity, &self.scales[..]) {
             (Granularity::Tensor, &[scale]) | (_, &[scale]) => Ok(scale),
-            _ => Err(Error::Length { what: "scales", expected: 1, got: self.scales.len() }),
+            _ => Err(Error::Length {
+                what: "scales",
+                expected: 1,
+                got: self.scales.len(),
+            }),
         }
     }
 }
@@ -130,10 +156,11 @@ impl ScaleDtype {
     }
 }
 
-/// Scratch memory for many threads: slices that begin at a multiple of 64 bytes and go back to the pool when they are dropped.
+/// Scratch memory for many threads: slices that begin at a multiple of 64 bytes and go back to the
+/// pool when they are dropped.
 ///
-/// Lengths are rounded up to powers of two, each with its shelf; taking and returning holds the shelf's lock for one push or pop. What the
-/// program needed once it does not allocate again.
+/// Lengths are rounded up to powers of two, each with its shelf; taking and returning holds the
+/// shelf's lock for one push or pop. What the program needed once it does not allocate again.
 ///
 /// ```
 /// use bitnet_core::memory::HybridMemoryPool;
@@ -160,7 +187,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Default for HybridMemoryPool {
     fn default() -> Self {
         let shelves = std::array::from_fn(|_| Mutex::new(vec![]));
-        Self { shelves, buffers: AtomicUsize::new(0), bytes: AtomicUsize::new(0) }
+        Self {
+            shelves,
+            buffers: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+        }
     }
 }
 
@@ -178,7 +209,8 @@ impl HybridMemoryPool {
         let buffer = taken.unwrap_or_else(|| {
             let buffer = vec![0.0; class + ALIGN / size_of::<f32>()];
             self.buffers.fetch_add(1, Ordering::Relaxed);
-            self.bytes.fetch_add(size_of_val(&buffer[..]), Ordering::Relaxed);
+            self.bytes
+                .fetch_add(size_of_val(&buffer[..]), Ordering::Relaxed);
             buffer
         });
         let start = match buffer.as_ptr().align_offset(ALIGN) {
@@ -186,7 +218,12 @@ impl HybridMemoryPool {
             // The specification of `align_offset` allows it to know nothing.
             _ => 0,
         };
-        Scratch { shelf, buffer, start, len }
+        Scratch {
+            shelf,
+            buffer,
+            start,
+            len,
+        }
     }
 
     /// Buffers that were ever allocated.
@@ -202,7 +239,12 @@ impl HybridMemoryPool {
 
 impl fmt::Debug for HybridMemoryPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HybridMemoryPool {{ {} buffers, {} bytes }}", self.allocations(), self.memory_footprint())
+        write!(
+            f,
+            "HybridMemoryPool {{ {} buffers, {} bytes }}",
+            self.allocations(),
+            self.memory_footprint()
+        )
     }
 }
 

@@ -35,14 +35,13 @@ named!(ComponentType, "component", { Weights = "weights", Activations = "activat
 impl LayerType {
     /// What a component becomes unless somebody says otherwise; `None`: it stays float.
     ///
-    /// Matrices become ternary and their inputs int8 (b1.58); tables int8, because nothing averages the errors of a row that is looked up;
-    /// gains and biases stay, because they save nothing.
+    /// Matrices become ternary and their inputs int8 (b1.58); tables int8, because nothing averages
+    /// the errors of a row that is looked up; gains and biases stay, because they save nothing.
     pub const fn default_precision(self, component: ComponentType) -> Option<Precision> {
         match (self, component) {
             (Self::Linear | Self::Convolution, ComponentType::Weights) => Some(Precision::Ternary),
-            (Self::Linear | Self::Convolution, ComponentType::Activations) | (Self::Embedding, ComponentType::Weights) => {
-                Some(Precision::Int8)
-            }
+            (Self::Linear | Self::Convolution, ComponentType::Activations)
+            | (Self::Embedding, ComponentType::Weights) => Some(Precision::Int8),
             _ => None,
         }
     }
@@ -79,7 +78,8 @@ pub struct LayerPrecisionSpec {
     pub weight_shape: Vec<usize>,
     /// Weights, if not as [`LayerType::default_precision`] says.
     pub weights: Option<Precision>,
-    /// Activations, if not as it says: [`Precision::Int8`], [`Precision::Int4`] or [`Precision::Binary`] (signs).
+    /// Activations, if not as it says: [`Precision::Int8`], [`Precision::Int4`] or
+    /// [`Precision::Binary`] (signs).
     pub activations: Option<Precision>,
 }
 
@@ -94,7 +94,8 @@ impl LayerPrecisionSpec {
         own.or(self.layer_type.default_precision(component))
     }
 
-    /// Checks that the shapes fit one another and that activations have a precision that exists for them.
+    /// Checks that the shapes fit one another and that activations have a precision that exists for
+    /// them.
     ///
     /// # Errors
     /// [`Error::Scheme`] naming the layer and the two numbers that differ.
@@ -107,26 +108,43 @@ impl LayerPrecisionSpec {
             LayerType::Normalization => 1..=1,
         };
         if !dims.contains(&w.len()) {
-            return wrong(format!("{} weights with {} to {} dimensions, got shape {w:?}", self.layer_type, dims.start(), dims.end()));
+            return wrong(format!(
+                "{} weights with {} to {} dimensions, got shape {w:?}",
+                self.layer_type,
+                dims.start(),
+                dims.end()
+            ));
         }
         // Axis of the features in input and output, and how many features the weights ask for.
         let (input, output) = match self.layer_type {
-            LayerType::Linear => (Some((x.len().wrapping_sub(1), w[1])), Some((y.len().wrapping_sub(1), w[0]))),
+            LayerType::Linear => (
+                Some((x.len().wrapping_sub(1), w[1])),
+                Some((y.len().wrapping_sub(1), w[0])),
+            ),
             LayerType::Convolution => (None, Some((1, w[0]))),
             LayerType::Embedding => (None, Some((y.len().wrapping_sub(1), w[1]))),
-            LayerType::Normalization => (Some((x.len().wrapping_sub(1), w[0])), Some((y.len().wrapping_sub(1), w[0]))),
+            LayerType::Normalization => (
+                Some((x.len().wrapping_sub(1), w[0])),
+                Some((y.len().wrapping_sub(1), w[0])),
+            ),
         };
         for (what, shape, features) in [("input", x, input), ("output", y, output)] {
             if let (Some((axis, expected)), false) = (features, shape.is_empty())
                 && shape.get(axis) != Some(&expected)
             {
-                return wrong(format!("{expected} {what} features for weights {w:?}, got {what} shape {shape:?}"));
+                return wrong(format!(
+                    "{expected} {what} features for weights {w:?}, got {what} shape {shape:?}"
+                ));
             }
         }
         if self.layer_type == LayerType::Convolution && !x.is_empty() {
             let channels = x.get(1).copied().unwrap_or(0);
             if w[1] == 0 || !channels.is_multiple_of(w[1]) || x.len() != w.len() {
-                return wrong(format!("an input of {} dimensions with a multiple of {} channels, got {x:?}", w.len(), w[1]));
+                return wrong(format!(
+                    "an input of {} dimensions with a multiple of {} channels, got {x:?}",
+                    w.len(),
+                    w[1]
+                ));
             }
         }
         match self.activations {

@@ -1,6 +1,7 @@
 //! Names of enums in files and on the command line.
 
-/// Gives a fieldless enum the names that files and the command line use: `ALL`, `name`, `Display`, `FromStr`, and serde as that string.
+/// Gives a fieldless enum the names that files and the command line use: `ALL`, `name`, `Display`,
+/// `FromStr`, and serde as that string.
 macro_rules! named {
     ($type:ident, $what:literal, { $($variant:ident = $name:literal),+ $(,)? }) => {
         impl $type {
@@ -45,7 +46,8 @@ macro_rules! as_string {
 
         impl<'de> serde::Deserialize<'de> for $type {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let s = <std::borrow::Cow<'_, str> as serde::Deserialize>::deserialize(deserializer)?;
+                let s =
+                    <std::borrow::Cow<'_, str> as serde::Deserialize>::deserialize(deserializer)?;
                 s.parse().map_err(serde::de::Error::custom)
             }
         }

@@ -1,8 +1,9 @@
 //! The hot loops of quantization as a trait, and their oracle.
 //!
-//! Every loop fixes its order of floating-point operations: [`LANES`] strided partial results, reduced by halves. An
-//! implementation for a wider instruction set therefore returns the same bits, and so does every thread count, because callers
-//! merge partial results in the order of the data.
+//! Every loop fixes its order of floating-point operations: [`LANES`] strided partial results,
+//! reduced by halves. An implementation for a wider instruction set therefore returns the same
+//! bits, and so does every thread count, because callers merge partial results in the order of the
+//! data.
 
 use crate::scheme::Rounding;
 
@@ -64,12 +65,20 @@ impl Moments {
 
     /// mean |w|, 0 if there is no weight.
     pub fn mean_abs(&self) -> f64 {
-        if self.count == 0 { 0.0 } else { self.sum_abs / self.count as f64 }
+        if self.count == 0 {
+            0.0
+        } else {
+            self.sum_abs / self.count as f64
+        }
     }
 
     /// Root mean square, 0 if there is no weight.
     pub fn rms(&self) -> f64 {
-        if self.count == 0 { 0.0 } else { (self.sum_sq / self.count as f64).sqrt() }
+        if self.count == 0 {
+            0.0
+        } else {
+            (self.sum_sq / self.count as f64).sqrt()
+        }
     }
 
     /// `Some(s)` if every weight is −s, 0 or +s for one s > 0.
@@ -79,16 +88,22 @@ impl Moments {
 
     /// Number and limits of the weights.
     pub fn extent(&self) -> Extent {
-        Extent { count: self.count, min: self.min, max: self.max }
+        Extent {
+            count: self.count,
+            min: self.min,
+            max: self.max,
+        }
     }
 }
 
-/// What the rules for one trit plane ask of a pass over weights: less than [`Moments`], and so at the speed of memory.
+/// What the rules for one trit plane ask of a pass over weights: less than [`Moments`], and so at
+/// the speed of memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Magnitudes {
     /// Number of weights.
     pub count: u64,
-    /// Σ |w|, the bits of [`Moments::sum_abs`]. Finite exactly if every weight is; the other fields mean nothing if it is not.
+    /// Σ |w|, the bits of [`Moments::sum_abs`]. Finite exactly if every weight is; the other fields
+    /// mean nothing if it is not.
     pub sum: f64,
     /// max |w|, 0 if there is no weight.
     pub max: f32,
@@ -110,12 +125,20 @@ impl Magnitudes {
 
     /// mean |w|, 0 if there is no weight.
     pub fn mean(&self) -> f64 {
-        if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
+        if self.count == 0 {
+            0.0
+        } else {
+            self.sum / self.count as f64
+        }
     }
 
     /// Number and limits of the weights, as far as magnitudes tell.
     pub fn extent(&self) -> Extent {
-        Extent { count: self.count, min: -self.max, max: self.max }
+        Extent {
+            count: self.count,
+            min: -self.max,
+            max: self.max,
+        }
     }
 }
 
@@ -144,12 +167,20 @@ pub struct Above {
 impl Above {
     /// This side followed by the same side of the next weights.
     pub fn then(self, next: Self) -> Self {
-        Self { count: self.count + next.count, weight: self.weight + next.weight, sum: self.sum + next.sum }
+        Self {
+            count: self.count + next.count,
+            weight: self.weight + next.weight,
+            sum: self.sum + next.sum,
+        }
     }
 
     /// Σhu / Σh; 0 where nothing is.
     pub fn mean(&self) -> f64 {
-        if self.weight > 0.0 { self.sum / self.weight } else { 0.0 }
+        if self.weight > 0.0 {
+            self.sum / self.weight
+        } else {
+            0.0
+        }
     }
 }
 
@@ -192,7 +223,11 @@ impl Uniform {
     /// The value of one weight, as f32.
     #[inline(always)]
     pub fn value(&self, w: f32) -> f32 {
-        let x = if self.scale == 0.0 { 0.0 } else { w / self.scale };
+        let x = if self.scale == 0.0 {
+            0.0
+        } else {
+            w / self.scale
+        };
         (self.rounding.round(x) + self.zero).clamp(f32::from(self.low), f32::from(self.high))
     }
 
@@ -218,16 +253,21 @@ impl Cuts {
 
     /// `q = sign(w)·[|w| > cut]`.
     pub const fn symmetric(cut: f32) -> Self {
-        Self { low: -cut, high: cut }
+        Self {
+            low: -cut,
+            high: cut,
+        }
     }
 
-    /// The cuts of `q = clip(round(w / scale), −1, 1)`, exactly: division and rounding are monotone, so there are such, and they are within a few
-    /// ulps of ±scale/2. `scale` is finite and not negative; 0 encodes everything as 0.
+    /// The cuts of `q = clip(round(w / scale), −1, 1)`, exactly: division and rounding are
+    /// monotone, so there are such, and they are within a few ulps of ±scale/2. `scale` is finite
+    /// and not negative; 0 encodes everything as 0.
     pub fn rounding(scale: f32, rounding: Rounding) -> Self {
         if scale == 0.0 {
             return Self::NONE;
         }
-        // At least an ulp above scale/2, w/scale is at least 2⁻²⁴/1.99… above 1/2, more than half the way to the next number.
+        // At least an ulp above scale/2, w/scale is at least 2⁻²⁴/1.99… above 1/2, more than half
+        // the way to the next number.
         if rounding == Rounding::HalfEven && scale >= 2.0 * f32::MIN_POSITIVE {
             return Self::symmetric(scale / 2.0);
         }
@@ -345,7 +385,11 @@ pub fn moments(w: &[f32]) -> Moments {
         min[lane] = if w < min[lane] { w } else { min[lane] };
         max[lane] = if w > max[lane] { w } else { max[lane] };
         let a = if w == 0.0 { f32::INFINITY } else { w.abs() };
-        min_nonzero[lane] = if a < min_nonzero[lane] { a } else { min_nonzero[lane] };
+        min_nonzero[lane] = if a < min_nonzero[lane] {
+            a
+        } else {
+            min_nonzero[lane]
+        };
         broken[lane] |= u32::from(w.to_bits() & 0x7f80_0000 == 0x7f80_0000);
     };
     let (chunks, tail) = w.as_chunks::<LANES>();
@@ -384,7 +428,11 @@ pub fn magnitudes(w: &[f32]) -> Magnitudes {
     }
     for (lane, &w) in tail.iter().enumerate() {
         sum[lane] += f64::from(w).abs();
-        max[lane] = if w.abs() > max[lane] { w.abs() } else { max[lane] };
+        max[lane] = if w.abs() > max[lane] {
+            w.abs()
+        } else {
+            max[lane]
+        };
     }
     let max = max.into_iter().fold(0.0, f32::max);
     let mut ternary = true;
@@ -399,7 +447,12 @@ pub fn magnitudes(w: &[f32]) -> Magnitudes {
             ternary &= (w == 0.0) | (w.abs() == max);
         }
     }
-    Magnitudes { count: w.len() as u64, sum: total(sum), max, ternary }
+    Magnitudes {
+        count: w.len() as u64,
+        sum: total(sum),
+        max,
+        ternary,
+    }
 }
 
 /// Body of [`Ops::magnitudes_each`].
@@ -452,7 +505,11 @@ pub fn above_both(w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
     }
     std::array::from_fn(|i| {
         let count: u64 = count[i].iter().map(|&c| u64::from(c)).sum();
-        Above { count, weight: count as f64, sum: total(sum[i]) }
+        Above {
+            count,
+            weight: count as f64,
+            sum: total(sum[i]),
+        }
     })
 }
 
@@ -478,7 +535,11 @@ pub fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
                 add(lane, w);
             }
             let count = count.iter().map(|&c| u64::from(c)).sum();
-            Above { count, weight: count as f64, sum: total(sum) }
+            Above {
+                count,
+                weight: count as f64,
+                sum: total(sum),
+            }
         }
         Some(h) => {
             let mut add = |lane: usize, w: f32, h: f32| {
@@ -498,7 +559,11 @@ pub fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
             for (lane, (&w, &h)) in tail.iter().zip(importance_tail).enumerate() {
                 add(lane, w, h);
             }
-            Above { count: count.iter().map(|&c| u64::from(c)).sum(), weight: total(weight), sum: total(sum) }
+            Above {
+                count: count.iter().map(|&c| u64::from(c)).sum(),
+                weight: total(weight),
+                sum: total(sum),
+            }
         }
     }
 }

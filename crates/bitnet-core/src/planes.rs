@@ -1,8 +1,10 @@
 //! Trit planes: `W ≈ Σ_k α_k·T_k`, each `T_k` ternary, by alternating least squares.
 //!
-//! With p planes a weight takes one of 3^p sums of ±α_k and 0. For fixed αs the best codes are the nearest level; for fixed codes the
-//! best αs solve a p × p linear system. Neither step raises the squared error, so the two alternate until nothing moves. The levels
-//! are symmetric about 0: only |w| matters, and the sums that the system needs are counts and sums of |w| between neighbouring midpoints.
+//! With p planes a weight takes one of 3^p sums of ±α_k and 0. For fixed αs the best codes are the
+//! nearest level; for fixed codes the best αs solve a p × p linear system. Neither step raises the
+//! squared error, so the two alternate until nothing moves. The levels are symmetric about 0: only
+//! |w| matters, and the sums that the system needs are counts and sums of |w| between neighbouring
+//! midpoints.
 
 use crate::granule::{Granule, Importance};
 use crate::ops::{Above, Key, Moments, Ops};
@@ -27,7 +29,12 @@ pub(crate) struct Levels {
 
 impl Levels {
     /// The one level 0: a granule without weight.
-    pub(crate) const ZERO: Self = Self { len: 1, planes: MAX_PLANES, level: [0.0; MAX_LEVELS], trits: [[0; MAX_PLANES]; MAX_LEVELS] };
+    pub(crate) const ZERO: Self = Self {
+        len: 1,
+        planes: MAX_PLANES,
+        level: [0.0; MAX_LEVELS],
+        trits: [[0; MAX_PLANES]; MAX_LEVELS],
+    };
 
     fn new(alpha: &[f32]) -> Self {
         let combinations = 3usize.pow(alpha.len() as u32);
@@ -37,18 +44,31 @@ impl Levels {
                 let mut sum = 0.0f32;
                 for (k, &a) in alpha.iter().enumerate() {
                     trits[k] = (i / 3usize.pow(k as u32) % 3) as i8 - 1;
-                    sum = if k == 0 { a * f32::from(trits[k]) } else { sum + a * f32::from(trits[k]) };
+                    sum = if k == 0 {
+                        a * f32::from(trits[k])
+                    } else {
+                        sum + a * f32::from(trits[k])
+                    };
                 }
                 (sum, trits)
             })
             .filter(|(sum, _)| *sum >= 0.0)
             .collect();
         // Equal sums: the fewest non-zero trits, so that zero is all zeros.
-        let cost = |t: &[i8; MAX_PLANES]| t.iter().map(|t| u32::from(t.unsigned_abs())).sum::<u32>();
-        all.sort_by(|a, b| a.0.total_cmp(&b.0).then(cost(&a.1).cmp(&cost(&b.1))).then(b.1.cmp(&a.1)));
+        let cost =
+            |t: &[i8; MAX_PLANES]| t.iter().map(|t| u32::from(t.unsigned_abs())).sum::<u32>();
+        all.sort_by(|a, b| {
+            a.0.total_cmp(&b.0)
+                .then(cost(&a.1).cmp(&cost(&b.1)))
+                .then(b.1.cmp(&a.1))
+        });
         all.dedup_by(|later, first| later.0 == first.0);
-        let mut levels =
-            Self { len: all.len().min(MAX_LEVELS), planes: alpha.len(), level: [0.0; MAX_LEVELS], trits: [[0; MAX_PLANES]; MAX_LEVELS] };
+        let mut levels = Self {
+            len: all.len().min(MAX_LEVELS),
+            planes: alpha.len(),
+            level: [0.0; MAX_LEVELS],
+            trits: [[0; MAX_PLANES]; MAX_LEVELS],
+        };
         for (i, (level, trits)) in all.into_iter().take(MAX_LEVELS).enumerate() {
             levels.level[i] = level;
             levels.trits[i] = trits;
@@ -68,7 +88,10 @@ impl Levels {
             *midpoint = self.midpoint(i);
         }
         for (i, &w) in w.iter().enumerate() {
-            let level = midpoints.iter().map(|&m| usize::from(w.abs() > m)).sum::<usize>();
+            let level = midpoints
+                .iter()
+                .map(|&m| usize::from(w.abs() > m))
+                .sum::<usize>();
             for (k, out) in out.iter_mut().enumerate() {
                 let trit = self.trits[level][k];
                 out[i] = if w < 0.0 { -trit } else { trit };
@@ -77,7 +100,8 @@ impl Levels {
     }
 }
 
-/// Squared error, up to the constant Σh·w², and the normal equations `A·α = b` of the codes nearest to `levels`.
+/// Squared error, up to the constant Σh·w², and the normal equations `A·α = b` of the codes nearest
+/// to `levels`.
 struct Normal {
     a: [[f64; MAX_PLANES]; MAX_PLANES],
     b: [f64; MAX_PLANES],
@@ -105,9 +129,17 @@ fn normal<G: Granule + ?Sized>(
             x
         },
     )?;
-    let mut normal = Normal { a: [[0.0; MAX_PLANES]; MAX_PLANES], b: [0.0; MAX_PLANES], error: 0.0 };
+    let mut normal = Normal {
+        a: [[0.0; MAX_PLANES]; MAX_PLANES],
+        b: [0.0; MAX_PLANES],
+        error: 0.0,
+    };
     for i in 0..levels.len {
-        let next = if i + 1 < levels.len { sides[i + 1] } else { Above::default() };
+        let next = if i + 1 < levels.len {
+            sides[i + 1]
+        } else {
+            Above::default()
+        };
         let (weight, sum) = (sides[i].weight - next.weight, sides[i].sum - next.sum);
         let level = f64::from(levels.level[i]);
         normal.error += level * (level * weight - 2.0 * sum);
@@ -122,11 +154,18 @@ fn normal<G: Granule + ?Sized>(
     Ok(normal)
 }
 
-/// Solves the p × p system by elimination with pivoting; `None` if it is singular (a plane without a trit).
-fn solve(mut a: [[f64; MAX_PLANES]; MAX_PLANES], mut b: [f64; MAX_PLANES], p: usize) -> Option<[f64; MAX_PLANES]> {
+/// Solves the p × p system by elimination with pivoting; `None` if it is singular (a plane without
+/// a trit).
+fn solve(
+    mut a: [[f64; MAX_PLANES]; MAX_PLANES],
+    mut b: [f64; MAX_PLANES],
+    p: usize,
+) -> Option<[f64; MAX_PLANES]> {
     for i in 0..p {
         let pivot = (i..p).max_by(|&x, &y| a[x][i].abs().total_cmp(&a[y][i].abs()))?;
-        if a[pivot][i].abs() < 1e-9 * a.iter().flatten().fold(0.0, |m: f64, x| m.max(x.abs())) || a[pivot][i] == 0.0 {
+        if a[pivot][i].abs() < 1e-9 * a.iter().flatten().fold(0.0, |m: f64, x| m.max(x.abs()))
+            || a[pivot][i] == 0.0
+        {
             return None;
         }
         a.swap(i, pivot);
@@ -150,8 +189,9 @@ fn solve(mut a: [[f64; MAX_PLANES]; MAX_PLANES], mut b: [f64; MAX_PLANES], p: us
 
 /// Chooses the αs of one granule.
 ///
-/// The alternation finds a local minimum, so it starts from several places and keeps the best: from the optimal single plane with
-/// smaller planes added at several ratios (the error never exceeds that of one plane), and from evenly spaced levels (`α_k = 3^k·step`).
+/// The alternation finds a local minimum, so it starts from several places and keeps the best: from
+/// the optimal single plane with smaller planes added at several ratios (the error never exceeds
+/// that of one plane), and from evenly spaced levels (`α_k = 3^k·step`).
 pub(crate) fn fit<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -165,7 +205,11 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     }
     if let Some(s) = moments.ternary_magnitude() {
         let scales = [storage.round(f64::from(s))?, 0.0, 0.0];
-        return Ok(Fitted { scales, zero_point: 0.0, coder: Coder::Levels(Levels::new(&scales[..planes])) });
+        return Ok(Fitted {
+            scales,
+            zero_point: 0.0,
+            coder: Coder::Levels(Levels::new(&scales[..planes])),
+        });
     }
     let (_, kept) = best_cut(ops, granule, &moments.extent(), importance, Key::Magnitude)?;
     let (one, rms) = (kept.mean() as f32, moments.rms() as f32);
@@ -205,5 +249,9 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         *scale = storage.round(f64::from(*scale))?;
     }
     scales[planes..].fill(0.0);
-    Ok(Fitted { scales, zero_point: 0.0, coder: Coder::Levels(Levels::new(&scales[..planes])) })
+    Ok(Fitted {
+        scales,
+        zero_point: 0.0,
+        coder: Coder::Levels(Levels::new(&scales[..planes])),
+    })
 }

@@ -35,7 +35,11 @@ pub(crate) enum Coder {
 
 impl Fitted {
     pub(crate) fn one(scale: f32, coder: Coder) -> Self {
-        Self { scales: [scale, 0.0, 0.0], zero_point: 0.0, coder }
+        Self {
+            scales: [scale, 0.0, 0.0],
+            zero_point: 0.0,
+            coder,
+        }
     }
 
     /// Where the values change, if they are −1, 0 and +1 of one plane.
@@ -47,14 +51,18 @@ impl Fitted {
         }
     }
 
-    /// Writes the values of `w`; `index` is the position of `w[0]` in the matrix, `out` has one slice for each plane.
+    /// Writes the values of `w`; `index` is the position of `w[0]` in the matrix, `out` has one
+    /// slice for each plane.
     pub fn encode(&self, ops: &impl Ops, w: &[f32], index: usize, out: &mut [&mut [i8]]) {
         let one = &mut *out[0];
         match &self.coder {
             Coder::Constant(value) => one.fill(*value),
             Coder::Cut(cut) => ops.encode_cut(w, *cut, one),
             Coder::Uniform(uniform) => ops.encode_uniform(w, uniform, one),
-            Coder::Split(at) => one.iter_mut().zip(w).for_each(|(q, &w)| *q = if w >= *at { 1 } else { -1 }),
+            Coder::Split(at) => one
+                .iter_mut()
+                .zip(w)
+                .for_each(|(q, &w)| *q = if w >= *at { 1 } else { -1 }),
             Coder::Stochastic { seed, scale } => {
                 for (i, (q, &w)) in one.iter_mut().zip(w).enumerate() {
                     let up = binary::uniform(*seed, (index + i) as u64) < (w / scale + 1.0) / 2.0;
@@ -69,8 +77,8 @@ impl Fitted {
 /// Chooses the parameters of one granule.
 ///
 /// # Errors
-/// [`Error::NotFinite`] with the position inside the granule, [`Error::Scheme`] for a scheme or an importance that does not apply, and
-/// whatever reading the granule can fail with.
+/// [`Error::NotFinite`] with the position inside the granule, [`Error::Scheme`] for a scheme or an
+/// importance that does not apply, and whatever reading the granule can fail with.
 pub fn fit<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -90,15 +98,36 @@ pub fn fit<G: Granule + ?Sized>(
     }
     let storage = scheme.scale_storage();
     let fitted = match scheme.method {
-        Method::Ternary { planes, .. } => planes::fit(ops, granule, &moments, planes, storage, importance),
-        Method::Binary { split, stochastic } => binary::fit(ops, granule, &moments, (split, stochastic), storage, importance),
+        Method::Ternary { planes, .. } => {
+            planes::fit(ops, granule, &moments, planes, storage, importance)
+        }
+        Method::Binary { split, stochastic } => binary::fit(
+            ops,
+            granule,
+            &moments,
+            (split, stochastic),
+            storage,
+            importance,
+        ),
         Method::Int { mapping, clip, .. } => {
             let kind = (scheme.precision()?, mapping, clip);
-            affine::fit(ops, granule, &moments, kind, (storage, scheme.rounding), importance)
+            affine::fit(
+                ops,
+                granule,
+                &moments,
+                kind,
+                (storage, scheme.rounding),
+                importance,
+            )
         }
     }?;
-    // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is written.
-    Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
+    // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is
+    // written.
+    Ok(if fitted.scales[0] == 0.0 {
+        dead(scheme)?
+    } else {
+        fitted
+    })
 }
 
 /// [`fit`] for a scheme of one trit plane, of a granule whose `sizes` are known.
@@ -112,7 +141,12 @@ pub fn fit_trits<G: Granule + ?Sized>(
     scheme: &Scheme,
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
-    let Method::Ternary { planes: 1, threshold, scale } = scheme.method else {
+    let Method::Ternary {
+        planes: 1,
+        threshold,
+        scale,
+    } = scheme.method
+    else {
         return Err(Error::Scheme(format!("one trit plane asked of {:?}", scheme.method)).into());
     };
     if !sizes.sum.is_finite() {
@@ -121,24 +155,52 @@ pub fn fit_trits<G: Granule + ?Sized>(
     if sizes.max == 0.0 {
         return Ok(dead(scheme)?);
     }
-    let fitted = ternary::fit(ops, granule, sizes, (threshold, scale), scheme.scale_storage(), scheme.rounding, importance)?;
-    Ok(if fitted.scales[0] == 0.0 { dead(scheme)? } else { fitted })
+    let fitted = ternary::fit(
+        ops,
+        granule,
+        sizes,
+        (threshold, scale),
+        scheme.scale_storage(),
+        scheme.rounding,
+        importance,
+    )?;
+    Ok(if fitted.scales[0] == 0.0 {
+        dead(scheme)?
+    } else {
+        fitted
+    })
 }
 
-/// Scale and cuts of a granule that `sizes` alone decide, as [`fit_trits`] does: absmean of weights that are finite and not ternary already.
-/// `None` where the weights are to be looked at again.
+/// Scale and cuts of a granule that `sizes` alone decide, as [`fit_trits`] does: absmean of weights
+/// that are finite and not ternary already. `None` where the weights are to be looked at again.
 #[inline]
 pub fn fit_absmean(sizes: &Magnitudes, scheme: &Scheme) -> Option<(f32, Cuts)> {
-    let Method::Ternary { planes: 1, threshold: Threshold::Absmean, scale: ScaleRule::Rule } = scheme.method else { return None };
+    let Method::Ternary {
+        planes: 1,
+        threshold: Threshold::Absmean,
+        scale: ScaleRule::Rule,
+    } = scheme.method
+    else {
+        return None;
+    };
     if !sizes.sum.is_finite() || sizes.ternary {
         return None;
     }
-    ternary::absmean(sizes.mean(), scheme.scale_storage(), scheme.rounding).ok().filter(|(scale, _)| *scale != 0.0)
+    ternary::absmean(sizes.mean(), scheme.scale_storage(), scheme.rounding)
+        .ok()
+        .filter(|(scale, _)| *scale != 0.0)
 }
 
 /// The error that names the first weight that is NaN or infinite.
 fn not_finite<T, G: Granule + ?Sized>(granule: &G) -> Result<T, G::Error> {
-    let first = granule.fold(|offset, w| w.iter().position(|w| !w.is_finite()).map(|i| (offset + i, w[i])), |a, b| a.or(b))?;
+    let first = granule.fold(
+        |offset, w| {
+            w.iter()
+                .position(|w| !w.is_finite())
+                .map(|i| (offset + i, w[i]))
+        },
+        |a, b| a.or(b),
+    )?;
     let (index, value) = first.unwrap_or((0, f32::NAN));
     Err(Error::NotFinite { index, value }.into())
 }
@@ -157,14 +219,17 @@ fn dead(scheme: &Scheme) -> Result<Fitted> {
     Ok(Fitted::one(scale, coder))
 }
 
-/// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is row `first_row` of the matrix.
+/// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is
+/// row `first_row` of the matrix.
 ///
-/// With [`Granularity::Tensor`] the parameters come from `fitted`, because they belong to the whole matrix; otherwise each granule of the
-/// strip gets its own and `fitted` must be `None`. The strips of a matrix, one after another, are the quantized matrix, plane by plane.
+/// With [`Granularity::Tensor`] the parameters come from `fitted`, because they belong to the whole
+/// matrix; otherwise each granule of the strip gets its own and `fitted` must be `None`. The strips
+/// of a matrix, one after another, are the quantized matrix, plane by plane.
 ///
 /// # Errors
-/// [`Error::Length`] for a strip that is not whole rows or an importance that is not `cols` long, [`Error::NotFinite`] with the position
-/// in the whole matrix, [`Error::Scheme`] for what the scheme cannot be.
+/// [`Error::Length`] for a strip that is not whole rows or an importance that is not `cols` long,
+/// [`Error::NotFinite`] with the position in the whole matrix, [`Error::Scheme`] for what the
+/// scheme cannot be.
 pub fn quantize_rows(
     ops: &impl Ops,
     weights: &[f32],
@@ -175,29 +240,59 @@ pub fn quantize_rows(
     importance: Option<&[f32]>,
 ) -> Result<Matrix> {
     if cols == 0 || !weights.len().is_multiple_of(cols) {
-        return Err(Error::Length { what: "weights", expected: weights.len().next_multiple_of(cols.max(1)), got: weights.len() });
+        return Err(Error::Length {
+            what: "weights",
+            expected: weights.len().next_multiple_of(cols.max(1)),
+            got: weights.len(),
+        });
     }
     if let Some(h) = importance.filter(|h| h.len() != cols) {
-        return Err(Error::Length { what: "importance", expected: cols, got: h.len() });
+        return Err(Error::Length {
+            what: "importance",
+            expected: cols,
+            got: h.len(),
+        });
     }
     if fitted.is_some() != (scheme.granularity == Granularity::Tensor) {
-        return Err(Error::Scheme("parameters of the whole matrix go with granularity tensor, and with no other".into()));
+        return Err(Error::Scheme(
+            "parameters of the whole matrix go with granularity tensor, and with no other".into(),
+        ));
     }
     let importance = importance.map(Importance::new).transpose()?;
     let spec = scheme.spec(weights.len() / cols, cols)?;
     let mut values = vec![0i8; spec.values_len()];
     let mut scales = vec![0.0; spec.scales_len()];
-    let mut zero_points = vec![0.0; if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() }];
-    let mut planes: Vec<&mut [i8]> = if weights.is_empty() { vec![] } else { values.chunks_mut(weights.len()).collect() };
+    let mut zero_points = vec![
+        0.0;
+        if spec.zero_points == ZeroPoints::None {
+            0
+        } else {
+            spec.scales_len()
+        }
+    ];
+    let mut planes: Vec<&mut [i8]> = if weights.is_empty() {
+        vec![]
+    } else {
+        values.chunks_mut(weights.len()).collect()
+    };
     let width = spec.granule_cols();
     for (row, weights) in weights.chunks(cols).enumerate() {
         for (granule, w) in weights.chunks(width).enumerate() {
-            let (start, index) = (row * cols + granule * width, (first_row + row) * cols + granule * width);
+            let (start, index) = (
+                row * cols + granule * width,
+                (first_row + row) * cols + granule * width,
+            );
             let part = importance.and_then(|h| h.columns(granule * width, w.len()));
             let fitted = match fitted {
                 Some(fitted) => *fitted,
                 None => fit(ops, w, scheme, part).map_err(|e| match e {
-                    Error::NotFinite { index: inside, value } => Error::NotFinite { index: index + inside, value },
+                    Error::NotFinite {
+                        index: inside,
+                        value,
+                    } => Error::NotFinite {
+                        index: index + inside,
+                        value,
+                    },
                     other => other,
                 })?,
             };
@@ -214,34 +309,77 @@ pub fn quantize_rows(
             }
         }
     }
-    Ok(Matrix { spec, values, scales, zero_points })
+    Ok(Matrix {
+        spec,
+        values,
+        scales,
+        zero_points,
+    })
 }
 
 /// Quantizes a matrix in memory, `weights` of shape `[rows, cols]`.
 ///
-/// `importance`, one non-negative number for each column, weighs the squared error; the optimal threshold, trit planes, the optimal binary
-/// split and the clip search use it, other rules refuse it.
+/// `importance`, one non-negative number for each column, weighs the squared error; the optimal
+/// threshold, trit planes, the optimal binary split and the clip search use it, other rules refuse
+/// it.
 ///
 /// # Errors
 /// As [`quantize_rows`].
-pub fn quantize(ops: &impl Ops, weights: &[f32], rows: usize, cols: usize, scheme: &Scheme, importance: Option<&[f32]>) -> Result<Matrix> {
+pub fn quantize(
+    ops: &impl Ops,
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    scheme: &Scheme,
+    importance: Option<&[f32]>,
+) -> Result<Matrix> {
     let spec = scheme.spec(rows, cols)?;
     if weights.len() != spec.weights_len() {
-        return Err(Error::Length { what: "weights", expected: spec.weights_len(), got: weights.len() });
+        return Err(Error::Length {
+            what: "weights",
+            expected: spec.weights_len(),
+            got: weights.len(),
+        });
     }
     if weights.is_empty() {
         let scales = vec![0.0; spec.scales_len()];
-        let zero_points = if spec.zero_points == ZeroPoints::None { vec![] } else { scales.clone() };
-        return Ok(Matrix { spec, values: vec![], scales, zero_points });
+        let zero_points = if spec.zero_points == ZeroPoints::None {
+            vec![]
+        } else {
+            scales.clone()
+        };
+        return Ok(Matrix {
+            spec,
+            values: vec![],
+            scales,
+            zero_points,
+        });
     }
     let fitted = match scheme.granularity {
         Granularity::Tensor => {
             if let Some(h) = importance.filter(|h| h.len() != cols) {
-                return Err(Error::Length { what: "importance", expected: cols, got: h.len() });
+                return Err(Error::Length {
+                    what: "importance",
+                    expected: cols,
+                    got: h.len(),
+                });
             }
-            Some(fit(ops, weights, scheme, importance.map(Importance::new).transpose()?)?)
+            Some(fit(
+                ops,
+                weights,
+                scheme,
+                importance.map(Importance::new).transpose()?,
+            )?)
         }
         Granularity::Channel | Granularity::Group(_) => None,
     };
-    quantize_rows(ops, weights, cols, 0, scheme, fitted.as_ref(), importance.filter(|_| fitted.is_none()))
+    quantize_rows(
+        ops,
+        weights,
+        cols,
+        0,
+        scheme,
+        fitted.as_ref(),
+        importance.filter(|_| fitted.is_none()),
+    )
 }

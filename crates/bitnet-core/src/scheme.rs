@@ -100,8 +100,11 @@ impl fmt::Display for Granularity {
 impl FromStr for Granularity {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
-        let unknown =
-            || Error::UnknownName { what: "granularity", got: s.into(), expected: "tensor, channel, group:N with N ≥ 1".into() };
+        let unknown = || Error::UnknownName {
+            what: "granularity",
+            got: s.into(),
+            expected: "tensor, channel, group:N with N ≥ 1".into(),
+        };
         match s {
             "tensor" => Ok(Self::Tensor),
             "channel" => Ok(Self::Channel),
@@ -191,20 +194,24 @@ impl Rounding {
 /// Which weights of a granule become ±1. `mean` and `median` are over |w|, zeros included.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Threshold {
-    /// `s = mean|W|`, `q = clip(round(W / s), −1, 1)` (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764).
+    /// `s = mean|W|`, `q = clip(round(W / s), −1, 1)` (BitNet b1.58, Ma et al. 2024,
+    /// arXiv:2402.17764).
     #[default]
     Absmean,
-    /// `Δ = 0.7·mean|W|`, `q = sign(W)·[|W| > Δ]`, `s = mean|W|` over the kept (ternary weight networks, Li et al. 2016, arXiv:1605.04711).
+    /// `Δ = 0.7·mean|W|`, `q = sign(W)·[|W| > Δ]`, `s = mean|W|` over the kept (ternary weight
+    /// networks, Li et al. 2016, arXiv:1605.04711).
     Mean,
     /// `Δ = 0.8·median|W|`, then as [`Threshold::Mean`]: outliers do not move it.
     Median,
     /// `Δ = t(ρ)·mean|W|` with `ρ = mean|W| / rms(W)`, then as [`Threshold::Mean`].
     ///
-    /// `t` is the factor that is optimal for the generalised normal distribution with that ρ: 0.667 for uniform weights, 0.767 for normal,
-    /// 1.0 for Laplace, more for heavier tails. It follows the shape of the weights with two moments, where `Mean` assumes one shape
-    /// for all and `Optimal` needs many passes.
+    /// `t` is the factor that is optimal for the generalised normal distribution with that ρ: 0.667
+    /// for uniform weights, 0.767 for normal, 1.0 for Laplace, more for heavier tails. It follows
+    /// the shape of the weights with two moments, where `Mean` assumes one shape for all and
+    /// `Optimal` needs many passes.
     Adaptive,
-    /// The exact minimum of `Σ h·(w − s·q)²` over `Δ` and `s`: the k largest |w|, k maximising `(Σ h|w|)² / Σ h`, and `s = Σ h|w| / Σ h`.
+    /// The exact minimum of `Σ h·(w − s·q)²` over `Δ` and `s`: the k largest |w|, k maximising `(Σ
+    /// h|w|)² / Σ h`, and `s = Σ h|w| / Σ h`.
     Optimal,
     /// `Δ = factor·mean|W|`, then as [`Threshold::Mean`].
     Factor(f32),
@@ -232,11 +239,15 @@ impl FromStr for Threshold {
             "median" => Ok(Self::Median),
             "adaptive" => Ok(Self::Adaptive),
             "optimal" => Ok(Self::Optimal),
-            _ => s.strip_prefix("factor:").and_then(|x| x.parse().ok()).map(Self::Factor).ok_or_else(|| Error::UnknownName {
-                what: "threshold",
-                got: s.into(),
-                expected: "absmean, mean, median, adaptive, optimal, factor:X".into(),
-            }),
+            _ => s
+                .strip_prefix("factor:")
+                .and_then(|x| x.parse().ok())
+                .map(Self::Factor)
+                .ok_or_else(|| Error::UnknownName {
+                    what: "threshold",
+                    got: s.into(),
+                    expected: "absmean, mean, median, adaptive, optimal, factor:X".into(),
+                }),
         }
     }
 }
@@ -261,7 +272,8 @@ pub enum ScaleForm {
     /// The scale.
     #[default]
     Direct,
-    /// 1/scale, as HF `bitlinear` folders do. The scale that counts is then `1/x` in f32 for the stored x.
+    /// 1/scale, as HF `bitlinear` folders do. The scale that counts is then `1/x` in f32 for the
+    /// stored x.
     Inverse,
 }
 
@@ -277,20 +289,30 @@ pub struct ScaleStorage {
 }
 
 impl ScaleStorage {
-    /// What is stored for the scale of an all-zero granule where inverses are stored: finite in every type, as 1/0 is not.
+    /// What is stored for the scale of an all-zero granule where inverses are stored: finite in
+    /// every type, as 1/0 is not.
     pub const DEAD_INVERSE: f32 = 32768.0;
 
     /// The number that is stored for a scale: itself, or the f32 whose inverse it is.
     ///
-    /// Inverting twice may be off by one in the last place, so a neighbour whose inverse is exactly `scale` is taken where there is one.
+    /// Inverting twice may be off by one in the last place, so a neighbour whose inverse is exactly
+    /// `scale` is taken where there is one.
     pub fn to_stored(self, scale: f32) -> f32 {
         match self.form {
             ScaleForm::Direct => scale,
             ScaleForm::Inverse if scale == 0.0 => Self::DEAD_INVERSE,
             ScaleForm::Inverse => {
                 let near = scale.recip();
-                let candidates = [self.dtype.round(near), near, near.next_up(), near.next_down()];
-                candidates.into_iter().find(|x| x.recip() == scale).unwrap_or(near)
+                let candidates = [
+                    self.dtype.round(near),
+                    near,
+                    near.next_up(),
+                    near.next_down(),
+                ];
+                candidates
+                    .into_iter()
+                    .find(|x| x.recip() == scale)
+                    .unwrap_or(near)
             }
         }
     }
@@ -301,11 +323,16 @@ impl ScaleStorage {
     /// [`Error::Scheme`] if the type cannot hold it.
     pub fn round(self, scale: f64) -> Result<f32> {
         let nearest = self.back(self.nearest(self.exact(scale)));
-        if nearest.is_finite() { Ok(nearest) } else { Err(self.too_large(scale)) }
+        if nearest.is_finite() {
+            Ok(nearest)
+        } else {
+            Err(self.too_large(scale))
+        }
     }
 
-    /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32 scales have none: both are the same).
-    /// A scale that is too small for the type becomes 0, and the granule then holds only zeros; one that is too large is an error.
+    /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32
+    /// scales have none: both are the same). A scale that is too small for the type becomes 0, and
+    /// the granule then holds only zeros; one that is too large is an error.
     ///
     /// # Errors
     /// [`Error::Scheme`] if the type cannot hold it.
@@ -315,10 +342,19 @@ impl ScaleStorage {
         let other = match self.dtype {
             ScaleDtype::F32 => nearest,
             ScaleDtype::F16 | ScaleDtype::Bf16 => {
-                // Neighbours of a positive number differ by one in the last bit that the type keeps; rounding repairs subnormals.
-                let step = if self.dtype == ScaleDtype::F16 { 1 << 13 } else { 1 << 16 };
+                // Neighbours of a positive number differ by one in the last bit that the type
+                // keeps; rounding repairs subnormals.
+                let step = if self.dtype == ScaleDtype::F16 {
+                    1 << 13
+                } else {
+                    1 << 16
+                };
                 let bits = nearest.to_bits();
-                let bits = if f64::from(nearest) < exact { bits.saturating_add(step) } else { bits.saturating_sub(step) };
+                let bits = if f64::from(nearest) < exact {
+                    bits.saturating_add(step)
+                } else {
+                    bits.saturating_sub(step)
+                };
                 self.dtype.round(f32::from_bits(bits))
             }
         };
@@ -344,7 +380,8 @@ impl ScaleStorage {
         if self.form == ScaleForm::Direct || nearest.is_finite() {
             return nearest;
         }
-        // The inverse of a tiny scale: the largest number of the type stands for the smallest scale there is.
+        // The inverse of a tiny scale: the largest number of the type stands for the smallest scale
+        // there is.
         match self.dtype {
             ScaleDtype::F32 => f32::MAX,
             ScaleDtype::F16 => half::f16::MAX.to_f32(),
@@ -361,14 +398,18 @@ impl ScaleStorage {
     }
 
     fn too_large(self, scale: f64) -> Error {
-        Error::Scheme(format!("a scale of {scale:e} does not fit {} ({})", self.dtype, self.form))
+        Error::Scheme(format!(
+            "a scale of {scale:e} does not fit {} ({})",
+            self.dtype, self.form
+        ))
     }
 }
 
 /// How two levels are placed for binary weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BinarySplit {
-    /// `q = +1 if w ≥ 0 else −1`, `s = mean|W|`: the least squared error that `±s` can reach (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279).
+    /// `q = +1 if w ≥ 0 else −1`, `s = mean|W|`: the least squared error that `±s` can reach
+    /// (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279).
     #[default]
     Zero,
     /// `q = +1 if w ≥ mean(W) else −1` with two free levels, the means of the two sides.
@@ -419,11 +460,15 @@ impl FromStr for Clip {
         match s {
             "none" => Ok(Self::None),
             "search" => Ok(Self::Search),
-            _ => s.strip_prefix("rms:").and_then(|x| x.parse().ok()).map(Self::Rms).ok_or_else(|| Error::UnknownName {
-                what: "clip",
-                got: s.into(),
-                expected: "none, search, rms:X".into(),
-            }),
+            _ => s
+                .strip_prefix("rms:")
+                .and_then(|x| x.parse().ok())
+                .map(Self::Rms)
+                .ok_or_else(|| Error::UnknownName {
+                    what: "clip",
+                    got: s.into(),
+                    expected: "none, search, rms:X".into(),
+                }),
         }
     }
 }
@@ -440,14 +485,16 @@ pub enum Method {
         threshold: Threshold,
         /// Where the scale comes from.
         scale: ScaleRule,
-        /// `W ≈ Σ α_k·T_k`: 1, 2 or 3 planes. Several planes always minimise the squared error and need [`Threshold::Optimal`].
+        /// `W ≈ Σ α_k·T_k`: 1, 2 or 3 planes. Several planes always minimise the squared error and
+        /// need [`Threshold::Optimal`].
         planes: usize,
     },
     /// {−1, +1}.
     Binary {
         /// Where the two levels are.
         split: BinarySplit,
-        /// `Some(seed)`: `q = +1` with probability `clip((w/s + 1)/2, 0, 1)`, reproducible, independent of the number of threads.
+        /// `Some(seed)`: `q = +1` with probability `clip((w/s + 1)/2, 0, 1)`, reproducible,
+        /// independent of the number of threads.
         stochastic: Option<u64>,
     },
     /// Two's complement integers.
@@ -503,43 +550,69 @@ impl Scheme {
 
     /// How the scales are stored.
     pub fn scale_storage(&self) -> ScaleStorage {
-        ScaleStorage { dtype: self.scale_dtype, form: self.scale_form }
+        ScaleStorage {
+            dtype: self.scale_dtype,
+            form: self.scale_form,
+        }
     }
 
     /// Ternary with one plane, per tensor, f32 scales, half to even.
     pub fn ternary(threshold: Threshold) -> Self {
-        Self::new(Method::Ternary { threshold, scale: ScaleRule::Rule, planes: 1 })
+        Self::new(Method::Ternary {
+            threshold,
+            scale: ScaleRule::Rule,
+            planes: 1,
+        })
     }
 
     /// Several trit planes.
     pub fn planes(planes: usize) -> Self {
-        Self::new(Method::Ternary { threshold: Threshold::Optimal, scale: ScaleRule::Rule, planes })
+        Self::new(Method::Ternary {
+            threshold: Threshold::Optimal,
+            scale: ScaleRule::Rule,
+            planes,
+        })
     }
 
     /// Binary.
     pub fn binary(split: BinarySplit) -> Self {
-        Self::new(Method::Binary { split, stochastic: None })
+        Self::new(Method::Binary {
+            split,
+            stochastic: None,
+        })
     }
 
     /// Symmetric integers of 2, 3, 4 or 8 bits over the whole range.
     pub fn int(bits: u32) -> Self {
-        Self::new(Method::Int { bits, mapping: Mapping::Symmetric, clip: Clip::None })
+        Self::new(Method::Int {
+            bits,
+            mapping: Mapping::Symmetric,
+            clip: Clip::None,
+        })
     }
 
     /// The same with another granularity.
     pub fn with_granularity(self, granularity: Granularity) -> Self {
-        Self { granularity, ..self }
+        Self {
+            granularity,
+            ..self
+        }
     }
 
     /// The same with another scale type.
     pub fn with_scale_dtype(self, scale_dtype: ScaleDtype) -> Self {
-        Self { scale_dtype, ..self }
+        Self {
+            scale_dtype,
+            ..self
+        }
     }
 
     /// Whether the rule can weigh errors by the importance of their columns. The others refuse one.
     pub fn uses_importance(&self) -> bool {
         match self.method {
-            Method::Ternary { threshold, planes, .. } => planes > 1 || threshold == Threshold::Optimal,
+            Method::Ternary {
+                threshold, planes, ..
+            } => planes > 1 || threshold == Threshold::Optimal,
             Method::Binary { split, .. } => split == BinarySplit::Optimal,
             Method::Int { clip, .. } => clip == Clip::Search,
         }
@@ -557,34 +630,57 @@ impl Scheme {
             Method::Int { bits: 3, .. } => Ok(Precision::Int3),
             Method::Int { bits: 4, .. } => Ok(Precision::Int4),
             Method::Int { bits: 8, .. } => Ok(Precision::Int8),
-            Method::Int { bits, .. } => Err(Error::Scheme(format!("integers of {bits} bits; 2, 3, 4 and 8 exist"))),
+            Method::Int { bits, .. } => Err(Error::Scheme(format!(
+                "integers of {bits} bits; 2, 3, 4 and 8 exist"
+            ))),
         }
     }
 
     /// The spec of a matrix that this scheme makes.
     ///
     /// # Errors
-    /// [`Error::Scheme`] for a combination that does not exist, [`Error::TooLarge`] for sizes that overflow.
+    /// [`Error::Scheme`] for a combination that does not exist, [`Error::TooLarge`] for sizes that
+    /// overflow.
     pub fn spec(&self, rows: usize, cols: usize) -> Result<MatrixSpec> {
         let precision = self.precision()?;
         let factor = |what, x: f32| {
-            if x.is_finite() && x > 0.0 { Ok(()) } else { Err(Error::Scheme(format!("{what} {x}; it must be a positive number"))) }
+            if x.is_finite() && x > 0.0 {
+                Ok(())
+            } else {
+                Err(Error::Scheme(format!(
+                    "{what} {x}; it must be a positive number"
+                )))
+            }
         };
         let mut planes = 1;
         let mut zero_points = ZeroPoints::None;
         match self.method {
-            Method::Ternary { threshold, planes: n, .. } => {
+            Method::Ternary {
+                threshold,
+                planes: n,
+                ..
+            } => {
                 if let Threshold::Factor(x) = threshold {
                     factor("a threshold factor of", x)?;
                 }
                 if n > 1 && threshold != Threshold::Optimal {
-                    return Err(Error::Scheme(format!("{n} trit planes with threshold {threshold:?}; several planes need Optimal")));
+                    return Err(Error::Scheme(format!(
+                        "{n} trit planes with threshold {threshold:?}; several planes need Optimal"
+                    )));
                 }
                 planes = n;
             }
-            Method::Binary { split: BinarySplit::Zero, .. } => {}
-            Method::Binary { stochastic: Some(_), split } => {
-                return Err(Error::Scheme(format!("stochastic binary with split {split:?}; it needs Zero")));
+            Method::Binary {
+                split: BinarySplit::Zero,
+                ..
+            } => {}
+            Method::Binary {
+                stochastic: Some(_),
+                split,
+            } => {
+                return Err(Error::Scheme(format!(
+                    "stochastic binary with split {split:?}; it needs Zero"
+                )));
             }
             Method::Binary { .. } => zero_points = ZeroPoints::F32,
             Method::Int { mapping, clip, .. } => {
@@ -597,8 +693,20 @@ impl Scheme {
             }
         }
         // The inverse of a stored number is an f32, whatever the number's own type is.
-        let scale_dtype = if self.scale_form == ScaleForm::Inverse { ScaleDtype::F32 } else { self.scale_dtype };
-        let spec = MatrixSpec { rows, cols, precision, planes, granularity: self.granularity, scale_dtype, zero_points };
+        let scale_dtype = if self.scale_form == ScaleForm::Inverse {
+            ScaleDtype::F32
+        } else {
+            self.scale_dtype
+        };
+        let spec = MatrixSpec {
+            rows,
+            cols,
+            precision,
+            planes,
+            granularity: self.granularity,
+            scale_dtype,
+            zero_points,
+        };
         spec.validate()?;
         Ok(spec)
     }

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Sums over pairs of an original weight `w` and its reconstruction `ŵ`, from which every figure follows.
+/// Sums over pairs of an original weight `w` and its reconstruction `ŵ`, from which every figure
+/// follows.
 ///
 /// Strips may be measured apart and joined with [`ErrorStats::then`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -87,7 +88,11 @@ impl ErrorStats {
     }
 
     fn share(&self, x: f64) -> f64 {
-        if self.count == 0 { 0.0 } else { x / self.count as f64 }
+        if self.count == 0 {
+            0.0
+        } else {
+            x / self.count as f64
+        }
     }
 
     /// Mean squared error.
@@ -102,7 +107,11 @@ impl ErrorStats {
 
     /// `10·log10(Σw² / Σ(w − ŵ)²)` in dB; +∞ where nothing was lost.
     pub fn sqnr_db(&self) -> f64 {
-        if self.noise == 0.0 { f64::INFINITY } else { 10.0 * (self.signal / self.noise).log10() }
+        if self.noise == 0.0 {
+            f64::INFINITY
+        } else {
+            10.0 * (self.signal / self.noise).log10()
+        }
     }
 
     /// `Σwŵ / √(Σw²·Σŵ²)`; 1 where both are all zero, 0 where one is.
@@ -161,7 +170,10 @@ impl CodeHistogram {
 
     /// Adds the counts of another histogram.
     pub fn merge(&mut self, other: &Self) {
-        self.0.iter_mut().zip(other.0.iter()).for_each(|(a, b)| *a += b);
+        self.0
+            .iter_mut()
+            .zip(other.0.iter())
+            .for_each(|(a, b)| *a += b);
     }
 
     /// How often `value` occurs.
@@ -172,6 +184,12 @@ impl CodeHistogram {
     /// Order-0 entropy in bits per value: the least that coding value by value can reach.
     pub fn entropy_bits(&self) -> f64 {
         let n: u64 = self.0.iter().sum();
-        self.0.iter().filter(|&&c| c > 0).map(|&c| c as f64 / n as f64).map(|p| -p * p.log2()).sum::<f64>().max(0.0)
+        self.0
+            .iter()
+            .filter(|&&c| c > 0)
+            .map(|&c| c as f64 / n as f64)
+            .map(|p| -p * p.log2())
+            .sum::<f64>()
+            .max(0.0)
     }
 }

@@ -5,11 +5,17 @@ use bitnet_core::activation::{ActivationGranularity, ActivationMethod, quantize}
 use bitnet_core::scheme::Rounding;
 use proptest::prelude::*;
 
-/// `clamp(round(x · top / max(max|x|, 1e-5)), −top − 1, top)` of one row, as HF transformers writes it.
+/// `clamp(round(x · top / max(max|x|, 1e-5)), −top − 1, top)` of one row, as HF transformers writes
+/// it.
 fn reference(x: &[f32], top: f32) -> (Vec<i8>, f32) {
     let max = x.iter().fold(1e-5f32, |m, x| m.max(x.abs()));
     let s = top / max;
-    (x.iter().map(|&x| (x * s).round_ties_even().clamp(-top - 1.0, top) as i8).collect(), max / top)
+    (
+        x.iter()
+            .map(|&x| (x * s).round_ties_even().clamp(-top - 1.0, top) as i8)
+            .collect(),
+        max / top,
+    )
 }
 
 proptest! {
@@ -31,28 +37,67 @@ proptest! {
 #[test]
 fn every_negative_activation_keeps_its_sign() {
     let x: Vec<f32> = (-127..=127).map(|i| i as f32).collect();
-    let q = quantize(&x, 255, ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven).unwrap();
+    let q = quantize(
+        &x,
+        255,
+        ActivationMethod::Int8,
+        ActivationGranularity::Token,
+        Rounding::HalfEven,
+    )
+    .unwrap();
     assert_eq!(q.values, (-127..=127).collect::<Vec<i8>>());
     assert_eq!(q.scales, [1.0]);
 }
 
 #[test]
 fn signs_with_their_least_squares_scale() {
-    let q = quantize(&[0.5, -1.5, 0.0, 2.0], 4, ActivationMethod::Sign, ActivationGranularity::Token, Rounding::HalfEven).unwrap();
+    let q = quantize(
+        &[0.5, -1.5, 0.0, 2.0],
+        4,
+        ActivationMethod::Sign,
+        ActivationGranularity::Token,
+        Rounding::HalfEven,
+    )
+    .unwrap();
     assert_eq!((q.values, q.scales), (vec![1, -1, 1, 1], vec![1.0]));
 }
 
 #[test]
 fn silence_is_not_divided_by_zero() {
-    let q = quantize(&[0.0; 4], 2, ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven).unwrap();
+    let q = quantize(
+        &[0.0; 4],
+        2,
+        ActivationMethod::Int8,
+        ActivationGranularity::Token,
+        Rounding::HalfEven,
+    )
+    .unwrap();
     assert_eq!(q.values, [0; 4]);
     assert!(q.scales.iter().all(|s| s.is_finite() && *s > 0.0));
 }
 
 #[test]
 fn bad_input_is_named() {
-    let of = |x: &[f32], cols| quantize(x, cols, ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven);
-    assert!(matches!(of(&[1.0, f32::NAN], 2), Err(Error::NotFinite { index: 1, .. })));
-    assert!(matches!(of(&[1.0; 5], 2), Err(Error::Length { expected: 6, got: 5, .. })));
+    let of = |x: &[f32], cols| {
+        quantize(
+            x,
+            cols,
+            ActivationMethod::Int8,
+            ActivationGranularity::Token,
+            Rounding::HalfEven,
+        )
+    };
+    assert!(matches!(
+        of(&[1.0, f32::NAN], 2),
+        Err(Error::NotFinite { index: 1, .. })
+    ));
+    assert!(matches!(
+        of(&[1.0; 5], 2),
+        Err(Error::Length {
+            expected: 6,
+            got: 5,
+            ..
+        })
+    ));
     assert!(of(&[1.0], 0).is_err());
 }

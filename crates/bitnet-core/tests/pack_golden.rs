@@ -1,7 +1,8 @@
 //! Byte-exact vectors of the foreign layouts, from writers other than ours.
 //!
-//! Values: x ← 1664525·x + 1013904223 mod 2^32 from x = 1, advanced first, v = (x >> 24) mod 3 − 1; scale 1. The vectors of tq1_0, tq2_0,
-//! q2_0 and q1_0 were written by ggml's own C functions, those of i2_s and hf-bitnet by independent ports.
+//! Values: x ← 1664525·x + 1013904223 mod 2^32 from x = 1, advanced first, v = (x >> 24) mod 3 − 1;
+//! scale 1. The vectors of tq1_0, tq2_0, q2_0 and q1_0 were written by ggml's own C functions,
+//! those of i2_s and hf-bitnet by independent ports.
 
 use bitnet_core::pack::by_name;
 use bitnet_core::{Error, Granularity, MatrixSpec, Precision, ScaleDtype};
@@ -18,7 +19,10 @@ const HF_BITNET: &str = "a855a8241005482581652558151518aa11660845592298a880158a0
 
 fn hex(text: &str) -> Vec<u8> {
     assert!(text.len().is_multiple_of(2));
-    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap()).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap())
+        .collect()
 }
 
 fn trits(n: usize) -> Vec<i8> {
@@ -31,7 +35,10 @@ fn trits(n: usize) -> Vec<i8> {
 }
 
 fn spec(rows: usize, cols: usize, precision: Precision, scale_dtype: ScaleDtype) -> MatrixSpec {
-    MatrixSpec { scale_dtype, ..MatrixSpec::new(rows, cols, precision, Granularity::Tensor) }
+    MatrixSpec {
+        scale_dtype,
+        ..MatrixSpec::new(rows, cols, precision, Granularity::Tensor)
+    }
 }
 
 /// Both directions; `scales` are in the bytes or empty.
@@ -48,22 +55,43 @@ fn both_ways(name: &str, spec: &MatrixSpec, values: &[i8], scales: &[f32], bytes
 
 #[test]
 fn the_values_are_those_of_the_vectors() {
-    assert_eq!(trits(16), [-1, 0, -1, -1, -1, 0, -1, 0, 0, 0, 0, -1, 0, 0, -1, 1]);
+    assert_eq!(
+        trits(16),
+        [-1, 0, -1, -1, -1, 0, -1, 0, 0, 0, 0, -1, 0, 0, -1, 1]
+    );
 }
 
 #[test]
 fn tq1_0() {
-    both_ways("tq1_0", &spec(1, 256, Precision::Ternary, ScaleDtype::F16), &trits(256), &[1.0], &hex(TQ1_0));
+    both_ways(
+        "tq1_0",
+        &spec(1, 256, Precision::Ternary, ScaleDtype::F16),
+        &trits(256),
+        &[1.0],
+        &hex(TQ1_0),
+    );
 }
 
 #[test]
 fn tq2_0() {
-    both_ways("tq2_0", &spec(1, 256, Precision::Ternary, ScaleDtype::F16), &trits(256), &[1.0], &hex(TQ2_0));
+    both_ways(
+        "tq2_0",
+        &spec(1, 256, Precision::Ternary, ScaleDtype::F16),
+        &trits(256),
+        &[1.0],
+        &hex(TQ2_0),
+    );
 }
 
 #[test]
 fn q2_0() {
-    both_ways("q2_0", &spec(1, 64, Precision::Ternary, ScaleDtype::F16), &trits(64), &[1.0], &hex(Q2_0));
+    both_ways(
+        "q2_0",
+        &spec(1, 64, Precision::Ternary, ScaleDtype::F16),
+        &trits(64),
+        &[1.0],
+        &hex(Q2_0),
+    );
 }
 
 #[test]
@@ -72,16 +100,34 @@ fn q1_0() {
     let trits = trits(128);
     let signs: Vec<i8> = trits.iter().map(|&v| if v >= 0 { 1 } else { -1 }).collect();
     let mean = trits.iter().filter(|&&v| v != 0).count() as f32 / 128.0;
-    both_ways("q1_0", &spec(1, 128, Precision::Binary, ScaleDtype::F16), &signs, &[ScaleDtype::F16.round(mean)], &hex(Q1_0));
+    both_ways(
+        "q1_0",
+        &spec(1, 128, Precision::Binary, ScaleDtype::F16),
+        &signs,
+        &[ScaleDtype::F16.round(mean)],
+        &hex(Q1_0),
+    );
 }
 
 #[test]
 fn i2_s() {
     let mut bytes = hex(I2_S);
     bytes.resize(256 / 4 + 32, 0);
-    both_ways("i2_s", &spec(1, 256, Precision::Ternary, ScaleDtype::F32), &trits(256), &[1.0], &bytes);
+    both_ways(
+        "i2_s",
+        &spec(1, 256, Precision::Ternary, ScaleDtype::F32),
+        &trits(256),
+        &[1.0],
+        &bytes,
+    );
     // Flat: the shape does not matter.
-    both_ways("i2_s", &spec(2, 128, Precision::Ternary, ScaleDtype::F32), &trits(256), &[1.0], &bytes);
+    both_ways(
+        "i2_s",
+        &spec(2, 128, Precision::Ternary, ScaleDtype::F32),
+        &trits(256),
+        &[1.0],
+        &bytes,
+    );
 }
 
 #[test]
@@ -106,40 +152,154 @@ fn i2_s_orders_by_their_formulas() {
 
 #[test]
 fn hf_bitnet() {
-    both_ways("hf-bitnet", &spec(8, 32, Precision::Ternary, ScaleDtype::Bf16), &trits(256), &[], &hex(HF_BITNET));
+    both_ways(
+        "hf-bitnet",
+        &spec(8, 32, Precision::Ternary, ScaleDtype::Bf16),
+        &trits(256),
+        &[],
+        &hex(HF_BITNET),
+    );
     let values = [0, -1, -1, 1, -1, 1, -1, 1, 1, 0, 0, -1, 1, -1, 1, -1];
     let bytes = [0b1010_0001, 0b0001_1000, 0b1001_0000, 0b0000_1010];
-    both_ways("hf-bitnet", &spec(8, 2, Precision::Ternary, ScaleDtype::Bf16), &values, &[], &bytes);
+    both_ways(
+        "hf-bitnet",
+        &spec(8, 2, Precision::Ternary, ScaleDtype::Bf16),
+        &values,
+        &[],
+        &bytes,
+    );
     // Five rows: two byte rows, of which the second has fields of rows 1 and 3 only.
     let values = [1, 0, -1, 1, 1];
-    both_ways("hf-bitnet", &spec(5, 1, Precision::Ternary, ScaleDtype::Bf16), &values, &[], &[2 | 2 << 4, 1 | 2 << 2]);
+    both_ways(
+        "hf-bitnet",
+        &spec(5, 1, Precision::Ternary, ScaleDtype::Bf16),
+        &values,
+        &[],
+        &[2 | 2 << 4, 1 | 2 << 2],
+    );
 }
 
 #[test]
 fn own_layouts_byte_by_byte() {
     let ternary = |cols| spec(1, cols, Precision::Ternary, ScaleDtype::F32);
-    both_ways("two-bit", &ternary(6), &[-1, 0, 1, -1, 1, 1], &[], &[0b00_10_01_00, 0b10_10]);
-    both_ways("base-3", &ternary(6), &[-1, 1, 0, 0, -1, 1], &[], &[2 * 3 + 9 + 27, 2]);
-    both_ways("one-bit", &spec(2, 3, Precision::Binary, ScaleDtype::F32), &[-1, 1, 1, 1, -1, -1], &[], &[0b110, 0b001]);
-    both_ways("two-bit", &spec(1, 4, Precision::Int2, ScaleDtype::F32), &[-2, -1, 0, 1], &[], &[0b11_10_01_00]);
-    both_ways("three-bit", &spec(1, 3, Precision::Int3, ScaleDtype::F32), &[-4, 3, -1], &[], &[0b11_111_000, 0]);
-    both_ways("three-bit", &spec(1, 3, Precision::Int3, ScaleDtype::F32), &[-3, 3, 3], &[], &[0b11_111_001, 1]);
-    both_ways("four-bit", &spec(1, 3, Precision::Int4, ScaleDtype::F32), &[-8, 7, 0], &[], &[0xf0, 0x08]);
-    both_ways("i8", &spec(1, 3, Precision::Int8, ScaleDtype::F32), &[-128, 127, -1], &[], &[0x80, 0x7f, 0xff]);
+    both_ways(
+        "two-bit",
+        &ternary(6),
+        &[-1, 0, 1, -1, 1, 1],
+        &[],
+        &[0b00_10_01_00, 0b10_10],
+    );
+    both_ways(
+        "base-3",
+        &ternary(6),
+        &[-1, 1, 0, 0, -1, 1],
+        &[],
+        &[2 * 3 + 9 + 27, 2],
+    );
+    both_ways(
+        "one-bit",
+        &spec(2, 3, Precision::Binary, ScaleDtype::F32),
+        &[-1, 1, 1, 1, -1, -1],
+        &[],
+        &[0b110, 0b001],
+    );
+    both_ways(
+        "two-bit",
+        &spec(1, 4, Precision::Int2, ScaleDtype::F32),
+        &[-2, -1, 0, 1],
+        &[],
+        &[0b11_10_01_00],
+    );
+    both_ways(
+        "three-bit",
+        &spec(1, 3, Precision::Int3, ScaleDtype::F32),
+        &[-4, 3, -1],
+        &[],
+        &[0b11_111_000, 0],
+    );
+    both_ways(
+        "three-bit",
+        &spec(1, 3, Precision::Int3, ScaleDtype::F32),
+        &[-3, 3, 3],
+        &[],
+        &[0b11_111_001, 1],
+    );
+    both_ways(
+        "four-bit",
+        &spec(1, 3, Precision::Int4, ScaleDtype::F32),
+        &[-8, 7, 0],
+        &[],
+        &[0xf0, 0x08],
+    );
+    both_ways(
+        "i8",
+        &spec(1, 3, Precision::Int8, ScaleDtype::F32),
+        &[-128, 127, -1],
+        &[],
+        &[0x80, 0x7f, 0xff],
+    );
     let mut aligned = vec![0; 128];
     (aligned[0], aligned[64]) = (0b10_00_01, 0b01_01_10);
-    both_ways("byte-aligned", &spec(2, 3, Precision::Ternary, ScaleDtype::F32), &[0, -1, 1, 1, 0, 0], &[], &aligned);
+    both_ways(
+        "byte-aligned",
+        &spec(2, 3, Precision::Ternary, ScaleDtype::F32),
+        &[0, -1, 1, 1, 0, 0],
+        &[],
+        &aligned,
+    );
     // 70 zeros, then one +1: a long run of 64 + 6 and a short one.
     let mut long = vec![0; 71];
     long[70] = 1;
-    both_ways("run-length", &ternary(71), &long, &[], &[3, 0, 0, 0, 63 << 2 | 1, 6, 2]);
-    both_ways("sparse", &ternary(71), &long, &[], &[4, 0, 0, 0, 1, 1, 70, 0]);
-    both_ways("sparse", &ternary(4), &[0, -1, 1, -1], &[], &[3, 0, 0, 0, 0, 0b1110, 0b101]);
-    both_ways("hybrid", &ternary(71), &long, &[], &[4, 0, 0, 0, 1, 63 << 2 | 1, 6, 2]);
-    both_ways("hybrid", &ternary(3), &[1, 0, -1], &[], &[2, 0, 0, 0, 0, 2 + 3]);
+    both_ways(
+        "run-length",
+        &ternary(71),
+        &long,
+        &[],
+        &[3, 0, 0, 0, 63 << 2 | 1, 6, 2],
+    );
+    both_ways(
+        "sparse",
+        &ternary(71),
+        &long,
+        &[],
+        &[4, 0, 0, 0, 1, 1, 70, 0],
+    );
+    both_ways(
+        "sparse",
+        &ternary(4),
+        &[0, -1, 1, -1],
+        &[],
+        &[3, 0, 0, 0, 0, 0b1110, 0b101],
+    );
+    both_ways(
+        "hybrid",
+        &ternary(71),
+        &long,
+        &[],
+        &[4, 0, 0, 0, 1, 63 << 2 | 1, 6, 2],
+    );
+    both_ways(
+        "hybrid",
+        &ternary(3),
+        &[1, 0, -1],
+        &[],
+        &[2, 0, 0, 0, 0, 2 + 3],
+    );
     // A block of one value is all frequency and no words.
-    both_ways("entropy", &ternary(71), &[0; 71], &[], &[9, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 0, 0, 1, 0]);
-    both_ways("entropy", &ternary(3), &[1, 0, -1], &[], &[2, 0, 0, 0, 0, 2 + 3]);
+    both_ways(
+        "entropy",
+        &ternary(71),
+        &[0; 71],
+        &[],
+        &[9, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 0, 0, 1, 0],
+    );
+    both_ways(
+        "entropy",
+        &ternary(3),
+        &[1, 0, -1],
+        &[],
+        &[2, 0, 0, 0, 0, 2 + 3],
+    );
 }
 
 #[test]
@@ -147,18 +307,34 @@ fn q8_0_and_q4_0_by_their_formulas() {
     let bytes: Vec<i8> = (0..32i32).map(|i| (i * 8 - 128) as i8).collect();
     let mut q8 = vec![0x00, 0xb8]; // −0.5
     q8.extend(bytes.iter().map(|&v| v as u8));
-    both_ways("q8_0", &spec(1, 32, Precision::Int8, ScaleDtype::F16), &bytes, &[-0.5], &q8);
+    both_ways(
+        "q8_0",
+        &spec(1, 32, Precision::Int8, ScaleDtype::F16),
+        &bytes,
+        &[-0.5],
+        &q8,
+    );
     let nibbles: Vec<i8> = (0..32i32).map(|i| (i * 7 % 16 - 8) as i8).collect();
     let mut q4 = vec![0x00, 0xb8];
     q4.extend((0..16).map(|j| (nibbles[j] + 8) as u8 | ((nibbles[j + 16] + 8) as u8) << 4));
-    both_ways("q4_0", &spec(1, 32, Precision::Int4, ScaleDtype::F16), &nibbles, &[-0.5], &q4);
+    both_ways(
+        "q4_0",
+        &spec(1, 32, Precision::Int4, ScaleDtype::F16),
+        &nibbles,
+        &[-0.5],
+        &q4,
+    );
 }
 
 /// One named pattern that no writer produces, and where it is.
 #[track_caller]
 fn corrupt(name: &str, spec: &MatrixSpec, bytes: &[u8], offset: usize) {
     match by_name(name).unwrap().unpack(spec, bytes) {
-        Err(Error::Corrupt { layout, offset: found, .. }) => assert_eq!((layout, found), (name, offset)),
+        Err(Error::Corrupt {
+            layout,
+            offset: found,
+            ..
+        }) => assert_eq!((layout, found), (name, offset)),
         other => panic!("{name}: {other:?}"),
     }
 }
@@ -176,25 +352,65 @@ fn patterns_that_no_writer_produces() {
     corrupt("base-3", &own(2, 2, Precision::Ternary), &[8, 9], 1);
     let mut aligned = vec![0; 128];
     aligned[127] = 1;
-    corrupt("byte-aligned", &own(2, 3, Precision::Ternary), &aligned, 127);
+    corrupt(
+        "byte-aligned",
+        &own(2, 3, Precision::Ternary),
+        &aligned,
+        127,
+    );
     corrupt("run-length", &ternary(2), &[1, 0, 0, 0, 3 | 1 << 2], 4); // code 3
     corrupt("run-length", &ternary(2), &[2, 0, 0, 0, 0, 0], 5); // two runs of −1
     corrupt("run-length", &ternary(2), &[1, 0, 0, 0, 2 << 2], 4); // a run of 3
     corrupt("run-length", &ternary(2), &[1, 0, 0, 0, 0], 5); // a run of 1 and nothing
     corrupt("run-length", &ternary(2), &[2, 0, 0, 0, 1 << 2, 0], 5); // two and more
-    corrupt("run-length", &ternary(64), &[3, 0, 0, 0, 63 << 2, 0x80, 0], 5); // a varint with a zero byte
+    corrupt(
+        "run-length",
+        &ternary(64),
+        &[3, 0, 0, 0, 63 << 2, 0x80, 0],
+        5,
+    ); // a varint with a zero byte
     corrupt("sparse", &ternary(2), &[1, 0, 0, 0, 2], 4); // tag
     corrupt("sparse", &ternary(2), &[3, 0, 0, 0, 0, 0b101, 0], 5); // a third of two
     corrupt("sparse", &ternary(2), &[3, 0, 0, 0, 0, 0b01, 0b10], 6); // a second sign
     corrupt("sparse", &ternary(2), &[4, 0, 0, 0, 1, 1, 2, 0], 6); // a non-zero at 2
     corrupt("hybrid", &ternary(2), &[2, 0, 0, 0, 3, 0], 4); // tag
     corrupt("hybrid", &ternary(2), &[2, 0, 0, 0, 0, 9], 5); // base-3 padding
-    corrupt("entropy", &ternary(71), &[8, 0, 0, 0, 1, 1, 0x80, 0x20, 0, 0, 1, 0], 6); // frequencies above 4096
-    corrupt("entropy", &ternary(71), &[9, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 0xff, 0xff, 0, 0], 9); // a state below 2^16
-    corrupt("entropy", &ternary(71), &[9, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 1, 0, 1, 0], 9); // a wrong last state
-    corrupt("entropy", &ternary(71), &[11, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 0, 0, 1, 0, 0, 0], 13); // a word too many
-    corrupt("entropy", &ternary(71), &[7, 0, 0, 0, 1, 0, 2, 0, 0, 1, 0], 5); // three zeros of three symbols
-    corrupt("entropy", &ternary(71), &[9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0], 7); // zeros after zeros
+    corrupt(
+        "entropy",
+        &ternary(71),
+        &[8, 0, 0, 0, 1, 1, 0x80, 0x20, 0, 0, 1, 0],
+        6,
+    ); // frequencies above 4096
+    corrupt(
+        "entropy",
+        &ternary(71),
+        &[9, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 0xff, 0xff, 0, 0],
+        9,
+    ); // a state below 2^16
+    corrupt(
+        "entropy",
+        &ternary(71),
+        &[9, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 1, 0, 1, 0],
+        9,
+    ); // a wrong last state
+    corrupt(
+        "entropy",
+        &ternary(71),
+        &[11, 0, 0, 0, 1, 0, 0, 0x80, 0x20, 0, 0, 1, 0, 0, 0],
+        13,
+    ); // a word too many
+    corrupt(
+        "entropy",
+        &ternary(71),
+        &[7, 0, 0, 0, 1, 0, 2, 0, 0, 1, 0],
+        5,
+    ); // three zeros of three symbols
+    corrupt(
+        "entropy",
+        &ternary(71),
+        &[9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0],
+        7,
+    ); // zeros after zeros
 
     let carried = |cols, precision| spec(1, cols, precision, ScaleDtype::F16);
     let replaced = |text: &str, at: usize, byte: u8| {
@@ -214,32 +430,65 @@ fn patterns_that_no_writer_produces() {
     corrupt("q2_0", &ternary(64), &replaced(Q2_0, 1, 0x7e), 0);
     let two_scales = [hex(Q2_0), replaced(Q2_0, 1, 0x40)].concat();
     corrupt("q2_0", &ternary(128), &two_scales, 18);
-    let by_block = MatrixSpec { granularity: Granularity::Group(64), ..ternary(128) };
-    assert_eq!(by_name("q2_0").unwrap().unpack(&by_block, &two_scales).unwrap().scales, Some(vec![1.0, 2.0]));
+    let by_block = MatrixSpec {
+        granularity: Granularity::Group(64),
+        ..ternary(128)
+    };
+    assert_eq!(
+        by_name("q2_0")
+            .unwrap()
+            .unpack(&by_block, &two_scales)
+            .unwrap()
+            .scales,
+        Some(vec![1.0, 2.0])
+    );
 
     let mut i2_s = hex(I2_S);
     i2_s.resize(96, 0xee); // what is behind the scale is not read
     let tensor = own(1, 256, Precision::Ternary);
-    assert_eq!(by_name("i2_s").unwrap().unpack(&tensor, &i2_s).unwrap().values, trits(256));
+    assert_eq!(
+        by_name("i2_s")
+            .unwrap()
+            .unpack(&tensor, &i2_s)
+            .unwrap()
+            .values,
+        trits(256)
+    );
     i2_s[63] = 0b11;
     corrupt("i2_s", &tensor, &i2_s, 63);
     i2_s[63] = 0;
     i2_s[67] = 0xff;
     corrupt("i2_s", &tensor, &i2_s, 64);
     corrupt("hf-bitnet", &own(8, 1, Precision::Ternary), &[0, 0xc0], 1);
-    corrupt("hf-bitnet", &own(5, 1, Precision::Ternary), &[0, 0b1_0000], 1); // row 5 of five
+    corrupt(
+        "hf-bitnet",
+        &own(5, 1, Precision::Ternary),
+        &[0, 0b1_0000],
+        1,
+    ); // row 5 of five
 }
 
-/// Frozen from our own writer, and read back by a decoder written in another language from the prose of the layout alone.
+/// Frozen from our own writer, and read back by a decoder written in another language from the
+/// prose of the layout alone.
 #[test]
 fn entropy_is_frozen() {
     let mut x = 1u32;
     let next = || {
         x = x.wrapping_mul(1664525).wrapping_add(1013904223);
         let u = (x >> 16 & 0xff) as i32;
-        if u % 8 == 0 { (u / 8 - 16).clamp(-1, 1) as i8 } else { 0 }
+        if u % 8 == 0 {
+            (u / 8 - 16).clamp(-1, 1) as i8
+        } else {
+            0
+        }
     };
     let values: Vec<i8> = std::iter::repeat_with(next).take(100).collect();
     let bytes = hex("110000000199039a1bc87f0707a3bff4a8fdd40215");
-    both_ways("entropy", &spec(1, 100, Precision::Ternary, ScaleDtype::F32), &values, &[], &bytes);
+    both_ways(
+        "entropy",
+        &spec(1, 100, Precision::Ternary, ScaleDtype::F32),
+        &values,
+        &[],
+        &bytes,
+    );
 }

@@ -26,21 +26,36 @@ impl Random {
 }
 
 fn alphabet(precision: Precision) -> Vec<i8> {
-    (i8::MIN..=i8::MAX).filter(|&v| precision.contains(v)).collect()
+    (i8::MIN..=i8::MAX)
+        .filter(|&v| precision.contains(v))
+        .collect()
 }
 
-/// Contents that one coding or another finds hard: uniform, mostly one value, constant at either end, alternating, one exception.
+/// Contents that one coding or another finds hard: uniform, mostly one value, constant at either
+/// end, alternating, one exception.
 fn values(spec: &MatrixSpec, style: u64, random: &mut Random) -> Vec<i8> {
     let alphabet = alphabet(spec.precision);
-    let (first, last, middle) = (alphabet[0], alphabet[alphabet.len() - 1], alphabet[alphabet.len() / 2]);
+    let (first, last, middle) = (
+        alphabet[0],
+        alphabet[alphabet.len() - 1],
+        alphabet[alphabet.len() / 2],
+    );
     let n = spec.values_len();
-    let mut any = |odds: u64| if random.below(odds) == 0 { alphabet[random.below(alphabet.len() as u64) as usize] } else { middle };
+    let mut any = |odds: u64| {
+        if random.below(odds) == 0 {
+            alphabet[random.below(alphabet.len() as u64) as usize]
+        } else {
+            middle
+        }
+    };
     match style {
         0 => (0..n).map(|_| any(1)).collect(),
         1 => (0..n).map(|_| any(20)).collect(),
         2 => vec![first; n],
         3 => vec![last; n],
-        4 => (0..n).map(|i| if i % 2 == 0 { first } else { last }).collect(),
+        4 => (0..n)
+            .map(|i| if i % 2 == 0 { first } else { last })
+            .collect(),
         5 => vec![middle; n],
         _ => {
             let mut values = vec![middle; n];
@@ -55,16 +70,31 @@ const STYLES: u64 = 7;
 
 /// Random distinct numbers that every scale type holds, of either sign.
 fn scales(spec: &MatrixSpec, random: &mut Random) -> Vec<f32> {
-    (0..spec.scales_len()).map(|_| (random.below(255) as f32 - 127.0) / 64.0).collect()
+    (0..spec.scales_len())
+        .map(|_| (random.below(255) as f32 - 127.0) / 64.0)
+        .collect()
 }
 
-/// A spec near the one asked for that the layout takes: columns and rows rounded up to what it divides them by.
-fn fitted(layout: &dyn Layout, rows: usize, cols: usize, precision: Precision, granularity: Granularity) -> Option<MatrixSpec> {
+/// A spec near the one asked for that the layout takes: columns and rows rounded up to what it
+/// divides them by.
+fn fitted(
+    layout: &dyn Layout,
+    rows: usize,
+    cols: usize,
+    precision: Precision,
+    granularity: Granularity,
+) -> Option<MatrixSpec> {
     for (rows_by, cols_by) in [(1, 1), (4, 1), (1, 32), (1, 64), (1, 128), (1, 256)] {
         for granularity in [granularity, Granularity::Tensor] {
             for scale_dtype in [ScaleDtype::F32, ScaleDtype::F16] {
-                let (rows, cols) = (rows.next_multiple_of(rows_by), cols.next_multiple_of(cols_by));
-                let spec = MatrixSpec { scale_dtype, ..MatrixSpec::new(rows, cols, precision, granularity) };
+                let (rows, cols) = (
+                    rows.next_multiple_of(rows_by),
+                    cols.next_multiple_of(cols_by),
+                );
+                let spec = MatrixSpec {
+                    scale_dtype,
+                    ..MatrixSpec::new(rows, cols, precision, granularity)
+                };
                 if layout.check(&spec).is_ok() {
                     return Some(spec);
                 }
@@ -80,26 +110,50 @@ fn packed(layout: &dyn Layout, spec: &MatrixSpec, values: &[i8], scales: &[f32])
     assert_eq!(out.remove(0), 0xaa);
     match layout.packed_len(spec) {
         PackedLen::Exact(n) => assert_eq!(out.len(), n, "{} {spec:?}", layout.name()),
-        PackedLen::AtMost(n) => assert!(out.len() <= n, "{} {spec:?}: {} > {n}", layout.name(), out.len()),
+        PackedLen::AtMost(n) => assert!(
+            out.len() <= n,
+            "{} {spec:?}: {} > {n}",
+            layout.name(),
+            out.len()
+        ),
     }
     out
 }
 
 fn round_trip(layout: &dyn Layout, spec: &MatrixSpec, values: &[i8], scales: &[f32]) -> Vec<u8> {
     let bytes = packed(layout, spec, values, scales);
-    let back = layout.unpack(spec, &bytes).unwrap_or_else(|e| panic!("{spec:?}: {e}"));
+    let back = layout
+        .unpack(spec, &bytes)
+        .unwrap_or_else(|e| panic!("{spec:?}: {e}"));
     assert!(back.values == values, "{} {spec:?}", layout.name());
-    assert_eq!(back.scales.as_deref(), layout.stores_scales().then_some(scales), "{} {spec:?}", layout.name());
+    assert_eq!(
+        back.scales.as_deref(),
+        layout.stores_scales().then_some(scales),
+        "{} {spec:?}",
+        layout.name()
+    );
     bytes
 }
 
 /// Packs strips of `chunk_rows` (times `times`) stacked rows apart and compares.
-fn strips(layout: &dyn Layout, spec: &MatrixSpec, values: &[i8], scales: &[f32], times: usize, whole: &[u8]) {
-    let Some(rows) = layout.chunk_rows(spec) else { return };
+fn strips(
+    layout: &dyn Layout,
+    spec: &MatrixSpec,
+    values: &[i8],
+    scales: &[f32],
+    times: usize,
+    whole: &[u8],
+) {
+    let Some(rows) = layout.chunk_rows(spec) else {
+        return;
+    };
     let rows = rows * times;
     let mut bytes = Vec::new();
     for start in (0..spec.stacked_rows()).step_by(rows) {
-        let strip = MatrixSpec { planes: 1, ..spec.with_rows(rows.min(spec.stacked_rows() - start)) };
+        let strip = MatrixSpec {
+            planes: 1,
+            ..spec.with_rows(rows.min(spec.stacked_rows() - start))
+        };
         let values = &values[start * spec.cols..][..strip.values_len()];
         let scales = if !layout.stores_scales() {
             &[]
@@ -108,15 +162,26 @@ fn strips(layout: &dyn Layout, spec: &MatrixSpec, values: &[i8], scales: &[f32],
         } else {
             &scales[start * spec.granules_per_row()..][..strip.scales_len()]
         };
-        layout.pack_into(&strip, values, scales, &mut bytes).unwrap();
+        layout
+            .pack_into(&strip, values, scales, &mut bytes)
+            .unwrap();
     }
-    assert!(bytes == whole, "{} {spec:?} in strips of {rows}", layout.name());
+    assert!(
+        bytes == whole,
+        "{} {spec:?} in strips of {rows}",
+        layout.name()
+    );
 }
 
-/// Bytes that were accepted are a matrix; where the length is fixed they are also exactly what packing that matrix gives.
+/// Bytes that were accepted are a matrix; where the length is fixed they are also exactly what
+/// packing that matrix gives.
 fn accepted(layout: &dyn Layout, spec: &MatrixSpec, bytes: &[u8], found: Unpacked) {
     assert_eq!(found.values.len(), spec.values_len());
-    assert!(found.values.iter().all(|&v| spec.precision.contains(v)), "{} {spec:?}", layout.name());
+    assert!(
+        found.values.iter().all(|&v| spec.precision.contains(v)),
+        "{} {spec:?}",
+        layout.name()
+    );
     let scales = found.scales.unwrap_or_default();
     if layout.stores_scales() {
         assert_eq!(scales.len(), spec.scales_len());
@@ -125,7 +190,11 @@ fn accepted(layout: &dyn Layout, spec: &MatrixSpec, bytes: &[u8], found: Unpacke
     let again = packed(layout, spec, &found.values, &scales);
     if let PackedLen::Exact(_) = layout.packed_len(spec) {
         // i2_s: 28 bytes that nobody reads.
-        let read = if layout.name().starts_with("i2_s") { bytes.len() - 28 } else { bytes.len() };
+        let read = if layout.name().starts_with("i2_s") {
+            bytes.len() - 28
+        } else {
+            bytes.len()
+        };
         assert!(again[..read] == bytes[..read], "{} {spec:?}", layout.name());
     }
 }
@@ -145,9 +214,17 @@ fn every_layout_takes_some_precision() {
     let mut pairs = Vec::new();
     each(|layout, precision| pairs.push((layout.name(), precision)));
     for &layout in layouts() {
-        assert!(pairs.iter().any(|&(name, _)| name == layout.name()), "{}", layout.name());
+        assert!(
+            pairs.iter().any(|&(name, _)| name == layout.name()),
+            "{}",
+            layout.name()
+        );
         assert!(!layout.summary().is_empty());
-        assert_eq!(by_name(layout.name()).unwrap().name(), layout.name(), "names are unique");
+        assert_eq!(
+            by_name(layout.name()).unwrap().name(),
+            layout.name(),
+            "names are unique"
+        );
     }
     assert_eq!(pairs.len(), 33, "{pairs:?}");
     assert!(matches!(by_name("q9"), Err(Error::UnknownName { .. })));
@@ -239,7 +316,14 @@ proptest! {
 #[test]
 fn long_blocks() {
     let mut random = Random(1);
-    for (rows, cols) in [(37, 4096), (3, 40_000), (2, 70_000), (70_000, 1), (1, 65_536), (4097, 16)] {
+    for (rows, cols) in [
+        (37, 4096),
+        (3, 40_000),
+        (2, 70_000),
+        (70_000, 1),
+        (1, 65_536),
+        (4097, 16),
+    ] {
         for style in 0..STYLES {
             each(|layout, precision| {
                 let spec = MatrixSpec::new(rows, cols, precision, Granularity::Tensor);
@@ -252,61 +336,157 @@ fn long_blocks() {
             });
         }
     }
-    assert_eq!(by_name("entropy").unwrap().chunk_rows(&MatrixSpec::new(37, 4096, Precision::Ternary, Granularity::Tensor)), Some(16));
+    assert_eq!(
+        by_name("entropy").unwrap().chunk_rows(&MatrixSpec::new(
+            37,
+            4096,
+            Precision::Ternary,
+            Granularity::Tensor
+        )),
+        Some(16)
+    );
 }
 
 fn entropy_bits(values: &[i8]) -> f64 {
     let mut counts = [0u64; 256];
     values.iter().for_each(|&v| counts[v as u8 as usize] += 1);
     let n = values.len() as f64;
-    counts.iter().filter(|&&c| c > 0).map(|&c| -(c as f64) * (c as f64 / n).log2()).sum::<f64>() / n
+    counts
+        .iter()
+        .filter(|&&c| c > 0)
+        .map(|&c| -(c as f64) * (c as f64 / n).log2())
+        .sum::<f64>()
+        / n
 }
 
-/// Ternary with the optimal threshold of normal weights, ±0.612: within 0.3 % of the entropy and 1.55 bits, headers and all.
+/// Ternary with the optimal threshold of normal weights, ±0.612: within 0.3 % of the entropy and
+/// 1.55 bits, headers and all.
 #[test]
 fn entropy_comes_close_to_the_entropy() {
     let mut random = Random(2);
     let layout = by_name("entropy").unwrap();
     let spec = MatrixSpec::new(64, 4096, Precision::Ternary, Granularity::Tensor);
-    let ternary: Vec<i8> = (0..spec.values_len()).map(|_| random.normal()).map(|w| i8::from(w > 0.612) - i8::from(w < -0.612)).collect();
+    let ternary: Vec<i8> = (0..spec.values_len())
+        .map(|_| random.normal())
+        .map(|w| i8::from(w > 0.612) - i8::from(w < -0.612))
+        .collect();
     let bits = bits_per_weight(round_trip(layout, &spec, &ternary, &[]).len(), 0, &spec);
-    println!("entropy, ternary: {bits:.5} bits per weight, of {:.5}", entropy_bits(&ternary));
-    assert!(bits <= 1.55 && bits <= 1.003 * entropy_bits(&ternary), "{bits}");
-    for (precision, sigma, slack) in [(Precision::Int4, 2.0, 1.003), (Precision::Int8, 29.0, 1.007), (Precision::Int8, 3.0, 1.003)] {
-        let spec = MatrixSpec { precision, ..spec.clone() };
+    println!(
+        "entropy, ternary: {bits:.5} bits per weight, of {:.5}",
+        entropy_bits(&ternary)
+    );
+    assert!(
+        bits <= 1.55 && bits <= 1.003 * entropy_bits(&ternary),
+        "{bits}"
+    );
+    for (precision, sigma, slack) in [
+        (Precision::Int4, 2.0, 1.003),
+        (Precision::Int8, 29.0, 1.007),
+        (Precision::Int8, 3.0, 1.003),
+    ] {
+        let spec = MatrixSpec {
+            precision,
+            ..spec.clone()
+        };
         let (low, high) = precision.range();
-        let values: Vec<i8> =
-            (0..spec.values_len()).map(|_| (random.normal() * sigma).round().clamp(low.into(), high.into()) as i8).collect();
+        let values: Vec<i8> = (0..spec.values_len())
+            .map(|_| {
+                (random.normal() * sigma)
+                    .round()
+                    .clamp(low.into(), high.into()) as i8
+            })
+            .collect();
         let bits = bits_per_weight(round_trip(layout, &spec, &values, &[]).len(), 0, &spec);
-        println!("entropy, {precision} of sigma {sigma}: {bits:.5} bits per weight, of {:.5}", entropy_bits(&values));
+        println!(
+            "entropy, {precision} of sigma {sigma}: {bits:.5} bits per weight, of {:.5}",
+            entropy_bits(&values)
+        );
         assert!(bits <= slack * entropy_bits(&values), "{bits}");
     }
 }
 
 #[test]
 fn refusals_leave_the_output_alone() {
-    let f16 = |spec: MatrixSpec| MatrixSpec { scale_dtype: ScaleDtype::F16, ..spec };
-    let spec = |rows, cols, precision, granularity| MatrixSpec::new(rows, cols, precision, granularity);
+    let f16 = |spec: MatrixSpec| MatrixSpec {
+        scale_dtype: ScaleDtype::F16,
+        ..spec
+    };
+    let spec =
+        |rows, cols, precision, granularity| MatrixSpec::new(rows, cols, precision, granularity);
     let unsupported = [
-        ("one-bit", spec(1, 1, Precision::Ternary, Granularity::Tensor)),
-        ("hf-bitnet", spec(1, 1, Precision::Ternary, Granularity::Channel)),
-        ("hf-bitnet", MatrixSpec { planes: 2, ..spec(4, 1, Precision::Ternary, Granularity::Tensor) }),
+        (
+            "one-bit",
+            spec(1, 1, Precision::Ternary, Granularity::Tensor),
+        ),
+        (
+            "hf-bitnet",
+            spec(1, 1, Precision::Ternary, Granularity::Channel),
+        ),
+        (
+            "hf-bitnet",
+            MatrixSpec {
+                planes: 2,
+                ..spec(4, 1, Precision::Ternary, Granularity::Tensor)
+            },
+        ),
         ("i2_s", spec(1, 64, Precision::Ternary, Granularity::Tensor)),
-        ("i2_s-g64", spec(1, 32, Precision::Ternary, Granularity::Tensor)),
-        ("i2_s-x4", spec(3, 64, Precision::Ternary, Granularity::Tensor)),
-        ("i2_s", spec(1, 128, Precision::Ternary, Granularity::Group(128))),
-        ("tq2_0", f16(spec(1, 128, Precision::Ternary, Granularity::Tensor))),
-        ("tq2_0", spec(1, 256, Precision::Ternary, Granularity::Tensor)),
-        ("tq2_0", f16(spec(1, 256, Precision::Ternary, Granularity::Group(128)))),
-        ("q2_0", f16(spec(1, 64, Precision::Int2, Granularity::Tensor))),
-        ("q4_0", MatrixSpec { zero_points: ZeroPoints::I8, ..f16(spec(1, 32, Precision::Int4, Granularity::Tensor)) }),
-        ("q8_0", f16(spec(0, 32, Precision::Int8, Granularity::Tensor))),
+        (
+            "i2_s-g64",
+            spec(1, 32, Precision::Ternary, Granularity::Tensor),
+        ),
+        (
+            "i2_s-x4",
+            spec(3, 64, Precision::Ternary, Granularity::Tensor),
+        ),
+        (
+            "i2_s",
+            spec(1, 128, Precision::Ternary, Granularity::Group(128)),
+        ),
+        (
+            "tq2_0",
+            f16(spec(1, 128, Precision::Ternary, Granularity::Tensor)),
+        ),
+        (
+            "tq2_0",
+            spec(1, 256, Precision::Ternary, Granularity::Tensor),
+        ),
+        (
+            "tq2_0",
+            f16(spec(1, 256, Precision::Ternary, Granularity::Group(128))),
+        ),
+        (
+            "q2_0",
+            f16(spec(1, 64, Precision::Int2, Granularity::Tensor)),
+        ),
+        (
+            "q4_0",
+            MatrixSpec {
+                zero_points: ZeroPoints::I8,
+                ..f16(spec(1, 32, Precision::Int4, Granularity::Tensor))
+            },
+        ),
+        (
+            "q8_0",
+            f16(spec(0, 32, Precision::Int8, Granularity::Tensor)),
+        ),
     ];
     for (name, spec) in unsupported {
         let layout = by_name(name).unwrap();
         let mut out = vec![1];
-        assert!(matches!(layout.check(&spec), Err(Error::Unsupported { .. })), "{name} {spec:?}");
-        assert!(layout.pack_into(&spec, &vec![0; spec.values_len()], &vec![1.0; spec.scales_len()], &mut out).is_err());
+        assert!(
+            matches!(layout.check(&spec), Err(Error::Unsupported { .. })),
+            "{name} {spec:?}"
+        );
+        assert!(
+            layout
+                .pack_into(
+                    &spec,
+                    &vec![0; spec.values_len()],
+                    &vec![1.0; spec.scales_len()],
+                    &mut out
+                )
+                .is_err()
+        );
         assert!(layout.unpack(&spec, &[]).is_err());
         assert_eq!(out, [1]);
     }
@@ -316,40 +496,81 @@ fn refusals_leave_the_output_alone() {
         let scales = vec![0.5; spec.scales_len()];
         let mut out = vec![1];
         let mut refuse = |values: &[i8], scales: &[f32]| {
-            let error = layout.pack_into(&spec, values, scales, &mut out).unwrap_err();
+            let error = layout
+                .pack_into(&spec, values, scales, &mut out)
+                .unwrap_err();
             assert_eq!(out, [1], "{}", layout.name());
             error
         };
-        assert!(matches!(refuse(&good[1..], &scales), Error::Length { what: "values", .. }));
+        assert!(matches!(
+            refuse(&good[1..], &scales),
+            Error::Length { what: "values", .. }
+        ));
         if let Some(outside) = (i8::MIN..=i8::MAX).rev().find(|&v| !precision.contains(v)) {
             let mut bad = good.clone();
             bad[300] = outside;
-            assert!(matches!(refuse(&bad, &scales), Error::Value { index: 300, got, .. } if got == i32::from(outside)));
+            assert!(
+                matches!(refuse(&bad, &scales), Error::Value { index: 300, got, .. } if got == i32::from(outside))
+            );
         }
         if layout.stores_scales() {
-            assert!(matches!(refuse(&good, &[]), Error::Length { what: "scales", .. }));
-            for bad in [f32::NAN, f32::INFINITY, if spec.scale_dtype == ScaleDtype::F16 { 0.1 } else { f32::NEG_INFINITY }] {
-                assert!(matches!(refuse(&good, &vec![bad; spec.scales_len()]), Error::Unsupported { .. }), "{} {bad}", layout.name());
+            assert!(matches!(
+                refuse(&good, &[]),
+                Error::Length { what: "scales", .. }
+            ));
+            for bad in [
+                f32::NAN,
+                f32::INFINITY,
+                if spec.scale_dtype == ScaleDtype::F16 {
+                    0.1
+                } else {
+                    f32::NEG_INFINITY
+                },
+            ] {
+                assert!(
+                    matches!(
+                        refuse(&good, &vec![bad; spec.scales_len()]),
+                        Error::Unsupported { .. }
+                    ),
+                    "{} {bad}",
+                    layout.name()
+                );
             }
         }
     });
 }
 
-/// Sizes that no machine has are refused by arithmetic, and large ones without the bytes to match before anything is allocated.
+/// Sizes that no machine has are refused by arithmetic, and large ones without the bytes to match
+/// before anything is allocated.
 #[test]
 fn absurd_sizes() {
     let huge = isize::MAX as usize / 16;
     each(|layout, precision| {
-        for (rows, cols) in [(usize::MAX, 2), (huge, 1), (1, huge), (usize::MAX, 0), (0, usize::MAX), (1 << 29, 1 << 29), (256, huge / 256)]
-        {
+        for (rows, cols) in [
+            (usize::MAX, 2),
+            (huge, 1),
+            (1, huge),
+            (usize::MAX, 0),
+            (0, usize::MAX),
+            (1 << 29, 1 << 29),
+            (256, huge / 256),
+        ] {
             for planes in [1, 3] {
                 for scale_dtype in [ScaleDtype::F32, ScaleDtype::F16] {
                     let empty = rows == 0 || cols == 0;
-                    let spec = MatrixSpec { planes, scale_dtype, ..MatrixSpec::new(rows, cols, precision, Granularity::Tensor) };
+                    let spec = MatrixSpec {
+                        planes,
+                        scale_dtype,
+                        ..MatrixSpec::new(rows, cols, precision, Granularity::Tensor)
+                    };
                     if empty {
                         let _ = (layout.unpack(&spec, &[]), layout.unpack(&spec, &[0; 40]));
                     } else {
-                        assert!(layout.unpack(&spec, &[0; 40]).is_err(), "{} {spec:?}", layout.name());
+                        assert!(
+                            layout.unpack(&spec, &[0; 40]).is_err(),
+                            "{} {spec:?}",
+                            layout.name()
+                        );
                     }
                     assert!(layout.pack_into(&spec, &[], &[], &mut Vec::new()).is_err() || empty);
                 }

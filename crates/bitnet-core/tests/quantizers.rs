@@ -2,7 +2,9 @@
 
 use bitnet_core::ops::{Cuts, Scalar, Uniform};
 use bitnet_core::quantize::quantize;
-use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold};
+use bitnet_core::scheme::{
+    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold,
+};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Error, Granularity, Matrix, ScaleDtype, Scheme};
 use proptest::prelude::*;
@@ -14,7 +16,10 @@ struct Random(u64);
 
 impl Random {
     fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 = self
+            .0
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         ((self.0 >> 11) as f64 + 0.5) / (1u64 << 53) as f64
     }
 
@@ -33,11 +38,14 @@ fn normal(n: usize) -> Vec<f32> {
 }
 
 fn laplace(n: usize) -> Vec<f32> {
-    samples(n, |r| -r.uniform().ln() * if r.uniform() < 0.5 { 1.0 } else { -1.0 })
+    samples(n, |r| {
+        -r.uniform().ln() * if r.uniform() < 0.5 { 1.0 } else { -1.0 }
+    })
 }
 
-/// Student's t with 4 degrees of freedom at `n` evenly spaced probabilities (Shaw's closed quantile): its fourth moment does not exist,
-/// so the figures of independent draws wander by more than the bound.
+/// Student's t with 4 degrees of freedom at `n` evenly spaced probabilities (Shaw's closed
+/// quantile): its fourth moment does not exist, so the figures of independent draws wander by more
+/// than the bound.
 fn student4(n: usize) -> Vec<f32> {
     (0..n)
         .map(|i| {
@@ -71,26 +79,61 @@ fn optimal_reaches_the_known_sqnr_of_four_densities() {
         ("student t4", student4(SAMPLES), 5.070),
     ] {
         let got = sqnr(&w, SAMPLES, &optimal);
-        assert!((got - expected).abs() < 0.03, "{name}: {got} dB, expected {expected}");
+        assert!(
+            (got - expected).abs() < 0.03,
+            "{name}: {got} dB, expected {expected}"
+        );
     }
 }
 
 #[test]
 fn absmean_reaches_the_known_sqnr_of_the_normal_density() {
-    let got = sqnr(&normal(SAMPLES), SAMPLES, &Scheme::ternary(Threshold::Absmean));
+    let got = sqnr(
+        &normal(SAMPLES),
+        SAMPLES,
+        &Scheme::ternary(Threshold::Absmean),
+    );
     assert!((got - 5.80).abs() < 0.03, "{got} dB");
 }
 
 #[test]
 fn optimal_is_at_least_as_good_as_every_rule_on_every_density() {
-    for w in [normal(1 << 14), laplace(1 << 14), uniform(1 << 14), student4(1 << 14)] {
-        for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(100)] {
+    for w in [
+        normal(1 << 14),
+        laplace(1 << 14),
+        uniform(1 << 14),
+        student4(1 << 14),
+    ] {
+        for granularity in [
+            Granularity::Tensor,
+            Granularity::Channel,
+            Granularity::Group(100),
+        ] {
             let error = |threshold| {
-                ErrorStats::measure(&w, &run(&w, 1024, &Scheme::ternary(threshold).with_granularity(granularity)).dequantize()).noise
+                ErrorStats::measure(
+                    &w,
+                    &run(
+                        &w,
+                        1024,
+                        &Scheme::ternary(threshold).with_granularity(granularity),
+                    )
+                    .dequantize(),
+                )
+                .noise
             };
             let best = error(Threshold::Optimal);
-            for rule in [Threshold::Absmean, Threshold::Mean, Threshold::Median, Threshold::Adaptive, Threshold::Factor(0.9)] {
-                assert!(best <= error(rule) * (1.0 + 1e-6), "{rule:?} at {granularity}: {} < {best}", error(rule));
+            for rule in [
+                Threshold::Absmean,
+                Threshold::Mean,
+                Threshold::Median,
+                Threshold::Adaptive,
+                Threshold::Factor(0.9),
+            ] {
+                assert!(
+                    best <= error(rule) * (1.0 + 1e-6),
+                    "{rule:?} at {granularity}: {} < {best}",
+                    error(rule)
+                );
             }
         }
     }
@@ -107,7 +150,10 @@ fn adaptive_stays_close_to_optimal_where_a_fixed_factor_does_not() {
 #[test]
 fn two_planes_beat_15_3_db_in_groups_of_128() {
     let w = normal(1 << 16);
-    let scheme = |s: Scheme| s.with_granularity(Granularity::Group(128)).with_scale_dtype(ScaleDtype::F16);
+    let scheme = |s: Scheme| {
+        s.with_granularity(Granularity::Group(128))
+            .with_scale_dtype(ScaleDtype::F16)
+    };
     let two = sqnr(&w, 1024, &scheme(Scheme::planes(2)));
     let three = sqnr(&w, 1024, &scheme(Scheme::planes(3)));
     let int3 = sqnr(&w, 1024, &scheme(Scheme::int(3)));
@@ -128,13 +174,21 @@ fn brute_force_optimal(w: &[f32], h: &[f32]) -> f64 {
             gain = gain.max(sum * sum / weight);
         }
     }
-    let signal: f64 = w.iter().zip(h).map(|(&w, &h)| f64::from(h) * f64::from(w).powi(2)).sum();
+    let signal: f64 = w
+        .iter()
+        .zip(h)
+        .map(|(&w, &h)| f64::from(h) * f64::from(w).powi(2))
+        .sum();
     signal - gain
 }
 
 fn weighted_error(w: &[f32], h: &[f32], m: &Matrix) -> f64 {
     let back = m.dequantize();
-    w.iter().zip(back).zip(h).map(|((&w, v), &h)| f64::from(h) * (f64::from(w) - f64::from(v)).powi(2)).sum()
+    w.iter()
+        .zip(back)
+        .zip(h)
+        .map(|((&w, v), &h)| f64::from(h) * (f64::from(w) - f64::from(v)).powi(2))
+        .sum()
 }
 
 /// The definition of two free levels, by brute force: every split of the sorted weights.
@@ -146,8 +200,11 @@ fn brute_force_two_levels(w: &[f32]) -> f64 {
             [&sorted[..k], &sorted[k..]]
                 .iter()
                 .map(|part| {
-                    let mean = part.iter().map(|&x| f64::from(x)).sum::<f64>() / part.len().max(1) as f64;
-                    part.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>()
+                    let mean =
+                        part.iter().map(|&x| f64::from(x)).sum::<f64>() / part.len().max(1) as f64;
+                    part.iter()
+                        .map(|&x| (f64::from(x) - mean).powi(2))
+                        .sum::<f64>()
                 })
                 .sum::<f64>()
         })
@@ -159,7 +216,10 @@ fn weights() -> impl Strategy<Value = Vec<f32>> {
     prop_oneof![
         prop::collection::vec(-1.0f32..1.0, 1..700),
         prop::collection::vec((-8i32..8).prop_map(|i| i as f32 * 0.25), 1..700),
-        prop::collection::vec(prop_oneof![9 => -0.01f32..0.01, 1 => -100.0f32..100.0], 1..700),
+        prop::collection::vec(
+            prop_oneof![9 => -0.01f32..0.01, 1 => -100.0f32..100.0],
+            1..700
+        ),
     ]
 }
 
@@ -296,7 +356,11 @@ proptest! {
 #[test]
 fn a_tail_group_has_its_own_scale() {
     let w = [1.0, -1.0, 1.0, 0.05, 0.2];
-    let m = run(&w, 5, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Group(3)));
+    let m = run(
+        &w,
+        5,
+        &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Group(3)),
+    );
     assert_eq!(m.values, [1, -1, 1, 0, 1]);
     assert_eq!(m.scales, [1.0, 0.2]);
 }
@@ -320,28 +384,60 @@ fn a_dead_granule_has_scale_zero_and_no_nan() {
 
 #[test]
 fn nan_and_infinity_are_named_by_index() {
-    for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(2)] {
+    for granularity in [
+        Granularity::Tensor,
+        Granularity::Channel,
+        Granularity::Group(2),
+    ] {
         let mut w = vec![0.5f32; 12];
         w[7] = f32::NEG_INFINITY;
         let scheme = Scheme::ternary(Threshold::Absmean).with_granularity(granularity);
         let error = quantize(&Scalar, &w, 3, 4, &scheme, None).unwrap_err();
-        assert_eq!(error, Error::NotFinite { index: 7, value: f32::NEG_INFINITY });
-        assert_eq!(error.to_string(), "weight 7 is -inf, and only finite weights can be quantized");
+        assert_eq!(
+            error,
+            Error::NotFinite {
+                index: 7,
+                value: f32::NEG_INFINITY
+            }
+        );
+        assert_eq!(
+            error.to_string(),
+            "weight 7 is -inf, and only finite weights can be quantized"
+        );
     }
 }
 
 #[test]
 fn a_scale_outside_its_type_is_an_error() {
-    let error = quantize(&Scalar, &[1e6, 2e6], 1, 2, &Scheme::int(8).with_scale_dtype(ScaleDtype::F16), None);
+    let error = quantize(
+        &Scalar,
+        &[1e6, 2e6],
+        1,
+        2,
+        &Scheme::int(8).with_scale_dtype(ScaleDtype::F16),
+        None,
+    );
     assert!(error.is_ok());
-    let error = quantize(&Scalar, &[1e9, 2e9], 1, 2, &Scheme::int(8).with_scale_dtype(ScaleDtype::F16), None).unwrap_err();
+    let error = quantize(
+        &Scalar,
+        &[1e9, 2e9],
+        1,
+        2,
+        &Scheme::int(8).with_scale_dtype(ScaleDtype::F16),
+        None,
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("does not fit f16"), "{error}");
 }
 
 #[test]
 fn importance_is_refused_by_rules_that_ignore_it() {
     let h = [1.0, 2.0];
-    for scheme in [Scheme::ternary(Threshold::Absmean), Scheme::binary(BinarySplit::Zero), Scheme::int(4)] {
+    for scheme in [
+        Scheme::ternary(Threshold::Absmean),
+        Scheme::binary(BinarySplit::Zero),
+        Scheme::int(4),
+    ] {
         let error = quantize(&Scalar, &[0.3, 0.7], 1, 2, &scheme, Some(&h)).unwrap_err();
         assert!(matches!(error, Error::Scheme(_)), "{error}");
     }
@@ -351,13 +447,24 @@ fn importance_is_refused_by_rules_that_ignore_it() {
 fn least_squares_is_the_best_scale_for_absmean_codes() {
     let w = normal(4096);
     let scheme = |scale| Scheme {
-        method: Method::Ternary { threshold: Threshold::Absmean, scale, planes: 1 },
+        method: Method::Ternary {
+            threshold: Threshold::Absmean,
+            scale,
+            planes: 1,
+        },
         ..Scheme::ternary(Threshold::Absmean)
     };
-    let (rule, best) = (run(&w, 4096, &scheme(ScaleRule::Rule)), run(&w, 4096, &scheme(ScaleRule::LeastSquares)));
+    let (rule, best) = (
+        run(&w, 4096, &scheme(ScaleRule::Rule)),
+        run(&w, 4096, &scheme(ScaleRule::LeastSquares)),
+    );
     assert_eq!(rule.values, best.values);
-    let (wq, qq) =
-        w.iter().zip(&best.values).fold((0.0f64, 0.0f64), |(a, b), (&w, &q)| (a + f64::from(w) * f64::from(q), b + f64::from(q).powi(2)));
+    let (wq, qq) = w
+        .iter()
+        .zip(&best.values)
+        .fold((0.0f64, 0.0f64), |(a, b), (&w, &q)| {
+            (a + f64::from(w) * f64::from(q), b + f64::from(q).powi(2))
+        });
     assert!((f64::from(best.scales[0]) - wq / qq).abs() < 1e-6);
 }
 
@@ -366,7 +473,15 @@ fn rounding_modes_differ_at_ties_only() {
     let w = [-1.5, -0.5, 0.5, 1.5, 2.5, 3.0];
     let with = |rounding| {
         // int3 absmax with max 3: the step is 1.
-        run(&w, 6, &Scheme { rounding, ..Scheme::int(3) }).values
+        run(
+            &w,
+            6,
+            &Scheme {
+                rounding,
+                ..Scheme::int(3)
+            },
+        )
+        .values
     };
     assert_eq!(with(Rounding::HalfEven), [-2, 0, 0, 2, 2, 3]);
     assert_eq!(with(Rounding::HalfAway), [-2, -1, 1, 2, 3, 3]);
@@ -377,38 +492,75 @@ fn rounding_modes_differ_at_ties_only() {
 fn clip_search_and_asymmetric_ranges_pay() {
     let w = normal(1 << 14);
     let int = |mapping, clip| {
-        Scheme { method: Method::Int { bits: 2, mapping, clip }, ..Scheme::int(2) }.with_granularity(Granularity::Group(128))
+        Scheme {
+            method: Method::Int {
+                bits: 2,
+                mapping,
+                clip,
+            },
+            ..Scheme::int(2)
+        }
+        .with_granularity(Granularity::Group(128))
     };
-    let (plain, search) = (sqnr(&w, 1024, &int(Mapping::Symmetric, Clip::None)), sqnr(&w, 1024, &int(Mapping::Symmetric, Clip::Search)));
+    let (plain, search) = (
+        sqnr(&w, 1024, &int(Mapping::Symmetric, Clip::None)),
+        sqnr(&w, 1024, &int(Mapping::Symmetric, Clip::Search)),
+    );
     assert!(search > plain + 3.0, "{plain} {search}");
     let shifted: Vec<f32> = w.iter().map(|w| w.abs()).collect();
-    let (symmetric, asymmetric) =
-        (sqnr(&shifted, 1024, &int(Mapping::Symmetric, Clip::Search)), sqnr(&shifted, 1024, &int(Mapping::Asymmetric, Clip::Search)));
+    let (symmetric, asymmetric) = (
+        sqnr(&shifted, 1024, &int(Mapping::Symmetric, Clip::Search)),
+        sqnr(&shifted, 1024, &int(Mapping::Asymmetric, Clip::Search)),
+    );
     assert!(asymmetric > symmetric + 3.0, "{symmetric} {asymmetric}");
     let clipped = run(
         &[1.0, -1.0, 1.0, 100.0],
         4,
-        &Scheme { method: Method::Int { bits: 8, mapping: Mapping::Symmetric, clip: Clip::Rms(0.1) }, ..Scheme::int(8) },
+        &Scheme {
+            method: Method::Int {
+                bits: 8,
+                mapping: Mapping::Symmetric,
+                clip: Clip::Rms(0.1),
+            },
+            ..Scheme::int(8)
+        },
     );
     assert_eq!(clipped.values[3], 127);
 }
 
 #[test]
 fn stochastic_binary_is_seeded_and_unbiased() {
-    let w: Vec<f32> = (0..4096).map(|i| if i % 2 == 0 { 0.25 } else { 1.75 }).collect();
-    let scheme =
-        |seed| Scheme { method: Method::Binary { split: BinarySplit::Zero, stochastic: Some(seed) }, ..Scheme::binary(BinarySplit::Zero) };
+    let w: Vec<f32> = (0..4096)
+        .map(|i| if i % 2 == 0 { 0.25 } else { 1.75 })
+        .collect();
+    let scheme = |seed| Scheme {
+        method: Method::Binary {
+            split: BinarySplit::Zero,
+            stochastic: Some(seed),
+        },
+        ..Scheme::binary(BinarySplit::Zero)
+    };
     let m = run(&w, 4096, &scheme(7));
     assert_eq!(m, run(&w, 4096, &scheme(7)));
     assert_ne!(m.values, run(&w, 4096, &scheme(8)).values);
     let mean = m.dequantize().iter().step_by(2).sum::<f32>() / 2048.0;
     assert!((mean - 0.25).abs() < 0.07, "{mean}");
-    assert!(m.dequantize().iter().skip(1).step_by(2).all(|&v| v == 1.0), "1.75 clips to probability 1");
+    assert!(
+        m.dequantize().iter().skip(1).step_by(2).all(|&v| v == 1.0),
+        "1.75 clips to probability 1"
+    );
 }
 
 #[test]
 fn every_invalid_combination_is_a_typed_error() {
-    let planes = |planes, threshold| Scheme { method: Method::Ternary { threshold, scale: ScaleRule::Rule, planes }, ..Scheme::planes(1) };
+    let planes = |planes, threshold| Scheme {
+        method: Method::Ternary {
+            threshold,
+            scale: ScaleRule::Rule,
+            planes,
+        },
+        ..Scheme::planes(1)
+    };
     for scheme in [
         planes(4, Threshold::Optimal),
         planes(0, Threshold::Optimal),
@@ -417,32 +569,68 @@ fn every_invalid_combination_is_a_typed_error() {
         Scheme::ternary(Threshold::Factor(f32::NAN)),
         Scheme::int(5),
         Scheme::int(4).with_granularity(Granularity::Group(0)),
-        Scheme { method: Method::Int { bits: 4, mapping: Mapping::Symmetric, clip: Clip::Rms(0.0) }, ..Scheme::int(4) },
-        Scheme { method: Method::Binary { split: BinarySplit::Mean, stochastic: Some(1) }, ..Scheme::binary(BinarySplit::Mean) },
+        Scheme {
+            method: Method::Int {
+                bits: 4,
+                mapping: Mapping::Symmetric,
+                clip: Clip::Rms(0.0),
+            },
+            ..Scheme::int(4)
+        },
+        Scheme {
+            method: Method::Binary {
+                split: BinarySplit::Mean,
+                stochastic: Some(1),
+            },
+            ..Scheme::binary(BinarySplit::Mean)
+        },
     ] {
-        assert!(matches!(quantize(&Scalar, &[1.0, 0.5], 1, 2, &scheme, None), Err(Error::Scheme(_))), "{scheme:?}");
+        assert!(
+            matches!(
+                quantize(&Scalar, &[1.0, 0.5], 1, 2, &scheme, None),
+                Err(Error::Scheme(_))
+            ),
+            "{scheme:?}"
+        );
     }
 }
 
 /// Bytes of the packed values and of the scales, for each weight.
 fn bits_per_weight(m: &Matrix, layout: &str) -> f64 {
     let mut bytes = vec![];
-    bitnet_core::pack::by_name(layout).unwrap().pack_into(&m.spec, &m.values, &m.scales, &mut bytes).unwrap();
-    (bytes.len() + m.scales.len() * m.spec.scale_dtype.bytes()) as f64 * 8.0 / m.spec.weights_len() as f64
+    bitnet_core::pack::by_name(layout)
+        .unwrap()
+        .pack_into(&m.spec, &m.values, &m.scales, &mut bytes)
+        .unwrap();
+    (bytes.len() + m.scales.len() * m.spec.scale_dtype.bytes()) as f64 * 8.0
+        / m.spec.weights_len() as f64
 }
 
 #[test]
 fn entropy_coded_ternary_is_under_1_56_bits_and_under_log2_3() {
-    let m = run(&normal(256 * 4096), 4096, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel));
+    let m = run(
+        &normal(256 * 4096),
+        4096,
+        &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel),
+    );
     let bits = bits_per_weight(&m, "entropy");
     assert!(bits <= 1.56, "{bits}");
-    let m = run(&laplace(256 * 4096), 4096, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel));
-    assert!(bits_per_weight(&m, "entropy") < bits, "heavier tails have more zeros");
+    let m = run(
+        &laplace(256 * 4096),
+        4096,
+        &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel),
+    );
+    assert!(
+        bits_per_weight(&m, "entropy") < bits,
+        "heavier tails have more zeros"
+    );
 }
 
 #[test]
 fn two_planes_take_at_most_3_5_bits() {
-    let scheme = Scheme::planes(2).with_granularity(Granularity::Group(128)).with_scale_dtype(ScaleDtype::F16);
+    let scheme = Scheme::planes(2)
+        .with_granularity(Granularity::Group(128))
+        .with_scale_dtype(ScaleDtype::F16);
     let bits = bits_per_weight(&run(&normal(1 << 16), 1024, &scheme), "base-3");
     assert!(bits <= 3.5, "{bits}");
 }
@@ -464,17 +652,28 @@ fn inverse_scales_survive_storage_in_every_type() {
     let w = normal(4096);
     for dtype in [ScaleDtype::F32, ScaleDtype::F16, ScaleDtype::Bf16] {
         for threshold in [Threshold::Absmean, Threshold::Optimal] {
-            let scheme = Scheme { scale_form: ScaleForm::Inverse, ..Scheme::ternary(threshold).with_scale_dtype(dtype) };
+            let scheme = Scheme {
+                scale_form: ScaleForm::Inverse,
+                ..Scheme::ternary(threshold).with_scale_dtype(dtype)
+            };
             let m = run(&w, 4096, &scheme);
             let stored = scheme.scale_storage().to_stored(m.scales[0]);
             assert_eq!(dtype.round(stored), stored, "{stored} is no {dtype}");
             assert_eq!(stored.recip(), m.scales[0], "read back from {dtype}");
             assert_eq!(m.spec.scale_dtype, ScaleDtype::F32);
             let again = run(&m.dequantize(), 4096, &scheme);
-            assert_eq!((&again.values, &again.scales), (&m.values, &m.scales), "{dtype} {threshold}");
+            assert_eq!(
+                (&again.values, &again.scales),
+                (&m.values, &m.scales),
+                "{dtype} {threshold}"
+            );
             let dead = run(&[0.0; 8], 8, &scheme);
             assert_eq!(dead.dequantize(), [0.0; 8]);
-            assert!(dtype.round(scheme.scale_storage().to_stored(dead.scales[0])).is_finite());
+            assert!(
+                dtype
+                    .round(scheme.scale_storage().to_stored(dead.scales[0]))
+                    .is_finite()
+            );
         }
     }
 }
@@ -482,31 +681,66 @@ fn inverse_scales_survive_storage_in_every_type() {
 #[test]
 fn granularity_changes_only_where_nothing_is_lost() {
     let w = [1.0, -1.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0];
-    let channel = run(&w, 4, &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel));
-    let groups = channel.clone().with_granularity(Granularity::Group(2)).unwrap();
+    let channel = run(
+        &w,
+        4,
+        &Scheme::ternary(Threshold::Optimal).with_granularity(Granularity::Channel),
+    );
+    let groups = channel
+        .clone()
+        .with_granularity(Granularity::Group(2))
+        .unwrap();
     assert_eq!(groups.dequantize(), w);
-    assert_eq!(groups.clone().with_granularity(Granularity::Channel).unwrap(), channel);
-    let error = groups.with_granularity(Granularity::Tensor).unwrap_err().to_string();
+    assert_eq!(
+        groups
+            .clone()
+            .with_granularity(Granularity::Channel)
+            .unwrap(),
+        channel
+    );
+    let error = groups
+        .with_granularity(Granularity::Tensor)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("5e-1") && error.contains("1e0"), "{error}");
 }
 
 #[test]
 fn selected_rows_take_their_scales_along() {
     let w: Vec<f32> = (0..12).map(|i| (i as f32 - 5.0) * 0.3).collect();
-    for scheme in [Scheme::planes(2), Scheme::int(4), Scheme::ternary(Threshold::Mean)] {
-        for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(3)] {
+    for scheme in [
+        Scheme::planes(2),
+        Scheme::int(4),
+        Scheme::ternary(Threshold::Mean),
+    ] {
+        for granularity in [
+            Granularity::Tensor,
+            Granularity::Channel,
+            Granularity::Group(3),
+        ] {
             let m = run(&w, 4, &scheme.with_granularity(granularity));
             let back = m.dequantize();
             let turned = m.select_rows(&[2, 0, 1]).dequantize();
-            assert_eq!(turned, [&back[8..], &back[..8]].concat(), "{scheme:?} {granularity}");
+            assert_eq!(
+                turned,
+                [&back[8..], &back[..8]].concat(),
+                "{scheme:?} {granularity}"
+            );
         }
     }
 }
 
 #[test]
 fn optimal_is_exact_where_two_fixed_points_hold_most_of_many_weights() {
-    // Nine tenths near 1, one tenth near 3: cuts below 1 and near 2 are both fixed points, with most keys in between.
-    let w = samples(1 << 22, |r| if r.uniform() < 0.9 { 1.0 + 0.2 * r.normal() } else { 3.0 + 0.2 * r.normal() });
+    // Nine tenths near 1, one tenth near 3: cuts below 1 and near 2 are both fixed points, with
+    // most keys in between.
+    let w = samples(1 << 22, |r| {
+        if r.uniform() < 0.9 {
+            1.0 + 0.2 * r.normal()
+        } else {
+            3.0 + 0.2 * r.normal()
+        }
+    });
     let m = run(&w, w.len(), &Scheme::ternary(Threshold::Optimal));
     let mut sorted: Vec<f64> = w.iter().map(|w| f64::from(w.abs())).collect();
     sorted.sort_by(|a, b| b.total_cmp(a));
@@ -519,22 +753,45 @@ fn optimal_is_exact_where_two_fixed_points_hold_most_of_many_weights() {
         }
     }
     let kept = m.values.iter().filter(|&&q| q != 0).count();
-    assert!(kept.abs_diff(best.1) <= 1, "{kept} kept, the best is {}", best.1);
+    assert!(
+        kept.abs_diff(best.1) <= 1,
+        "{kept} kept, the best is {}",
+        best.1
+    );
 }
 
 #[test]
 fn a_scale_too_small_for_its_type_makes_zeros_and_nothing_else() {
     let tiny = [1e-9f32, -1e-9, 0.0, 1e-9];
-    for scheme in [Scheme::ternary(Threshold::Absmean), Scheme::ternary(Threshold::Optimal), Scheme::planes(2), Scheme::int(4)] {
+    for scheme in [
+        Scheme::ternary(Threshold::Absmean),
+        Scheme::ternary(Threshold::Optimal),
+        Scheme::planes(2),
+        Scheme::int(4),
+    ] {
         let m = run(&tiny, 4, &scheme.with_scale_dtype(ScaleDtype::F16));
-        assert!(m.values.iter().all(|&q| q == 0) && m.scales.iter().all(|&s| s == 0.0), "{scheme:?}: {m:?}");
+        assert!(
+            m.values.iter().all(|&q| q == 0) && m.scales.iter().all(|&s| s == 0.0),
+            "{scheme:?}: {m:?}"
+        );
     }
     let row = [0.01f32, 0.01 + 1e-9, 0.01, 0.01];
     for split in [BinarySplit::Mean, BinarySplit::Optimal] {
-        let back = run(&row, 4, &Scheme::binary(split).with_scale_dtype(ScaleDtype::F16)).dequantize();
-        assert!(back.iter().all(|v| (v - 0.01).abs() < 1e-5), "{split}: {back:?}");
+        let back = run(
+            &row,
+            4,
+            &Scheme::binary(split).with_scale_dtype(ScaleDtype::F16),
+        )
+        .dequantize();
+        assert!(
+            back.iter().all(|v| (v - 0.01).abs() < 1e-5),
+            "{split}: {back:?}"
+        );
     }
-    let inverse = Scheme { scale_form: ScaleForm::Inverse, ..Scheme::ternary(Threshold::Absmean).with_scale_dtype(ScaleDtype::F16) };
+    let inverse = Scheme {
+        scale_form: ScaleForm::Inverse,
+        ..Scheme::ternary(Threshold::Absmean).with_scale_dtype(ScaleDtype::F16)
+    };
     let m = run(&tiny, 4, &inverse);
     assert!(inverse.scale_storage().to_stored(m.scales[0]).is_finite() && m.scales[0] > 0.0);
 }
@@ -544,8 +801,21 @@ fn no_reconstruction_is_infinite() {
     let w = [f32::MAX, -f32::MAX, 1.0, 0.0];
     for mapping in [Mapping::Symmetric, Mapping::Asymmetric] {
         for bits in [2, 3, 4, 8] {
-            let scheme = Scheme { method: Method::Int { bits, mapping, clip: Clip::None }, ..Scheme::int(bits) };
-            assert!(run(&w, 4, &scheme).dequantize().iter().all(|v| v.is_finite()), "{bits} bits {mapping}");
+            let scheme = Scheme {
+                method: Method::Int {
+                    bits,
+                    mapping,
+                    clip: Clip::None,
+                },
+                ..Scheme::int(bits)
+            };
+            assert!(
+                run(&w, 4, &scheme)
+                    .dequantize()
+                    .iter()
+                    .all(|v| v.is_finite()),
+                "{bits} bits {mapping}"
+            );
         }
     }
 }
@@ -553,28 +823,70 @@ fn no_reconstruction_is_infinite() {
 #[test]
 fn zeros_under_a_zero_scale_stay_zeros_in_a_coarser_granularity() {
     // As another writer may store it: codes that are not 0 under a scale that is.
-    let spec = bitnet_core::MatrixSpec::new(1, 4, bitnet_core::Precision::Ternary, Granularity::Group(2));
-    let m = Matrix { spec, values: vec![1, -1, -1, -1], scales: vec![1.0, 0.0], zero_points: vec![] };
+    let spec =
+        bitnet_core::MatrixSpec::new(1, 4, bitnet_core::Precision::Ternary, Granularity::Group(2));
+    let m = Matrix {
+        spec,
+        values: vec![1, -1, -1, -1],
+        scales: vec![1.0, 0.0],
+        zero_points: vec![],
+    };
     let merged = m.clone().with_granularity(Granularity::Tensor).unwrap();
     assert_eq!(merged.dequantize(), [1.0, -1.0, 0.0, 0.0]);
 }
 
-/// The cuts of a rounding quantizer change the value exactly where the division and the rounding do.
+/// The cuts of a rounding quantizer change the value exactly where the division and the rounding
+/// do.
 #[test]
 fn cuts_are_where_rounding_changes_the_value() {
     let mut random = Random(7);
-    let tiny = [f32::from_bits(1), f32::from_bits(2), f32::from_bits(3), f32::from_bits(0x7f_ffff), f32::MIN_POSITIVE];
-    let others = [2.0 * f32::MIN_POSITIVE, 1.0, 1.0f32.next_down(), 1.0f32.next_up(), 65504.0, f32::MAX, 0.0];
+    let tiny = [
+        f32::from_bits(1),
+        f32::from_bits(2),
+        f32::from_bits(3),
+        f32::from_bits(0x7f_ffff),
+        f32::MIN_POSITIVE,
+    ];
+    let others = [
+        2.0 * f32::MIN_POSITIVE,
+        1.0,
+        1.0f32.next_down(),
+        1.0f32.next_up(),
+        65504.0,
+        f32::MAX,
+        0.0,
+    ];
     let drawn = (0..2000).map(|_| (random.normal() * 40.0).clamp(-148.0, 127.0).exp2() as f32);
     for scale in tiny.into_iter().chain(others).chain(drawn) {
         for rounding in [Rounding::HalfEven, Rounding::HalfAway, Rounding::HalfUp] {
-            let (cuts, uniform) = (Cuts::rounding(scale, rounding), Uniform { scale, zero: 0.0, low: -1, high: 1, rounding });
-            for edge in [scale / 2.0, -scale / 2.0, 1.5 * scale, -scale, 0.0, f32::MAX, f32::MIN] {
+            let (cuts, uniform) = (
+                Cuts::rounding(scale, rounding),
+                Uniform {
+                    scale,
+                    zero: 0.0,
+                    low: -1,
+                    high: 1,
+                    rounding,
+                },
+            );
+            for edge in [
+                scale / 2.0,
+                -scale / 2.0,
+                1.5 * scale,
+                -scale,
+                0.0,
+                f32::MAX,
+                f32::MIN,
+            ] {
                 let (mut below, mut above) = (edge, edge);
                 for _ in 0..6 {
                     for w in [below, above].into_iter().filter(|w| w.is_finite()) {
                         let value = f32::from(i8::from(w > cuts.high) - i8::from(w < cuts.low));
-                        assert_eq!(value, uniform.value(w), "w = {w:e}, scale = {scale:e}, {rounding}, {cuts:?}");
+                        assert_eq!(
+                            value,
+                            uniform.value(w),
+                            "w = {w:e}, scale = {scale:e}, {rounding}, {cuts:?}"
+                        );
                     }
                     (below, above) = (below.next_down(), above.next_up());
                 }
@@ -583,16 +895,31 @@ fn cuts_are_where_rounding_changes_the_value() {
     }
 }
 
-/// Rows as long as real ones, with ties, tails and repeated steps: the values are those of the best of all cuts, found by sorting.
+/// Rows as long as real ones, with ties, tails and repeated steps: the values are those of the best
+/// of all cuts, found by sorting.
 #[test]
 fn optimal_rows_keep_what_sorting_says() {
     let mut random = Random(11);
     let mut kinds: Vec<Vec<f32>> = vec![];
     for n in [17, 300, 4096, 5000] {
         kinds.push((0..n).map(|_| random.normal() as f32 * 0.02).collect());
-        kinds.push((0..n).map(|_| (random.normal() * 4.0).round() as f32 / 64.0).collect());
+        kinds.push(
+            (0..n)
+                .map(|_| (random.normal() * 4.0).round() as f32 / 64.0)
+                .collect(),
+        );
         kinds.push((0..n).map(|_| random.normal().powi(5) as f32).collect());
-        kinds.push((0..n).map(|i| if i % 3 == 0 { 10.0 + random.normal() as f32 } else { random.normal() as f32 }).collect());
+        kinds.push(
+            (0..n)
+                .map(|i| {
+                    if i % 3 == 0 {
+                        10.0 + random.normal() as f32
+                    } else {
+                        random.normal() as f32
+                    }
+                })
+                .collect(),
+        );
     }
     for w in kinds {
         let matrix = run(&w, w.len(), &Scheme::ternary(Threshold::Optimal));
@@ -606,7 +933,16 @@ fn optimal_rows_keep_what_sorting_says() {
                 (best, cut) = (sum * sum / (k + 1) as f64, *u);
             }
         }
-        let expected: Vec<i8> = w.iter().map(|w| if f64::from(w.abs()) >= cut { w.signum() as i8 } else { 0 }).collect();
+        let expected: Vec<i8> = w
+            .iter()
+            .map(|w| {
+                if f64::from(w.abs()) >= cut {
+                    w.signum() as i8
+                } else {
+                    0
+                }
+            })
+            .collect();
         assert!(matrix.values == expected, "{} weights, cut {cut}", w.len());
     }
 }

@@ -1,4 +1,5 @@
-//! Writes a Hugging Face model folder of float tensors as an f32 GGUF, or a byte-level GGUF back as a folder: for scripts/check-gguf-model.py.
+//! Writes a Hugging Face model folder of float tensors as an f32 GGUF, or a byte-level GGUF back as
+//! a folder: for scripts/check-gguf-model.py.
 //!
 //! ```text
 //! gguf_model FOLDER OUT.gguf        gguf_model IN.gguf OUT_FOLDER
@@ -14,36 +15,70 @@ use std::path::Path;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().collect();
-    let [_, input, output] = args.as_slice() else { return Err("two paths are needed".into()) };
+    let [_, input, output] = args.as_slice() else {
+        return Err("two paths are needed".into());
+    };
     let source = Source::open(input.as_ref())?;
-    if source.kind == Kind::Gguf { to_folder(&source, output.as_ref()) } else { to_gguf(&source, output.as_ref()) }
+    if source.kind == Kind::Gguf {
+        to_folder(&source, output.as_ref())
+    } else {
+        to_gguf(&source, output.as_ref())
+    }
 }
 
 /// All values of a tensor, its rows in another order where one is given.
-fn rows(source: &Source, tensor: &bitnet_formats::Tensor, order: Option<Vec<usize>>) -> Result<Vec<u8>, Box<dyn Error>> {
+fn rows(
+    source: &Source,
+    tensor: &bitnet_formats::Tensor,
+    order: Option<Vec<usize>>,
+) -> Result<Vec<u8>, Box<dyn Error>> {
     let mut values = vec![0.0; tensor.elements()];
     match &tensor.content {
-        Content::Float(stored) => source.read_floats(*stored, 0..values.len(), &mut vec![], &mut values)?,
+        Content::Float(stored) => {
+            source.read_floats(*stored, 0..values.len(), &mut vec![], &mut values)?
+        }
         _ => return Err(format!("'{}' holds no floats", tensor.name).into()),
     }
     let rows = tensor.shape[0];
     let order = order.unwrap_or_else(|| (0..rows).collect());
     let cols = values.len() / rows;
-    Ok(order.iter().flat_map(|&row| &values[row * cols..(row + 1) * cols]).flat_map(|x| x.to_le_bytes()).collect())
+    Ok(order
+        .iter()
+        .flat_map(|&row| &values[row * cols..(row + 1) * cols])
+        .flat_map(|x| x.to_le_bytes())
+        .collect())
 }
 
 fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let config = source.config.as_ref().ok_or("a model folder is needed")?;
     let mut made = arch::gguf_metadata(&source.path, config)?;
     made.notes.iter().for_each(|note| println!("note: {note}"));
-    made.metadata.push(("general.file_type".into(), Value::U32(0)));
+    made.metadata
+        .push(("general.file_type".into(), Value::U32(0)));
     let tied = config["tie_word_embeddings"] == true;
-    let (architecture, counts) = (Architecture::from_hf_config(config)?, HeadCounts::from_hf_config(config)?);
+    let (architecture, counts) = (
+        Architecture::from_hf_config(config)?,
+        HeadCounts::from_hf_config(config)?,
+    );
     let (mut infos, mut data) = (vec![], vec![]);
-    for tensor in source.tensors.iter().filter(|t| !(tied && t.name == "lm_head.weight")) {
-        let name = arch::gguf_name(&tensor.name).ok_or_else(|| format!("no GGUF name for '{}'", tensor.name))?;
-        let bytes = rows(source, tensor, arch::row_order(architecture, counts, &tensor.name, tensor.shape[0])?)?;
-        infos.push(OutTensor { name, shape: tensor.shape.clone(), ggml_type: GgmlType::F32, len: bytes.len() as u64 });
+    for tensor in source
+        .tensors
+        .iter()
+        .filter(|t| !(tied && t.name == "lm_head.weight"))
+    {
+        let name = arch::gguf_name(&tensor.name)
+            .ok_or_else(|| format!("no GGUF name for '{}'", tensor.name))?;
+        let bytes = rows(
+            source,
+            tensor,
+            arch::row_order(architecture, counts, &tensor.name, tensor.shape[0])?,
+        )?;
+        infos.push(OutTensor {
+            name,
+            shape: tensor.shape.clone(),
+            ggml_type: GgmlType::F32,
+            len: bytes.len() as u64,
+        });
         data.push(bytes);
     }
     if let Some(freqs) = made.rope_freqs {
@@ -60,7 +95,10 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let mut file = header.bytes.clone();
     for (i, bytes) in data.iter().enumerate() {
         file.extend(bytes);
-        file.resize(file.len() + header.padding_after(i, bytes.len() as u64) as usize, 0);
+        file.resize(
+            file.len() + header.padding_after(i, bytes.len() as u64) as usize,
+            0,
+        );
     }
     Ok(fs::write(out, file)?)
 }
@@ -68,24 +106,36 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
 fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let shape = |name: &str| source.find(name).map(|t| t.shape.clone());
     let config = arch::hf_config(&source.path, &source.gguf, &shape)?;
-    let (architecture, counts) = (Architecture::from_gguf(&source.gguf)?, HeadCounts::from_gguf(&source.gguf)?);
+    let (architecture, counts) = (
+        Architecture::from_gguf(&source.gguf)?,
+        HeadCounts::from_gguf(&source.gguf)?,
+    );
     fs::create_dir_all(out)?;
     fs::write(out.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
     match arch::hf_tokenizer(&source.gguf) {
         None => println!("note: no tokenizer"),
         Some((tokenizer, settings)) => {
             fs::write(out.join("tokenizer.json"), serde_json::to_vec(&tokenizer)?)?;
-            fs::write(out.join("tokenizer_config.json"), serde_json::to_vec_pretty(&settings)?)?;
+            fs::write(
+                out.join("tokenizer_config.json"),
+                serde_json::to_vec_pretty(&settings)?,
+            )?;
         }
     }
     let mut tensors = vec![];
     for tensor in &source.tensors {
-        let name = arch::hf_name(&tensor.name).ok_or_else(|| format!("no Hugging Face name for '{}'", tensor.name))?;
+        let name = arch::hf_name(&tensor.name)
+            .ok_or_else(|| format!("no Hugging Face name for '{}'", tensor.name))?;
         let order = arch::hf_row_order(architecture, counts, &name, tensor.shape[0])?;
         tensors.push((name, tensor.shape.clone(), rows(source, tensor, order)?));
     }
-    let views = tensors.iter().map(|(name, shape, bytes)| TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view)));
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view))
+    });
     let views = views.collect::<Result<Vec<_>, _>>()?;
     let metadata = std::collections::HashMap::from([("format".into(), "pt".into())]);
-    Ok(fs::write(out.join("model.safetensors"), safetensors::serialize(views, Some(metadata))?)?)
+    Ok(fs::write(
+        out.join("model.safetensors"),
+        safetensors::serialize(views, Some(metadata))?,
+    )?)
 }

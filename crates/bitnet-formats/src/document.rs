@@ -1,6 +1,8 @@
-//! The document that quantized files carry: recipe, how each tensor is packed, and a checksum of each stored tensor.
+//! The document that quantized files carry: recipe, how each tensor is packed, and a checksum of
+//! each stored tensor.
 //!
-//! It is JSON under the key [`KEY`], in `__metadata__` of safetensors and among the keys of GGUF. docs/formats.md specifies it.
+//! It is JSON under the key [`KEY`], in `__metadata__` of safetensors and among the keys of GGUF.
+//! docs/formats.md specifies it.
 
 use crate::gguf;
 use crate::output::Container;
@@ -32,7 +34,8 @@ pub struct Document {
     pub files: BTreeMap<String, String>,
     /// xxh3-128 of the container's own metadata, the document excepted: [`metadata_checksum`].
     pub metadata: String,
-    /// xxh3-128 over all the rest of the document and over name, type and shape of each stored tensor, by name.
+    /// xxh3-128 over all the rest of the document and over name, type and shape of each stored
+    /// tensor, by name.
     pub digest: String,
 }
 
@@ -64,9 +67,15 @@ pub struct Packed {
 
 impl Document {
     /// The digest that belongs to the document and to these stored tensors: (name, type, shape).
-    pub fn compute_digest<'a>(&self, stored: impl Iterator<Item = (&'a str, String, &'a [usize])>) -> String {
+    pub fn compute_digest<'a>(
+        &self,
+        stored: impl Iterator<Item = (&'a str, String, &'a [usize])>,
+    ) -> String {
         let mut hasher = Xxh3::new();
-        let body = Self { digest: String::new(), ..self.clone() };
+        let body = Self {
+            digest: String::new(),
+            ..self.clone()
+        };
         // A document is plain data: serialising it cannot fail.
         hasher.update(serde_json::to_string(&body).unwrap_or_default().as_bytes());
         let mut stored: Vec<_> = stored.collect();
@@ -80,8 +89,8 @@ impl Document {
 
 /// xxh3-128 of a container's own metadata, the document excepted.
 ///
-/// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key. Of GGUF: the header of a file that has these
-/// keys, in file order, and no tensors.
+/// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key.
+/// Of GGUF: the header of a file that has these keys, in file order, and no tensors.
 ///
 /// # Errors
 /// [`gguf::Error`] for keys that no GGUF can have.
@@ -98,8 +107,13 @@ pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
         }
         Container::Gguf(metadata) => {
             let own: Vec<_> = metadata.iter().filter(|(k, _)| k != KEY).cloned().collect();
-            let alignment = own.iter().find(|(k, _)| k == gguf::ALIGNMENT_KEY).and_then(|(_, v)| v.as_u64());
-            let alignment = alignment.and_then(|a| u32::try_from(a).ok()).unwrap_or(gguf::DEFAULT_ALIGNMENT);
+            let alignment = own
+                .iter()
+                .find(|(k, _)| k == gguf::ALIGNMENT_KEY)
+                .and_then(|(_, v)| v.as_u64());
+            let alignment = alignment
+                .and_then(|a| u32::try_from(a).ok())
+                .unwrap_or(gguf::DEFAULT_ALIGNMENT);
             Ok(checksum(&gguf::encode_header(&own, &[], alignment)?.bytes))
         }
     }
@@ -140,11 +154,18 @@ mod tests {
     #[test]
     fn the_digest_of_the_example_in_the_docs() {
         let docs = include_str!("../../../docs/formats.md");
-        let text = docs.lines().find(|line| line.starts_with(r#"{"version":1,"#)).unwrap();
+        let text = docs
+            .lines()
+            .find(|line| line.starts_with(r#"{"version":1,"#))
+            .unwrap();
         let document: Document = serde_json::from_str(text).unwrap();
-        let metadata = Container::Safetensors(vec![("format".into(), "pt".into()), (KEY.into(), text.into())]);
+        let metadata = Container::Safetensors(vec![
+            ("format".into(), "pt".into()),
+            (KEY.into(), text.into()),
+        ]);
         assert_eq!(metadata_checksum(&metadata).unwrap(), document.metadata);
-        let digest = document.compute_digest([("w_packed", "U8".to_string(), &[4usize, 75][..])].into_iter());
+        let digest = document
+            .compute_digest([("w_packed", "U8".to_string(), &[4usize, 75][..])].into_iter());
         assert!(docs.contains(&format!("`{digest}`")), "{digest}");
     }
 }

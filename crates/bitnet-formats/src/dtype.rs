@@ -53,10 +53,13 @@ impl StoredType {
         }
     }
 
-    /// Whether [`StoredType::decode`] makes f32 of it: f16, bf16, f32, f64 and the ggml blocks that have a decoder.
+    /// Whether [`StoredType::decode`] makes f32 of it: f16, bf16, f32, f64 and the ggml blocks that
+    /// have a decoder.
     pub fn is_float(self) -> bool {
         match self {
-            Self::Plain(dtype) => matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64),
+            Self::Plain(dtype) => {
+                matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+            }
             Self::Ggml(ggml) => gguf::has_decoder(ggml),
         }
     }
@@ -69,10 +72,14 @@ impl StoredType {
         }
     }
 
-    /// Bytes of `count` elements, a multiple of [`StoredType::block`]; `None` on overflow or for elements that are not whole bytes.
+    /// Bytes of `count` elements, a multiple of [`StoredType::block`]; `None` on overflow or for
+    /// elements that are not whole bytes.
     pub fn bytes(self, count: usize) -> Option<usize> {
         match self {
-            Self::Plain(dtype) => count.checked_mul(dtype.bitsize()).filter(|bits| bits % 8 == 0).map(|bits| bits / 8),
+            Self::Plain(dtype) => count
+                .checked_mul(dtype.bitsize())
+                .filter(|bits| bits % 8 == 0)
+                .map(|bits| bits / 8),
             Self::Ggml(ggml) => (count / ggml.block_len()).checked_mul(ggml.block_bytes()),
         }
     }
@@ -83,26 +90,38 @@ impl StoredType {
     /// A sentence if the type has no decoder or the lengths do not fit.
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) -> Result<(), String> {
         let fits = |size: usize| {
-            if bytes.len() == out.len() * size { Ok(()) } else { Err(format!("{} bytes for {} elements", bytes.len(), out.len())) }
+            if bytes.len() == out.len() * size {
+                Ok(())
+            } else {
+                Err(format!("{} bytes for {} elements", bytes.len(), out.len()))
+            }
         };
         match self {
             Self::Plain(Dtype::F32) => {
                 fits(4)?;
-                out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b));
+                out.iter_mut()
+                    .zip(bytes.as_chunks::<4>().0)
+                    .for_each(|(o, b)| *o = f32::from_le_bytes(*b));
             }
             Self::Plain(Dtype::F16) => {
                 fits(2)?;
-                out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(o, b)| *o = f16_to_f32(u16::from_le_bytes(*b)));
+                out.iter_mut()
+                    .zip(bytes.as_chunks::<2>().0)
+                    .for_each(|(o, b)| *o = f16_to_f32(u16::from_le_bytes(*b)));
             }
             Self::Plain(Dtype::BF16) => {
                 fits(2)?;
                 out.iter_mut()
                     .zip(bytes.as_chunks::<2>().0)
-                    .for_each(|(o, b)| *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+                    .for_each(|(o, b)| {
+                        *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)
+                    });
             }
             Self::Plain(Dtype::F64) => {
                 fits(8)?;
-                out.iter_mut().zip(bytes.as_chunks::<8>().0).for_each(|(o, b)| *o = f64::from_le_bytes(*b) as f32);
+                out.iter_mut()
+                    .zip(bytes.as_chunks::<8>().0)
+                    .for_each(|(o, b)| *o = f64::from_le_bytes(*b) as f32);
             }
             Self::Plain(other) => return Err(format!("{other:?} holds no weights")),
             Self::Ggml(ggml) => gguf::decode(ggml, bytes, out).map_err(|e| e.to_string())?,
@@ -111,13 +130,18 @@ impl StoredType {
     }
 }
 
-/// binary16 to binary32 without a branch, so that it vectorises: shift the fields into place and let a multiplication by 2^112 rebase
-/// the exponent, which is exact and handles subnormals; infinities and NaN get their exponent filled afterwards.
+/// binary16 to binary32 without a branch, so that it vectorises: shift the fields into place and
+/// let a multiplication by 2^112 rebase the exponent, which is exact and handles subnormals;
+/// infinities and NaN get their exponent filled afterwards.
 #[inline(always)]
 fn f16_to_f32(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    let special = if bits & 0x7c00 == 0x7c00 {
+        0x7f80_0000
+    } else {
+        0
+    };
     f32::from_bits(magnitude.to_bits() | special | (bits & 0x8000) << 16)
 }
 
@@ -155,18 +179,30 @@ mod tests {
         for bits in 0..=u16::MAX {
             let expected = half::f16::from_bits(bits).to_f32();
             let got = f16_to_f32(bits);
-            assert!(got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()), "{bits:#06x}: {got} {expected}");
+            assert!(
+                got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()),
+                "{bits:#06x}: {got} {expected}"
+            );
         }
     }
 
     #[test]
     fn plain_types_decode_little_endian() {
         let mut out = [0.0f32; 1];
-        StoredType::Plain(Dtype::BF16).decode(&[0x80, 0xbf], &mut out).unwrap();
+        StoredType::Plain(Dtype::BF16)
+            .decode(&[0x80, 0xbf], &mut out)
+            .unwrap();
         assert_eq!(out, [-1.0]);
-        StoredType::Plain(Dtype::F64).decode(&0.1f64.to_le_bytes(), &mut out).unwrap();
+        StoredType::Plain(Dtype::F64)
+            .decode(&0.1f64.to_le_bytes(), &mut out)
+            .unwrap();
         assert_eq!(out, [0.1]);
         assert!(StoredType::F32.decode(&[0; 3], &mut out).is_err());
-        assert!(StoredType::U8.decode(&[0], &mut out).unwrap_err().contains("U8"));
+        assert!(
+            StoredType::U8
+                .decode(&[0], &mut out)
+                .unwrap_err()
+                .contains("U8")
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The error type of this crate: every message names the file, and where there is one the tensor, and what was found there.
+//! The error type of this crate: every message names the file, and where there is one the tensor,
+//! and what was found there.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -78,27 +79,59 @@ impl Error {
     /// [`Error::Io`] for `map_err`.
     pub fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_path_buf();
-        move |source| Self::Io { path, action, source }
+        move |source| Self::Io {
+            path,
+            action,
+            source,
+        }
     }
 
     /// [`Error::File`].
     pub fn file(path: &Path, expected: impl Into<String>, got: impl Into<String>) -> Self {
-        Self::File { path: path.to_path_buf(), expected: expected.into(), got: got.into() }
+        Self::File {
+            path: path.to_path_buf(),
+            expected: expected.into(),
+            got: got.into(),
+        }
     }
 
     /// [`Error::Tensor`].
-    pub fn tensor(path: &Path, tensor: &str, expected: impl Into<String>, got: impl Into<String>) -> Self {
-        Self::Tensor { path: path.to_path_buf(), tensor: tensor.into(), expected: expected.into(), got: got.into() }
+    pub fn tensor(
+        path: &Path,
+        tensor: &str,
+        expected: impl Into<String>,
+        got: impl Into<String>,
+    ) -> Self {
+        Self::Tensor {
+            path: path.to_path_buf(),
+            tensor: tensor.into(),
+            expected: expected.into(),
+            got: got.into(),
+        }
     }
 
     /// [`Error::Config`].
-    pub fn config(path: &Path, key: impl Into<String>, expected: impl Into<String>, got: impl Into<String>) -> Self {
-        Self::Config { path: path.to_path_buf(), key: key.into(), expected: expected.into(), got: got.into() }
+    pub fn config(
+        path: &Path,
+        key: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl Into<String>,
+    ) -> Self {
+        Self::Config {
+            path: path.to_path_buf(),
+            key: key.into(),
+            expected: expected.into(),
+            got: got.into(),
+        }
     }
 
     /// [`Error::Matrix`] for `map_err`.
     pub fn matrix(path: &Path, tensor: &str) -> impl FnOnce(bitnet_core::Error) -> Self + use<> {
         let (path, tensor) = (path.to_path_buf(), tensor.to_string());
-        move |source| Self::Matrix { path, tensor, source }
+        move |source| Self::Matrix {
+            path,
+            tensor,
+            source,
+        }
     }
 }

@@ -11,7 +11,11 @@ pub(crate) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result
     {
         let mut done = 0;
         while done < buffer.len() {
-            match std::os::windows::fs::FileExt::seek_read(file, &mut buffer[done..], offset + done as u64)? {
+            match std::os::windows::fs::FileExt::seek_read(
+                file,
+                &mut buffer[done..],
+                offset + done as u64,
+            )? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 n => done += n,
             }
@@ -28,7 +32,11 @@ pub(crate) fn write_at(file: &File, buffer: &[u8], offset: u64) -> io::Result<()
     {
         let mut done = 0;
         while done < buffer.len() {
-            done += std::os::windows::fs::FileExt::seek_write(file, &buffer[done..], offset + done as u64)?;
+            done += std::os::windows::fs::FileExt::seek_write(
+                file,
+                &buffer[done..],
+                offset + done as u64,
+            )?;
         }
         Ok(())
     }

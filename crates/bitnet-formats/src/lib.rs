@@ -1,4 +1,5 @@
-//! Containers: safetensors, GGUF and HF `bitnet` folders; bounded readers, atomic and resumable writers.
+//! Containers: safetensors, GGUF and HF `bitnet` folders; bounded readers, atomic and resumable
+//! writers.
 //!
 //! ```no_run
 //! use bitnet_formats::Source;

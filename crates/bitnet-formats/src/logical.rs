@@ -71,7 +71,10 @@ impl Tensor {
                     Scales::Stored { index, .. } => Some(index),
                     Scales::Inside => None,
                 };
-                [Some(q.packed), scale, q.zero_points].into_iter().flatten().collect()
+                [Some(q.packed), scale, q.zero_points]
+                    .into_iter()
+                    .flatten()
+                    .collect()
             }
         }
     }
@@ -86,7 +89,8 @@ impl Tensor {
         self.shape.iter().product()
     }
 
-    /// Rows and columns as a weight matrix sees them: the first dimension, and all others together. `None` below two dimensions.
+    /// Rows and columns as a weight matrix sees them: the first dimension, and all others together.
+    /// `None` below two dimensions.
     pub fn matrix_shape(&self) -> Option<(usize, usize)> {
         match self.shape.as_slice() {
             [rows, rest @ ..] if !rest.is_empty() => Some((*rows, rest.iter().product())),
@@ -139,24 +143,44 @@ pub(crate) fn tensors(source: &Source, options: &OpenOptions) -> Result<Vec<Tens
                 None if stored.dtype.is_float() => Content::Float(i),
                 None => Content::Opaque(i),
             };
-            found.push((i, Tensor { name: stored.name.clone(), shape: stored.shape.clone(), content }));
+            found.push((
+                i,
+                Tensor {
+                    name: stored.name.clone(),
+                    shape: stored.shape.clone(),
+                    content,
+                },
+            ));
         }
     }
-    if source.bitnet.is_some_and(|b| b.mode == Mode::Offline && !b.linear_class.is_reciprocal()) {
+    if source
+        .bitnet
+        .is_some_and(|b| b.mode == Mode::Offline && !b.linear_class.is_reciprocal())
+    {
         refuse_biases(source, &found)?;
     }
     found.sort_by_key(|(first, _)| *first);
     Ok(found.into_iter().map(|(_, tensor)| tensor).collect())
 }
 
-/// `autobitlinear` multiplies the bias by the scale too, so a bias there is not the bias of the layer. Nothing here knows how to say that in
-/// another container.
+/// `autobitlinear` multiplies the bias by the scale too, so a bias there is not the bias of the
+/// layer. Nothing here knows how to say that in another container.
 fn refuse_biases(source: &Source, found: &[(usize, Tensor)]) -> Result<()> {
-    for (_, tensor) in found.iter().filter(|(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.name() == "hf-bitnet")) {
-        let bias = tensor.name.strip_suffix("weight").and_then(|layer| source.find_stored(&format!("{layer}bias")));
+    for (_, tensor) in found.iter().filter(
+        |(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.name() == "hf-bitnet"),
+    ) {
+        let bias = tensor
+            .name
+            .strip_suffix("weight")
+            .and_then(|layer| source.find_stored(&format!("{layer}bias")));
         if let Some(bias) = bias {
             let expected = "no bias beside a packed weight: linear_class autobitlinear scales it too, which is not supported";
-            return Err(Error::tensor(source.file_of(bias), &source.stored[bias].name, expected, "one"));
+            return Err(Error::tensor(
+                source.file_of(bias),
+                &source.stored[bias].name,
+                expected,
+                "one",
+            ));
         }
     }
     Ok(())
@@ -174,21 +198,34 @@ fn orphan_scale(source: &Source) -> Option<(usize, &Stored)> {
 
 fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor> {
     let find = |stored: &str| {
-        source
-            .find_stored(stored)
-            .ok_or_else(|| Error::tensor(&source.files[0].path, name, format!("a stored tensor '{stored}'"), "none of that name"))
+        source.find_stored(stored).ok_or_else(|| {
+            Error::tensor(
+                &source.files[0].path,
+                name,
+                format!("a stored tensor '{stored}'"),
+                "none of that name",
+            )
+        })
     };
     let path = &source.files[0].path;
     let layout = pack::by_name(&packed.layout).map_err(Error::matrix(path, name))?;
     if packed.reciprocal && packed.scale.is_none() {
-        return Err(Error::tensor(path, name, "a stored scale, for it is said to be an inverse", "none"));
+        return Err(Error::tensor(
+            path,
+            name,
+            "a stored scale, for it is said to be an inverse",
+            "none",
+        ));
     }
     let q = Quantized {
         spec: packed.spec.clone(),
         layout,
         packed: find(&packed.packed)?,
         scales: match &packed.scale {
-            Some(scale) => Scales::Stored { index: find(scale)?, reciprocal: packed.reciprocal },
+            Some(scale) => Scales::Stored {
+                index: find(scale)?,
+                reciprocal: packed.reciprocal,
+            },
             None => Scales::Inside,
         },
         zero_points: packed.zero_point.as_deref().map(find).transpose()?,
@@ -202,17 +239,33 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
             "quantization_config.linear_class",
             format!(
                 "the convention of tensor '{name}', whose scale is stored {}",
-                if packed.reciprocal { "as 1/scale" } else { "as it is" }
+                if packed.reciprocal {
+                    "as 1/scale"
+                } else {
+                    "as it is"
+                }
             ),
             format!("'{}'", bitnet.linear_class.name()),
         ));
     }
     check(source, name, &q)?;
-    let elements = packed.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    let elements = packed
+        .shape
+        .iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(d));
     if elements != Some(q.spec.weights_len()) {
-        return Err(Error::tensor(path, name, format!("a shape of {} weights", q.spec.weights_len()), format!("{:?}", packed.shape)));
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("a shape of {} weights", q.spec.weights_len()),
+            format!("{:?}", packed.shape),
+        ));
     }
-    Ok(Tensor { name: name.into(), shape: packed.shape.clone(), content: Content::Quantized(q) })
+    Ok(Tensor {
+        name: name.into(),
+        shape: packed.shape.clone(),
+        content: Content::Quantized(q),
+    })
 }
 
 /// Checks that the stored tensors have the sizes and types that the spec asks for.
@@ -228,9 +281,16 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
     };
     let got = source.stored[q.packed].dtype;
     if expected != Some(got) {
-        let expected = expected
-            .map_or_else(|| "a layout that GGUF has".into(), |t| format!("type {t}, in which layout {} is stored", q.layout.name()));
-        return Err(Error::tensor(path, name, expected, format!("{got}: another program has changed the file")));
+        let expected = expected.map_or_else(
+            || "a layout that GGUF has".into(),
+            |t| format!("type {t}, in which layout {} is stored", q.layout.name()),
+        );
+        return Err(Error::tensor(
+            path,
+            name,
+            expected,
+            format!("{got}: another program has changed the file"),
+        ));
     }
     let got = source.stored[q.packed].len;
     let fits = match q.layout.packed_len(&q.spec) {
@@ -238,7 +298,12 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
         PackedLen::AtMost(n) => got <= n as u64,
     };
     if !fits {
-        return Err(Error::tensor(path, name, format!("{:?} packed bytes", q.layout.packed_len(&q.spec)), format!("{got}")));
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("{:?} packed bytes", q.layout.packed_len(&q.spec)),
+            format!("{got}"),
+        ));
     }
     let sized = |index: usize, dtype: StoredType| {
         let stored = &source.stored[index];
@@ -256,62 +321,139 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
         return Err(Error::tensor(
             path,
             name,
-            format!("no stored scales, for layout {} carries them", q.layout.name()),
+            format!(
+                "no stored scales, for layout {} carries them",
+                q.layout.name()
+            ),
             "a tensor of scales",
         ));
     }
     match q.scales {
-        Scales::Inside if !q.layout.stores_scales() => return Err(Error::tensor(path, name, "a stored tensor of scales", "none")),
+        Scales::Inside if !q.layout.stores_scales() => {
+            return Err(Error::tensor(
+                path,
+                name,
+                "a stored tensor of scales",
+                "none",
+            ));
+        }
         Scales::Inside => {}
-        Scales::Stored { reciprocal: true, .. } if q.spec.scale_dtype != ScaleDtype::F32 => {
-            return Err(Error::tensor(path, name, "scales of f32, for they are inverses of what is stored", q.spec.scale_dtype.name()));
+        Scales::Stored {
+            reciprocal: true, ..
+        } if q.spec.scale_dtype != ScaleDtype::F32 => {
+            return Err(Error::tensor(
+                path,
+                name,
+                "scales of f32, for they are inverses of what is stored",
+                q.spec.scale_dtype.name(),
+            ));
         }
         // The stored number has its own type: the scale itself is 1/x in f32.
-        Scales::Stored { index, reciprocal: true } => sized(index, source.stored[index].dtype)?,
-        Scales::Stored { index, reciprocal: false } => sized(index, q.spec.scale_dtype.into())?,
+        Scales::Stored {
+            index,
+            reciprocal: true,
+        } => sized(index, source.stored[index].dtype)?,
+        Scales::Stored {
+            index,
+            reciprocal: false,
+        } => sized(index, q.spec.scale_dtype.into())?,
     }
     match (q.spec.zero_points, q.zero_points) {
         (ZeroPoints::None, None) => Ok(()),
         (ZeroPoints::I8, Some(index)) => sized(index, StoredType::Plain(Dtype::I8)),
         (ZeroPoints::F32, Some(index)) => sized(index, StoredType::F32),
-        (expected, got) => Err(Error::tensor(path, name, format!("{expected:?} zero points"), format!("{got:?}"))),
+        (expected, got) => Err(Error::tensor(
+            path,
+            name,
+            format!("{expected:?} zero points"),
+            format!("{got:?}"),
+        )),
     }
 }
 
 /// A `weight` of packed bytes with its `weight_scale`, as HF `bitnet` folders have them.
-fn from_hf(source: &Source, index: usize, stored: &Stored, bitnet: BitnetConfig) -> Result<Option<Tensor>> {
+fn from_hf(
+    source: &Source,
+    index: usize,
+    stored: &Stored,
+    bitnet: BitnetConfig,
+) -> Result<Option<Tensor>> {
     if stored.dtype != StoredType::U8 || !stored.name.ends_with(".weight") {
         return Ok(None);
     }
     let path = source.file_of(index);
     let name = &stored.name;
     let [packed_rows, cols] = stored.shape[..] else {
-        return Err(Error::tensor(path, name, "a packed matrix [out/4, in]", format!("shape {:?}", stored.shape)));
+        return Err(Error::tensor(
+            path,
+            name,
+            "a packed matrix [out/4, in]",
+            format!("shape {:?}", stored.shape),
+        ));
     };
     let scale_name = format!("{name}_scale");
     let Some(scale) = source.find_stored(&scale_name) else {
-        return Err(Error::tensor(path, name, format!("a scale '{scale_name}' beside the packed weight"), "none"));
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("a scale '{scale_name}' beside the packed weight"),
+            "none",
+        ));
     };
-    let rows = packed_rows.checked_mul(4).ok_or_else(|| Error::tensor(path, name, "countable rows", format!("4 × {packed_rows}")))?;
+    let rows = packed_rows
+        .checked_mul(4)
+        .ok_or_else(|| Error::tensor(path, name, "countable rows", format!("4 × {packed_rows}")))?;
     let reciprocal = bitnet.linear_class.is_reciprocal();
     let scale_dtype = match source.stored[scale].dtype {
         _ if reciprocal => ScaleDtype::F32,
         StoredType::Plain(Dtype::F32) => ScaleDtype::F32,
         StoredType::Plain(Dtype::F16) => ScaleDtype::F16,
         StoredType::Plain(Dtype::BF16) => ScaleDtype::Bf16,
-        other => return Err(Error::tensor(path, &scale_name, "a scale of f32, f16 or bf16", other.to_string())),
+        other => {
+            return Err(Error::tensor(
+                path,
+                &scale_name,
+                "a scale of f32, f16 or bf16",
+                other.to_string(),
+            ));
+        }
     };
-    let spec = MatrixSpec { scale_dtype, ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor) };
+    let spec = MatrixSpec {
+        scale_dtype,
+        ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor)
+    };
     let layout = pack::by_name("hf-bitnet").map_err(Error::matrix(path, name))?;
-    let q = Quantized { spec, layout, packed: index, scales: Scales::Stored { index: scale, reciprocal }, zero_points: None };
+    let q = Quantized {
+        spec,
+        layout,
+        packed: index,
+        scales: Scales::Stored {
+            index: scale,
+            reciprocal,
+        },
+        zero_points: None,
+    };
     check(source, name, &q)?;
-    Ok(Some(Tensor { name: name.clone(), shape: vec![rows, cols], content: Content::Quantized(q) }))
+    Ok(Some(Tensor {
+        name: name.clone(),
+        shape: vec![rows, cols],
+        content: Content::Quantized(q),
+    }))
 }
 
 /// A ternary or binary GGUF tensor that somebody else wrote: one scale for each block.
-fn foreign_block(source: &Source, index: usize, stored: &Stored, options: &OpenOptions) -> Result<Option<Quantized>> {
-    let StoredType::Ggml(ggml) = stored.dtype else { return Ok(None) };
-    let Some((layout, precision)) = foreign_layout(ggml) else { return Ok(None) };
+fn foreign_block(
+    source: &Source,
+    index: usize,
+    stored: &Stored,
+    options: &OpenOptions,
+) -> Result<Option<Quantized>> {
+    let StoredType::Ggml(ggml) = stored.dtype else {
+        return Ok(None);
+    };
+    let Some((layout, precision)) = foreign_layout(ggml) else {
+        return Ok(None);
+    };
     if source.kind != Kind::Gguf || stored.shape.is_empty() {
         return Ok(None);
     }
@@ -322,15 +464,29 @@ fn foreign_block(source: &Source, index: usize, stored: &Stored, options: &OpenO
         GgmlType::I2S => (Granularity::Tensor, ScaleDtype::F32),
         other => (Granularity::Group(other.block_len()), ScaleDtype::F16),
     };
-    let spec = MatrixSpec { scale_dtype, ..MatrixSpec::new(rows, cols, precision, granularity) };
-    let layout = if ggml == GgmlType::I2S { &options.i2s_layout } else { layout };
+    let spec = MatrixSpec {
+        scale_dtype,
+        ..MatrixSpec::new(rows, cols, precision, granularity)
+    };
+    let layout = if ggml == GgmlType::I2S {
+        &options.i2s_layout
+    } else {
+        layout
+    };
     let layout = pack::by_name(layout).map_err(Error::matrix(path, &stored.name))?;
-    let q = Quantized { spec, layout, packed: index, scales: Scales::Inside, zero_points: None };
+    let q = Quantized {
+        spec,
+        layout,
+        packed: index,
+        scales: Scales::Inside,
+        zero_points: None,
+    };
     check(source, &stored.name, &q)?;
     Ok(Some(q))
 }
 
-/// The wire layout of a low-bit GGUF type. Q8_0 and Q4_0 of other writers are read as floats, exactly.
+/// The wire layout of a low-bit GGUF type. Q8_0 and Q4_0 of other writers are read as floats,
+/// exactly.
 fn foreign_layout(ggml: GgmlType) -> Option<(&'static str, Precision)> {
     match ggml {
         GgmlType::Tq1_0 => Some(("tq1_0", Precision::Ternary)),

@@ -1,9 +1,12 @@
-//! Writing a file tensor by tensor: atomic, resumable, and with the same bytes however often it was interrupted.
+//! Writing a file tensor by tensor: atomic, resumable, and with the same bytes however often it was
+//! interrupted.
 //!
-//! Data goes into `TARGET.bitnet-partial` at offsets that are known beforehand; tensors whose size depends on their values (compressing
-//! layouts) follow one another behind the rest. After each unit of work a line goes into `TARGET.bitnet-journal`. A later run of the same
-//! job finds both, checks the bytes of every journaled tensor against its checksum and goes on after the last good one. At the end the
-//! header is written into the room kept for it and the file gets its name by a rename.
+//! Data goes into `TARGET.bitnet-partial` at offsets that are known beforehand; tensors whose size
+//! depends on their values (compressing layouts) follow one another behind the rest. After each
+//! unit of work a line goes into `TARGET.bitnet-journal`. A later run of the same job finds both,
+//! checks the bytes of every journaled tensor against its checksum and goes on after the last good
+//! one. At the end the header is written into the room kept for it and the file gets its name by a
+//! rename.
 
 use crate::document::{Checksum, Document};
 use crate::dtype::StoredType;
@@ -127,7 +130,8 @@ fn with_ending(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// The document as the file holds it. Every checksum has 32 digits, so its length does not depend on them.
+/// The document as the file holds it. Every checksum has 32 digits, so its length does not depend
+/// on them.
 fn document_json(document: &Document) -> String {
     // A document is plain data: serialising it cannot fail.
     serde_json::to_string(document).unwrap_or_default()
@@ -137,25 +141,49 @@ impl Writer {
     /// Begins a file, or goes on with one that an earlier run of the same job left.
     ///
     /// # Errors
-    /// [`Error::Io`] if the folder cannot be written, [`Error::File`] if another process writes the same target or the header does not fit.
+    /// [`Error::Io`] if the folder cannot be written, [`Error::File`] if another process writes the
+    /// same target or the header does not fit.
     pub fn open(target: &Path, mut layout: Layout) -> Result<Self> {
         let (partial, journal_path) = (with_ending(target, PARTIAL), with_ending(target, JOURNAL));
         let blank = "0".repeat(32);
-        layout.document.checksums = layout.tensors.iter().map(|t| (t.name.clone(), blank.clone())).collect();
+        layout.document.checksums = layout
+            .tensors
+            .iter()
+            .map(|t| (t.name.clone(), blank.clone()))
+            .collect();
         layout.document.digest = blank;
         layout.document.metadata =
-            document::metadata_checksum(&layout.container).map_err(|source| Error::Gguf { path: target.to_path_buf(), source })?;
+            document::metadata_checksum(&layout.container).map_err(|source| Error::Gguf {
+                path: target.to_path_buf(),
+                source,
+            })?;
         let (header_len, offsets, tail) = place(target, &layout)?;
         let create = |path: &Path| {
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(Error::io(path, "create"))
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)
+                .map_err(Error::io(path, "create"))
         };
         let lock = create(&journal_path)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Error::file(target, "to be the only process that writes it", "another one at work"));
+                return Err(Error::file(
+                    target,
+                    "to be the only process that writes it",
+                    "another one at work",
+                ));
             }
-            Err(TryLockError::Error(source)) => return Err(Error::Io { path: journal_path, action: "lock", source }),
+            Err(TryLockError::Error(source)) => {
+                return Err(Error::Io {
+                    path: journal_path,
+                    action: "lock",
+                    source,
+                });
+            }
         }
         let file = match create(&partial) {
             Ok(file) => file,
@@ -164,8 +192,15 @@ impl Writer {
                 return Err(error);
             }
         };
-        let journal = OpenOptions::new().append(true).open(&journal_path).map_err(Error::io(&journal_path, "write"))?;
-        let line = Line { written: vec![], layouts: BTreeMap::new(), note: serde_json::Value::Null };
+        let journal = OpenOptions::new()
+            .append(true)
+            .open(&journal_path)
+            .map_err(Error::io(&journal_path, "write"))?;
+        let line = Line {
+            written: vec![],
+            layouts: BTreeMap::new(),
+            note: serde_json::Value::Null,
+        };
         let mut writer = Self {
             target: target.to_path_buf(),
             partial,
@@ -196,11 +231,15 @@ impl Writer {
         let text = fs::read(&self.journal_path).map_err(Error::io(&self.journal_path, "read"))?;
         let mut good = 0;
         let mut lines = text.split_inclusive(|&b| b == b'\n');
-        let title: Option<Title> = lines.next().and_then(|line| serde_json::from_slice(line).ok());
+        let title: Option<Title> = lines
+            .next()
+            .and_then(|line| serde_json::from_slice(line).ok());
         if title.is_some_and(|title| title.job == self.layout.job) {
             good = text.iter().position(|&b| b == b'\n').map_or(0, |i| i + 1);
             for bytes in lines {
-                let Ok(line) = serde_json::from_slice::<Line>(bytes) else { break };
+                let Ok(line) = serde_json::from_slice::<Line>(bytes) else {
+                    break;
+                };
                 if bytes.last() != Some(&b'\n') || !line.written.iter().all(|w| self.vouched(w)) {
                     break;
                 }
@@ -208,10 +247,17 @@ impl Writer {
                 self.accept(line);
             }
         }
-        self.journal.set_len(good as u64).map_err(Error::io(&self.journal_path, "write"))?;
+        self.journal
+            .set_len(good as u64)
+            .map_err(Error::io(&self.journal_path, "write"))?;
         if good == 0 {
-            self.file.set_len(0).map_err(Error::io(&self.partial, "write"))?;
-            let title = serde_json::to_string(&Title { job: self.layout.job.clone() }).unwrap_or_default();
+            self.file
+                .set_len(0)
+                .map_err(Error::io(&self.partial, "write"))?;
+            let title = serde_json::to_string(&Title {
+                job: self.layout.job.clone(),
+            })
+            .unwrap_or_default();
             writeln!(self.journal, "{title}").map_err(Error::io(&self.journal_path, "write"))?;
         }
         Ok(())
@@ -219,9 +265,13 @@ impl Writer {
 
     /// Whether the bytes of a journaled tensor are there and are the ones that were written.
     fn vouched(&self, written: &Written) -> bool {
-        let Some(tensor) = self.layout.tensors.get(written.index) else { return false };
+        let Some(tensor) = self.layout.tensors.get(written.index) else {
+            return false;
+        };
         let place_fits = match self.offsets[written.index] {
-            Some(offset) => offset == written.offset && tensor.len == PackedLen::Exact(written.len as usize),
+            Some(offset) => {
+                offset == written.offset && tensor.len == PackedLen::Exact(written.len as usize)
+            }
             None => written.offset == self.tail && written.len <= tensor.len.bound() as u64,
         };
         let mut checksum = Checksum::default();
@@ -229,7 +279,13 @@ impl Writer {
         let mut done = 0;
         while place_fits && done < written.len {
             let n = (written.len - done).min(buffer.len() as u64);
-            if io::read_at(&self.file, &mut buffer[..n as usize], self.header_len + written.offset + done).is_err() {
+            if io::read_at(
+                &self.file,
+                &mut buffer[..n as usize],
+                self.header_len + written.offset + done,
+            )
+            .is_err()
+            {
                 return false;
             }
             checksum.update(&buffer[..n as usize]);
@@ -266,14 +322,24 @@ impl Writer {
     /// Appends bytes to tensor `index`, the first of them at its beginning.
     ///
     /// # Errors
-    /// [`Error::Io`] if the system refuses, e.g. because the disk is full; [`Error::Tensor`] for more bytes than the tensor has.
+    /// [`Error::Io`] if the system refuses, e.g. because the disk is full; [`Error::Tensor`] for
+    /// more bytes than the tensor has.
     pub fn append(&mut self, index: usize, bytes: &[u8]) -> Result<()> {
         let start = self.offsets[index].unwrap_or(self.tail);
-        let open = self.open.entry(index).or_insert_with(|| Open { offset: start, len: 0, checksum: Checksum::default() });
+        let open = self.open.entry(index).or_insert_with(|| Open {
+            offset: start,
+            len: 0,
+            checksum: Checksum::default(),
+        });
         let bound = self.layout.tensors[index].len.bound() as u64;
         if open.len + bytes.len() as u64 > bound {
             let got = open.len + bytes.len() as u64;
-            return Err(Error::tensor(&self.target, &self.layout.tensors[index].name, format!("at most {bound} bytes"), format!("{got}")));
+            return Err(Error::tensor(
+                &self.target,
+                &self.layout.tensors[index].name,
+                format!("at most {bound} bytes"),
+                format!("{got}"),
+            ));
         }
         open.checksum.update(bytes);
         let at = self.header_len + open.offset + open.len;
@@ -287,16 +353,28 @@ impl Writer {
     /// [`Error::Tensor`] if a tensor of known size did not get all of its bytes.
     pub fn end(&mut self, index: usize) -> Result<()> {
         self.append(index, &[])?;
-        let Some(open) = self.open.remove(&index) else { return Ok(()) };
+        let Some(open) = self.open.remove(&index) else {
+            return Ok(());
+        };
         let tensor = &self.layout.tensors[index];
         match tensor.len {
             PackedLen::Exact(n) if open.len != n as u64 => {
-                return Err(Error::tensor(&self.target, &tensor.name, format!("{n} bytes"), format!("{}", open.len)));
+                return Err(Error::tensor(
+                    &self.target,
+                    &tensor.name,
+                    format!("{n} bytes"),
+                    format!("{}", open.len),
+                ));
             }
             PackedLen::Exact(_) => {}
             PackedLen::AtMost(_) => self.tail = open.offset + open.len,
         }
-        self.line.written.push(Written { index, offset: open.offset, len: open.len, checksum: open.checksum.hex() });
+        self.line.written.push(Written {
+            index,
+            offset: open.offset,
+            len: open.len,
+            checksum: open.checksum.hex(),
+        });
         Ok(())
     }
 
@@ -310,17 +388,24 @@ impl Writer {
     /// # Errors
     /// [`Error::Io`].
     pub fn commit(&mut self, note: serde_json::Value) -> Result<()> {
-        let empty = Line { written: vec![], layouts: BTreeMap::new(), note: serde_json::Value::Null };
+        let empty = Line {
+            written: vec![],
+            layouts: BTreeMap::new(),
+            note: serde_json::Value::Null,
+        };
         let mut line = std::mem::replace(&mut self.line, empty);
         line.note = note;
         let mut text = serde_json::to_string(&line).unwrap_or_default();
         text.push('\n');
-        self.journal.write_all(text.as_bytes()).map_err(Error::io(&self.journal_path, "write"))?;
+        self.journal
+            .write_all(text.as_bytes())
+            .map_err(Error::io(&self.journal_path, "write"))?;
         self.accept(line);
         Ok(())
     }
 
-    /// Writes the header and gives the file its name. Returns the size of the file. Where that fails, nothing is left.
+    /// Writes the header and gives the file its name. Returns the size of the file. Where that
+    /// fails, nothing is left.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Tensor`] if a tensor is missing.
@@ -337,34 +422,67 @@ impl Writer {
         let mut tensors = self.layout.tensors.clone();
         for (index, tensor) in tensors.iter_mut().enumerate() {
             let Some(written) = self.written.get(&index) else {
-                return Err(Error::tensor(&self.target, &tensor.name, "a written tensor", "none"));
+                return Err(Error::tensor(
+                    &self.target,
+                    &tensor.name,
+                    "a written tensor",
+                    "none",
+                ));
             };
             if matches!(tensor.len, PackedLen::AtMost(_)) {
                 tensor.shape = vec![written.len as usize];
             }
             tensor.len = PackedLen::Exact(written.len as usize);
-            document.checksums.insert(tensor.name.clone(), written.checksum.clone());
+            document
+                .checksums
+                .insert(tensor.name.clone(), written.checksum.clone());
         }
-        document.digest = document.compute_digest(tensors.iter().map(|t| (t.name.as_str(), t.dtype.to_string(), &t.shape[..])));
+        document.digest = document.compute_digest(
+            tensors
+                .iter()
+                .map(|t| (t.name.as_str(), t.dtype.to_string(), &t.shape[..])),
+        );
         let header = match &self.layout.container {
             Container::Safetensors(metadata) => {
-                let offsets: Vec<u64> = (0..tensors.len()).map(|i| self.written[&i].offset).collect();
-                safetensors_header(metadata, &document, &tensors, &offsets, Some(self.header_len as usize))
-                    .map_err(|got| Error::file(&self.target, "a header that fits", got))?
+                let offsets: Vec<u64> = (0..tensors.len())
+                    .map(|i| self.written[&i].offset)
+                    .collect();
+                safetensors_header(
+                    metadata,
+                    &document,
+                    &tensors,
+                    &offsets,
+                    Some(self.header_len as usize),
+                )
+                .map_err(|got| Error::file(&self.target, "a header that fits", got))?
             }
-            Container::Gguf(metadata) => gguf_header(&self.target, metadata, &document, &tensors)?.bytes,
+            Container::Gguf(metadata) => {
+                gguf_header(&self.target, metadata, &document, &tensors)?.bytes
+            }
         };
         if header.len() as u64 != self.header_len {
-            return Err(Error::file(&self.target, format!("a header of {} bytes", self.header_len), format!("{}", header.len())));
+            return Err(Error::file(
+                &self.target,
+                format!("a header of {} bytes", self.header_len),
+                format!("{}", header.len()),
+            ));
         }
         io::write_at(&self.file, &header, 0).map_err(Error::io(&self.partial, "write"))?;
         let len = self.header_len + self.tail;
-        self.file.set_len(len).map_err(Error::io(&self.partial, "write"))?;
-        self.file.sync_all().map_err(Error::io(&self.partial, "write"))?;
-        self.journal.flush().map_err(Error::io(&self.journal_path, "write"))?;
-        // The journal first: a kill between the two leaves a file to be written again, and never a finished one with a journal beside it.
+        self.file
+            .set_len(len)
+            .map_err(Error::io(&self.partial, "write"))?;
+        self.file
+            .sync_all()
+            .map_err(Error::io(&self.partial, "write"))?;
+        self.journal
+            .flush()
+            .map_err(Error::io(&self.journal_path, "write"))?;
+        // The journal first: a kill between the two leaves a file to be written again, and never a
+        // finished one with a journal beside it.
         fs::remove_file(&self.journal_path).map_err(Error::io(&self.journal_path, "remove"))?;
-        place_file(&self.partial, &self.target, existing).map_err(Error::io(&self.target, "rename to"))?;
+        place_file(&self.partial, &self.target, existing)
+            .map_err(Error::io(&self.target, "rename to"))?;
         Ok(len)
     }
 
@@ -396,11 +514,18 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
     match &layout.container {
         Container::Gguf(metadata) => {
             let header = gguf_header(target, metadata, &layout.document, tensors)?;
-            Ok((header.bytes.len() as u64, header.offsets.iter().copied().map(Some).collect(), header.data_len))
+            Ok((
+                header.bytes.len() as u64,
+                header.offsets.iter().copied().map(Some).collect(),
+                header.data_len,
+            ))
         }
         Container::Safetensors(metadata) => {
-            // Widest elements first, so that every tensor is aligned to its elements without a hole.
-            let mut order: Vec<usize> = (0..tensors.len()).filter(|&i| matches!(tensors[i].len, PackedLen::Exact(_))).collect();
+            // Widest elements first, so that every tensor is aligned to its elements without a
+            // hole.
+            let mut order: Vec<usize> = (0..tensors.len())
+                .filter(|&i| matches!(tensors[i].len, PackedLen::Exact(_)))
+                .collect();
             let width = |dtype: StoredType| dtype.bytes(1).unwrap_or(1);
             order.sort_by_key(|&i| (std::cmp::Reverse(width(tensors[i].dtype)), i));
             let mut offsets = vec![None; tensors.len()];
@@ -409,7 +534,8 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
                 offsets[i] = Some(tail);
                 tail += tensors[i].len.bound() as u64;
             }
-            // The header can only become shorter: names and digests have fixed lengths, offsets and sizes have upper bounds.
+            // The header can only become shorter: names and digests have fixed lengths, offsets and
+            // sizes have upper bounds.
             let mut document = layout.document.clone();
             for packed in document.tensors.values_mut() {
                 if packed.layout == AUTO {
@@ -429,7 +555,13 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
                 tensor.len = PackedLen::Exact(tensor.len.bound());
             }
             let header = safetensors_header(metadata, &document, &worst, &worst_offsets, None)
-                .map_err(|got| Error::file(target, format!("a header for {end} bytes of data that fits"), got))?;
+                .map_err(|got| {
+                    Error::file(
+                        target,
+                        format!("a header for {end} bytes of data that fits"),
+                        got,
+                    )
+                })?;
             Ok((header.len() as u64, offsets, tail))
         }
     }
@@ -452,7 +584,10 @@ fn safetensors_header(
     let mut entries = vec![];
     for (tensor, &offset) in tensors.iter().zip(offsets) {
         let StoredType::Plain(dtype) = tensor.dtype else {
-            return Err(format!("tensor '{}' of type {}, which safetensors does not have", tensor.name, tensor.dtype));
+            return Err(format!(
+                "tensor '{}' of type {}, which safetensors does not have",
+                tensor.name, tensor.dtype
+            ));
         };
         entries.push(safetensors::OutEntry {
             name: tensor.name.clone(),
@@ -471,19 +606,38 @@ fn gguf_header(
     tensors: &[OutTensor],
 ) -> Result<gguf::EncodedHeader> {
     let mut metadata = metadata.to_vec();
-    metadata.push((document::KEY.into(), gguf::Value::from(document_json(document))));
+    metadata.push((
+        document::KEY.into(),
+        gguf::Value::from(document_json(document)),
+    ));
     let tensors: Vec<gguf::OutTensor> = tensors
         .iter()
         .map(|t| match (t.dtype.to_ggml(), t.len) {
-            (Some(ggml_type), PackedLen::Exact(len)) => {
-                Ok(gguf::OutTensor { name: t.name.clone(), shape: t.shape.clone(), ggml_type, len: len as u64 })
-            }
-            _ => Err(Error::tensor(target, &t.name, "a type of known size that GGUF has", t.dtype.to_string())),
+            (Some(ggml_type), PackedLen::Exact(len)) => Ok(gguf::OutTensor {
+                name: t.name.clone(),
+                shape: t.shape.clone(),
+                ggml_type,
+                len: len as u64,
+            }),
+            _ => Err(Error::tensor(
+                target,
+                &t.name,
+                "a type of known size that GGUF has",
+                t.dtype.to_string(),
+            )),
         })
         .collect::<Result<_>>()?;
-    let alignment = metadata.iter().find(|(k, _)| k == gguf::ALIGNMENT_KEY).and_then(|(_, v)| v.as_u64());
-    let alignment = alignment.and_then(|a| u32::try_from(a).ok()).unwrap_or(gguf::DEFAULT_ALIGNMENT);
-    gguf::encode_header(&metadata, &tensors, alignment).map_err(|source| Error::Gguf { path: target.to_path_buf(), source })
+    let alignment = metadata
+        .iter()
+        .find(|(k, _)| k == gguf::ALIGNMENT_KEY)
+        .and_then(|(_, v)| v.as_u64());
+    let alignment = alignment
+        .and_then(|a| u32::try_from(a).ok())
+        .unwrap_or(gguf::DEFAULT_ALIGNMENT);
+    gguf::encode_header(&metadata, &tensors, alignment).map_err(|source| Error::Gguf {
+        path: target.to_path_buf(),
+        source,
+    })
 }
 
 /// Whether a layout of that name can be stored in such a container.

@@ -1,7 +1,8 @@
 //! A checkpoint to read: a safetensors file, a folder of them with config.json, or a GGUF file.
 //!
-//! [`Source::open`] reads and checks headers only. Tensors are read by position, so that memory holds what the caller asks for and no
-//! more, several threads may read at once, and a file that somebody truncates meanwhile is an error and not a signal.
+//! [`Source::open`] reads and checks headers only. Tensors are read by position, so that memory
+//! holds what the caller asks for and no more, several threads may read at once, and a file that
+//! somebody truncates meanwhile is an error and not a signal.
 
 use crate::document::{self, Document};
 use crate::dtype::StoredType;
@@ -69,13 +70,16 @@ impl Stored {
 /// What a file may leave open.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
-    /// Layout of I2_S tensors that another program wrote: `i2_s`, `i2_s-g64` or `i2_s-x4`. One type id stands for all three.
+    /// Layout of I2_S tensors that another program wrote: `i2_s`, `i2_s-g64` or `i2_s-x4`. One type
+    /// id stands for all three.
     pub i2s_layout: String,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { i2s_layout: "i2_s".into() }
+        Self {
+            i2s_layout: "i2_s".into(),
+        }
     }
 }
 
@@ -144,7 +148,8 @@ impl Source {
             let mut magic = [0; 4];
             let has_magic = source.files[index].len >= 4;
             if has_magic {
-                crate::io::read_at(&source.files[index].file, &mut magic, 0).map_err(Error::io(path, "read"))?;
+                crate::io::read_at(&source.files[index].file, &mut magic, 0)
+                    .map_err(Error::io(path, "read"))?;
             }
             if &magic == gguf::MAGIC || path.extension().is_some_and(|e| e == "gguf") {
                 source.kind = Kind::Gguf;
@@ -156,13 +161,23 @@ impl Source {
         }
         source.read_document()?;
         source.tensors = logical::tensors(&source, options)?;
-        let foreign = source.document.is_none() && source.stored.iter().any(|s| s.dtype == StoredType::Ggml(gguf::GgmlType::I2S));
+        let foreign = source.document.is_none()
+            && source
+                .stored
+                .iter()
+                .any(|s| s.dtype == StoredType::Ggml(gguf::GgmlType::I2S));
         if foreign {
-            source
-                .notes
-                .push(format!("I2_S codes are read in the order {}: the file does not say which of three it is", options.i2s_layout));
+            source.notes.push(format!(
+                "I2_S codes are read in the order {}: the file does not say which of three it is",
+                options.i2s_layout
+            ));
         }
-        source.names.1 = source.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        source.names.1 = source
+            .tensors
+            .iter()
+            .enumerate()
+            .map(|(i, t)| (t.name.clone(), i))
+            .collect();
         source.check_scales()?;
         Ok(source)
     }
@@ -173,18 +188,34 @@ impl Source {
         if !meta.is_file() {
             return Err(Error::file(path, "a regular file", "something else"));
         }
-        self.files.push(SourceFile { path: path.to_path_buf(), len: meta.len(), modified: meta.modified().ok(), file });
+        self.files.push(SourceFile {
+            path: path.to_path_buf(),
+            len: meta.len(),
+            modified: meta.modified().ok(),
+            file,
+        });
         Ok(self.files.len() - 1)
     }
 
-    fn add_safetensors(&mut self, index: usize, only: Option<&dyn Fn(&str) -> bool>) -> Result<Vec<(String, String)>> {
+    fn add_safetensors(
+        &mut self,
+        index: usize,
+        only: Option<&dyn Fn(&str) -> bool>,
+    ) -> Result<Vec<(String, String)>> {
         let file = &self.files[index];
         let header = Header::read(&file.path, &file.file, file.len)?;
         for t in header.tensors {
             if only.is_none_or(|only| only(&t.name)) {
                 let dtype = StoredType::Plain(t.dtype);
                 self.names.0.insert(t.name.clone(), self.stored.len());
-                self.stored.push(Stored { name: t.name, shape: t.shape, dtype, file: index, offset: t.offset, len: t.len });
+                self.stored.push(Stored {
+                    name: t.name,
+                    shape: t.shape,
+                    dtype,
+                    file: index,
+                    offset: t.offset,
+                    len: t.len,
+                });
             }
         }
         Ok(header.metadata)
@@ -192,11 +223,23 @@ impl Source {
 
     fn add_gguf(&mut self, index: usize) -> Result<()> {
         let file = &self.files[index];
-        let header = gguf::Header::read(&file.file, file.len).map_err(|source| Error::Gguf { path: file.path.clone(), source })?;
+        let header = gguf::Header::read(&file.file, file.len).map_err(|source| Error::Gguf {
+            path: file.path.clone(),
+            source,
+        })?;
         self.gguf = header.metadata;
-        let parts = self.gguf.iter().find(|(k, _)| k == "split.count").and_then(|(_, v)| v.as_u64());
+        let parts = self
+            .gguf
+            .iter()
+            .find(|(k, _)| k == "split.count")
+            .and_then(|(_, v)| v.as_u64());
         if let Some(parts) = parts.filter(|&n| n > 1) {
-            return Err(Error::config(&self.files[index].path, "split.count", "1: a GGUF in one file", format!("{parts} parts")));
+            return Err(Error::config(
+                &self.files[index].path,
+                "split.count",
+                "1: a GGUF in one file",
+                format!("{parts} parts"),
+            ));
         }
         self.stored = header
             .tensors
@@ -210,7 +253,12 @@ impl Source {
                 len: t.len,
             })
             .collect();
-        self.names.0 = self.stored.iter().enumerate().map(|(i, s)| (s.name.clone(), i)).collect();
+        self.names.0 = self
+            .stored
+            .iter()
+            .enumerate()
+            .map(|(i, s)| (s.name.clone(), i))
+            .collect();
         Ok(())
     }
 
@@ -221,20 +269,40 @@ impl Source {
         if index_path.exists() {
             let index = read_json(&index_path)?;
             let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
-                return Err(Error::config(&index_path, "weight_map", "an object of tensor names and files", "none"));
+                return Err(Error::config(
+                    &index_path,
+                    "weight_map",
+                    "an object of tensor names and files",
+                    "none",
+                ));
             };
             let mut shards: Vec<&str> = vec![];
             for (tensor, file) in map {
                 match file.as_str() {
-                    Some(f) if !f.is_empty() && Path::new(f).file_name().is_some_and(|name| name == f) => shards.push(f),
-                    _ => return Err(Error::tensor(&index_path, tensor, "a file name in the same folder", file.to_string())),
+                    Some(f)
+                        if !f.is_empty()
+                            && Path::new(f).file_name().is_some_and(|name| name == f) =>
+                    {
+                        shards.push(f)
+                    }
+                    _ => {
+                        return Err(Error::tensor(
+                            &index_path,
+                            tensor,
+                            "a file name in the same folder",
+                            file.to_string(),
+                        ));
+                    }
                 }
             }
             shards.sort_unstable();
             shards.dedup();
             for shard in shards {
                 let index = self.add_file(&path.join(shard))?;
-                let metadata = self.add_safetensors(index, Some(&|name| map.get(name).and_then(Value::as_str) == Some(shard)))?;
+                let metadata = self.add_safetensors(
+                    index,
+                    Some(&|name| map.get(name).and_then(Value::as_str) == Some(shard)),
+                )?;
                 if index == 0 {
                     self.metadata = metadata;
                 }
@@ -242,7 +310,12 @@ impl Source {
             for (tensor, file) in map {
                 let file = file.as_str().unwrap_or_default();
                 if self.find_stored(tensor).is_none() {
-                    return Err(Error::tensor(&path.join(file), tensor, "the tensor that the index puts here", "none of that name"));
+                    return Err(Error::tensor(
+                        &path.join(file),
+                        tensor,
+                        "the tensor that the index puts here",
+                        "none of that name",
+                    ));
                 }
             }
         } else {
@@ -275,12 +348,27 @@ impl Source {
 
     fn read_document(&mut self) -> Result<()> {
         let text = match self.kind {
-            Kind::Gguf => self.gguf.iter().find(|(k, _)| k == document::KEY).and_then(|(_, v)| v.as_str()),
-            _ => self.metadata.iter().find(|(k, _)| k == document::KEY).map(|(_, v)| v.as_str()),
+            Kind::Gguf => self
+                .gguf
+                .iter()
+                .find(|(k, _)| k == document::KEY)
+                .and_then(|(_, v)| v.as_str()),
+            _ => self
+                .metadata
+                .iter()
+                .find(|(k, _)| k == document::KEY)
+                .map(|(_, v)| v.as_str()),
         };
         let Some(text) = text else { return Ok(()) };
         let path = &self.files[0].path;
-        let bad = |got: String| Error::config(path, document::KEY, format!("a document of version {}", document::VERSION), got);
+        let bad = |got: String| {
+            Error::config(
+                path,
+                document::KEY,
+                format!("a document of version {}", document::VERSION),
+                got,
+            )
+        };
         let value: Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
         match value.get("version").and_then(Value::as_u64) {
             Some(v) if v == u64::from(document::VERSION) => {}
@@ -316,13 +404,15 @@ impl Source {
     /// Fills `buffer` with the bytes of a stored tensor from byte `start` of it on.
     ///
     /// # Errors
-    /// [`Error::Io`], also where the file has become shorter; [`Error::Tensor`] for a range outside the tensor.
+    /// [`Error::Io`], also where the file has become shorter; [`Error::Tensor`] for a range outside
+    /// the tensor.
     pub fn read(&self, stored: usize, start: u64, buffer: &mut [u8]) -> Result<()> {
         let tensor = &self.stored[stored];
         let file = &self.files[tensor.file];
         match start.checked_add(buffer.len() as u64) {
             Some(end) if end <= tensor.len => {
-                crate::io::read_at(&file.file, buffer, tensor.offset + start).map_err(Error::io(&file.path, "read"))
+                crate::io::read_at(&file.file, buffer, tensor.offset + start)
+                    .map_err(Error::io(&file.path, "read"))
             }
             _ => Err(Error::tensor(
                 &file.path,
@@ -352,24 +442,43 @@ impl Source {
         self.read(stored, 0, bytes)
     }
 
-    /// Decodes elements `range` of a stored float tensor into `out`. `bytes` is scratch that keeps its allocation.
+    /// Decodes elements `range` of a stored float tensor into `out`. `bytes` is scratch that keeps
+    /// its allocation.
     ///
     /// The range begins and ends at whole blocks of the type; whole rows always do.
     ///
     /// # Errors
     /// As [`Source::read`], and [`Error::Tensor`] if the type holds no floats.
-    pub fn read_floats(&self, stored: usize, range: Range<usize>, bytes: &mut Vec<u8>, out: &mut [f32]) -> Result<()> {
+    pub fn read_floats(
+        &self,
+        stored: usize,
+        range: Range<usize>,
+        bytes: &mut Vec<u8>,
+        out: &mut [f32],
+    ) -> Result<()> {
         let tensor = &self.stored[stored];
-        // Piece by piece, so that the scratch stays small beside a long row. A multiple of every block.
+        // Piece by piece, so that the scratch stays small beside a long row. A multiple of every
+        // block.
         const PIECE: usize = 1 << 18;
         for (piece, out) in out[..range.len()].chunks_mut(PIECE).enumerate() {
-            let sizes = (tensor.dtype.bytes(range.start + piece * PIECE), tensor.dtype.bytes(out.len()));
+            let sizes = (
+                tensor.dtype.bytes(range.start + piece * PIECE),
+                tensor.dtype.bytes(out.len()),
+            );
             let (Some(start), Some(len)) = sizes else {
-                return Err(Error::tensor(self.file_of(stored), &tensor.name, "elements of whole bytes", tensor.dtype.to_string()));
+                return Err(Error::tensor(
+                    self.file_of(stored),
+                    &tensor.name,
+                    "elements of whole bytes",
+                    tensor.dtype.to_string(),
+                ));
             };
             bytes.resize(len, 0);
             self.read(stored, start as u64, bytes)?;
-            tensor.dtype.decode(bytes, out).map_err(|e| Error::tensor(self.file_of(stored), &tensor.name, "weights", e))?;
+            tensor
+                .dtype
+                .decode(bytes, out)
+                .map_err(|e| Error::tensor(self.file_of(stored), &tensor.name, "weights", e))?;
         }
         Ok(())
     }
@@ -377,14 +486,25 @@ impl Source {
     /// Reads and unpacks a quantized tensor: values, scales and zero points, all checked.
     ///
     /// # Errors
-    /// As [`Source::read`]; [`Error::Matrix`] for bytes that the layout cannot have written; [`Error::Tensor`] for a scale or zero point that is not finite.
+    /// As [`Source::read`]; [`Error::Matrix`] for bytes that the layout cannot have written;
+    /// [`Error::Tensor`] for a scale or zero point that is not finite.
     pub fn matrix(&self, name: &str, q: &Quantized) -> Result<Matrix> {
         let path = self.file_of(q.packed);
         let bytes = self.read_all(q.packed)?;
-        let unpacked = q.layout.unpack(&q.spec, &bytes).map_err(Error::matrix(path, name))?;
+        let unpacked = q
+            .layout
+            .unpack(&q.spec, &bytes)
+            .map_err(Error::matrix(path, name))?;
         let scales = match (q.scales, unpacked.scales) {
             (Scales::Inside, Some(scales)) => scales,
-            (Scales::Inside, None) => return Err(Error::tensor(path, name, "a layout with scales inside", q.layout.name())),
+            (Scales::Inside, None) => {
+                return Err(Error::tensor(
+                    path,
+                    name,
+                    "a layout with scales inside",
+                    q.layout.name(),
+                ));
+            }
             (Scales::Stored { index, reciprocal }, _) => {
                 let mut scales = self.floats(index)?;
                 if reciprocal {
@@ -394,17 +514,36 @@ impl Source {
             }
         };
         if let Some((i, s)) = scales.iter().enumerate().find(|(_, s)| !s.is_finite()) {
-            return Err(Error::tensor(path, name, "finite scales", format!("{s} at index {i}")));
+            return Err(Error::tensor(
+                path,
+                name,
+                "finite scales",
+                format!("{s} at index {i}"),
+            ));
         }
         let zero_points = match (q.spec.zero_points, q.zero_points) {
             (ZeroPoints::None, _) | (_, None) => vec![],
-            (ZeroPoints::I8, Some(index)) => self.read_all(index)?.into_iter().map(|b| f32::from(b as i8)).collect(),
+            (ZeroPoints::I8, Some(index)) => self
+                .read_all(index)?
+                .into_iter()
+                .map(|b| f32::from(b as i8))
+                .collect(),
             (ZeroPoints::F32, Some(index)) => self.floats(index)?,
         };
         if let Some((i, z)) = zero_points.iter().enumerate().find(|(_, z)| !z.is_finite()) {
-            return Err(Error::tensor(path, name, "finite zero points", format!("{z} at index {i}")));
+            return Err(Error::tensor(
+                path,
+                name,
+                "finite zero points",
+                format!("{z} at index {i}"),
+            ));
         }
-        let matrix = Matrix { spec: q.spec.clone(), values: unpacked.values, scales, zero_points };
+        let matrix = Matrix {
+            spec: q.spec.clone(),
+            values: unpacked.values,
+            scales,
+            zero_points,
+        };
         matrix.validate().map_err(Error::matrix(path, name))?;
         Ok(matrix)
     }
@@ -420,15 +559,30 @@ impl Source {
     ///
     /// Only tensors in the hf-bitnet layout are judged.
     fn check_scales(&self) -> Result<()> {
-        let Some(BitnetConfig { linear_class, mode: Mode::Offline }) = self.bitnet else { return Ok(()) };
+        let Some(BitnetConfig {
+            linear_class,
+            mode: Mode::Offline,
+        }) = self.bitnet
+        else {
+            return Ok(());
+        };
         let mut scales = vec![];
         for tensor in &self.tensors {
-            if let Content::Quantized(Quantized { scales: Scales::Stored { index, reciprocal }, spec, .. }) = &tensor.content
+            if let Content::Quantized(Quantized {
+                scales: Scales::Stored { index, reciprocal },
+                spec,
+                ..
+            }) = &tensor.content
                 && self.stored[*index].elements() == 1
             {
                 let s = self.floats(*index)?[0];
                 if !(s.is_finite() && s >= 0.0) || (*reciprocal && s == 0.0) {
-                    return Err(Error::tensor(self.file_of(*index), &self.stored[*index].name, "a positive scale", s.to_string()));
+                    return Err(Error::tensor(
+                        self.file_of(*index),
+                        &self.stored[*index].name,
+                        "a positive scale",
+                        s.to_string(),
+                    ));
                 }
                 scales.push((if *reciprocal { 1.0 / s } else { s }, spec.cols));
             }
@@ -454,7 +608,11 @@ const MAX_JSON_BYTES: u64 = 256 << 20;
 fn read_json(path: &Path) -> Result<Value> {
     let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
     if meta.len() > MAX_JSON_BYTES {
-        return Err(Error::file(path, format!("at most {MAX_JSON_BYTES} bytes of JSON"), format!("{}", meta.len())));
+        return Err(Error::file(
+            path,
+            format!("at most {MAX_JSON_BYTES} bytes of JSON"),
+            format!("{}", meta.len()),
+        ));
     }
     let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
     serde_json::from_slice(&bytes).map_err(|e| Error::file(path, "JSON", e.to_string()))

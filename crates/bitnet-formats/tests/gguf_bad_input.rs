@@ -1,6 +1,10 @@
-//! One test for each thing that can be wrong with a GGUF file. Nothing here may panic, nor allocate by a number in the file.
+//! One test for each thing that can be wrong with a GGUF file. Nothing here may panic, nor allocate
+//! by a number in the file.
 
-use bitnet_formats::gguf::{Array, EncodedHeader, Error, GgmlType, Header, MAX_ARRAY_DEPTH, OutTensor, Value, decode, encode_header};
+use bitnet_formats::gguf::{
+    Array, EncodedHeader, Error, GgmlType, Header, MAX_ARRAY_DEPTH, OutTensor, Value, decode,
+    encode_header,
+};
 
 const SMALL: &[u8] = include_bytes!("data/gguf/small.gguf");
 
@@ -35,7 +39,10 @@ impl Raw {
     }
     fn tensor(self, name: &str, dims: &[u64], id: u32, offset: u64) -> Self {
         let raw = self.str(name).u32(dims.len() as u32);
-        dims.iter().fold(raw, |raw, &dim| raw.u64(dim)).u32(id).u64(offset)
+        dims.iter()
+            .fold(raw, |raw, &dim| raw.u64(dim))
+            .u32(id)
+            .u64(offset)
     }
     /// Pads to the alignment and adds a data section.
     fn data(mut self, bytes: usize) -> Self {
@@ -57,7 +64,13 @@ macro_rules! assert_error {
 
 #[test]
 fn a_plain_file_of_this_builder_is_read() {
-    let file = Raw::start(2, 1).str("k").u32(7).u8(1).tensor("a", &[4, 2], 0, 0).tensor("b", &[4], 0, 32).data(48);
+    let file = Raw::start(2, 1)
+        .str("k")
+        .u32(7)
+        .u8(1)
+        .tensor("a", &[4, 2], 0, 0)
+        .tensor("b", &[4], 0, 32)
+        .data(48);
     let header = read(&file.0).unwrap();
     assert_eq!(header.get("k"), Some(&Value::Bool(true)));
     assert_eq!(header.tensors[0].shape, [2, 4]);
@@ -65,7 +78,11 @@ fn a_plain_file_of_this_builder_is_read() {
 
 #[test]
 fn empty_file() {
-    assert_error!(read(&[]).unwrap_err(), Error::Truncated { .. }, "GGUF header at offset 0 needs 4 bytes, the file has 0 left");
+    assert_error!(
+        read(&[]).unwrap_err(),
+        Error::Truncated { .. },
+        "GGUF header at offset 0 needs 4 bytes, the file has 0 left"
+    );
 }
 
 #[test]
@@ -89,14 +106,28 @@ fn shorter_than_announced() {
 #[test]
 fn bad_magic() {
     let error = read(b"GGML\x03\0\0\0").unwrap_err();
-    assert_error!(error, Error::Magic { .. }, "not a GGUF file: starts with bytes [47, 47, 4d, 4c], expected [47, 47, 55, 46]");
+    assert_error!(
+        error,
+        Error::Magic { .. },
+        "not a GGUF file: starts with bytes [47, 47, 4d, 4c], expected [47, 47, 55, 46]"
+    );
 }
 
 #[test]
 fn version_1() {
-    assert_error!(Raw(b"GGUF".to_vec()).u32(1).u64(0).error(), Error::Version { got: 1 }, "GGUF version 1, expected 2 or 3");
-    assert!(matches!(Raw(b"GGUF".to_vec()).u32(0).error(), Error::Version { got: 0 }));
-    assert!(matches!(Raw(b"GGUF".to_vec()).u32(4).error(), Error::Version { got: 4 }));
+    assert_error!(
+        Raw(b"GGUF".to_vec()).u32(1).u64(0).error(),
+        Error::Version { got: 1 },
+        "GGUF version 1, expected 2 or 3"
+    );
+    assert!(matches!(
+        Raw(b"GGUF".to_vec()).u32(0).error(),
+        Error::Version { got: 0 }
+    ));
+    assert!(matches!(
+        Raw(b"GGUF".to_vec()).u32(4).error(),
+        Error::Version { got: 4 }
+    ));
 }
 
 #[test]
@@ -108,34 +139,81 @@ fn version_2_is_read() {
 
 #[test]
 fn big_endian() {
-    let error = Raw(b"GGUF".to_vec()).u32(3u32.swap_bytes()).u64(0).u64(0).error();
-    assert_error!(error, Error::BigEndian { version: 3 }, "GGUF version 3 in big-endian byte order, expected little-endian");
+    let error = Raw(b"GGUF".to_vec())
+        .u32(3u32.swap_bytes())
+        .u64(0)
+        .u64(0)
+        .error();
+    assert_error!(
+        error,
+        Error::BigEndian { version: 3 },
+        "GGUF version 3 in big-endian byte order, expected little-endian"
+    );
 }
 
 #[test]
 fn huge_pair_count() {
-    assert!(matches!(Raw::start(0, 1 << 60).error(), Error::Truncated { needed, left: 0, .. } if needed > 1 << 60));
-    assert!(matches!(Raw::start(0, u64::MAX).error(), Error::Truncated { needed: u64::MAX, .. }));
+    assert!(
+        matches!(Raw::start(0, 1 << 60).error(), Error::Truncated { needed, left: 0, .. } if needed > 1 << 60)
+    );
+    assert!(matches!(
+        Raw::start(0, u64::MAX).error(),
+        Error::Truncated {
+            needed: u64::MAX,
+            ..
+        }
+    ));
 }
 
 #[test]
 fn huge_tensor_count() {
-    assert!(matches!(Raw::start(u64::MAX / 24, 0).error(), Error::Truncated { .. }));
+    assert!(matches!(
+        Raw::start(u64::MAX / 24, 0).error(),
+        Error::Truncated { .. }
+    ));
 }
 
 #[test]
 fn huge_string() {
     let error = Raw::start(0, 1).u64(1 << 60).data(64).error();
-    assert!(matches!(error, Error::Truncated { needed, .. } if needed == 1 << 60), "{error:?}");
-    let error = Raw::start(0, 1).str("k").u32(8).u64(u64::MAX).data(64).error();
-    assert!(matches!(error, Error::Truncated { needed: u64::MAX, .. }), "{error:?}");
-    assert!(error.to_string().starts_with("value of key 'k' at offset 45 needs"), "{error}");
+    assert!(
+        matches!(error, Error::Truncated { needed, .. } if needed == 1 << 60),
+        "{error:?}"
+    );
+    let error = Raw::start(0, 1)
+        .str("k")
+        .u32(8)
+        .u64(u64::MAX)
+        .data(64)
+        .error();
+    assert!(
+        matches!(
+            error,
+            Error::Truncated {
+                needed: u64::MAX,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(
+        error
+            .to_string()
+            .starts_with("value of key 'k' at offset 45 needs"),
+        "{error}"
+    );
 }
 
 #[test]
 fn huge_array() {
     for (id, _) in [(0, 1), (4, 4), (7, 1), (8, 8), (9, 12), (12, 8)] {
-        let error = Raw::start(0, 1).str("k").u32(9).u32(id).u64(u64::MAX / 2).data(64).error();
+        let error = Raw::start(0, 1)
+            .str("k")
+            .u32(9)
+            .u32(id)
+            .u64(u64::MAX / 2)
+            .data(64)
+            .error();
         assert!(matches!(error, Error::Truncated { .. }), "{error:?}");
     }
 }
@@ -145,7 +223,10 @@ fn huge_array() {
 fn huge_string_in_a_long_file() {
     let file = Raw::start(0, 1).u64(1 << 40).data(64);
     let error = Header::read(file.0.as_slice(), 1 << 41).unwrap_err();
-    assert!(matches!(error, Error::HeaderTooLarge { needed, .. } if needed == 1 << 40), "{error:?}");
+    assert!(
+        matches!(error, Error::HeaderTooLarge { needed, .. } if needed == 1 << 40),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -156,145 +237,336 @@ fn arrays_nested_too_deeply() {
     };
     assert!(read(&nested(MAX_ARRAY_DEPTH).0).is_ok());
     let error = nested(MAX_ARRAY_DEPTH + 1).error();
-    assert_error!(error, Error::ArrayDepth { .. }, "key 'k': arrays nested more than 4 deep");
+    assert_error!(
+        error,
+        Error::ArrayDepth { .. },
+        "key 'k': arrays nested more than 4 deep"
+    );
     assert!(matches!(nested(100_000).error(), Error::ArrayDepth { .. }));
 
     let array = |levels| (1..levels).fold(Array::U8(vec![]), |inner, _| Array::Array(vec![inner]));
     let write = |levels| encode_header(&[("k".into(), array(levels).into())], &[], 32);
     assert!(write(MAX_ARRAY_DEPTH).is_ok());
-    assert!(matches!(write(MAX_ARRAY_DEPTH + 1), Err(Error::ArrayDepth { .. })));
+    assert!(matches!(
+        write(MAX_ARRAY_DEPTH + 1),
+        Err(Error::ArrayDepth { .. })
+    ));
 }
 
 #[test]
 fn unknown_value_type() {
     let error = Raw::start(0, 1).str("k").u32(13).u64(0).error();
-    assert_error!(error, Error::ValueType { got: 13, .. }, "key 'k': unknown value type 13 at offset 33, expected 0 to 12");
-    assert!(matches!(Raw::start(0, 1).str("k").u32(9).u32(99).u64(0).error(), Error::ValueType { got: 99, .. }));
+    assert_error!(
+        error,
+        Error::ValueType { got: 13, .. },
+        "key 'k': unknown value type 13 at offset 33, expected 0 to 12"
+    );
+    assert!(matches!(
+        Raw::start(0, 1).str("k").u32(9).u32(99).u64(0).error(),
+        Error::ValueType { got: 99, .. }
+    ));
 }
 
 #[test]
 fn boolean_of_two() {
-    assert_error!(Raw::start(0, 1).str("k").u32(7).u8(2).error(), Error::Bool { .. }, "key 'k': boolean 2 at offset 37, expected 0 or 1");
+    assert_error!(
+        Raw::start(0, 1).str("k").u32(7).u8(2).error(),
+        Error::Bool { .. },
+        "key 'k': boolean 2 at offset 37, expected 0 or 1"
+    );
 }
 
 #[test]
 fn string_that_is_not_utf8() {
     let error = Raw::start(0, 1).str("k").u32(8).u64(1).u8(0xff).error();
-    assert_error!(error, Error::Utf8 { .. }, "value of key 'k' at offset 45 is not UTF-8");
+    assert_error!(
+        error,
+        Error::Utf8 { .. },
+        "value of key 'k' at offset 45 is not UTF-8"
+    );
 }
 
 #[test]
 fn duplicate_key() {
-    let error = Raw::start(0, 2).str("k").u32(0).u8(1).str("k").u32(0).u8(2).error();
+    let error = Raw::start(0, 2)
+        .str("k")
+        .u32(0)
+        .u8(1)
+        .str("k")
+        .u32(0)
+        .u8(2)
+        .error();
     assert_error!(error, Error::DuplicateKey { .. }, "duplicate key 'k'");
 }
 
 #[test]
 fn duplicate_tensor() {
-    let error = Raw::start(2, 0).tensor("t", &[1], 0, 0).tensor("t", &[1], 0, 32).data(64).error();
+    let error = Raw::start(2, 0)
+        .tensor("t", &[1], 0, 0)
+        .tensor("t", &[1], 0, 32)
+        .data(64)
+        .error();
     assert_error!(error, Error::DuplicateTensor { .. }, "duplicate tensor 't'");
 }
 
 #[test]
 fn alignment_of_the_wrong_type_or_size() {
-    let error = Raw::start(0, 1).str("general.alignment").u32(10).u64(32).error();
-    assert_error!(error, Error::KeyType { .. }, "key 'general.alignment': expected u32, got u64");
+    let error = Raw::start(0, 1)
+        .str("general.alignment")
+        .u32(10)
+        .u64(32)
+        .error();
+    assert_error!(
+        error,
+        Error::KeyType { .. },
+        "key 'general.alignment': expected u32, got u64"
+    );
     for got in [0, 3, 48] {
-        let error = Raw::start(0, 1).str("general.alignment").u32(4).u32(got).error();
-        assert_error!(error, Error::Alignment { .. }, format!("alignment {got}, expected a power of two"));
+        let error = Raw::start(0, 1)
+            .str("general.alignment")
+            .u32(4)
+            .u32(got)
+            .error();
+        assert_error!(
+            error,
+            Error::Alignment { .. },
+            format!("alignment {got}, expected a power of two")
+        );
     }
 }
 
 #[test]
 fn largest_alignment_does_not_overflow() {
-    let file = Raw::start(1, 1).str("general.alignment").u32(4).u32(1 << 31).tensor("t", &[1], 0, 0).data(64);
-    assert!(matches!(file.error(), Error::OutsideFile { available: 0, .. }));
+    let file = Raw::start(1, 1)
+        .str("general.alignment")
+        .u32(4)
+        .u32(1 << 31)
+        .tensor("t", &[1], 0, 0)
+        .data(64);
+    assert!(matches!(
+        file.error(),
+        Error::OutsideFile { available: 0, .. }
+    ));
 }
 
 #[test]
 fn too_many_dimensions() {
-    let error = Raw::start(1, 0).tensor("t", &[1, 1, 1, 1, 1], 0, 0).data(32).error();
-    assert_error!(error, Error::Dims { got: 5, .. }, "tensor 't': 5 dimensions, expected at most 4");
-    assert!(matches!(Raw::start(1, 0).str("t").u32(u32::MAX).data(64).error(), Error::Dims { .. }));
+    let error = Raw::start(1, 0)
+        .tensor("t", &[1, 1, 1, 1, 1], 0, 0)
+        .data(32)
+        .error();
+    assert_error!(
+        error,
+        Error::Dims { got: 5, .. },
+        "tensor 't': 5 dimensions, expected at most 4"
+    );
+    assert!(matches!(
+        Raw::start(1, 0).str("t").u32(u32::MAX).data(64).error(),
+        Error::Dims { .. }
+    ));
 }
 
 #[test]
 fn dimensions_that_overflow() {
-    for dims in [&[1 << 32, 1 << 32][..], &[u64::MAX], &[1 << 62], &[1 << 21, 1 << 21, 1 << 21, 1 << 21], &[0, u64::MAX, u64::MAX]] {
+    for dims in [
+        &[1 << 32, 1 << 32][..],
+        &[u64::MAX],
+        &[1 << 62],
+        &[1 << 21, 1 << 21, 1 << 21, 1 << 21],
+        &[0, u64::MAX, u64::MAX],
+    ] {
         let error = Raw::start(1, 0).tensor("t", dims, 0, 0).data(32).error();
-        assert!(matches!(&error, Error::Tensor { cause, .. } if matches!(**cause, Error::TooLarge { .. })), "{error:?}");
+        assert!(
+            matches!(&error, Error::Tensor { cause, .. } if matches!(**cause, Error::TooLarge { .. })),
+            "{error:?}"
+        );
     }
 }
 
 #[test]
 fn unknown_tensor_type() {
     let error = Raw::start(1, 0).tensor("t", &[32], 4, 0).data(64).error();
-    assert_error!(error, Error::UnknownType { id: 4, .. }, "tensor 't': unknown type id 4");
+    assert_error!(
+        error,
+        Error::UnknownType { id: 4, .. },
+        "tensor 't': unknown type id 4"
+    );
 }
 
 #[test]
 fn row_that_is_not_a_multiple_of_the_block() {
-    let error = Raw::start(1, 0).tensor("t", &[100, 64], GgmlType::Tq2_0.id(), 0).data(64).error();
-    assert_error!(error, Error::Tensor { .. }, "tensor 't': 100 values are not a multiple of the 256 values in a block of TQ2_0");
+    let error = Raw::start(1, 0)
+        .tensor("t", &[100, 64], GgmlType::Tq2_0.id(), 0)
+        .data(64)
+        .error();
+    assert_error!(
+        error,
+        Error::Tensor { .. },
+        "tensor 't': 100 values are not a multiple of the 256 values in a block of TQ2_0"
+    );
 }
 
 #[test]
 fn misaligned_offset() {
     let error = Raw::start(1, 0).tensor("t", &[1], 0, 4).data(64).error();
-    assert_error!(error, Error::Misaligned { .. }, "tensor 't': data offset 4 is not a multiple of the alignment 32");
+    assert_error!(
+        error,
+        Error::Misaligned { .. },
+        "tensor 't': data offset 4 is not a multiple of the alignment 32"
+    );
 }
 
 #[test]
 fn tensor_outside_the_file() {
     let error = Raw::start(1, 0).tensor("t", &[9], 0, 32).data(64).error();
-    assert_error!(error, Error::OutsideFile { .. }, "tensor 't': 36 bytes at offset 32 of the data section, which has 64");
-    assert!(matches!(Raw::start(1, 0).tensor("t", &[1], 0, 1 << 40).data(64).error(), Error::OutsideFile { .. }));
-    assert!(matches!(Raw::start(1, 0).tensor("t", &[1], 0, u64::MAX - 31).data(64).error(), Error::OutsideFile { .. }));
+    assert_error!(
+        error,
+        Error::OutsideFile { .. },
+        "tensor 't': 36 bytes at offset 32 of the data section, which has 64"
+    );
+    assert!(matches!(
+        Raw::start(1, 0)
+            .tensor("t", &[1], 0, 1 << 40)
+            .data(64)
+            .error(),
+        Error::OutsideFile { .. }
+    ));
+    assert!(matches!(
+        Raw::start(1, 0)
+            .tensor("t", &[1], 0, u64::MAX - 31)
+            .data(64)
+            .error(),
+        Error::OutsideFile { .. }
+    ));
     // Not even an empty tensor may lie outside, nor in a data section that the file does not reach.
-    assert!(matches!(Raw::start(1, 0).tensor("t", &[0], 0, 96).data(64).error(), Error::OutsideFile { .. }));
-    assert!(matches!(Raw::start(1, 0).tensor("tt", &[0], 0, 0).error(), Error::OutsideFile { .. }));
+    assert!(matches!(
+        Raw::start(1, 0).tensor("t", &[0], 0, 96).data(64).error(),
+        Error::OutsideFile { .. }
+    ));
+    assert!(matches!(
+        Raw::start(1, 0).tensor("tt", &[0], 0, 0).error(),
+        Error::OutsideFile { .. }
+    ));
 }
 
 #[test]
 fn overlapping_tensors() {
-    let error = Raw::start(2, 0).tensor("b", &[16], 0, 32).tensor("a", &[9], 0, 0).data(96).error();
-    assert_error!(error, Error::Overlap { .. }, "tensor 'b' starts at offset 128, inside tensor 'a' which ends at 132");
-    let error = Raw::start(2, 0).tensor("a", &[1], 0, 0).tensor("b", &[1], 0, 0).data(32).error();
+    let error = Raw::start(2, 0)
+        .tensor("b", &[16], 0, 32)
+        .tensor("a", &[9], 0, 0)
+        .data(96)
+        .error();
+    assert_error!(
+        error,
+        Error::Overlap { .. },
+        "tensor 'b' starts at offset 128, inside tensor 'a' which ends at 132"
+    );
+    let error = Raw::start(2, 0)
+        .tensor("a", &[1], 0, 0)
+        .tensor("b", &[1], 0, 0)
+        .data(32)
+        .error();
     assert!(matches!(error, Error::Overlap { .. }), "{error:?}");
 }
 
 #[test]
 fn writer_refuses_what_the_reader_would() {
-    fn write(metadata: &[(&str, Value)], tensors: &[(&str, &[usize], GgmlType, u64)], alignment: u32) -> Result<EncodedHeader, Error> {
-        let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.to_string(), value.clone())).collect();
+    fn write(
+        metadata: &[(&str, Value)],
+        tensors: &[(&str, &[usize], GgmlType, u64)],
+        alignment: u32,
+    ) -> Result<EncodedHeader, Error> {
+        let metadata: Vec<_> = metadata
+            .iter()
+            .map(|(key, value)| (key.to_string(), value.clone()))
+            .collect();
         let tensors: Vec<_> = tensors
             .iter()
-            .map(|&(name, shape, ggml_type, len)| OutTensor { name: name.into(), shape: shape.into(), ggml_type, len })
+            .map(|&(name, shape, ggml_type, len)| OutTensor {
+                name: name.into(),
+                shape: shape.into(),
+                ggml_type,
+                len,
+            })
             .collect();
         encode_header(&metadata, &tensors, alignment)
     }
     const F32: GgmlType = GgmlType::F32;
-    assert!(matches!(write(&[], &[], 48), Err(Error::Alignment { got: 48 })));
-    assert!(matches!(write(&[], &[], 64), Err(Error::AlignmentKey { expected: 64, got: 32 })));
-    assert!(matches!(write(&[("k", 1.into()), ("k", 2.into())], &[], 32), Err(Error::DuplicateKey { .. })));
-    assert!(matches!(write(&[], &[("t", &[1], F32, 4), ("t", &[1], F32, 4)], 32), Err(Error::DuplicateTensor { .. })));
-    assert!(matches!(write(&[], &[("t", &[1; 5], F32, 4)], 32), Err(Error::Dims { got: 5, .. })));
+    assert!(matches!(
+        write(&[], &[], 48),
+        Err(Error::Alignment { got: 48 })
+    ));
+    assert!(matches!(
+        write(&[], &[], 64),
+        Err(Error::AlignmentKey {
+            expected: 64,
+            got: 32
+        })
+    ));
+    assert!(matches!(
+        write(&[("k", 1.into()), ("k", 2.into())], &[], 32),
+        Err(Error::DuplicateKey { .. })
+    ));
+    assert!(matches!(
+        write(&[], &[("t", &[1], F32, 4), ("t", &[1], F32, 4)], 32),
+        Err(Error::DuplicateTensor { .. })
+    ));
+    assert!(matches!(
+        write(&[], &[("t", &[1; 5], F32, 4)], 32),
+        Err(Error::Dims { got: 5, .. })
+    ));
     let error = write(&[], &[("t", &[2, 3], F32, 20)], 32).unwrap_err();
-    assert_error!(error, Error::Tensor { .. }, "tensor 't': F32: expected 24 bytes, got 20");
-    assert!(matches!(write(&[], &[("t", &[100], GgmlType::Q8_0, 0)], 32), Err(Error::Tensor { .. })));
+    assert_error!(
+        error,
+        Error::Tensor { .. },
+        "tensor 't': F32: expected 24 bytes, got 20"
+    );
+    assert!(matches!(
+        write(&[], &[("t", &[100], GgmlType::Q8_0, 0)], 32),
+        Err(Error::Tensor { .. })
+    ));
     let half: (_, &[usize], _, _) = ("", &[1 << 60], F32, 1 << 62);
-    assert!(write(&[], &[("a", half.1, F32, half.3), ("b", half.1, F32, half.3), ("c", half.1, F32, half.3)], 32).is_ok());
-    let all: Vec<_> = ["a", "b", "c", "d"].into_iter().map(|name| (name, half.1, half.2, half.3)).collect();
+    assert!(
+        write(
+            &[],
+            &[
+                ("a", half.1, F32, half.3),
+                ("b", half.1, F32, half.3),
+                ("c", half.1, F32, half.3)
+            ],
+            32
+        )
+        .is_ok()
+    );
+    let all: Vec<_> = ["a", "b", "c", "d"]
+        .into_iter()
+        .map(|name| (name, half.1, half.2, half.3))
+        .collect();
     assert!(matches!(write(&[], &all, 32), Err(Error::Tensor { .. })));
 }
 
 #[test]
 fn decode_checks_lengths() {
     let mut out = [f32::NAN; 256];
-    assert!(matches!(decode(GgmlType::Iq2S, &[0; 82], &mut out), Err(Error::NoDecoder { ggml_type: GgmlType::Iq2S })));
-    assert!(matches!(decode(GgmlType::Q8_0, &[0; 34], &mut out[..31]), Err(Error::RowLength { cols: 31, block: 32, .. })));
+    assert!(matches!(
+        decode(GgmlType::Iq2S, &[0; 82], &mut out),
+        Err(Error::NoDecoder {
+            ggml_type: GgmlType::Iq2S
+        })
+    ));
+    assert!(matches!(
+        decode(GgmlType::Q8_0, &[0; 34], &mut out[..31]),
+        Err(Error::RowLength {
+            cols: 31,
+            block: 32,
+            ..
+        })
+    ));
     for len in [0, 33, 35, 68] {
-        assert!(matches!(decode(GgmlType::Q8_0, &vec![0; len], &mut out[..32]), Err(Error::Length { expected: 34, .. })));
+        assert!(matches!(
+            decode(GgmlType::Q8_0, &vec![0; len], &mut out[..32]),
+            Err(Error::Length { expected: 34, .. })
+        ));
     }
     assert!(decode(GgmlType::Q6K, &[], &mut []).is_ok());
 }
@@ -316,7 +588,13 @@ fn sizes_of_fork_types() {
 fn ids_and_names_are_unique() {
     for &t in GgmlType::ALL {
         assert_eq!(GgmlType::from_id(t.id()), Some(t));
-        assert_eq!(GgmlType::ALL.iter().filter(|u| u.name() == t.name() || u.id() == t.id()).count(), 1);
+        assert_eq!(
+            GgmlType::ALL
+                .iter()
+                .filter(|u| u.name() == t.name() || u.id() == t.id())
+                .count(),
+            1
+        );
         assert!(t.block_len() > 0 && t.block_bytes() > 0);
     }
     for id in [4, 5, 31, 32, 33, 37, 38, 43, u32::MAX] {

@@ -1,6 +1,8 @@
 //! Random headers survive a round trip; random damage is an error or another header, never a panic.
 
-use bitnet_formats::gguf::{Array, GgmlType, Header, OutTensor, Value, decode, encode_header, has_decoder};
+use bitnet_formats::gguf::{
+    Array, GgmlType, Header, OutTensor, Value, decode, encode_header, has_decoder,
+};
 use proptest::collection::vec;
 use proptest::num::{f32 as float32, f64 as float64};
 use proptest::prelude::*;
@@ -13,11 +15,21 @@ fn text() -> impl Strategy<Value = String> {
 
 /// Floats that equal themselves.
 fn f32s() -> impl Strategy<Value = f32> {
-    float32::POSITIVE | float32::NEGATIVE | float32::NORMAL | float32::SUBNORMAL | float32::ZERO | float32::INFINITE
+    float32::POSITIVE
+        | float32::NEGATIVE
+        | float32::NORMAL
+        | float32::SUBNORMAL
+        | float32::ZERO
+        | float32::INFINITE
 }
 
 fn f64s() -> impl Strategy<Value = f64> {
-    float64::POSITIVE | float64::NEGATIVE | float64::NORMAL | float64::SUBNORMAL | float64::ZERO | float64::INFINITE
+    float64::POSITIVE
+        | float64::NEGATIVE
+        | float64::NORMAL
+        | float64::SUBNORMAL
+        | float64::ZERO
+        | float64::INFINITE
 }
 
 fn array() -> impl Strategy<Value = Array> {
@@ -58,16 +70,26 @@ fn value() -> impl Strategy<Value = Value> {
 }
 
 fn tensor(index: usize) -> impl Strategy<Value = OutTensor> {
-    (text(), proptest::sample::select(GgmlType::ALL), vec(0usize..4, 0..4), 0usize..3).prop_map(
-        move |(name, ggml_type, mut shape, blocks)| {
-            shape.push(blocks * ggml_type.block_len());
-            OutTensor { name: format!("{index} {name}"), len: ggml_type.tensor_bytes(&shape).unwrap(), shape, ggml_type }
-        },
+    (
+        text(),
+        proptest::sample::select(GgmlType::ALL),
+        vec(0usize..4, 0..4),
+        0usize..3,
     )
+        .prop_map(move |(name, ggml_type, mut shape, blocks)| {
+            shape.push(blocks * ggml_type.block_len());
+            OutTensor {
+                name: format!("{index} {name}"),
+                len: ggml_type.tensor_bytes(&shape).unwrap(),
+                shape,
+                ggml_type,
+            }
+        })
 }
 
 fn tensors() -> impl Strategy<Value = Vec<OutTensor>> {
-    (tensor(0), tensor(1), tensor(2), 0usize..=3).prop_map(|(a, b, c, count)| [a, b, c].into_iter().take(count).collect())
+    (tensor(0), tensor(1), tensor(2), 0usize..=3)
+        .prop_map(|(a, b, c, count)| [a, b, c].into_iter().take(count).collect())
 }
 
 proptest! {

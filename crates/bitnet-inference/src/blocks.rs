@@ -20,7 +20,11 @@ pub(crate) fn type_of_gguf(stored: GgmlType) -> Option<BlockType> {
         GgmlType::Q5K => (Codes::Int8, ScaleType::Nested { group: 32 }, true),
         _ => return None,
     };
-    Some(BlockType { codes, scales, minimum })
+    Some(BlockType {
+        codes,
+        scales,
+        minimum,
+    })
 }
 
 /// The blocks of a stored tensor, a strip at a time.
@@ -33,7 +37,14 @@ pub(crate) fn of_gguf(
     [rows, cols]: [usize; 2],
 ) -> Result<Blocks> {
     let (path, name) = (source.file_of(stored), &source.stored[stored].name);
-    let bad = |e: &dyn std::fmt::Display| Error::from(bitnet_formats::Error::tensor(path, name, "weights", e.to_string()));
+    let bad = |e: &dyn std::fmt::Display| {
+        Error::from(bitnet_formats::Error::tensor(
+            path,
+            name,
+            "weights",
+            e.to_string(),
+        ))
+    };
     let size = ggml_type.row_bytes(cols).map_err(|e| bad(&e))?;
     Blocks::new(pool, rows, cols, kind, |first, strip| {
         let mut bytes = vec![0; strip.rows() * size];
@@ -41,9 +52,17 @@ pub(crate) fn of_gguf(
         for (i, bytes) in bytes.chunks_exact(size.max(1)).enumerate() {
             let mut row = strip.row(i);
             let [scales, minima] = &mut row.halves;
-            let to = Integers { codes: row.codes, halves: [scales, minima], factors: row.factors };
+            let to = Integers {
+                codes: row.codes,
+                halves: [scales, minima],
+                factors: row.factors,
+            };
             integers(ggml_type, bytes, to).map_err(|e| bad(&e))?;
-            if row.halves.iter().any(|all| all.iter().any(|half| half & 0x7c00 == 0x7c00)) {
+            if row
+                .halves
+                .iter()
+                .any(|all| all.iter().any(|half| half & 0x7c00 == 0x7c00))
+            {
                 let got = format!("NaN or infinity in row {}", first + i);
                 return Err(bitnet_formats::Error::tensor(path, name, "finite scales", got).into());
             }
@@ -71,14 +90,26 @@ pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
         && group < 2 * BLOCK
         && fits(BLOCK)
         && (spec.scale_dtype == ScaleDtype::F16 || matrix.scales.iter().all(half));
-    let scales = if halves { ScaleType::F16 } else { ScaleType::F32 { group } };
-    let kind = BlockType { codes, scales, minimum: false };
+    let scales = if halves {
+        ScaleType::F16
+    } else {
+        ScaleType::F32 { group }
+    };
+    let kind = BlockType {
+        codes,
+        scales,
+        minimum: false,
+    };
     let line = if codes == Codes::Int8 { 16 } else { 32 };
     (halves || fits(line)).then_some(kind)
 }
 
 /// A matrix in the type that [`type_of`] found.
-pub(crate) fn of_matrix(pool: &Pool, matrix: &Matrix, kind: BlockType) -> Result<Blocks, bitnet_kernels::Error> {
+pub(crate) fn of_matrix(
+    pool: &Pool,
+    matrix: &Matrix,
+    kind: BlockType,
+) -> Result<Blocks, bitnet_kernels::Error> {
     let spec = &matrix.spec;
     let (cols, group) = (spec.cols, spec.granule_cols());
     let offset = match kind.codes {
@@ -90,10 +121,19 @@ pub(crate) fn of_matrix(pool: &Pool, matrix: &Matrix, kind: BlockType) -> Result
         for i in 0..strip.rows() {
             let row = strip.row(i);
             let values = &matrix.values[(first + i) * cols..][..cols];
-            row.codes.iter_mut().zip(values).for_each(|(code, v)| *code = (v + offset).cast_unsigned());
+            row.codes
+                .iter_mut()
+                .zip(values)
+                .for_each(|(code, v)| *code = (v + offset).cast_unsigned());
             let scale = |column: usize| matrix.scales[spec.scale_index(0, first + i, column)];
-            row.floats.iter_mut().enumerate().for_each(|(g, s)| *s = scale(g * group));
-            row.halves[0].iter_mut().enumerate().for_each(|(g, s)| *s = half::f16::from_f32(scale(g * BLOCK)).to_bits());
+            row.floats
+                .iter_mut()
+                .enumerate()
+                .for_each(|(g, s)| *s = scale(g * group));
+            row.halves[0]
+                .iter_mut()
+                .enumerate()
+                .for_each(|(g, s)| *s = half::f16::from_f32(scale(g * BLOCK)).to_bits());
         }
         Ok(())
     })
@@ -119,7 +159,8 @@ mod tests {
         GgmlType::Q6K,
     ];
 
-    /// A file of one tensor for each type, of random blocks whose weights are finite, and their bytes.
+    /// A file of one tensor for each type, of random blocks whose weights are finite, and their
+    /// bytes.
     fn file(path: &std::path::Path, rows: usize, cols: usize) -> Vec<Vec<u8>> {
         let mut random = Random::new(7);
         let mut tensors = vec![];
@@ -127,14 +168,21 @@ mod tests {
         for ggml_type in TYPES {
             let mut bytes = vec![];
             while bytes.len() < rows * ggml_type.row_bytes(cols).unwrap() {
-                let block: Vec<u8> = (0..ggml_type.block_bytes()).map(|_| random.next() as u8).collect();
+                let block: Vec<u8> = (0..ggml_type.block_bytes())
+                    .map(|_| random.next() as u8)
+                    .collect();
                 let mut weights = vec![0.0; ggml_type.block_len()];
                 decode(ggml_type, &block, &mut weights).unwrap();
                 if weights.iter().all(|w| w.is_finite()) {
                     bytes.extend(block);
                 }
             }
-            tensors.push(OutTensor { name: ggml_type.to_string(), shape: vec![rows, cols], ggml_type, len: bytes.len() as u64 });
+            tensors.push(OutTensor {
+                name: ggml_type.to_string(),
+                shape: vec![rows, cols],
+                ggml_type,
+                len: bytes.len() as u64,
+            });
             all.push(bytes);
         }
         let header = encode_header(&[], &tensors, 32).unwrap();
@@ -158,20 +206,39 @@ mod tests {
         for (ggml_type, bytes) in TYPES.into_iter().zip(bytes) {
             let stored = source.find_stored(&ggml_type.to_string()).unwrap();
             let kind = type_of_gguf(ggml_type).unwrap();
-            let blocks = of_gguf(&Pool::new(2).unwrap(), &source, stored, ggml_type, kind, [rows, cols]).unwrap();
+            let blocks = of_gguf(
+                &Pool::new(2).unwrap(),
+                &source,
+                stored,
+                ggml_type,
+                kind,
+                [rows, cols],
+            )
+            .unwrap();
             let (mut expected, mut row) = (vec![0.0; rows * cols], vec![f32::NAN; cols]);
             decode(ggml_type, &bytes, &mut expected).unwrap();
             for (n, expected) in expected.chunks(cols).enumerate() {
                 blocks.row_into(n, &mut row);
-                let equal = row.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
-                assert!(equal, "{ggml_type}, row {n}: expected {expected:?}, got {row:?}");
+                let equal = row
+                    .iter()
+                    .zip(expected)
+                    .all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(
+                    equal,
+                    "{ggml_type}, row {n}: expected {expected:?}, got {row:?}"
+                );
             }
             let most = match ggml_type {
                 GgmlType::Q4K => 1.05,
                 GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q8_0 => 1.02,
                 _ => f64::INFINITY,
             };
-            assert!((blocks.bytes() as f64) < most * bytes.len() as f64, "{ggml_type}: {} bytes of {}", blocks.bytes(), bytes.len());
+            assert!(
+                (blocks.bytes() as f64) < most * bytes.len() as f64,
+                "{ggml_type}: {} bytes of {}",
+                blocks.bytes(),
+                bytes.len()
+            );
         }
     }
 
@@ -180,16 +247,36 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("blocks.gguf");
         file(&path, 8, 256);
-        let header =
-            bitnet_formats::gguf::Header::read(std::fs::File::open(&path).unwrap(), std::fs::metadata(&path).unwrap().len()).unwrap();
+        let header = bitnet_formats::gguf::Header::read(
+            std::fs::File::open(&path).unwrap(),
+            std::fs::metadata(&path).unwrap().len(),
+        )
+        .unwrap();
         let at = header.tensor("Q4_1").unwrap().offset as usize + 3 * 160;
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[at..at + 2].copy_from_slice(&0x7c00u16.to_le_bytes());
         std::fs::write(&path, bytes).unwrap();
         let source = Source::open(&path).unwrap();
-        let (stored, kind) = (source.find_stored("Q4_1").unwrap(), type_of_gguf(GgmlType::Q4_1).unwrap());
-        let message = of_gguf(&Pool::single(), &source, stored, GgmlType::Q4_1, kind, [8, 256]).unwrap_err().to_string();
-        assert!(["blocks.gguf", "Q4_1", "finite scales", "row 3"].iter().all(|part| message.contains(part)), "{message}");
+        let (stored, kind) = (
+            source.find_stored("Q4_1").unwrap(),
+            type_of_gguf(GgmlType::Q4_1).unwrap(),
+        );
+        let message = of_gguf(
+            &Pool::single(),
+            &source,
+            stored,
+            GgmlType::Q4_1,
+            kind,
+            [8, 256],
+        )
+        .unwrap_err()
+        .to_string();
+        assert!(
+            ["blocks.gguf", "Q4_1", "finite scales", "row 3"]
+                .iter()
+                .all(|part| message.contains(part)),
+            "{message}"
+        );
     }
 
     #[test]
@@ -198,9 +285,21 @@ mod tests {
         let cases = [
             (Precision::Ternary, Granularity::Tensor, Some(Codes::Trits)),
             (Precision::Ternary, Granularity::Channel, Some(Codes::Trits)),
-            (Precision::Ternary, Granularity::Group(128), Some(Codes::Trits)),
-            (Precision::Ternary, Granularity::Group(32), Some(Codes::Int4)),
-            (Precision::Binary, Granularity::Group(64), Some(Codes::Trits)),
+            (
+                Precision::Ternary,
+                Granularity::Group(128),
+                Some(Codes::Trits),
+            ),
+            (
+                Precision::Ternary,
+                Granularity::Group(32),
+                Some(Codes::Int4),
+            ),
+            (
+                Precision::Binary,
+                Granularity::Group(64),
+                Some(Codes::Trits),
+            ),
             (Precision::Int2, Granularity::Group(32), Some(Codes::Int4)),
             (Precision::Int4, Granularity::Group(96), Some(Codes::Int4)),
             (Precision::Int4, Granularity::Group(16), None),
@@ -225,10 +324,21 @@ mod tests {
                 let values = values.collect();
                 let scale = |bits: u64| {
                     half::f16::from_f32((bits % 1000) as f32 / 777.0 - 0.3).to_f32()
-                        * if scale_dtype == ScaleDtype::F32 { 1.001 } else { 1.0 }
+                        * if scale_dtype == ScaleDtype::F32 {
+                            1.001
+                        } else {
+                            1.0
+                        }
                 };
-                let scales = (0..spec.scales_len()).map(|_| scale(random.next())).collect();
-                let matrix = Matrix { spec, values, scales, zero_points: vec![] };
+                let scales = (0..spec.scales_len())
+                    .map(|_| scale(random.next()))
+                    .collect();
+                let matrix = Matrix {
+                    spec,
+                    values,
+                    scales,
+                    zero_points: vec![],
+                };
                 matrix.validate().unwrap();
                 let kind = type_of(&matrix);
                 assert_eq!(kind.map(|k| k.codes), codes, "{precision}, {granularity:?}");
@@ -239,7 +349,9 @@ mod tests {
                     blocks.row_into(n, &mut row);
                     matrix.dequantize_row_into(n, &mut expected);
                     assert!(
-                        row.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        row.iter()
+                            .zip(&expected)
+                            .all(|(a, b)| a.to_bits() == b.to_bits()),
                         "{precision}, {granularity:?}: {row:?}, {expected:?}"
                     );
                 }

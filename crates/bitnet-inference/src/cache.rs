@@ -30,11 +30,14 @@ impl CacheType {
 impl std::str::FromStr for CacheType {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
-        [Self::F32, Self::F16, Self::Int8].into_iter().find(|t| t.name() == s).ok_or_else(|| Error::Option {
-            option: "cache type",
-            expected: "f32, f16 or int8",
-            got: format!("'{s}'"),
-        })
+        [Self::F32, Self::F16, Self::Int8]
+            .into_iter()
+            .find(|t| t.name() == s)
+            .ok_or_else(|| Error::Option {
+                option: "cache type",
+                expected: "f32, f16 or int8",
+                got: format!("'{s}'"),
+            })
     }
 }
 
@@ -68,7 +71,13 @@ impl KvCache {
             CacheType::Int8 => Store::Int8(vec![0; elements], vec![0.0; positions]),
         };
         let layers = (0..config.layers).map(|_| [store(), store()]).collect();
-        Self { layers, kv_heads: config.kv_heads, head_dim: config.head_dim, capacity, len: 0 }
+        Self {
+            layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            capacity,
+            len: 0,
+        }
     }
 
     /// Positions that are filled.
@@ -110,13 +119,18 @@ impl KvCache {
                 match store {
                     Store::F32(all) => all[at * d..][..d].copy_from_slice(x),
                     Store::F16(all) => {
-                        all[at * d..][..d].reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(x);
+                        all[at * d..][..d]
+                            .reinterpret_cast_mut::<half::f16>()
+                            .convert_from_f32_slice(x);
                     }
                     Store::Int8(all, scales) => {
                         let top = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                         let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
                         scales[at] = top / 127.0;
-                        all[at * d..][..d].iter_mut().zip(x).for_each(|(to, &x)| *to = (x * inverse).round_ties_even() as i8);
+                        all[at * d..][..d]
+                            .iter_mut()
+                            .zip(x)
+                            .for_each(|(to, &x)| *to = (x * inverse).round_ties_even() as i8);
                     }
                 }
             }
@@ -131,7 +145,10 @@ impl KvCache {
         self.layers[layer].each_ref().map(|store| match store {
             Store::F32(all) => Cached::F32(&all[elements.clone()]),
             Store::F16(all) => Cached::F16(&all[elements.clone()]),
-            Store::Int8(all, scales) => Cached::Int8(&all[elements.clone()], &scales[head * capacity..][..capacity]),
+            Store::Int8(all, scales) => Cached::Int8(
+                &all[elements.clone()],
+                &scales[head * capacity..][..capacity],
+            ),
         })
     }
 }

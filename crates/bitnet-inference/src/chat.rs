@@ -22,7 +22,10 @@ pub struct Message {
 impl Message {
     /// A turn.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
     }
 }
 
@@ -40,8 +43,15 @@ impl ChatTemplate {
     /// The template of an open checkpoint, if it has one.
     pub(crate) fn read(source: &Source) -> Result<Option<Self>> {
         let (file, settings) = if source.kind == Kind::Gguf {
-            let template = source.gguf.iter().find(|(k, _)| k == "tokenizer.chat_template").and_then(|(_, v)| v.as_str());
-            (template.map(str::to_string), gguf_bpe(&source.gguf).map(|t| t.settings))
+            let template = source
+                .gguf
+                .iter()
+                .find(|(k, _)| k == "tokenizer.chat_template")
+                .and_then(|(_, v)| v.as_str());
+            (
+                template.map(str::to_string),
+                gguf_bpe(&source.gguf).map(|t| t.settings),
+            )
         } else {
             let path = source.path.join("chat_template.jinja");
             let file = match fs::read_to_string(&path) {
@@ -52,32 +62,62 @@ impl ChatTemplate {
             (file, read_json(&source.path.join("tokenizer_config.json"))?)
         };
         let settings = settings.unwrap_or_else(|| json!({}));
-        let Some(text) = file.or_else(|| named_default(&settings["chat_template"])) else { return Ok(None) };
+        let Some(text) = file.or_else(|| named_default(&settings["chat_template"])) else {
+            return Ok(None);
+        };
         let specials = SPECIALS.into_iter().filter_map(|name| {
             let token = &settings[name];
-            token.as_str().or_else(|| token["content"].as_str()).map(|text| (name, text.to_string()))
+            token
+                .as_str()
+                .or_else(|| token["content"].as_str())
+                .map(|text| (name, text.to_string()))
         });
         Self::new(&text, specials.collect()).map(Some)
     }
 
     fn new(text: &str, specials: Vec<(&'static str, String)>) -> Result<Self> {
         let mut environment = Environment::new();
-        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(bad)?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_template_owned("chat", text.to_string()).map_err(bad)?;
-        Ok(Self { environment, specials })
+        environment.set_syntax(
+            SyntaxConfig::builder()
+                .trim_blocks(true)
+                .lstrip_blocks(true)
+                .build()
+                .map_err(bad)?,
+        );
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment
+            .add_template_owned("chat", text.to_string())
+            .map_err(bad)?;
+        Ok(Self {
+            environment,
+            specials,
+        })
     }
 
     /// The conversation up to where the answer begins.
     fn render(&self, messages: &[Message]) -> Result<String> {
-        let messages: Vec<Jinja> = messages.iter().map(|m| context! { role => &m.role, content => &m.content }).collect();
-        let mut all: BTreeMap<&str, Jinja> = self.specials.iter().map(|(name, text)| (*name, Jinja::from(text.as_str()))).collect();
+        let messages: Vec<Jinja> = messages
+            .iter()
+            .map(|m| context! { role => &m.role, content => &m.content })
+            .collect();
+        let mut all: BTreeMap<&str, Jinja> = self
+            .specials
+            .iter()
+            .map(|(name, text)| (*name, Jinja::from(text.as_str())))
+            .collect();
         all.insert("messages", Jinja::from(messages));
         all.insert("add_generation_prompt", Jinja::from(true));
-        self.environment.get_template("chat").and_then(|t| t.render(Jinja::from(all))).map_err(bad)
+        self.environment
+            .get_template("chat")
+            .and_then(|t| t.render(Jinja::from(all)))
+            .map_err(bad)
     }
 }
 
@@ -89,7 +129,9 @@ fn bad(error: minijinja::Error) -> Error {
 fn named_default(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
-        Value::Array(named) => named.iter().find(|t| t["name"] == "default")?["template"].as_str().map(Into::into),
+        Value::Array(named) => named.iter().find(|t| t["name"] == "default")?["template"]
+            .as_str()
+            .map(Into::into),
         _ => None,
     }
 }
@@ -105,7 +147,9 @@ impl Model {
     /// # Errors
     /// [`Error::Template`] if there is none or it fails; [`Error::Tokenizer`].
     pub fn chat_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let template = self.template().ok_or_else(|| Error::Template("the model has none; give it a text to go on with instead".into()))?;
+        let template = self.template().ok_or_else(|| {
+            Error::Template("the model has none; give it a text to go on with instead".into())
+        })?;
         // The template writes every special token itself.
         self.tokenizer()?.encode(&template.render(messages)?, false)
     }
@@ -121,17 +165,22 @@ mod tests {
     fn templates_render_as_in_transformers() {
         let template = ChatTemplate::new(CHATML, vec![]).unwrap();
         let text = template.render(&[Message::new("user", "Hi")]).unwrap();
-        assert_eq!(text, "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+        assert_eq!(
+            text,
+            "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        );
         // b1.58-2B-4T: python's string methods, special tokens, line breaks after blocks.
         let text = "{% set loop_messages = messages %}{% for message in loop_messages %}\n{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: '.strip() + ' ' }}{% endif %}";
-        let template = ChatTemplate::new(text, vec![("bos_token", "<|begin_of_text|>".into())]).unwrap();
+        let template =
+            ChatTemplate::new(text, vec![("bos_token", "<|begin_of_text|>".into())]).unwrap();
         let text = template.render(&[Message::new("user", " Hi ")]).unwrap();
         assert_eq!(text, "<|begin_of_text|>User: Hi<|eot_id|>Assistant: ");
     }
 
     #[test]
     fn what_a_template_refuses_is_said() {
-        let template = ChatTemplate::new("{{ raise_exception('only users speak here') }}", vec![]).unwrap();
+        let template =
+            ChatTemplate::new("{{ raise_exception('only users speak here') }}", vec![]).unwrap();
         let message = template.render(&[]).unwrap_err().to_string();
         assert!(message.contains("only users speak here"), "{message}");
         assert!(ChatTemplate::new("{% if %}", vec![]).is_err());

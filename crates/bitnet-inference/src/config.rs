@@ -1,4 +1,5 @@
-//! What a graph needs to know, read from config.json or from the keys of a GGUF. What is not known is an error.
+//! What a graph needs to know, read from config.json or from the keys of a GGUF. What is not known
+//! is an error.
 
 use crate::Result;
 use bitnet_formats::arch::{self, Architecture, HfConfig};
@@ -16,12 +17,14 @@ pub enum Activation {
     Relu2,
 }
 
-/// Rotary position embedding: pair i of a head of d elements turns by `position · theta^(−2i/d) / divisor_i`.
+/// Rotary position embedding: pair i of a head of d elements turns by `position · theta^(−2i/d) /
+/// divisor_i`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// The base.
     pub theta: f64,
-    /// Which elements make a pair. Hugging Face folders: halves. GGUF: adjacent ones in `llama`, halves in `bitnet`.
+    /// Which elements make a pair. Hugging Face folders: halves. GGUF: adjacent ones in `llama`,
+    /// halves in `bitnet`.
     pub pairing: Pairing,
     /// Divisors of the frequencies, d/2 of them; none means 1.
     pub divisors: Option<Vec<f32>>,
@@ -81,15 +84,19 @@ impl Config {
     /// The config of an open checkpoint.
     ///
     /// # Errors
-    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that this engine has no graph for, for a key that is
-    /// missing, and for keys that contradict one another.
+    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that this
+    /// engine has no graph for, for a key that is missing, and for keys that contradict one
+    /// another.
     pub fn read(source: &Source) -> Result<Self> {
         match (source.kind, &source.config) {
             (Kind::Gguf, _) => Self::from_gguf(source),
             (_, Some(config)) => Self::from_hf(&source.path.join("config.json"), config),
-            (..) => {
-                Err(Error::file(&source.path, "a folder with config.json or a GGUF: weights alone are no model", "one .safetensors").into())
-            }
+            (..) => Err(Error::file(
+                &source.path,
+                "a folder with config.json or a GGUF: weights alone are no model",
+                "one .safetensors",
+            )
+            .into()),
         }
     }
 
@@ -99,26 +106,57 @@ impl Config {
     /// As [`Config::read`].
     pub fn from_hf(path: &Path, value: &Value) -> Result<Self> {
         let architecture = Architecture::from_hf_config(value).map_err(|_| {
-            Error::config(path, "model_type", "'llama' or 'bitnet'", value.get("model_type").map_or("none".into(), Value::to_string))
+            Error::config(
+                path,
+                "model_type",
+                "'llama' or 'bitnet'",
+                value
+                    .get("model_type")
+                    .map_or("none".into(), Value::to_string),
+            )
         })?;
         let config = HfConfig { path, value };
-        let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
-        let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(heads);
+        let (hidden, heads) = (
+            config.size("hidden_size")?,
+            config.size("num_attention_heads")?,
+        );
+        let kv_heads = config
+            .optional_size("num_key_value_heads")?
+            .unwrap_or(heads);
         let head_dim = match config.optional_size("head_dim")? {
             Some(n) => n,
             None if hidden % heads == 0 => hidden / heads,
-            None => return Err(config.bad("head_dim", &format!("the size of one of {heads} heads, which do not divide {hidden}")).into()),
+            None => {
+                return Err(config
+                    .bad(
+                        "head_dim",
+                        &format!("the size of one of {heads} heads, which do not divide {hidden}"),
+                    )
+                    .into());
+            }
         };
         if heads % kv_heads != 0 {
-            return Err(config.bad("num_key_value_heads", &format!("a divisor of {heads} heads")).into());
+            return Err(config
+                .bad(
+                    "num_key_value_heads",
+                    &format!("a divisor of {heads} heads"),
+                )
+                .into());
         }
         if architecture == Architecture::Bitnet && heads * head_dim != hidden {
             return Err(config
-                .bad("head_dim", &format!("{hidden} / {heads}, since the norm of the heads has hidden_size elements"))
+                .bad(
+                    "head_dim",
+                    &format!(
+                        "{hidden} / {heads}, since the norm of the heads has hidden_size elements"
+                    ),
+                )
                 .into());
         }
         let rope = arch::HfRope::read(&config, architecture, head_dim)?;
-        let divisors = rope.freqs.or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
+        let divisors = rope
+            .freqs
+            .or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
         let read = Self {
             architecture,
             hidden,
@@ -134,7 +172,11 @@ impl Config {
                 "relu2" => Activation::Relu2,
                 _ => Activation::Silu,
             },
-            rope: Rope { theta: rope.theta, pairing: Pairing::Halves, divisors },
+            rope: Rope {
+                theta: rope.theta,
+                pairing: Pairing::Halves,
+                divisors,
+            },
             tied: config.flag("tie_word_embeddings")?,
             attention_bias: config.flag("attention_bias")?,
             mlp_bias: config.flag("mlp_bias")?,
@@ -155,12 +197,21 @@ impl Config {
                 && !known(key.strip_prefix("58.").unwrap_or(key))
                 && format!("{prefix}.{key}") != document::KEY
             {
-                return Err(
-                    Error::config(path, format!("{prefix}.{key}"), "a key that this engine's graph follows", value.preview(80)).into()
-                );
+                return Err(Error::config(
+                    path,
+                    format!("{prefix}.{key}"),
+                    "a key that this engine's graph follows",
+                    value.preview(80),
+                )
+                .into());
             }
         }
-        let shape = |name: &str| source.find_stored(name).filter(|_| name != arch::ROPE_FREQS).map(|i| source.stored[i].shape.clone());
+        let shape = |name: &str| {
+            source
+                .find_stored(name)
+                .filter(|_| name != arch::ROPE_FREQS)
+                .map(|i| source.stored[i].shape.clone())
+        };
         let mut config = Self::from_hf(path, &arch::hf_config(path, &source.gguf, &shape)?)?;
         config.rope.pairing = match config.architecture {
             Architecture::Llama => Pairing::Adjacent,
@@ -169,15 +220,30 @@ impl Config {
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
             let mut divisors = vec![0.0; source.stored[stored].elements()];
             source.read_floats(stored, 0..divisors.len(), &mut vec![], &mut divisors)?;
-            if divisors.len() != config.head_dim / 2 || !divisors.iter().all(|d| d.is_finite() && *d > 0.0) {
+            if divisors.len() != config.head_dim / 2
+                || !divisors.iter().all(|d| d.is_finite() && *d > 0.0)
+            {
                 let expected = format!("{} positive divisors", config.head_dim / 2);
-                return Err(Error::tensor(path, arch::ROPE_FREQS, expected, format!("{divisors:.60?}")).into());
+                return Err(Error::tensor(
+                    path,
+                    arch::ROPE_FREQS,
+                    expected,
+                    format!("{divisors:.60?}"),
+                )
+                .into());
             }
             config.rope.divisors = Some(divisors);
         }
         // llama.cpp ends an answer at the end of a turn too.
-        let turn = source.gguf.iter().find(|(key, _)| key == "tokenizer.ggml.eot_token_id").and_then(|(_, v)| v.as_u64());
-        if let Some(turn) = turn.and_then(|t| u32::try_from(t).ok()).filter(|t| !config.eos.contains(t)) {
+        let turn = source
+            .gguf
+            .iter()
+            .find(|(key, _)| key == "tokenizer.ggml.eot_token_id")
+            .and_then(|(_, v)| v.as_u64());
+        if let Some(turn) = turn
+            .and_then(|t| u32::try_from(t).ok())
+            .filter(|t| !config.eos.contains(t))
+        {
             config.eos.push(turn);
         }
         Ok(config)
@@ -186,7 +252,16 @@ impl Config {
     /// Bounds that later arithmetic rests on.
     fn check(&self, path: &Path) -> Result<()> {
         let bounded = |key: &str, n: usize, most: usize| {
-            if n <= most { Ok(()) } else { Err(Error::config(path, key, format!("at most {most}"), n.to_string())) }
+            if n <= most {
+                Ok(())
+            } else {
+                Err(Error::config(
+                    path,
+                    key,
+                    format!("at most {most}"),
+                    n.to_string(),
+                ))
+            }
         };
         bounded("hidden_size", self.hidden, 1 << 17)?;
         bounded("intermediate_size", self.ffn, 1 << 20)?;
@@ -199,7 +274,8 @@ impl Config {
     }
 }
 
-/// What `llama` and `bitnet` files say, behind the prefix, that the graph follows or that says nothing about it.
+/// What `llama` and `bitnet` files say, behind the prefix, that the graph follows or that says
+/// nothing about it.
 const KNOWN_GGUF_KEYS: [&str; 20] = [
     "block_count",
     "context_length",
@@ -225,7 +301,11 @@ const KNOWN_GGUF_KEYS: [&str; 20] = [
 
 /// One token or several.
 fn tokens(config: &HfConfig<'_>, key: &str) -> Result<Vec<u32>> {
-    let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| config.bad(key, "a token, or a list of tokens"));
+    let one = |v: &Value| {
+        v.as_u64()
+            .and_then(|n| u32::try_from(n).ok())
+            .ok_or_else(|| config.bad(key, "a token, or a list of tokens"))
+    };
     match config.value.get(key) {
         None | Some(Value::Null) => Ok(vec![]),
         Some(Value::Array(all)) => Ok(all.iter().map(one).collect::<Result<_, _>>()?),

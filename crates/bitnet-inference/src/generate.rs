@@ -25,7 +25,12 @@ pub struct GenerateOptions {
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_tokens: 128, sampling: Sampling::default(), stop: vec![], ignore_eos: false }
+        Self {
+            max_tokens: 128,
+            sampling: Sampling::default(),
+            stop: vec![],
+            ignore_eos: false,
+        }
     }
 }
 
@@ -47,7 +52,8 @@ pub enum Finish {
 pub struct Token {
     /// Its id.
     pub id: u32,
-    /// The text that became certain with it: whole characters, and nothing that may be the beginning of a stop text. The last token brings what was held back.
+    /// The text that became certain with it: whole characters, and nothing that may be the
+    /// beginning of a stop text. The last token brings what was held back.
     pub text: String,
 }
 
@@ -92,8 +98,15 @@ impl Model {
     /// [`Error::Option`] for no room at all, or more than the model was made for.
     pub fn session(&self, context: usize, cache: CacheType) -> Result<Session<'_>> {
         if context == 0 || context > self.config().context {
-            let got = format!("{context}, and the model was made for at most {}", self.config().context);
-            return Err(Error::Option { option: "context", expected: "a number of positions that the model has", got });
+            let got = format!(
+                "{context}, and the model was made for at most {}",
+                self.config().context
+            );
+            return Err(Error::Option {
+                option: "context",
+                expected: "a number of positions that the model has",
+                got,
+            });
         }
         Ok(Session {
             model: self,
@@ -103,14 +116,20 @@ impl Model {
         })
     }
 
-    /// What the model goes on with after a text, as an iterator of tokens. The context is the model's, or what the prompt and `max_tokens` need of it.
+    /// What the model goes on with after a text, as an iterator of tokens. The context is the
+    /// model's, or what the prompt and `max_tokens` need of it.
     ///
     /// # Errors
-    /// [`Error::Context`] for a prompt that leaves no room, [`Error::EmptyPrompt`], [`Error::Tokenizer`], and [`Error::Option`] for sampling that means nothing.
+    /// [`Error::Context`] for a prompt that leaves no room, [`Error::EmptyPrompt`],
+    /// [`Error::Tokenizer`], and [`Error::Option`] for sampling that means nothing.
     pub fn generate(&self, prompt: &str, options: &GenerateOptions) -> Result<Generation<'_>> {
         let tokens = self.tokenizer()?.encode(prompt, true)?;
-        let context = tokens.len().saturating_add(options.max_tokens).clamp(1, self.config().context);
-        self.session(context, CacheType::default())?.into_generation(&tokens, options)
+        let context = tokens
+            .len()
+            .saturating_add(options.max_tokens)
+            .clamp(1, self.config().context);
+        self.session(context, CacheType::default())?
+            .into_generation(&tokens, options)
     }
 }
 
@@ -136,25 +155,46 @@ impl<'m> Session<'m> {
         self.cache.truncate(0);
     }
 
-    /// Makes `tokens` the content of the session: what it begins with already is kept, the rest computed. Returns the logits after the last one and the
-    /// number of tokens that were computed.
+    /// Makes `tokens` the content of the session: what it begins with already is kept, the rest
+    /// computed. Returns the logits after the last one and the number of tokens that were computed.
     ///
     /// # Errors
     /// As [`Model::forward`].
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<(&[f32], usize)> {
         let context = self.cache.capacity();
         if tokens.len() > context {
-            return Err(Error::Context { got: tokens.len(), context });
+            return Err(Error::Context {
+                got: tokens.len(),
+                context,
+            });
         }
-        let Some(last) = tokens.len().checked_sub(1) else { return Err(Error::EmptyPrompt) };
+        let Some(last) = tokens.len().checked_sub(1) else {
+            return Err(Error::EmptyPrompt);
+        };
         // The last token is computed again if need be: its logits are wanted.
-        let same = self.tokens.iter().zip(&tokens[..last]).take_while(|(a, b)| a == b).count();
+        let same = self
+            .tokens
+            .iter()
+            .zip(&tokens[..last])
+            .take_while(|(a, b)| a == b)
+            .count();
         self.tokens.truncate(same);
         self.cache.truncate(same);
         for part in tokens[same..].chunks(BATCH) {
             let end = self.tokens.len() + part.len();
-            let want = if end == tokens.len() { Want::Last } else { Want::Nothing };
-            self.model.forward(&mut [Step { cache: &mut self.cache, tokens: part, want }], &mut self.scratch)?;
+            let want = if end == tokens.len() {
+                Want::Last
+            } else {
+                Want::Nothing
+            };
+            self.model.forward(
+                &mut [Step {
+                    cache: &mut self.cache,
+                    tokens: part,
+                    want,
+                }],
+                &mut self.scratch,
+            )?;
             self.tokens.extend_from_slice(part);
         }
         Ok((&self.scratch.logits, tokens.len() - same))
@@ -165,17 +205,26 @@ impl<'m> Session<'m> {
     /// # Errors
     /// As [`Model::forward`].
     pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
-        let step = Step { cache: &mut self.cache, tokens: &[token], want: Want::Last };
+        let step = Step {
+            cache: &mut self.cache,
+            tokens: &[token],
+            want: Want::Last,
+        };
         self.model.forward(&mut [step], &mut self.scratch)?;
         self.tokens.push(token);
         Ok(&self.scratch.logits)
     }
 
-    /// What the model goes on with after `prompt`; [`Generation::into_session`] gives the session back.
+    /// What the model goes on with after `prompt`; [`Generation::into_session`] gives the session
+    /// back.
     ///
     /// # Errors
     /// As [`Model::generate`].
-    pub fn into_generation(self, prompt: &[u32], options: &GenerateOptions) -> Result<Generation<'m>> {
+    pub fn into_generation(
+        self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+    ) -> Result<Generation<'m>> {
         Generation::new(self, prompt, options)
     }
 }
@@ -205,9 +254,24 @@ impl<'m> Generation<'m> {
         let (logits, computed) = session.prefill(prompt)?;
         prompt.iter().for_each(|&t| sampler.accept(t));
         let next = sampler.next(logits)?;
-        let timings = Timings { prompt_tokens: computed, prompt: begin.elapsed(), ..Timings::default() };
+        let timings = Timings {
+            prompt_tokens: computed,
+            prompt: begin.elapsed(),
+            ..Timings::default()
+        };
         let finish = (options.max_tokens == 0).then_some(Finish::MaxTokens);
-        Ok(Self { session, stream, sampler, options: options.clone(), held: String::new(), next, made: 0, finish, failed: false, timings })
+        Ok(Self {
+            session,
+            stream,
+            sampler,
+            options: options.clone(),
+            held: String::new(),
+            next,
+            made: 0,
+            finish,
+            failed: false,
+            timings,
+        })
     }
 
     /// Why it ended; none while it has not.
@@ -233,10 +297,20 @@ impl<'m> Generation<'m> {
             self.finish = Some(Finish::EndOfText);
         } else {
             self.held += &self.stream.push(id)?;
-            if let Some(at) = self.options.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| self.held.find(s.as_str())).min() {
+            if let Some(at) = self
+                .options
+                .stop
+                .iter()
+                .filter(|s| !s.is_empty())
+                .filter_map(|s| self.held.find(s.as_str()))
+                .min()
+            {
                 self.held.truncate(at);
                 self.finish = Some(Finish::Stop);
-                return Ok(Token { id, text: std::mem::take(&mut self.held) });
+                return Ok(Token {
+                    id,
+                    text: std::mem::take(&mut self.held),
+                });
             }
             if self.made >= self.options.max_tokens {
                 self.finish = Some(Finish::MaxTokens);
@@ -246,7 +320,10 @@ impl<'m> Generation<'m> {
         }
         if self.finish.is_some() {
             self.held += &self.stream.finish()?;
-            return Ok(Token { id, text: std::mem::take(&mut self.held) });
+            return Ok(Token {
+                id,
+                text: std::mem::take(&mut self.held),
+            });
         }
         let begin = Instant::now();
         self.sampler.accept(id);
@@ -256,7 +333,10 @@ impl<'m> Generation<'m> {
         self.timings.decode += begin.elapsed();
         let certain = self.held.len() - stop_prefix(&self.held, &self.options.stop);
         let rest = self.held.split_off(certain);
-        Ok(Token { id, text: std::mem::replace(&mut self.held, rest) })
+        Ok(Token {
+            id,
+            text: std::mem::replace(&mut self.held, rest),
+        })
     }
 }
 
@@ -275,7 +355,11 @@ impl Iterator for Generation<'_> {
 
 /// Bytes at the end of `text` that a stop text may begin with.
 fn stop_prefix(text: &str, stop: &[String]) -> usize {
-    let longest = |stop: &String| (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && text.ends_with(&stop[..n]));
+    let longest = |stop: &String| {
+        (1..stop.len())
+            .rev()
+            .find(|&n| stop.is_char_boundary(n) && text.ends_with(&stop[..n]))
+    };
     stop.iter().filter_map(longest).max().unwrap_or(0)
 }
 
@@ -286,7 +370,14 @@ mod tests {
     #[test]
     fn what_may_become_a_stop_text_is_held() {
         let stop = ["END".to_string(), "\n\n".to_string(), "é".to_string()];
-        for (text, held) in [("the E", 1), ("the EN", 2), ("the ENx", 0), ("a\n", 1), ("", 0), ("END", 0)] {
+        for (text, held) in [
+            ("the E", 1),
+            ("the EN", 2),
+            ("the ENx", 0),
+            ("a\n", 1),
+            ("", 0),
+            ("END", 0),
+        ] {
             assert_eq!(stop_prefix(text, &stop), held, "{text:?}");
         }
     }

@@ -12,11 +12,13 @@
 //! # Ok::<(), bitnet_inference::Error>(())
 //! ```
 //!
-//! [`Model::load`] takes a Hugging Face folder or a GGUF and follows the facts in its config ([`Config`]); what it does not know is an error. Weights are
-//! copied into the layouts of the kernels, so the files may change or vanish once it returns. [`Model::forward`] is the graph over batches of
-//! sequences; [`Session`] generates on one of them; [`perplexity`] measures.
+//! [`Model::load`] takes a Hugging Face folder or a GGUF and follows the facts in its config
+//! ([`Config`]); what it does not know is an error. Weights are copied into the layouts of the
+//! kernels, so the files may change or vanish once it returns. [`Model::forward`] is the graph over
+//! batches of sequences; [`Session`] generates on one of them; [`perplexity`] measures.
 //!
-//! Logits depend on weights and tokens alone: the number of threads, the instruction set, and what else is computed together change no bit.
+//! Logits depend on weights and tokens alone: the number of threads, the instruction set, and what
+//! else is computed together change no bit.
 #![forbid(unsafe_code)]
 
 mod arch;

@@ -1,7 +1,7 @@
 //! Linear layers: the one place that calls the matrix kernels.
 //!
-//! A ternary layer of a model that was trained so quantizes its input to int8 with one absmax scale for each token, and multiplies integers. Every other
-//! layer multiplies floats.
+//! A ternary layer of a model that was trained so quantizes its input to int8 with one absmax scale
+//! for each token, and multiplies integers. Every other layer multiplies floats.
 
 use crate::Result;
 use bitnet_kernels::dense::Matrix;
@@ -31,8 +31,8 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Vec<f32>>,
 }
 
-/// The input of linear layers, `[tokens, K]`: floats for those that multiply floats, and quantized once for the others, however many layers of one
-/// shape read it.
+/// The input of linear layers, `[tokens, K]`: floats for those that multiply floats, and quantized
+/// once for the others, however many layers of one shape read it.
 #[derive(Debug, Default)]
 pub(crate) struct Input {
     floats: Vec<f32>,
@@ -47,11 +47,13 @@ impl Input {
         &self.floats
     }
 
-    /// Writes the input of `layers`, `cols` elements of each token by `fill`, on the pool. Where all of them multiply integers, the floats of a token go
-    /// no further than the cache of the thread that quantizes them.
+    /// Writes the input of `layers`, `cols` elements of each token by `fill`, on the pool. Where
+    /// all of them multiply integers, the floats of a token go no further than the cache of the
+    /// thread that quantizes them.
     ///
     /// # Errors
-    /// [`bitnet_core::Error::NotFinite`], wrapped, if a token that is to be quantized holds NaN or infinity.
+    /// [`bitnet_core::Error::NotFinite`], wrapped, if a token that is to be quantized holds NaN or
+    /// infinity.
     pub(crate) fn write(
         &mut self,
         machine: &Machine,
@@ -59,9 +61,18 @@ impl Input {
         (tokens, cols): (usize, usize),
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Result<()> {
-        if let [Linear { weights: Weights::Ternary(w), .. }, ..] = layers {
+        if let [
+            Linear {
+                weights: Weights::Ternary(w),
+                ..
+            },
+            ..,
+        ] = layers
+        {
             let mut quantized = self.room(w)?;
-            let all = layers.iter().all(|l| matches!(&l.weights, Weights::Ternary(w) if quantized.fits(w)));
+            let all = layers
+                .iter()
+                .all(|l| matches!(&l.weights, Weights::Ternary(w) if quantized.fits(w)));
             if all {
                 quantized.requantize_rows(&machine.kernels, &machine.pool, w, tokens, &fill)?;
             }
@@ -108,7 +119,8 @@ impl Linear {
     /// `out = x · Wᵀ + bias`, `[tokens, N]`.
     ///
     /// # Errors
-    /// [`bitnet_core::Error::NotFinite`], wrapped, if the input holds NaN or infinity and had to be quantized.
+    /// [`bitnet_core::Error::NotFinite`], wrapped, if the input holds NaN or infinity and had to be
+    /// quantized.
     pub(crate) fn apply(&self, machine: &Machine, x: &mut Input, out: &mut [f32]) -> Result<()> {
         let (kernels, pool, bias) = (&machine.kernels, &machine.pool, self.bias.as_deref());
         match &self.weights {

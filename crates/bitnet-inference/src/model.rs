@@ -53,7 +53,10 @@ impl LoadOptions {
             n => n,
         };
         let pool = Pool::new(threads).map_err(|source| Error::Threads { threads, source })?;
-        Ok(Machine { kernels: self.kernels, pool })
+        Ok(Machine {
+            kernels: self.kernels,
+            pool,
+        })
     }
 }
 
@@ -84,17 +87,23 @@ impl Model {
         Self::load_with(path, &LoadOptions::default())
     }
 
-    /// [`Model::load`] with choices. A model without a usable tokenizer loads; [`Model::tokenizer`] says what is wrong with it.
+    /// [`Model::load`] with choices. A model without a usable tokenizer loads; [`Model::tokenizer`]
+    /// says what is wrong with it.
     ///
     /// # Errors
-    /// [`Error::File`] for an unreadable checkpoint, a config that no graph follows, a tensor that is missing, has another shape, holds NaN or has no
-    /// place in the graph; [`Error::Matrix`] for a matrix that the kernels do not take; [`Error::Threads`].
+    /// [`Error::File`] for an unreadable checkpoint, a config that no graph follows, a tensor that
+    /// is missing, has another shape, holds NaN or has no place in the graph; [`Error::Matrix`] for
+    /// a matrix that the kernels do not take; [`Error::Threads`].
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
         let source = Source::open_with(path.as_ref(), &options.open)?;
         let config = Config::read(&source)?;
         let machine = options.machine()?;
-        let recipe = source.document.as_ref().is_some_and(|d| d.recipe["activations"] == "int8");
-        let trained = config.architecture == Architecture::Bitnet || source.bitnet.is_some() || recipe;
+        let recipe = source
+            .document
+            .as_ref()
+            .is_some_and(|d| d.recipe["activations"] == "int8");
+        let trained =
+            config.architecture == Architecture::Bitnet || source.bitnet.is_some() || recipe;
         let int8 = match options.activations {
             ActivationType::Auto => trained,
             ActivationType::Int8 => true,
@@ -111,7 +120,8 @@ impl Model {
             buffers: Default::default(),
             losses: Default::default(),
         };
-        // A large vocabulary takes as long as many layers. What building it needs is given back before there are weights, or beside few of them.
+        // A large vocabulary takes as long as many layers. What building it needs is given back
+        // before there are weights, or beside few of them.
         let read = || Tokenizer::read(&source, &config);
         let (tokenizer, loaded) = if machine.pool.threads() == 1 {
             (read(), weights(&loader, &machine))
@@ -119,40 +129,85 @@ impl Model {
             std::thread::scope(|scope| {
                 let beside = scope.spawn(read);
                 let loaded = weights(&loader, &machine);
-                (beside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), loaded)
+                (
+                    beside
+                        .join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                    loaded,
+                )
             })
         };
         let (embedding, head, norm, layers) = loaded?;
         loader.check_all_used()?;
         let mut notes = source.notes.clone();
         if int8 != trained {
-            let (uses, says) = if int8 { ("int8", "nothing about it") } else { ("floats", "it was trained with int8") };
-            notes.push(format!("inputs of ternary layers are {uses}, where the model says {says}"));
+            let (uses, says) = if int8 {
+                ("int8", "nothing about it")
+            } else {
+                ("floats", "it was trained with int8")
+            };
+            notes.push(format!(
+                "inputs of ternary layers are {uses}, where the model says {says}"
+            ));
         }
-        let losses = loader.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
-        notes
-            .extend(losses.iter().zip(["linear layers", "embedding and output matrix"]).zip(floats).filter_map(|((l, w), f)| l.note(w, f)));
+        let losses = loader
+            .losses
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        notes.extend(
+            losses
+                .iter()
+                .zip(["linear layers", "embedding and output matrix"])
+                .zip(floats)
+                .filter_map(|((l, w), f)| l.note(w, f)),
+        );
         let template = ChatTemplate::read(&source)?;
         let mut model = Self::new(config, machine, embedding, head, norm, layers);
         (model.tokenizer, model.template, model.notes) = (tokenizer, template, notes);
         Ok(model)
     }
 
-    /// A model of this shape with made-up ternary weights: good for measuring speed and memory and for nothing else. It has no tokenizer.
+    /// A model of this shape with made-up ternary weights: good for measuring speed and memory and
+    /// for nothing else. It has no tokenizer.
     ///
     /// # Errors
     /// [`Error::Threads`], and [`Error::Kernels`] for a shape that the kernels do not take.
     pub fn made_up(config: Config, options: &LoadOptions) -> Result<Self> {
         let machine = options.machine()?;
-        let provider = MadeUp { config: &config, machine: &machine, embedding: options.embedding };
+        let provider = MadeUp {
+            config: &config,
+            machine: &machine,
+            embedding: options.embedding,
+        };
         let (embedding, head, norm, layers) = weights(&provider, &machine)?;
         Ok(Self::new(config, machine, embedding, head, norm, layers))
     }
 
-    fn new(config: Config, machine: Machine, embedding: Matrix, head: Option<Matrix>, norm: Norm, layers: Vec<Layer>) -> Self {
+    fn new(
+        config: Config,
+        machine: Machine,
+        embedding: Matrix,
+        head: Option<Matrix>,
+        norm: Norm,
+        layers: Vec<Layer>,
+    ) -> Self {
         let frequencies = config.rope.frequencies(config.head_dim);
-        let tokenizer = Err(Error::Tokenizer { path: "the model".into(), what: "made-up weights have none".into() });
-        Self { config, machine, embedding, head, norm, layers, frequencies, tokenizer, template: None, notes: vec![] }
+        let tokenizer = Err(Error::Tokenizer {
+            path: "the model".into(),
+            what: "made-up weights have none".into(),
+        });
+        Self {
+            config,
+            machine,
+            embedding,
+            head,
+            norm,
+            layers,
+            frequencies,
+            tokenizer,
+            template: None,
+            notes: vec![],
+        }
     }
 
     /// The facts of the graph.
@@ -166,8 +221,14 @@ impl Model {
     /// [`Error::Tokenizer`] that says why the model has none that can be used.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().map_err(|e| match e {
-            Error::Tokenizer { path, what } => Error::Tokenizer { path: path.clone(), what: what.clone() },
-            other => Error::Tokenizer { path: "the model".into(), what: other.to_string() },
+            Error::Tokenizer { path, what } => Error::Tokenizer {
+                path: path.clone(),
+                what: what.clone(),
+            },
+            other => Error::Tokenizer {
+                path: "the model".into(),
+                what: other.to_string(),
+            },
         })
     }
 
@@ -187,71 +248,121 @@ impl Model {
 
     /// Bytes of the weights in memory.
     pub fn bytes(&self) -> usize {
-        let linear: usize = self.layers.iter().flat_map(Layer::linears).map(|l| l.bytes()).sum();
+        let linear: usize = self
+            .layers
+            .iter()
+            .flat_map(Layer::linears)
+            .map(|l| l.bytes())
+            .sum();
         linear + self.embedding.bytes() + self.head.as_ref().map_or(0, Matrix::bytes)
     }
 
-    /// Bytes of the weights that a decoded token reads: all but the embedding, where it is not the output matrix too.
+    /// Bytes of the weights that a decoded token reads: all but the embedding, where it is not the
+    /// output matrix too.
     pub fn bytes_per_token(&self) -> usize {
-        self.bytes() - if self.head.is_some() { self.embedding.bytes() } else { 0 }
+        self.bytes()
+            - if self.head.is_some() {
+                self.embedding.bytes()
+            } else {
+                0
+            }
     }
 
-    /// Multiply-adds of integers in a pass over `tokens` tokens of which the logits of `wanted` are asked for.
+    /// Multiply-adds of integers in a pass over `tokens` tokens of which the logits of `wanted` are
+    /// asked for.
     pub fn integer_products(&self, tokens: usize, wanted: usize) -> usize {
-        let of = |layers: &[&Linear], tokens: usize| tokens * layers.iter().map(|l| l.integer_products()).sum::<usize>();
+        let of = |layers: &[&Linear], tokens: usize| {
+            tokens * layers.iter().map(|l| l.integer_products()).sum::<usize>()
+        };
         let last = self.layers.len().saturating_sub(1);
         let layers = self.layers.iter().map(Layer::linears).enumerate();
-        // The last layer's attention reads all tokens; what follows it concerns those that are wanted.
-        layers.map(|(i, layers)| of(&layers[..3], tokens) + of(&layers[3..], if i == last { wanted } else { tokens })).sum()
+        // The last layer's attention reads all tokens; what follows it concerns those that are
+        // wanted.
+        layers
+            .map(|(i, layers)| {
+                of(&layers[..3], tokens) + of(&layers[3..], if i == last { wanted } else { tokens })
+            })
+            .sum()
     }
 
-    /// Runs tokens of one or several sequences through the graph. Their keys and values go into the caches.
+    /// Runs tokens of one or several sequences through the graph. Their keys and values go into the
+    /// caches.
     ///
-    /// Returns the logits that the steps want, in their order, `[wanted, vocab]`. After an error the caches are as long as before.
+    /// Returns the logits that the steps want, in their order, `[wanted, vocab]`. After an error
+    /// the caches are as long as before.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`] for a step without tokens, [`Error::Token`] for one outside the vocabulary, [`Error::Context`] where a cache has no
-    /// room, [`Error::NotFinite`] where activations become NaN or infinite.
+    /// [`Error::EmptyPrompt`] for a step without tokens, [`Error::Token`] for one outside the
+    /// vocabulary, [`Error::Context`] where a cache has no room, [`Error::NotFinite`] where
+    /// activations become NaN or infinite.
     ///
     /// # Panics
     /// If a cache was made for a model of another shape.
-    pub fn forward<'s>(&self, steps: &mut [Step<'_>], scratch: &'s mut Scratch) -> Result<&'s [f32]> {
+    pub fn forward<'s>(
+        &self,
+        steps: &mut [Step<'_>],
+        scratch: &'s mut Scratch,
+    ) -> Result<&'s [f32]> {
         let (hidden, vocab) = (self.config.hidden, self.config.vocab);
         scratch.places.clear();
         for (i, step) in steps.iter().enumerate() {
-            let (first, len, capacity) = (step.cache.len(), step.tokens.len(), step.cache.capacity());
+            let (first, len, capacity) =
+                (step.cache.len(), step.tokens.len(), step.cache.capacity());
             if len == 0 {
                 return Err(Error::EmptyPrompt);
             }
             if len > capacity - first {
-                return Err(Error::Context { got: first + len, context: capacity });
+                return Err(Error::Context {
+                    got: first + len,
+                    context: capacity,
+                });
             }
             if let Some(&got) = step.tokens.iter().find(|&&t| t as usize >= vocab) {
                 return Err(Error::Token { got, vocab });
             }
-            scratch.places.extend((first..first + len).map(|position| (i, position)));
+            scratch
+                .places
+                .extend((first..first + len).map(|position| (i, position)));
         }
         scratch.x.resize(scratch.places.len() * hidden, 0.0);
         let tokens = steps.iter().flat_map(|s| s.tokens);
-        tokens.zip(scratch.x.chunks_exact_mut(hidden)).for_each(|(&token, x)| self.embedding.row_into(token as usize, x));
+        tokens
+            .zip(scratch.x.chunks_exact_mut(hidden))
+            .for_each(|(&token, x)| self.embedding.row_into(token as usize, x));
         scratch.angles.clear();
         for &(_, position) in &scratch.places {
             scratch.angles.extend(self.frequencies.iter().map(|f| {
-                // The angle is rounded to f32 as the models' own code has it; its sine and cosine are exact.
+                // The angle is rounded to f32 as the models' own code has it; its sine and cosine
+                // are exact.
                 let (sin, cos) = f64::from(position as f32 * f).sin_cos();
                 (cos as f32, sin as f32)
             }));
         }
-        let mut run = Run { machine: &self.machine, config: &self.config, scratch, steps };
+        let mut run = Run {
+            machine: &self.machine,
+            config: &self.config,
+            scratch,
+            steps,
+        };
         for (i, layer) in self.layers.iter().enumerate() {
-            layer.forward(&mut run, i).map_err(located(|| format!("layer {i}")))?;
+            layer
+                .forward(&mut run, i)
+                .map_err(located(|| format!("layer {i}")))?;
         }
         run.norm(&self.norm, &[])?;
         let wanted = run.scratch.x.len() / hidden;
-        steps.iter_mut().for_each(|step| step.cache.len += step.tokens.len());
+        steps
+            .iter_mut()
+            .for_each(|step| step.cache.len += step.tokens.len());
         scratch.logits.resize(wanted * vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        self.machine.kernels.dense_matmul(&self.machine.pool, head, scratch.normed.floats(), None, &mut scratch.logits);
+        self.machine.kernels.dense_matmul(
+            &self.machine.pool,
+            head,
+            scratch.normed.floats(),
+            None,
+            &mut scratch.logits,
+        );
         Ok(&scratch.logits)
     }
 }
@@ -262,10 +373,16 @@ type Parts = (Matrix, Option<Matrix>, Norm, Vec<Layer>);
 fn weights(provider: &dyn Provider, machine: &Machine) -> Result<Parts> {
     let config = provider.config();
     let embedding = provider.embedding("model.embed_tokens", config.vocab, config.hidden)?;
-    let head = if config.tied { None } else { Some(provider.embedding("lm_head", config.vocab, config.hidden)?) };
+    let head = if config.tied {
+        None
+    } else {
+        Some(provider.embedding("lm_head", config.vocab, config.hidden)?)
+    };
     let norm = provider.norm("model.norm", config.hidden)?;
     let mut layers: Vec<Option<Result<Layer>>> = (0..config.layers).map(|_| None).collect();
-    machine.pool.for_chunks(&mut layers, 1, |i, layer| layer[0] = Some(Layer::load(provider, i)));
+    machine.pool.for_chunks(&mut layers, 1, |i, layer| {
+        layer[0] = Some(Layer::load(provider, i))
+    });
     let layers = layers.into_iter().flatten().collect::<Result<_>>()?;
     Ok((embedding, head, norm, layers))
 }

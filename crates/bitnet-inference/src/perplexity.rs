@@ -1,7 +1,9 @@
 //! How well a model predicts a text, and how far its predictions are from another model's.
 //!
-//! The text is cut into windows of `context` tokens, each `stride` after the one before. A window scores the tokens that no window before it
-//! has scored, so every token but the first is scored once, and with a stride of half the context every later one has half a context at least before it.
+//! The text is cut into windows of `context` tokens, each `stride` after the one before. A window
+//! scores the tokens that no window before it has scored, so every token but the first is scored
+//! once, and with a stride of half the context every later one has half a context at least before
+//! it.
 //!
 //! ```text
 //! perplexity = exp(mean of −ln p(token | tokens before it in its window))
@@ -30,7 +32,13 @@ pub struct Windows {
 impl Windows {
     /// Windows of a text of `len` tokens: its tokens, and of those the first that is scored.
     fn of(&self, len: usize) -> Result<Vec<(Range<usize>, usize)>> {
-        let bad = |option, expected, got: usize| Err(Error::Option { option, expected, got: got.to_string() });
+        let bad = |option, expected, got: usize| {
+            Err(Error::Option {
+                option,
+                expected,
+                got: got.to_string(),
+            })
+        };
         if self.context < 2 {
             return bad("context", "at least 2 tokens", self.context);
         }
@@ -113,7 +121,8 @@ pub struct Comparison {
     pub model: Perplexity,
     /// The reference.
     pub reference: Perplexity,
-    /// The model's loss less the reference's, token by token: its error is smaller than those of the two, since they miss the same tokens.
+    /// The model's loss less the reference's, token by token: its error is smaller than those of
+    /// the two, since they miss the same tokens.
     pub difference: Mean,
     /// Kullback–Leibler divergence from the reference, in nats.
     pub divergence: Mean,
@@ -127,14 +136,28 @@ pub type Progress<'a> = &'a dyn Fn(usize, usize);
 /// The perplexity of a text under a model.
 ///
 /// # Errors
-/// [`Error::Option`] for windows that mean nothing or a text of less than two tokens; as [`Model::forward`]; [`Error::Interrupted`].
-pub fn perplexity(model: &Model, tokens: &[u32], windows: &Windows, progress: Progress<'_>, interrupt: &AtomicBool) -> Result<Perplexity> {
+/// [`Error::Option`] for windows that mean nothing or a text of less than two tokens; as
+/// [`Model::forward`]; [`Error::Interrupted`].
+pub fn perplexity(
+    model: &Model,
+    tokens: &[u32],
+    windows: &Windows,
+    progress: Progress<'_>,
+    interrupt: &AtomicBool,
+) -> Result<Perplexity> {
     let mut result = Perplexity::default();
-    sweep(&[model], tokens, windows, progress, interrupt, |logits, next| {
-        let p = log_softmax(logits[0], &mut [])?;
-        result.loss.add(-p.of(logits[0], next));
-        Ok(())
-    })?;
+    sweep(
+        &[model],
+        tokens,
+        windows,
+        progress,
+        interrupt,
+        |logits, next| {
+            let p = log_softmax(logits[0], &mut [])?;
+            result.loss.add(-p.of(logits[0], next));
+            Ok(())
+        },
+    )?;
     Ok(result)
 }
 
@@ -160,20 +183,31 @@ pub fn compare(
     }
     let mut result = Comparison::default();
     let mut shares = vec![0.0; theirs];
-    sweep(&[model, reference], tokens, windows, progress, interrupt, |logits, next| {
-        let p = log_softmax(logits[0], &mut [])?;
-        let q = log_softmax(logits[1], &mut shares)?;
-        let (loss, other) = (-p.of(logits[0], next), -q.of(logits[1], next));
-        result.model.loss.add(loss);
-        result.reference.loss.add(other);
-        result.difference.add(loss - other);
-        let both = logits[0].iter().zip(logits[1]).zip(&shares);
-        // Rounding may leave −1e-17 of a divergence that is 0.
-        let divergence: f64 = both.map(|((&a, &b), share)| share * ((f64::from(b) - q.log_sum) - (f64::from(a) - p.log_sum))).sum();
-        result.divergence.add(divergence.max(0.0));
-        result.same_top.add(f64::from(u8::from(p.top == q.top)));
-        Ok(())
-    })?;
+    sweep(
+        &[model, reference],
+        tokens,
+        windows,
+        progress,
+        interrupt,
+        |logits, next| {
+            let p = log_softmax(logits[0], &mut [])?;
+            let q = log_softmax(logits[1], &mut shares)?;
+            let (loss, other) = (-p.of(logits[0], next), -q.of(logits[1], next));
+            result.model.loss.add(loss);
+            result.reference.loss.add(other);
+            result.difference.add(loss - other);
+            let both = logits[0].iter().zip(logits[1]).zip(&shares);
+            // Rounding may leave −1e-17 of a divergence that is 0.
+            let divergence: f64 = both
+                .map(|((&a, &b), share)| {
+                    share * ((f64::from(b) - q.log_sum) - (f64::from(a) - p.log_sum))
+                })
+                .sum();
+            result.divergence.add(divergence.max(0.0));
+            result.same_top.add(f64::from(u8::from(p.top == q.top)));
+            Ok(())
+        },
+    )?;
     Ok(result)
 }
 
@@ -192,13 +226,23 @@ impl Softmax {
 
 /// Fills `shares` with the probabilities, if it is as long as the logits.
 fn log_softmax(logits: &[f32], shares: &mut [f64]) -> Result<Softmax> {
-    let (top, max) = logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best });
+    let (top, max) = logits
+        .iter()
+        .enumerate()
+        .fold((0, f32::NEG_INFINITY), |best, (i, &x)| {
+            if x > best.1 { (i, x) } else { best }
+        });
     let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
     if !sum.is_finite() {
-        return Err(Error::NotFinite { at: "output".into() });
+        return Err(Error::NotFinite {
+            at: "output".into(),
+        });
     }
     let log_sum = sum.ln() + f64::from(max);
-    shares.iter_mut().zip(logits).for_each(|(s, &x)| *s = (f64::from(x) - log_sum).exp());
+    shares
+        .iter_mut()
+        .zip(logits)
+        .for_each(|(s, &x)| *s = (f64::from(x) - log_sum).exp());
     Ok(Softmax { log_sum, top })
 }
 
@@ -215,27 +259,48 @@ fn sweep(
     mut each: impl FnMut(&[&[f32]], u32) -> Result<()>,
 ) -> Result<()> {
     let all = windows.of(tokens.len())?;
-    let mut caches: Vec<KvCache> = models.iter().map(|m| KvCache::new(m.config(), windows.context, windows.cache)).collect();
+    let mut caches: Vec<KvCache> = models
+        .iter()
+        .map(|m| KvCache::new(m.config(), windows.context, windows.cache))
+        .collect();
     let mut scratches: Vec<Scratch> = models.iter().map(|_| Scratch::default()).collect();
     for (window, first) in all {
         caches.iter_mut().for_each(|c| c.truncate(0));
         // The logits of token i − 1 predict token i, so the last token of a window is not computed.
-        let cuts = [(window.start, first - 1, Want::Nothing), (first - 1, window.end - 1, Want::All)];
+        let cuts = [
+            (window.start, first - 1, Want::Nothing),
+            (first - 1, window.end - 1, Want::All),
+        ];
         for (start, end, want) in cuts {
-            let batch = if want == Want::All { BATCH } else { crate::generate::BATCH };
+            let batch = if want == Want::All {
+                BATCH
+            } else {
+                crate::generate::BATCH
+            };
             for at in (start..end).step_by(batch) {
                 if interrupt.load(Ordering::Relaxed) {
                     return Err(Error::Interrupted);
                 }
                 let part = &tokens[at..end.min(at + batch)];
                 let mut logits: Vec<&[f32]> = vec![];
-                for ((model, cache), scratch) in models.iter().zip(&mut caches).zip(&mut scratches) {
-                    logits.push(model.forward(&mut [Step { cache, tokens: part, want }], scratch)?);
+                for ((model, cache), scratch) in models.iter().zip(&mut caches).zip(&mut scratches)
+                {
+                    logits.push(model.forward(
+                        &mut [Step {
+                            cache,
+                            tokens: part,
+                            want,
+                        }],
+                        scratch,
+                    )?);
                 }
                 if want == Want::All {
                     for i in 0..part.len() {
-                        let rows: Vec<&[f32]> =
-                            logits.iter().zip(models).map(|(l, m)| &l[i * m.config().vocab..][..m.config().vocab]).collect();
+                        let rows: Vec<&[f32]> = logits
+                            .iter()
+                            .zip(models)
+                            .map(|(l, m)| &l[i * m.config().vocab..][..m.config().vocab])
+                            .collect();
                         each(&rows, tokens[at + i + 1])?;
                     }
                 }
@@ -252,8 +317,21 @@ mod tests {
 
     #[test]
     fn every_token_is_scored_once() {
-        for (len, context, stride) in [(2, 2, 1), (10, 4, 2), (11, 4, 4), (100, 16, 8), (5, 100, 50), (17, 8, 3)] {
-            let windows = Windows { context, stride, cache: CacheType::F16 }.of(len).unwrap();
+        for (len, context, stride) in [
+            (2, 2, 1),
+            (10, 4, 2),
+            (11, 4, 4),
+            (100, 16, 8),
+            (5, 100, 50),
+            (17, 8, 3),
+        ] {
+            let windows = Windows {
+                context,
+                stride,
+                cache: CacheType::F16,
+            }
+            .of(len)
+            .unwrap();
             let mut scored = vec![0; len];
             for (window, first) in &windows {
                 assert!(window.len() <= context && window.start < *first && *first < window.end);
@@ -261,16 +339,31 @@ mod tests {
             }
             assert_eq!(scored[0], 0);
             // Windows that do not overlap cannot predict their first token.
-            let lost = if stride == context { (1..len).filter(|i| i % context == 0).count() } else { 0 };
-            assert_eq!(scored[1..].iter().filter(|&&n| n == 1).count(), len - 1 - lost, "{len} {context} {stride}");
+            let lost = if stride == context {
+                (1..len).filter(|i| i % context == 0).count()
+            } else {
+                0
+            };
+            assert_eq!(
+                scored[1..].iter().filter(|&&n| n == 1).count(),
+                len - 1 - lost,
+                "{len} {context} {stride}"
+            );
         }
     }
 
     #[test]
     fn windows_that_mean_nothing_are_refused() {
-        let windows = |context, stride| Windows { context, stride, cache: CacheType::F16 };
+        let windows = |context, stride| Windows {
+            context,
+            stride,
+            cache: CacheType::F16,
+        };
         assert!(
-            windows(1, 1).of(10).is_err() && windows(4, 0).of(10).is_err() && windows(4, 5).of(10).is_err() && windows(4, 2).of(1).is_err()
+            windows(1, 1).of(10).is_err()
+                && windows(4, 0).of(10).is_err()
+                && windows(4, 5).of(10).is_err()
+                && windows(4, 2).of(1).is_err()
         );
     }
 

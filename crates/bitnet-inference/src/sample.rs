@@ -3,7 +3,8 @@
 use crate::random::Random;
 use crate::{Error, Result};
 
-/// How tokens are chosen. The steps apply in this order, as in Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p.
+/// How tokens are chosen. The steps apply in this order, as in Hugging Face transformers:
+/// repetition penalty, temperature, top-k, top-p, min-p.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// Logits are divided by this; 0 takes the likeliest token.
@@ -14,7 +15,8 @@ pub struct Sampling {
     pub top_p: f32,
     /// Only tokens at least this share as likely as the likeliest; 0 for all.
     pub min_p: f32,
-    /// Logits of tokens that occurred are divided by this where positive and multiplied where negative; 1 for none.
+    /// Logits of tokens that occurred are divided by this where positive and multiplied where
+    /// negative; 1 for none.
     pub repetition_penalty: f32,
     /// What randomness begins with: the same seed, model and prompt give the same text.
     pub seed: u64,
@@ -23,7 +25,14 @@ pub struct Sampling {
 impl Default for Sampling {
     /// The likeliest token, always.
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
     }
 }
 
@@ -33,14 +42,43 @@ impl Sampling {
     /// # Errors
     /// [`Error::Option`] naming the number.
     pub fn check(&self) -> Result<()> {
-        let check =
-            |option, x: f32, ok: bool, expected| if ok { Ok(()) } else { Err(Error::Option { option, expected, got: x.to_string() }) };
+        let check = |option, x: f32, ok: bool, expected| {
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::Option {
+                    option,
+                    expected,
+                    got: x.to_string(),
+                })
+            }
+        };
         let share = |x: f32| (0.0..=1.0).contains(&x);
-        check("temperature", self.temperature, self.temperature.is_finite() && self.temperature >= 0.0, "a number of at least 0")?;
-        check("top-p", self.top_p, share(self.top_p) && self.top_p > 0.0, "a share above 0 and at most 1")?;
-        check("min-p", self.min_p, share(self.min_p), "a share from 0 to 1")?;
+        check(
+            "temperature",
+            self.temperature,
+            self.temperature.is_finite() && self.temperature >= 0.0,
+            "a number of at least 0",
+        )?;
+        check(
+            "top-p",
+            self.top_p,
+            share(self.top_p) && self.top_p > 0.0,
+            "a share above 0 and at most 1",
+        )?;
+        check(
+            "min-p",
+            self.min_p,
+            share(self.min_p),
+            "a share from 0 to 1",
+        )?;
         let penalty = self.repetition_penalty;
-        check("repetition penalty", penalty, penalty.is_finite() && penalty > 0.0, "a number above 0")
+        check(
+            "repetition penalty",
+            penalty,
+            penalty.is_finite() && penalty > 0.0,
+            "a number above 0",
+        )
     }
 }
 
@@ -63,7 +101,13 @@ impl Sampler {
     /// As [`Sampling::check`].
     pub fn new(sampling: Sampling) -> Result<Self> {
         sampling.check()?;
-        Ok(Self { random: Random::new(sampling.seed), sampling, candidates: vec![], probabilities: vec![], seen: vec![] })
+        Ok(Self {
+            random: Random::new(sampling.seed),
+            sampling,
+            candidates: vec![],
+            probabilities: vec![],
+            seen: vec![],
+        })
     }
 
     /// Tells of a token that is in the text.
@@ -84,7 +128,9 @@ impl Sampler {
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
         let s = &self.sampling;
         if !logits.iter().fold(true, |ok, x| ok & x.is_finite()) {
-            return Err(Error::NotFinite { at: "output".into() });
+            return Err(Error::NotFinite {
+                at: "output".into(),
+            });
         }
         let penalised = |(i, &x): (usize, &f32)| {
             let seen = self.seen.get(i).is_some_and(|&s| s);
@@ -95,13 +141,25 @@ impl Sampler {
             }
         };
         if s.temperature == 0.0 {
-            let first = |best: (usize, f32), next: (usize, f32)| if next.1 > best.1 { next } else { best };
-            let all = logits.iter().enumerate().map(|(i, x)| (i, penalised((i, x))));
+            let first =
+                |best: (usize, f32), next: (usize, f32)| if next.1 > best.1 { next } else { best };
+            let all = logits
+                .iter()
+                .enumerate()
+                .map(|(i, x)| (i, penalised((i, x))));
             return Ok(all.fold((0, f32::NEG_INFINITY), first).0 as u32);
         }
         self.candidates.clear();
-        self.candidates.extend(logits.iter().enumerate().map(|(i, x)| (i as u32, penalised((i, x)) / s.temperature)));
-        let top = self.candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.1));
+        self.candidates.extend(
+            logits
+                .iter()
+                .enumerate()
+                .map(|(i, x)| (i as u32, penalised((i, x)) / s.temperature)),
+        );
+        let top = self
+            .candidates
+            .iter()
+            .fold(f32::NEG_INFINITY, |m, c| m.max(c.1));
         let weight = |logit: f32| f64::from(logit - top).exp();
         if s.top_k > 0 && s.top_k < self.candidates.len() {
             likeliest_first(&mut self.candidates, s.top_k);
@@ -128,10 +186,12 @@ impl Sampler {
             self.candidates.truncate(kept);
         }
         if s.min_p > 0.0 {
-            self.candidates.retain(|c| weight(c.1) >= f64::from(s.min_p));
+            self.candidates
+                .retain(|c| weight(c.1) >= f64::from(s.min_p));
         }
         self.probabilities.clear();
-        self.probabilities.extend(self.candidates.iter().map(|c| weight(c.1)));
+        self.probabilities
+            .extend(self.candidates.iter().map(|c| weight(c.1)));
         let mut left = self.random.uniform() * self.probabilities.iter().sum::<f64>();
         for (candidate, p) in self.candidates.iter().zip(&self.probabilities) {
             left -= p;
@@ -179,29 +239,89 @@ mod tests {
     #[track_caller]
     fn near(got: &[f64], expected: &[f64]) {
         // Four standard deviations of a share of 40000 draws.
-        assert!(got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 0.01), "{got:?} and {expected:?}");
+        assert!(
+            got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 0.01),
+            "{got:?} and {expected:?}"
+        );
     }
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.5, -1.0, 0.0];
 
     #[test]
     fn draws_follow_the_distribution() {
-        let one = Sampling { temperature: 1.0, ..Default::default() };
+        let one = Sampling {
+            temperature: 1.0,
+            ..Default::default()
+        };
         near(&shares(one.clone(), &LOGITS, &[]), &softmax(&LOGITS));
-        near(&shares(Sampling { temperature: 2.0, ..one.clone() }, &LOGITS, &[]), &softmax(&LOGITS.map(|x| x / 2.0)));
+        near(
+            &shares(
+                Sampling {
+                    temperature: 2.0,
+                    ..one.clone()
+                },
+                &LOGITS,
+                &[],
+            ),
+            &softmax(&LOGITS.map(|x| x / 2.0)),
+        );
         let two = softmax(&[3.0, 2.5]);
         let expected = [0.0, two[0], two[1], 0.0, 0.0];
-        near(&shares(Sampling { top_k: 2, ..one.clone() }, &LOGITS, &[]), &expected);
+        near(
+            &shares(
+                Sampling {
+                    top_k: 2,
+                    ..one.clone()
+                },
+                &LOGITS,
+                &[],
+            ),
+            &expected,
+        );
         // The two likeliest have 0.88 together, the likeliest alone 0.55.
-        near(&shares(Sampling { top_p: 0.8, ..one.clone() }, &LOGITS, &[]), &expected);
-        near(&shares(Sampling { min_p: 0.5, ..one.clone() }, &LOGITS, &[]), &expected);
+        near(
+            &shares(
+                Sampling {
+                    top_p: 0.8,
+                    ..one.clone()
+                },
+                &LOGITS,
+                &[],
+            ),
+            &expected,
+        );
+        near(
+            &shares(
+                Sampling {
+                    min_p: 0.5,
+                    ..one.clone()
+                },
+                &LOGITS,
+                &[],
+            ),
+            &expected,
+        );
         let penalised = [1.0, 1.5, 2.5, -2.0, 0.0];
-        near(&shares(Sampling { repetition_penalty: 2.0, ..one }, &LOGITS, &[1, 3]), &softmax(&penalised));
+        near(
+            &shares(
+                Sampling {
+                    repetition_penalty: 2.0,
+                    ..one
+                },
+                &LOGITS,
+                &[1, 3],
+            ),
+            &softmax(&penalised),
+        );
     }
 
     #[test]
     fn top_p_over_many_equal_tokens_keeps_the_smaller_ids() {
-        let sampling = Sampling { temperature: 1.0, top_p: 0.5, ..Default::default() };
+        let sampling = Sampling {
+            temperature: 1.0,
+            top_p: 0.5,
+            ..Default::default()
+        };
         let mut sampler = Sampler::new(sampling).unwrap();
         for _ in 0..2000 {
             assert!(sampler.next(&[0.0; 1000]).unwrap() < 501);
@@ -213,8 +333,15 @@ mod tests {
         let mut greedy = Sampler::new(Sampling::default()).unwrap();
         assert_eq!(greedy.next(&[0.0, 2.0, 2.0]).unwrap(), 1);
         let draw = |seed| {
-            let mut s = Sampler::new(Sampling { temperature: 1.0, seed, ..Default::default() }).unwrap();
-            (0..50).map(|_| s.next(&LOGITS).unwrap()).collect::<Vec<_>>()
+            let mut s = Sampler::new(Sampling {
+                temperature: 1.0,
+                seed,
+                ..Default::default()
+            })
+            .unwrap();
+            (0..50)
+                .map(|_| s.next(&LOGITS).unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));
@@ -223,14 +350,54 @@ mod tests {
     #[test]
     fn numbers_that_mean_nothing_are_refused() {
         for (sampling, name) in [
-            (Sampling { temperature: -1.0, ..Default::default() }, "temperature"),
-            (Sampling { temperature: f32::NAN, ..Default::default() }, "temperature"),
-            (Sampling { top_p: 0.0, ..Default::default() }, "top-p"),
-            (Sampling { min_p: 1.5, ..Default::default() }, "min-p"),
-            (Sampling { repetition_penalty: 0.0, ..Default::default() }, "repetition penalty"),
+            (
+                Sampling {
+                    temperature: -1.0,
+                    ..Default::default()
+                },
+                "temperature",
+            ),
+            (
+                Sampling {
+                    temperature: f32::NAN,
+                    ..Default::default()
+                },
+                "temperature",
+            ),
+            (
+                Sampling {
+                    top_p: 0.0,
+                    ..Default::default()
+                },
+                "top-p",
+            ),
+            (
+                Sampling {
+                    min_p: 1.5,
+                    ..Default::default()
+                },
+                "min-p",
+            ),
+            (
+                Sampling {
+                    repetition_penalty: 0.0,
+                    ..Default::default()
+                },
+                "repetition penalty",
+            ),
         ] {
-            assert!(Sampler::new(sampling).unwrap_err().to_string().contains(name));
+            assert!(
+                Sampler::new(sampling)
+                    .unwrap_err()
+                    .to_string()
+                    .contains(name)
+            );
         }
-        assert!(Sampler::new(Sampling::default()).unwrap().next(&[0.0, f32::NAN]).is_err());
+        assert!(
+            Sampler::new(Sampling::default())
+                .unwrap()
+                .next(&[0.0, f32::NAN])
+                .is_err()
+        );
     }
 }

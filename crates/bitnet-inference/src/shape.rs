@@ -7,7 +7,9 @@ use crate::run::Norm;
 use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::Architecture;
-use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros};
+use bitnet_kernels::dense::{
+    BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros,
+};
 use bitnet_kernels::matmul::Prepacked;
 
 impl Config {
@@ -16,7 +18,18 @@ impl Config {
     /// # Errors
     /// [`Error::Option`] for another name.
     pub fn shape(name: &str) -> Result<Self> {
-        let config = |architecture, activation, hidden, ffn, layers, heads, kv_heads, head_dim, vocab, context, theta, tied| Self {
+        let config = |architecture,
+                      activation,
+                      hidden,
+                      ffn,
+                      layers,
+                      heads,
+                      kv_heads,
+                      head_dim,
+                      vocab,
+                      context,
+                      theta,
+                      tied| Self {
             architecture,
             hidden,
             ffn,
@@ -28,7 +41,11 @@ impl Config {
             context,
             norm_eps: 1e-5,
             activation,
-            rope: Rope { theta, pairing: Pairing::Halves, divisors: None },
+            rope: Rope {
+                theta,
+                pairing: Pairing::Halves,
+                divisors: None,
+            },
             tied,
             attention_bias: false,
             mlp_bias: false,
@@ -38,15 +55,26 @@ impl Config {
         use Activation::{Relu2, Silu};
         use Architecture::{Bitnet, Llama};
         match name {
-            "bitnet-2b-4t" => Ok(config(Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true)),
-            "llama3-8b" => Ok(config(Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false)),
-            "tiny" => Ok(config(Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true)),
-            _ => Err(Error::Option { option: "shape", expected: "bitnet-2b-4t, llama3-8b or tiny", got: format!("'{name}'") }),
+            "bitnet-2b-4t" => Ok(config(
+                Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
+            )),
+            "llama3-8b" => Ok(config(
+                Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
+            )),
+            "tiny" => Ok(config(
+                Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
+            )),
+            _ => Err(Error::Option {
+                option: "shape",
+                expected: "bitnet-2b-4t, llama3-8b or tiny",
+                got: format!("'{name}'"),
+            }),
         }
     }
 }
 
-/// Ternary layers with four in ten weights 0 and a scale that keeps activations of order 1; norms of ones; a normal-like embedding.
+/// Ternary layers with four in ten weights 0 and a scale that keeps activations of order 1; norms
+/// of ones; a normal-like embedding.
 pub(crate) struct MadeUp<'a> {
     pub(crate) config: &'a Config,
     pub(crate) machine: &'a Machine,
@@ -55,7 +83,9 @@ pub(crate) struct MadeUp<'a> {
 
 /// The seed of a module: the same weights on every machine.
 fn seed(module: &str) -> u64 {
-    module.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+    module.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 impl Provider for MadeUp<'_> {
@@ -79,9 +109,17 @@ impl Provider for MadeUp<'_> {
             }
         }
         let spec = MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor);
-        let matrix = bitnet_core::Matrix { spec, values, scales: vec![1.3 / (cols as f32).sqrt()], zero_points: vec![] };
+        let matrix = bitnet_core::Matrix {
+            spec,
+            values,
+            scales: vec![1.3 / (cols as f32).sqrt()],
+            zero_points: vec![],
+        };
         let packed = Prepacked::new(&matrix, &self.machine.pool)?;
-        Ok(Linear { weights: Weights::Ternary(packed), bias: bias.then(|| vec![0.0; rows]) })
+        Ok(Linear {
+            weights: Weights::Ternary(packed),
+            bias: bias.then(|| vec![0.0; rows]),
+        })
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
@@ -98,22 +136,38 @@ impl Provider for MadeUp<'_> {
         let data = match self.embedding {
             FloatType::Int8 | FloatType::Int4 => {
                 let int8 = self.embedding == FloatType::Int8;
-                Data::Blocks(Blocks::new(pool, rows, cols, if int8 { BlockType::INT8 } else { BlockType::INT4 }, |first, strip| {
-                    let mut floats = vec![0.0; cols];
-                    for i in 0..strip.rows() {
-                        fill(first + i, &mut floats);
-                        let mut row = strip.row(i);
-                        if int8 { quantize_int8(&floats, &mut row) } else { quantize_int4(&floats, &mut row) }
-                    }
-                    Ok::<(), Error>(())
-                })?)
+                Data::Blocks(Blocks::new(
+                    pool,
+                    rows,
+                    cols,
+                    if int8 {
+                        BlockType::INT8
+                    } else {
+                        BlockType::INT4
+                    },
+                    |first, strip| {
+                        let mut floats = vec![0.0; cols];
+                        for i in 0..strip.rows() {
+                            fill(first + i, &mut floats);
+                            let mut row = strip.row(i);
+                            if int8 {
+                                quantize_int8(&floats, &mut row)
+                            } else {
+                                quantize_int4(&floats, &mut row)
+                            }
+                        }
+                        Ok::<(), Error>(())
+                    },
+                )?)
             }
             FloatType::Exact | FloatType::Bf16 => {
                 let mut all = zeros::<u16>(rows * cols);
                 pool.for_chunks(&mut all, cols, |row, out| {
                     let mut floats = vec![0.0; cols];
                     fill(row, &mut floats);
-                    out.iter_mut().zip(&floats).for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
+                    out.iter_mut()
+                        .zip(&floats)
+                        .for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
                 });
                 Data::Bf16(all)
             }

@@ -13,7 +13,8 @@ use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerW
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Token to put first where the settings ask for one and the tokenizer's own template does not add it.
+    /// Token to put first where the settings ask for one and the tokenizer's own template does not
+    /// add it.
     first: Option<u32>,
 }
 
@@ -21,9 +22,13 @@ impl Tokenizer {
     /// The tokenizer of an open checkpoint.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if there is none, it cannot be used, or it has tokens that the model has not.
+    /// [`Error::Tokenizer`] if there is none, it cannot be used, or it has tokens that the model
+    /// has not.
     pub(crate) fn read(source: &Source, config: &Config) -> Result<Self> {
-        let bad = |path: &Path, what: String| Error::Tokenizer { path: path.to_path_buf(), what };
+        let bad = |path: &Path, what: String| Error::Tokenizer {
+            path: path.to_path_buf(),
+            what,
+        };
         let (path, inner, largest, settings) = if source.kind == Kind::Gguf {
             let path = source.path.clone();
             let tokenizer = gguf_bpe(&source.gguf).ok_or_else(|| bad(&path, gguf_kind(source)))?;
@@ -32,15 +37,33 @@ impl Tokenizer {
         } else {
             let path = source.path.join("tokenizer.json");
             let bytes = fs::read(&path).map_err(|e| bad(&path, e.to_string()))?;
-            let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
+            let mut inner =
+                tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
             // Limits for training batches are no limits here.
             inner.with_padding(None);
-            inner.with_truncation(None).map_err(|e| bad(&path, e.to_string()))?;
-            let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-            (path, inner, largest, read_json(&source.path.join("tokenizer_config.json"))?.unwrap_or(Value::Null))
+            inner
+                .with_truncation(None)
+                .map_err(|e| bad(&path, e.to_string()))?;
+            let largest = inner
+                .get_vocab(true)
+                .into_values()
+                .max()
+                .map_or(0, |id| id as usize + 1);
+            (
+                path,
+                inner,
+                largest,
+                read_json(&source.path.join("tokenizer_config.json"))?.unwrap_or(Value::Null),
+            )
         };
         if largest > config.vocab {
-            return Err(bad(&path, format!("expected at most {} tokens, the model's vocabulary, got {largest}", config.vocab)));
+            return Err(bad(
+                &path,
+                format!(
+                    "expected at most {} tokens, the model's vocabulary, got {largest}",
+                    config.vocab
+                ),
+            ));
         }
         let mut tokenizer = Self { inner, first: None };
         if settings["add_bos_token"] == true
@@ -52,14 +75,24 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The tokens of a text. `special` adds those that the tokenizer puts around every text. The texts of special tokens become those tokens.
+    /// The tokens of a text. `special` adds those that the tokenizer puts around every text. The
+    /// texts of special tokens become those tokens.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] where the tokenizer finds none.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, special).map_err(|e| Error::Tokenizer { path: "text".into(), what: e.to_string() })?;
+        let encoding = self
+            .inner
+            .encode_fast(text, special)
+            .map_err(|e| Error::Tokenizer {
+                path: "text".into(),
+                what: e.to_string(),
+            })?;
         let first = self.first.filter(|_| special);
-        Ok(first.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+        Ok(first
+            .into_iter()
+            .chain(encoding.get_ids().iter().copied())
+            .collect())
     }
 
     /// The text of tokens, special ones left out.
@@ -67,7 +100,12 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] where the tokenizer's decoder fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.inner.decode(tokens, true).map_err(|e| Error::Tokenizer { path: "tokens".into(), what: e.to_string() })
+        self.inner
+            .decode(tokens, true)
+            .map_err(|e| Error::Tokenizer {
+                path: "tokens".into(),
+                what: e.to_string(),
+            })
     }
 
     /// The id of a token by its text.
@@ -81,16 +119,29 @@ impl Tokenizer {
     }
 }
 
-/// What `tokenizers` makes of the same tokenizer.json, without writing the vocabulary as JSON and reading it again.
+/// What `tokenizers` makes of the same tokenizer.json, without writing the vocabulary as JSON and
+/// reading it again.
 fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> {
     let part = |name: &str| gguf.frame[name].clone();
-    let vocab: Vocab = gguf.vocabulary().map(|(token, id)| (token.into(), id as u32)).collect();
+    let vocab: Vocab = gguf
+        .vocabulary()
+        .map(|(token, id)| (token.into(), id as u32))
+        .collect();
     let merges = gguf.merges().map(|(a, b)| (a.into(), b.into())).collect();
-    let model = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(gguf.frame["model"]["ignore_merges"] == true).build()?;
+    let model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .ignore_merges(gguf.frame["model"]["ignore_merges"] == true)
+        .build()?;
     let mut inner = tokenizers::Tokenizer::new(model);
-    inner.with_pre_tokenizer(Some(serde_json::from_value::<PreTokenizerWrapper>(part("pre_tokenizer"))?));
-    inner.with_post_processor(Some(serde_json::from_value::<PostProcessorWrapper>(part("post_processor"))?));
-    inner.with_decoder(Some(serde_json::from_value::<DecoderWrapper>(part("decoder"))?));
+    inner.with_pre_tokenizer(Some(serde_json::from_value::<PreTokenizerWrapper>(part(
+        "pre_tokenizer",
+    ))?));
+    inner.with_post_processor(Some(serde_json::from_value::<PostProcessorWrapper>(part(
+        "post_processor",
+    ))?));
+    inner.with_decoder(Some(serde_json::from_value::<DecoderWrapper>(part(
+        "decoder",
+    ))?));
     let added: Vec<AddedToken> = serde_json::from_value(part("added_tokens"))?;
     inner.add_tokens(added)?;
     Ok(inner)
@@ -98,9 +149,17 @@ fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> 
 
 /// Why the vocabulary of a GGUF cannot be used.
 fn gguf_kind(source: &Source) -> String {
-    let get = |key: &str| source.gguf.iter().find(|(k, _)| k == key).map_or("none".into(), |(_, v)| v.preview(40));
+    let get = |key: &str| {
+        source
+            .gguf
+            .iter()
+            .find(|(k, _)| k == key)
+            .map_or("none".into(), |(_, v)| v.preview(40))
+    };
     let (model, pre) = (get("tokenizer.ggml.model"), get("tokenizer.ggml.pre"));
-    format!("expected a byte-level BPE vocabulary with words that are known, got model {model}, pre {pre}")
+    format!(
+        "expected a byte-level BPE vocabulary with words that are known, got model {model}, pre {pre}"
+    )
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
@@ -116,8 +175,8 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
 
 /// Text of tokens that come one at a time: never half a character.
 ///
-/// Every piece is what the tokens since a safe point decode to, less what was said of them. So decoders that look at neighbours (spaces of sentence
-/// pieces, bytes of one character) see them.
+/// Every piece is what the tokens since a safe point decode to, less what was said of them. So
+/// decoders that look at neighbours (spaces of sentence pieces, bytes of one character) see them.
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
@@ -133,7 +192,12 @@ impl<'t> TextStream<'t> {
     pub fn new(tokenizer: &'t Tokenizer, before: &[u32]) -> Self {
         let tokens = before[before.len().saturating_sub(6)..].to_vec();
         let said = tokens.len();
-        Self { tokenizer, tokens, start: 0, said }
+        Self {
+            tokenizer,
+            tokens,
+            start: 0,
+            said,
+        }
     }
 
     /// The text that became certain with this token; empty in the middle of a character.
@@ -203,8 +267,17 @@ mod tests {
             let direct = build(&gguf_bpe(&pairs).unwrap()).unwrap();
             let (json, _) = hf_tokenizer(&pairs).unwrap();
             let read = tokenizers::Tokenizer::from_bytes(json.to_string()).unwrap();
-            assert_eq!(direct.to_string(true).unwrap(), read.to_string(true).unwrap(), "{pre}");
-            let encode = |t: &tokenizers::Tokenizer| t.encode_fast("abcab<|user|>ba<s>", true).unwrap().get_ids().to_vec();
+            assert_eq!(
+                direct.to_string(true).unwrap(),
+                read.to_string(true).unwrap(),
+                "{pre}"
+            );
+            let encode = |t: &tokenizers::Tokenizer| {
+                t.encode_fast("abcab<|user|>ba<s>", true)
+                    .unwrap()
+                    .get_ids()
+                    .to_vec()
+            };
             assert_eq!(encode(&direct), encode(&read));
             assert_eq!(encode(&direct)[..2], [0, 5], "{pre}");
         }

@@ -9,17 +9,25 @@ fn decodes_without_allocating(what: &str, model: &Model) {
         session.prefill(&[1, 2, 3, 4, 5]).unwrap();
         // Two buffers of quantized inputs take turns.
         (0..2).for_each(|token| _ = session.decode(token).unwrap());
-        let counted = allocation_counter::measure(|| (0..30).for_each(|token| _ = session.decode(token).unwrap()));
+        let counted = allocation_counter::measure(|| {
+            (0..30).for_each(|token| _ = session.decode(token).unwrap())
+        });
         assert_eq!(counted.count_total, 0, "{what}, {cache:?}");
         // The counter counts.
-        assert!(allocation_counter::measure(|| drop(model.session(1, cache).unwrap())).count_total > 0);
+        assert!(
+            allocation_counter::measure(|| drop(model.session(1, cache).unwrap())).count_total > 0
+        );
     }
 }
 
 #[test]
 fn a_decoded_token_allocates_nothing() {
     for embedding in [FloatType::Exact, FloatType::Int8, FloatType::Int4] {
-        let options = LoadOptions { threads: 1, embedding, ..LoadOptions::default() };
+        let options = LoadOptions {
+            threads: 1,
+            embedding,
+            ..LoadOptions::default()
+        };
         let model = Model::made_up(Config::shape("tiny").unwrap(), &options).unwrap();
         decodes_without_allocating("bitnet, made up", &model);
     }
@@ -28,7 +36,14 @@ fn a_decoded_token_allocates_nothing() {
     for entry in std::fs::read_dir(golden).unwrap() {
         let path = entry.unwrap().path();
         if path.join("config.json").is_file() {
-            let model = Model::load_with(&path, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
+            let model = Model::load_with(
+                &path,
+                &LoadOptions {
+                    threads: 1,
+                    ..LoadOptions::default()
+                },
+            )
+            .unwrap();
             decodes_without_allocating(&path.display().to_string(), &model);
             models += 1;
         }

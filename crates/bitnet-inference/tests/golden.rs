@@ -1,4 +1,5 @@
-//! Logits of tiny random models against those that transformers computed in f32: scripts/make-inference-golden.py made both.
+//! Logits of tiny random models against those that transformers computed in f32:
+//! scripts/make-inference-golden.py made both.
 
 use bitnet_inference::{CacheType, FloatType, KvCache, LoadOptions, Model, Scratch, Step, Want};
 use bitnet_kernels::Kernels;
@@ -8,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 const PROMPT: usize = 23;
 const STEPS: usize = 16;
-/// Largest difference of a logit over the largest logit. Floats: sums of at most 76 products in f32, over two layers. Where inputs are quantized, a last bit may
-/// move an activation over a tie to its neighbour, 1/127 of the largest of its token; no such tie is in these models.
+/// Largest difference of a logit over the largest logit. Floats: sums of at most 76 products in
+/// f32, over two layers. Where inputs are quantized, a last bit may move an activation over a tie
+/// to its neighbour, 1/127 of the largest of its token; no such tie is in these models.
 const BOUND: f32 = 2e-5;
 
 const MODELS: [&str; 10] = [
@@ -26,7 +28,9 @@ const MODELS: [&str; 10] = [
 ];
 
 fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
 }
 
 struct Golden {
@@ -37,25 +41,63 @@ struct Golden {
 fn golden(name: &str) -> Golden {
     let bytes = fs::read(folder(name).join("golden.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let (tokens, logits) = (file.tensor("tokens").unwrap(), file.tensor("logits").unwrap());
+    let (tokens, logits) = (
+        file.tensor("tokens").unwrap(),
+        file.tensor("logits").unwrap(),
+    );
     assert_eq!((tokens.dtype(), logits.dtype()), (Dtype::I32, Dtype::F32));
-    let tokens: Vec<u32> = tokens.data().as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-    let logits: Vec<f32> = logits.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let tokens: Vec<u32> = tokens
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| u32::from_le_bytes(*b))
+        .collect();
+    let logits: Vec<f32> = logits
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect();
     assert_eq!(tokens.len(), PROMPT + STEPS);
     Golden { tokens, logits }
 }
 
 fn load(path: &Path, threads: usize, kernels: Kernels) -> Model {
-    Model::load_with(path, &LoadOptions { threads, kernels, ..Default::default() }).unwrap()
+    Model::load_with(
+        path,
+        &LoadOptions {
+            threads,
+            kernels,
+            ..Default::default()
+        },
+    )
+    .unwrap()
 }
 
 /// The prompt in one pass, then one token at a time.
 fn as_generated(model: &Model, tokens: &[u32], cache: CacheType) -> Vec<f32> {
     let (mut cache, mut scratch) = (KvCache::new(model.config(), 64, cache), Scratch::default());
-    let step = Step { cache: &mut cache, tokens: &tokens[..PROMPT], want: Want::All };
+    let step = Step {
+        cache: &mut cache,
+        tokens: &tokens[..PROMPT],
+        want: Want::All,
+    };
     let mut logits = model.forward(&mut [step], &mut scratch).unwrap().to_vec();
     for token in tokens[PROMPT..].chunks(1) {
-        logits.extend(model.forward(&mut [Step { cache: &mut cache, tokens: token, want: Want::Last }], &mut scratch).unwrap());
+        logits.extend(
+            model
+                .forward(
+                    &mut [Step {
+                        cache: &mut cache,
+                        tokens: token,
+                        want: Want::Last,
+                    }],
+                    &mut scratch,
+                )
+                .unwrap(),
+        );
     }
     assert_eq!(cache.len(), tokens.len());
     logits
@@ -64,7 +106,11 @@ fn as_generated(model: &Model, tokens: &[u32], cache: CacheType) -> Vec<f32> {
 fn relative(got: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(got.len(), expected.len());
     let top = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    let worst = got.iter().zip(expected).fold(0.0f32, |m, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() });
+    let worst =
+        got.iter().zip(expected).fold(
+            0.0f32,
+            |m, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() },
+        );
     worst / top
 }
 
@@ -77,7 +123,10 @@ fn logits_are_those_of_transformers() {
     let mut failed = vec![];
     for name in MODELS {
         let (model, golden) = (load(&folder(name), 1, Kernels::detect()), golden(name));
-        let error = relative(&as_generated(&model, &golden.tokens, CacheType::F32), &golden.logits);
+        let error = relative(
+            &as_generated(&model, &golden.tokens, CacheType::F32),
+            &golden.logits,
+        );
         println!("{name}: {error:.1e}");
         if error.is_nan() || error > BOUND {
             failed.push(format!("{name}: {error:.2e}"));
@@ -90,9 +139,14 @@ fn logits_are_those_of_transformers() {
 fn caches_of_fewer_bits_lose_what_they_must() {
     for name in MODELS {
         let (model, golden) = (load(&folder(name), 1, Kernels::detect()), golden(name));
-        let [half, int8] = [CacheType::F16, CacheType::Int8].map(|c| relative(&as_generated(&model, &golden.tokens, c), &golden.logits));
-        // With quantized inputs a change of a key may move any activation to its neighbour, and those of the next layer.
-        assert!(half > 0.0 && half < 0.05 && int8 < 0.3, "{name}: {half} {int8}");
+        let [half, int8] = [CacheType::F16, CacheType::Int8]
+            .map(|c| relative(&as_generated(&model, &golden.tokens, c), &golden.logits));
+        // With quantized inputs a change of a key may move any activation to its neighbour, and
+        // those of the next layer.
+        assert!(
+            half > 0.0 && half < 0.05 && int8 < 0.3,
+            "{name}: {half} {int8}"
+        );
         if name == "llama-f32" {
             assert!(half < 2e-3 && int8 < 0.05 && half < int8, "{half} {int8}");
         }
@@ -109,7 +163,12 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
                 let model = load(&folder(name), threads, kernels);
                 assert_eq!(model.threads(), threads);
                 let logits = bits(&as_generated(&model, &golden.tokens, CacheType::F16));
-                assert_eq!(*first.get_or_insert_with(|| logits.clone()), logits, "{name}, {}, {threads} threads", kernels.isa());
+                assert_eq!(
+                    *first.get_or_insert_with(|| logits.clone()),
+                    logits,
+                    "{name}, {}, {threads} threads",
+                    kernels.isa()
+                );
             }
         }
         let model = load(&folder(name), 2, Kernels::detect());
@@ -121,7 +180,18 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
             let mut cache = KvCache::new(model.config(), 40, CacheType::F16);
             let mut logits = vec![];
             for tokens in golden.tokens.chunks(piece) {
-                logits.extend(bits(model.forward(&mut [Step { cache: &mut cache, tokens, want: Want::All }], &mut scratch).unwrap()));
+                logits.extend(bits(
+                    model
+                        .forward(
+                            &mut [Step {
+                                cache: &mut cache,
+                                tokens,
+                                want: Want::All,
+                            }],
+                            &mut scratch,
+                        )
+                        .unwrap(),
+                ));
             }
             assert_eq!(logits, expected, "{name}, pieces of {piece}");
         }
@@ -130,18 +200,46 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
         let [a, b, c] = &mut caches;
         let other: Vec<u32> = golden.tokens.iter().rev().copied().collect();
         let mut steps = [
-            Step { cache: a, tokens: &golden.tokens[..30], want: Want::Last },
-            Step { cache: b, tokens: &other, want: Want::Nothing },
-            Step { cache: c, tokens: &golden.tokens[..12], want: Want::All },
+            Step {
+                cache: a,
+                tokens: &golden.tokens[..30],
+                want: Want::Last,
+            },
+            Step {
+                cache: b,
+                tokens: &other,
+                want: Want::Nothing,
+            },
+            Step {
+                cache: c,
+                tokens: &golden.tokens[..12],
+                want: Want::All,
+            },
         ];
         let logits = bits(model.forward(&mut steps, &mut scratch).unwrap());
         assert_eq!(logits.len(), 13 * vocab);
-        assert_eq!(logits[..vocab], expected[29 * vocab..30 * vocab], "{name}: the last of the first");
-        assert_eq!(logits[vocab..], expected[..12 * vocab], "{name}: all of the third");
+        assert_eq!(
+            logits[..vocab],
+            expected[29 * vocab..30 * vocab],
+            "{name}: the last of the first"
+        );
+        assert_eq!(
+            logits[vocab..],
+            expected[..12 * vocab],
+            "{name}: all of the third"
+        );
         let [a, _, c] = &mut caches;
         let mut steps = [
-            Step { cache: c, tokens: &golden.tokens[12..14], want: Want::Last },
-            Step { cache: a, tokens: &golden.tokens[30..31], want: Want::Last },
+            Step {
+                cache: c,
+                tokens: &golden.tokens[12..14],
+                want: Want::Last,
+            },
+            Step {
+                cache: a,
+                tokens: &golden.tokens[30..31],
+                want: Want::Last,
+            },
         ];
         let logits = bits(model.forward(&mut steps, &mut scratch).unwrap());
         assert_eq!(logits[..vocab], expected[13 * vocab..14 * vocab]);
@@ -169,7 +267,10 @@ fn edit_config(dir: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
 #[track_caller]
 fn refused(dir: &Path, parts: &[&str]) {
     let message = Model::load(dir).unwrap_err().to_string();
-    assert!(parts.iter().all(|p| message.contains(p)) && !message.contains('\n'), "{parts:?} in {message}");
+    assert!(
+        parts.iter().all(|p| message.contains(p)) && !message.contains('\n'),
+        "{parts:?} in {message}"
+    );
 }
 
 /// The bytes of a tensor, changed in place.
@@ -187,7 +288,14 @@ fn edit_tensor(dir: &Path, tensor: &str, edit: impl Fn(&mut [u8])) {
 fn mistakes_change_the_logits() {
     let error = |dir: &Path, name: &str| {
         let golden = golden(name);
-        relative(&as_generated(&load(dir, 1, Kernels::detect()), &golden.tokens, CacheType::F32), &golden.logits)
+        relative(
+            &as_generated(
+                &load(dir, 1, Kernels::detect()),
+                &golden.tokens,
+                CacheType::F32,
+            ),
+            &golden.logits,
+        )
     };
     // SiLU for ReLU².
     let dir = copy("bitnet-autobitlinear");
@@ -195,16 +303,23 @@ fn mistakes_change_the_logits() {
     let got = error(dir.path(), "bitnet-autobitlinear");
     assert!(got > 100.0 * BOUND, "activation: {got}");
     // The scale turned round, in weights whose size does not give it away.
-    for (name, class) in [("llama-bitlinear", "autobitlinear"), ("llama-autobitlinear", "bitlinear")] {
+    for (name, class) in [
+        ("llama-bitlinear", "autobitlinear"),
+        ("llama-autobitlinear", "bitlinear"),
+    ] {
         let dir = copy(name);
-        edit_config(dir.path(), |c| c["quantization_config"]["linear_class"] = class.into());
+        edit_config(dir.path(), |c| {
+            c["quantization_config"]["linear_class"] = class.into()
+        });
         let got = error(dir.path(), name);
         assert!(got > 100.0 * BOUND, "scale: {got}");
     }
     // Codes in the other order within each byte, and rows packed side by side.
     let swapped = |b: u8| b << 6 | (b & 0x0c) << 2 | (b & 0x30) >> 2 | b >> 6;
     let dir = copy("bitnet-bitlinear");
-    edit_tensor(dir.path(), "model.layers.1.mlp.up_proj.weight", |bytes| bytes.iter_mut().for_each(|b| *b = swapped(*b)));
+    edit_tensor(dir.path(), "model.layers.1.mlp.up_proj.weight", |bytes| {
+        bytes.iter_mut().for_each(|b| *b = swapped(*b))
+    });
     let got = error(dir.path(), "bitnet-bitlinear");
     assert!(got > 100.0 * BOUND, "bits: {got}");
     // Another base of the rotation, another epsilon.
@@ -223,18 +338,71 @@ fn mistakes_change_the_logits() {
 fn what_is_not_known_is_refused() {
     type Edit = fn(&mut serde_json::Value);
     let cases: [(&str, Edit, &[&str]); 12] = [
-        ("llama-f32", |c| c["model_type"] = "mamba".into(), &["model_type", "'llama' or 'bitnet'", "mamba"]),
-        ("llama-f32", |c| c["hidden_act"] = "gelu".into(), &["hidden_act", "gelu"]),
-        ("llama-f32", |c| c["rope_parameters"]["rope_type"] = "yarn".into(), &["rope_type", "yarn"]),
-        ("llama-f32", |c| c["num_key_value_heads"] = 3.into(), &["num_key_value_heads", "divisor of 4"]),
-        ("llama-f32", |c| c["hidden_size"] = 52.into(), &["model.safetensors", "model.embed_tokens.weight", "[61, 52]", "[61, 48]"]),
-        ("llama-f32", |c| c["num_hidden_layers"] = 3.into(), &["model.layers.2.", "no such tensor"]),
-        ("llama-f32", |c| c["num_hidden_layers"] = 1.into(), &["model.layers.1.", "no place"]),
-        ("llama-f32", |c| c["attention_bias"] = false.into(), &["self_attn.k_proj.bias", "no place"]),
-        ("llama-f32", |c| c["vocab_size"] = serde_json::Value::Null, &["vocab_size", "positive number"]),
-        ("llama-bitlinear", |c| c["quantization_config"]["linear_class"] = "other".into(), &["linear_class", "'other'"]),
-        ("llama-online", |c| c["quantization_config"]["linear_class"] = "bitlinear".into(), &["linear_class", "autobitlinear"]),
-        ("bitnet-float", |c| c["model_type"] = "llama".into(), &["ffn_sub_norm", "llama graph", "no place"]),
+        (
+            "llama-f32",
+            |c| c["model_type"] = "mamba".into(),
+            &["model_type", "'llama' or 'bitnet'", "mamba"],
+        ),
+        (
+            "llama-f32",
+            |c| c["hidden_act"] = "gelu".into(),
+            &["hidden_act", "gelu"],
+        ),
+        (
+            "llama-f32",
+            |c| c["rope_parameters"]["rope_type"] = "yarn".into(),
+            &["rope_type", "yarn"],
+        ),
+        (
+            "llama-f32",
+            |c| c["num_key_value_heads"] = 3.into(),
+            &["num_key_value_heads", "divisor of 4"],
+        ),
+        (
+            "llama-f32",
+            |c| c["hidden_size"] = 52.into(),
+            &[
+                "model.safetensors",
+                "model.embed_tokens.weight",
+                "[61, 52]",
+                "[61, 48]",
+            ],
+        ),
+        (
+            "llama-f32",
+            |c| c["num_hidden_layers"] = 3.into(),
+            &["model.layers.2.", "no such tensor"],
+        ),
+        (
+            "llama-f32",
+            |c| c["num_hidden_layers"] = 1.into(),
+            &["model.layers.1.", "no place"],
+        ),
+        (
+            "llama-f32",
+            |c| c["attention_bias"] = false.into(),
+            &["self_attn.k_proj.bias", "no place"],
+        ),
+        (
+            "llama-f32",
+            |c| c["vocab_size"] = serde_json::Value::Null,
+            &["vocab_size", "positive number"],
+        ),
+        (
+            "llama-bitlinear",
+            |c| c["quantization_config"]["linear_class"] = "other".into(),
+            &["linear_class", "'other'"],
+        ),
+        (
+            "llama-online",
+            |c| c["quantization_config"]["linear_class"] = "bitlinear".into(),
+            &["linear_class", "autobitlinear"],
+        ),
+        (
+            "bitnet-float",
+            |c| c["model_type"] = "llama".into(),
+            &["ffn_sub_norm", "llama graph", "no place"],
+        ),
     ];
     for (name, edit, parts) in cases {
         let dir = copy(name);
@@ -246,14 +414,33 @@ fn what_is_not_known_is_refused() {
 #[test]
 fn broken_weights_are_refused() {
     let dir = copy("llama-f32");
-    edit_tensor(dir.path(), "model.layers.1.mlp.up_proj.weight", |b| b[400..404].copy_from_slice(&f32::NAN.to_le_bytes()));
-    refused(dir.path(), &["model.safetensors", "model.layers.1.mlp.up_proj.weight", "finite", "NaN at index 100"]);
+    edit_tensor(dir.path(), "model.layers.1.mlp.up_proj.weight", |b| {
+        b[400..404].copy_from_slice(&f32::NAN.to_le_bytes())
+    });
+    refused(
+        dir.path(),
+        &[
+            "model.safetensors",
+            "model.layers.1.mlp.up_proj.weight",
+            "finite",
+            "NaN at index 100",
+        ],
+    );
     let dir = copy("bitnet-bitlinear");
-    edit_tensor(dir.path(), "model.layers.0.mlp.up_proj.weight", |b| b[7] |= 3);
-    refused(dir.path(), &["model.safetensors", "model.layers.0.mlp.up_proj.weight"]);
+    edit_tensor(dir.path(), "model.layers.0.mlp.up_proj.weight", |b| {
+        b[7] |= 3
+    });
+    refused(
+        dir.path(),
+        &["model.safetensors", "model.layers.0.mlp.up_proj.weight"],
+    );
     let dir = copy("llama-f32");
     let bytes = fs::read(dir.path().join("model.safetensors")).unwrap();
-    fs::write(dir.path().join("model.safetensors"), &bytes[..bytes.len() - 4]).unwrap();
+    fs::write(
+        dir.path().join("model.safetensors"),
+        &bytes[..bytes.len() - 4],
+    )
+    .unwrap();
     refused(dir.path(), &["model.safetensors"]);
     let alone = folder("llama-f32").join("model.safetensors");
     let message = Model::load(&alone).unwrap_err().to_string();
@@ -263,31 +450,74 @@ fn broken_weights_are_refused() {
 #[test]
 fn tokens_and_lengths_that_do_not_fit() {
     let model = load(&folder("llama-f32"), 1, Kernels::detect());
-    let (mut cache, mut scratch) = (KvCache::new(model.config(), 8, CacheType::F16), Scratch::default());
+    let (mut cache, mut scratch) = (
+        KvCache::new(model.config(), 8, CacheType::F16),
+        Scratch::default(),
+    );
     let mut message = |tokens: &[u32]| {
-        let error = model.forward(&mut [Step { cache: &mut cache, tokens, want: Want::Last }], &mut scratch).unwrap_err();
+        let error = model
+            .forward(
+                &mut [Step {
+                    cache: &mut cache,
+                    tokens,
+                    want: Want::Last,
+                }],
+                &mut scratch,
+            )
+            .unwrap_err();
         assert_eq!(cache.len(), 0);
         error.to_string()
     };
     assert!(message(&[61]).contains("token 61 is outside the vocabulary of 61"));
     assert!(message(&[5; 9]).contains("9 tokens do not fit the context of 8"));
     assert!(message(&[]).contains("empty prompt"));
-    assert!(model.session(65, CacheType::F16).unwrap_err().to_string().contains("at most 64"));
-    assert!(model.tokenizer().unwrap_err().to_string().contains("tokenizer.json"));
+    assert!(
+        model
+            .session(65, CacheType::F16)
+            .unwrap_err()
+            .to_string()
+            .contains("at most 64")
+    );
+    assert!(
+        model
+            .tokenizer()
+            .unwrap_err()
+            .to_string()
+            .contains("tokenizer.json")
+    );
 }
 
 #[test]
 fn rounding_by_choice_says_what_it_did() {
-    // Of normal weights: 6.02 dB a bit and the shape of their blocks; bounds are wide of what any model's could be.
-    for (embedding, least, most) in [(FloatType::Int4, 15.0, 27.0), (FloatType::Int8, 40.0, 50.0), (FloatType::Bf16, 52.0, 60.0)] {
-        let options = LoadOptions { threads: 2, embedding, ..LoadOptions::default() };
+    // Of normal weights: 6.02 dB a bit and the shape of their blocks; bounds are wide of what any
+    // model's could be.
+    for (embedding, least, most) in [
+        (FloatType::Int4, 15.0, 27.0),
+        (FloatType::Int8, 40.0, 50.0),
+        (FloatType::Bf16, 52.0, 60.0),
+    ] {
+        let options = LoadOptions {
+            threads: 2,
+            embedding,
+            ..LoadOptions::default()
+        };
         let model = Model::load_with(folder("llama-f32"), &options).unwrap();
-        let notes: Vec<_> = model.notes().iter().filter_map(|n| n.split_once(&format!("rounded to {embedding}: "))).collect();
-        let [(what, decibels)] = notes[..] else { panic!("{:?}", model.notes()) };
+        let notes: Vec<_> = model
+            .notes()
+            .iter()
+            .filter_map(|n| n.split_once(&format!("rounded to {embedding}: ")))
+            .collect();
+        let [(what, decibels)] = notes[..] else {
+            panic!("{:?}", model.notes())
+        };
         assert!(what.starts_with("embedding"));
         let got: f64 = decibels.split(' ').next().unwrap().parse().unwrap();
         assert!(least < got && got < most, "{embedding}: {got} dB");
     }
     let exact = Model::load(folder("llama-f32")).unwrap();
-    assert!(exact.notes().iter().all(|n| !n.contains("rounded")), "{:?}", exact.notes());
+    assert!(
+        exact.notes().iter().all(|n| !n.contains("rounded")),
+        "{:?}",
+        exact.notes()
+    );
 }

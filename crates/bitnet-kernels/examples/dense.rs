@@ -1,8 +1,12 @@
-//! Speed of products of one token with weights in floats and blocks, and of attention, on one thread.
+//! Speed of products of one token with weights in floats and blocks, and of attention, on one
+//! thread.
 //!
-//! `cargo run --release -p bitnet-kernels --example dense`. Products read from memory: their bytes are set against a plain read of as many in the same turn.
+//! `cargo run --release -p bitnet-kernels --example dense`. Products read from memory: their bytes
+//! are set against a plain read of as many in the same turn.
 
-use bitnet_kernels::dense::{Attention, BlockType, Blocks, Cached, Codes, Data, Matrix, ScaleType, Strip, zeros};
+use bitnet_kernels::dense::{
+    Attention, BlockType, Blocks, Cached, Codes, Data, Matrix, ScaleType, Strip, zeros,
+};
 use bitnet_kernels::machine::{Memory, Pages, read};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
@@ -24,7 +28,13 @@ fn median(mut all: Vec<f64>) -> f64 {
 fn main() -> Result<(), bitnet_kernels::Error> {
     let (kernels, pool) = (Kernels::from_env()?, Pool::single());
     // Rows may be fewer: what is in the caches then is bound by arithmetic.
-    let (rows, cols) = (std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(128_256), 2560);
+    let (rows, cols) = (
+        std::env::args()
+            .nth(1)
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(128_256),
+        2560,
+    );
     let weights = rows * cols;
     // 1.0 in binary16, and in bfloat16 a small number.
     let half = || {
@@ -43,13 +53,32 @@ fn main() -> Result<(), bitnet_kernels::Error> {
             }
             Ok(())
         };
-        Blocks::new(&pool, rows, cols, BlockType { codes, scales, minimum }, fill).map(Data::Blocks)
+        Blocks::new(
+            &pool,
+            rows,
+            cols,
+            BlockType {
+                codes,
+                scales,
+                minimum,
+            },
+            fill,
+        )
+        .map(Data::Blocks)
     };
-    let (group, row) = (ScaleType::Nested { group: 16 }, ScaleType::F32 { group: cols });
+    let (group, row) = (
+        ScaleType::Nested { group: 16 },
+        ScaleType::F32 { group: cols },
+    );
     let x: Vec<f32> = (0..cols).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut out = vec![0.0; rows];
-    println!("{}: {rows} × {cols} with one token, GB/s and the share of a plain read", kernels.isa());
-    for name in ["f16", "bf16", "int8", "int4", "q4_1", "q4_k", "q6_k", "ternary"] {
+    println!(
+        "{}: {rows} × {cols} with one token, GB/s and the share of a plain read",
+        kernels.isa()
+    );
+    for name in [
+        "f16", "bf16", "int8", "int4", "q4_1", "q4_k", "q6_k", "ternary",
+    ] {
         let data = match name {
             "f16" => Data::F16(half()),
             "bf16" => Data::Bf16(half()),
@@ -64,7 +93,10 @@ fn main() -> Result<(), bitnet_kernels::Error> {
         let memory = Memory::new(matrix.bytes(), Pages::Huge);
         let turns: Vec<[f64; 2]> = (0..TURNS)
             .map(|_| {
-                [seconds(|| _ = black_box(read(memory.words()))), seconds(|| kernels.dense_matmul(&pool, &matrix, &x, None, &mut out))]
+                [
+                    seconds(|| _ = black_box(read(memory.words()))),
+                    seconds(|| kernels.dense_matmul(&pool, &matrix, &x, None, &mut out)),
+                ]
             })
             .collect();
         let bytes = matrix.bytes() as f64 / 1e9;
@@ -76,9 +108,18 @@ fn main() -> Result<(), bitnet_kernels::Error> {
     for len in [128, 512, 2048] {
         let cache: Vec<u16> = (0..len * 128).map(|i| 0x3000 + (i % 251) as u16).collect();
         let (keys, values) = (Cached::F16(&cache), Cached::F16(&cache));
-        let attention = Attention { keys, values, len, head_dim: 128, scale: 0.088 };
+        let attention = Attention {
+            keys,
+            values,
+            len,
+            head_dim: 128,
+            scale: 0.088,
+        };
         let (q, mut out) = (&x[..512], [0.0; 512]);
-        let turns = (0..TURNS).map(|_| seconds(|| (0..200).for_each(|_| kernels.attend(&attention, q, black_box(&mut out)))) / 200.0);
+        let turns = (0..TURNS).map(|_| {
+            seconds(|| (0..200).for_each(|_| kernels.attend(&attention, q, black_box(&mut out))))
+                / 200.0
+        });
         println!("{len:5} positions: {:.1}", 1e6 * median(turns.collect()));
     }
     Ok(())

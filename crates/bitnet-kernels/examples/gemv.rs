@@ -1,6 +1,8 @@
-//! Speed of the ternary products, as shares of what the machine reads and multiplies in the same run.
+//! Speed of the ternary products, as shares of what the machine reads and multiplies in the same
+//! run.
 //!
-//! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one thread and the widest instruction set.
+//! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one
+//! thread and the widest instruction set.
 
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::{self, Instruction, Memory, Pages};
@@ -13,7 +15,8 @@ use std::time::Instant;
 /// Bytes that are cycled through so that no cache holds them.
 const COLD_BYTES: usize = 2400 << 20;
 
-/// Turns of each measurement; a turn lasts about [`TURN`] seconds for the ceiling and as long for the operation.
+/// Turns of each measurement; a turn lasts about [`TURN`] seconds for the ceiling and as long for
+/// the operation.
 const TURNS: usize = 21;
 /// See [`TURNS`].
 const TURN: f64 = 0.01;
@@ -43,11 +46,18 @@ impl Work<'_> {
     }
 }
 
-/// Rates of `work` a second, and its shares of a ceiling measured in turns with it; `scale` turns its amount into the ceiling's.
+/// Rates of `work` a second, and its shares of a ceiling measured in turns with it; `scale` turns
+/// its amount into the ceiling's.
 fn against(mut ceiling: Work<'_>, mut work: Work<'_>, scale: f64) -> String {
     let (of_ceiling, of_work) = (ceiling.calls(), work.calls());
-    let turns: Vec<[f64; 2]> =
-        (0..TURNS).map(|_| [ceiling.amount / turn(&mut ceiling.call, of_ceiling), work.amount / turn(&mut work.call, of_work)]).collect();
+    let turns: Vec<[f64; 2]> = (0..TURNS)
+        .map(|_| {
+            [
+                ceiling.amount / turn(&mut ceiling.call, of_ceiling),
+                work.amount / turn(&mut work.call, of_work),
+            ]
+        })
+        .collect();
     let [low, median, high] = summary(turns.iter().map(|t| t[1] / 1e9).collect());
     let [from, share, to] = summary(turns.iter().map(|t| 100.0 * t[1] * scale / t[0]).collect());
     let [_, top, _] = summary(turns.iter().map(|t| t[0] / 1e9).collect());
@@ -61,33 +71,53 @@ fn matrix(rows: usize, cols: usize) -> Matrix {
         ((state >> 16) % 3) as i8 - 1
     };
     let spec = MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor);
-    Matrix { values: (0..rows * cols).map(|_| trit()).collect(), scales: vec![0.02], zero_points: vec![], spec }
+    Matrix {
+        values: (0..rows * cols).map(|_| trit()).collect(),
+        scales: vec![0.02],
+        zero_points: vec![],
+        spec,
+    }
 }
 
 fn activations(w: &Prepacked, tokens: usize) -> Activations {
-    let values: Vec<i8> = (0..tokens * w.cols()).map(|i| ((i * 2_654_435_761) >> 9) as i8).collect();
+    let values: Vec<i8> = (0..tokens * w.cols())
+        .map(|i| ((i * 2_654_435_761) >> 9) as i8)
+        .collect();
     Activations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
 }
 
-/// Reads of `data` on the pool, a sixteenth of the cold bytes at most in a call, each call where the last one ended.
+/// Reads of `data` on the pool, a sixteenth of the cold bytes at most in a call, each call where
+/// the last one ended.
 fn reading<'a>(pool: &'a Pool, data: &'a [u64]) -> Work<'a> {
     let words = data.len().min(COLD_BYTES / 16 / 8);
     let mut at = 0;
     let call = move || {
         let data = &data[at..at + words];
         pool.run(pool.threads(), |part| {
-            black_box(machine::read(&data[part * words / pool.threads()..(part + 1) * words / pool.threads()]));
+            black_box(machine::read(
+                &data[part * words / pool.threads()..(part + 1) * words / pool.threads()],
+            ));
         });
-        at = if at + 2 * words <= data.len() { at + words } else { 0 };
+        at = if at + 2 * words <= data.len() {
+            at + words
+        } else {
+            0
+        };
     };
-    Work { amount: (8 * words) as f64, call: Box::new(call) }
+    Work {
+        amount: (8 * words) as f64,
+        call: Box::new(call),
+    }
 }
 
 /// Multiply-adds of the byte product that the kernels are made of, on registers alone.
 fn dots(pool: &Pool, instruction: Instruction) -> Work<'_> {
     const ROUNDS: usize = 50_000;
     let amount = (pool.threads() * instruction.multiply_adds() * ROUNDS) as f64;
-    Work { amount, call: Box::new(move || pool.run(pool.threads(), |_| instruction.run(ROUNDS))) }
+    Work {
+        amount,
+        call: Box::new(move || pool.run(pool.threads(), |_| instruction.run(ROUNDS))),
+    }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -101,7 +131,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => Kernels::detect(),
     };
     let pool = Pool::new(threads)?;
-    // A part ends when every thread has one, so that the caller cannot do them all before a worker has come.
+    // A part ends when every thread has one, so that the caller cannot do them all before a worker
+    // has come.
     let fork = || {
         let here = AtomicUsize::new(0);
         pool.run(threads, |_| {
@@ -112,10 +143,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         });
     };
     let fork = summary((0..TURNS).map(|_| 1e6 * turn(fork, 200)).collect());
-    println!("{} on {threads} thread(s), fork-join {:.2} µs ({:.2} … {:.2})", kernels.isa(), fork[1], fork[0], fork[2]);
-    println!("median (smallest … largest) of {TURNS} turns; shares are of the ceiling in the same turn");
+    println!(
+        "{} on {threads} thread(s), fork-join {:.2} µs ({:.2} … {:.2})",
+        kernels.isa(),
+        fork[1],
+        fork[0],
+        fork[2]
+    );
+    println!(
+        "median (smallest … largest) of {TURNS} turns; shares are of the ceiling in the same turn"
+    );
 
-    let (cold, warm) = (Memory::new(COLD_BYTES, Pages::Huge), Memory::new(threads << 19, Pages::Huge));
+    let (cold, warm) = (
+        Memory::new(COLD_BYTES, Pages::Huge),
+        Memory::new(threads << 19, Pages::Huge),
+    );
     println!("\nG weights/s, share of the bytes read in GB/s");
     for (rows, cols) in [(6912, 2560), (2560, 6912), (4096, 14336), (1024, 2560)] {
         let matrix = matrix(rows, cols);
@@ -123,7 +165,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let packed = Prepacked::new(&matrix, &pool)?;
         let prepack = (rows * cols) as f64 / begin.elapsed().as_secs_f64();
         let hot = packed.bytes() <= 1 << 20;
-        let copies = vec![packed.clone(); if hot { 1 } else { COLD_BYTES.div_ceil(packed.bytes()) }];
+        let copies = vec![
+            packed.clone();
+            if hot {
+                1
+            } else {
+                COLD_BYTES.div_ceil(packed.bytes())
+            }
+        ];
         for tokens in [1, 4] {
             let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * rows]);
             let mut at = 0;
@@ -131,22 +180,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 kernels.matmul(&pool, &copies[at], &x, None, &mut y);
                 at = (at + 1) % copies.len();
             };
-            let work = Work { amount: (rows * cols) as f64, call: Box::new(call) };
+            let work = Work {
+                amount: (rows * cols) as f64,
+                call: Box::new(call),
+            };
             let bytes = packed.bytes() as f64 / (rows * cols) as f64;
-            let result = against(reading(&pool, if hot { warm.words() } else { cold.words() }), work, bytes);
-            println!("{rows:5} × {cols:5} M = {tokens} from {}: {result}", if hot { "L2    " } else { "memory" });
+            let result = against(
+                reading(&pool, if hot { warm.words() } else { cold.words() }),
+                work,
+                bytes,
+            );
+            println!(
+                "{rows:5} × {cols:5} M = {tokens} from {}: {result}",
+                if hot { "L2    " } else { "memory" }
+            );
         }
         println!("{rows:5} × {cols:5} prepack: {:.2}", prepack / 1e9);
     }
 
-    let Some(instruction) = Instruction::all().find(|i| i.is_int8()) else { return Ok(()) };
+    let Some(instruction) = Instruction::all().find(|i| i.is_int8()) else {
+        return Ok(());
+    };
     println!("\nG MAC/s, share of {instruction} on registers");
     let packed = Prepacked::new(&matrix(6912, 2560), &pool)?;
     for tokens in [1, 2, 3, 4, 6, 8, 12, 16, 32, 128, 512] {
         let (x, mut y) = (activations(&packed, tokens), vec![0.0; tokens * 6912]);
         let call = || kernels.matmul(&pool, &packed, &x, None, &mut y);
-        let work = Work { amount: (tokens * 6912 * 2560) as f64, call: Box::new(call) };
-        println!(" 6912 ×  2560 M = {tokens:3}: {}", against(dots(&pool, instruction), work, 1.0));
+        let work = Work {
+            amount: (tokens * 6912 * 2560) as f64,
+            call: Box::new(call),
+        };
+        println!(
+            " 6912 ×  2560 M = {tokens:3}: {}",
+            against(dots(&pool, instruction), work, 1.0)
+        );
     }
     Ok(())
 }

@@ -1,13 +1,16 @@
 //! Speed of the streams in GB/s, each beside its ceiling measured in the same turns.
 //!
-//! `cargo run --release -p bitnet-kernels --example stream [isa] [part of an operation's name]`; without an instruction set, all of them.
+//! `cargo run --release -p bitnet-kernels --example stream [isa] [part of an operation's name]`;
+//! without an instruction set, all of them.
 
 use bitnet_core::pack::{Layout, by_name};
 use bitnet_core::scheme::{Scheme, Threshold};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
 use bitnet_kernels::machine::{self, Memory, Pages};
 use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
-use bitnet_kernels::stream::{Packed, Weights, dequantize, pack, quantize_into, quantize_token, unpack};
+use bitnet_kernels::stream::{
+    Packed, Weights, dequantize, pack, quantize_into, quantize_token, unpack,
+};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::hint::black_box;
 use std::marker::PhantomData;
@@ -31,7 +34,10 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     fn new(bytes: usize, call: impl FnMut() + 'a) -> Self {
-        Self { bytes: bytes as f64, call: Box::new(call) }
+        Self {
+            bytes: bytes as f64,
+            call: Box::new(call),
+        }
     }
 
     fn turn(&mut self, calls: usize) -> f64 {
@@ -52,7 +58,8 @@ fn median(mut all: Vec<f64>) -> f64 {
     all[all.len() / 2]
 }
 
-/// What is measured: a name, the share of the ceiling that a call can reach at most, and the work on given kernels.
+/// What is measured: a name, the share of the ceiling that a call can reach at most, and the work
+/// on given kernels.
 struct Operation<'a> {
     name: String,
     ceiling: Box<dyn Fn() -> Work<'a> + 'a>,
@@ -65,14 +72,30 @@ impl Operation<'_> {
     fn print(&self, kernels: &[Kernels]) {
         let mut ceiling = (self.ceiling)();
         let mut works: Vec<Work<'_>> = kernels.iter().map(|&k| (self.work)(k)).collect();
-        let (of_ceiling, calls): (usize, Vec<usize>) = (ceiling.calls(), works.iter_mut().map(Work::calls).collect());
-        let turns: Vec<(f64, Vec<f64>)> =
-            (0..TURNS).map(|_| (ceiling.turn(of_ceiling), works.iter_mut().zip(&calls).map(|(w, &n)| w.turn(n)).collect())).collect();
+        let (of_ceiling, calls): (usize, Vec<usize>) =
+            (ceiling.calls(), works.iter_mut().map(Work::calls).collect());
+        let turns: Vec<(f64, Vec<f64>)> = (0..TURNS)
+            .map(|_| {
+                (
+                    ceiling.turn(of_ceiling),
+                    works
+                        .iter_mut()
+                        .zip(&calls)
+                        .map(|(w, &n)| w.turn(n))
+                        .collect(),
+                )
+            })
+            .collect();
         let top = median(turns.iter().map(|t| t.0).collect());
         print!("{:44} {top:6.1} |", self.name);
         for i in 0..works.len() {
             let rate = median(turns.iter().map(|t| t.1[i]).collect());
-            let share = median(turns.iter().map(|t| 100.0 * t.1[i] / t.0 / self.share).collect());
+            let share = median(
+                turns
+                    .iter()
+                    .map(|t| 100.0 * t.1[i] / t.0 / self.share)
+                    .collect(),
+            );
             let ratio = median(turns.iter().map(|t| t.1[i] / t.1[0]).collect());
             print!(" {rate:6.1} {share:4.0} % {ratio:5.1} × |");
         }
@@ -95,14 +118,19 @@ impl Number for u8 {}
 
 impl<T: Number> Buffer<T> {
     fn new(len: usize, pages: Pages) -> Self {
-        Self { memory: Memory::new(size_of::<T>() * len, pages), len, of: PhantomData }
+        Self {
+            memory: Memory::new(size_of::<T>() * len, pages),
+            len,
+            of: PhantomData,
+        }
     }
 }
 
 impl<T: Number> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: the memory has at least `len` numbers, begins at a cache line, and any bits are a number.
+        // SAFETY: the memory has at least `len` numbers, begins at a cache line, and any bits are a
+        // number.
         unsafe { std::slice::from_raw_parts(self.memory.words().as_ptr().cast(), self.len) }
     }
 }
@@ -110,7 +138,9 @@ impl<T: Number> Deref for Buffer<T> {
 impl<T: Number> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above, and borrowed mutably; every number is bits that a word may have.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.words_mut().as_mut_ptr().cast(), self.len) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.memory.words_mut().as_mut_ptr().cast(), self.len)
+        }
     }
 }
 
@@ -127,7 +157,9 @@ fn weights(n: usize, pages: Pages) -> Buffer<f32> {
     for w in w.iter_mut() {
         let mut sum = 0.0;
         for _ in 0..3 {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             sum += (state >> 40) as f32 / (1 << 24) as f32 - 0.5;
         }
         *w = sum * 0.03;
@@ -147,7 +179,11 @@ fn trits(n: usize, pages: Pages) -> Buffer<i8> {
 
 /// Writes all of it, past the caches where it is larger than they are.
 fn fill(memory: &mut Memory) {
-    if memory.bytes() >= 16 << 20 { machine::stream(memory.words_mut(), 1) } else { machine::write(memory.words_mut(), 1) }
+    if memory.bytes() >= 16 << 20 {
+        machine::stream(memory.words_mut(), 1)
+    } else {
+        machine::write(memory.words_mut(), 1)
+    }
 }
 
 /// Reads of `data`, a piece a call, each call where the last one ended.
@@ -156,24 +192,43 @@ fn reading(data: &[f32], piece: usize) -> Work<'_> {
     let piece = piece.min(data.len());
     Work::new(4 * piece, move || {
         black_box(machine::read(words(&data[at..at + piece])));
-        at = if at + 2 * piece <= data.len() { at + piece } else { 0 };
+        at = if at + 2 * piece <= data.len() {
+            at + piece
+        } else {
+            0
+        };
     })
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let isa: Option<Isa> = arguments.first().and_then(|a| a.parse().ok());
-    let wanted = arguments.get(usize::from(isa.is_some())).map_or("", |a| a.as_str());
-    let mut kernels: Vec<Kernels> = Kernels::all().filter(|k| k.isa() == Isa::Scalar || isa.is_none_or(|isa| k.isa() == isa)).collect();
+    let wanted = arguments
+        .get(usize::from(isa.is_some()))
+        .map_or("", |a| a.as_str());
+    let mut kernels: Vec<Kernels> = Kernels::all()
+        .filter(|k| k.isa() == Isa::Scalar || isa.is_none_or(|isa| k.isa() == isa))
+        .collect();
     // The streams do not use what distinguishes it from AVX2.
     kernels.retain(|k| k.isa() != Isa::AvxVnni);
-    println!("GB/s, one thread, median of {TURNS} turns: ceiling, then for each instruction set the rate, its share of what the ceiling");
+    println!(
+        "GB/s, one thread, median of {TURNS} turns: ceiling, then for each instruction set the rate, its share of what the ceiling"
+    );
     println!("allows, and the ratio to scalar");
     print!("{:44} {:>6} |", "", "");
-    kernels.iter().for_each(|k| print!(" {:^21} |", k.isa().to_string()));
+    kernels
+        .iter()
+        .for_each(|k| print!(" {:^21} |", k.isa().to_string()));
     println!();
     for pages in [Pages::Huge, Pages::Small] {
-        println!("{}", if pages == Pages::Huge { "huge pages asked for" } else { "4 KiB pages" });
+        println!(
+            "{}",
+            if pages == Pages::Huge {
+                "huge pages asked for"
+            } else {
+                "4 KiB pages"
+            }
+        );
         quantizing(pages, &kernels, wanted);
         coding(pages, &kernels, wanted)?;
     }
@@ -181,7 +236,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn run<'a>(operations: Vec<Operation<'a>>, kernels: &[Kernels], wanted: &str) {
-    operations.iter().filter(|o| o.name.contains(wanted) && !kernels.is_empty()).for_each(|o| o.print(kernels));
+    operations
+        .iter()
+        .filter(|o| o.name.contains(wanted) && !kernels.is_empty())
+        .for_each(|o| o.print(kernels));
 }
 
 /// Whether operations at a place can be among those wanted, so that memory is taken only for those.
@@ -191,29 +249,56 @@ fn may_be(wanted: &str, place: &str) -> bool {
 
 /// What the first call fills and the others overwrite.
 fn empty(scheme: &Scheme) -> Packed {
-    Packed { spec: scheme.spec(0, 0).expect("a scheme of weights"), bytes: vec![], scales: vec![], zero_points: vec![] }
+    Packed {
+        spec: scheme.spec(0, 0).expect("a scheme of weights"),
+        bytes: vec![],
+        scales: vec![],
+        zero_points: vec![],
+    }
 }
 
 /// Floats to packed codes and to int8.
 fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
-    let (rows, cols) = if may_be(wanted, "DRAM") { COLD } else { (PIECE, COLD.1) };
+    let (rows, cols) = if may_be(wanted, "DRAM") {
+        COLD
+    } else {
+        (PIECE, COLD.1)
+    };
     let w = weights(rows * cols, pages);
     let (w, pool) = (&w[..], &Pool::single());
     let two_bit = by_name("two-bit").expect("a layout of ours");
     let base3 = by_name("base-3").expect("a layout of ours");
     let quantizing = |what: &str, scheme: Scheme, layout: &'static dyn Layout, share: f64| {
         // A tensor that is read twice must not fit the caches.
-        let piece = if scheme.granularity == Granularity::Tensor { rows } else { PIECE };
+        let piece = if scheme.granularity == Granularity::Tensor {
+            rows
+        } else {
+            PIECE
+        };
         let work = move |kernels: Kernels| {
             let (mut at, mut out) = (0, empty(&scheme));
             Work::new(4 * piece * cols, move || {
                 let part = Weights::F32(&w[at * cols..(at + piece) * cols]);
-                quantize_into(kernels, pool, part, (piece, cols), &scheme, layout, &mut out).expect("quantizes");
+                quantize_into(
+                    kernels,
+                    pool,
+                    part,
+                    (piece, cols),
+                    &scheme,
+                    layout,
+                    &mut out,
+                )
+                .expect("quantizes");
                 at = (at + piece) % rows;
             })
         };
         let name = format!("{what} {} {} DRAM", scheme.granularity, layout.name());
-        Operation { name, ceiling: Box::new(move || reading(w, PIECE * cols)), share, work: Box::new(work) }
+        Operation {
+            name,
+            ceiling: Box::new(move || reading(w, PIECE * cols)),
+            share,
+            work: Box::new(work),
+        }
     };
     let absmean = Scheme::ternary(Threshold::Absmean);
     let (channel, group) = (Granularity::Channel, Granularity::Group(128));
@@ -225,10 +310,30 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
             quantizing("absmean", absmean.with_granularity(group), two_bit, 1.0),
             quantizing("absmean", absmean, base3, 0.5),
             quantizing("absmean", absmean.with_granularity(channel), base3, 1.0),
-            quantizing("mean", Scheme::ternary(Threshold::Mean).with_granularity(channel), two_bit, 1.0),
-            quantizing("median", Scheme::ternary(Threshold::Median).with_granularity(channel), two_bit, 1.0),
-            quantizing("optimal", Scheme::ternary(Threshold::Optimal).with_granularity(channel), two_bit, 1.0),
-            quantizing("optimal", Scheme::ternary(Threshold::Optimal).with_granularity(group), two_bit, 1.0),
+            quantizing(
+                "mean",
+                Scheme::ternary(Threshold::Mean).with_granularity(channel),
+                two_bit,
+                1.0,
+            ),
+            quantizing(
+                "median",
+                Scheme::ternary(Threshold::Median).with_granularity(channel),
+                two_bit,
+                1.0,
+            ),
+            quantizing(
+                "optimal",
+                Scheme::ternary(Threshold::Optimal).with_granularity(channel),
+                two_bit,
+                1.0,
+            ),
+            quantizing(
+                "optimal",
+                Scheme::ternary(Threshold::Optimal).with_granularity(group),
+                two_bit,
+                1.0,
+            ),
         ],
         from_dram,
         wanted,
@@ -240,7 +345,16 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
             move |kernels: Kernels| {
                 let mut out = empty(&scheme);
                 Work::new(4 * warm.len(), move || {
-                    quantize_into(kernels, pool, Weights::F32(warm), (32, cols), &scheme, two_bit, &mut out).expect("quantizes");
+                    quantize_into(
+                        kernels,
+                        pool,
+                        Weights::F32(warm),
+                        (32, cols),
+                        &scheme,
+                        two_bit,
+                        &mut out,
+                    )
+                    .expect("quantizes");
                 })
             }
         };
@@ -248,7 +362,10 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
             let (x, mut out, mut sums) = (&w[..64 * 2560], vec![0; 2560], [0]);
             Work::new(4 * x.len(), move || {
                 for x in x.chunks(2560) {
-                    black_box(quantize_token(kernels, x, 2560, 2560, &mut out, &mut sums).expect("quantizes"));
+                    black_box(
+                        quantize_token(kernels, x, 2560, 2560, &mut out, &mut sums)
+                            .expect("quantizes"),
+                    );
                 }
             })
         };
@@ -276,7 +393,9 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
                     name: "optimal channel two-bit L2".into(),
                     ceiling: Box::new(move || reading(warm, warm.len())),
                     share: 1.0,
-                    work: Box::new(warm_row(Scheme::ternary(Threshold::Optimal).with_granularity(channel))),
+                    work: Box::new(warm_row(
+                        Scheme::ternary(Threshold::Optimal).with_granularity(channel),
+                    )),
                 },
             ],
             kernels,
@@ -286,7 +405,11 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
 }
 
 /// Packing and unpacking.
-fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn std::error::Error>> {
+fn coding(
+    pages: Pages,
+    kernels: &[Kernels],
+    wanted: &str,
+) -> Result<(), Box<dyn std::error::Error>> {
     let pool = &Pool::single();
     let cols = 2560;
     for (rows, place) in [(8, "L1"), (256, "L2"), (100_000, "DRAM")] {
@@ -296,7 +419,10 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
         let values = &trits(rows * cols, pages)[..];
         let scales = [0.5f32];
         let out = &std::cell::RefCell::new(Buffer::<i8>::new(rows * cols, pages));
-        let floats = &std::cell::RefCell::new(Buffer::<f32>::new(if place == "DRAM" { rows / 4 } else { rows / 2 } * cols, pages));
+        let floats = &std::cell::RefCell::new(Buffer::<f32>::new(
+            if place == "DRAM" { rows / 4 } else { rows / 2 } * cols,
+            pages,
+        ));
         let floats_read = &weights(64 * cols, pages)[..];
         let floats_read = &floats_read[..(rows * cols / 4).min(floats_read.len())];
         let reads = move || reading(floats_read, floats_read.len());
@@ -310,8 +436,15 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
             .iter()
             .copied()
             .map(|name| {
-                let dtype = if name.starts_with("tq") { ScaleDtype::F16 } else { ScaleDtype::F32 };
-                let spec = MatrixSpec { scale_dtype: dtype, ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor) };
+                let dtype = if name.starts_with("tq") {
+                    ScaleDtype::F16
+                } else {
+                    ScaleDtype::F32
+                };
+                let spec = MatrixSpec {
+                    scale_dtype: dtype,
+                    ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor)
+                };
                 let mut bytes = vec![];
                 by_name(name)?.pack_into(&spec, values, &scales, &mut bytes)?;
                 Ok((name, spec, bytes))
@@ -322,7 +455,8 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
             let layout = by_name(name)?;
             let unpacking = move |kernels: Kernels| {
                 Work::new(rows * cols, move || {
-                    unpack(kernels, pool, layout, spec, bytes, &mut out.borrow_mut()).expect("unpacks");
+                    unpack(kernels, pool, layout, spec, bytes, &mut out.borrow_mut())
+                        .expect("unpacks");
                 })
             };
             operations.push(Operation {
@@ -336,10 +470,22 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
             }
             let n = floats.borrow().len();
             let dequantizing = move |kernels: Kernels| {
-                let part = MatrixSpec { rows: n / cols, ..spec.clone() };
+                let part = MatrixSpec {
+                    rows: n / cols,
+                    ..spec.clone()
+                };
                 Work::new(4 * n, move || {
                     let bytes = &bytes[..n.div_ceil(if *name == "two-bit" { 4 } else { 5 })];
-                    dequantize(kernels, pool, layout, &part, bytes, &[0.5], &mut floats.borrow_mut()).expect("dequantizes");
+                    dequantize(
+                        kernels,
+                        pool,
+                        layout,
+                        &part,
+                        bytes,
+                        &[0.5],
+                        &mut floats.borrow_mut(),
+                    )
+                    .expect("dequantizes");
                 })
             };
             let float_writes = move || {
@@ -356,8 +502,22 @@ fn coding(pages: Pages, kernels: &[Kernels], wanted: &str) -> Result<(), Box<dyn
             if place == "DRAM" {
                 let prepacking = move |kernels: Kernels| {
                     Work::new(bytes.len(), move || {
-                        let parts = Parts { spec, scales: &[0.5], zero_points: &[] };
-                        black_box(Prepacked::from_wire(&kernels, pool, layout, parts, bytes, Stream::TwoBit).expect("a matrix"));
+                        let parts = Parts {
+                            spec,
+                            scales: &[0.5],
+                            zero_points: &[],
+                        };
+                        black_box(
+                            Prepacked::from_wire(
+                                &kernels,
+                                pool,
+                                layout,
+                                parts,
+                                bytes,
+                                Stream::TwoBit,
+                            )
+                            .expect("a matrix"),
+                        );
                     })
                 };
                 let stored = move || {

@@ -1,5 +1,5 @@
-//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time, and the products of low-bit
-//! weights with activations: [`matmul`].
+//! The hot loops of [`bitnet_core::ops`] compiled for each instruction set and chosen at run time,
+//! and the products of low-bit weights with activations: [`matmul`].
 //!
 //! ```
 //! use bitnet_kernels::Kernels;
@@ -10,15 +10,21 @@
 //! println!("ran on {}", kernels.isa());
 //! ```
 //!
-//! A loop of `ops` is the body of its oracle, compiled with wider registers. The oracle fixes the order of every floating-point operation and
-//! Rust never reorders or fuses them, so each instruction set returns the same bits; the tests hold every one to that.
+//! A loop of `ops` is the body of its oracle, compiled with wider registers. The oracle fixes the
+//! order of every floating-point operation and Rust never reorders or fuses them, so each
+//! instruction set returns the same bits; the tests hold every one to that.
 
 pub mod dense;
 mod lines;
 pub mod machine;
 #[cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code, unused_imports, unused_macros, reason = "WebAssembly uses part of it, other machines the plain loops alone")
+    allow(
+        dead_code,
+        unused_imports,
+        unused_macros,
+        reason = "WebAssembly uses part of it, other machines the plain loops alone"
+    )
 )]
 pub mod matmul;
 mod pool;
@@ -78,7 +84,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avxvnni"),
+            Self::AvxVnni => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avxvnni")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
@@ -88,13 +96,20 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vbmi => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi"),
+            Self::Avx512Vbmi => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi")
+            }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
             #[cfg(target_arch = "aarch64")]
-            Self::NeonDotprod => Self::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod"),
+            Self::NeonDotprod => {
+                Self::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
             Self::Simd128 => cfg!(all(target_arch = "wasm32", target_feature = "simd128")),
-            #[allow(unreachable_patterns, reason = "which of them remain depends on the target")]
+            #[allow(
+                unreachable_patterns,
+                reason = "which of them remain depends on the target"
+            )]
             _ => false,
         }
     }
@@ -140,7 +155,10 @@ pub enum Error {
 impl FromStr for Isa {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self, Error> {
-        Self::ALL.into_iter().find(|isa| isa.to_string() == s).ok_or_else(|| Error::UnknownIsa { got: s.into() })
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.to_string() == s)
+            .ok_or_else(|| Error::UnknownIsa { got: s.into() })
     }
 }
 
@@ -243,7 +261,8 @@ compiled_for!(avx512, "avx512f,avx512bw,avx512dq,avx512vl");
 macro_rules! dispatch {
     ($self:ident, $loop:ident($($argument:expr),*)) => {
         match $self.isa {
-            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables.
+            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature
+            // that the loop enables.
             #[cfg(target_arch = "x86_64")]
             Isa::Sse41 => unsafe { sse41::$loop($($argument),*) },
             // SAFETY: as above.

@@ -1,4 +1,5 @@
-//! Memory for prepacked weights: aligned to cache lines, on huge pages where the system grants them.
+//! Memory for prepacked weights: aligned to cache lines, on huge pages where the system grants
+//! them.
 
 use crate::Pool;
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
@@ -20,7 +21,8 @@ impl Line {
 /// A huge page of x86-64 and of aarch64 with 4 KiB pages.
 const HUGE: usize = 2 << 20;
 
-/// A fixed number of lines. From the size of a huge page on they begin at one, and huge pages are asked for.
+/// A fixed number of lines. From the size of a huge page on they begin at one, and huge pages are
+/// asked for.
 pub(crate) struct Lines {
     data: NonNull<Line>,
     len: usize,
@@ -33,8 +35,14 @@ unsafe impl Sync for Lines {}
 
 impl Lines {
     fn layout(len: usize) -> Layout {
-        let bytes = len.checked_mul(size_of::<Line>()).expect("lines fit the address space");
-        let align = if bytes >= HUGE { HUGE } else { align_of::<Line>() };
+        let bytes = len
+            .checked_mul(size_of::<Line>())
+            .expect("lines fit the address space");
+        let align = if bytes >= HUGE {
+            HUGE
+        } else {
+            align_of::<Line>()
+        };
         Layout::from_size_align(bytes, align).expect("lines fit the address space")
     }
 
@@ -46,29 +54,40 @@ impl Lines {
         Self::filled_on(&Pool::single(), line, len)
     }
 
-    /// The same, written by the threads of a pool: the system clears the pages where they are first touched.
+    /// The same, written by the threads of a pool: the system clears the pages where they are first
+    /// touched.
     ///
     /// # Panics
     /// As [`Lines::filled`].
     pub(crate) fn filled_on(pool: &Pool, line: Line, len: usize) -> Self {
         if len == 0 {
-            return Self { data: NonNull::dangling(), len };
+            return Self {
+                data: NonNull::dangling(),
+                len,
+            };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout has a size other than 0.
-        let Some(data) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
+        let Some(data) = NonNull::new(unsafe { alloc(layout) }) else {
+            handle_alloc_error(layout)
+        };
         #[cfg(target_os = "linux")]
         if layout.align() == HUGE {
-            // SAFETY: advice about an allocation of ours changes no byte of it. Where it is refused, pages stay small, which is the fallback.
+            // SAFETY: advice about an allocation of ours changes no byte of it. Where it is
+            // refused, pages stay small, which is the fallback.
             unsafe { libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
         }
-        let lines = Self { data: data.cast(), len };
+        let lines = Self {
+            data: data.cast(),
+            len,
+        };
         let parts = len.div_ceil(HUGE / size_of::<Line>());
         pool.run(parts, |part| {
             // `lines` is shared as a whole: it may go to other threads, its pointer may not.
             let lines = &lines;
             for i in part * len / parts..(part + 1) * len / parts {
-                // SAFETY: the allocation has room for `len` lines and is aligned for them; parts write different ones, and nothing reads them meanwhile.
+                // SAFETY: the allocation has room for `len` lines and is aligned for them; parts
+                // write different ones, and nothing reads them meanwhile.
                 unsafe { lines.data.add(i).write(line) };
             }
         });
@@ -130,7 +149,10 @@ mod tests {
             let mut lines = Lines::filled(Line([7; 64]), len);
             assert_eq!(lines.len(), len);
             assert!(lines.iter().all(|l| *l == Line([7; 64])));
-            assert_eq!(lines.as_ptr() as usize % if len * 64 >= HUGE { HUGE } else { 64 }, 0);
+            assert_eq!(
+                lines.as_ptr() as usize % if len * 64 >= HUGE { HUGE } else { 64 },
+                0
+            );
             if let Some(last) = lines.last_mut() {
                 last.0[63] = 9;
             }

@@ -1,7 +1,8 @@
 //! Threads that fork and join within microseconds.
 //!
-//! A decode step forks hundreds of times, so workers spin for [`SPIN`] after a job before they sleep, and a job waits for no worker that
-//! has not begun: the caller works through the parts itself, closes the gate when none is left, and waits only for those inside.
+//! A decode step forks hundreds of times, so workers spin for [`SPIN`] after a job before they
+//! sleep, and a job waits for no worker that has not begun: the caller works through the parts
+//! itself, closes the gate when none is left, and waits only for those inside.
 //!
 //! ```text
 //! state = epoch << 32 | OPEN | number of workers inside
@@ -9,7 +10,8 @@
 //! worker:  where OPEN and the epoch is new: count itself in (one compare-exchange), take parts, count itself out
 //! ```
 //!
-//! The job is written only while the gate is closed and nobody is inside, and read only by those inside.
+//! The job is written only while the gate is closed and nobody is inside, and read only by those
+//! inside.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -37,8 +39,9 @@ const INSIDE: u64 = OPEN - 1;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// One job at a time has the workers. A call of [`Pool::run`] made meanwhile, from a part of that job or from another thread, runs all its
-/// parts on the thread that made it: it never waits for the pool, so nested use cannot deadlock.
+/// One job at a time has the workers. A call of [`Pool::run`] made meanwhile, from a part of that
+/// job or from another thread, runs all its parts on the thread that made it: it never waits for
+/// the pool, so nested use cannot deadlock.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -69,8 +72,9 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `job` is written by the holder of `taken` while the gate is closed and nobody is inside, and read by those inside: the state's
-// release and acquire order the two. The closure it points to is `Sync` (`Pool::run` demands it) and outlives its job (`run` waits).
+// SAFETY: `job` is written by the holder of `taken` while the gate is closed and nobody is inside,
+// and read by those inside: the state's release and acquire order the two. The closure it points to
+// is `Sync` (`Pool::run` demands it) and outlives its job (`run` waits).
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in it belongs to a thread.
 unsafe impl Send for Shared {}
@@ -90,10 +94,16 @@ impl Shared {
             if part >= job.parts {
                 return;
             }
-            // SAFETY: `job` is the current one, whose closure lives until `run` has seen this thread outside.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.closure, part) })) {
+            // SAFETY: `job` is the current one, whose closure lives until `run` has seen this
+            // thread outside.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| unsafe {
+                (job.call)(job.closure, part)
+            })) {
                 self.next.store(job.parts, Ordering::Relaxed);
-                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+                self.panic
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(panic);
             }
         }
     }
@@ -104,7 +114,12 @@ impl Shared {
         while self.wait(seen) {
             let state = self.state.load(Ordering::Relaxed);
             let fresh = state & OPEN != 0 && state >> 32 != seen;
-            if fresh && self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+            if fresh
+                && self
+                    .state
+                    .compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed)
+                    .is_ok()
+            {
                 seen = state >> 32;
                 // SAFETY: this thread is inside, so nobody writes the job.
                 self.work(unsafe { *self.job.get() });
@@ -131,10 +146,14 @@ impl Shared {
             }
         }
         let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
-        // Sequentially consistent against `run`: it opens the gate and then looks for sleepers, this counts and then looks at the gate.
+        // Sequentially consistent against `run`: it opens the gate and then looks for sleepers,
+        // this counts and then looks at the gate.
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         while !self.open(seen) && !self.stop.load(Ordering::SeqCst) {
-            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = self
+                .wake
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
         !self.stop.load(Ordering::SeqCst)
@@ -157,7 +176,9 @@ impl Pool {
         let mut pool = Self::single();
         for i in 1..threads {
             let shared = Arc::clone(&pool.shared);
-            let worker = std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(move || shared.serve())?;
+            let worker = std::thread::Builder::new()
+                .name(format!("bitnet-{i}"))
+                .spawn(move || shared.serve())?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -165,7 +186,11 @@ impl Pool {
 
     /// The caller's thread alone.
     pub fn single() -> Self {
-        let nothing = Job { closure: std::ptr::null(), call: call::<fn(usize)>, parts: 0 };
+        let nothing = Job {
+            closure: std::ptr::null(),
+            call: call::<fn(usize)>,
+            parts: 0,
+        };
         let shared = Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(nothing),
@@ -177,7 +202,10 @@ impl Pool {
             wake: Condvar::new(),
             panic: Mutex::new(None),
         };
-        Self { shared: Arc::new(shared), workers: vec![] }
+        Self {
+            shared: Arc::new(shared),
+            workers: vec![],
+        }
     }
 
     /// Threads, the caller's among them.
@@ -185,17 +213,24 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `each(part)` once for every part in `0..parts`, in any order and on any thread, and returns when all are done.
+    /// Calls `each(part)` once for every part in `0..parts`, in any order and on any thread, and
+    /// returns when all are done.
     ///
     /// # Panics
-    /// With the first panic of a part, after every part that had begun is over; later parts are not begun.
+    /// With the first panic of a part, after every part that had begun is over; later parts are not
+    /// begun.
     pub fn run<F: Fn(usize) + Sync>(&self, parts: usize, each: F) {
         let shared = &*self.shared;
         if parts <= 1 || self.workers.is_empty() || shared.taken.swap(true, Ordering::Acquire) {
             return (0..parts).for_each(each);
         }
-        let job = Job { closure: (&raw const each).cast(), call: call::<F>, parts };
-        // SAFETY: this call alone has `taken`, the gate is closed and the last holder saw nobody inside.
+        let job = Job {
+            closure: (&raw const each).cast(),
+            call: call::<F>,
+            parts,
+        };
+        // SAFETY: this call alone has `taken`, the gate is closed and the last holder saw nobody
+        // inside.
         unsafe { *shared.job.get() = job };
         shared.next.store(0, Ordering::Relaxed);
         let epoch = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) & 0xffff_ffff;
@@ -214,7 +249,11 @@ impl Pool {
             }
             inside = shared.state.load(Ordering::Acquire) & INSIDE;
         }
-        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let panic = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         shared.taken.store(false, Ordering::Release);
         if let Some(panic) = panic {
             resume_unwind(panic);

@@ -6,7 +6,8 @@
 //! adam:  m ← m + (1 − β₁)(g' − m);   v ← β₂·v + (1 − β₂)·g'²;   w ← decay·w − rate·m / (√v·root + eps)
 //! ```
 //!
-//! Everything is elementwise in f32 and in this order of operations, so the instruction set and the way in which a tensor is cut for threads change no bit.
+//! Everything is elementwise in f32 and in this order of operations, so the instruction set and the
+//! way in which a tensor is cut for threads change no bit.
 
 #[cfg(target_arch = "x86_64")]
 use crate::Isa;
@@ -60,7 +61,16 @@ pub struct Adam {
 
 #[inline(always)]
 fn sgd(w: &mut [f32], g: &[f32], velocity: &mut [f32], step: &Sgd) {
-    let Sgd { decay: Decay { scale, coupled, decay }, rate, momentum, nesterov } = *step;
+    let Sgd {
+        decay: Decay {
+            scale,
+            coupled,
+            decay,
+        },
+        rate,
+        momentum,
+        nesterov,
+    } = *step;
     for ((w, &g), b) in w.iter_mut().zip(g).zip(velocity) {
         let g = scale * g + coupled * *w;
         *b = momentum * *b + g;
@@ -71,7 +81,15 @@ fn sgd(w: &mut [f32], g: &[f32], velocity: &mut [f32], step: &Sgd) {
 
 #[inline(always)]
 fn descend(w: &mut [f32], g: &[f32], step: &Sgd) {
-    let Sgd { decay: Decay { scale, coupled, decay }, rate, .. } = *step;
+    let Sgd {
+        decay: Decay {
+            scale,
+            coupled,
+            decay,
+        },
+        rate,
+        ..
+    } = *step;
     for (w, &g) in w.iter_mut().zip(g) {
         let g = scale * g + coupled * *w;
         *w = decay * *w - rate * g;
@@ -80,7 +98,19 @@ fn descend(w: &mut [f32], g: &[f32], step: &Sgd) {
 
 #[inline(always)]
 fn adam(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: &Adam) {
-    let Adam { decay: Decay { scale, coupled, decay }, rate, root, new1, beta2, new2, eps } = *step;
+    let Adam {
+        decay: Decay {
+            scale,
+            coupled,
+            decay,
+        },
+        rate,
+        root,
+        new1,
+        beta2,
+        new2,
+        eps,
+    } = *step;
     for (((w, &g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
         let g = scale * g + coupled * *w;
         *m += new1 * (g - *m);
@@ -149,7 +179,8 @@ compiled!(avx512, "avx512f,avx512bw,avx512dq,avx512vl");
 macro_rules! dispatch {
     ($self:ident, $loop:ident($($argument:expr),*)) => {
         match $self.isa() {
-            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables.
+            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature
+            // that the loop enables.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni => unsafe { avx2::$loop($($argument),*) },
             // SAFETY: as above.
@@ -161,7 +192,8 @@ macro_rules! dispatch {
 }
 
 impl Kernels {
-    /// Gradient descent of `w` along `g`, with the velocities that earlier steps left. Without a velocity (an empty slice) there is no momentum.
+    /// Gradient descent of `w` along `g`, with the velocities that earlier steps left. Without a
+    /// velocity (an empty slice) there is no momentum.
     ///
     /// ```
     /// use bitnet_kernels::{Kernels, update::{Decay, Sgd}};
@@ -187,7 +219,10 @@ impl Kernels {
     /// # Panics
     /// If the lengths differ.
     pub fn adam(&self, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: &Adam) {
-        assert!(w.len() == g.len() && w.len() == m.len() && w.len() == v.len(), "as many gradients and moments as weights");
+        assert!(
+            w.len() == g.len() && w.len() == m.len() && w.len() == v.len(),
+            "as many gradients and moments as weights"
+        );
         dispatch!(self, adam(w, g, m, v, step));
     }
 

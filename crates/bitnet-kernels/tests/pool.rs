@@ -19,7 +19,11 @@ fn all(counters: &[AtomicUsize], n: usize) -> bool {
 
 #[test]
 fn every_part_runs_once() {
-    let threads = if cfg!(target_family = "wasm") { &[0, 1][..] } else { &[0, 1, 2, 3, 8] };
+    let threads = if cfg!(target_family = "wasm") {
+        &[0, 1][..]
+    } else {
+        &[0, 1, 2, 3, 8]
+    };
     for &threads in threads {
         let pool = Pool::new(threads).unwrap();
         assert_eq!(pool.threads(), threads.max(1));
@@ -64,7 +68,9 @@ fn workers_take_part() {
 fn nested_jobs_run() {
     let pool = Pool::new(3).unwrap();
     let done = counters(4 * 5 * 6);
-    pool.run(4, |a| pool.run(5, |b| pool.run(6, |c| add(&done[(a * 5 + b) * 6 + c]))));
+    pool.run(4, |a| {
+        pool.run(5, |b| pool.run(6, |c| add(&done[(a * 5 + b) * 6 + c])))
+    });
     assert!(all(&done, 1));
 }
 
@@ -98,7 +104,10 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
                     }
                 });
             }));
-            assert_eq!(panic.unwrap_err().downcast_ref::<String>().unwrap(), &format!("part {broken}"));
+            assert_eq!(
+                panic.unwrap_err().downcast_ref::<String>().unwrap(),
+                &format!("part {broken}")
+            );
             let done = counters(64);
             pool.run(64, |part| add(&done[part]));
             assert!(all(&done, 1), "after a panic on {threads} threads");

@@ -1,19 +1,25 @@
-//! Streams on every instruction set of this machine and on one and three threads: what bitnet-core says, bit for bit.
+//! Streams on every instruction set of this machine and on one and three threads: what bitnet-core
+//! says, bit for bit.
 
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
 use bitnet_core::pack::{by_name, layouts};
 use bitnet_core::scheme::{Rounding, ScaleRule, Scheme, Threshold};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, quantize};
-use bitnet_kernels::stream::{Weights, dequantize, pack, quantize as quantize_packed, quantize_token, unpack};
+use bitnet_kernels::stream::{
+    Weights, dequantize, pack, quantize as quantize_packed, quantize_token, unpack,
+};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// Lengths around every block of every loop.
-const COLS: [usize; 22] = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 257, 319, 320, 321, 1281, 2563];
+const COLS: [usize; 22] = [
+    1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 257, 319, 320, 321, 1281, 2563,
+];
 
-/// Whether this machine is an emulated one, by `scripts/cross-test`: sizes are then what it can take.
+/// Whether this machine is an emulated one, by `scripts/cross-test`: sizes are then what it can
+/// take.
 fn emulated() -> bool {
     std::env::var_os("BITNET_EMULATED").is_some()
 }
@@ -25,7 +31,11 @@ fn everywhere(mut each: impl FnMut(Kernels, &Pool) -> Result<(), String>) {
     }
     let mut failures = vec![];
     // WebAssembly has one thread.
-    for &threads in if cfg!(target_family = "wasm") { &[1][..] } else { &[1, 3] } {
+    for &threads in if cfg!(target_family = "wasm") {
+        &[1][..]
+    } else {
+        &[1, 3]
+    } {
         let pool = Pool::new(threads).expect("threads start");
         for kernels in Kernels::all() {
             if let Err(failure) = each(kernels, &pool) {
@@ -40,7 +50,10 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         self.0 >> 33
     }
 
@@ -50,32 +63,70 @@ impl Random {
 
     /// Bell-shaped.
     fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| (0..4).map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5).sum::<f32>() * 0.05).collect()
+        (0..n)
+            .map(|_| {
+                (0..4)
+                    .map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5)
+                    .sum::<f32>()
+                    * 0.05
+            })
+            .collect()
     }
 }
 
 fn spec(rows: usize, cols: usize, granularity: Granularity, scale_dtype: ScaleDtype) -> MatrixSpec {
-    MatrixSpec { scale_dtype, ..MatrixSpec::new(rows, cols, Precision::Ternary, granularity) }
+    MatrixSpec {
+        scale_dtype,
+        ..MatrixSpec::new(rows, cols, Precision::Ternary, granularity)
+    }
 }
 
-fn check_layout(name: &str, spec: &MatrixSpec, values: &[i8], scales: &[f32], kernels: Kernels, pool: &Pool) -> Result<(), String> {
+fn check_layout(
+    name: &str,
+    spec: &MatrixSpec,
+    values: &[i8],
+    scales: &[f32],
+    kernels: Kernels,
+    pool: &Pool,
+) -> Result<(), String> {
     let layout = by_name(name).expect("a layout");
     let what = format!("{name} {} × {}", spec.rows, spec.cols);
     let mut expected = vec![9];
-    layout.pack_into(spec, values, scales, &mut expected).map_err(|e| format!("{what}: {e}"))?;
+    layout
+        .pack_into(spec, values, scales, &mut expected)
+        .map_err(|e| format!("{what}: {e}"))?;
     let mut packed = vec![9];
-    pack(kernels, pool, layout, spec, values, scales, &mut packed).map_err(|e| format!("{what}: {e}"))?;
+    pack(kernels, pool, layout, spec, values, scales, &mut packed)
+        .map_err(|e| format!("{what}: {e}"))?;
     if packed != expected {
         return Err(format!("{what}: packed bytes differ"));
     }
     let mut back = vec![77; values.len()];
-    let found = unpack(kernels, pool, layout, spec, &packed[1..], &mut back).map_err(|e| format!("{what}: {e}"))?;
-    if back != values || found.is_some() != layout.stores_scales() || found.is_some_and(|found| found != scales) {
+    let found = unpack(kernels, pool, layout, spec, &packed[1..], &mut back)
+        .map_err(|e| format!("{what}: {e}"))?;
+    if back != values
+        || found.is_some() != layout.stores_scales()
+        || found.is_some_and(|found| found != scales)
+    {
         return Err(format!("{what}: unpacked values or scales differ"));
     }
-    let matrix = Matrix { spec: spec.clone(), values: values.to_vec(), scales: scales.to_vec(), zero_points: vec![] };
+    let matrix = Matrix {
+        spec: spec.clone(),
+        values: values.to_vec(),
+        scales: scales.to_vec(),
+        zero_points: vec![],
+    };
     let mut floats = vec![f32::NAN; spec.weights_len()];
-    dequantize(kernels, pool, layout, spec, &packed[1..], scales, &mut floats).map_err(|e| format!("{what}: {e}"))?;
+    dequantize(
+        kernels,
+        pool,
+        layout,
+        spec,
+        &packed[1..],
+        scales,
+        &mut floats,
+    )
+    .map_err(|e| format!("{what}: {e}"))?;
     let bits = |w: &[f32]| w.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
     if bits(&floats) != bits(&matrix.dequantize()) {
         return Err(format!("{what}: dequantized floats differ"));
@@ -87,16 +138,27 @@ fn check_layout(name: &str, spec: &MatrixSpec, values: &[i8], scales: &[f32], ke
 fn dense_layouts_of_every_length() {
     let mut random = Random(1);
     for cols in COLS {
-        for (rows, granularity) in [(1, Granularity::Tensor), (3, Granularity::Channel), (4, Granularity::Group(24))] {
+        for (rows, granularity) in [
+            (1, Granularity::Tensor),
+            (3, Granularity::Channel),
+            (4, Granularity::Group(24)),
+        ] {
             let spec = spec(rows, cols, granularity, ScaleDtype::F32);
             let (values, scales) = (random.trits(rows * cols), random.floats(spec.scales_len()));
             everywhere(|kernels, pool| {
                 check_layout("two-bit", &spec, &values, &scales, kernels, pool)?;
                 check_layout("base-3", &spec, &values, &scales, kernels, pool)
             });
-            let int2 = MatrixSpec { precision: Precision::Int2, ..spec.clone() };
-            let values: Vec<i8> = (0..rows * cols).map(|_| (random.next() % 4) as i8 - 2).collect();
-            everywhere(|kernels, pool| check_layout("two-bit", &int2, &values, &scales, kernels, pool));
+            let int2 = MatrixSpec {
+                precision: Precision::Int2,
+                ..spec.clone()
+            };
+            let values: Vec<i8> = (0..rows * cols)
+                .map(|_| (random.next() % 4) as i8 - 2)
+                .collect();
+            everywhere(|kernels, pool| {
+                check_layout("two-bit", &int2, &values, &scales, kernels, pool)
+            });
         }
     }
 }
@@ -123,15 +185,36 @@ fn large_outputs() {
     let values = random.trits(spec.values_len());
     let layout = by_name("two-bit").expect("a layout");
     let mut packed = vec![];
-    layout.pack_into(&spec, &values, &[1.0], &mut packed).expect("packs");
+    layout
+        .pack_into(&spec, &values, &[1.0], &mut packed)
+        .expect("packs");
     let pool = Pool::new(if cfg!(target_family = "wasm") { 1 } else { 2 }).expect("threads start");
     let mut back = vec![77; values.len() + 65];
     for kernels in Kernels::all() {
         for shift in [0, 1, 4, 60, 63] {
             back.fill(77);
-            unpack(kernels, &pool, layout, &spec, &packed, &mut back[shift..shift + values.len()]).expect("unpacks");
-            assert!(back[shift..shift + values.len()] == values[..], "{} at {shift}", kernels.isa());
-            assert!(back[..shift].iter().chain(&back[shift + values.len()..]).all(|&v| v == 77), "{} at {shift}", kernels.isa());
+            unpack(
+                kernels,
+                &pool,
+                layout,
+                &spec,
+                &packed,
+                &mut back[shift..shift + values.len()],
+            )
+            .expect("unpacks");
+            assert!(
+                back[shift..shift + values.len()] == values[..],
+                "{} at {shift}",
+                kernels.isa()
+            );
+            assert!(
+                back[..shift]
+                    .iter()
+                    .chain(&back[shift + values.len()..])
+                    .all(|&v| v == 77),
+                "{} at {shift}",
+                kernels.isa()
+            );
         }
     }
 }
@@ -145,17 +228,47 @@ fn foreign_layouts() {
         let scale = |dtype: ScaleDtype| dtype.round(0.037);
         let tensor = spec(rows, cols, Granularity::Tensor, ScaleDtype::F32);
         let f16 = spec(rows, cols, Granularity::Tensor, ScaleDtype::F16);
-        let names: &[&str] = if rows % 4 == 0 { &["hf-bitnet", "i2_s", "i2_s-g64", "i2_s-x4"] } else { &["hf-bitnet", "i2_s", "i2_s-g64"] };
+        let names: &[&str] = if rows % 4 == 0 {
+            &["hf-bitnet", "i2_s", "i2_s-g64", "i2_s-x4"]
+        } else {
+            &["hf-bitnet", "i2_s", "i2_s-g64"]
+        };
         everywhere(|kernels, pool| {
             for name in names {
-                check_layout(name, &tensor, &values, &[scale(ScaleDtype::F32)], kernels, pool)?;
+                check_layout(
+                    name,
+                    &tensor,
+                    &values,
+                    &[scale(ScaleDtype::F32)],
+                    kernels,
+                    pool,
+                )?;
             }
             for name in ["tq1_0", "tq2_0"] {
-                check_layout(name, &f16, &values, &[scale(ScaleDtype::F16)], kernels, pool)?;
-                for granularity in [Granularity::Channel, Granularity::Group(256), Granularity::Group(1024)] {
-                    let spec = MatrixSpec { granularity, ..f16.clone() };
-                    let scales: Vec<f32> = (0..spec.scales_len()).map(|i| 0.5 + i as f32 / 1024.0).collect();
-                    let scales: Vec<f32> = scales.into_iter().map(|s| ScaleDtype::F16.round(s)).collect();
+                check_layout(
+                    name,
+                    &f16,
+                    &values,
+                    &[scale(ScaleDtype::F16)],
+                    kernels,
+                    pool,
+                )?;
+                for granularity in [
+                    Granularity::Channel,
+                    Granularity::Group(256),
+                    Granularity::Group(1024),
+                ] {
+                    let spec = MatrixSpec {
+                        granularity,
+                        ..f16.clone()
+                    };
+                    let scales: Vec<f32> = (0..spec.scales_len())
+                        .map(|i| 0.5 + i as f32 / 1024.0)
+                        .collect();
+                    let scales: Vec<f32> = scales
+                        .into_iter()
+                        .map(|s| ScaleDtype::F16.round(s))
+                        .collect();
                     check_layout(name, &spec, &values, &scales, kernels, pool)?;
                 }
             }
@@ -164,36 +277,64 @@ fn foreign_layouts() {
     }
 }
 
-/// Each byte replaced by each other one: an error or values, and which, is what the layout in core says.
+/// Each byte replaced by each other one: an error or values, and which, is what the layout in core
+/// says.
 #[test]
 fn every_damaged_byte_is_seen() {
     let mut random = Random(5);
-    let names = ["two-bit", "base-3", "hf-bitnet", "i2_s", "i2_s-g64", "i2_s-x4", "tq1_0", "tq2_0"];
+    let names = [
+        "two-bit",
+        "base-3",
+        "hf-bitnet",
+        "i2_s",
+        "i2_s-g64",
+        "i2_s-x4",
+        "tq1_0",
+        "tq2_0",
+    ];
     for name in names {
         let layout = by_name(name).expect("a layout");
-        for (rows, cols) in
-            if name.contains('-') && name != "hf-bitnet" && !name.contains("i2_s") { [(2, 1283), (1, 643)] } else { [(4, 512), (4, 256)] }
-        {
-            let dtype = if name.starts_with("tq") { ScaleDtype::F16 } else { ScaleDtype::F32 };
+        for (rows, cols) in if name.contains('-') && name != "hf-bitnet" && !name.contains("i2_s") {
+            [(2, 1283), (1, 643)]
+        } else {
+            [(4, 512), (4, 256)]
+        } {
+            let dtype = if name.starts_with("tq") {
+                ScaleDtype::F16
+            } else {
+                ScaleDtype::F32
+            };
             let spec = spec(rows, cols, Granularity::Tensor, dtype);
             let values = random.trits(rows * cols);
             let mut bytes = vec![];
-            layout.pack_into(&spec, &values, &[0.5], &mut bytes).expect("packs");
+            layout
+                .pack_into(&spec, &values, &[0.5], &mut bytes)
+                .expect("packs");
             everywhere(|kernels, pool| {
                 let mut out = vec![0; values.len()];
-                for at in (0..bytes.len()).step_by(if bytes.len() > 200 { 7 } else { 1 }).chain([bytes.len() - 1]) {
-                    for new in [0x00, 0x03, 0x0c, 0x30, 0x55, 0x7f, 0xa9, 0xc0, 0xf2, 0xf3, 0xff] {
+                for at in (0..bytes.len())
+                    .step_by(if bytes.len() > 200 { 7 } else { 1 })
+                    .chain([bytes.len() - 1])
+                {
+                    for new in [
+                        0x00, 0x03, 0x0c, 0x30, 0x55, 0x7f, 0xa9, 0xc0, 0xf2, 0xf3, 0xff,
+                    ] {
                         let old = std::mem::replace(&mut bytes.clone()[at], new);
                         let mut bad = bytes.clone();
                         bad[at] = new;
-                        let (expected, got) = (layout.unpack(&spec, &bad), unpack(kernels, pool, layout, &spec, &bad, &mut out));
+                        let (expected, got) = (
+                            layout.unpack(&spec, &bad),
+                            unpack(kernels, pool, layout, &spec, &bad, &mut out),
+                        );
                         let same = match (&expected, &got) {
                             (Ok(e), Ok(scales)) => e.values == out && e.scales == *scales,
                             (Err(e), Err(g)) => e == g,
                             _ => false,
                         };
                         if !same {
-                            return Err(format!("{name}: byte {at}, {old:#x} → {new:#x}: {expected:?} and {got:?}"));
+                            return Err(format!(
+                                "{name}: byte {at}, {old:#x} → {new:#x}: {expected:?} and {got:?}"
+                            ));
                         }
                     }
                 }
@@ -215,7 +356,11 @@ fn what_is_wrong_is_said_as_core_says_it() {
                     values[at] = bad;
                     let mut out = vec![1, 2, 3];
                     let got = pack(kernels, pool, layout, &spec, &values, &[], &mut out);
-                    let expected = Error::Value { index: at, got: bad.into(), expected: "{-1, 0, 1}" };
+                    let expected = Error::Value {
+                        index: at,
+                        got: bad.into(),
+                        expected: "{-1, 0, 1}",
+                    };
                     if got != Err(expected) || out != [1, 2, 3] {
                         return Err(format!("{name}: {bad} at {at}: {got:?}"));
                     }
@@ -226,7 +371,10 @@ fn what_is_wrong_is_said_as_core_says_it() {
             if short.clone().err() != expected.err() || short.is_ok() {
                 return Err(format!("{name}: {short:?}"));
             }
-            if !matches!(unpack(kernels, pool, layout, &spec, &[0; 525], &mut [0; 5]), Err(Error::Length { what: "values", .. })) {
+            if !matches!(
+                unpack(kernels, pool, layout, &spec, &[0; 525], &mut [0; 5]),
+                Err(Error::Length { what: "values", .. })
+            ) {
                 return Err(format!("{name}: values of another length"));
             }
         }
@@ -241,13 +389,33 @@ fn nothing_is_nothing() {
             for name in ["two-bit", "base-3", "hf-bitnet", "i8"] {
                 let layout = by_name(name).expect("a layout");
                 let scheme = Scheme::ternary(Threshold::Absmean);
-                let expected = quantize::quantize(&Scalar, &[], rows, cols, &scheme, None).map_err(|e| e.to_string())?;
-                let packed = quantize_packed(kernels, pool, Weights::F32(&[]), rows, cols, &scheme, layout).map_err(|e| e.to_string())?;
+                let expected = quantize::quantize(&Scalar, &[], rows, cols, &scheme, None)
+                    .map_err(|e| e.to_string())?;
+                let packed = quantize_packed(
+                    kernels,
+                    pool,
+                    Weights::F32(&[]),
+                    rows,
+                    cols,
+                    &scheme,
+                    layout,
+                )
+                .map_err(|e| e.to_string())?;
                 if packed.scales != expected.scales || packed.spec != expected.spec {
                     return Err(format!("{name} {rows} × {cols}: {packed:?}"));
                 }
-                unpack(kernels, pool, layout, &packed.spec, &packed.bytes, &mut []).map_err(|e| e.to_string())?;
-                dequantize(kernels, pool, layout, &packed.spec, &packed.bytes, &packed.scales, &mut []).map_err(|e| e.to_string())?;
+                unpack(kernels, pool, layout, &packed.spec, &packed.bytes, &mut [])
+                    .map_err(|e| e.to_string())?;
+                dequantize(
+                    kernels,
+                    pool,
+                    layout,
+                    &packed.spec,
+                    &packed.bytes,
+                    &packed.scales,
+                    &mut [],
+                )
+                .map_err(|e| e.to_string())?;
             }
         }
         Ok(())
@@ -271,28 +439,42 @@ fn check_quantize(
                 let mut bytes = vec![];
                 layout
                     .check(&matrix.spec)
-                    .and_then(|()| layout.pack_into(&matrix.spec, &matrix.values, &matrix.scales, &mut bytes))
+                    .and_then(|()| {
+                        layout.pack_into(&matrix.spec, &matrix.values, &matrix.scales, &mut bytes)
+                    })
                     .map(|()| (&matrix.spec, bytes, &matrix.scales, &matrix.zero_points))
             }
             Err(e) => Err(e.clone()),
         };
         let same = match (&expected, &got) {
             (Ok((spec, bytes, scales, zeros)), Ok(got)) => {
-                (*spec, bytes, *scales, *zeros) == (&got.spec, &got.bytes, &got.scales, &got.zero_points)
+                (*spec, bytes, *scales, *zeros)
+                    == (&got.spec, &got.bytes, &got.scales, &got.zero_points)
             }
             (Err(e), Err(g)) => e == g || matches!(g, Error::Unsupported { .. }),
             _ => false,
         };
         if !same {
-            return Err(format!("{} {rows} × {cols} {scheme:?}: {:?} and {:?}", layout.name(), expected.err(), got.err()));
+            return Err(format!(
+                "{} {rows} × {cols} {scheme:?}: {:?} and {:?}",
+                layout.name(),
+                expected.err(),
+                got.err()
+            ));
         }
     }
     Ok(())
 }
 
 fn schemes() -> Vec<Scheme> {
-    let thresholds =
-        [Threshold::Absmean, Threshold::Mean, Threshold::Median, Threshold::Optimal, Threshold::Adaptive, Threshold::Factor(0.6)];
+    let thresholds = [
+        Threshold::Absmean,
+        Threshold::Mean,
+        Threshold::Median,
+        Threshold::Optimal,
+        Threshold::Adaptive,
+        Threshold::Factor(0.6),
+    ];
     let mut all: Vec<Scheme> = thresholds.map(Scheme::ternary).to_vec();
     for rounding in [Rounding::HalfAway, Rounding::HalfUp] {
         all.push(Scheme { rounding, ..all[0] });
@@ -319,13 +501,32 @@ fn quantize_and_pack_is_quantize_then_pack() {
         let wide_halves: Vec<f32> = halves.iter().map(|h| h.to_f32()).collect();
         let wide_brains: Vec<f32> = brains.iter().map(|h| h.to_f32()).collect();
         for scheme in schemes() {
-            for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(64), Granularity::Group(30)] {
+            for granularity in [
+                Granularity::Tensor,
+                Granularity::Channel,
+                Granularity::Group(64),
+                Granularity::Group(30),
+            ] {
                 for dtype in [ScaleDtype::F32, ScaleDtype::F16] {
                     let scheme = scheme.with_granularity(granularity).with_scale_dtype(dtype);
                     everywhere(|kernels, pool| {
                         check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool)?;
-                        check_quantize(Weights::F16(&halves), &wide_halves, (rows, cols), &scheme, kernels, pool)?;
-                        check_quantize(Weights::Bf16(&brains), &wide_brains, (rows, cols), &scheme, kernels, pool)
+                        check_quantize(
+                            Weights::F16(&halves),
+                            &wide_halves,
+                            (rows, cols),
+                            &scheme,
+                            kernels,
+                            pool,
+                        )?;
+                        check_quantize(
+                            Weights::Bf16(&brains),
+                            &wide_brains,
+                            (rows, cols),
+                            &scheme,
+                            kernels,
+                            pool,
+                        )
                     });
                 }
             }
@@ -338,10 +539,16 @@ fn quantize_and_pack_is_quantize_then_pack() {
 fn a_large_tensor_has_the_scale_of_core() {
     let mut random = Random(7);
     let (rows, cols) = (if emulated() { 129 } else { 300 }, 2049);
-    let w: Vec<f32> = random.floats(rows * cols).into_iter().map(|w| w * w * w * 1e5).collect();
+    let w: Vec<f32> = random
+        .floats(rows * cols)
+        .into_iter()
+        .map(|w| w * w * w * 1e5)
+        .collect();
     for threshold in [Threshold::Absmean, Threshold::Median, Threshold::Optimal] {
         let scheme = Scheme::ternary(threshold);
-        everywhere(|kernels, pool| check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool));
+        everywhere(|kernels, pool| {
+            check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool)
+        });
     }
 }
 
@@ -351,16 +558,34 @@ fn ternary_in_the_same_ternary_out() {
     let (rows, cols) = (5, 1283);
     let trits = random.trits(rows * cols);
     for scheme in schemes().into_iter().take(9) {
-        for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(64)] {
+        for granularity in [
+            Granularity::Tensor,
+            Granularity::Channel,
+            Granularity::Group(64),
+        ] {
             let scheme = scheme.with_granularity(granularity);
             let w: Vec<f32> = trits.iter().map(|&t| f32::from(t) * 0.037).collect();
             everywhere(|kernels, pool| {
                 let layout = by_name("two-bit").expect("a layout");
-                let packed = quantize_packed(kernels, pool, Weights::F32(&w), rows, cols, &scheme, layout).map_err(|e| e.to_string())?;
+                let packed =
+                    quantize_packed(kernels, pool, Weights::F32(&w), rows, cols, &scheme, layout)
+                        .map_err(|e| e.to_string())?;
                 let mut values = vec![9; w.len()];
-                unpack(kernels, pool, layout, &packed.spec, &packed.bytes, &mut values).map_err(|e| e.to_string())?;
+                unpack(
+                    kernels,
+                    pool,
+                    layout,
+                    &packed.spec,
+                    &packed.bytes,
+                    &mut values,
+                )
+                .map_err(|e| e.to_string())?;
                 let scales = packed.scales.iter().all(|&s| s == 0.037);
-                if values == trits && scales { Ok(()) } else { Err(format!("{scheme:?}: {:?}", packed.scales)) }
+                if values == trits && scales {
+                    Ok(())
+                } else {
+                    Err(format!("{scheme:?}: {:?}", packed.scales))
+                }
             });
         }
     }
@@ -373,12 +598,24 @@ fn a_weight_that_is_not_finite_is_an_error_wherever_it_is() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for at in [0, 17, 1029, 1030, 150_000, rows * cols - 1] {
             w[at] = bad;
-            for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(128)] {
+            for granularity in [
+                Granularity::Tensor,
+                Granularity::Channel,
+                Granularity::Group(128),
+            ] {
                 for threshold in [Threshold::Absmean, Threshold::Optimal] {
                     let scheme = Scheme::ternary(threshold).with_granularity(granularity);
                     everywhere(|kernels, pool| {
                         let layout = by_name("base-3").expect("a layout");
-                        match quantize_packed(kernels, pool, Weights::F32(&w), rows, cols, &scheme, layout) {
+                        match quantize_packed(
+                            kernels,
+                            pool,
+                            Weights::F32(&w),
+                            rows,
+                            cols,
+                            &scheme,
+                            layout,
+                        ) {
                             Err(Error::NotFinite { index, .. }) if index == at => Ok(()),
                             other => Err(format!("{bad} at {at}: {other:?}")),
                         }
@@ -393,23 +630,43 @@ fn a_weight_that_is_not_finite_is_an_error_wherever_it_is() {
 /// Every f16 and every bf16 becomes the f32 that it is.
 #[test]
 fn every_half_is_widened_exactly() {
-    let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|h| h.is_finite()).collect();
-    let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|h| h.is_finite()).collect();
+    let halves: Vec<f16> = (0..=u16::MAX)
+        .map(f16::from_bits)
+        .filter(|h| h.is_finite())
+        .collect();
+    let brains: Vec<bf16> = (0..=u16::MAX)
+        .map(bf16::from_bits)
+        .filter(|h| h.is_finite())
+        .collect();
     let scheme = Scheme::int(8).with_granularity(Granularity::Group(1));
     let layout = by_name("i8").expect("a layout");
     let expected_halves: Vec<f32> = halves.iter().map(|h| h.to_f32()).collect();
     let expected_brains: Vec<f32> = brains.iter().map(|h| h.to_f32()).collect();
     everywhere(|kernels, pool| {
-        for (w, expected) in [(Weights::F16(&halves), &expected_halves), (Weights::Bf16(&brains), &expected_brains)] {
-            let got = quantize_packed(kernels, pool, w, 1, w.len(), &scheme, layout).map_err(|e| e.to_string())?;
-            let expected = quantize::quantize(&Scalar, expected, 1, w.len(), &scheme, None).map_err(|e| e.to_string())?;
-            if got.scales != expected.scales || got.bytes.iter().zip(&expected.values).any(|(&b, &v)| b as i8 != v) {
+        for (w, expected) in [
+            (Weights::F16(&halves), &expected_halves),
+            (Weights::Bf16(&brains), &expected_brains),
+        ] {
+            let got = quantize_packed(kernels, pool, w, 1, w.len(), &scheme, layout)
+                .map_err(|e| e.to_string())?;
+            let expected = quantize::quantize(&Scalar, expected, 1, w.len(), &scheme, None)
+                .map_err(|e| e.to_string())?;
+            if got.scales != expected.scales
+                || got
+                    .bytes
+                    .iter()
+                    .zip(&expected.values)
+                    .any(|(&b, &v)| b as i8 != v)
+            {
                 return Err("scales differ".into());
             }
         }
         for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
             let w = [f16::ONE, bad];
-            if !matches!(quantize_packed(kernels, pool, Weights::F16(&w), 1, 2, &scheme, layout), Err(Error::NotFinite { index: 1, .. })) {
+            if !matches!(
+                quantize_packed(kernels, pool, Weights::F16(&w), 1, 2, &scheme, layout),
+                Err(Error::NotFinite { index: 1, .. })
+            ) {
                 return Err(format!("{bad} passes"));
             }
         }
@@ -421,17 +678,33 @@ fn check_token(x: &[f32], group: usize, stride: usize) {
     everywhere(|kernels, _| {
         let groups = x.len().div_ceil(group);
         let (mut out, mut sums) = (vec![99; groups * stride + 3], vec![i32::MIN; groups]);
-        let scale = quantize_token(kernels, x, group, stride, &mut out, &mut sums).map_err(|e| e.to_string())?;
-        let expected = activation::quantize(x, x.len().max(1), ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven)
+        let scale = quantize_token(kernels, x, group, stride, &mut out, &mut sums)
             .map_err(|e| e.to_string())?;
+        let expected = activation::quantize(
+            x,
+            x.len().max(1),
+            ActivationMethod::Int8,
+            ActivationGranularity::Token,
+            Rounding::HalfEven,
+        )
+        .map_err(|e| e.to_string())?;
         let mut laid = vec![99; out.len()];
         for (g, values) in expected.values.chunks(group).enumerate() {
             laid[g * stride..][..values.len()].copy_from_slice(values);
             if sums[g] != values.iter().map(|&v| i32::from(v)).sum::<i32>() {
-                return Err(format!("{} columns, sum of group {g}: {}", x.len(), sums[g]));
+                return Err(format!(
+                    "{} columns, sum of group {g}: {}",
+                    x.len(),
+                    sums[g]
+                ));
             }
         }
-        if laid != out || expected.scales.first().is_some_and(|s| s.to_bits() != scale.to_bits()) {
+        if laid != out
+            || expected
+                .scales
+                .first()
+                .is_some_and(|s| s.to_bits() != scale.to_bits())
+        {
             return Err(format!("{} columns in groups of {group}: {scale}", x.len()));
         }
         Ok(())
@@ -452,7 +725,11 @@ fn tokens_of_every_length() {
     // Every tie, and numbers that round up to the largest value.
     let ties: Vec<f32> = (-254..=254).map(|i| i as f32 / 2.0).collect();
     check_token(&ties, ties.len(), ties.len());
-    check_token(&ties.iter().map(|x| x * 0.007_812_499).collect::<Vec<_>>(), 128, 128);
+    check_token(
+        &ties.iter().map(|x| x * 0.007_812_499).collect::<Vec<_>>(),
+        128,
+        128,
+    );
 }
 
 #[test]
@@ -464,14 +741,32 @@ fn tokens_that_cannot_be() {
                 x[at] = bad;
                 let mut out = [5; 130];
                 let result = quantize_token(kernels, &x, 130, 130, &mut out, &mut [0]);
-                if !matches!(result, Err(Error::NotFinite { index, .. }) if index == at) || out != [5; 130] {
+                if !matches!(result, Err(Error::NotFinite { index, .. }) if index == at)
+                    || out != [5; 130]
+                {
                     return Err(format!("{bad} at {at}: {result:?}"));
                 }
             }
         }
         let x = [1.0; 10];
-        for (group, stride, out, sums) in [(5, 4, 10, 2), (5, 5, 9, 2), (5, 5, 10, 1), (5, 5, 10, 3), (10, 10, 0, 1)] {
-            if !matches!(quantize_token(kernels, &x, group, stride, &mut vec![0; out], &mut vec![0; sums]), Err(Error::Length { .. })) {
+        for (group, stride, out, sums) in [
+            (5, 4, 10, 2),
+            (5, 5, 9, 2),
+            (5, 5, 10, 1),
+            (5, 5, 10, 3),
+            (10, 10, 0, 1),
+        ] {
+            if !matches!(
+                quantize_token(
+                    kernels,
+                    &x,
+                    group,
+                    stride,
+                    &mut vec![0; out],
+                    &mut vec![0; sums]
+                ),
+                Err(Error::Length { .. })
+            ) {
                 return Err(format!("{group} {stride} {out} {sums} passes"));
             }
         }

@@ -1,4 +1,5 @@
-//! Figures of the library, measured side by side: `cargo run --release -p bitnet-quant --example library`.
+//! Figures of the library, measured side by side: `cargo run --release -p bitnet-quant --example
+//! library`.
 
 use bitnet_core::quantize::quantize;
 use bitnet_core::scheme::Threshold;
@@ -52,16 +53,30 @@ fn weights() -> Result {
     let w = Tensor::randn(0f32, 1f32, (N, N), &Device::Cpu)?;
     let slice: Vec<f32> = w.flatten_all()?.to_vec1()?;
     let scheme = Scheme::ternary(Threshold::Absmean);
-    let one = Runtime::new(&Compute { threads: 1, ..Compute::default() })?;
+    let one = Runtime::new(&Compute {
+        threads: 1,
+        ..Compute::default()
+    })?;
     let [kernel, single, all] = medians([
         &mut || keep(quantize(&one.machine.kernels, &slice, N, N, &scheme, None)?),
         &mut || keep(quantize_tensor(&one, &w, &scheme, None)?),
         &mut || keep(absmean_quantize_weights(&w, &Device::Cpu)?),
     ])?;
     let speed = |t: Duration| 4.0 * (N * N) as f64 / 1e9 / t.as_secs_f64();
-    println!("absmean, {N} x {N} f32: kernel {:.2} GB/s on one thread", speed(kernel));
-    println!("  on a tensor, one thread  {:.2} GB/s, {:.0} % of the kernel", speed(single), 100.0 * speed(single) / speed(kernel));
-    println!("  absmean_quantize_weights {:.2} GB/s, {:.0} % of the kernel", speed(all), 100.0 * speed(all) / speed(kernel));
+    println!(
+        "absmean, {N} x {N} f32: kernel {:.2} GB/s on one thread",
+        speed(kernel)
+    );
+    println!(
+        "  on a tensor, one thread  {:.2} GB/s, {:.0} % of the kernel",
+        speed(single),
+        100.0 * speed(single) / speed(kernel)
+    );
+    println!(
+        "  absmean_quantize_weights {:.2} GB/s, {:.0} % of the kernel",
+        speed(all),
+        100.0 * speed(all) / speed(kernel)
+    );
     Ok(())
 }
 
@@ -70,9 +85,19 @@ fn layer(activations: Activations) -> Result {
     let mut config = QuantizationConfig::bitnet_158();
     config.default.granularity = Some(Granularity::Channel);
     config.activations = Some(activations);
-    let layer = BitLinear::new(BitLinearConfig { packed: true, config, ..BitLinearConfig::new(N, N) })?;
-    println!("\nBitLinear {N} -> {N}, a scale for each channel, {activations:?} activations, packed");
-    println!("  weights {} bytes, {:.2} % less than f32", layer.memory_footprint(), layer.memory_reduction_percentage());
+    let layer = BitLinear::new(BitLinearConfig {
+        packed: true,
+        config,
+        ..BitLinearConfig::new(N, N)
+    })?;
+    println!(
+        "\nBitLinear {N} -> {N}, a scale for each channel, {activations:?} activations, packed"
+    );
+    println!(
+        "  weights {} bytes, {:.2} % less than f32",
+        layer.memory_footprint(),
+        layer.memory_reduction_percentage()
+    );
     for tokens in [1, 32] {
         let speed = layer.measure_speedup(tokens)?;
         println!(
@@ -93,7 +118,12 @@ fn small_things() -> Result {
     let [build, validate, preset, adjust] = medians([
         &mut || {
             for _ in 0..MANY {
-                black_box(QuantizationConfig::builder().ternary_method(TernaryMethod::OptimalThreshold).group_size(128).build()?);
+                black_box(
+                    QuantizationConfig::builder()
+                        .ternary_method(TernaryMethod::OptimalThreshold)
+                        .group_size(128)
+                        .build()?,
+                );
             }
             Ok(())
         },

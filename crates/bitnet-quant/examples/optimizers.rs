@@ -1,4 +1,5 @@
-//! The time of one optimizer step, ours against candle-nn's AdamW on the same variables and gradients, in turns.
+//! The time of one optimizer step, ours against candle-nn's AdamW on the same variables and
+//! gradients, in turns.
 //!
 //! ```sh
 //! cargo run --release -p bitnet-quant --example optimizers
@@ -19,14 +20,44 @@ fn median(mut times: Vec<f64>) -> f64 {
 }
 
 fn main() -> Result {
-    let mlp = [(512, 784), (1, 512), (512, 512), (1, 512), (10, 512), (1, 10)];
-    let layer = [(256, 256), (128, 256), (128, 256), (256, 256), (704, 256), (704, 256), (256, 704), (1, 256), (1, 256)];
+    let mlp = [
+        (512, 784),
+        (1, 512),
+        (512, 512),
+        (1, 512),
+        (10, 512),
+        (1, 10),
+    ];
+    let layer = [
+        (256, 256),
+        (128, 256),
+        (128, 256),
+        (256, 256),
+        (704, 256),
+        (704, 256),
+        (256, 704),
+        (1, 256),
+        (1, 256),
+    ];
     let mut decoder = vec![(256, 256), (1, 256)];
     (0..6).for_each(|_| decoder.extend(layer));
-    println!("{:<38}{:>12}{:>12}{:>12}{:>9}", "one step of AdamW", "weights", "candle ms", "ours ms", "ratio");
-    for (name, shapes) in [("MLP 784-512-512-10", &mlp[..]), ("decoder of 6 layers, width 256", &decoder), ("one matrix", &[(2048, 2048)])]
-    {
-        let var = |&(n, k): &(usize, usize)| Ok(Var::from_tensor(&Tensor::randn(0f32, 1f32, (n, k), &Device::Cpu)?)?);
+    println!(
+        "{:<38}{:>12}{:>12}{:>12}{:>9}",
+        "one step of AdamW", "weights", "candle ms", "ours ms", "ratio"
+    );
+    for (name, shapes) in [
+        ("MLP 784-512-512-10", &mlp[..]),
+        ("decoder of 6 layers, width 256", &decoder),
+        ("one matrix", &[(2048, 2048)]),
+    ] {
+        let var = |&(n, k): &(usize, usize)| {
+            Ok(Var::from_tensor(&Tensor::randn(
+                0f32,
+                1f32,
+                (n, k),
+                &Device::Cpu,
+            )?)?)
+        };
         let vars = shapes.iter().map(var).collect::<Result<Vec<_>>>()?;
         let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         for var in &vars {
@@ -34,10 +65,20 @@ fn main() -> Result {
         }
         let grads = loss.backward()?;
         let weights: usize = vars.iter().map(|v| v.elem_count()).sum();
-        let params = candle_nn::ParamsAdamW { lr: 1e-5, ..Default::default() };
+        let params = candle_nn::ParamsAdamW {
+            lr: 1e-5,
+            ..Default::default()
+        };
         let mut theirs = candle_nn::AdamW::new(vars.clone(), params)?;
-        let config = OptimizerConfig { learning_rate: 1e-5, ..OptimizerConfig::default() };
-        let named = vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())).collect();
+        let config = OptimizerConfig {
+            learning_rate: 1e-5,
+            ..OptimizerConfig::default()
+        };
+        let named = vars
+            .iter()
+            .enumerate()
+            .map(|(i, v)| (i.to_string(), v.clone()))
+            .collect();
         let mut ours = Optimizer::of(named, &config)?;
         let (mut of_theirs, mut of_ours) = (vec![], vec![]);
         for _ in 0..ROUNDS {
@@ -45,7 +86,13 @@ fn main() -> Result {
             theirs.step(&grads)?;
             of_theirs.push(begin.elapsed().as_secs_f64() * 1e3);
             let begin = Instant::now();
-            ours.step(&grads, Rates { clip: Some(1.0), ..Rates::default() })?;
+            ours.step(
+                &grads,
+                Rates {
+                    clip: Some(1.0),
+                    ..Rates::default()
+                },
+            )?;
             of_ours.push(begin.elapsed().as_secs_f64() * 1e3);
         }
         let (a, b) = (median(of_theirs), median(of_ours));

@@ -7,8 +7,9 @@
 //!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
 //! ```
 //!
-//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory holds a window of strips; the values of
-//! one tensor (a byte each) only where its layout packs a matrix as a whole.
+//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
+//! matrix as a whole.
 
 use crate::plan::{Job, Pack, Sidecar, Unit, Work};
 use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
@@ -118,12 +119,12 @@ pub struct Summary {
 
 /// Runs a job and writes `target`.
 ///
-/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on from there and ends with the same bytes.
-/// Any other failure leaves nothing behind.
+/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on
+/// from there and ends with the same bytes. Any other failure leaves nothing behind.
 ///
 /// # Errors
-/// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights that cannot be quantized, and [`Error::File`]
-/// for what cannot be read or written.
+/// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights
+/// that cannot be quantized, and [`Error::File`] for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
     check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
@@ -146,7 +147,9 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
     };
     let writer = Writer::open(&file, job.layout.clone()).inspect_err(|_| {
         // Only if it is empty: it may be the work of another process.
-        folder.iter().for_each(|folder| drop(fs::remove_dir(folder)));
+        folder
+            .iter()
+            .for_each(|folder| drop(fs::remove_dir(folder)));
     })?;
     // From here on the writer's lock is ours, and so is the folder.
     let clean = |error: Error| {
@@ -156,7 +159,11 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         error
     };
     let resumed = writer.notes().len();
-    let mut reports: Vec<TensorReport> = writer.notes().iter().filter_map(|note| serde_json::from_value(note.clone()).ok()).collect();
+    let mut reports: Vec<TensorReport> = writer
+        .notes()
+        .iter()
+        .filter_map(|note| serde_json::from_value(note.clone()).ok())
+        .collect();
 
     let (writer, outcome) = std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel::<Message>(4);
@@ -172,14 +179,22 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         let worked = pool.install(|| {
             let mut fresh = vec![];
             for unit in &job.units[resumed.min(job.units.len())..] {
-                let worker = Worker { job, unit, options, out: &sender };
+                let worker = Worker {
+                    job,
+                    unit,
+                    options,
+                    out: &sender,
+                };
                 fresh.push(worker.run()?);
             }
             Ok(fresh)
         });
         drop(sender);
-        // A thread that panicked has said why; there is nothing better to do than to go down with it.
-        let (writer, written) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // A thread that panicked has said why; there is nothing better to do than to go down with
+        // it.
+        let (writer, written) = thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // What the system refused comes first: it is why the channel broke.
         match (written, worked) {
             (Err(error), _) => (writer, Err(Error::from(error))),
@@ -196,48 +211,86 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         }
     };
     reports.extend(fresh);
-    let file_bytes = writer.finish(options.existing).map_err(|e| clean(e.into()))?;
+    let file_bytes = writer
+        .finish(options.existing)
+        .map_err(|e| clean(e.into()))?;
     if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
         place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
     }
-    Ok(Summary { tensors: reports, file_bytes, input_bytes: job.input_bytes(), resumed, elapsed: start.elapsed() })
+    Ok(Summary {
+        tensors: reports,
+        file_bytes,
+        input_bytes: job.input_bytes(),
+        resumed,
+        elapsed: start.elapsed(),
+    })
 }
 
 /// So many threads, or one on each core.
 pub(crate) fn threads(n: usize) -> Result<rayon::ThreadPool> {
     if n > MAX_THREADS {
-        return Err(Error::Recipe(format!("at most {MAX_THREADS} threads, got {n}")));
+        return Err(Error::Recipe(format!(
+            "at most {MAX_THREADS} threads, got {n}"
+        )));
     }
-    rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(n)
+        .build()
+        .map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
 }
 
-/// The target must not be what is read or a folder around it, and must not exist unless it may be replaced. Of folders only models may, and
-/// only by folders.
-pub(crate) fn check_target(source: &Source, folder: bool, target: &Path, existing: Existing) -> Result<()> {
+/// The target must not be what is read or a folder around it, and must not exist unless it may be
+/// replaced. Of folders only models may, and only by folders.
+pub(crate) fn check_target(
+    source: &Source,
+    folder: bool,
+    target: &Path,
+    existing: Existing,
+) -> Result<()> {
     if let Ok(target_path) = fs::canonicalize(target) {
-        let inside = |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
+        let inside =
+            |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
         if inside(&source.path) || source.files.iter().any(|f| inside(&f.path)) {
-            return Err(Error::SameFile { path: target.to_path_buf() });
+            return Err(Error::SameFile {
+                path: target.to_path_buf(),
+            });
         }
         if existing == Existing::Refuse {
-            return Err(Error::Exists { path: target.to_path_buf() });
+            return Err(Error::Exists {
+                path: target.to_path_buf(),
+            });
         }
         if target_path.is_dir() && !folder {
-            return Err(bitnet_formats::Error::file(target, "a file to replace", "a directory").into());
+            return Err(
+                bitnet_formats::Error::file(target, "a file to replace", "a directory").into(),
+            );
         }
         if target_path.is_dir() && !is_model_folder(&target_path) {
             let expected = "a model to replace: config.json, weights and files beside them";
-            return Err(bitnet_formats::Error::file(target, expected, "a directory with something else in it").into());
+            return Err(bitnet_formats::Error::file(
+                target,
+                expected,
+                "a directory with something else in it",
+            )
+            .into());
         }
     }
     Ok(())
 }
 
 /// Fills the folder with the other files of the model and gives it its name.
-fn place_folder(folder: &Path, sidecars: &BTreeMap<String, Sidecar>, target: &Path, existing: Existing) -> Result<()> {
+fn place_folder(
+    folder: &Path,
+    sidecars: &BTreeMap<String, Sidecar>,
+    target: &Path,
+    existing: Existing,
+) -> Result<()> {
     use bitnet_formats::Error as FileError;
     // What a killed run of another model left is not part of this one.
-    for entry in fs::read_dir(folder).map_err(FileError::io(folder, "list"))?.filter_map(|e| e.ok()) {
+    for entry in fs::read_dir(folder)
+        .map_err(FileError::io(folder, "list"))?
+        .filter_map(|e| e.ok())
+    {
         if entry.file_name() != "model.safetensors" {
             fs::remove_file(entry.path()).map_err(FileError::io(&entry.path(), "remove"))?;
         }
@@ -250,12 +303,15 @@ fn place_folder(folder: &Path, sidecars: &BTreeMap<String, Sidecar>, target: &Pa
         }
         .map_err(FileError::io(&path, "write"))?;
     }
-    let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(FileError::io(to, "rename to"));
+    let rename =
+        |from: &Path, to: &Path| fs::rename(from, to).map_err(FileError::io(to, "rename to"));
     if !target.exists() {
         return Ok(rename(folder, target)?);
     }
     if existing == Existing::Refuse {
-        return Err(Error::Exists { path: target.to_path_buf() });
+        return Err(Error::Exists {
+            path: target.to_path_buf(),
+        });
     }
     // The old one keeps its bytes until the new one has its name.
     let mut old = folder.as_os_str().to_os_string();
@@ -266,20 +322,29 @@ fn place_folder(folder: &Path, sidecars: &BTreeMap<String, Sidecar>, target: &Pa
         let _ = fs::rename(&old, target);
         return Err(error.into());
     }
-    let removed = if old.is_dir() { fs::remove_dir_all(&old) } else { fs::remove_file(&old) };
+    let removed = if old.is_dir() {
+        fs::remove_dir_all(&old)
+    } else {
+        fs::remove_file(&old)
+    };
     Ok(removed.map_err(FileError::io(&old, "remove"))?)
 }
 
 /// Whether a folder holds a model and nothing else: files beside a config.json and weights.
 fn is_model_folder(path: &Path) -> bool {
-    let Ok(entries) = fs::read_dir(path) else { return false };
+    let Ok(entries) = fs::read_dir(path) else {
+        return false;
+    };
     let mut weights = false;
     for entry in entries {
         let Ok(entry) = entry else { return false };
         if !entry.path().is_file() {
             return false;
         }
-        weights |= entry.file_name().to_string_lossy().ends_with(".safetensors");
+        weights |= entry
+            .file_name()
+            .to_string_lossy()
+            .ends_with(".safetensors");
     }
     weights && path.join("config.json").is_file()
 }
@@ -320,21 +385,38 @@ impl Worker<'_> {
     }
 
     fn check_interrupt(&self) -> Result<()> {
-        if self.options.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        if self.options.interrupt.load(Ordering::Relaxed) {
+            Err(Error::Interrupted)
+        } else {
+            Ok(())
+        }
     }
 
     fn advance(&self, share: usize, of: usize) {
-        let Some(index) = self.unit.tensor else { return };
+        let Some(index) = self.unit.tensor else {
+            return;
+        };
         let bytes = self.job.source.tensors[index].bytes(self.job.source);
-        self.options.progress.advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
+        self.options
+            .progress
+            .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
     }
 
     fn error(&self, error: Error) -> Error {
         match (error, self.unit.tensor) {
             (Error::Core(source), Some(index)) => {
                 let tensor = &self.job.source.tensors[index];
-                let path = tensor.stored().first().map_or(self.job.source.path.as_path(), |&i| self.job.source.file_of(i));
-                Error::Tensor { path: path.to_path_buf(), tensor: tensor.name.clone(), source }
+                let path = tensor
+                    .stored()
+                    .first()
+                    .map_or(self.job.source.path.as_path(), |&i| {
+                        self.job.source.file_of(i)
+                    });
+                Error::Tensor {
+                    path: path.to_path_buf(),
+                    tensor: tensor.name.clone(),
+                    source,
+                }
             }
             (other, _) => other,
         }
@@ -350,12 +432,17 @@ impl Worker<'_> {
             Work::Pack(pack) => self.pack(pack),
         }
         .map_err(|e| self.error(e))?;
-        self.send(Message::Commit(serde_json::to_value(&report).unwrap_or_default()))?;
+        self.send(Message::Commit(
+            serde_json::to_value(&report).unwrap_or_default(),
+        ))?;
         Ok(report)
     }
 
     fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
-        let weights = self.unit.tensor.map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
+        let weights = self
+            .unit
+            .tensor
+            .map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
         TensorReport {
             name: self.unit.name.clone(),
             became: became.to_string(),
@@ -377,9 +464,13 @@ impl Worker<'_> {
 
     fn copy(&self) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(index) = self.unit.tensor else { return Ok(self.report("nothing", 0)) };
+        let Some(index) = self.unit.tensor else {
+            return Ok(self.report("nothing", 0));
+        };
         let tensor = &source.tensors[index];
-        let Some(&stored) = tensor.stored().first() else { return Ok(self.report("nothing", 0)) };
+        let Some(&stored) = tensor.stored().first() else {
+            return Ok(self.report("nothing", 0));
+        };
         let len = source.stored[stored].len;
         let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffer = vec![];
@@ -434,10 +525,16 @@ impl Worker<'_> {
                     .map_init(Scratch::default, |scratch, range| {
                         let first = range.start * rows.cols;
                         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
-                        let lost = scratch.weights.iter().position(|w| w.is_finite() && !to.round(*w).is_finite());
+                        let lost = scratch
+                            .weights
+                            .iter()
+                            .position(|w| w.is_finite() && !to.round(*w).is_finite());
                         if let Some(i) = lost {
                             let index = first + i;
-                            let what = format!("weight {index} is {}, which {to} cannot hold", scratch.weights[i]);
+                            let what = format!(
+                                "weight {index} is {}, which {to} cannot hold",
+                                scratch.weights[i]
+                            );
                             return Err(bitnet_core::Error::Scheme(what).into());
                         }
                         let mut out = vec![];
@@ -460,25 +557,50 @@ impl Worker<'_> {
 
     fn pack(&self, pack: &Pack) -> Result<TensorReport> {
         match &pack.scheme {
-            Some(scheme) => self.with_rows(|rows| self.quantize(pack, scheme, &rows.reshaped(pack.spec.cols))),
+            Some(scheme) => {
+                self.with_rows(|rows| self.quantize(pack, scheme, &rows.reshaped(pack.spec.cols)))
+            }
             None => self.recode(pack),
         }
     }
 
     fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
         let spec = &pack.spec;
-        let chunk = pack.layout.and_then(|l| l.chunk_rows(spec)).filter(|_| spec.planes == 1);
+        let chunk = pack
+            .layout
+            .and_then(|l| l.chunk_rows(spec))
+            .filter(|_| spec.planes == 1);
         let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
         let fitted: Option<Fitted> = match scheme.granularity {
             Granularity::Tensor if spec.weights_len() > 0 => {
-                let h = pack.importance.as_deref().map(Importance::new).transpose()?;
-                Some(fit(&self.options.kernels, &Strips { rows, strip, interrupt: self.options.interrupt }, scheme, h)?)
+                let h = pack
+                    .importance
+                    .as_deref()
+                    .map(Importance::new)
+                    .transpose()?;
+                Some(fit(
+                    &self.options.kernels,
+                    &Strips {
+                        rows,
+                        strip,
+                        interrupt: self.options.interrupt,
+                    },
+                    scheme,
+                    h,
+                )?)
             }
             _ => None,
         };
         let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
         let mut scales = vec![0.0f32; spec.scales_len()];
-        let mut zeros = vec![0.0f32; if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() }];
+        let mut zeros = vec![
+            0.0f32;
+            if spec.zero_points == ZeroPoints::None {
+                0
+            } else {
+                spec.scales_len()
+            }
+        ];
         let mut error = ErrorStats::default();
         let mut histogram = CodeHistogram::default();
         let mut packed_bytes = 0;
@@ -487,7 +609,15 @@ impl Worker<'_> {
             let parts: Vec<Result<Part>> = window
                 .into_par_iter()
                 .map_init(Scratch::default, |scratch, range| {
-                    self.quantize_strip(pack, scheme, rows, fitted.as_ref(), chunk.is_some(), range, scratch)
+                    self.quantize_strip(
+                        pack,
+                        scheme,
+                        rows,
+                        fitted.as_ref(),
+                        chunk.is_some(),
+                        range,
+                        scratch,
+                    )
                 })
                 .collect();
             for part in parts {
@@ -497,8 +627,10 @@ impl Worker<'_> {
                 histogram.merge(&part.histogram);
                 if let Some(whole) = &mut whole {
                     for plane in 0..spec.planes {
-                        let from = &part.matrix.values[plane * count * spec.cols..][..count * spec.cols];
-                        whole[(plane * spec.rows + first) * spec.cols..][..from.len()].copy_from_slice(from);
+                        let from =
+                            &part.matrix.values[plane * count * spec.cols..][..count * spec.cols];
+                        whole[(plane * spec.rows + first) * spec.cols..][..from.len()]
+                            .copy_from_slice(from);
                     }
                 } else {
                     packed_bytes += part.packed.len() as u64;
@@ -525,7 +657,10 @@ impl Worker<'_> {
         Ok(report)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "one call site; a struct would only rename the arguments")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one call site; a struct would only rename the arguments"
+    )]
     fn quantize_strip(
         &self,
         pack: &Pack,
@@ -540,7 +675,15 @@ impl Worker<'_> {
         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
         let cols = pack.spec.cols;
         let h = pack.importance.as_deref().filter(|_| fitted.is_none());
-        let mut matrix = quantize_rows(&self.options.kernels, &scratch.weights, cols, first_row, scheme, fitted, h)?;
+        let mut matrix = quantize_rows(
+            &self.options.kernels,
+            &scratch.weights,
+            cols,
+            first_row,
+            scheme,
+            fitted,
+            h,
+        )?;
         let mut error = ErrorStats::default();
         scratch.back.resize(cols.min(MEASURED), 0.0);
         for (row, weights) in scratch.weights.chunks(cols).enumerate() {
@@ -554,15 +697,31 @@ impl Worker<'_> {
         histogram.add(&matrix.values);
         let mut packed = vec![];
         if let (Some(layout), true) = (pack.layout, packed_by_strip) {
-            stream::pack(self.options.kernels, &Pool::single(), layout, &matrix.spec, &matrix.values, &matrix.scales, &mut packed)?;
+            stream::pack(
+                self.options.kernels,
+                &Pool::single(),
+                layout,
+                &matrix.spec,
+                &matrix.values,
+                &matrix.scales,
+                &mut packed,
+            )?;
             matrix.values = vec![];
         }
-        Ok(Part { first_row, packed, matrix, error, histogram })
+        Ok(Part {
+            first_row,
+            packed,
+            matrix,
+            error,
+            histogram,
+        })
     }
 
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else { return Err(Error::Recipe("a literal has no codes".into())) };
+        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else {
+            return Err(Error::Recipe("a literal has no codes".into()));
+        };
         let matrix = match (&pack.given, &tensor.content) {
             (Some(given), _) => (**given).clone(),
             (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
@@ -575,7 +734,11 @@ impl Worker<'_> {
         for scale in &mut matrix.scales {
             *scale = pack.spec.scale_dtype.round(*scale);
             if !scale.is_finite() {
-                return Err(bitnet_core::Error::Scheme(format!("a scale that does not fit {}", pack.spec.scale_dtype)).into());
+                return Err(bitnet_core::Error::Scheme(format!(
+                    "a scale that does not fit {}",
+                    pack.spec.scale_dtype
+                ))
+                .into());
             }
         }
         matrix.spec = pack.spec.clone();
@@ -588,11 +751,30 @@ impl Worker<'_> {
         Ok(self.packed_report(pack, layout, total))
     }
 
-    fn pack_whole(&self, pack: &Pack, values: &[i8], scales: &[f32], layout: &mut Option<&'static dyn Layout>) -> Result<Vec<u8>> {
+    fn pack_whole(
+        &self,
+        pack: &Pack,
+        values: &[i8],
+        scales: &[f32],
+        layout: &mut Option<&'static dyn Layout>,
+    ) -> Result<Vec<u8>> {
         match layout {
             Some(layout) => {
-                let mut bytes = Vec::with_capacity(layout.packed_len(&pack.spec).bound().min(values.len() * 4 + 64));
-                stream::pack(self.options.kernels, &Pool::single(), *layout, &pack.spec, values, scales, &mut bytes)?;
+                let mut bytes = Vec::with_capacity(
+                    layout
+                        .packed_len(&pack.spec)
+                        .bound()
+                        .min(values.len() * 4 + 64),
+                );
+                stream::pack(
+                    self.options.kernels,
+                    &Pool::single(),
+                    *layout,
+                    &pack.spec,
+                    values,
+                    scales,
+                    &mut bytes,
+                )?;
                 Ok(bytes)
             }
             None => {
@@ -604,7 +786,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Writes scales and zero points where they are stored apart, and ends the unit's tensors. Returns the bytes written.
+    /// Writes scales and zero points where they are stored apart, and ends the unit's tensors.
+    /// Returns the bytes written.
     fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
         self.send(Message::End(self.unit.data))?;
         let mut total = 0;
@@ -615,8 +798,13 @@ impl Worker<'_> {
         };
         if let Some(index) = self.unit.scale {
             let mut bytes = vec![];
-            let storage = ScaleStorage { dtype: pack.scale_dtype, form: pack.scale_form };
-            scales.iter().for_each(|&s| pack.scale_dtype.write(storage.to_stored(s), &mut bytes));
+            let storage = ScaleStorage {
+                dtype: pack.scale_dtype,
+                form: pack.scale_form,
+            };
+            scales
+                .iter()
+                .for_each(|&s| pack.scale_dtype.write(storage.to_stored(s), &mut bytes));
             put(index, bytes)?;
         }
         if let Some(index) = self.unit.zero {
@@ -629,10 +817,23 @@ impl Worker<'_> {
         Ok(total)
     }
 
-    fn packed_report(&self, pack: &Pack, layout: Option<&'static dyn Layout>, bytes: u64) -> TensorReport {
+    fn packed_report(
+        &self,
+        pack: &Pack,
+        layout: Option<&'static dyn Layout>,
+        bytes: u64,
+    ) -> TensorReport {
         let planes = pack.spec.planes;
-        let became = if planes > 1 { format!("{planes} × {}", pack.spec.precision) } else { pack.spec.precision.to_string() };
-        TensorReport { layout: layout.map(|l| l.name().into()), granularity: Some(pack.spec.granularity), ..self.report(became, bytes) }
+        let became = if planes > 1 {
+            format!("{planes} × {}", pack.spec.precision)
+        } else {
+            pack.spec.precision.to_string()
+        };
+        TensorReport {
+            layout: layout.map(|l| l.name().into()),
+            granularity: Some(pack.spec.granularity),
+            ..self.report(became, bytes)
+        }
     }
 }
 
@@ -649,7 +850,11 @@ struct Part {
 /// Copies the granules of a strip that begins at `first_row` to their place among all of them.
 fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
     let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
-    let first = if spec.granularity == Granularity::Tensor { 0 } else { first_row * spec.granules_per_row() };
+    let first = if spec.granularity == Granularity::Tensor {
+        0
+    } else {
+        first_row * spec.granules_per_row()
+    };
     for plane in 0..if strip.is_empty() { 0 } else { spec.planes } {
         let from = &strip[plane * per_plane.0..][..per_plane.0];
         all[plane * per_plane.1 + first..][..from.len()].copy_from_slice(from);

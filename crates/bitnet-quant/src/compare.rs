@@ -43,7 +43,8 @@ impl TensorComparison {
 impl Comparison {
     /// Error sums over all tensors, or over those that are quantized.
     pub fn total(&self, only_quantized: Scope) -> ErrorStats {
-        self.scoped(only_quantized).fold(ErrorStats::default(), |sum, t| sum.then(t.error))
+        self.scoped(only_quantized)
+            .fold(ErrorStats::default(), |sum, t| sum.then(t.error))
     }
 
     /// Bits per weight over all tensors, or over those that are quantized.
@@ -53,7 +54,9 @@ impl Comparison {
     }
 
     fn scoped(&self, scope: Scope) -> impl Iterator<Item = &TensorComparison> {
-        self.tensors.iter().filter(move |t| scope == Scope::All || t.quantized)
+        self.tensors
+            .iter()
+            .filter(move |t| scope == Scope::All || t.quantized)
     }
 }
 
@@ -68,23 +71,42 @@ pub enum Scope {
 
 /// Compares every float or quantized tensor of `original` with its counterpart in `quantized`.
 ///
-/// Tensors are paired by name; between a Hugging Face folder and a GGUF by the names and the row order of the architecture.
+/// Tensors are paired by name; between a Hugging Face folder and a GGUF by the names and the row
+/// order of the architecture.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for a tensor that is missing or has another shape, [`Error::File`] for what cannot be read.
-pub fn compare(original: &Source, quantized: &Source, progress: &dyn Progress) -> Result<Comparison> {
+/// [`Error::Mismatch`] for a tensor that is missing or has another shape, [`Error::File`] for what
+/// cannot be read.
+pub fn compare(
+    original: &Source,
+    quantized: &Source,
+    progress: &dyn Progress,
+) -> Result<Comparison> {
     let pairing = Pairing::new(original, quantized)?;
     let mut tensors = vec![];
-    for tensor in original.tensors.iter().filter(|t| !matches!(t.content, Content::Opaque(_))) {
+    for tensor in original
+        .tensors
+        .iter()
+        .filter(|t| !matches!(t.content, Content::Opaque(_)))
+    {
         progress.tensor(&tensor.name);
-        let Some((other, order)) = pairing.find(tensor)? else { continue };
+        let Some((other, order)) = pairing.find(tensor)? else {
+            continue;
+        };
         if tensor.shape != other.shape {
-            let what = format!("tensor '{}': expected shape {:?}, got {:?}", other.name, tensor.shape, other.shape);
-            return Err(Error::Mismatch { path: quantized.path.clone(), what });
+            let what = format!(
+                "tensor '{}': expected shape {:?}, got {:?}",
+                other.name, tensor.shape, other.shape
+            );
+            return Err(Error::Mismatch {
+                path: quantized.path.clone(),
+                what,
+            });
         }
         let error = with_rows(original, tensor, None, |a| {
             with_rows(quantized, other, order.as_deref(), |b| {
-                // Rows of blocks may be shorter than those of the matrix: go by the longer, which holds whole ones of both.
+                // Rows of blocks may be shorter than those of the matrix: go by the longer, which
+                // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
                 let (a, b) = (a.reshaped(cols), b.reshaped(cols));
                 let mut error = ErrorStats::default();
@@ -111,7 +133,9 @@ pub fn compare(original: &Source, quantized: &Source, progress: &dyn Progress) -
                 histogram.add(&matrix.values);
                 (q.layout.name().to_string(), Some(histogram.entropy_bits()))
             }
-            Content::Float(i) | Content::Opaque(i) => (quantized.stored[*i].dtype.to_string(), None),
+            Content::Float(i) | Content::Opaque(i) => {
+                (quantized.stored[*i].dtype.to_string(), None)
+            }
         };
         progress.advance(tensor.bytes(original));
         tensors.push(TensorComparison {
@@ -142,17 +166,30 @@ impl<'a> Pairing<'a> {
         let ggml_names = |s: &Source| s.tensors.iter().any(|t| t.name.starts_with("blk."));
         let mut model = None;
         if ggml_names(original) != ggml_names(quantized) {
-            let gguf = [original, quantized].into_iter().find(|s| s.kind == Kind::Gguf);
+            let gguf = [original, quantized]
+                .into_iter()
+                .find(|s| s.kind == Kind::Gguf);
             let Some(gguf) = gguf else {
                 let what = "expected the original's tensor names, got those of a GGUF".to_string();
-                return Err(Error::Mismatch { path: quantized.path.clone(), what });
+                return Err(Error::Mismatch {
+                    path: quantized.path.clone(),
+                    what,
+                });
             };
-            model = Some((Architecture::from_gguf(&gguf.gguf)?, HeadCounts::from_gguf(&gguf.gguf)?));
+            model = Some((
+                Architecture::from_gguf(&gguf.gguf)?,
+                HeadCounts::from_gguf(&gguf.gguf)?,
+            ));
         }
-        Ok(Self { original, quantized, model })
+        Ok(Self {
+            original,
+            quantized,
+            model,
+        })
     }
 
-    /// The counterpart of a tensor and, for each row of the original, its row there. `None` for buffers that the other side derives.
+    /// The counterpart of a tensor and, for each row of the original, its row there. `None` for
+    /// buffers that the other side derives.
     fn find(&self, tensor: &Tensor) -> Result<Option<Paired<'a>>> {
         let mut name = Some(tensor.name.clone());
         let mut order = None;
@@ -174,8 +211,14 @@ impl<'a> Pairing<'a> {
         match name.as_deref().and_then(|name| self.quantized.find(name)) {
             Some(other) => Ok(Some((other, order))),
             None => {
-                let what = format!("expected a tensor '{}', got none", name.unwrap_or_else(|| tensor.name.clone()));
-                Err(Error::Mismatch { path: self.quantized.path.clone(), what })
+                let what = format!(
+                    "expected a tensor '{}', got none",
+                    name.unwrap_or_else(|| tensor.name.clone())
+                );
+                Err(Error::Mismatch {
+                    path: self.quantized.path.clone(),
+                    what,
+                })
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The configuration under the names of a library: sections of [`Recipe`] beside its tensors, builder, validation and presets.
+//! The configuration under the names of a library: sections of [`Recipe`] beside its tensors,
+//! builder, validation and presets.
 
 use crate::control::PrecisionControlConfig;
 use crate::recipe::{Choices, Recipe, Rule, Target, VERSION, compile};
@@ -12,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// The library's name for [`Recipe`]: one serialisable, versioned type for the library, the command line and files.
+/// The library's name for [`Recipe`]: one serialisable, versioned type for the library, the command
+/// line and files.
 pub type QuantizationConfig = Recipe;
 
 /// What a layer's input becomes, one scale for each token.
@@ -46,7 +48,8 @@ impl Activations {
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Search {
-    /// Most bits per weight over the quantized tensors together, scales and padding included. The summed error is then the least possible.
+    /// Most bits per weight over the quantized tensors together, scales and padding included. The
+    /// summed error is then the least possible.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_bpw: Option<f64>,
     /// Least SQNR of each tensor in dB. Without a budget the size is then the least possible.
@@ -60,7 +63,8 @@ pub struct Search {
 pub struct Compute {
     /// Threads; 0 for one on each core.
     pub threads: usize,
-    /// Instruction set by name: scalar, avx2, avxvnni, avx512. Default: `BITNET_ISA`, or the widest there is.
+    /// Instruction set by name: scalar, avx2, avxvnni, avx512. Default: `BITNET_ISA`, or the widest
+    /// there is.
     pub isa: Option<String>,
 }
 
@@ -86,7 +90,8 @@ impl Compute {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Kernels`] for an instruction set that does not exist or that this machine does not run.
+    /// [`Error::Kernels`] for an instruction set that does not exist or that this machine does not
+    /// run.
     pub fn machine(&self) -> Result<Machine> {
         let kernels = match &self.isa {
             None => Kernels::from_env()?,
@@ -95,15 +100,29 @@ impl Compute {
                 Kernels::new(isa).ok_or(bitnet_kernels::Error::Unavailable { isa })?
             }
         };
-        let threads = if self.threads > 0 { self.threads } else { std::thread::available_parallelism().map_or(1, |n| n.get()) };
-        Ok(Machine { threads, kernels, memory: free_memory() })
+        let threads = if self.threads > 0 {
+            self.threads
+        } else {
+            std::thread::available_parallelism().map_or(1, |n| n.get())
+        };
+        Ok(Machine {
+            threads,
+            kernels,
+            memory: free_memory(),
+        })
     }
 }
 
 /// `MemAvailable` of Linux.
 fn free_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?.trim().strip_suffix(" kB")?.parse::<u64>().ok()?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?
+        .trim()
+        .strip_suffix(" kB")?
+        .parse::<u64>()
+        .ok()?;
     Some(kib * 1024)
 }
 
@@ -165,14 +184,25 @@ impl Recipe {
             wrong.push(format!("version: expected {VERSION}, got {}", self.version));
         }
         self.default.problems("default", &mut wrong);
-        let standard = |glob: &String| glob == "*.weight" || crate::recipe::DEFAULT_EXCLUDE.contains(&glob.as_str());
+        let standard = |glob: &String| {
+            glob == "*.weight" || crate::recipe::DEFAULT_EXCLUDE.contains(&glob.as_str())
+        };
         for (list, globs) in [("include", &self.include), ("exclude", &self.exclude)] {
-            let bad = globs.iter().filter(|g| !standard(g)).filter_map(|g| compile(g).err());
+            let bad = globs
+                .iter()
+                .filter(|g| !standard(g))
+                .filter_map(|g| compile(g).err());
             wrong.extend(bad.map(|e| format!("{list}: {e}")));
         }
         for (i, rule) in self.rules.iter().enumerate() {
-            wrong.extend(compile(&rule.glob).err().map(|e| format!("rule[{i}].match: {e}")));
-            rule.choices.over(&self.default).problems(&format!("rule[{i}]"), &mut wrong);
+            wrong.extend(
+                compile(&rule.glob)
+                    .err()
+                    .map(|e| format!("rule[{i}].match: {e}")),
+            );
+            rule.choices
+                .over(&self.default)
+                .problems(&format!("rule[{i}]"), &mut wrong);
         }
         if let Some(search) = &self.search {
             search.problems(&self.default, &mut wrong);
@@ -180,9 +210,18 @@ impl Recipe {
         if let Some(control) = &self.control {
             control.problems(&mut wrong);
         }
-        wrong.extend(self.compute.machine_check().err().map(|e| format!("compute.isa: {e}")));
+        wrong.extend(
+            self.compute
+                .machine_check()
+                .err()
+                .map(|e| format!("compute.isa: {e}")),
+        );
         if self.compute.threads > crate::checkpoint::MAX_THREADS {
-            wrong.push(format!("compute.threads: expected at most {}, got {}", crate::checkpoint::MAX_THREADS, self.compute.threads));
+            wrong.push(format!(
+                "compute.threads: expected at most {}, got {}",
+                crate::checkpoint::MAX_THREADS,
+                self.compute.threads
+            ));
         }
         Error::unless_empty(wrong)
     }
@@ -196,7 +235,11 @@ impl Compute {
     fn machine_check(&self) -> Result<()> {
         let Some(name) = &self.isa else { return Ok(()) };
         let isa: Isa = name.parse()?;
-        if isa.is_available() { Ok(()) } else { Err(bitnet_kernels::Error::Unavailable { isa }.into()) }
+        if isa.is_available() {
+            Ok(())
+        } else {
+            Err(bitnet_kernels::Error::Unavailable { isa }.into())
+        }
     }
 }
 
@@ -206,7 +249,9 @@ impl Search {
             wrong.push("search: expected target_bpw or min_sqnr, got neither".into());
         }
         if let Some(bits) = self.target_bpw.filter(|b| !(b.is_finite() && *b > 0.0)) {
-            wrong.push(format!("search.target_bpw: expected a positive number, got {bits}"));
+            wrong.push(format!(
+                "search.target_bpw: expected a positive number, got {bits}"
+            ));
         }
         if let Some(db) = self.min_sqnr.filter(|db| !db.is_finite()) {
             wrong.push(format!("search.min_sqnr: expected a number, got {db}"));
@@ -222,7 +267,12 @@ impl Search {
             ("clip", default.clip.is_some()),
             ("layout", default.layout.is_some()),
         ];
-        wrong.extend(chosen.iter().filter(|c| c.1).map(|(name, _)| format!("default.{name}: the search chooses it; leave it out")));
+        wrong.extend(
+            chosen
+                .iter()
+                .filter(|c| c.1)
+                .map(|(name, _)| format!("default.{name}: the search chooses it; leave it out")),
+        );
     }
 }
 
@@ -243,8 +293,13 @@ pub enum ConfigurationPreset {
 
 impl ConfigurationPreset {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::BitNetOptimized, Self::PerformanceOptimized, Self::AccuracyOptimized, Self::MemoryOptimized, Self::Balanced];
+    pub const ALL: [Self; 5] = [
+        Self::BitNetOptimized,
+        Self::PerformanceOptimized,
+        Self::AccuracyOptimized,
+        Self::MemoryOptimized,
+        Self::Balanced,
+    ];
 
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
@@ -260,10 +315,18 @@ impl ConfigurationPreset {
     /// What it consists of, for people.
     pub const fn summary(self) -> &'static str {
         match self {
-            Self::BitNetOptimized => "ternary absmean, one scale for the tensor, int8 activations: what models trained as b1.58 expect",
-            Self::PerformanceOptimized => "ternary by mean (one pass), one scale for each channel, two bits in place, int8 activations",
-            Self::AccuracyOptimized => "int4 asymmetric with clip search, groups of 32 with f16 scales, int8 activations; strict control",
-            Self::MemoryOptimized => "ternary optimal, groups of 256 with f16 scales, the smallest layout, int4 activations; lax control",
+            Self::BitNetOptimized => {
+                "ternary absmean, one scale for the tensor, int8 activations: what models trained as b1.58 expect"
+            }
+            Self::PerformanceOptimized => {
+                "ternary by mean (one pass), one scale for each channel, two bits in place, int8 activations"
+            }
+            Self::AccuracyOptimized => {
+                "int4 asymmetric with clip search, groups of 32 with f16 scales, int8 activations; strict control"
+            }
+            Self::MemoryOptimized => {
+                "ternary optimal, groups of 256 with f16 scales, the smallest layout, int4 activations; lax control"
+            }
             Self::Balanced => "two trit planes, groups of 128 with f16 scales, int8 activations",
         }
     }
@@ -284,33 +347,85 @@ impl ConfigurationPreset {
     }
 
     fn config(self) -> QuantizationConfig {
-        let quantized = |precision| Choices { precision: Some(Target::Quantized(precision)), ..Choices::default() };
-        let grouped = |g, choices| Choices { granularity: Some(Granularity::Group(g)), scale_dtype: Some(ScaleDtype::F16), ..choices };
-        let ternary = |threshold| Choices { threshold: Some(threshold), ..quantized(Precision::Ternary) };
+        let quantized = |precision| Choices {
+            precision: Some(Target::Quantized(precision)),
+            ..Choices::default()
+        };
+        let grouped = |g, choices| Choices {
+            granularity: Some(Granularity::Group(g)),
+            scale_dtype: Some(ScaleDtype::F16),
+            ..choices
+        };
+        let ternary = |threshold| Choices {
+            threshold: Some(threshold),
+            ..quantized(Precision::Ternary)
+        };
         let (default, activations, control) = match self {
             Self::BitNetOptimized => {
-                let choices = Choices { granularity: Some(Granularity::Tensor), ..ternary(Threshold::Absmean) };
-                (choices, Activations::Int8, PrecisionControlConfig::balanced())
+                let choices = Choices {
+                    granularity: Some(Granularity::Tensor),
+                    ..ternary(Threshold::Absmean)
+                };
+                (
+                    choices,
+                    Activations::Int8,
+                    PrecisionControlConfig::balanced(),
+                )
             }
             Self::PerformanceOptimized => {
                 let layout = Some("two-bit".into());
-                let choices = Choices { granularity: Some(Granularity::Channel), layout, ..ternary(Threshold::Mean) };
-                (choices, Activations::Int8, PrecisionControlConfig::balanced())
+                let choices = Choices {
+                    granularity: Some(Granularity::Channel),
+                    layout,
+                    ..ternary(Threshold::Mean)
+                };
+                (
+                    choices,
+                    Activations::Int8,
+                    PrecisionControlConfig::balanced(),
+                )
             }
             Self::AccuracyOptimized => {
-                let int4 = Choices { mapping: Some(Mapping::Asymmetric), clip: Some(Clip::Search), ..quantized(Precision::Int4) };
-                (grouped(32, int4), Activations::Int8, PrecisionControlConfig::conservative())
+                let int4 = Choices {
+                    mapping: Some(Mapping::Asymmetric),
+                    clip: Some(Clip::Search),
+                    ..quantized(Precision::Int4)
+                };
+                (
+                    grouped(32, int4),
+                    Activations::Int8,
+                    PrecisionControlConfig::conservative(),
+                )
             }
             Self::MemoryOptimized => {
-                let choices = Choices { layout: Some(AUTO.into()), ..ternary(Threshold::Optimal) };
-                (grouped(256, choices), Activations::Int4, PrecisionControlConfig::aggressive())
+                let choices = Choices {
+                    layout: Some(AUTO.into()),
+                    ..ternary(Threshold::Optimal)
+                };
+                (
+                    grouped(256, choices),
+                    Activations::Int4,
+                    PrecisionControlConfig::aggressive(),
+                )
             }
             Self::Balanced => {
-                let planes = Choices { planes: Some(2), ..quantized(Precision::Ternary) };
-                (grouped(128, planes), Activations::Int8, PrecisionControlConfig::balanced())
+                let planes = Choices {
+                    planes: Some(2),
+                    ..quantized(Precision::Ternary)
+                };
+                (
+                    grouped(128, planes),
+                    Activations::Int8,
+                    PrecisionControlConfig::balanced(),
+                )
             }
         };
-        QuantizationConfig { default, activations: Some(activations), control: Some(control), ..QuantizationConfig::default() }
+        QuantizationConfig {
+            default,
+            activations: Some(activations),
+            control: Some(control),
+            ..QuantizationConfig::default()
+        }
     }
 }
 
@@ -323,16 +438,19 @@ impl fmt::Display for ConfigurationPreset {
 impl FromStr for ConfigurationPreset {
     type Err = bitnet_core::Error;
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Self::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| bitnet_core::Error::UnknownName {
-            what: "preset",
-            got: s.into(),
-            expected: Self::ALL.map(Self::name).join(", "),
-        })
+        Self::ALL
+            .into_iter()
+            .find(|p| p.name() == s)
+            .ok_or_else(|| bitnet_core::Error::UnknownName {
+                what: "preset",
+                got: s.into(),
+                expected: Self::ALL.map(Self::name).join(", "),
+            })
     }
 }
 
-/// Builds a [`QuantizationConfig`]. A setter replaces what an earlier one said; two setters that contradict each other are an error of
-/// [`build`](Self::build).
+/// Builds a [`QuantizationConfig`]. A setter replaces what an earlier one said; two setters that
+/// contradict each other are an error of [`build`](Self::build).
 #[derive(Debug, Clone, Default)]
 pub struct QuantizationConfigBuilder {
     config: QuantizationConfig,
@@ -348,7 +466,11 @@ impl QuantizationConfigBuilder {
 
     /// Begins anew from a configuration.
     pub fn base(self, config: QuantizationConfig) -> Self {
-        Self { config, method: None, factor: None }
+        Self {
+            config,
+            method: None,
+            factor: None,
+        }
     }
 
     fn set(mut self, set: impl FnOnce(&mut Choices)) -> Self {
@@ -364,12 +486,18 @@ impl QuantizationConfigBuilder {
 
     /// The precision so far.
     pub(crate) fn weight_precision(&self) -> Precision {
-        self.config.default.precision().unwrap_or(Precision::Ternary)
+        self.config
+            .default
+            .precision()
+            .unwrap_or(Precision::Ternary)
     }
 
     /// Alphabet of the weights. Choices that belong to another alphabet are dropped.
     pub fn precision(self, precision: impl Into<Precision>) -> Self {
-        self.choices(Choices { precision: Some(Target::Quantized(precision.into())), ..Choices::default() })
+        self.choices(Choices {
+            precision: Some(Target::Quantized(precision.into())),
+            ..Choices::default()
+        })
     }
 
     /// Symmetric integers, or such with zero points.
@@ -379,7 +507,11 @@ impl QuantizationConfigBuilder {
 
     /// One scale for each output channel, or one for the tensor.
     pub fn per_channel(self, channel: bool) -> Self {
-        self.granularity(if channel { Granularity::Channel } else { Granularity::Tensor })
+        self.granularity(if channel {
+            Granularity::Channel
+        } else {
+            Granularity::Tensor
+        })
     }
 
     /// What one scale covers.
@@ -421,7 +553,11 @@ impl QuantizationConfigBuilder {
 
     /// The ternary rule that follows the shape of the weights; `false` leaves the rule as it is.
     pub fn adaptive_thresholds(self, adaptive: bool) -> Self {
-        if adaptive { self.ternary_method(Threshold::Adaptive) } else { self }
+        if adaptive {
+            self.ternary_method(Threshold::Adaptive)
+        } else {
+            self
+        }
     }
 
     /// Where a ternary scale comes from.
@@ -457,7 +593,10 @@ impl QuantizationConfigBuilder {
 
     /// Other choices for the layers that a glob matches; the first that matches counts.
     pub fn layer(mut self, glob: &str, choices: Choices) -> Self {
-        self.config.rules.push(Rule { glob: glob.into(), choices });
+        self.config.rules.push(Rule {
+            glob: glob.into(),
+            choices,
+        });
         self
     }
 
@@ -485,7 +624,13 @@ impl QuantizationConfigBuilder {
 
     /// Whether precision control remembers its latest observations.
     pub fn real_time_monitoring(self, remember: bool) -> Self {
-        self.control(|c| c.window = if remember { PrecisionControlConfig::balanced().window } else { 0 })
+        self.control(|c| {
+            c.window = if remember {
+                PrecisionControlConfig::balanced().window
+            } else {
+                0
+            }
+        })
     }
 
     /// The widest instruction set, or the plain one.
@@ -505,7 +650,11 @@ impl QuantizationConfigBuilder {
     /// # Errors
     /// [`Error::Invalid`] naming each wrong field, and setters that contradict each other.
     pub fn build(self) -> Result<QuantizationConfig> {
-        let Self { mut config, method, factor } = self;
+        let Self {
+            mut config,
+            method,
+            factor,
+        } = self;
         if let Some(threshold) = method.or(factor.map(Threshold::Factor)) {
             config.default.threshold = Some(threshold);
         }
@@ -514,7 +663,9 @@ impl QuantizationConfigBuilder {
             _ => vec![],
         };
         if let (Some(method), Some(factor)) = (method, factor) {
-            wrong.push(format!("custom_threshold_factor: {factor} contradicts ternary_method, got {method}"));
+            wrong.push(format!(
+                "custom_threshold_factor: {factor} contradicts ternary_method, got {method}"
+            ));
         }
         Error::unless_empty(wrong)?;
         Ok(config)
@@ -527,10 +678,27 @@ mod tests {
 
     #[test]
     fn every_wrong_field_is_named() {
-        let control = PrecisionControlConfig { patience: 0, min_sqnr_db: 50.0, ..PrecisionControlConfig::balanced() };
-        let builder = QuantizationConfig::builder().group_size(0).planes(9).clip_threshold(-1.0).layout("zip").precision_control(control);
-        let builder = builder.layer("[", Choices::default()).search(Search { target_bpw: Some(-1.0), min_sqnr: None }).threads(1 << 20);
-        let Err(Error::Invalid(wrong)) = builder.build() else { panic!("expected errors") };
+        let control = PrecisionControlConfig {
+            patience: 0,
+            min_sqnr_db: 50.0,
+            ..PrecisionControlConfig::balanced()
+        };
+        let builder = QuantizationConfig::builder()
+            .group_size(0)
+            .planes(9)
+            .clip_threshold(-1.0)
+            .layout("zip")
+            .precision_control(control);
+        let builder = builder
+            .layer("[", Choices::default())
+            .search(Search {
+                target_bpw: Some(-1.0),
+                min_sqnr: None,
+            })
+            .threads(1 << 20);
+        let Err(Error::Invalid(wrong)) = builder.build() else {
+            panic!("expected errors")
+        };
         for field in [
             "default.granularity",
             "default.planes",
@@ -542,7 +710,10 @@ mod tests {
             "control.max_sqnr_db",
             "compute.threads",
         ] {
-            assert!(wrong.iter().any(|w| w.starts_with(field)), "{field} in {wrong:?}");
+            assert!(
+                wrong.iter().any(|w| w.starts_with(field)),
+                "{field} in {wrong:?}"
+            );
         }
     }
 
@@ -551,18 +722,58 @@ mod tests {
         let all = ConfigurationPreset::ALL.map(|p| p.build().unwrap());
         for (i, config) in all.iter().enumerate() {
             config.validate().unwrap();
-            assert_eq!(&Recipe::from_toml(&config.to_toml().unwrap()).unwrap(), config);
-            assert_eq!(&Recipe::from_json(&config.to_json().unwrap()).unwrap(), config);
-            assert!(all[i + 1..].iter().all(|other| other.default != config.default));
-            assert_eq!(ConfigurationPreset::ALL[i].name().parse::<ConfigurationPreset>().unwrap(), ConfigurationPreset::ALL[i]);
+            assert_eq!(
+                &Recipe::from_toml(&config.to_toml().unwrap()).unwrap(),
+                config
+            );
+            assert_eq!(
+                &Recipe::from_json(&config.to_json().unwrap()).unwrap(),
+                config
+            );
+            assert!(
+                all[i + 1..]
+                    .iter()
+                    .all(|other| other.default != config.default)
+            );
+            assert_eq!(
+                ConfigurationPreset::ALL[i]
+                    .name()
+                    .parse::<ConfigurationPreset>()
+                    .unwrap(),
+                ConfigurationPreset::ALL[i]
+            );
         }
     }
 
     #[test]
     fn a_newer_version_and_an_unknown_field_are_refused() {
-        assert!(Recipe::from_json(r#"{"version": 2}"#).unwrap_err().to_string().contains("version 2, expected 1"));
-        assert!(Recipe::from_json(r#"{"control": {"min_sqnr": 2}}"#).unwrap_err().to_string().contains("min_sqnr"));
-        assert!(Recipe::from_toml("[compute]\nthread = 2").unwrap_err().to_string().contains("thread"));
-        assert!(QuantizationConfig { version: 2, ..Recipe::default() }.validate().unwrap_err().to_string().contains("version"));
+        assert!(
+            Recipe::from_json(r#"{"version": 2}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("version 2, expected 1")
+        );
+        assert!(
+            Recipe::from_json(r#"{"control": {"min_sqnr": 2}}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("min_sqnr")
+        );
+        assert!(
+            Recipe::from_toml("[compute]\nthread = 2")
+                .unwrap_err()
+                .to_string()
+                .contains("thread")
+        );
+        assert!(
+            QuantizationConfig {
+                version: 2,
+                ..Recipe::default()
+            }
+            .validate()
+            .unwrap_err()
+            .to_string()
+            .contains("version")
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Precision control: raise or lower the precision of a stream of tensors when its measured quality leaves its bounds.
+//! Precision control: raise or lower the precision of a stream of tensors when its measured quality
+//! leaves its bounds.
 //!
 //! ```text
 //! quality  q = SQNR in dB of each observation, and any metric of the caller
@@ -8,7 +9,8 @@
 //!          a precision that was never tried is tried once
 //! ```
 //!
-//! So a stream whose statistics do not change makes the controller try each precision at most once downwards and settle.
+//! So a stream whose statistics do not change makes the controller try each precision at most once
+//! downwards and settle.
 
 use crate::{Error, Result};
 use bitnet_core::Precision;
@@ -70,7 +72,8 @@ pub struct PrecisionControlConfig {
     pub window: usize,
     /// Whether the precision may change; if not, the controller only observes.
     pub adjust: bool,
-    /// Smallest and largest threshold that [`PrecisionController::validate_precision_bounds`] accepts.
+    /// Smallest and largest threshold that [`PrecisionController::validate_precision_bounds`]
+    /// accepts.
     pub threshold: [f32; 2],
     /// Smallest and largest scale that it accepts.
     pub scale: [f32; 2],
@@ -87,7 +90,14 @@ impl PrecisionControlConfig {
     /// Between 12 and 30 dB, three observations in a row, from int4.
     pub fn balanced() -> Self {
         Self {
-            precisions: vec![Precision::Binary, Precision::Ternary, Precision::Int2, Precision::Int3, Precision::Int4, Precision::Int8],
+            precisions: vec![
+                Precision::Binary,
+                Precision::Ternary,
+                Precision::Int2,
+                Precision::Int3,
+                Precision::Int4,
+                Precision::Int8,
+            ],
             initial: Precision::Int4,
             min_sqnr_db: 12.0,
             max_sqnr_db: 30.0,
@@ -102,40 +112,83 @@ impl PrecisionControlConfig {
 
     /// At least 20 dB; raised at once, lowered late, from int8.
     pub fn conservative() -> Self {
-        Self { initial: Precision::Int8, min_sqnr_db: 20.0, max_sqnr_db: 60.0, margin_db: 3.0, patience: 1, ..Self::balanced() }
+        Self {
+            initial: Precision::Int8,
+            min_sqnr_db: 20.0,
+            max_sqnr_db: 60.0,
+            margin_db: 3.0,
+            patience: 1,
+            ..Self::balanced()
+        }
     }
 
     /// 4 dB suffice and 9 dB are too good; from ternary.
     pub fn aggressive() -> Self {
-        Self { initial: Precision::Ternary, min_sqnr_db: 4.0, max_sqnr_db: 9.0, margin_db: 0.5, patience: 2, ..Self::balanced() }
+        Self {
+            initial: Precision::Ternary,
+            min_sqnr_db: 4.0,
+            max_sqnr_db: 9.0,
+            margin_db: 0.5,
+            patience: 2,
+            ..Self::balanced()
+        }
     }
 
     /// For activations, of which int8, int4 and signs exist.
     pub fn for_activations(self) -> Self {
         let precisions = vec![Precision::Binary, Precision::Int4, Precision::Int8];
-        let initial = if precisions.contains(&self.initial) { self.initial } else { Precision::Int8 };
-        Self { precisions, initial, ..self }
+        let initial = if precisions.contains(&self.initial) {
+            self.initial
+        } else {
+            Precision::Int8
+        };
+        Self {
+            precisions,
+            initial,
+            ..self
+        }
     }
 
     /// Each wrong field with what is wrong.
     pub(crate) fn problems(&self, wrong: &mut Vec<String>) {
-        if self.precisions.is_empty() || !self.precisions.is_sorted_by(|a, b| a.levels() < b.levels()) {
+        if self.precisions.is_empty()
+            || !self.precisions.is_sorted_by(|a, b| a.levels() < b.levels())
+        {
             let names: Vec<_> = self.precisions.iter().map(|p| p.name()).collect();
-            wrong.push(format!("control.precisions: expected at least one, coarse to fine, got [{}]", names.join(", ")));
+            wrong.push(format!(
+                "control.precisions: expected at least one, coarse to fine, got [{}]",
+                names.join(", ")
+            ));
         } else if !self.precisions.contains(&self.initial) {
-            wrong.push(format!("control.initial: expected one of control.precisions, got {}", self.initial));
+            wrong.push(format!(
+                "control.initial: expected one of control.precisions, got {}",
+                self.initial
+            ));
         }
-        if self.min_sqnr_db.is_nan() || self.max_sqnr_db.is_nan() || self.min_sqnr_db >= self.max_sqnr_db {
-            wrong.push(format!("control.max_sqnr_db: expected more than min_sqnr_db = {}, got {}", self.min_sqnr_db, self.max_sqnr_db));
+        if self.min_sqnr_db.is_nan()
+            || self.max_sqnr_db.is_nan()
+            || self.min_sqnr_db >= self.max_sqnr_db
+        {
+            wrong.push(format!(
+                "control.max_sqnr_db: expected more than min_sqnr_db = {}, got {}",
+                self.min_sqnr_db, self.max_sqnr_db
+            ));
         }
         if self.margin_db.is_nan() || self.margin_db < 0.0 {
-            wrong.push(format!("control.margin_db: expected at least 0, got {}", self.margin_db));
+            wrong.push(format!(
+                "control.margin_db: expected at least 0, got {}",
+                self.margin_db
+            ));
         }
         if self.patience == 0 {
             wrong.push("control.patience: expected at least 1, got 0".into());
         }
         if self.window > 1 << 20 {
-            wrong.push(format!("control.window: expected at most {}, got {}", 1 << 20, self.window));
+            wrong.push(format!(
+                "control.window: expected at most {}, got {}",
+                1 << 20,
+                self.window
+            ));
         }
         for (name, [low, high]) in [("threshold", self.threshold), ("scale", self.scale)] {
             if !(0.0 <= low && low <= high && high.is_finite()) {
@@ -202,7 +255,8 @@ struct Metric {
     last: f32,
 }
 
-/// Follows a stream of quantized tensors and chooses its precision; the rule is in the [module's text](self).
+/// Follows a stream of quantized tensors and chooses its precision; the rule is in the [module's
+/// text](self).
 ///
 /// ```
 /// use bitnet_quant::{PrecisionControlConfig, PrecisionController, QuantizationStats};
@@ -243,7 +297,11 @@ impl PrecisionController {
         let mut wrong = vec![];
         config.problems(&mut wrong);
         Error::unless_empty(wrong)?;
-        let at = config.precisions.iter().position(|&p| p == config.initial).unwrap_or(0);
+        let at = config
+            .precisions
+            .iter()
+            .position(|&p| p == config.initial)
+            .unwrap_or(0);
         Ok(Self {
             at,
             levels: vec![Level::default(); config.precisions.len()],
@@ -269,13 +327,24 @@ impl PrecisionController {
     ///
     /// # Errors
     /// [`Error::Invalid`] naming each of them that is outside.
-    pub fn validate_precision_bounds(&self, precision: impl Into<Precision>, threshold: f32, scale: f32) -> Result<()> {
+    pub fn validate_precision_bounds(
+        &self,
+        precision: impl Into<Precision>,
+        threshold: f32,
+        scale: f32,
+    ) -> Result<()> {
         let (precision, mut wrong) = (precision.into(), vec![]);
         if !self.config.precisions.contains(&precision) {
             let names: Vec<_> = self.config.precisions.iter().map(|p| p.name()).collect();
-            wrong.push(format!("precision: expected one of {}, got {precision}", names.join(", ")));
+            wrong.push(format!(
+                "precision: expected one of {}, got {precision}",
+                names.join(", ")
+            ));
         }
-        for (name, [low, high], got) in [("threshold", self.config.threshold, threshold), ("scale", self.config.scale, scale)] {
+        for (name, [low, high], got) in [
+            ("threshold", self.config.threshold, threshold),
+            ("scale", self.config.scale, scale),
+        ] {
             if !(low <= got && got <= high) {
                 wrong.push(format!("{name}: expected {low} to {high}, got {got}"));
             }
@@ -283,15 +352,24 @@ impl PrecisionController {
         Error::unless_empty(wrong)
     }
 
-    /// Declares a metric of the caller: while its last value is outside `bounds`, quality counts as too low.
+    /// Declares a metric of the caller: while its last value is outside `bounds`, quality counts as
+    /// too low.
     ///
     /// # Errors
     /// [`Error::Invalid`] for bounds that are not `low <= high`.
     pub fn add_metric(&mut self, name: &str, bounds: [f32; 2]) -> Result<()> {
         if bounds.iter().any(|b| b.is_nan()) || bounds[0] > bounds[1] {
-            return Err(Error::Invalid(vec![format!("metric '{name}': expected bounds [low, high], got {bounds:?}")]));
+            return Err(Error::Invalid(vec![format!(
+                "metric '{name}': expected bounds [low, high], got {bounds:?}"
+            )]));
         }
-        self.metrics.insert(name.into(), Metric { bounds, last: bounds[0] });
+        self.metrics.insert(
+            name.into(),
+            Metric {
+                bounds,
+                last: bounds[0],
+            },
+        );
         Ok(())
     }
 
@@ -305,19 +383,32 @@ impl PrecisionController {
                 metric.last = value;
                 Ok(())
             }
-            Some(_) => Err(Error::Invalid(vec![format!("metric '{name}': expected a number, got NaN")])),
-            None => Err(Error::Invalid(vec![format!("metric '{name}' was not added")])),
+            Some(_) => Err(Error::Invalid(vec![format!(
+                "metric '{name}': expected a number, got NaN"
+            )])),
+            None => Err(Error::Invalid(vec![format!(
+                "metric '{name}' was not added"
+            )])),
         }
     }
 
     /// Records one observation and changes the precision if it is time to. Allocates nothing.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an error or a compression ratio that is negative or NaN; nothing is recorded then.
-    pub fn adjust_precision_dynamically(&mut self, stats: &QuantizationStats) -> Result<Option<PrecisionAdjustment>> {
-        for (name, got) in [("quantization_error", stats.quantization_error), ("compression_ratio", stats.compression_ratio)] {
+    /// [`Error::Invalid`] for an error or a compression ratio that is negative or NaN; nothing is
+    /// recorded then.
+    pub fn adjust_precision_dynamically(
+        &mut self,
+        stats: &QuantizationStats,
+    ) -> Result<Option<PrecisionAdjustment>> {
+        for (name, got) in [
+            ("quantization_error", stats.quantization_error),
+            ("compression_ratio", stats.compression_ratio),
+        ] {
             if got.is_nan() || got < 0.0 {
-                return Err(Error::Invalid(vec![format!("{name}: expected at least 0, got {got}")]));
+                return Err(Error::Invalid(vec![format!(
+                    "{name}: expected at least 0, got {got}"
+                )]));
             }
         }
         self.observations += 1;
@@ -335,20 +426,34 @@ impl PrecisionController {
         if arrived.1 < self.config.patience {
             *arrived = (arrived.0 + quality, arrived.1 + 1);
         }
-        let metric = self.metrics.values().find(|m| !(m.bounds[0] <= m.last && m.last <= m.bounds[1])).map(|m| m.last);
+        let metric = self
+            .metrics
+            .values()
+            .find(|m| !(m.bounds[0] <= m.last && m.last <= m.bounds[1]))
+            .map(|m| m.last);
         let low = quality < self.config.min_sqnr_db || metric.is_some();
         let high = !low && quality > self.config.max_sqnr_db;
-        self.below = if low { (self.below.0 + quality, self.below.1 + 1) } else { (0.0, 0) };
-        self.above = if high { (self.above.0 + quality, self.above.1 + 1) } else { (0.0, 0) };
+        self.below = if low {
+            (self.below.0 + quality, self.below.1 + 1)
+        } else {
+            (0.0, 0)
+        };
+        self.above = if high {
+            (self.above.0 + quality, self.above.1 + 1)
+        } else {
+            (0.0, 0)
+        };
         if !self.config.adjust {
             return Ok(None);
         }
         let patience = self.config.patience;
         if self.below.1 >= patience && self.at + 1 < self.levels.len() {
             let mean = self.below.0 / self.below.1 as f32;
-            // A metric that forced the raise says that this quality was not enough, whatever it was.
+            // A metric that forced the raise says that this quality was not enough, whatever it
+            // was.
             self.levels[self.at].left = Some(mean.min(self.config.min_sqnr_db));
-            let reason = metric.map_or(AdjustmentReason::LowQuality(mean), AdjustmentReason::Metric);
+            let reason =
+                metric.map_or(AdjustmentReason::LowQuality(mean), AdjustmentReason::Metric);
             self.raised += 1;
             return Ok(Some(self.change(self.at + 1, reason)));
         }
@@ -357,9 +462,14 @@ impl PrecisionController {
             let (sum, count) = self.levels[self.at].arrived;
             let gained = mean - sum / count.max(1) as f32;
             let enough = self.config.min_sqnr_db + self.config.margin_db;
-            if self.levels[self.at - 1].left.is_none_or(|left| left + gained >= enough) {
+            if self.levels[self.at - 1]
+                .left
+                .is_none_or(|left| left + gained >= enough)
+            {
                 self.lowered += 1;
-                return Ok(Some(self.change(self.at - 1, AdjustmentReason::Surplus(mean))));
+                return Ok(Some(
+                    self.change(self.at - 1, AdjustmentReason::Surplus(mean)),
+                ));
             }
             // The mean is to follow the stream, not to remember its beginning.
             self.above = (mean, 1);
@@ -372,7 +482,11 @@ impl PrecisionController {
         self.at = to;
         self.levels[to].arrived = (0.0, 0);
         (self.below, self.above) = ((0.0, 0), (0.0, 0));
-        PrecisionAdjustment { from_precision, to_precision: self.precision(), reason }
+        PrecisionAdjustment {
+            from_precision,
+            to_precision: self.precision(),
+            reason,
+        }
     }
 
     /// The remembered observations, oldest first.

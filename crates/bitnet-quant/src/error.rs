@@ -95,12 +95,20 @@ impl From<candle_core::Error> for Error {
 impl Error {
     /// [`Error::Invalid`] if something is wrong.
     pub(crate) fn unless_empty(wrong: Vec<String>) -> Result<()> {
-        if wrong.is_empty() { Ok(()) } else { Err(Self::Invalid(wrong)) }
+        if wrong.is_empty() {
+            Ok(())
+        } else {
+            Err(Self::Invalid(wrong))
+        }
     }
 
     #[cfg(feature = "tensor")]
     pub(crate) fn input(what: &'static str, expected: impl ToString, got: impl ToString) -> Self {
-        Self::Input { what, expected: expected.to_string(), got: got.to_string() }
+        Self::Input {
+            what,
+            expected: expected.to_string(),
+            got: got.to_string(),
+        }
     }
 }
 

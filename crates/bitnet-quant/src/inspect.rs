@@ -57,42 +57,68 @@ pub fn tensors(source: &Source) -> Vec<TensorInfo> {
         .map(|tensor| {
             let (stored_as, spec) = match &tensor.content {
                 Content::Quantized(q) => (q.layout.name().to_string(), Some(q.spec.clone())),
-                Content::Float(i) | Content::Opaque(i) => (source.stored[*i].dtype.to_string(), None),
+                Content::Float(i) | Content::Opaque(i) => {
+                    (source.stored[*i].dtype.to_string(), None)
+                }
             };
-            TensorInfo { name: tensor.name.clone(), shape: tensor.shape.clone(), stored_as, spec, bytes: tensor.bytes(source) }
+            TensorInfo {
+                name: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                stored_as,
+                spec,
+                bytes: tensor.bytes(source),
+            }
         })
         .collect()
 }
 
-/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`, `already-ternary`,
-/// `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against numbers) and `k` (columns that block layouts do not divide).
+/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`,
+/// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
+/// numbers) and `k` (columns that block layouts do not divide).
 ///
 /// # Errors
 /// [`crate::Error::File`] for what cannot be read.
 pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     let mut findings = vec![];
     for tensor in &source.tensors {
-        let mut find = |check, what: String| findings.push(Finding { tensor: tensor.name.clone(), check, what });
+        let mut find = |check, what: String| {
+            findings.push(Finding {
+                tensor: tensor.name.clone(),
+                check,
+                what,
+            })
+        };
         match &tensor.content {
             Content::Opaque(_) => {}
             Content::Quantized(q) => match source.matrix(&tensor.name, q) {
                 Err(error) => find("corrupt", error.to_string()),
                 Ok(matrix) => {
-                    if matrix.scales.iter().all(|&s| s == 0.0) || (matrix.zero_points.is_empty() && matrix.values.iter().all(|&v| v == 0)) {
+                    if matrix.scales.iter().all(|&s| s == 0.0)
+                        || (matrix.zero_points.is_empty() && matrix.values.iter().all(|&v| v == 0))
+                    {
                         find("dead", "every weight is 0".into());
                     }
                     if matrix.spec.precision == Precision::Ternary
                         && matrix.spec.granularity == Granularity::Tensor
-                        && let Verdict::Contradiction { gain, other } = judge_scales(&[(matrix.scales[0].abs(), matrix.spec.cols)])
+                        && let Verdict::Contradiction { gain, other } =
+                            judge_scales(&[(matrix.scales[0].abs(), matrix.spec.cols)])
                     {
-                        find("scale", format!("the layer amplifies {gain:.3e} times, with the inverse scale {other:.3}: is it 1/scale?"));
+                        find(
+                            "scale",
+                            format!(
+                                "the layer amplifies {gain:.3e} times, with the inverse scale {other:.3}: is it 1/scale?"
+                            ),
+                        );
                     }
                 }
             },
             Content::Float(stored) => {
                 let dtype = source.stored[*stored].dtype;
                 if dtype.block() > 1 {
-                    find("already-quantized", format!("stored as {dtype}: quantizing it again adds to the error it has"));
+                    find(
+                        "already-quantized",
+                        format!("stored as {dtype}: quantizing it again adds to the error it has"),
+                    );
                 }
                 lint_floats(source, tensor, kernels, &mut find)?;
             }
@@ -101,7 +127,12 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-fn lint_floats(source: &Source, tensor: &Tensor, kernels: Kernels, find: &mut dyn FnMut(&'static str, String)) -> Result<()> {
+fn lint_floats(
+    source: &Source,
+    tensor: &Tensor,
+    kernels: Kernels,
+    find: &mut dyn FnMut(&'static str, String),
+) -> Result<()> {
     let (all, ternary_rows, rows) = with_rows(source, tensor, None, |rows| {
         let rows = match tensor.matrix_shape() {
             Some((_, cols)) => rows.reshaped(cols),
@@ -117,7 +148,8 @@ fn lint_floats(source: &Source, tensor: &Tensor, kernels: Kernels, find: &mut dy
                     let mut part = (Moments::EMPTY, 0);
                     for row in scratch.weights.chunks(rows.cols.max(1)) {
                         let moments = kernels.moments(row);
-                        let ternary = moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
+                        let ternary =
+                            moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
                         part = (part.0.then(moments), part.1 + usize::from(ternary));
                     }
                     Ok(part)
@@ -138,18 +170,34 @@ fn lint_floats(source: &Source, tensor: &Tensor, kernels: Kernels, find: &mut dy
         return Ok(());
     };
     if !all.finite {
-        find("not-finite", "NaN or infinity: it cannot be quantized".into());
+        find(
+            "not-finite",
+            "NaN or infinity: it cannot be quantized".into(),
+        );
     } else if all.count > 0 && all.max_abs() == 0.0 {
         find("dead", "every weight is 0".into());
     } else if let Some(s) = all.ternary_magnitude() {
-        find("already-ternary", format!("every weight is -{s}, 0 or {s}: quantizing keeps codes and scale"));
+        find(
+            "already-ternary",
+            format!("every weight is -{s}, 0 or {s}: quantizing keeps codes and scale"),
+        );
     } else if rows > 1 && cols > 2 && ternary_rows == rows {
         find("already-ternary", "each row has one magnitude: quantize with granularity channel to keep codes and scales".into());
     }
     if tensor.shape.len() == 2 {
-        let refused: Vec<&str> = pack::layouts().iter().filter(|l| l.stores_scales() && !fits(**l, cols)).map(|l| l.name()).collect();
+        let refused: Vec<&str> = pack::layouts()
+            .iter()
+            .filter(|l| l.stores_scales() && !fits(**l, cols))
+            .map(|l| l.name())
+            .collect();
         if !refused.is_empty() {
-            find("k", format!("{cols} columns do not divide into the blocks of {}", refused.join(", ")));
+            find(
+                "k",
+                format!(
+                    "{cols} columns do not divide into the blocks of {}",
+                    refused.join(", ")
+                ),
+            );
         }
     }
     Ok(())
@@ -159,7 +207,10 @@ fn lint_floats(source: &Source, tensor: &Tensor, kernels: Kernels, find: &mut dy
 fn fits(layout: &dyn Layout, cols: usize) -> bool {
     Precision::ALL.iter().any(|&precision| {
         ScaleDtype::ALL.iter().any(|&dtype| {
-            let spec = MatrixSpec { scale_dtype: dtype, ..MatrixSpec::new(4, cols, precision, Granularity::Tensor) };
+            let spec = MatrixSpec {
+                scale_dtype: dtype,
+                ..MatrixSpec::new(4, cols, precision, Granularity::Tensor)
+            };
             layout.check(&spec).is_ok()
         })
     })

@@ -46,13 +46,19 @@ pub mod tensor;
 pub mod verify;
 
 pub use bitnet_formats::Source;
-pub use config::{Activations, Compute, ConfigurationPreset, Machine, QuantizationConfig, QuantizationConfigBuilder, Search};
-pub use control::{PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats};
+pub use config::{
+    Activations, Compute, ConfigurationPreset, Machine, QuantizationConfig,
+    QuantizationConfigBuilder, Search,
+};
+pub use control::{
+    PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats,
+};
 pub use error::{Error, Result};
 pub use names::{
-    BinaryThresholdMethod, MultiBitParams, OneBitParams, OneFiveEightBitParams, OptimizationConfig, OptimizationLevel, PackingConfig,
-    QuantizationPrecision, QuantizationScheme, QuantizationSchemeConfig, QuantizationStrategy, SchemeParameters, TernaryMethod,
-    TernaryPacker, WeightQuantizationConfigBuilder, create_custom_enhanced_config,
+    BinaryThresholdMethod, MultiBitParams, OneBitParams, OneFiveEightBitParams, OptimizationConfig,
+    OptimizationLevel, PackingConfig, QuantizationPrecision, QuantizationScheme,
+    QuantizationSchemeConfig, QuantizationStrategy, SchemeParameters, TernaryMethod, TernaryPacker,
+    WeightQuantizationConfigBuilder, create_custom_enhanced_config,
 };
 pub use plan::{GENERATOR, Job};
 pub use recipe::{Format, Recipe};
@@ -61,15 +67,16 @@ pub use recipe::{Format, Recipe};
 pub use qat::{QATConfig, QATTrainer, StraightThroughEstimator};
 #[cfg(all(feature = "tensor", feature = "advanced"))]
 pub use tensor::mixed::{
-    LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer, PrecisionAdjustmentParams,
-    create_mixed_precision_quantizer,
+    LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer,
+    PrecisionAdjustmentParams, create_mixed_precision_quantizer,
 };
 #[cfg(feature = "tensor")]
 pub use tensor::{
     bitlinear::{BitLinear, BitLinearConfig, BitLinearConfigBuilder, Speedup, SubNorm},
     quantizer::{
-        BitNetQuantizer, ConfigurableQuantizationScheme, QuantizationSchemeFactory, QuantizedTensor, Quantizer, QuantizerFactory,
-        StreamingQuantizer, WeightQuantizer, absmax_quantize_activations, absmean_quantize_weights, create_precision_controller,
+        BitNetQuantizer, ConfigurableQuantizationScheme, QuantizationSchemeFactory,
+        QuantizedTensor, Quantizer, QuantizerFactory, StreamingQuantizer, WeightQuantizer,
+        absmax_quantize_activations, absmean_quantize_weights, create_precision_controller,
         quantize_activations, quantize_tensor, sign_quantize_activations,
     },
     runtime::Runtime,
@@ -83,18 +90,21 @@ pub mod prelude {
     #[cfg(feature = "calibration")]
     pub use crate::tensor::observe::Observed;
     pub use crate::{
-        Activations, BinaryThresholdMethod, BitLinear, BitLinearConfig, BitNetQuantizer, ConfigurableQuantizationScheme,
-        ConfigurationPreset, MultiBitParams, OneBitParams, OneFiveEightBitParams, OptimizationConfig, OptimizationLevel, PackingConfig,
-        PrecisionControlConfig, PrecisionController, QuantizationConfig, QuantizationConfigBuilder, QuantizationPrecision,
-        QuantizationScheme, QuantizationSchemeConfig, QuantizationSchemeFactory, QuantizationStats, QuantizationStrategy, QuantizedTensor,
-        Quantizer, QuantizerFactory, SchemeParameters, Search, StreamingQuantizer, SubNorm, TernaryMethod, TernaryPacker,
-        WeightQuantizationConfigBuilder, WeightQuantizer, absmax_quantize_activations, absmean_quantize_weights,
-        create_custom_enhanced_config, create_precision_controller, sign_quantize_activations,
+        Activations, BinaryThresholdMethod, BitLinear, BitLinearConfig, BitNetQuantizer,
+        ConfigurableQuantizationScheme, ConfigurationPreset, MultiBitParams, OneBitParams,
+        OneFiveEightBitParams, OptimizationConfig, OptimizationLevel, PackingConfig,
+        PrecisionControlConfig, PrecisionController, QuantizationConfig, QuantizationConfigBuilder,
+        QuantizationPrecision, QuantizationScheme, QuantizationSchemeConfig,
+        QuantizationSchemeFactory, QuantizationStats, QuantizationStrategy, QuantizedTensor,
+        Quantizer, QuantizerFactory, SchemeParameters, Search, StreamingQuantizer, SubNorm,
+        TernaryMethod, TernaryPacker, WeightQuantizationConfigBuilder, WeightQuantizer,
+        absmax_quantize_activations, absmean_quantize_weights, create_custom_enhanced_config,
+        create_precision_controller, sign_quantize_activations,
     };
     #[cfg(feature = "advanced")]
     pub use crate::{
-        LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer, PrecisionAdjustmentParams,
-        create_mixed_precision_quantizer,
+        LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer,
+        PrecisionAdjustmentParams, create_mixed_precision_quantizer,
     };
     pub use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
 }

@@ -1,4 +1,5 @@
-//! Other names for the same things, for code that thinks in bits. Each is the type it stands for, or converts into it.
+//! Other names for the same things, for code that thinks in bits. Each is the type it stands for,
+//! or converts into it.
 
 use crate::config::{QuantizationConfig, QuantizationConfigBuilder};
 use crate::recipe::{Choices, Target};
@@ -176,11 +177,26 @@ impl From<&Scheme> for Choices {
             ..Self::default()
         };
         match scheme.method {
-            Method::Ternary { threshold, scale, planes } => {
-                Self { threshold: Some(threshold), scale: Some(scale), planes: Some(planes), ..storage }
-            }
-            Method::Binary { split, stochastic } => Self { split: Some(split), seed: stochastic, ..storage },
-            Method::Int { mapping, clip, .. } => Self { mapping: Some(mapping), clip: Some(clip), ..storage },
+            Method::Ternary {
+                threshold,
+                scale,
+                planes,
+            } => Self {
+                threshold: Some(threshold),
+                scale: Some(scale),
+                planes: Some(planes),
+                ..storage
+            },
+            Method::Binary { split, stochastic } => Self {
+                split: Some(split),
+                seed: stochastic,
+                ..storage
+            },
+            Method::Int { mapping, clip, .. } => Self {
+                mapping: Some(mapping),
+                clip: Some(clip),
+                ..storage
+            },
         }
     }
 }
@@ -255,7 +271,11 @@ pub struct OptimizationConfig {
 
 impl Default for OptimizationConfig {
     fn default() -> Self {
-        Self { enable_simd: true, parallel_processing: true, memory_optimization_level: OptimizationLevel::Basic }
+        Self {
+            enable_simd: true,
+            parallel_processing: true,
+            memory_optimization_level: OptimizationLevel::Basic,
+        }
     }
 }
 
@@ -266,7 +286,8 @@ pub struct QuantizationSchemeConfig {
     pub base: QuantizationConfig,
     /// Choices for each precision.
     pub scheme_params: SchemeParameters,
-    /// Ternary: the threshold that follows the shape of the weights, instead of the one in `scheme_params`.
+    /// Ternary: the threshold that follows the shape of the weights, instead of the one in
+    /// `scheme_params`.
     pub adaptive_threshold: bool,
     /// How the work is done.
     pub optimization: OptimizationConfig,
@@ -279,15 +300,30 @@ impl TryFrom<QuantizationSchemeConfig> for QuantizationConfig {
         let builder = QuantizationConfigBuilder::new().base(literal.base);
         let precision = builder.weight_precision();
         let choices = match precision {
-            Precision::Binary => {
-                Choices { split: Some(params.one_bit.threshold_method), seed: params.one_bit.stochastic_seed, ..Choices::default() }
-            }
+            Precision::Binary => Choices {
+                split: Some(params.one_bit.threshold_method),
+                seed: params.one_bit.stochastic_seed,
+                ..Choices::default()
+            },
             Precision::Ternary => {
                 let p = params.one_five_eight_bit;
-                let threshold = if literal.adaptive_threshold { Some(Threshold::Adaptive) } else { p.threshold_method };
-                Choices { threshold, scale: Some(p.scale), planes: p.planes, ..Choices::default() }
+                let threshold = if literal.adaptive_threshold {
+                    Some(Threshold::Adaptive)
+                } else {
+                    p.threshold_method
+                };
+                Choices {
+                    threshold,
+                    scale: Some(p.scale),
+                    planes: p.planes,
+                    ..Choices::default()
+                }
             }
-            _ => Choices { mapping: Some(params.multi_bit.mapping), clip: Some(params.multi_bit.clip), ..Choices::default() },
+            _ => Choices {
+                mapping: Some(params.multi_bit.mapping),
+                clip: Some(params.multi_bit.clip),
+                ..Choices::default()
+            },
         };
         let how = literal.optimization;
         builder

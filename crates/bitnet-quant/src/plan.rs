@@ -92,28 +92,39 @@ pub struct Job<'a> {
 
 /// Whether a path names a folder of tensors or one file.
 fn is_folder(out: &std::path::Path) -> bool {
-    !out.extension().is_some_and(|e| e == "safetensors" || e == "gguf")
+    !out.extension()
+        .is_some_and(|e| e == "safetensors" || e == "gguf")
 }
 
 impl<'a> Job<'a> {
     /// Quantizes the tensors that the recipe selects, and keeps the others.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for choices that do not exist, do not apply, or select nothing; [`Error::Tensor`] for a layout that cannot hold a tensor.
+    /// [`Error::Recipe`] for choices that do not exist, do not apply, or select nothing;
+    /// [`Error::Tensor`] for a layout that cannot hold a tensor.
     pub fn quantize(source: &'a Source, recipe: &Recipe, out: &std::path::Path) -> Result<Self> {
         Self::quantize_weighted(source, recipe, out, BTreeMap::new(), BTreeMap::new())
     }
 
-    /// The same with values and scales that are known already, as training with learned scales leaves them, for the tensors of these names: of them the
-    /// recipe says no more than the container and the layout. Where no layout of the container can hold such a tensor, the floats of the source stay.
+    /// The same with values and scales that are known already, as training with learned scales
+    /// leaves them, for the tensors of these names: of them the recipe says no more than the
+    /// container and the layout. Where no layout of the container can hold such a tensor, the
+    /// floats of the source stay.
     ///
     /// # Errors
-    /// As [`Job::quantize`]; also for a matrix of another shape, or of a tensor that the recipe does not quantize.
-    pub fn quantize_given(source: &'a Source, recipe: &Recipe, out: &std::path::Path, given: BTreeMap<String, Matrix>) -> Result<Self> {
+    /// As [`Job::quantize`]; also for a matrix of another shape, or of a tensor that the recipe
+    /// does not quantize.
+    pub fn quantize_given(
+        source: &'a Source,
+        recipe: &Recipe,
+        out: &std::path::Path,
+        given: BTreeMap<String, Matrix>,
+    ) -> Result<Self> {
         Self::quantize_weighted(source, recipe, out, BTreeMap::new(), given)
     }
 
-    /// The same with errors weighted by the second moments of the channels: for tensors that were observed, and rules that can weigh them.
+    /// The same with errors weighted by the second moments of the channels: for tensors that were
+    /// observed, and rules that can weigh them.
     ///
     /// # Errors
     /// As [`Job::quantize`]; also for a calibration of another model.
@@ -124,9 +135,20 @@ impl<'a> Job<'a> {
         out: &std::path::Path,
         calibration: &crate::calibration::Calibration,
     ) -> Result<Self> {
-        let importance: BTreeMap<_, _> = calibration.layers.iter().map(|(name, l)| (name.clone(), l.second_moments())).collect();
-        if !source.tensors.iter().any(|t| importance.contains_key(&t.name)) {
-            return Err(Error::Recipe(format!("the calibration has no tensor of {}", source.path.display())));
+        let importance: BTreeMap<_, _> = calibration
+            .layers
+            .iter()
+            .map(|(name, l)| (name.clone(), l.second_moments()))
+            .collect();
+        if !source
+            .tensors
+            .iter()
+            .any(|t| importance.contains_key(&t.name))
+        {
+            return Err(Error::Recipe(format!(
+                "the calibration has no tensor of {}",
+                source.path.display()
+            )));
         }
         Self::quantize_weighted(source, recipe, out, importance, BTreeMap::new())
     }
@@ -139,7 +161,9 @@ impl<'a> Job<'a> {
         given: BTreeMap<String, Matrix>,
     ) -> Result<Self> {
         if recipe.search.is_some() {
-            return Err(Error::Recipe("the search has to be carried out first: search::resolve".into()));
+            return Err(Error::Recipe(
+                "the search has to be carried out first: search::resolve".into(),
+            ));
         }
         let selector = recipe.selector(source)?;
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
@@ -163,16 +187,25 @@ impl<'a> Job<'a> {
             }
         }
         if let Some(name) = builder.given.keys().next() {
-            return Err(Error::Recipe(format!("values for '{name}', which the recipe does not quantize")));
+            return Err(Error::Recipe(format!(
+                "values for '{name}', which the recipe does not quantize"
+            )));
         }
         if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
-            return Err(Error::Recipe(format!("selects no tensor of {}; see --include and --exclude", source.path.display())));
+            return Err(Error::Recipe(format!(
+                "selects no tensor of {}; see --include and --exclude",
+                source.path.display()
+            )));
         }
-        let recipe = Recipe { compute: Compute::default(), ..recipe.clone() };
+        let recipe = Recipe {
+            compute: Compute::default(),
+            ..recipe.clone()
+        };
         builder.finish(serde_json::to_value(recipe).unwrap_or_default())
     }
 
-    /// Writes the same values and scales in another container or layout; float tensors stay as they are.
+    /// Writes the same values and scales in another container or layout; float tensors stay as they
+    /// are.
     ///
     /// # Errors
     /// As [`Job::quantize`]; also where the source holds scales that the layout cannot.
@@ -190,14 +223,19 @@ impl<'a> Job<'a> {
                 _ => builder.keep(i)?,
             }
         }
-        builder.finish(serde_json::json!({"command": "convert", "format": format, "layout": layout}))
+        builder
+            .finish(serde_json::json!({"command": "convert", "format": format, "layout": layout}))
     }
 
     /// Writes every tensor as floats.
     ///
     /// # Errors
     /// As [`Job::quantize`].
-    pub fn dequantize(source: &'a Source, dtype: ScaleDtype, out: &std::path::Path) -> Result<Self> {
+    pub fn dequantize(
+        source: &'a Source,
+        dtype: ScaleDtype,
+        out: &std::path::Path,
+    ) -> Result<Self> {
         let mut builder = Builder::new(source, Format::Safetensors, out, None)?;
         for (i, tensor) in source.tensors.iter().enumerate() {
             match tensor.content {
@@ -210,7 +248,11 @@ impl<'a> Job<'a> {
 
     /// Bytes that will be read, for a progress bar.
     pub fn input_bytes(&self) -> u64 {
-        self.units.iter().filter_map(|u| u.tensor).map(|t| self.source.tensors[t].bytes(self.source)).sum()
+        self.units
+            .iter()
+            .filter_map(|u| u.tensor)
+            .map(|t| self.source.tensors[t].bytes(self.source))
+            .sum()
     }
 }
 
@@ -239,20 +281,33 @@ pub(crate) struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    pub(crate) fn new(source: &'a Source, format: Format, out: &std::path::Path, linear_class: Option<LinearClass>) -> Result<Self> {
+    pub(crate) fn new(
+        source: &'a Source,
+        format: Format,
+        out: &std::path::Path,
+        linear_class: Option<LinearClass>,
+    ) -> Result<Self> {
         if linear_class.is_some() && format != Format::HfBitnet {
-            return Err(Error::Recipe("linear_class applies to format hf-bitnet only".into()));
+            return Err(Error::Recipe(
+                "linear_class applies to format hf-bitnet only".into(),
+            ));
         }
         let folder = format != Format::Gguf && is_folder(out);
         match (format, out.extension().and_then(|e| e.to_str())) {
             (Format::HfBitnet, Some(e @ ("safetensors" | "gguf"))) => {
-                return Err(Error::Recipe(format!("format hf-bitnet writes a folder, and the output is named .{e}")));
+                return Err(Error::Recipe(format!(
+                    "format hf-bitnet writes a folder, and the output is named .{e}"
+                )));
             }
             (Format::Safetensors, Some("gguf")) => {
-                return Err(Error::Recipe("format safetensors, and the output is named .gguf; give --format gguf".into()));
+                return Err(Error::Recipe(
+                    "format safetensors, and the output is named .gguf; give --format gguf".into(),
+                ));
             }
             (Format::Gguf, Some("safetensors")) => {
-                return Err(Error::Recipe("format gguf, and the output is named .safetensors".into()));
+                return Err(Error::Recipe(
+                    "format gguf, and the output is named .safetensors".into(),
+                ));
             }
             _ => {}
         }
@@ -279,8 +334,17 @@ impl<'a> Builder<'a> {
         if format == Format::Gguf {
             builder.start_gguf()?;
         } else {
-            let metadata = source.metadata.iter().filter(|(k, _)| k != document::KEY && k != "format").cloned();
-            builder.container = Container::Safetensors([("format".into(), "pt".into())].into_iter().chain(metadata).collect());
+            let metadata = source
+                .metadata
+                .iter()
+                .filter(|(k, _)| k != document::KEY && k != "format")
+                .cloned();
+            builder.container = Container::Safetensors(
+                [("format".into(), "pt".into())]
+                    .into_iter()
+                    .chain(metadata)
+                    .collect(),
+            );
             if folder {
                 builder.start_folder()?;
             }
@@ -289,16 +353,34 @@ impl<'a> Builder<'a> {
     }
 
     fn path(&self, tensor: &Tensor) -> PathBuf {
-        tensor.stored().first().map_or_else(|| self.source.path.clone(), |&i| self.source.file_of(i).to_path_buf())
+        tensor.stored().first().map_or_else(
+            || self.source.path.clone(),
+            |&i| self.source.file_of(i).to_path_buf(),
+        )
     }
 
     fn tensor_error(&self, tensor: &Tensor) -> impl FnOnce(bitnet_core::Error) -> Error + use<> {
         let (path, tensor) = (self.path(tensor), tensor.name.clone());
-        move |source| Error::Tensor { path, tensor, source }
+        move |source| Error::Tensor {
+            path,
+            tensor,
+            source,
+        }
     }
 
-    fn add_out(&mut self, name: String, shape: Vec<usize>, dtype: StoredType, len: PackedLen) -> usize {
-        self.tensors.push(OutTensor { name, shape, dtype, len });
+    fn add_out(
+        &mut self,
+        name: String,
+        shape: Vec<usize>,
+        dtype: StoredType,
+        len: PackedLen,
+    ) -> usize {
+        self.tensors.push(OutTensor {
+            name,
+            shape,
+            dtype,
+            len,
+        });
         self.tensors.len() - 1
     }
 
@@ -311,7 +393,16 @@ impl<'a> Builder<'a> {
         (data, scale, zero): (usize, Option<usize>, Option<usize>),
         note: Option<String>,
     ) {
-        self.units.push(Unit { tensor, name, work, rows, data, scale, zero, note });
+        self.units.push(Unit {
+            tensor,
+            name,
+            work,
+            rows,
+            data,
+            scale,
+            zero,
+            note,
+        });
     }
 
     /// The tensor as it is, as far as the container can hold it.
@@ -324,7 +415,9 @@ impl<'a> Builder<'a> {
         let dtype = self.source.stored[stored].dtype;
         match (self.format, dtype) {
             // llama.cpp takes one-dimensional weights as f32 only.
-            (Format::Gguf, StoredType::Plain(_)) if tensor.shape.len() == 1 && dtype.is_float() && dtype != StoredType::F32 => {
+            (Format::Gguf, StoredType::Plain(_))
+                if tensor.shape.len() == 1 && dtype.is_float() && dtype != StoredType::F32 =>
+            {
                 return self.cast(index, ScaleDtype::F32, None);
             }
             (Format::Gguf, _) if dtype.to_ggml().is_none() => {
@@ -334,7 +427,11 @@ impl<'a> Builder<'a> {
                 }));
             }
             (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) if dtype.is_float() => {
-                return self.cast(index, ScaleDtype::F32, Some(format!("{dtype} decoded to f32")));
+                return self.cast(
+                    index,
+                    ScaleDtype::F32,
+                    Some(format!("{dtype} decoded to f32")),
+                );
             }
             (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) => {
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
@@ -344,19 +441,37 @@ impl<'a> Builder<'a> {
             }
             _ => {}
         }
-        let Some((name, rows)) = self.rename(tensor)? else { return Ok(()) };
+        let Some((name, rows)) = self.rename(tensor)? else {
+            return Ok(());
+        };
         let len = PackedLen::Exact(self.source.stored[stored].len as usize);
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype, len);
-        self.push(Some(index), name, Work::Copy, rows, (data, None, None), None);
+        self.push(
+            Some(index),
+            name,
+            Work::Copy,
+            rows,
+            (data, None, None),
+            None,
+        );
         Ok(())
     }
 
     fn cast(&mut self, index: usize, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
         let tensor = &self.source.tensors[index];
-        let Some((name, rows)) = self.rename(tensor)? else { return Ok(()) };
+        let Some((name, rows)) = self.rename(tensor)? else {
+            return Ok(());
+        };
         let len = PackedLen::Exact(tensor.elements() * dtype.bytes());
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype.into(), len);
-        self.push(Some(index), name, Work::Cast(dtype), rows, (data, None, None), note);
+        self.push(
+            Some(index),
+            name,
+            Work::Cast(dtype),
+            rows,
+            (data, None, None),
+            note,
+        );
         Ok(())
     }
 
@@ -365,26 +480,47 @@ impl<'a> Builder<'a> {
         if pack.scheme.is_some_and(|s| s.uses_importance()) {
             pack.importance = self.importance.get(&tensor.name).cloned();
         }
-        if let Some(h) = pack.importance.as_ref().filter(|h| h.len() != pack.spec.cols) {
-            let error = bitnet_core::Error::Length { what: "calibrated channels", expected: pack.spec.cols, got: h.len() };
+        if let Some(h) = pack
+            .importance
+            .as_ref()
+            .filter(|h| h.len() != pack.spec.cols)
+        {
+            let error = bitnet_core::Error::Length {
+                what: "calibrated channels",
+                expected: pack.spec.cols,
+                got: h.len(),
+            };
             return Err(self.tensor_error(tensor)(error));
         }
-        let Some((name, rows)) = self.rename(tensor)? else { return Ok(()) };
+        let Some((name, rows)) = self.rename(tensor)? else {
+            return Ok(());
+        };
         let spec = &pack.spec;
         let len = match pack.layout {
             Some(layout) => layout.packed_len(spec),
             None => PackedLen::AtMost(
-                pack::layouts().iter().filter(|l| l.check(spec).is_ok()).map(|l| l.packed_len(spec).bound()).max().unwrap_or(0),
+                pack::layouts()
+                    .iter()
+                    .filter(|l| l.check(spec).is_ok())
+                    .map(|l| l.packed_len(spec).bound())
+                    .max()
+                    .unwrap_or(0),
             ),
         };
         let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
-                let ggml = ggml_type_of(layout_name).map(StoredType::Ggml).unwrap_or(StoredType::U8);
+                let ggml = ggml_type_of(layout_name)
+                    .map(StoredType::Ggml)
+                    .unwrap_or(StoredType::U8);
                 (name.clone(), tensor.shape.clone(), ggml)
             }
-            Format::HfBitnet => (name.clone(), vec![spec.rows.div_ceil(4), spec.cols], StoredType::U8),
+            Format::HfBitnet => (
+                name.clone(),
+                vec![spec.rows.div_ceil(4), spec.cols],
+                StoredType::U8,
+            ),
             Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
@@ -411,7 +547,12 @@ impl<'a> Builder<'a> {
         if !stores_scales {
             let scale_name = format!("{name}_scale");
             let len = PackedLen::Exact(spec.scales_len() * pack.scale_dtype.bytes());
-            scale = Some(self.add_out(scale_name.clone(), scale_shape.clone(), pack.scale_dtype.into(), len));
+            scale = Some(self.add_out(
+                scale_name.clone(),
+                scale_shape.clone(),
+                pack.scale_dtype.into(),
+                len,
+            ));
             entry.scale = Some(scale_name);
         }
         if spec.zero_points != ZeroPoints::None {
@@ -420,11 +561,23 @@ impl<'a> Builder<'a> {
                 _ => (StoredType::I8, 1),
             };
             let zero_name = format!("{name}_zero_point");
-            zero = Some(self.add_out(zero_name.clone(), scale_shape, dtype, PackedLen::Exact(spec.scales_len() * size)));
+            zero = Some(self.add_out(
+                zero_name.clone(),
+                scale_shape,
+                dtype,
+                PackedLen::Exact(spec.scales_len() * size),
+            ));
             entry.zero_point = Some(zero_name);
         }
         self.packed.insert(name.clone(), entry);
-        self.push(Some(index), name, Work::Pack(pack), rows, (data, scale, zero), note);
+        self.push(
+            Some(index),
+            name,
+            Work::Pack(pack),
+            rows,
+            (data, scale, zero),
+            note,
+        );
         Ok(())
     }
 
@@ -432,15 +585,23 @@ impl<'a> Builder<'a> {
         if let Container::Gguf(metadata) = &mut self.container
             && let Some(file_type) = surroundings::file_type(&self.tensors)
         {
-            let after = metadata.iter().position(|(k, _)| k == "general.architecture").map_or(0, |i| i + 1);
-            metadata.insert(after, ("general.file_type".into(), gguf::Value::from(file_type)));
+            let after = metadata
+                .iter()
+                .position(|(k, _)| k == "general.architecture")
+                .map_or(0, |i| i + 1);
+            metadata.insert(
+                after,
+                ("general.file_type".into(), gguf::Value::from(file_type)),
+            );
         }
         self.finish_config()?;
         let mut files = BTreeMap::new();
         for (name, sidecar) in self.sidecars.iter().flatten() {
             let sum = match sidecar {
                 Sidecar::Bytes(bytes) => document::checksum(bytes),
-                Sidecar::Copy(path) => document::checksum(&std::fs::read(path).map_err(bitnet_formats::Error::io(path, "read"))?),
+                Sidecar::Copy(path) => document::checksum(
+                    &std::fs::read(path).map_err(bitnet_formats::Error::io(path, "read"))?,
+                ),
             };
             files.insert(name.clone(), sum);
         }
@@ -465,7 +626,12 @@ impl<'a> Builder<'a> {
         Ok(Job {
             source: self.source,
             units: self.units,
-            layout: output::Layout { container: self.container, document, tensors: self.tensors, job },
+            layout: output::Layout {
+                container: self.container,
+                document,
+                tensors: self.tensors,
+                job,
+            },
             sidecars: self.sidecars,
             notes: self.notes,
         })

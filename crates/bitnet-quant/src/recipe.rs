@@ -1,10 +1,13 @@
-//! Recipes: which tensors become what. The same type serves the command line, TOML and JSON files, the metadata of the result, and the
-//! library, which calls it [`QuantizationConfig`](crate::QuantizationConfig).
+//! Recipes: which tensors become what. The same type serves the command line, TOML and JSON files,
+//! the metadata of the result, and the library, which calls it
+//! [`QuantizationConfig`](crate::QuantizationConfig).
 
 use crate::config::{Activations, Compute, Search};
 use crate::control::PrecisionControlConfig;
 use crate::{Error, Result};
-use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold};
+use bitnet_core::scheme::{
+    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold,
+};
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Source, Tensor};
@@ -20,7 +23,8 @@ pub const VERSION: u32 = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// safetensors with packed uint8 tensors and scales: one file, or a folder if the path has no ending.
+    /// safetensors with packed uint8 tensors and scales: one file, or a folder if the path has no
+    /// ending.
     #[default]
     Safetensors,
     /// A folder that HF transformers and mlx-lm open: ternary, one scale for each tensor.
@@ -36,7 +40,11 @@ impl FromStr for Format {
             "safetensors" => Ok(Self::Safetensors),
             "hf-bitnet" => Ok(Self::HfBitnet),
             "gguf" => Ok(Self::Gguf),
-            _ => Err(bitnet_core::Error::UnknownName { what: "format", got: s.into(), expected: "safetensors, hf-bitnet, gguf".into() }),
+            _ => Err(bitnet_core::Error::UnknownName {
+                what: "format",
+                got: s.into(),
+                expected: "safetensors, hf-bitnet, gguf".into(),
+            }),
         }
     }
 }
@@ -68,13 +76,14 @@ impl FromStr for Target {
         if s == "keep" {
             return Ok(Self::Keep);
         }
-        s.parse().map(Self::Quantized).or_else(|_| s.parse().map(Self::Float)).map_err(|_: bitnet_core::Error| {
-            bitnet_core::Error::UnknownName {
+        s.parse()
+            .map(Self::Quantized)
+            .or_else(|_| s.parse().map(Self::Float))
+            .map_err(|_: bitnet_core::Error| bitnet_core::Error::UnknownName {
                 what: "precision",
                 got: s.into(),
                 expected: "binary, ternary, int2, int3, int4, int8, f32, f16, bf16, keep".into(),
-            }
-        })
+            })
     }
 }
 
@@ -86,11 +95,14 @@ impl Serialize for Target {
 
 impl<'de> Deserialize<'de> for Target {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
-/// Choices for one tensor; what is absent is inherited, at last from the defaults of precision and format.
+/// Choices for one tensor; what is absent is inherited, at last from the defaults of precision and
+/// format.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Choices {
@@ -145,7 +157,10 @@ impl Choices {
     pub fn over(&self, base: &Self) -> Self {
         let mut base = base.clone();
         if let Some(target) = self.precision
-            && base.precision.unwrap_or(Target::Quantized(Precision::Ternary)) != target
+            && base
+                .precision
+                .unwrap_or(Target::Quantized(Precision::Ternary))
+                != target
         {
             base = Self {
                 threshold: None,
@@ -159,12 +174,28 @@ impl Choices {
                 ..base
             };
         }
-        inherit!(self, base, precision, threshold, scale, planes, split, seed, mapping, clip, granularity, scale_dtype, rounding, layout)
+        inherit!(
+            self,
+            base,
+            precision,
+            threshold,
+            scale,
+            planes,
+            split,
+            seed,
+            mapping,
+            clip,
+            granularity,
+            scale_dtype,
+            rounding,
+            layout
+        )
     }
 
     /// The precision chosen, ternary by default.
     pub fn target(&self) -> Target {
-        self.precision.unwrap_or(Target::Quantized(Precision::Ternary))
+        self.precision
+            .unwrap_or(Target::Quantized(Precision::Ternary))
     }
 
     /// The precision, if the target is quantized.
@@ -191,15 +222,23 @@ impl Choices {
             (int, "clip", self.clip.is_some()),
             (precision.is_some(), "layout", self.layout.is_some()),
         ];
-        choices.into_iter().filter(|&(applies, _, set)| set && !applies).map(|(_, name, _)| name)
+        choices
+            .into_iter()
+            .filter(|&(applies, _, set)| set && !applies)
+            .map(|(_, name, _)| name)
     }
 
     /// Each wrong choice with what is wrong; `at` is where these choices stand.
     pub(crate) fn problems(&self, at: &str, wrong: &mut Vec<String>) {
         let before = wrong.len();
-        wrong.extend(self.inapplicable().map(|name| format!("{at}.{name}: does not apply to precision {}", self.target())));
+        wrong.extend(
+            self.inapplicable()
+                .map(|name| format!("{at}.{name}: does not apply to precision {}", self.target())),
+        );
         if self.granularity == Some(Granularity::Group(0)) {
-            wrong.push(format!("{at}.granularity: expected a group of at least 1 column, got 0"));
+            wrong.push(format!(
+                "{at}.granularity: expected a group of at least 1 column, got 0"
+            ));
         }
         if let Some(planes) = self.planes.filter(|n| !(1..=3).contains(n)) {
             wrong.push(format!("{at}.planes: expected 1 to 3, got {planes}"));
@@ -215,14 +254,22 @@ impl Choices {
         if let Some(Clip::Rms(x)) = self.clip {
             positive("clip", x, wrong);
         }
-        if let Some(Err(error)) =
-            self.layout.as_deref().filter(|&name| name != bitnet_formats::output::AUTO).map(bitnet_core::pack::by_name)
+        if let Some(Err(error)) = self
+            .layout
+            .as_deref()
+            .filter(|&name| name != bitnet_formats::output::AUTO)
+            .map(bitnet_core::pack::by_name)
         {
             wrong.push(format!("{at}.layout: {error}"));
         }
-        // What is left are combinations: several planes with another threshold, stochastic with another split.
+        // What is left are combinations: several planes with another threshold, stochastic with
+        // another split.
         if wrong.len() == before
-            && let Err(error) = self.scheme(self.granularity.unwrap_or(Granularity::Channel), ScaleDtype::F32, ScaleForm::Direct)
+            && let Err(error) = self.scheme(
+                self.granularity.unwrap_or(Granularity::Channel),
+                ScaleDtype::F32,
+                ScaleForm::Direct,
+            )
         {
             wrong.push(format!("{at}: {error}"));
         }
@@ -234,28 +281,64 @@ impl Choices {
     /// As [`Choices::scheme`].
     pub fn plain_scheme(&self) -> Result<Option<Scheme>> {
         let granularity = self.granularity.unwrap_or(Granularity::Channel);
-        self.scheme(granularity, self.scale_dtype.unwrap_or(ScaleDtype::F32), ScaleForm::Direct)
+        self.scheme(
+            granularity,
+            self.scale_dtype.unwrap_or(ScaleDtype::F32),
+            ScaleForm::Direct,
+        )
     }
 
     /// The scheme, if the target is quantized.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for a choice that belongs to another precision; what [`Scheme::spec`] refuses.
-    pub fn scheme(&self, granularity: Granularity, scale_dtype: ScaleDtype, scale_form: ScaleForm) -> Result<Option<Scheme>> {
+    /// [`Error::Recipe`] for a choice that belongs to another precision; what [`Scheme::spec`]
+    /// refuses.
+    pub fn scheme(
+        &self,
+        granularity: Granularity,
+        scale_dtype: ScaleDtype,
+        scale_form: ScaleForm,
+    ) -> Result<Option<Scheme>> {
         if let Some(name) = self.inapplicable().next() {
-            return Err(Error::Recipe(format!("{name} does not apply to precision {}", self.target())));
+            return Err(Error::Recipe(format!(
+                "{name} does not apply to precision {}",
+                self.target()
+            )));
         }
-        let Target::Quantized(precision) = self.target() else { return Ok(None) };
+        let Target::Quantized(precision) = self.target() else {
+            return Ok(None);
+        };
         let method = match precision {
             Precision::Ternary => {
                 let planes = self.planes.unwrap_or(1);
-                let default = if planes > 1 { Threshold::Optimal } else { Threshold::Absmean };
-                Method::Ternary { threshold: self.threshold.unwrap_or(default), scale: self.scale.unwrap_or_default(), planes }
+                let default = if planes > 1 {
+                    Threshold::Optimal
+                } else {
+                    Threshold::Absmean
+                };
+                Method::Ternary {
+                    threshold: self.threshold.unwrap_or(default),
+                    scale: self.scale.unwrap_or_default(),
+                    planes,
+                }
             }
-            Precision::Binary => Method::Binary { split: self.split.unwrap_or_default(), stochastic: self.seed },
-            int => Method::Int { bits: int.code_bits(), mapping: self.mapping.unwrap_or_default(), clip: self.clip.unwrap_or_default() },
+            Precision::Binary => Method::Binary {
+                split: self.split.unwrap_or_default(),
+                stochastic: self.seed,
+            },
+            int => Method::Int {
+                bits: int.code_bits(),
+                mapping: self.mapping.unwrap_or_default(),
+                clip: self.clip.unwrap_or_default(),
+            },
         };
-        let scheme = Scheme { granularity, scale_dtype, scale_form, rounding: self.rounding.unwrap_or_default(), ..Scheme::new(method) };
+        let scheme = Scheme {
+            granularity,
+            scale_dtype,
+            scale_form,
+            rounding: self.rounding.unwrap_or_default(),
+            ..Scheme::new(method)
+        };
         scheme.spec(1, 1)?;
         Ok(Some(scheme))
     }
@@ -279,9 +362,15 @@ impl<'de> Deserialize<'de> for Rule {
         let mut fields = serde_json::Map::deserialize(deserializer)?;
         let glob = match fields.remove("match") {
             Some(serde_json::Value::String(glob)) => glob,
-            other => return Err(D::Error::custom(format!("a rule needs match = \"GLOB\", got {}", other.unwrap_or_default()))),
+            other => {
+                return Err(D::Error::custom(format!(
+                    "a rule needs match = \"GLOB\", got {}",
+                    other.unwrap_or_default()
+                )));
+            }
         };
-        let choices = Choices::deserialize(serde_json::Value::Object(fields)).map_err(D::Error::custom)?;
+        let choices =
+            Choices::deserialize(serde_json::Value::Object(fields)).map_err(D::Error::custom)?;
         Ok(Self { glob, choices })
     }
 }
@@ -320,26 +409,42 @@ pub struct Recipe {
     pub exclude: Vec<String>,
     /// Choices for every weight.
     pub default: Choices,
-    /// Choices for some weights; the first rule that matches counts, and it counts more than include and exclude.
+    /// Choices for some weights; the first rule that matches counts, and it counts more than
+    /// include and exclude.
     #[serde(rename = "rule")]
     pub rules: Vec<Rule>,
-    /// How a layer's input is quantized when it runs. Default: int8, as in b1.58. Of no influence on weights: it goes into the file.
+    /// How a layer's input is quantized when it runs. Default: int8, as in b1.58. Of no influence
+    /// on weights: it goes into the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activations: Option<Activations>,
-    /// What chooses the precision of each weight that no rule matches. Default: nothing; `default` says it.
+    /// What chooses the precision of each weight that no rule matches. Default: nothing; `default`
+    /// says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<Search>,
-    /// How the precision of a stream follows its quality. Default: balanced. For the library, as `activations`.
+    /// How the precision of a stream follows its quality. Default: balanced. For the library, as
+    /// `activations`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub control: Option<PrecisionControlConfig>,
-    /// Threads and instruction set. No result depends on it, so it is not written into quantized files.
+    /// Threads and instruction set. No result depends on it, so it is not written into quantized
+    /// files.
     #[serde(skip_serializing_if = "Compute::is_default")]
     pub compute: Compute,
 }
 
-/// Two-dimensional weights that are not linear layers, or that lose more than they save: embeddings, output heads, norms, routers.
-pub const DEFAULT_EXCLUDE: &[&str] =
-    &["*embed*", "*embd*", "*lm_head*", "output.weight", "*norm*", "*Norm*", "*.wte.*", "*.wpe.*", "*.gate.weight", "*ffn_gate_inp*"];
+/// Two-dimensional weights that are not linear layers, or that lose more than they save:
+/// embeddings, output heads, norms, routers.
+pub const DEFAULT_EXCLUDE: &[&str] = &[
+    "*embed*",
+    "*embd*",
+    "*lm_head*",
+    "output.weight",
+    "*norm*",
+    "*Norm*",
+    "*.wte.*",
+    "*.wpe.*",
+    "*.gate.weight",
+    "*ffn_gate_inp*",
+];
 
 impl Default for Recipe {
     fn default() -> Self {
@@ -363,9 +468,12 @@ impl Recipe {
     /// Reads a recipe from TOML.
     ///
     /// # Errors
-    /// [`Error::Recipe`] with line and column for TOML that is not a recipe, and for another version.
+    /// [`Error::Recipe`] with line and column for TOML that is not a recipe, and for another
+    /// version.
     pub fn from_toml(text: &str) -> Result<Self> {
-        toml::from_str::<Self>(text).map_err(|e| Error::Recipe(e.to_string().trim_end().into()))?.of_this_version()
+        toml::from_str::<Self>(text)
+            .map_err(|e| Error::Recipe(e.to_string().trim_end().into()))?
+            .of_this_version()
     }
 
     /// Reads a recipe from JSON, which has the fields that TOML has.
@@ -373,23 +481,36 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::from_toml`].
     pub fn from_json(text: &str) -> Result<Self> {
-        serde_json::from_str::<Self>(text).map_err(|e| Error::Recipe(e.to_string()))?.of_this_version()
+        serde_json::from_str::<Self>(text)
+            .map_err(|e| Error::Recipe(e.to_string()))?
+            .of_this_version()
     }
 
     fn of_this_version(self) -> Result<Self> {
-        if self.version == VERSION { Ok(self) } else { Err(Error::Recipe(format!("version {}, expected {VERSION}", self.version))) }
+        if self.version == VERSION {
+            Ok(self)
+        } else {
+            Err(Error::Recipe(format!(
+                "version {}, expected {VERSION}",
+                self.version
+            )))
+        }
     }
 
-    /// The choices for a weight of that name, whatever its shape and container: the first rule that matches over the default.
+    /// The choices for a weight of that name, whatever its shape and container: the first rule that
+    /// matches over the default.
     ///
     /// # Errors
     /// [`Error::Recipe`] for a glob that is not one.
     pub fn choices_for(&self, name: &str) -> Result<Choices> {
-        Ok(self.rule_for(name)?.map_or_else(|| self.default.clone(), |rule| rule.choices.over(&self.default)))
+        Ok(self.rule_for(name)?.map_or_else(
+            || self.default.clone(),
+            |rule| rule.choices.over(&self.default),
+        ))
     }
 
-    /// The choices for a matrix of that name if it is to be quantized: the first rule that matches, else the default where `include` and
-    /// `exclude` say so.
+    /// The choices for a matrix of that name if it is to be quantized: the first rule that matches,
+    /// else the default where `include` and `exclude` say so.
     ///
     /// # Errors
     /// [`Error::Recipe`] for a glob that is not one.
@@ -399,7 +520,9 @@ impl Recipe {
             Some(rule) => rule.choices.over(&self.default),
             None => {
                 let matches = |globs: &[String]| -> Result<bool> {
-                    globs.iter().try_fold(false, |any, glob| Ok(any || compile(glob)?.is_match(name)))
+                    globs
+                        .iter()
+                        .try_fold(false, |any, glob| Ok(any || compile(glob)?.is_match(name)))
                 };
                 if !matches(&self.include)? || matches(&self.exclude)? {
                     return Ok(None);
@@ -423,7 +546,8 @@ impl Recipe {
     /// Compiles the globs and checks that each of the user's own matches a tensor.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for a glob that is not one, and for one that matches nothing (the default globs may).
+    /// [`Error::Recipe`] for a glob that is not one, and for one that matches nothing (the default
+    /// globs may).
     pub(crate) fn selector<'a>(&'a self, source: &Source) -> Result<Selector<'a>> {
         let all = |globs: &[String]| globs.iter().map(|g| compile(g)).collect::<Result<Vec<_>>>();
         let default = Self::default();
@@ -431,23 +555,42 @@ impl Recipe {
             recipe: self,
             include: all(&self.include)?,
             exclude: all(&self.exclude)?,
-            rules: self.rules.iter().map(|r| compile(&r.glob)).collect::<Result<_>>()?,
+            rules: self
+                .rules
+                .iter()
+                .map(|r| compile(&r.glob))
+                .collect::<Result<_>>()?,
         };
-        let own = |own: &[String], default: &[String]| own.iter().filter(|g| !default.contains(g)).cloned().collect::<Vec<_>>();
+        let own = |own: &[String], default: &[String]| {
+            own.iter()
+                .filter(|g| !default.contains(g))
+                .cloned()
+                .collect::<Vec<_>>()
+        };
         let mut globs = own(&self.include, &default.include);
         globs.extend(own(&self.exclude, &default.exclude));
         globs.extend(self.rules.iter().map(|r| r.glob.clone()));
         for glob in globs {
             let matcher = compile(&glob)?;
             if !source.tensors.iter().any(|t| matcher.is_match(&t.name)) {
-                return Err(Error::Recipe(format!("'{glob}' matches no tensor of {}", source.path.display())));
+                return Err(Error::Recipe(format!(
+                    "'{glob}' matches no tensor of {}",
+                    source.path.display()
+                )));
             }
         }
         for (rule, glob) in self.rules.iter().zip(&selector.rules) {
             let target = rule.choices.over(&self.default).target();
-            if target != Target::Keep && !source.tensors.iter().any(|t| glob.is_match(&t.name) && can_become(t, target)) {
+            if target != Target::Keep
+                && !source
+                    .tensors
+                    .iter()
+                    .any(|t| glob.is_match(&t.name) && can_become(t, target))
+            {
                 let (glob, path) = (&rule.glob, source.path.display());
-                return Err(Error::Recipe(format!("'{glob}' matches no tensor of {path} that can become {target}")));
+                return Err(Error::Recipe(format!(
+                    "'{glob}' matches no tensor of {path} that can become {target}"
+                )));
             }
         }
         Ok(selector)
@@ -457,12 +600,15 @@ impl Recipe {
 /// A glob in which `*` matches any characters.
 pub(crate) fn compile(glob: &str) -> Result<GlobMatcher> {
     let matcher = GlobBuilder::new(glob).literal_separator(false).build();
-    matcher.map(|g| g.compile_matcher()).map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
+    matcher
+        .map(|g| g.compile_matcher())
+        .map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
 }
 
 /// Whether a tensor holds numbers, and rows of them if it is to be quantized.
 fn can_become(tensor: &Tensor, target: Target) -> bool {
-    !matches!(tensor.content, Content::Opaque(_)) && (!matches!(target, Target::Quantized(_)) || tensor.shape.len() >= 2)
+    !matches!(tensor.content, Content::Opaque(_))
+        && (!matches!(target, Target::Quantized(_)) || tensor.shape.len() >= 2)
 }
 
 /// A recipe with its globs compiled.
@@ -482,7 +628,8 @@ impl Selector<'_> {
 
     /// The choices for a tensor; `None` if it stays as it is.
     ///
-    /// Only weights with at least two dimensions can be quantized. Include reaches those with exactly two; convolutions need a rule.
+    /// Only weights with at least two dimensions can be quantized. Include reaches those with
+    /// exactly two; convolutions need a rule.
     pub(crate) fn choices(&self, tensor: &Tensor) -> Option<Choices> {
         if matches!(tensor.content, Content::Opaque(_)) {
             return None;
@@ -519,25 +666,55 @@ mod tests {
     #[test]
     fn a_recipe_survives_toml() {
         let recipe = Recipe {
-            rules: vec![Rule { glob: "a*".into(), choices: Choices { precision: Some(Target::Keep), ..Choices::default() } }],
-            default: Choices { threshold: Some(Threshold::Factor(0.9)), clip: None, ..Choices::default() },
+            rules: vec![Rule {
+                glob: "a*".into(),
+                choices: Choices {
+                    precision: Some(Target::Keep),
+                    ..Choices::default()
+                },
+            }],
+            default: Choices {
+                threshold: Some(Threshold::Factor(0.9)),
+                clip: None,
+                ..Choices::default()
+            },
             ..Recipe::default()
         };
-        assert_eq!(Recipe::from_toml(&toml::to_string(&recipe).unwrap()).unwrap(), recipe);
+        assert_eq!(
+            Recipe::from_toml(&toml::to_string(&recipe).unwrap()).unwrap(),
+            recipe
+        );
     }
 
     #[test]
     fn another_precision_drops_the_choices_of_the_first() {
-        let base = Choices { threshold: Some(Threshold::Optimal), granularity: Some(Granularity::Channel), ..Choices::default() };
-        let int8 = Choices { precision: Some(Target::Quantized(Precision::Int8)), ..Choices::default() }.over(&base);
+        let base = Choices {
+            threshold: Some(Threshold::Optimal),
+            granularity: Some(Granularity::Channel),
+            ..Choices::default()
+        };
+        let int8 = Choices {
+            precision: Some(Target::Quantized(Precision::Int8)),
+            ..Choices::default()
+        }
+        .over(&base);
         assert_eq!(int8.threshold, None);
         assert_eq!(int8.granularity, Some(Granularity::Channel));
     }
 
     #[test]
     fn a_choice_of_another_precision_is_an_error() {
-        let choices = Choices { precision: Some(Target::Quantized(Precision::Int4)), planes: Some(2), ..Choices::default() };
-        let error = choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct).unwrap_err();
-        assert_eq!(error.to_string(), "recipe: planes does not apply to precision int4");
+        let choices = Choices {
+            precision: Some(Target::Quantized(Precision::Int4)),
+            planes: Some(2),
+            ..Choices::default()
+        };
+        let error = choices
+            .scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "recipe: planes does not apply to precision int4"
+        );
     }
 }

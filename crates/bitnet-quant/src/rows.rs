@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
 const STRIP_WEIGHTS: usize = 1 << 18;
-/// Strips for each thread that are in memory together: enough that no thread waits long for the slowest.
+/// Strips for each thread that are in memory together: enough that no thread waits long for the
+/// slowest.
 const STRIPS_PER_THREAD: usize = 4;
 /// Rows of a tensor as f32, wherever they come from.
 pub(crate) struct Rows<'a> {
@@ -39,14 +40,23 @@ pub(crate) struct Scratch {
 
 impl Rows<'_> {
     /// Reads rows `rows` into `out`; `bytes` is scratch.
-    pub(crate) fn read(&self, rows: Range<usize>, bytes: &mut Vec<u8>, out: &mut Vec<f32>) -> Result<()> {
+    pub(crate) fn read(
+        &self,
+        rows: Range<usize>,
+        bytes: &mut Vec<u8>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
         let cols = self.cols;
         out.resize(rows.len() * cols, 0.0);
         match (&self.from, self.order) {
-            (Origin::Stored(stored), None) => self.source.read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?,
+            (Origin::Stored(stored), None) => {
+                self.source
+                    .read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?
+            }
             (Origin::Stored(stored), Some(order)) => {
                 for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
-                    self.source.read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
+                    self.source
+                        .read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
                 }
             }
             (Origin::Matrix(matrix), order) => {
@@ -71,7 +81,11 @@ pub(crate) struct Strips<'a> {
 impl Granule for Strips<'_> {
     type Error = Error;
 
-    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
+    fn fold<T: Send>(
+        &self,
+        map: impl Fn(usize, &[f32]) -> T + Sync,
+        join: impl Fn(T, T) -> T,
+    ) -> Result<T> {
         let mut all: Option<T> = None;
         for window in windows(self.rows.count, self.strip) {
             if self.interrupt.load(Ordering::Relaxed) {
@@ -81,7 +95,8 @@ impl Granule for Strips<'_> {
                 .into_par_iter()
                 .map_init(Scratch::default, |scratch, rows| {
                     let first = rows.start * self.rows.cols;
-                    self.rows.read(rows, &mut scratch.bytes, &mut scratch.weights)?;
+                    self.rows
+                        .read(rows, &mut scratch.bytes, &mut scratch.weights)?;
                     Ok(map(first, &scratch.weights))
                 })
                 .collect();
@@ -97,13 +112,16 @@ impl Granule for Strips<'_> {
     }
 }
 
-/// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are joined in the order of the strips, so what
-/// is computed does not depend on that number.
+/// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are
+/// joined in the order of the strips, so what is computed does not depend on that number.
 pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
     let strips = count.div_ceil(strip);
     let window = STRIPS_PER_THREAD * rayon::current_num_threads();
-    (0..strips.div_ceil(window))
-        .map(move |w| (w * window..((w + 1) * window).min(strips)).map(|s| s * strip..((s + 1) * strip).min(count)).collect())
+    (0..strips.div_ceil(window)).map(move |w| {
+        (w * window..((w + 1) * window).min(strips))
+            .map(|s| s * strip..((s + 1) * strip).min(count))
+            .collect()
+    })
 }
 
 /// Rows of a strip.
@@ -113,19 +131,35 @@ pub(crate) fn strip_rows(cols: usize) -> usize {
 
 /// Calls `f` with the rows of a tensor; row `r` is row `order[r]` of the source.
 ///
-/// The rows are those of the weight matrix. Of ggml blocks, which must not be cut, a row is the last dimension instead, and a
-/// one-dimensional tensor has rows of one element.
-pub(crate) fn with_rows<T>(source: &Source, tensor: &Tensor, order: Option<&[usize]>, f: impl FnOnce(&Rows<'_>) -> Result<T>) -> Result<T> {
+/// The rows are those of the weight matrix. Of ggml blocks, which must not be cut, a row is the
+/// last dimension instead, and a one-dimensional tensor has rows of one element.
+pub(crate) fn with_rows<T>(
+    source: &Source,
+    tensor: &Tensor,
+    order: Option<&[usize]>,
+    f: impl FnOnce(&Rows<'_>) -> Result<T>,
+) -> Result<T> {
     let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
     match &tensor.content {
         Content::Float(stored) | Content::Opaque(stored) => {
             let blocks = source.stored[*stored].dtype.block() > 1;
-            let cols = if blocks { tensor.shape.last().copied().unwrap_or(1) } else { cols };
-            f(&Rows { source, from: Origin::Stored(*stored), count: tensor.elements() / cols.max(1), cols, order })
+            let cols = if blocks {
+                tensor.shape.last().copied().unwrap_or(1)
+            } else {
+                cols
+            };
+            f(&Rows {
+                source,
+                from: Origin::Stored(*stored),
+                count: tensor.elements() / cols.max(1),
+                cols,
+                order,
+            })
         }
         Content::Quantized(q) => {
             let matrix = source.matrix(&tensor.name, q)?;
-            // The same weights in the same order, if the matrix of the file has other rows than the tensor.
+            // The same weights in the same order, if the matrix of the file has other rows than the
+            // tensor.
             f(&Rows {
                 source,
                 from: Origin::Matrix(&matrix),
@@ -140,7 +174,13 @@ pub(crate) fn with_rows<T>(source: &Source, tensor: &Tensor, order: Option<&[usi
 impl Rows<'_> {
     /// The same weights in rows of another length.
     pub(crate) fn reshaped(&self, cols: usize) -> Self {
-        Self { source: self.source, from: self.from, count: self.count * self.cols / cols.max(1), cols, order: self.order }
+        Self {
+            source: self.source,
+            from: self.from,
+            count: self.count * self.cols / cols.max(1),
+            cols,
+            order: self.order,
+        }
     }
 }
 
@@ -149,12 +189,20 @@ impl Rows<'_> {
 /// # Errors
 /// [`bitnet_core::Error::NotFinite`] with the position of the first that is none.
 #[cfg(any(feature = "tensor", feature = "calibration"))]
-pub(crate) fn moments(kernels: bitnet_kernels::Kernels, x: &[f32]) -> Result<bitnet_core::ops::Moments> {
+pub(crate) fn moments(
+    kernels: bitnet_kernels::Kernels,
+    x: &[f32],
+) -> Result<bitnet_core::ops::Moments> {
     use bitnet_core::ops::Ops;
     let moments = kernels.moments(x);
     if moments.finite {
         return Ok(moments);
     }
-    let (index, value) = x.iter().copied().enumerate().find(|(_, v)| !v.is_finite()).unwrap_or((0, f32::NAN));
+    let (index, value) = x
+        .iter()
+        .copied()
+        .enumerate()
+        .find(|(_, v)| !v.is_finite())
+        .unwrap_or((0, f32::NAN));
     Err(Error::Core(bitnet_core::Error::NotFinite { index, value }))
 }

@@ -25,7 +25,12 @@ fn an_adjustment_allocates_nothing() {
     let allocations = count(|| {
         for i in 0..1000u16 {
             let error = if i / 10 % 2 == 0 { 0.5 } else { 0.001 };
-            changes += u32::from(controller.adjust_precision_dynamically(&stats(error)).unwrap().is_some());
+            changes += u32::from(
+                controller
+                    .adjust_precision_dynamically(&stats(error))
+                    .unwrap()
+                    .is_some(),
+            );
         }
     });
     assert!(changes > 0);
@@ -38,7 +43,13 @@ fn a_forward_pass_allocates_its_output_and_nothing_else() {
         for norm in [None, Some(SubNorm::Rms), Some(SubNorm::Layer)] {
             let mut config = QuantizationConfig::bitnet_158();
             config.activations = Some(activations);
-            let config = BitLinearConfig { bias: true, packed: true, norm, config, ..BitLinearConfig::new(256, 192) };
+            let config = BitLinearConfig {
+                bias: true,
+                packed: true,
+                norm,
+                config,
+                ..BitLinearConfig::new(256, 192)
+            };
             let layer = BitLinear::new(config).unwrap();
             for shape in [vec![1, 256], vec![7, 256], vec![2, 3, 256]] {
                 let x = Tensor::randn(0f32, 1f32, &shape[..], &Device::Cpu).unwrap();
@@ -47,7 +58,11 @@ fn a_forward_pass_allocates_its_output_and_nothing_else() {
                 let output = count(|| {
                     let y = match dims[..] {
                         [a, b] => Tensor::from_vec(vec![0f32; a * b], (a, b), &Device::Cpu),
-                        _ => Tensor::from_vec(vec![0f32; dims.iter().product()], (dims[0], dims[1], dims[2]), &Device::Cpu),
+                        _ => Tensor::from_vec(
+                            vec![0f32; dims.iter().product()],
+                            (dims[0], dims[1], dims[2]),
+                            &Device::Cpu,
+                        ),
                     };
                     drop(y.unwrap());
                 });

@@ -12,7 +12,8 @@ use std::collections::HashMap;
 const CPU: Device = Device::Cpu;
 
 fn same(a: &Tensor, b: &Tensor) -> bool {
-    a.flatten_all().unwrap().to_vec1::<f32>().unwrap() == b.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    a.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        == b.flatten_all().unwrap().to_vec1::<f32>().unwrap()
 }
 
 fn normal(shape: &[usize]) -> Tensor {
@@ -22,7 +23,12 @@ fn normal(shape: &[usize]) -> Tensor {
 #[test]
 fn a_weight_update_invalidates_the_cache() {
     let weight = Var::from_tensor(&normal(&[16, 32])).unwrap();
-    let layer = BitLinear::from_tensors(weight.as_tensor().clone(), None, &BitLinearConfig::new(32, 16)).unwrap();
+    let layer = BitLinear::from_tensors(
+        weight.as_tensor().clone(),
+        None,
+        &BitLinearConfig::new(32, 16),
+    )
+    .unwrap();
     let x = normal(&[3, 32]);
     assert!(!layer.is_cached().unwrap());
     let first = layer.forward_t(&x, false).unwrap();
@@ -34,23 +40,46 @@ fn a_weight_update_invalidates_the_cache() {
     let second = layer.forward_t(&x, false).unwrap();
     assert!(!same(&first, &second));
     // As a layer made of the new weights.
-    let fresh = BitLinear::from_tensors(weight.as_tensor().copy().unwrap(), None, &BitLinearConfig::new(32, 16)).unwrap();
+    let fresh = BitLinear::from_tensors(
+        weight.as_tensor().copy().unwrap(),
+        None,
+        &BitLinearConfig::new(32, 16),
+    )
+    .unwrap();
     assert!(same(&second, &fresh.forward_t(&x, false).unwrap()));
 }
 
 #[test]
 fn optimizers_train_it() {
     use candle_nn::Optimizer;
-    let mut layer = BitLinear::new(BitLinearConfig { bias: true, ..BitLinearConfig::new(16, 4) }).unwrap();
-    let vars = [layer.weight().unwrap(), layer.bias().unwrap()].map(|t| Var::from_tensor(t).unwrap());
+    let mut layer = BitLinear::new(BitLinearConfig {
+        bias: true,
+        ..BitLinearConfig::new(16, 4)
+    })
+    .unwrap();
+    let vars =
+        [layer.weight().unwrap(), layer.bias().unwrap()].map(|t| Var::from_tensor(t).unwrap());
     layer = BitLinear::from_tensors(
         vars[0].as_tensor().clone(),
         Some(vars[1].as_tensor().clone()),
-        &BitLinearConfig { bias: true, ..BitLinearConfig::new(16, 4) },
+        &BitLinearConfig {
+            bias: true,
+            ..BitLinearConfig::new(16, 4)
+        },
     )
     .unwrap();
-    let (x, target) = (normal(&[64, 16]), normal(&[64, 16]).matmul(&normal(&[16, 4])).unwrap());
-    let loss = |layer: &BitLinear| (layer.forward(&x).unwrap() - &target).unwrap().sqr().unwrap().mean_all().unwrap();
+    let (x, target) = (
+        normal(&[64, 16]),
+        normal(&[64, 16]).matmul(&normal(&[16, 4])).unwrap(),
+    );
+    let loss = |layer: &BitLinear| {
+        (layer.forward(&x).unwrap() - &target)
+            .unwrap()
+            .sqr()
+            .unwrap()
+            .mean_all()
+            .unwrap()
+    };
     let first = loss(&layer).to_scalar::<f32>().unwrap();
     let mut sgd = candle_nn::SGD::new(vars.to_vec(), 0.05).unwrap();
     for _ in 0..50 {
@@ -68,14 +97,23 @@ fn threads_share_a_layer() {
     let expected: Vec<Tensor> = inputs.iter().map(|x| layer.forward(x).unwrap()).collect();
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| inputs.iter().zip(&expected).for_each(|(x, y)| assert!(same(&layer.forward(x).unwrap(), y))));
+            scope.spawn(|| {
+                inputs
+                    .iter()
+                    .zip(&expected)
+                    .for_each(|(x, y)| assert!(same(&layer.forward(x).unwrap(), y)))
+            });
         }
     });
 }
 
 #[test]
 fn half_precision_and_strides() {
-    let mut layer = BitLinear::new(BitLinearConfig { bias: true, ..BitLinearConfig::new(32, 8) }).unwrap();
+    let mut layer = BitLinear::new(BitLinearConfig {
+        bias: true,
+        ..BitLinearConfig::new(32, 8)
+    })
+    .unwrap();
     let x = normal(&[6, 32]);
     let strided = x.t().unwrap().contiguous().unwrap().t().unwrap();
     assert!(!strided.is_contiguous());
@@ -86,7 +124,14 @@ fn half_precision_and_strides() {
             let half = layer.forward(&x.to_dtype(dtype).unwrap()).unwrap();
             assert_eq!(half.dtype(), dtype);
             let half = half.to_dtype(DType::F32).unwrap();
-            let largest = (half - &y).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let largest = (half - &y)
+                .unwrap()
+                .abs()
+                .unwrap()
+                .max_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap();
             // Inputs and outputs rounded to 8 bits, over 32 terms.
             assert!(largest < 0.1, "{dtype:?} {largest}");
         }
@@ -97,8 +142,12 @@ fn half_precision_and_strides() {
 #[test]
 fn a_layer_of_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
-    let (floats, packed) = (folder.path().join("floats.safetensors"), folder.path().join("packed.safetensors"));
-    let tensors: HashMap<_, _> = [("fc.weight", normal(&[12, 64])), ("fc.bias", normal(&[12]))].into();
+    let (floats, packed) = (
+        folder.path().join("floats.safetensors"),
+        folder.path().join("packed.safetensors"),
+    );
+    let tensors: HashMap<_, _> =
+        [("fc.weight", normal(&[12, 64])), ("fc.bias", normal(&[12]))].into();
     candle_core::safetensors::save(&tensors, &floats).unwrap();
     let config = QuantizationConfig::bitnet_158();
     let x = normal(&[2, 3, 64]);
@@ -108,16 +157,31 @@ fn a_layer_of_a_checkpoint() {
     assert!(same(latent.weight().unwrap(), &tensors["fc.weight"]));
     let job = Job::quantize(&source, &config, &packed).unwrap();
     let kernels = bitnet_kernels::Kernels::detect();
-    let options = Options { threads: 1, kernels, progress: &(), interrupt: &Default::default(), existing: Existing::Refuse };
+    let options = Options {
+        threads: 1,
+        kernels,
+        progress: &(),
+        interrupt: &Default::default(),
+        existing: Existing::Refuse,
+    };
     checkpoint::run(&job, &packed, &options).unwrap();
 
     // The file has the values that the layer makes, so both compute the same bits.
     let layer = BitLinear::open(&Source::open(&packed).unwrap(), "fc", &config).unwrap();
     assert!(layer.weight().is_none());
     latent.pack().unwrap();
-    assert_eq!(layer.quantized_weights().unwrap(), latent.quantized_weights().unwrap());
-    assert!(same(&layer.forward(&x).unwrap(), &latent.forward(&x).unwrap()));
-    assert!(matches!(BitLinear::open(&source, "fd", &config), Err(Error::Input { .. })));
+    assert_eq!(
+        layer.quantized_weights().unwrap(),
+        latent.quantized_weights().unwrap()
+    );
+    assert!(same(
+        &layer.forward(&x).unwrap(),
+        &latent.forward(&x).unwrap()
+    ));
+    assert!(matches!(
+        BitLinear::open(&source, "fd", &config),
+        Err(Error::Input { .. })
+    ));
 }
 
 #[test]
@@ -125,28 +189,75 @@ fn each_mistake_has_its_message() {
     let config = BitLinearConfig::new(8, 4);
     let layer = BitLinear::new(config.clone()).unwrap();
     let message = |r: candle_core::Result<Tensor>| r.unwrap_err().to_string();
-    assert!(message(layer.forward(&normal(&[2, 7]))).contains("input: expected 8 features, got shape [2, 7]"));
-    assert!(message(layer.forward(&Tensor::ones((2, 8), DType::U8, &CPU).unwrap())).contains("expected f32, f16 or bf16, got u8"));
+    assert!(
+        message(layer.forward(&normal(&[2, 7])))
+            .contains("input: expected 8 features, got shape [2, 7]")
+    );
+    assert!(
+        message(layer.forward(&Tensor::ones((2, 8), DType::U8, &CPU).unwrap()))
+            .contains("expected f32, f16 or bf16, got u8")
+    );
     assert!(message(layer.forward(&normal(&[0, 8]))).contains("at least 1 element"));
     let nan = (normal(&[2, 8]) * f64::NAN).unwrap();
     assert!(message(layer.forward(&nan)).contains("NaN"));
-    assert!(layer.forward_t(&nan, false).unwrap_err().to_string().contains("NaN"));
+    assert!(
+        layer
+            .forward_t(&nan, false)
+            .unwrap_err()
+            .to_string()
+            .contains("NaN")
+    );
 
     let error = |r: bitnet_quant::Result<BitLinear>| r.unwrap_err().to_string();
-    assert!(error(BitLinear::from_tensors(normal(&[8, 4]), None, &config)).contains("expected shape [4, 8], got [8, 4]"));
-    assert!(error(BitLinear::from_tensors(normal(&[4, 8]), Some(normal(&[8])), &config)).contains("bias: expected shape [4], got [8]"));
-    assert!(error(BitLinear::from_tensors(normal(&[4, 8]), Some(normal(&[4])), &config)).contains("bias: expected none, got one"));
-    let normed = BitLinearConfig { norm: Some(SubNorm::Rms), ..config.clone() };
+    assert!(
+        error(BitLinear::from_tensors(normal(&[8, 4]), None, &config))
+            .contains("expected shape [4, 8], got [8, 4]")
+    );
+    assert!(
+        error(BitLinear::from_tensors(
+            normal(&[4, 8]),
+            Some(normal(&[8])),
+            &config
+        ))
+        .contains("bias: expected shape [4], got [8]")
+    );
+    assert!(
+        error(BitLinear::from_tensors(
+            normal(&[4, 8]),
+            Some(normal(&[4])),
+            &config
+        ))
+        .contains("bias: expected none, got one")
+    );
+    let normed = BitLinearConfig {
+        norm: Some(SubNorm::Rms),
+        ..config.clone()
+    };
     assert!(error(BitLinear::from_tensors(normal(&[4, 8]), None, &normed)).contains("norm"));
     assert!(error(BitLinear::new(BitLinearConfig::new(0, 4))).contains("in_features"));
     let spec = MatrixSpec::new(4, 8, Precision::Ternary, Granularity::Channel);
-    let short = Matrix { spec, values: vec![0; 31], scales: vec![1.0; 4], zero_points: vec![] };
-    assert!(error(BitLinear::from_matrix(&short, None, &QuantizationConfig::bitnet_158())).contains("expected 32 elements, got 31"));
+    let short = Matrix {
+        spec,
+        values: vec![0; 31],
+        scales: vec![1.0; 4],
+        zero_points: vec![],
+    };
+    assert!(
+        error(BitLinear::from_matrix(
+            &short,
+            None,
+            &QuantizationConfig::bitnet_158()
+        ))
+        .contains("expected 32 elements, got 31")
+    );
     let vb = candle_nn::VarBuilder::zeros(DType::F32, &CPU);
     assert!(BitLinear::load(vb.pp("layer"), &config).is_ok());
     let empty = candle_nn::VarBuilder::from_tensors(HashMap::new(), DType::F32, &CPU);
     assert!(error(BitLinear::load(empty, &config)).contains("weight"));
-    assert!(matches!(absmean_quantize_weights(&Tensor::new(1f32, &CPU).unwrap(), &CPU), Err(Error::Input { .. })));
+    assert!(matches!(
+        absmean_quantize_weights(&Tensor::new(1f32, &CPU).unwrap(), &CPU),
+        Err(Error::Input { .. })
+    ));
 }
 
 #[test]
@@ -154,36 +265,89 @@ fn every_scheme_packs_and_computes_what_it_fakes() {
     let builder = QuantizationConfig::builder;
     let schemes = [
         builder().precision(Precision::Binary),
-        builder().precision(Precision::Binary).binary_threshold(BinaryThresholdMethod::Optimal).group_size(32),
-        builder().ternary_method(TernaryMethod::OptimalThreshold).group_size(20),
+        builder()
+            .precision(Precision::Binary)
+            .binary_threshold(BinaryThresholdMethod::Optimal)
+            .group_size(32),
+        builder()
+            .ternary_method(TernaryMethod::OptimalThreshold)
+            .group_size(20),
         builder().planes(2).group_size(32),
         builder().planes(3),
-        builder().precision(Precision::Int2).strategy(QuantizationStrategy::Asymmetric).group_size(32),
+        builder()
+            .precision(Precision::Int2)
+            .strategy(QuantizationStrategy::Asymmetric)
+            .group_size(32),
         builder().precision(Precision::Int3),
         builder().precision(Precision::Int4).group_size(64),
-        builder().precision(Precision::Int4).strategy(QuantizationStrategy::Asymmetric).group_size(32),
+        builder()
+            .precision(Precision::Int4)
+            .strategy(QuantizationStrategy::Asymmetric)
+            .group_size(32),
         builder().precision(Precision::Int8),
-        builder().precision(Precision::Int8).strategy(QuantizationStrategy::Asymmetric),
+        builder()
+            .precision(Precision::Int8)
+            .strategy(QuantizationStrategy::Asymmetric),
     ];
     let (w, x) = (normal(&[70, 100]), normal(&[3, 100]));
     for scheme in schemes {
-        for activations in [Activations::Int8, Activations::Int4, Activations::Sign, Activations::Float] {
+        for activations in [
+            Activations::Int8,
+            Activations::Int4,
+            Activations::Sign,
+            Activations::Float,
+        ] {
             let config = scheme.clone().activations(activations).build().unwrap();
-            let one_plane_of_trits = config.default.precision() == Some(Precision::Ternary) && config.default.planes.is_none();
-            let mut layer = BitLinear::from_tensors(w.clone(), None, &BitLinearConfig { config, ..BitLinearConfig::new(100, 70) }).unwrap();
+            let one_plane_of_trits = config.default.precision() == Some(Precision::Ternary)
+                && config.default.planes.is_none();
+            let mut layer = BitLinear::from_tensors(
+                w.clone(),
+                None,
+                &BitLinearConfig {
+                    config,
+                    ..BitLinearConfig::new(100, 70)
+                },
+            )
+            .unwrap();
             let faked = layer.forward_t(&x, true).unwrap();
             let before = layer.quantized_weights().unwrap();
             layer.pack().unwrap();
-            assert_eq!(layer.quantized_weights().unwrap(), before, "{:?}", before.spec);
+            assert_eq!(
+                layer.quantized_weights().unwrap(),
+                before,
+                "{:?}",
+                before.spec
+            );
             match layer.forward_t(&x, false) {
                 Ok(packed) => {
                     // Sums of 100 terms in another order: f32 has 24 bits.
-                    let largest = (packed - &faked).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                    let size = faked.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                    assert!(largest <= 1e-5 * size, "{:?} {activations:?}: {largest} of {size}", before.spec);
+                    let largest = (packed - &faked)
+                        .unwrap()
+                        .abs()
+                        .unwrap()
+                        .max_all()
+                        .unwrap()
+                        .to_scalar::<f32>()
+                        .unwrap();
+                    let size = faked
+                        .abs()
+                        .unwrap()
+                        .max_all()
+                        .unwrap()
+                        .to_scalar::<f32>()
+                        .unwrap();
+                    assert!(
+                        largest <= 1e-5 * size,
+                        "{:?} {activations:?}: {largest} of {size}",
+                        before.spec
+                    );
                 }
                 Err(error) => {
-                    assert!(activations == Activations::Float && !one_plane_of_trits, "{:?} {activations:?}: {error}", before.spec);
+                    assert!(
+                        activations == Activations::Float && !one_plane_of_trits,
+                        "{:?} {activations:?}: {error}",
+                        before.spec
+                    );
                     assert!(error.to_string().contains("float activations"), "{error}");
                 }
             }
@@ -197,14 +361,29 @@ fn any_tensor() -> impl Strategy<Value = Tensor> {
         8 => -3.0f32..3.0,
         1 => prop::sample::select(vec![0.0, -0.0, 1e-40, 3e38, -3e38, f32::NAN, f32::INFINITY, 1e-8]),
     ];
-    let dtype = prop::sample::select(vec![DType::F32, DType::F16, DType::BF16, DType::F64, DType::U8]);
-    (prop::collection::vec(0usize..7, 0..5), dtype, any::<bool>()).prop_flat_map(move |(shape, dtype, transposed)| {
-        let n: usize = shape.iter().product();
-        prop::collection::vec(number.clone(), n).prop_map(move |data| {
-            let tensor = Tensor::from_vec(data, &shape[..], &CPU).unwrap().to_dtype(dtype).unwrap();
-            if transposed && tensor.rank() >= 2 { tensor.t().unwrap() } else { tensor }
-        })
-    })
+    let dtype = prop::sample::select(vec![
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::F64,
+        DType::U8,
+    ]);
+    (prop::collection::vec(0usize..7, 0..5), dtype, any::<bool>()).prop_flat_map(
+        move |(shape, dtype, transposed)| {
+            let n: usize = shape.iter().product();
+            prop::collection::vec(number.clone(), n).prop_map(move |data| {
+                let tensor = Tensor::from_vec(data, &shape[..], &CPU)
+                    .unwrap()
+                    .to_dtype(dtype)
+                    .unwrap();
+                if transposed && tensor.rank() >= 2 {
+                    tensor.t().unwrap()
+                } else {
+                    tensor
+                }
+            })
+        },
+    )
 }
 
 fn any_config() -> impl Strategy<Value = QuantizationConfigBuilder> {
@@ -222,11 +401,22 @@ fn any_config() -> impl Strategy<Value = QuantizationConfigBuilder> {
         Some(TernaryMethod::OptimalThreshold),
         Some(TernaryMethod::AdaptiveThreshold),
     ]);
-    let activations = prop::sample::select(vec![Activations::Float, Activations::Int8, Activations::Int4, Activations::Sign]);
-    let numbers = (prop::option::of(0usize..9), prop::option::of(0usize..5), prop::option::of(-1.0f32..4.0));
+    let activations = prop::sample::select(vec![
+        Activations::Float,
+        Activations::Int8,
+        Activations::Int4,
+        Activations::Sign,
+    ]);
+    let numbers = (
+        prop::option::of(0usize..9),
+        prop::option::of(0usize..5),
+        prop::option::of(-1.0f32..4.0),
+    );
     (precision, methods, activations, numbers, any::<bool>()).prop_map(
         |(precision, method, activations, (group, planes, clip), asymmetric)| {
-            let mut builder = QuantizationConfig::builder().precision(precision).activations(activations);
+            let mut builder = QuantizationConfig::builder()
+                .precision(precision)
+                .activations(activations);
             if let Some(method) = method {
                 builder = builder.ternary_method(method);
             }
@@ -250,7 +440,8 @@ fn any_config() -> impl Strategy<Value = QuantizationConfigBuilder> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever comes in, an answer or an error comes out, and answers are finite and of the right shape.
+    /// Whatever comes in, an answer or an error comes out, and answers are finite and of the right
+    /// shape.
     #[test]
     fn nothing_panics(config in any_config(), w in any_tensor(), x in any_tensor(), (n, k) in (0usize..7, 0usize..7)) {
         let _ = absmean_quantize_weights(&w, &CPU);

@@ -27,8 +27,8 @@ fn policies() -> impl Strategy<Value = PrecisionControlConfig> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// A stream whose quality depends on the precision alone, up to noise below the margin: at most one way down and one way up for each
-    /// precision, and then peace for ever.
+    /// A stream whose quality depends on the precision alone, up to noise below the margin: at most
+    /// one way down and one way up for each precision, and then peace for ever.
     #[test]
     fn a_steady_stream_settles(
         config in policies(),
@@ -52,7 +52,8 @@ proptest! {
         prop_assert!(last_change < 200, "still changing at {last_change}");
     }
 
-    /// Whatever comes, the precision is one of the configuration's, and moves by one step at a time.
+    /// Whatever comes, the precision is one of the configuration's, and moves by one step at a
+    /// time.
     #[test]
     fn any_stream_stays_within_bounds(config in policies(), stream in prop::collection::vec(-40.0f32..140.0, 1..300)) {
         let ladder = config.precisions.clone();
@@ -80,7 +81,9 @@ fn it_follows_a_stream_that_gets_harder_and_easier() {
     let run = |controller: &mut PrecisionController, worse: f32| {
         for _ in 0..50 {
             let sqnr = easy(controller.precision()) - worse;
-            controller.adjust_precision_dynamically(&observation(sqnr)).unwrap();
+            controller
+                .adjust_precision_dynamically(&observation(sqnr))
+                .unwrap();
         }
         controller.precision()
     };
@@ -95,19 +98,41 @@ fn a_metric_out_of_bounds_raises_and_bad_numbers_are_refused() {
     controller.add_metric("perplexity", [0.0, 20.0]).unwrap();
     controller.record_metric("perplexity", 25.0).unwrap();
     let good = observation(6.0);
-    assert_eq!(controller.adjust_precision_dynamically(&good).unwrap(), None);
-    let change = controller.adjust_precision_dynamically(&good).unwrap().unwrap();
+    assert_eq!(
+        controller.adjust_precision_dynamically(&good).unwrap(),
+        None
+    );
+    let change = controller
+        .adjust_precision_dynamically(&good)
+        .unwrap()
+        .unwrap();
     assert_eq!(change.to_precision, Precision::Int2);
     assert!(controller.record_metric("perplexity", f32::NAN).is_err());
     assert!(controller.record_metric("loss", 1.0).is_err());
     assert!(controller.add_metric("loss", [1.0, 0.0]).is_err());
     for bad in [f32::NAN, -1.0] {
-        assert!(controller.adjust_precision_dynamically(&QuantizationStats { quantization_error: bad, ..good }).is_err());
+        assert!(
+            controller
+                .adjust_precision_dynamically(&QuantizationStats {
+                    quantization_error: bad,
+                    ..good
+                })
+                .is_err()
+        );
     }
-    let watching = PrecisionControlConfig { adjust: false, window: 2, ..PrecisionControlConfig::aggressive() };
+    let watching = PrecisionControlConfig {
+        adjust: false,
+        window: 2,
+        ..PrecisionControlConfig::aggressive()
+    };
     let mut controller = PrecisionController::new(watching).unwrap();
     for sqnr in [0.0, 0.0, 20.0, 20.0] {
-        assert_eq!(controller.adjust_precision_dynamically(&observation(sqnr)).unwrap(), None);
+        assert_eq!(
+            controller
+                .adjust_precision_dynamically(&observation(sqnr))
+                .unwrap(),
+            None
+        );
     }
     assert_eq!(controller.recent().len(), 2);
     assert!((controller.get_performance_summary().recent_error - 0.1).abs() < 1e-6);

@@ -12,14 +12,17 @@ use bitnet_quant::{Job, Recipe, Source};
 use std::fs;
 use std::path::Path;
 
-/// Rows and columns: several strips of 2^18 weights, the last one short, and columns that no block divides.
+/// Rows and columns: several strips of 2^18 weights, the last one short, and columns that no block
+/// divides.
 const SHAPE: (usize, usize) = (1500, 701);
 
 fn weights() -> Vec<f32> {
     let mut x = 7u64;
     (0..SHAPE.0 * SHAPE.1)
         .map(|_| {
-            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             let u = ((x >> 40) as f32 + 0.5) / (1u64 << 24) as f32;
             // Heavier tails than normal.
             (u / (1.0 - u)).ln() * 0.02
@@ -28,7 +31,12 @@ fn weights() -> Vec<f32> {
 }
 
 fn write(path: &Path, w: &[f32]) {
-    let header = format!(r#"{{"a.weight":{{"dtype":"F32","shape":[{},{}],"data_offsets":[0,{}]}}}}"#, SHAPE.0, SHAPE.1, w.len() * 4);
+    let header = format!(
+        r#"{{"a.weight":{{"dtype":"F32","shape":[{},{}],"data_offsets":[0,{}]}}}}"#,
+        SHAPE.0,
+        SHAPE.1,
+        w.len() * 4
+    );
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
     bytes.extend(w.iter().flat_map(|w| w.to_le_bytes()));
@@ -38,15 +46,22 @@ fn write(path: &Path, w: &[f32]) {
 fn run(source: &Source, recipe: &str, out: &Path, threads: usize) -> Summary {
     let recipe = Recipe::from_toml(recipe).unwrap();
     let job = Job::quantize(source, &recipe, out).unwrap();
-    let options =
-        Options { threads, kernels: Kernels::detect(), progress: &(), interrupt: &Default::default(), existing: Existing::Refuse };
+    let options = Options {
+        threads,
+        kernels: Kernels::detect(),
+        progress: &(),
+        interrupt: &Default::default(),
+        existing: Existing::Refuse,
+    };
     checkpoint::run(&job, out, &options).unwrap()
 }
 
 fn read(path: &Path) -> Matrix {
     let source = Source::open(path).unwrap();
     let tensor = source.find("a.weight").unwrap();
-    let Content::Quantized(q) = &tensor.content else { panic!("not quantized") };
+    let Content::Quantized(q) = &tensor.content else {
+        panic!("not quantized")
+    };
     source.matrix("a.weight", q).unwrap()
 }
 
@@ -57,25 +72,66 @@ fn strips_give_what_the_whole_matrix_gives() {
     let w = weights();
     write(&input, &w);
     let source = Source::open(&input).unwrap();
-    let thresholds = [Threshold::Absmean, Threshold::Mean, Threshold::Median, Threshold::Adaptive, Threshold::Optimal];
-    for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(100)] {
+    let thresholds = [
+        Threshold::Absmean,
+        Threshold::Mean,
+        Threshold::Median,
+        Threshold::Adaptive,
+        Threshold::Optimal,
+    ];
+    for granularity in [
+        Granularity::Tensor,
+        Granularity::Channel,
+        Granularity::Group(100),
+    ] {
         for threshold in thresholds {
-            let out = folder.path().join(format!("{threshold}-{granularity}.safetensors"));
-            let summary = run(&source, &format!("default = {{threshold = '{threshold}', granularity = '{granularity}'}}"), &out, 2);
-            let (got, scheme) = (read(&out), Scheme::ternary(threshold).with_granularity(granularity));
+            let out = folder
+                .path()
+                .join(format!("{threshold}-{granularity}.safetensors"));
+            let summary = run(
+                &source,
+                &format!("default = {{threshold = '{threshold}', granularity = '{granularity}'}}"),
+                &out,
+                2,
+            );
+            let (got, scheme) = (
+                read(&out),
+                Scheme::ternary(threshold).with_granularity(granularity),
+            );
             let expected = quantize(&Scalar, &w, SHAPE.0, SHAPE.1, &scheme, None).unwrap();
-            // Sums over strips are joined in another order than sums over the whole: a scale may differ in its last bit, and with it
-            // the code of a weight that lies on the edge.
-            let differing = got.values.iter().zip(&expected.values).filter(|(a, b)| a != b).count();
-            let allowed = if granularity == Granularity::Tensor { 2 } else { 0 };
-            assert!(differing <= allowed, "{threshold} {granularity}: {differing} codes differ");
+            // Sums over strips are joined in another order than sums over the whole: a scale may
+            // differ in its last bit, and with it the code of a weight that lies on the edge.
+            let differing = got
+                .values
+                .iter()
+                .zip(&expected.values)
+                .filter(|(a, b)| a != b)
+                .count();
+            let allowed = if granularity == Granularity::Tensor {
+                2
+            } else {
+                0
+            };
+            assert!(
+                differing <= allowed,
+                "{threshold} {granularity}: {differing} codes differ"
+            );
             for (a, b) in got.scales.iter().zip(&expected.scales) {
-                assert!((a - b).abs() <= b.abs() * 1e-6, "{threshold} {granularity}: scales {a} {b}");
+                assert!(
+                    (a - b).abs() <= b.abs() * 1e-6,
+                    "{threshold} {granularity}: scales {a} {b}"
+                );
             }
             let measured = ErrorStats::measure(&w, &got.dequantize());
             let reported = summary.tensors[0].error.unwrap();
-            assert!((measured.sqnr_db() - reported.sqnr_db()).abs() < 1e-9, "{threshold} {granularity}");
-            assert_eq!((measured.zeros, measured.sign_flips), (reported.zeros, reported.sign_flips));
+            assert!(
+                (measured.sqnr_db() - reported.sqnr_db()).abs() < 1e-9,
+                "{threshold} {granularity}"
+            );
+            assert_eq!(
+                (measured.zeros, measured.sign_flips),
+                (reported.zeros, reported.sign_flips)
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The examples of the project's specification, each as it stands there but for what docs/spec-differences.md lists, and what they compute.
+//! The examples of the project's specification, each as it stands there but for what
+//! docs/spec-differences.md lists, and what they compute.
 #![cfg(all(feature = "tensor", feature = "advanced"))]
 
 use bitnet_quant::Quantizer;
@@ -13,7 +14,9 @@ fn distance(a: &Tensor, b: &Tensor) -> Result<f32> {
 
 #[test]
 fn basic_158_bit_quantization() -> Result {
-    use bitnet_quant::{BitNetQuantizer, OptimizationLevel, QuantizationConfig, QuantizationScheme};
+    use bitnet_quant::{
+        BitNetQuantizer, OptimizationLevel, QuantizationConfig, QuantizationScheme,
+    };
 
     let config = QuantizationConfig::builder()
         .scheme(QuantizationScheme::BitNet158)
@@ -26,7 +29,10 @@ fn basic_158_bit_quantization() -> Result {
     let weights = Tensor::randn(0f32, 1f32, (1024, 1024), &Device::Cpu)?;
     let (mut quantized_weights, scale_factor) = quantizer.quantize_weights_absmean(&weights)?;
 
-    println!("Compression ratio: {}x", quantized_weights.compression_ratio());
+    println!(
+        "Compression ratio: {}x",
+        quantized_weights.compression_ratio()
+    );
     println!("Scale factor: {scale_factor:.6}");
 
     let mean: f32 = weights.abs()?.mean_all()?.to_scalar()?;
@@ -35,7 +41,10 @@ fn basic_158_bit_quantization() -> Result {
     assert!((quantized_weights.compression_ratio() - 4.0).abs() < 1e-3);
     quantized_weights.pack_weights()?;
     assert!((quantized_weights.compression_ratio() - 16.0).abs() < 1e-3);
-    assert!(quantizer.quantize(&weights)?.compression_ratio() > 16.0, "the smallest layout");
+    assert!(
+        quantizer.quantize(&weights)?.compression_ratio() > 16.0,
+        "the smallest layout"
+    );
     Ok(())
 }
 
@@ -57,19 +66,33 @@ fn production_bitlinear_layer_usage() -> Result {
     let input = Tensor::randn(0f32, 1f32, (32, 768), &Device::Cpu)?;
     let output = bitlinear.forward(&input)?;
 
-    println!("Memory reduction: {:.1}%", bitlinear.memory_reduction_percentage());
+    println!(
+        "Memory reduction: {:.1}%",
+        bitlinear.memory_reduction_percentage()
+    );
     println!("Speedup: {:.1}x", bitlinear.measure_speedup(32)?.factor());
 
     assert_eq!(output.dims(), [32, 3072]);
-    assert!(bitlinear.memory_reduction_percentage() >= 93.0, "{}", bitlinear.memory_reduction_percentage());
+    assert!(
+        bitlinear.memory_reduction_percentage() >= 93.0,
+        "{}",
+        bitlinear.memory_reduction_percentage()
+    );
     // The formula, by hand: integers times scales.
     let w = bitlinear.quantized_weights()?;
     let x: Vec<f32> = input.get(5)?.to_vec1()?;
     let top = x.iter().fold(0f32, |m, x| m.max(x.abs()));
-    let sum: f64 = x.iter().zip(&w.values).map(|(x, &q)| f64::from((x * (127.0 / top)).round_ties_even()) * f64::from(q)).sum();
+    let sum: f64 = x
+        .iter()
+        .zip(&w.values)
+        .map(|(x, &q)| f64::from((x * (127.0 / top)).round_ties_even()) * f64::from(q))
+        .sum();
     let expected = sum * f64::from(top) / 127.0 * f64::from(w.scales[0]);
     let got: f32 = output.get(5)?.get(0)?.to_scalar()?;
-    assert!((f64::from(got) - expected).abs() < 1e-5 * expected.abs().max(1.0), "{got} {expected}");
+    assert!(
+        (f64::from(got) - expected).abs() < 1e-5 * expected.abs().max(1.0),
+        "{got} {expected}"
+    );
     Ok(())
 }
 
@@ -86,13 +109,18 @@ fn enhanced_configuration_system() -> Result {
     assert_eq!(config.default.precision(), Some(Precision::Int4));
 
     let weight_config = WeightQuantizationConfigBuilder::new()
-        .base(QuantizationConfig::new(QuantizationPrecision::OneFiveEightBit))
+        .base(QuantizationConfig::new(
+            QuantizationPrecision::OneFiveEightBit,
+        ))
         .group_size(128)
         .ternary_method(TernaryMethod::OptimalThreshold)
         .packing(PackingConfig::bitnet())
         .build()?;
     weight_config.validate()?;
-    assert_eq!(weight_config.default.granularity, Some(Granularity::Group(128)));
+    assert_eq!(
+        weight_config.default.granularity,
+        Some(Granularity::Group(128))
+    );
     assert_eq!(weight_config.default.layout.as_deref(), Some("two-bit"));
 
     // As the text has them, these contradict one another, and each is named.
@@ -112,16 +140,25 @@ fn enhanced_configuration_system() -> Result {
 
 #[test]
 fn configuration_presets() -> Result {
-    use bitnet_quant::{BitNetQuantizer, ConfigurationPreset, QuantizationPrecision, create_custom_enhanced_config};
+    use bitnet_quant::{
+        BitNetQuantizer, ConfigurationPreset, QuantizationPrecision, create_custom_enhanced_config,
+    };
 
     let bitnet_config = ConfigurationPreset::BitNetOptimized.build()?;
     let performance_config = ConfigurationPreset::PerformanceOptimized.build()?;
     let accuracy_config = ConfigurationPreset::AccuracyOptimized.build()?;
 
     let custom_config = create_custom_enhanced_config(|builder| {
-        builder.precision(QuantizationPrecision::TwoBit).auto_optimization(true).adaptive_thresholds(false).real_time_monitoring(true)
+        builder
+            .precision(QuantizationPrecision::TwoBit)
+            .auto_optimization(true)
+            .adaptive_thresholds(false)
+            .real_time_monitoring(true)
     })?;
-    assert_eq!(custom_config.default.precision(), Some(bitnet_core::Precision::Int2));
+    assert_eq!(
+        custom_config.default.precision(),
+        Some(bitnet_core::Precision::Int2)
+    );
 
     let weights = Tensor::randn(0f32, 1f32, (64, 512), &Device::Cpu)?;
     let measure = |config| -> Result<(f32, usize)> {
@@ -129,19 +166,40 @@ fn configuration_presets() -> Result {
         if quantized.packed().is_none() {
             quantized.pack_weights()?;
         }
-        Ok((quantized.stats(&weights)?.quantization_error, quantized.memory_footprint()))
+        Ok((
+            quantized.stats(&weights)?.quantization_error,
+            quantized.memory_footprint(),
+        ))
     };
-    let (bitnet, performance, accuracy) = (measure(bitnet_config)?, measure(performance_config)?, measure(accuracy_config)?);
-    let (memory, balanced) = (measure(ConfigurationPreset::MemoryOptimized.build()?)?, measure(ConfigurationPreset::Balanced.build()?)?);
+    let (bitnet, performance, accuracy) = (
+        measure(bitnet_config)?,
+        measure(performance_config)?,
+        measure(accuracy_config)?,
+    );
+    let (memory, balanced) = (
+        measure(ConfigurationPreset::MemoryOptimized.build()?)?,
+        measure(ConfigurationPreset::Balanced.build()?)?,
+    );
     // They differ in what they are for: error, size.
-    assert!(accuracy.0 < balanced.0 && balanced.0 < performance.0 && performance.0 < bitnet.0, "{accuracy:?} {balanced:?} {performance:?}");
-    assert!(memory.1 < bitnet.1 && bitnet.1 < performance.1 && performance.1 < balanced.1 && balanced.1 < accuracy.1);
+    assert!(
+        accuracy.0 < balanced.0 && balanced.0 < performance.0 && performance.0 < bitnet.0,
+        "{accuracy:?} {balanced:?} {performance:?}"
+    );
+    assert!(
+        memory.1 < bitnet.1
+            && bitnet.1 < performance.1
+            && performance.1 < balanced.1
+            && balanced.1 < accuracy.1
+    );
     Ok(())
 }
 
 #[test]
 fn precision_control_system() -> Result {
-    use bitnet_quant::{PrecisionControlConfig, QuantizationPrecision, QuantizationStats, create_precision_controller};
+    use bitnet_quant::{
+        PrecisionControlConfig, QuantizationPrecision, QuantizationStats,
+        create_precision_controller,
+    };
 
     let precision_config = PrecisionControlConfig::conservative();
     let device = Device::Cpu;
@@ -152,8 +210,14 @@ fn precision_control_system() -> Result {
         0.7, // threshold
         1.0, // scale
     )?;
-    let outside = controller.validate_precision_bounds(QuantizationPrecision::OneFiveEightBit, -0.7, f32::NAN).unwrap_err().to_string();
-    assert!(outside.contains("threshold") && outside.contains("scale"), "{outside}");
+    let outside = controller
+        .validate_precision_bounds(QuantizationPrecision::OneFiveEightBit, -0.7, f32::NAN)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        outside.contains("threshold") && outside.contains("scale"),
+        "{outside}"
+    );
 
     let stats = QuantizationStats {
         elements_count: 1000,
@@ -167,9 +231,15 @@ fn precision_control_system() -> Result {
 
     // 26 dB lie within the bounds of the conservative policy.
     assert_eq!(controller.adjust_precision_dynamically(&stats)?, None);
-    let poor = QuantizationStats { quantization_error: 0.00001, ..stats };
+    let poor = QuantizationStats {
+        quantization_error: 0.00001,
+        ..stats
+    };
     if let Some(adjustment) = controller.adjust_precision_dynamically(&poor)? {
-        println!("Precision adjusted: {:?} -> {:?}", adjustment.from_precision, adjustment.to_precision);
+        println!(
+            "Precision adjusted: {:?} -> {:?}",
+            adjustment.from_precision, adjustment.to_precision
+        );
         assert!(adjustment.to_precision.levels() < adjustment.from_precision.levels());
     } else {
         panic!("100 dB are more than conservative asks for");
@@ -177,26 +247,44 @@ fn precision_control_system() -> Result {
 
     let summary = controller.get_performance_summary();
     println!("Average error: {:.4}", summary.average_error);
-    println!("Average compression: {:.1}x", summary.average_compression_ratio);
+    println!(
+        "Average compression: {:.1}x",
+        summary.average_compression_ratio
+    );
     assert!((summary.average_error - 0.025005).abs() < 1e-6);
-    assert_eq!((summary.average_compression_ratio, summary.observations, summary.lowered), (20.0, 2, 1));
+    assert_eq!(
+        (
+            summary.average_compression_ratio,
+            summary.observations,
+            summary.lowered
+        ),
+        (20.0, 2, 1)
+    );
     Ok(())
 }
 
 #[test]
 fn configurable_quantization_schemes() -> Result {
-    use bitnet_quant::prelude::{OptimizationConfig, OptimizationLevel, QuantizationConfig, QuantizationPrecision, SchemeParameters};
+    use bitnet_quant::prelude::{
+        OptimizationConfig, OptimizationLevel, QuantizationConfig, QuantizationPrecision,
+        SchemeParameters,
+    };
     use bitnet_quant::{BinaryThresholdMethod, OneBitParams, QuantizationSchemeConfig};
     use bitnet_quant::{ConfigurableQuantizationScheme, QuantizationSchemeFactory};
 
     let device = Device::Cpu;
-    let one_bit_scheme: ConfigurableQuantizationScheme = QuantizationSchemeFactory::create_one_bit_scheme(device.clone())?;
-    let ternary_scheme = QuantizationSchemeFactory::create_one_five_eight_bit_scheme(device.clone())?;
+    let one_bit_scheme: ConfigurableQuantizationScheme =
+        QuantizationSchemeFactory::create_one_bit_scheme(device.clone())?;
+    let ternary_scheme =
+        QuantizationSchemeFactory::create_one_five_eight_bit_scheme(device.clone())?;
 
     let custom_config = QuantizationSchemeConfig {
         base: QuantizationConfig::new(QuantizationPrecision::OneBit),
         scheme_params: SchemeParameters {
-            one_bit: OneBitParams { threshold_method: BinaryThresholdMethod::Optimal, ..Default::default() },
+            one_bit: OneBitParams {
+                threshold_method: BinaryThresholdMethod::Optimal,
+                ..Default::default()
+            },
             ..Default::default()
         },
         adaptive_threshold: true,
@@ -207,14 +295,17 @@ fn configurable_quantization_schemes() -> Result {
         },
     };
 
-    let custom_scheme = QuantizationSchemeFactory::create_custom_scheme(custom_config, device.clone())?;
+    let custom_scheme =
+        QuantizationSchemeFactory::create_custom_scheme(custom_config, device.clone())?;
 
     let input = Tensor::randn(0f32, 1f32, &[64, 128], &device)?;
     let quantized = custom_scheme.quantize_tensor(&input)?;
     let dequantized = custom_scheme.dequantize_tensor(&quantized)?;
 
     assert_eq!(dequantized.dims(), [64, 128]);
-    let error = |scheme: &ConfigurableQuantizationScheme| -> Result<f32> { Ok(scheme.quantize(&input)?.stats(&input)?.quantization_error) };
+    let error = |scheme: &ConfigurableQuantizationScheme| -> Result<f32> {
+        Ok(scheme.quantize(&input)?.stats(&input)?.quantization_error)
+    };
     // Two levels lose more than three; the best two lose no more than ±mean.
     assert!(error(&ternary_scheme)? < error(&one_bit_scheme)?);
     assert!(error(&custom_scheme)? <= error(&one_bit_scheme)?);
@@ -225,13 +316,18 @@ fn configurable_quantization_schemes() -> Result {
 #[test]
 fn mixed_precision_integration() -> Result {
     use bitnet_core::mixed_precision::{ComponentType, LayerPrecisionSpec, LayerType};
-    use bitnet_quant::{MixedPrecisionQuantizationConfig, PrecisionAdjustmentParams, create_mixed_precision_quantizer};
+    use bitnet_quant::{
+        MixedPrecisionQuantizationConfig, PrecisionAdjustmentParams,
+        create_mixed_precision_quantizer,
+    };
 
-    let mixed_config = MixedPrecisionQuantizationConfig::bitnet().with_auto_adjustment(PrecisionAdjustmentParams {
-        accuracy_threshold: 0.95,
-        memory_pressure_threshold: 0.8,
-        ..Default::default()
-    });
+    let mixed_config = MixedPrecisionQuantizationConfig::bitnet().with_auto_adjustment(
+        PrecisionAdjustmentParams {
+            accuracy_threshold: 0.95,
+            memory_pressure_threshold: 0.8,
+            ..Default::default()
+        },
+    );
 
     let device = Device::Cpu;
     let mut quantizer = create_mixed_precision_quantizer(mixed_config, device.clone())?;
@@ -244,7 +340,10 @@ fn mixed_precision_integration() -> Result {
         weight_shape: vec![64, 3, 7, 7],
         ..Default::default()
     };
-    assert_eq!(layer_spec.precision(ComponentType::Weights), Some(bitnet_core::Precision::Ternary));
+    assert_eq!(
+        layer_spec.precision(ComponentType::Weights),
+        Some(bitnet_core::Precision::Ternary)
+    );
     quantizer.register_layer(layer_spec)?;
 
     let weights = Tensor::randn(0f32, 0.1f32, (64, 3, 7, 7), &device)?;
@@ -257,9 +356,18 @@ fn mixed_precision_integration() -> Result {
     println!("  Original size: {} bytes", result.original_size_bytes);
     println!("  Quantized size: {} bytes", result.quantized_size_bytes);
 
-    assert_eq!(result.original_size_bytes, 4 * (64 * 3 * 49 + 3 * 224 * 224));
-    let (left, acts) = (result.weights.expect("weights"), result.activations.expect("activations"));
-    assert_eq!(result.quantized_size_bytes, left.memory_footprint() + acts.memory_footprint());
+    assert_eq!(
+        result.original_size_bytes,
+        4 * (64 * 3 * 49 + 3 * 224 * 224)
+    );
+    let (left, acts) = (
+        result.weights.expect("weights"),
+        result.activations.expect("activations"),
+    );
+    assert_eq!(
+        result.quantized_size_bytes,
+        left.memory_footprint() + acts.memory_footprint()
+    );
     // Ternary has a cosine of 0.9 on normal weights, so precision went up until 0.95 held.
     assert!(!result.adjustments.is_empty());
     assert!(left.stats(&weights)?.quantization_error <= (1.0f32 - 0.95 * 0.95).sqrt());
@@ -276,7 +384,10 @@ fn basic_weight_and_activation_quantization() -> Result {
     let quantized = absmean_quantize_weights(&weights, &device)?;
 
     println!("Compression: {:.1}x", quantized.compression_ratio());
-    println!("Memory saved: {:.1} MB", (weights.elem_count() * 4 - quantized.memory_footprint()) as f32 / 1024.0 / 1024.0);
+    println!(
+        "Memory saved: {:.1} MB",
+        (weights.elem_count() * 4 - quantized.memory_footprint()) as f32 / 1024.0 / 1024.0
+    );
 
     let activations = Tensor::randn(0f32, 1.0, (32, 256), &device)?;
     let quantized_activations = absmax_quantize_activations(&activations, &device)?;
@@ -285,7 +396,10 @@ fn basic_weight_and_activation_quantization() -> Result {
     let matrix = quantized_activations.matrix()?;
     assert_eq!((matrix.values.len(), matrix.scales.len()), (32 * 256, 32));
     let largest: f32 = activations.abs()?.flatten_all()?.max(0)?.to_scalar()?;
-    assert!(distance(&quantized_activations.dequantize()?, &activations)? <= largest / 127.0 / 2.0 * 1.001);
+    assert!(
+        distance(&quantized_activations.dequantize()?, &activations)?
+            <= largest / 127.0 / 2.0 * 1.001
+    );
     Ok(())
 }
 
@@ -326,7 +440,11 @@ fn quick_start() -> Result {
 
     let mut controller = create_precision_controller(config.control.unwrap_or_default(), device)?;
 
-    assert_eq!(controller.adjust_precision_dynamically(&quantized.stats(&weights)?)?, None, "one observation is not enough");
+    assert_eq!(
+        controller.adjust_precision_dynamically(&quantized.stats(&weights)?)?,
+        None,
+        "one observation is not enough"
+    );
     assert_eq!(controller.get_performance_summary().observations, 1);
     Ok(())
 }
@@ -354,7 +472,8 @@ fn configuration_first_approach() -> Result {
     let quantized = quantizer.quantize(&weights)?;
 
     assert_eq!(quantized.spec().scales_len(), 64 * 2);
-    // Two bits and a scale for each group would be 2.25; the least error on normal weights is 7.2 dB.
+    // Two bits and a scale for each group would be 2.25; the least error on normal weights is 7.2
+    // dB.
     assert!((quantized.memory_footprint() as f32) < 2.25 / 8.0 * 64.0 * 256.0);
     assert!((quantized.stats(&weights)?.sqnr_db() - 7.3).abs() < 0.4);
     Ok(())
@@ -374,7 +493,10 @@ fn quantization_aware_training() -> Result {
         }
     }
     impl Linears for Model {
-        fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
+        fn visit_linears(
+            &mut self,
+            visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,
+        ) -> bitnet_quant::Result<()> {
             visit("up", &mut self.0)?;
             visit("down", &mut self.1)
         }
@@ -385,11 +507,17 @@ fn quantization_aware_training() -> Result {
     }
     let (num_epochs, vars) = (24, VarMap::new());
     let vb = VarBuilder::from_varmap(&vars, candle_core::DType::F32, &Device::Cpu);
-    let mut model = Model(Linear::new(8, 64, true, &vb.pp("up"))?, Linear::new(64, 1, true, &vb.pp("down"))?);
+    let mut model = Model(
+        Linear::new(8, 64, true, &vb.pp("up"))?,
+        Linear::new(64, 1, true, &vb.pp("down"))?,
+    );
     let mut dataloader = vec![];
     for _ in 0..16 {
         let input = Tensor::randn(0f32, 1f32, (64, 8), &Device::Cpu)?;
-        dataloader.push(Batch { target: input.abs()?.sum_keepdim(1)?, input });
+        dataloader.push(Batch {
+            target: input.abs()?.sum_keepdim(1)?,
+            input,
+        });
     }
     let loss_fn = candle_nn::loss::mse;
 
@@ -405,7 +533,13 @@ fn quantization_aware_training() -> Result {
 
     let mut trainer = QATTrainer::new(qat_config)?;
     trainer.prepare(&mut model, &vars)?;
-    let mut optimizer = Optimizer::new(&vars, &OptimizerConfig { learning_rate: 0.01, ..OptimizerConfig::default() })?;
+    let mut optimizer = Optimizer::new(
+        &vars,
+        &OptimizerConfig {
+            learning_rate: 0.01,
+            ..OptimizerConfig::default()
+        },
+    )?;
 
     // Train with Straight-Through Estimator
     let mut losses = vec![];
@@ -427,7 +561,9 @@ fn quantization_aware_training() -> Result {
     assert!(last < 0.25 * first, "{first} {last}");
     assert_eq!(optimizer.learning_rate(), 0.01);
     // 8, 4 and 2 bits over the first half, ternary at the end: three values and one scale.
-    let Linear::Qat(layer) = &model.0 else { panic!("in training") };
+    let Linear::Qat(layer) = &model.0 else {
+        panic!("in training")
+    };
     let weights = layer.quantized_weights()?;
     assert!(weights.values.iter().all(|q| (-1..=1).contains(q)) && weights.scales.len() == 1);
     Ok(())

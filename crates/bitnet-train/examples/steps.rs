@@ -1,11 +1,14 @@
-//! Time and memory of training steps: quantized layers beside the full-precision twin, on the same data, in turns.
+//! Time and memory of training steps: quantized layers beside the full-precision twin, on the same
+//! data, in turns.
 //!
 //! ```sh
 //! cargo run --release -p bitnet-train --example steps            # a table in Markdown; --rounds N, default 15
 //! ```
 
 use bitnet_quant::QuantizationConfig;
-use bitnet_quant::qat::{Linears, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare};
+use bitnet_quant::qat::{
+    Linears, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare,
+};
 use bitnet_train::folder;
 use bitnet_train::models::{CnnConfig, Decoder, DecoderShape, ImageModel, ImageShape, MlpConfig};
 use bitnet_train::ops::cross_entropy;
@@ -38,23 +41,55 @@ impl Case {
         let mut image = |shape: ImageShape, batch: usize| -> Result<Self> {
             let pixels: Vec<f32> = (0..batch * 784).map(|_| random.normal() as f32).collect();
             let labels: Vec<u32> = (0..batch).map(|_| random.below(10) as u32).collect();
-            let (pixels, labels) = (Tensor::from_vec(pixels, (batch, 784), &Device::Cpu)?, Tensor::new(labels, &Device::Cpu)?);
+            let (pixels, labels) = (
+                Tensor::from_vec(pixels, (batch, 784), &Device::Cpu)?,
+                Tensor::new(labels, &Device::Cpu)?,
+            );
             Ok(Self::Image(ImageModel::new(&shape, &vb)?, pixels, labels))
         };
         let case = match name {
-            "mlp" => image(ImageShape::Mlp(MlpConfig { inputs: 784, hidden: vec![512, 512], classes: 10, norm: true }), 128)?,
+            "mlp" => image(
+                ImageShape::Mlp(MlpConfig {
+                    inputs: 784,
+                    hidden: vec![512, 512],
+                    classes: 10,
+                    norm: true,
+                }),
+                128,
+            )?,
             "cnn" => {
-                let config = CnnConfig { height: 28, width: 28, channels: vec![32, 64], dense: 128, classes: 10, norm: true };
+                let config = CnnConfig {
+                    height: 28,
+                    width: 28,
+                    channels: vec![32, 64],
+                    dense: 128,
+                    classes: 10,
+                    norm: true,
+                };
                 image(ImageShape::Cnn(config), 64)?
             }
             _ => {
                 let small = DecoderShape::default();
-                let large = DecoderShape { hidden: 256, ffn: 768, layers: 6, heads: 8, kv_heads: 4, ..DecoderShape::default() };
+                let large = DecoderShape {
+                    hidden: 256,
+                    ffn: 768,
+                    layers: 6,
+                    heads: 8,
+                    kv_heads: 4,
+                    ..DecoderShape::default()
+                };
                 let shape = if name == "decoder-1m" { small } else { large };
                 let (batch, context) = (16, 128);
-                let decoder = Decoder::new(Path::new(name), &shape.config_json(256, context)?, context, &vb)?;
+                let decoder = Decoder::new(
+                    Path::new(name),
+                    &shape.config_json(256, context)?,
+                    context,
+                    &vb,
+                )?;
                 let mut tokens = || -> Result<Tensor> {
-                    let all: Vec<u32> = (0..batch * context).map(|_| random.below(256) as u32).collect();
+                    let all: Vec<u32> = (0..batch * context)
+                        .map(|_| random.below(256) as u32)
+                        .collect();
                     Ok(Tensor::from_vec(all, (batch, context), &Device::Cpu)?)
                 };
                 Self::Text(Box::new(decoder), tokens()?, tokens()?)
@@ -94,13 +129,27 @@ impl Runner {
     fn new(name: &str, quantized: bool, ours: bool) -> Result<Self> {
         let (mut case, vars) = Case::new(name)?;
         if quantized {
-            prepare(case.linears(), &QuantizationConfig::bitnet_158(), StraightThroughEstimator::Plain, &vars)?;
+            prepare(
+                case.linears(),
+                &QuantizationConfig::bitnet_158(),
+                StraightThroughEstimator::Plain,
+                &vars,
+            )?;
         }
         let update = if ours {
-            Update::Ours(Box::new(Optimizer::new(&vars, &OptimizerConfig::default())?))
+            Update::Ours(Box::new(Optimizer::new(
+                &vars,
+                &OptimizerConfig::default(),
+            )?))
         } else {
             let all = folder::sorted(&vars).into_values().collect();
-            Update::Candle(AdamW::new(all, ParamsAdamW { lr: 1e-3, ..ParamsAdamW::default() })?)
+            Update::Candle(AdamW::new(
+                all,
+                ParamsAdamW {
+                    lr: 1e-3,
+                    ..ParamsAdamW::default()
+                },
+            )?)
         };
         Ok(Self { case, update })
     }
@@ -128,15 +177,22 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// Peak memory of this process so far, in MB.
 fn peak() -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("no VmHWM: memory is measured on Linux only")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .ok_or("no VmHWM: memory is measured on Linux only")?;
     Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1e3)
 }
 
 /// Peak memory of another process that trains one model and nothing else.
 fn measured(name: &str, kind: &str) -> Result<f64> {
-    let output = Command::new(std::env::current_exe()?).args(["memory", name, kind]).output()?;
+    let output = Command::new(std::env::current_exe()?)
+        .args(["memory", name, kind])
+        .output()?;
     let text = String::from_utf8(output.stdout)?;
-    text.trim().parse().map_err(|_| format!("{name} {kind}: {}", String::from_utf8_lossy(&output.stderr)).into())
+    text.trim()
+        .parse()
+        .map_err(|_| format!("{name} {kind}: {}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
 fn main() -> Result<()> {
@@ -156,10 +212,16 @@ fn main() -> Result<()> {
         [flag, n] if flag == "--rounds" => n.parse()?,
         _ => return Err("expected nothing, or --rounds N".into()),
     };
-    println!("| model | twin, candle's AdamW | twin, our AdamW | quantized | to candle's | to ours | memory of twin | quantized | ratio |");
+    println!(
+        "| model | twin, candle's AdamW | twin, our AdamW | quantized | to candle's | to ours | memory of twin | quantized | ratio |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|");
     for name in MODELS {
-        let mut runners = [Runner::new(name, false, false)?, Runner::new(name, false, true)?, Runner::new(name, true, true)?];
+        let mut runners = [
+            Runner::new(name, false, false)?,
+            Runner::new(name, false, true)?,
+            Runner::new(name, true, true)?,
+        ];
         let mut times = [vec![], vec![], vec![]];
         for round in 0..=rounds {
             for (runner, times) in runners.iter_mut().zip(&mut times) {

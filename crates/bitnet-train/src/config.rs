@@ -33,7 +33,8 @@ impl ImageConfig {
     }
 }
 
-/// A folder of idx files: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-…`, each plain or with `.gz`.
+/// A folder of idx files: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-…`, each
+/// plain or with `.gz`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageData {
@@ -45,7 +46,10 @@ pub struct ImageData {
 
 impl Default for ImageData {
     fn default() -> Self {
-        Self { folder: PathBuf::new(), classes: 10 }
+        Self {
+            folder: PathBuf::new(),
+            classes: 10,
+        }
     }
 }
 
@@ -66,7 +70,11 @@ impl std::str::FromStr for Network {
         match s {
             "mlp" => Ok(Self::Mlp),
             "cnn" => Ok(Self::Cnn),
-            _ => Err(Error::option("model.network", "mlp or cnn", format!("'{s}'"))),
+            _ => Err(Error::option(
+                "model.network",
+                "mlp or cnn",
+                format!("'{s}'"),
+            )),
         }
     }
 }
@@ -77,7 +85,8 @@ impl std::str::FromStr for Network {
 pub struct ImageModelConfig {
     /// Which one.
     pub network: Network,
-    /// Elements of each hidden layer of the perceptron, or channels of each convolution. Default: 512, 512; 32, 64.
+    /// Elements of each hidden layer of the perceptron, or channels of each convolution. Default:
+    /// 512, 512; 32, 64.
     pub sizes: Vec<usize>,
     /// Elements of the layer behind the convolutions.
     pub dense: usize,
@@ -87,7 +96,12 @@ pub struct ImageModelConfig {
 
 impl Default for ImageModelConfig {
     fn default() -> Self {
-        Self { network: Network::Mlp, sizes: vec![], dense: 128, norm: true }
+        Self {
+            network: Network::Mlp,
+            sizes: vec![],
+            dense: 128,
+            norm: true,
+        }
     }
 }
 
@@ -116,13 +130,19 @@ pub struct TextData {
     pub tokenizer: Option<PathBuf>,
     /// Share of each file, at its end, that is held out.
     pub held_out: f64,
-    /// Most held-out tokens that are measured on; 0: all. Taken from the whole of them at equal distances, a window each.
+    /// Most held-out tokens that are measured on; 0: all. Taken from the whole of them at equal
+    /// distances, a window each.
     pub measured: usize,
 }
 
 impl Default for TextData {
     fn default() -> Self {
-        Self { text: vec![], tokenizer: None, held_out: 0.1, measured: 65_536 }
+        Self {
+            text: vec![],
+            tokenizer: None,
+            held_out: 0.1,
+            measured: 65_536,
+        }
     }
 }
 
@@ -130,7 +150,8 @@ impl Default for TextData {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LmModelConfig {
-    /// A folder with config.json, float weights and perhaps a tokenizer.json to begin from. Then `shape` says nothing.
+    /// A folder with config.json, float weights and perhaps a tokenizer.json to begin from. Then
+    /// `shape` says nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from: Option<PathBuf>,
     /// Tokens of a window.
@@ -141,7 +162,11 @@ pub struct LmModelConfig {
 
 impl Default for LmModelConfig {
     fn default() -> Self {
-        Self { from: None, context: 128, shape: DecoderShape::default() }
+        Self {
+            from: None,
+            context: 128,
+            shape: DecoderShape::default(),
+        }
     }
 }
 
@@ -153,7 +178,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Images, or windows, of a micro-batch.
     pub batch: usize,
-    /// Whether the full-precision twin is trained first, from the same start on the same data: the report compares with it.
+    /// Whether the full-precision twin is trained first, from the same start on the same data: the
+    /// report compares with it.
     pub twin: bool,
     /// Whether the quantized model begins with the twin's weights instead of the twin's start.
     pub fine_tune: bool,
@@ -166,7 +192,14 @@ pub struct RunConfig {
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { seed: 0, batch: 64, twin: true, fine_tune: false, teacher: None, distillation: Distillation::default() }
+        Self {
+            seed: 0,
+            batch: 64,
+            twin: true,
+            fine_tune: false,
+            teacher: None,
+            distillation: Distillation::default(),
+        }
     }
 }
 
@@ -182,7 +215,11 @@ pub enum Teacher {
 
 impl From<String> for Teacher {
     fn from(s: String) -> Self {
-        if s == "self" { Self::Twin } else { Self::Folder(s.into()) }
+        if s == "self" {
+            Self::Twin
+        } else {
+            Self::Folder(s.into())
+        }
     }
 }
 
@@ -195,7 +232,8 @@ impl From<Teacher> for String {
     }
 }
 
-/// `loss = (1 − logits)·L + logits·KL + hidden·MSE + relations·R`, L the cross-entropy with the data.
+/// `loss = (1 − logits)·L + logits·KL + hidden·MSE + relations·R`, L the cross-entropy with the
+/// data.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Distillation {
@@ -205,13 +243,19 @@ pub struct Distillation {
     pub temperature: f64,
     /// Weight of the distance of hidden states; decoders with as many layers of the same size.
     pub hidden: f64,
-    /// Weight of the divergence of the last layer's relations among queries, keys and values; decoders.
+    /// Weight of the divergence of the last layer's relations among queries, keys and values;
+    /// decoders.
     pub relations: f64,
 }
 
 impl Default for Distillation {
     fn default() -> Self {
-        Self { logits: 0.5, temperature: 1.0, hidden: 0.0, relations: 0.0 }
+        Self {
+            logits: 0.5,
+            temperature: 1.0,
+            hidden: 0.0,
+            relations: 0.0,
+        }
     }
 }
 
@@ -224,18 +268,41 @@ impl RunConfig {
             return Err(Error::option("run.fine_tune", "false without a twin", true));
         }
         if !self.twin && self.teacher == Some(Teacher::Twin) {
-            return Err(Error::option("run.teacher", "a folder where there is no twin", "self"));
+            return Err(Error::option(
+                "run.teacher",
+                "a folder where there is no twin",
+                "self",
+            ));
         }
-        let Distillation { logits, temperature, hidden, relations } = self.distillation;
+        let Distillation {
+            logits,
+            temperature,
+            hidden,
+            relations,
+        } = self.distillation;
         if !(0.0..=1.0).contains(&logits) {
-            return Err(Error::option("run.distillation.logits", "a share from 0 to 1", logits));
+            return Err(Error::option(
+                "run.distillation.logits",
+                "a share from 0 to 1",
+                logits,
+            ));
         }
-        for (name, value, least) in
-            [("temperature", temperature, f64::MIN_POSITIVE), ("hidden", hidden, 0.0), ("relations", relations, 0.0)]
-        {
+        for (name, value, least) in [
+            ("temperature", temperature, f64::MIN_POSITIVE),
+            ("hidden", hidden, 0.0),
+            ("relations", relations, 0.0),
+        ] {
             if !(value.is_finite() && value >= least) {
-                let expected = if least > 0.0 { "a positive number" } else { "a number of at least 0" };
-                return Err(Error::option(format!("run.distillation.{name}"), expected, value));
+                let expected = if least > 0.0 {
+                    "a positive number"
+                } else {
+                    "a number of at least 0"
+                };
+                return Err(Error::option(
+                    format!("run.distillation.{name}"),
+                    expected,
+                    value,
+                ));
             }
         }
         Ok(())
@@ -247,7 +314,10 @@ impl RunConfig {
 /// # Errors
 /// [`Error::Config`] with what is wrong and where.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bad = |what: String| Error::Config { path: path.to_path_buf(), what: what.trim_end().replace('\n', " ") };
+    let bad = |what: String| Error::Config {
+        path: path.to_path_buf(),
+        what: what.trim_end().replace('\n', " "),
+    };
     let text = fs::read_to_string(path).map_err(|e| bad(format!("cannot read: {e}")))?;
     toml::from_str(&text).map_err(|e| bad(e.to_string()))
 }

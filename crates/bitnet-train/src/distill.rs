@@ -7,18 +7,32 @@ use bitnet_quant::qat::distillation::{Distance, hidden_loss, logits_loss, relati
 use candle_core::Tensor;
 
 /// `(1 − share)·loss + share·KL(teacher ‖ student)`.
-pub(crate) fn logits(loss: Tensor, student: &Tensor, teacher: &Tensor, how: &Distillation) -> Result<Tensor> {
+pub(crate) fn logits(
+    loss: Tensor,
+    student: &Tensor,
+    teacher: &Tensor,
+    how: &Distillation,
+) -> Result<Tensor> {
     if how.logits == 0.0 {
         return Ok(loss);
     }
-    Ok(((loss * (1.0 - how.logits))? + (logits_loss(student, teacher, how.temperature)? * how.logits)?)?)
+    Ok(((loss * (1.0 - how.logits))?
+        + (logits_loss(student, teacher, how.temperature)? * how.logits)?)?)
 }
 
-/// `loss`, and the mean distance of hidden states, and the mean divergence of the three relations of the last layer, as weighted.
-pub(crate) fn traces(mut loss: Tensor, student: &Trace, teacher: &Trace, how: &Distillation) -> Result<Tensor> {
+/// `loss`, and the mean distance of hidden states, and the mean divergence of the three relations
+/// of the last layer, as weighted.
+pub(crate) fn traces(
+    mut loss: Tensor,
+    student: &Trace,
+    teacher: &Trace,
+    how: &Distillation,
+) -> Result<Tensor> {
     if how.hidden > 0.0 {
         for (s, t) in student.hidden.iter().zip(&teacher.hidden) {
-            loss = (loss + (hidden_loss(s, t, Distance::Mse)? * (how.hidden / student.hidden.len() as f64))?)?;
+            loss = (loss
+                + (hidden_loss(s, t, Distance::Mse)?
+                    * (how.hidden / student.hidden.len() as f64))?)?;
         }
     }
     if how.relations > 0.0

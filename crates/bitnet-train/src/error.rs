@@ -58,11 +58,23 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn data(path: &Path, expected: impl ToString, got: impl ToString) -> Self {
-        Self::Data { path: path.to_path_buf(), expected: expected.to_string(), got: got.to_string() }
+        Self::Data {
+            path: path.to_path_buf(),
+            expected: expected.to_string(),
+            got: got.to_string(),
+        }
     }
 
-    pub(crate) fn option(option: impl ToString, expected: impl ToString, got: impl ToString) -> Self {
-        Self::Option { option: option.to_string(), expected: expected.to_string(), got: got.to_string() }
+    pub(crate) fn option(
+        option: impl ToString,
+        expected: impl ToString,
+        got: impl ToString,
+    ) -> Self {
+        Self::Option {
+            option: option.to_string(),
+            expected: expected.to_string(),
+            got: got.to_string(),
+        }
     }
 }
 

@@ -14,27 +14,37 @@ use std::sync::PoisonError;
 /// The variables of a map by name.
 pub fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {
     let all = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
-    all.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+    all.iter()
+        .map(|(name, var)| (name.clone(), var.clone()))
+        .collect()
 }
 
 /// Their values by name.
 pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
-    sorted(vars).into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect()
+    sorted(vars)
+        .into_iter()
+        .map(|(name, var)| (name, var.as_tensor().detach()))
+        .collect()
 }
 
 /// Sets every variable from the tensor of its name in a checkpoint of floats.
 ///
 /// # Errors
-/// [`Error::File`] for a tensor that is missing, has another shape, is quantized or not finite, and for one that no variable takes.
+/// [`Error::File`] for a tensor that is missing, has another shape, is quantized or not finite, and
+/// for one that no variable takes.
 pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     let vars = sorted(vars);
     for (name, var) in &vars {
         var.set(&read(source, name, var.dims())?)?;
     }
     match source.tensors.iter().find(|t| !vars.contains_key(&t.name)) {
-        Some(extra) => {
-            Err(bitnet_formats::Error::tensor(&source.path, &extra.name, "no tensor, for it has no place in the model", "one").into())
-        }
+        Some(extra) => Err(bitnet_formats::Error::tensor(
+            &source.path,
+            &extra.name,
+            "no tensor, for it has no place in the model",
+            "one",
+        )
+        .into()),
         None => Ok(()),
     }
 }
@@ -44,37 +54,77 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
 /// # Errors
 /// As [`load`].
 pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
-    let bad = |expected: String, got: String| Error::from(bitnet_formats::Error::tensor(&source.path, name, expected, got));
-    let tensor = source.find(name).ok_or_else(|| bad(format!("shape {shape:?}"), "no such tensor".into()))?;
+    let bad = |expected: String, got: String| {
+        Error::from(bitnet_formats::Error::tensor(
+            &source.path,
+            name,
+            expected,
+            got,
+        ))
+    };
+    let tensor = source
+        .find(name)
+        .ok_or_else(|| bad(format!("shape {shape:?}"), "no such tensor".into()))?;
     if tensor.shape != shape {
-        return Err(bad(format!("shape {shape:?}"), format!("{:?}", tensor.shape)));
+        return Err(bad(
+            format!("shape {shape:?}"),
+            format!("{:?}", tensor.shape),
+        ));
     }
-    let Content::Float(stored) = tensor.content else { return Err(bad("floats, to be trained".into(), "other values".into())) };
+    let Content::Float(stored) = tensor.content else {
+        return Err(bad("floats, to be trained".into(), "other values".into()));
+    };
     let mut values = vec![0.0; shape.iter().product()];
     source.read_floats(stored, 0..values.len(), &mut vec![], &mut values)?;
     if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-        return Err(bad("finite numbers".into(), format!("{} at index {at}", values[at])));
+        return Err(bad(
+            "finite numbers".into(),
+            format!("{} at index {at}", values[at]),
+        ));
     }
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// Writes a folder: weights in f32, config.json, and other files by name. It appears whole or not at all.
+/// Writes a folder: weights in f32, config.json, and other files by name. It appears whole or not
+/// at all.
 ///
 /// # Errors
 /// [`Error::File`] if the folder exists or cannot be written.
-pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, config: &Value, files: &[(String, Vec<u8>)]) -> Result<()> {
+pub fn save(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &Value,
+    files: &[(String, Vec<u8>)],
+) -> Result<()> {
     if path.exists() {
-        return Err(bitnet_quant::Error::Exists { path: path.to_path_buf() }.into());
+        return Err(bitnet_quant::Error::Exists {
+            path: path.to_path_buf(),
+        }
+        .into());
     }
     let mut stored = vec![];
     for (name, tensor) in tensors {
         stored.push((name, tensor.dims().to_vec(), bytes(tensor)?));
     }
-    let failed = |what: String| Error::from(bitnet_formats::Error::file(path, "tensors that safetensors can hold", what));
-    let views = stored.iter().map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)));
-    let views: Vec<_> = views.collect::<Result<_, safetensors::SafeTensorError>>().map_err(|e| failed(e.to_string()))?;
+    let failed = |what: String| {
+        Error::from(bitnet_formats::Error::file(
+            path,
+            "tensors that safetensors can hold",
+            what,
+        ))
+    };
+    let views = stored.iter().map(|(name, shape, data)| {
+        Ok((
+            name.as_str(),
+            TensorView::new(Dtype::F32, shape.clone(), data)?,
+        ))
+    });
+    let views: Vec<_> = views
+        .collect::<Result<_, safetensors::SafeTensorError>>()
+        .map_err(|e| failed(e.to_string()))?;
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let weights = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
+    let weights =
+        safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
     // Beside its target, so that a rename can give it its name.
     let mut partial = path.as_os_str().to_os_string();
     partial.push(".");
@@ -82,16 +132,21 @@ pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, config: &Value, fil
     let partial = Path::new(&partial);
     let written = (|| {
         match fs::remove_dir_all(partial) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(bitnet_formats::Error::io(partial, "remove")(e)),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(bitnet_formats::Error::io(partial, "remove")(e));
+            }
             _ => {}
         }
         fs::create_dir_all(partial).map_err(bitnet_formats::Error::io(partial, "create"))?;
         let write = |name: &str, bytes: &[u8]| {
-            fs::write(partial.join(name), bytes).map_err(bitnet_formats::Error::io(&partial.join(name), "write"))
+            fs::write(partial.join(name), bytes)
+                .map_err(bitnet_formats::Error::io(&partial.join(name), "write"))
         };
         write("model.safetensors", &weights)?;
         write("config.json", format!("{config:#}\n").as_bytes())?;
-        files.iter().try_for_each(|(name, bytes)| write(name, bytes))?;
+        files
+            .iter()
+            .try_for_each(|(name, bytes)| write(name, bytes))?;
         fs::rename(partial, path).map_err(bitnet_formats::Error::io(path, "rename to"))
     })();
     if written.is_err() {
@@ -102,10 +157,19 @@ pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, config: &Value, fil
 
 /// Little-endian f32.
 fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    Ok(tensor.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect())
+    Ok(tensor
+        .flatten_all()?
+        .to_vec1::<f32>()?
+        .iter()
+        .flat_map(|x| x.to_le_bytes())
+        .collect())
 }
 
 /// The variables of a map as constants, of which no graph is kept.
 pub fn constants(vars: &VarMap) -> VarBuilder<'static> {
-    VarBuilder::from_tensors(tensors(vars).into_iter().collect(), DType::F32, &Device::Cpu)
+    VarBuilder::from_tensors(
+        tensors(vars).into_iter().collect(),
+        DType::F32,
+        &Device::Cpu,
+    )
 }

@@ -39,7 +39,8 @@ impl ImageWork {
     /// Reads the images.
     ///
     /// # Errors
-    /// As [`Images::read`]; [`Error::Data`] for test images of another size, [`Error::Option`] for a shape that means nothing.
+    /// As [`Images::read`]; [`Error::Data`] for test images of another size, [`Error::Option`] for
+    /// a shape that means nothing.
     pub fn new(config: &ImageConfig) -> Result<Self> {
         config.run.validate()?;
         let (folder, classes) = (&config.data.folder, config.data.classes);
@@ -47,9 +48,16 @@ impl ImageWork {
             return Err(Error::option("data.classes", "1 to 256", classes));
         }
         if config.run.distillation.hidden > 0.0 || config.run.distillation.relations > 0.0 {
-            return Err(Error::option("run.distillation", "hidden and relations of 0 for images", "more"));
+            return Err(Error::option(
+                "run.distillation",
+                "hidden and relations of 0 for images",
+                "more",
+            ));
         }
-        let (train, test) = (Images::read(folder, "train", classes)?, Images::read(folder, "t10k", classes)?);
+        let (train, test) = (
+            Images::read(folder, "train", classes)?,
+            Images::read(folder, "t10k", classes)?,
+        );
         let (height, width) = train.size();
         if test.size() != (height, width) {
             return Err(Error::data(
@@ -59,12 +67,28 @@ impl ImageWork {
             ));
         }
         let (model, sizes) = (&config.model, config.model.sizes.clone());
-        let or = |default: [usize; 2]| if sizes.is_empty() { default.to_vec() } else { sizes.clone() };
-        let shape = match model.network {
-            Network::Mlp => ImageShape::Mlp(MlpConfig { inputs: height * width, hidden: or([512, 512]), classes, norm: model.norm }),
-            Network::Cnn => {
-                ImageShape::Cnn(CnnConfig { height, width, channels: or([32, 64]), dense: model.dense, classes, norm: model.norm })
+        let or = |default: [usize; 2]| {
+            if sizes.is_empty() {
+                default.to_vec()
+            } else {
+                sizes.clone()
             }
+        };
+        let shape = match model.network {
+            Network::Mlp => ImageShape::Mlp(MlpConfig {
+                inputs: height * width,
+                hidden: or([512, 512]),
+                classes,
+                norm: model.norm,
+            }),
+            Network::Cnn => ImageShape::Cnn(CnnConfig {
+                height,
+                width,
+                channels: or([32, 64]),
+                dense: model.dense,
+                classes,
+                norm: model.norm,
+            }),
         };
         // A shape is plain data: serialising it cannot fail.
         let json = serde_json::to_value(&shape).unwrap_or_default();
@@ -90,7 +114,11 @@ impl ImageWork {
         for part in all.chunks(MEASURED) {
             let (images, labels) = self.test.batch(part, self.moments)?;
             let best = model.forward(&images)?.argmax(D::Minus1)?;
-            wrong += best.ne(&labels)?.to_dtype(candle_core::DType::U32)?.sum_all()?.to_scalar::<u32>()?;
+            wrong += best
+                .ne(&labels)?
+                .to_dtype(candle_core::DType::U32)?
+                .sum_all()?
+                .to_scalar::<u32>()?;
         }
         Ok(f64::from(wrong) / all.len() as f64)
     }
@@ -119,21 +147,42 @@ impl Work for ImageWork {
         Ok(vec![])
     }
 
-    fn task<'w>(&'w self, model: ImageModel, vars: VarMap, teacher: Option<ImageModel>) -> Box<dyn Task + 'w> {
-        Box::new(ImageTask { work: self, model, vars, teacher, order: Order::new(self.seed, self.train.len()) })
+    fn task<'w>(
+        &'w self,
+        model: ImageModel,
+        vars: VarMap,
+        teacher: Option<ImageModel>,
+    ) -> Box<dyn Task + 'w> {
+        Box::new(ImageTask {
+            work: self,
+            model,
+            vars,
+            teacher,
+            order: Order::new(self.seed, self.train.len()),
+        })
     }
 
     fn teacher(&self, path: &Path) -> Result<ImageModel> {
         let source = Source::open(path)?;
         let model: ImageShape = serde_json::from_value(source.config.clone().unwrap_or_default())
-            .map_err(|e| Error::Config { path: path.join("config.json"), what: e.to_string() })?;
+            .map_err(|e| Error::Config {
+            path: path.join("config.json"),
+            what: e.to_string(),
+        })?;
         let sizes = |shape: &ImageShape| match shape {
             ImageShape::Mlp(m) => (m.inputs, m.classes),
             ImageShape::Cnn(c) => (c.height * c.width, c.classes),
         };
         if sizes(&model) != sizes(&self.shape) {
             let (expected, got) = (sizes(&self.shape), sizes(&model));
-            return Err(Error::data(path, format!("a teacher with {} inputs and {} classes", expected.0, expected.1), format!("{got:?}")));
+            return Err(Error::data(
+                path,
+                format!(
+                    "a teacher with {} inputs and {} classes",
+                    expected.0, expected.1
+                ),
+                format!("{got:?}"),
+            ));
         }
         let vars = VarMap::new();
         ImageModel::new(&model, &variables(&vars, 0))?;
@@ -146,8 +195,15 @@ impl Work for ImageWork {
         let source = Source::open(path)?;
         let vars = VarMap::new();
         let mut model = self.build(&variables(&vars, 0))?;
-        let packed = |name: &str| source.find(name).is_some_and(|t| matches!(t.content, Content::Quantized(_)));
-        for (name, var) in folder::sorted(&vars).iter().filter(|(name, _)| !packed(name)) {
+        let packed = |name: &str| {
+            source
+                .find(name)
+                .is_some_and(|t| matches!(t.content, Content::Quantized(_)))
+        };
+        for (name, var) in folder::sorted(&vars)
+            .iter()
+            .filter(|(name, _)| !packed(name))
+        {
             var.set(&folder::read(&source, name, var.dims())?)?;
         }
         model.visit_linears(&mut |name, linear| {
@@ -181,7 +237,12 @@ impl Task for ImageTask<'_> {
         let loss = ops::cross_entropy(&logits, &labels)?;
         match &self.teacher {
             None => Ok(loss),
-            Some(teacher) => distill::logits(loss, &logits, &teacher.forward(&images)?, &work.distillation),
+            Some(teacher) => distill::logits(
+                loss,
+                &logits,
+                &teacher.forward(&images)?,
+                &work.distillation,
+            ),
         }
     }
 
@@ -195,7 +256,13 @@ impl Task for ImageTask<'_> {
 
     fn state(&self) -> Value {
         let work = self.work;
-        state(work.seed, work.batch, &work.distillation, self.teacher.is_some(), work.train.checksum())
+        state(
+            work.seed,
+            work.batch,
+            &work.distillation,
+            self.teacher.is_some(),
+            work.train.checksum(),
+        )
     }
 
     fn restore(&mut self, state: &Value) -> bitnet_quant::Result<()> {

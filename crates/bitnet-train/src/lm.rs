@@ -44,8 +44,9 @@ impl LmWork {
     /// Reads model and text.
     ///
     /// # Errors
-    /// As [`Source::open`], [`Vocabulary::read`] and [`Text::read`]; [`Error::Tokenizer`] for a vocabulary with tokens that the model has not,
-    /// [`Error::Data`] for a text that is too short, [`Error::Option`] for a shape or context that means nothing.
+    /// As [`Source::open`], [`Vocabulary::read`] and [`Text::read`]; [`Error::Tokenizer`] for a
+    /// vocabulary with tokens that the model has not, [`Error::Data`] for a text that is too short,
+    /// [`Error::Option`] for a shape or context that means nothing.
     pub fn new(config: &LmConfig) -> Result<Self> {
         config.run.validate()?;
         let (data, model, context) = (&config.data, &config.model, config.model.context);
@@ -53,7 +54,11 @@ impl LmWork {
             return Err(Error::option("model.context", "at least 2 tokens", context));
         }
         let from = model.from.as_deref().map(Source::open).transpose()?;
-        let own = model.from.as_ref().map(|folder| folder.join("tokenizer.json")).filter(|path| path.exists());
+        let own = model
+            .from
+            .as_ref()
+            .map(|folder| folder.join("tokenizer.json"))
+            .filter(|path| path.exists());
         let vocabulary = match data.tokenizer.as_deref().or(own.as_deref()) {
             Some(path) => Vocabulary::read(path)?,
             None => Vocabulary::Bytes,
@@ -62,14 +67,30 @@ impl LmWork {
             Some(source) => {
                 let path = source.path.join("config.json");
                 let json = source.config.clone();
-                (json.ok_or_else(|| Error::data(&source.path, "a folder with config.json", "something else"))?, path)
+                (
+                    json.ok_or_else(|| {
+                        Error::data(&source.path, "a folder with config.json", "something else")
+                    })?,
+                    path,
+                )
             }
-            None => (model.shape.config_json(vocabulary.len(), context)?, "model.shape".into()),
+            None => (
+                model.shape.config_json(vocabulary.len(), context)?,
+                "model.shape".into(),
+            ),
         };
         let facts = bitnet_inference::Config::from_hf(&json_path, &json)?;
         if vocabulary.len() > facts.vocab {
-            let path = data.tokenizer.clone().or(own).unwrap_or_else(|| "bytes".into());
-            let what = format!("expected at most {} tokens, the model's vocabulary, got {}", facts.vocab, vocabulary.len());
+            let path = data
+                .tokenizer
+                .clone()
+                .or(own)
+                .unwrap_or_else(|| "bytes".into());
+            let what = format!(
+                "expected at most {} tokens, the model's vocabulary, got {}",
+                facts.vocab,
+                vocabulary.len()
+            );
             return Err(Error::Tokenizer { path, what });
         }
         let text = Text::read(&data.text, &vocabulary, data.held_out)?;
@@ -126,11 +147,19 @@ fn checksum(tokens: &[u32]) -> u64 {
     xxh3_64(&bytes)
 }
 
-/// Whole windows of a text, at most so many tokens if that is not 0, at equal distances; at least one.
+/// Whole windows of a text, at most so many tokens if that is not 0, at equal distances; at least
+/// one.
 fn windows(tokens: &[u32], context: usize, most: usize) -> Vec<u32> {
     let all = tokens.len() / context;
-    let taken = if most == 0 { all } else { (most / context).clamp(1, all) };
-    (0..taken).flat_map(|i| &tokens[i * all / taken * context..][..context]).copied().collect()
+    let taken = if most == 0 {
+        all
+    } else {
+        (most / context).clamp(1, all)
+    };
+    (0..taken)
+        .flat_map(|i| &tokens[i * all / taken * context..][..context])
+        .copied()
+        .collect()
 }
 
 impl Work for LmWork {
@@ -145,7 +174,9 @@ impl Work for LmWork {
     }
 
     fn begin(&self, vars: &VarMap) -> Result<()> {
-        self.from.iter().try_for_each(|source| folder::load(vars, source))
+        self.from
+            .iter()
+            .try_for_each(|source| folder::load(vars, source))
     }
 
     fn config_json(&self) -> Value {
@@ -163,22 +194,48 @@ impl Work for LmWork {
         self.vocabulary.files()
     }
 
-    fn task<'w>(&'w self, model: Decoder, vars: VarMap, teacher: Option<Decoder>) -> Box<dyn Task + 'w> {
-        Box::new(LmTask { work: self, model, vars, teacher })
+    fn task<'w>(
+        &'w self,
+        model: Decoder,
+        vars: VarMap,
+        teacher: Option<Decoder>,
+    ) -> Box<dyn Task + 'w> {
+        Box::new(LmTask {
+            work: self,
+            model,
+            vars,
+            teacher,
+        })
     }
 
     fn teacher(&self, path: &Path) -> Result<Decoder> {
         let source = Source::open(path)?;
-        let json = source.config.clone().ok_or_else(|| Error::data(path, "a folder with config.json", "something else"))?;
+        let json = source
+            .config
+            .clone()
+            .ok_or_else(|| Error::data(path, "a folder with config.json", "something else"))?;
         let json_path = path.join("config.json");
-        let (ours, theirs) =
-            (bitnet_inference::Config::from_hf(&self.json_path, &self.json)?, bitnet_inference::Config::from_hf(&json_path, &json)?);
+        let (ours, theirs) = (
+            bitnet_inference::Config::from_hf(&self.json_path, &self.json)?,
+            bitnet_inference::Config::from_hf(&json_path, &json)?,
+        );
         if theirs.vocab != ours.vocab {
-            return Err(Error::data(path, format!("a teacher with the vocabulary of {}", ours.vocab), theirs.vocab));
+            return Err(Error::data(
+                path,
+                format!("a teacher with the vocabulary of {}", ours.vocab),
+                theirs.vocab,
+            ));
         }
-        if self.distillation.hidden > 0.0 && (theirs.layers, theirs.hidden) != (ours.layers, ours.hidden) {
-            let (expected, got) =
-                (format!("{} layers of {} elements, to compare hidden states", ours.layers, ours.hidden), (theirs.layers, theirs.hidden));
+        if self.distillation.hidden > 0.0
+            && (theirs.layers, theirs.hidden) != (ours.layers, ours.hidden)
+        {
+            let (expected, got) = (
+                format!(
+                    "{} layers of {} elements, to compare hidden states",
+                    ours.layers, ours.hidden
+                ),
+                (theirs.layers, theirs.hidden),
+            );
             return Err(Error::data(path, expected, format!("{got:?}")));
         }
         let vars = VarMap::new();
@@ -189,9 +246,25 @@ impl Work for LmWork {
 
     /// By the inference engine, whatever is in the folder.
     fn measure(&self, path: &Path) -> Result<f64> {
-        let model = Model::load_with(path, &LoadOptions { activations: self.activations, ..LoadOptions::default() })?;
-        let windows = Windows { context: self.context, stride: self.context, cache: CacheType::F32 };
-        let result = perplexity(&model, &self.measured, &windows, &|_, _| (), &AtomicBool::new(false))?;
+        let model = Model::load_with(
+            path,
+            &LoadOptions {
+                activations: self.activations,
+                ..LoadOptions::default()
+            },
+        )?;
+        let windows = Windows {
+            context: self.context,
+            stride: self.context,
+            cache: CacheType::F32,
+        };
+        let result = perplexity(
+            &model,
+            &self.measured,
+            &windows,
+            &|_, _| (),
+            &AtomicBool::new(false),
+        )?;
         Ok(result.loss.mean())
     }
 }
@@ -210,15 +283,33 @@ impl Task for LmTask<'_> {
 
     fn loss(&mut self, step: u64, micro: u64) -> bitnet_quant::Result<Tensor> {
         let work = self.work;
-        let (tokens, targets) = text::batch(&work.train, work.seed, step * work.accumulate + micro, work.batch, work.context)?;
-        let Some(teacher) = &self.teacher else { return Ok(ops::cross_entropy(&self.model.forward(&tokens)?, &targets)?) };
+        let (tokens, targets) = text::batch(
+            &work.train,
+            work.seed,
+            step * work.accumulate + micro,
+            work.batch,
+            work.context,
+        )?;
+        let Some(teacher) = &self.teacher else {
+            return Ok(ops::cross_entropy(&self.model.forward(&tokens)?, &targets)?);
+        };
         if work.distillation.hidden == 0.0 && work.distillation.relations == 0.0 {
             let logits = self.model.forward(&tokens)?;
-            return distill::logits(ops::cross_entropy(&logits, &targets)?, &logits, &teacher.forward(&tokens)?, &work.distillation);
+            return distill::logits(
+                ops::cross_entropy(&logits, &targets)?,
+                &logits,
+                &teacher.forward(&tokens)?,
+                &work.distillation,
+            );
         }
         let (logits, trace) = self.model.forward_traced(&tokens)?;
         let (aim, teacher) = teacher.forward_traced(&tokens)?;
-        let loss = distill::logits(ops::cross_entropy(&logits, &targets)?, &logits, &aim, &work.distillation)?;
+        let loss = distill::logits(
+            ops::cross_entropy(&logits, &targets)?,
+            &logits,
+            &aim,
+            &work.distillation,
+        )?;
         distill::traces(loss, &trace, &teacher, &work.distillation)
     }
 
@@ -232,7 +323,13 @@ impl Task for LmTask<'_> {
 
     fn state(&self) -> Value {
         let work = self.work;
-        let mut state = state(work.seed, work.batch, &work.distillation, self.teacher.is_some(), checksum(&work.train));
+        let mut state = state(
+            work.seed,
+            work.batch,
+            &work.distillation,
+            self.teacher.is_some(),
+            checksum(&work.train),
+        );
         state["context"] = work.context.into();
         state
     }
@@ -254,7 +351,10 @@ mod tests {
     fn windows_are_whole_and_spread_over_the_text() {
         let tokens: Vec<u32> = (0..107).collect();
         assert_eq!(windows(&tokens, 10, 0), (0..100).collect::<Vec<u32>>());
-        assert_eq!(windows(&tokens, 10, 20), (0..10).chain(50..60).collect::<Vec<u32>>());
+        assert_eq!(
+            windows(&tokens, 10, 20),
+            (0..10).chain(50..60).collect::<Vec<u32>>()
+        );
         assert_eq!(windows(&tokens, 10, 1), (0..10).collect::<Vec<u32>>());
         assert_eq!(windows(&tokens, 10, 10_000).len(), 100);
     }

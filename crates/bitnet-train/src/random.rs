@@ -1,4 +1,5 @@
-//! Random numbers that depend on a seed and a name and on nothing else, and variables drawn from them.
+//! Random numbers that depend on a seed and a name and on nothing else, and variables drawn from
+//! them.
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
@@ -6,7 +7,8 @@ use candle_nn::{Init, VarBuilder, VarMap};
 use std::sync::PoisonError;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014).
+/// SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators",
+/// 2014).
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
@@ -50,8 +52,8 @@ impl Random {
     }
 }
 
-/// Variables of a map; one that is not there yet is drawn from (seed, its name), so that neither the order in which layers are made nor other layers
-/// change it.
+/// Variables of a map; one that is not there yet is drawn from (seed, its name), so that neither
+/// the order in which layers are made nor other layers change it.
 struct Seeded {
     vars: VarMap,
     seed: u64,
@@ -68,29 +70,54 @@ struct Seeded {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn variables(vars: &VarMap, seed: u64) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(Seeded { vars: vars.clone(), seed }), DType::F32, Device::Cpu)
+    VarBuilder::from_backend(
+        Box::new(Seeded {
+            vars: vars.clone(),
+            seed,
+        }),
+        DType::F32,
+        Device::Cpu,
+    )
 }
 
 impl SimpleBackend for Seeded {
-    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        let mut all = self.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let mut all = self
+            .vars
+            .data()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(var) = all.get(name) {
             return if var.shape() == &shape {
                 Ok(var.as_tensor().clone())
             } else {
-                candle_core::bail!("variable '{name}': expected shape {shape:?}, got {:?}", var.shape())
+                candle_core::bail!(
+                    "variable '{name}': expected shape {shape:?}, got {:?}",
+                    var.shape()
+                )
             };
         }
         let mut random = Random::new(self.seed, name);
         let mut fill = |draw: &mut dyn FnMut(&mut Random) -> f64| {
-            let values: Vec<f32> = (0..shape.elem_count()).map(|_| draw(&mut random) as f32).collect();
+            let values: Vec<f32> = (0..shape.elem_count())
+                .map(|_| draw(&mut random) as f32)
+                .collect();
             Tensor::from_vec(values, &shape, device)
         };
         let tensor = match init {
             Init::Const(value) => fill(&mut |_| value)?,
             Init::Uniform { lo, up } => fill(&mut |r| lo + (up - lo) * r.uniform())?,
             Init::Randn { mean, stdev } => fill(&mut |r| mean + stdev * r.normal())?,
-            Init::Kaiming { fan, non_linearity, .. } => {
+            Init::Kaiming {
+                fan, non_linearity, ..
+            } => {
                 let stdev = non_linearity.gain() / (fan.for_shape(&shape) as f64).sqrt();
                 fill(&mut |r| stdev * r.normal())?
             }
@@ -102,7 +129,11 @@ impl SimpleBackend for Seeded {
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        let all = self.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self
+            .vars
+            .data()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match all.get(name) {
             Some(var) => Ok(var.as_tensor().clone()),
             None => candle_core::bail!("no variable '{name}'"),
@@ -110,7 +141,11 @@ impl SimpleBackend for Seeded {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.vars.data().lock().unwrap_or_else(PoisonError::into_inner).contains_key(name)
+        self.vars
+            .data()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(name)
     }
 }
 
@@ -129,7 +164,10 @@ mod tests {
         }
         // Four standard errors of each estimate.
         let bound = 4.0 / f64::from(n).sqrt();
-        assert!((sum / f64::from(n)).abs() < bound && (squares / f64::from(n) - 1.0).abs() < bound * 2f64.sqrt());
+        assert!(
+            (sum / f64::from(n)).abs() < bound
+                && (squares / f64::from(n) - 1.0).abs() < bound * 2f64.sqrt()
+        );
         assert!((uniform / f64::from(n) - 0.5).abs() < bound * 12f64.sqrt().recip());
     }
 

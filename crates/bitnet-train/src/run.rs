@@ -1,4 +1,5 @@
-//! A run: the full-precision twin, the twin quantized, and the model that is trained quantized, measured alike.
+//! A run: the full-precision twin, the twin quantized, and the model that is trained quantized,
+//! measured alike.
 //!
 //! ```text
 //! OUT/run.toml             the configuration
@@ -11,7 +12,8 @@
 //! OUT/report.json          what came of it all
 //! ```
 //!
-//! Whatever interrupts a run, the same run goes on from the newest checkpoint and ends with the same weights.
+//! Whatever interrupts a run, the same run goes on from the newest checkpoint and ends with the
+//! same weights.
 
 use crate::config::{Distillation, RunConfig, Teacher};
 use crate::random::variables;
@@ -22,7 +24,8 @@ use bitnet_formats::Content;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
-    CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task, checkpoints, plot, read_log,
+    CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
+    checkpoints, plot, read_log,
 };
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
@@ -66,7 +69,12 @@ pub trait Work {
     fn files(&self) -> Result<Vec<(String, Vec<u8>)>>;
 
     /// The model with its data.
-    fn task<'w>(&'w self, model: Self::Model, vars: VarMap, teacher: Option<Self::Model>) -> Box<dyn Task + 'w>;
+    fn task<'w>(
+        &'w self,
+        model: Self::Model,
+        vars: VarMap,
+        teacher: Option<Self::Model>,
+    ) -> Box<dyn Task + 'w>;
 
     /// A model to learn from, of constants.
     ///
@@ -140,7 +148,8 @@ pub struct Report {
     pub ptq: Option<f64>,
     /// The model that was trained quantized, packed.
     pub qat: f64,
-    /// The same before packing: the evaluation in its training, the best one where there were several.
+    /// The same before packing: the evaluation in its training, the best one where there were
+    /// several.
     pub qat_in_training: f64,
     /// The step after which it was so: the last, or the one of the best evaluation.
     pub qat_step: u64,
@@ -157,7 +166,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// The share of what quantization after training loses that training quantized wins back; none where nothing was lost.
+    /// The share of what quantization after training loses that training quantized wins back; none
+    /// where nothing was lost.
     pub fn recovered(&self) -> Option<f64> {
         let (full, ptq) = (self.full?, self.ptq?);
         (ptq > full).then(|| (ptq - self.qat) / (ptq - full))
@@ -167,8 +177,9 @@ impl Report {
 /// Trains, packs and measures. `document` is the configuration as run.toml shall hold it.
 ///
 /// # Errors
-/// [`bitnet_quant::Error::Exists`] for a folder that is there, unless the run is to go on; [`bitnet_quant::Error::Interrupted`] where the observer
-/// stopped it; what settings, data, training and files can fail with, most of it before the first step.
+/// [`bitnet_quant::Error::Exists`] for a folder that is there, unless the run is to go on;
+/// [`bitnet_quant::Error::Interrupted`] where the observer stopped it; what settings, data,
+/// training and files can fail with, most of it before the first step.
 pub fn run<W: Work>(
     work: &W,
     run: &RunConfig,
@@ -177,12 +188,19 @@ pub fn run<W: Work>(
     place: &Place,
     observer: &mut dyn Observer,
 ) -> Result<Report> {
-    let runner = Runner { work, run, training, out: &place.out, place };
+    let runner = Runner {
+        work,
+        run,
+        training,
+        out: &place.out,
+        place,
+    };
     let fresh = !place.out.exists();
     let _lock = runner.open(document)?;
     let report_path = place.out.join("report.json");
     if let Ok(text) = fs::read(&report_path) {
-        return serde_json::from_slice(&text).map_err(|e| Error::data(&report_path, "the report of a run", e));
+        return serde_json::from_slice(&text)
+            .map_err(|e| Error::data(&report_path, "the report of a run", e));
     }
     runner.rehearse().inspect_err(|_| {
         if fresh {
@@ -197,7 +215,12 @@ pub fn run<W: Work>(
             let (vars, model) = runner.start(None)?;
             let mut task = work.task(model, vars.clone(), None);
             seconds[0] = runner.train(Phase::Twin, &mut *task, observer)?.1;
-            folder::save(&full_path, &folder::tensors(&vars), &work.config_json(), &work.files()?)?;
+            folder::save(
+                &full_path,
+                &folder::tensors(&vars),
+                &work.config_json(),
+                &work.files()?,
+            )?;
         }
         full = Some(work.measure(&full_path)?);
         let packed = runner.packed("ptq");
@@ -218,9 +241,21 @@ pub fn run<W: Work>(
     let trained = Trained::of(task.linears())?;
     let (packed, latent_path) = (runner.packed("packed"), place.out.join("latent"));
     remove(&latent_path)?;
-    folder::save(&latent_path, &latent, &trained.config_json(work.config_json()), &work.files()?)?;
-    let (summary, parameters) = (runner.pack_trained(&trained, &latent, &packed)?, latent.values().map(|t| t.elem_count() as u64).sum());
-    let layers = summary.tensors.iter().filter(|t| t.layout.is_some()).fold((0, 0), |(b, w), t| (b + t.bytes, w + t.weights));
+    folder::save(
+        &latent_path,
+        &latent,
+        &trained.config_json(work.config_json()),
+        &work.files()?,
+    )?;
+    let (summary, parameters) = (
+        runner.pack_trained(&trained, &latent, &packed)?,
+        latent.values().map(|t| t.elem_count() as u64).sum(),
+    );
+    let layers = summary
+        .tensors
+        .iter()
+        .filter(|t| t.layout.is_some())
+        .fold((0, 0), |(b, w), t| (b + t.bytes, w + t.weights));
     let report = Report {
         metric: work.metric().into(),
         parameters,
@@ -252,11 +287,23 @@ impl<W: Work> Runner<'_, W> {
     fn open(&self, document: &str) -> Result<File> {
         let toml = self.out.join("run.toml");
         match (self.out.exists(), self.place.resume) {
-            (true, false) => return Err(bitnet_quant::Error::Exists { path: self.out.to_path_buf() }.into()),
-            (true, true) if !toml.exists() => return Err(Error::data(self.out, "the folder of a run to go on with: run.toml", "none")),
+            (true, false) => {
+                return Err(bitnet_quant::Error::Exists {
+                    path: self.out.to_path_buf(),
+                }
+                .into());
+            }
+            (true, true) if !toml.exists() => {
+                return Err(Error::data(
+                    self.out,
+                    "the folder of a run to go on with: run.toml",
+                    "none",
+                ));
+            }
             (true, true) => {}
             (false, _) => {
-                fs::create_dir_all(self.out).map_err(bitnet_formats::Error::io(self.out, "create"))?;
+                fs::create_dir_all(self.out)
+                    .map_err(bitnet_formats::Error::io(self.out, "create"))?;
                 write(&toml, document.as_bytes())?;
             }
         }
@@ -264,27 +311,52 @@ impl<W: Work> Runner<'_, W> {
         match lock.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
-                return Err(Error::data(self.out, "to be the only process of this run", "another one at work"));
+                return Err(Error::data(
+                    self.out,
+                    "to be the only process of this run",
+                    "another one at work",
+                ));
             }
-            Err(fs::TryLockError::Error(e)) => return Err(bitnet_formats::Error::io(&toml, "lock")(e).into()),
+            Err(fs::TryLockError::Error(e)) => {
+                return Err(bitnet_formats::Error::io(&toml, "lock")(e).into());
+            }
         }
         let began = fs::read_to_string(&toml).map_err(bitnet_formats::Error::io(&toml, "read"))?;
-        let missing = |text: &str, other: &str| text.lines().find(|line| !other.lines().any(|l| l == *line)).map(str::to_string);
+        let missing = |text: &str, other: &str| {
+            text.lines()
+                .find(|line| !other.lines().any(|l| l == *line))
+                .map(str::to_string)
+        };
         if began != document {
             let (there, here) = (missing(&began, document), missing(document, &began));
-            let say = |line: Option<String>| line.map_or("nothing about it".into(), |line| format!("'{line}'"));
-            return Err(Error::data(&toml, format!("the settings that the run began with, {}", say(there)), say(here)));
+            let say = |line: Option<String>| {
+                line.map_or("nothing about it".into(), |line| format!("'{line}'"))
+            };
+            return Err(Error::data(
+                &toml,
+                format!("the settings that the run began with, {}", say(there)),
+                say(here),
+            ));
         }
         Ok(lock)
     }
 
-    /// Does with the model of the start what is done in the end, so that nothing goes wrong there that can be known now.
+    /// Does with the model of the start what is done in the end, so that nothing goes wrong there
+    /// that can be known now.
     fn rehearse(&self) -> Result<()> {
         if self.training.quantization.search.is_some() {
-            return Err(Error::option("training.quantization.search", "none: write down the rules that it finds", "one"));
+            return Err(Error::option(
+                "training.quantization.search",
+                "none: write down the rules that it finds",
+                "one",
+            ));
         }
         if self.training.checkpoint.is_some() || self.training.telemetry.file.is_some() {
-            return Err(Error::option("training.checkpoint and training.telemetry.file", "none: a run has places of its own", "one"));
+            return Err(Error::option(
+                "training.checkpoint and training.telemetry.file",
+                "none: a run has places of its own",
+                "one",
+            ));
         }
         self.training.validate()?;
         let (vars, mut model) = self.start(None)?;
@@ -292,10 +364,20 @@ impl<W: Work> Runner<'_, W> {
         QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
         let path = self.out.join("rehearsal");
         remove(&path)?;
-        folder::save(&path, &floats, &self.work.config_json(), &self.work.files()?)?;
+        folder::save(
+            &path,
+            &floats,
+            &self.work.config_json(),
+            &self.work.files()?,
+        )?;
         let planned = Source::open(&path).map_err(Error::from).and_then(|source| {
             let given = Trained::of(Some(&mut model))?.given;
-            Job::quantize_given(&source, &self.training.quantization, &self.packed("packed"), given)?;
+            Job::quantize_given(
+                &source,
+                &self.training.quantization,
+                &self.packed("packed"),
+                given,
+            )?;
             Ok(())
         });
         remove(&path)?;
@@ -312,7 +394,11 @@ impl<W: Work> Runner<'_, W> {
         })?;
         if let Some(name) = no_bias {
             let got = format!("{} and {name} without one", self.training.dead_zone_bias);
-            return Err(Error::option("training.dead_zone_bias", "0 where a layer has no bias, which is what it is packed as", got));
+            return Err(Error::option(
+                "training.dead_zone_bias",
+                "0 where a layer has no bias, which is what it is packed as",
+                got,
+            ));
         }
         if let Some(Teacher::Folder(path)) = &self.run.teacher {
             self.work.teacher(path)?;
@@ -340,18 +426,31 @@ impl<W: Work> Runner<'_, W> {
     }
 
     /// The evaluation of the model that the task now holds, and seconds.
-    fn train(&self, phase: Phase, task: &mut dyn Task, observer: &mut dyn Observer) -> Result<(Evaluation, f64)> {
+    fn train(
+        &self,
+        phase: Phase,
+        task: &mut dyn Task,
+        observer: &mut dyn Observer,
+    ) -> Result<(Evaluation, f64)> {
         let folder = self.out.join("checkpoints").join(phase.name());
         let begun = !checkpoints(&folder)?.is_empty();
         let mut config = self.training.clone();
-        config.checkpoint = Some(CheckpointConfig { folder, every: self.place.every, keep: self.place.keep });
+        config.checkpoint = Some(CheckpointConfig {
+            folder,
+            every: self.place.every,
+            keep: self.place.keep,
+        });
         config.telemetry.file = Some(self.log(phase));
         if phase == Phase::Twin {
             (config.progressive, config.level_regularization) = (None, 0.0);
         }
         let mut trainer = QATTrainer::new(config)?;
         let mut callback = |event: &Event<'_>| observer.on(phase, event);
-        let outcome = if begun { trainer.resume(task, &mut callback)? } else { trainer.run(task, &mut callback)? };
+        let outcome = if begun {
+            trainer.resume(task, &mut callback)?
+        } else {
+            trainer.run(task, &mut callback)?
+        };
         match (outcome.stopped, outcome.kept) {
             (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
             (_, Some(kept)) => Ok((kept, outcome.seconds)),
@@ -365,7 +464,9 @@ impl<W: Work> Runner<'_, W> {
     /// Draws the log of the quantized model.
     fn plot(&self) -> Result<()> {
         let log = read_log(&self.log(Phase::Quantized))?;
-        ["training.svg", "training.png"].into_iter().try_for_each(|name| Ok(plot::save(&log, &self.out.join(name))?))
+        ["training.svg", "training.png"]
+            .into_iter()
+            .try_for_each(|name| Ok(plot::save(&log, &self.out.join(name))?))
     }
 
     fn packed(&self, name: &str) -> PathBuf {
@@ -376,7 +477,12 @@ impl<W: Work> Runner<'_, W> {
     }
 
     /// Quantizes as `bitnet quantize` does.
-    fn pack(&self, from: &Path, to: &Path, given: BTreeMap<String, Matrix>) -> Result<checkpoint::Summary> {
+    fn pack(
+        &self,
+        from: &Path,
+        to: &Path,
+        given: BTreeMap<String, Matrix>,
+    ) -> Result<checkpoint::Summary> {
         let (source, recipe) = (Source::open(from)?, &self.training.quantization);
         let job = Job::quantize_given(&source, recipe, to, given)?;
         let options = Options {
@@ -390,7 +496,12 @@ impl<W: Work> Runner<'_, W> {
     }
 
     /// Packs what was trained, and looks whether the file holds it.
-    fn pack_trained(&self, trained: &Trained, latent: &BTreeMap<String, Tensor>, to: &Path) -> Result<checkpoint::Summary> {
+    fn pack_trained(
+        &self,
+        trained: &Trained,
+        latent: &BTreeMap<String, Tensor>,
+        to: &Path,
+    ) -> Result<checkpoint::Summary> {
         let from = self.out.join("rounded");
         let mut weights = latent.clone();
         for layer in trained.layers.iter().filter(|layer| layer.rounded_first) {
@@ -398,13 +509,21 @@ impl<W: Work> Runner<'_, W> {
         }
         weights.extend(trained.biases.clone());
         remove(&from)?;
-        folder::save(&from, &weights, &self.work.config_json(), &self.work.files()?)?;
+        folder::save(
+            &from,
+            &weights,
+            &self.work.config_json(),
+            &self.work.files()?,
+        )?;
         let summary = self.pack(&from, to, trained.given.clone());
         remove(&from)?;
         let summary = summary?;
         if self.training.quantization.format != Format::Gguf {
             let source = Source::open(to)?;
-            trained.layers.iter().try_for_each(|layer| layer.check(&source))?;
+            trained
+                .layers
+                .iter()
+                .try_for_each(|layer| layer.check(&source))?;
         }
         Ok(summary)
     }
@@ -415,7 +534,8 @@ struct Trained {
     layers: Vec<Layer>,
     /// Biases that hold a dead zone, by name, `[N]`.
     biases: BTreeMap<String, Tensor>,
-    /// Values and scales of integers whose scales were learned: of levels that nothing reaches the scale is not to be found again in Ŵ.
+    /// Values and scales of integers whose scales were learned: of levels that nothing reaches the
+    /// scale is not to be found again in Ŵ.
     given: BTreeMap<String, Matrix>,
     /// Linear layers in floats.
     floats: Vec<String>,
@@ -428,14 +548,20 @@ struct Layer {
     name: String,
     /// Ŵ `[N, K]`.
     weight: Tensor,
-    /// Whether packing begins with Ŵ: quantizing it again gives the same values whatever the container, and learned scales are in it.
+    /// Whether packing begins with Ŵ: quantizing it again gives the same values whatever the
+    /// container, and learned scales are in it.
     rounded_first: bool,
 }
 
 impl Trained {
     fn of(model: Option<&mut dyn Linears>) -> Result<Self> {
-        let mut trained =
-            Self { layers: vec![], biases: BTreeMap::new(), given: BTreeMap::new(), floats: vec!["lm_head".into()], online: true };
+        let mut trained = Self {
+            layers: vec![],
+            biases: BTreeMap::new(),
+            given: BTreeMap::new(),
+            floats: vec!["lm_head".into()],
+            online: true,
+        };
         if let Some(model) = model {
             model.visit_linears(&mut |name, linear| {
                 let Linear::Qat(layer) = linear else {
@@ -444,17 +570,27 @@ impl Trained {
                 };
                 let (scheme, learned) = (layer.scheme(), layer.learned_scale().is_some());
                 let dead_zone = layer.dead_zone_bias() != 0.0;
-                trained.online &= *scheme == Scheme::ternary(Threshold::Absmean) && !learned && layer.activations() == Activations::Int8;
+                trained.online &= *scheme == Scheme::ternary(Threshold::Absmean)
+                    && !learned
+                    && layer.activations() == Activations::Int8;
                 trained.online &= !dead_zone;
                 if let Some(bias) = layer.packed_bias()?.filter(|_| dead_zone) {
                     trained.biases.insert(format!("{name}.bias"), bias);
                 }
                 let planes = matches!(scheme.method, Method::Ternary { planes, .. } if planes > 1);
-                let rounded_first = learned || (scheme.precision()? == Precision::Ternary && !planes);
-                if learned && !matches!(scheme.precision()?, Precision::Ternary | Precision::Binary) {
-                    trained.given.insert(format!("{name}.weight"), layer.quantized_weights()?);
+                let rounded_first =
+                    learned || (scheme.precision()? == Precision::Ternary && !planes);
+                if learned && !matches!(scheme.precision()?, Precision::Ternary | Precision::Binary)
+                {
+                    trained
+                        .given
+                        .insert(format!("{name}.weight"), layer.quantized_weights()?);
                 }
-                trained.layers.push(Layer { name: format!("{name}.weight"), weight: layer.dequantized_weights()?, rounded_first });
+                trained.layers.push(Layer {
+                    name: format!("{name}.weight"),
+                    weight: layer.dequantized_weights()?,
+                    rounded_first,
+                });
                 Ok(())
             })?;
         }
@@ -463,14 +599,18 @@ impl Trained {
         Ok(trained)
     }
 
-    /// config.json of the latent weights: where transformers can, it makes them ternary in each forward pass.
+    /// config.json of the latent weights: where transformers can, it makes them ternary in each
+    /// forward pass.
     fn config_json(&self, mut json: Value) -> Value {
         let decoder = matches!(json["model_type"].as_str(), Some("llama" | "bitnet"));
         if self.online
             && decoder
             && let Some(object) = json.as_object_mut()
         {
-            let bitnet = BitnetConfig { linear_class: LinearClass::AutoBitLinear, mode: Mode::Online };
+            let bitnet = BitnetConfig {
+                linear_class: LinearClass::AutoBitLinear,
+                mode: Mode::Online,
+            };
             object.insert("quantization_config".into(), bitnet.to_json(&self.floats));
         }
         json
@@ -480,16 +620,32 @@ impl Trained {
 impl Layer {
     /// Whether a checkpoint holds these weights: scales may have been rounded to 16 bits.
     fn check(&self, source: &Source) -> Result<()> {
-        let bad = |got: String| Error::from(bitnet_formats::Error::tensor(&source.path, &self.name, "the weights of the last step", got));
+        let bad = |got: String| {
+            Error::from(bitnet_formats::Error::tensor(
+                &source.path,
+                &self.name,
+                "the weights of the last step",
+                got,
+            ))
+        };
         let tensor = source.find(&self.name).ok_or_else(|| bad("none".into()))?;
         let expected = self.weight.flatten_all()?.to_vec1::<f32>()?;
         let got = match &tensor.content {
             Content::Quantized(q) => source.matrix(&self.name, q)?.dequantize(),
-            _ => folder::read(source, &self.name, self.weight.dims())?.flatten_all()?.to_vec1::<f32>()?,
+            _ => folder::read(source, &self.name, self.weight.dims())?
+                .flatten_all()?
+                .to_vec1::<f32>()?,
         };
         // bf16 keeps 8 bits of a scale.
-        match expected.iter().zip(&got).position(|(e, g)| (e - g).abs() > e.abs() / 128.0) {
-            Some(at) => Err(bad(format!("{} instead of {} at index {at}: this recipe cannot hold them", got[at], expected[at]))),
+        match expected
+            .iter()
+            .zip(&got)
+            .position(|(e, g)| (e - g).abs() > e.abs() / 128.0)
+        {
+            Some(at) => Err(bad(format!(
+                "{} instead of {} at index {at}: this recipe cannot hold them",
+                got[at], expected[at]
+            ))),
             None => Ok(()),
         }
     }
@@ -497,9 +653,15 @@ impl Layer {
 
 /// Removes a file or folder, if it is there.
 fn remove(path: &Path) -> Result<()> {
-    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
     match removed {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(bitnet_formats::Error::io(path, "remove")(e).into()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(bitnet_formats::Error::io(path, "remove")(e).into())
+        }
         _ => Ok(()),
     }
 }
@@ -512,19 +674,35 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// What, beside variables and step, decides the losses of a task.
-pub(crate) fn state(seed: u64, batch: usize, distillation: &Distillation, teacher: bool, data: u64) -> Value {
+pub(crate) fn state(
+    seed: u64,
+    batch: usize,
+    distillation: &Distillation,
+    teacher: bool,
+    data: u64,
+) -> Value {
     json!({"seed": seed, "batch": batch, "data": format!("{data:016x}"), "teacher": teacher, "distillation": teacher.then_some(distillation)})
 }
 
 /// Refuses to go on where something else decides the losses now.
 pub(crate) fn restore(there: &Value, here: &Value) -> bitnet_quant::Result<()> {
-    let differs = here.as_object().into_iter().flatten().find(|(key, value)| there.get(key) != Some(value));
+    let differs = here
+        .as_object()
+        .into_iter()
+        .flatten()
+        .find(|(key, value)| there.get(key) != Some(value));
     match differs {
         None => Ok(()),
         Some((key, value)) => {
-            let expected =
-                format!("{key} {} as in the checkpoint, for a training goes on as it began", there.get(key).unwrap_or(&Value::Null));
-            Err(bitnet_quant::Error::Input { what: "training", expected, got: value.to_string() })
+            let expected = format!(
+                "{key} {} as in the checkpoint, for a training goes on as it began",
+                there.get(key).unwrap_or(&Value::Null)
+            );
+            Err(bitnet_quant::Error::Input {
+                what: "training",
+                expected,
+                got: value.to_string(),
+            })
         }
     }
 }

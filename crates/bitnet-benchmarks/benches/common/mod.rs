@@ -1,4 +1,5 @@
-//! The operations of `compare` under criterion: small data that caches hold, as many threads as `RAYON_NUM_THREADS` says (rivals read it).
+//! The operations of `compare` under criterion: small data that caches hold, as many threads as
+//! `RAYON_NUM_THREADS` says (rivals read it).
 
 use bitnet_benchmarks::machine::Machine;
 use bitnet_benchmarks::operations::{Group, Rivals, Selection, Shape, plan, rival_threads};
@@ -19,16 +20,33 @@ pub(crate) fn run(groups: &[Group], rivals: Rivals) {
         .measurement_time(Duration::from_millis(200))
         .configure_from_args();
     let shapes = vec![Shape::new(1024, 2560)];
-    let selection = Selection { groups: groups.to_vec(), gemv: shapes.clone(), gemm: shapes, tokens: vec![4, 32], rivals };
-    let machine = Machine::new(Arc::new(Pool::new(rival_threads()).expect("threads")), WORKING_SET);
+    let selection = Selection {
+        groups: groups.to_vec(),
+        gemv: shapes.clone(),
+        gemm: shapes,
+        tokens: vec![4, 32],
+        rivals,
+    };
+    let machine = Machine::new(
+        Arc::new(Pool::new(rival_threads()).expect("threads")),
+        WORKING_SET,
+    );
     for planned in plan(&selection).expect("something to measure") {
-        let mut case = planned.make(&machine).expect("data that every engine takes");
+        let mut case = planned
+            .make(&machine)
+            .expect("data that every engine takes");
         let mut group = criterion.benchmark_group(format!("{}, {}", case.operation, case.shape));
         let amount = case.amount as u64;
-        group.throughput(if case.unit == Unit::Bytes { Throughput::Bytes(amount) } else { Throughput::Elements(amount) });
+        group.throughput(if case.unit == Unit::Bytes {
+            Throughput::Bytes(amount)
+        } else {
+            Throughput::Elements(amount)
+        });
         for contender in &mut case.contenders {
             contender.call();
-            contender.check().unwrap_or_else(|what| panic!("{}: {what}", contender.name));
+            contender
+                .check()
+                .unwrap_or_else(|what| panic!("{}: {what}", contender.name));
             group.bench_function(contender.name.clone(), |b| b.iter(|| contender.call()));
         }
         group.finish();

@@ -34,7 +34,13 @@ pub enum Group {
 
 impl Group {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Quantization, Self::Packing, Self::Simd, Self::Gemv, Self::Gemm];
+    pub const ALL: [Self; 5] = [
+        Self::Quantization,
+        Self::Packing,
+        Self::Simd,
+        Self::Gemv,
+        Self::Gemm,
+    ];
 }
 
 impl fmt::Display for Group {
@@ -53,7 +59,10 @@ impl FromStr for Group {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
         let names = || Self::ALL.map(|g| g.to_string()).join(", ");
-        Self::ALL.into_iter().find(|g| g.to_string() == s).ok_or_else(|| format!("unknown operation '{s}', expected {}", names()))
+        Self::ALL
+            .into_iter()
+            .find(|g| g.to_string() == s)
+            .ok_or_else(|| format!("unknown operation '{s}', expected {}", names()))
     }
 }
 
@@ -85,10 +94,18 @@ impl fmt::Display for Shape {
 impl FromStr for Shape {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let sides = s.split_once(['x', '×']).and_then(|(n, k)| Some((n.parse().ok()?, k.parse().ok()?)));
+        let sides = s
+            .split_once(['x', '×'])
+            .and_then(|(n, k)| Some((n.parse().ok()?, k.parse().ok()?)));
         match sides {
-            Some((n @ 1.., k @ 1..)) if usize::checked_mul(n, k).is_some_and(|w| w <= MAX_WEIGHTS) => Ok(Self { n, k }),
-            _ => Err(format!("'{s}' is no shape, expected N×K such as 6912x2560, of 1 to {MAX_WEIGHTS} weights")),
+            Some((n @ 1.., k @ 1..))
+                if usize::checked_mul(n, k).is_some_and(|w| w <= MAX_WEIGHTS) =>
+            {
+                Ok(Self { n, k })
+            }
+            _ => Err(format!(
+                "'{s}' is no shape, expected N×K such as 6912x2560, of 1 to {MAX_WEIGHTS} weights"
+            )),
         }
     }
 }
@@ -141,19 +158,29 @@ pub struct Contender {
 
 impl fmt::Debug for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Contender").field("name", &self.name).field("limits", &self.limits).finish_non_exhaustive()
+        f.debug_struct("Contender")
+            .field("name", &self.name)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
     }
 }
 
 impl Contender {
-    /// Somebody with some state, which `call` works on and whose last result `check` finds right or says what is wrong with it.
+    /// Somebody with some state, which `call` works on and whose last result `check` finds right or
+    /// says what is wrong with it.
     pub(crate) fn new<S: 'static>(
         name: impl Into<String>,
         state: S,
         call: impl FnMut(&mut S) + 'static,
         check: impl Fn(&S) -> Result<(), String> + 'static,
     ) -> Self {
-        Self { name: name.into(), ours: false, limits: vec![], base: 0, run: Box::new(Parts { state, call, check }) }
+        Self {
+            name: name.into(),
+            ours: false,
+            limits: vec![],
+            base: 0,
+            run: Box::new(Parts { state, call, check }),
+        }
     }
 
     fn ours(self) -> Self {
@@ -161,7 +188,10 @@ impl Contender {
     }
 
     fn limited(self, ceiling: Ceiling, cost: usize) -> Self {
-        self.limits([Some(Limit { ceiling, cost: cost as f64 })])
+        self.limits([Some(Limit {
+            ceiling,
+            cost: cost as f64,
+        })])
     }
 
     fn limits(mut self, limits: impl IntoIterator<Item = Option<Limit>>) -> Self {
@@ -244,8 +274,16 @@ impl fmt::Debug for Planned {
 }
 
 impl Planned {
-    fn new(group: Group, name: impl Into<String>, make: impl FnOnce(&Machine) -> Result<Case> + 'static) -> Self {
-        Self { group, name: name.into(), make: Box::new(make) }
+    fn new(
+        group: Group,
+        name: impl Into<String>,
+        make: impl FnOnce(&Machine) -> Result<Case> + 'static,
+    ) -> Self {
+        Self {
+            group,
+            name: name.into(),
+            make: Box::new(make),
+        }
     }
 
     /// The case, with its data.
@@ -269,10 +307,19 @@ pub fn plan(selection: &Selection) -> Result<Vec<Planned>> {
             Group::Quantization => plan.extend(quantization::plan(rivals)),
             Group::Packing => plan.extend(packing::plan(rivals)),
             Group::Simd => plan.extend(simd::plan(rivals)),
-            Group::Gemv => plan.extend(selection.gemv.iter().flat_map(|&shape| products::planned(Group::Gemv, shape, 1, rivals))),
+            Group::Gemv => plan.extend(
+                selection
+                    .gemv
+                    .iter()
+                    .flat_map(|&shape| products::planned(Group::Gemv, shape, 1, rivals)),
+            ),
             Group::Gemm => {
                 for &shape in &selection.gemm {
-                    plan.extend(selection.tokens.iter().flat_map(|&tokens| products::planned(Group::Gemm, shape, tokens, rivals)));
+                    plan.extend(
+                        selection.tokens.iter().flat_map(|&tokens| {
+                            products::planned(Group::Gemm, shape, tokens, rivals)
+                        }),
+                    );
                 }
             }
         }
@@ -307,17 +354,28 @@ fn weights(n: usize) -> Vec<f32> {
 fn kernels(rivals: Rivals) -> Vec<Kernels> {
     let mut kernels: Vec<_> = Kernels::all().collect();
     kernels.reverse();
-    kernels.truncate(if rivals == Rivals::All { kernels.len() } else { 1 });
+    kernels.truncate(if rivals == Rivals::All {
+        kernels.len()
+    } else {
+        1
+    });
     kernels
 }
 
 /// Whether a result is what it must be, or the first place where it is not.
 fn same<T: PartialEq + fmt::Debug>(what: &str, expected: &[T], got: &[T]) -> Result<(), String> {
     if expected.len() != got.len() {
-        return Err(format!("{what}: expected {}, got {}", expected.len(), got.len()));
+        return Err(format!(
+            "{what}: expected {}, got {}",
+            expected.len(),
+            got.len()
+        ));
     }
     match expected.iter().zip(got).position(|(e, g)| e != g) {
         None => Ok(()),
-        Some(i) => Err(format!("{what}: expected {:?} at {i}, got {:?}", expected[i], got[i])),
+        Some(i) => Err(format!(
+            "{what}: expected {:?} at {i}, got {:?}",
+            expected[i], got[i]
+        )),
     }
 }

@@ -12,8 +12,11 @@ use std::sync::Arc;
 const COLS: usize = 2560;
 
 pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
-    let planned =
-        |layout: &'static str| Planned::new(Group::Packing, format!("i8 to {layout}"), move |machine| case(layout, rivals, machine));
+    let planned = |layout: &'static str| {
+        Planned::new(Group::Packing, format!("i8 to {layout}"), move |machine| {
+            case(layout, rivals, machine)
+        })
+    };
     ["two-bit", "base-3"].into_iter().map(planned).collect()
 }
 
@@ -26,7 +29,12 @@ fn case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
     layout.pack_into(&spec, &values, &[1.0], &mut expected)?;
     let expected = Arc::new(expected);
     let contender = |kernels: bitnet_kernels::Kernels| {
-        let (values, expected, spec, pool) = (Arc::clone(&values), Arc::clone(&expected), spec.clone(), Arc::clone(machine.pool()));
+        let (values, expected, spec, pool) = (
+            Arc::clone(&values),
+            Arc::clone(&expected),
+            spec.clone(),
+            Arc::clone(machine.pool()),
+        );
         let call = move |(result, bytes): &mut (bitnet_core::Result<()>, Vec<u8>)| {
             bytes.clear();
             *result = stream::pack(kernels, &pool, layout, &spec, &values, &[1.0], bytes);
@@ -35,7 +43,12 @@ fn case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
             result.as_ref().map_err(ToString::to_string)?;
             super::same("packed bytes", &expected, bytes)
         };
-        let contender = Contender::new(format!("bitnet {}", kernels.isa()), (Ok(()), vec![]), call, check);
+        let contender = Contender::new(
+            format!("bitnet {}", kernels.isa()),
+            (Ok(()), vec![]),
+            call,
+            check,
+        );
         contender.ours().limited(Ceiling::L2Read, rows * COLS)
     };
     Ok(Case {

@@ -20,49 +20,105 @@ const TOKEN: usize = 2560;
 
 pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
     let ternary = [
-        ("absmean, one scale, to two-bit", Threshold::Absmean, Granularity::Tensor, 2),
-        ("absmean, a scale for each row, to two-bit", Threshold::Absmean, Granularity::Channel, 1),
-        ("absmean, groups of 128, to two-bit", Threshold::Absmean, Granularity::Group(128), 1),
-        ("optimal, a scale for each row, to two-bit", Threshold::Optimal, Granularity::Channel, 1),
+        (
+            "absmean, one scale, to two-bit",
+            Threshold::Absmean,
+            Granularity::Tensor,
+            2,
+        ),
+        (
+            "absmean, a scale for each row, to two-bit",
+            Threshold::Absmean,
+            Granularity::Channel,
+            1,
+        ),
+        (
+            "absmean, groups of 128, to two-bit",
+            Threshold::Absmean,
+            Granularity::Group(128),
+            1,
+        ),
+        (
+            "optimal, a scale for each row, to two-bit",
+            Threshold::Optimal,
+            Granularity::Channel,
+            1,
+        ),
     ];
-    let ternary = ternary.into_iter().map(|(name, threshold, granularity, passes)| {
-        let scheme = Scheme::ternary(threshold).with_granularity(granularity);
-        Planned::new(Group::Quantization, name, move |machine| ternary_case(name, scheme, passes, rivals, machine))
-    });
+    let ternary = ternary
+        .into_iter()
+        .map(|(name, threshold, granularity, passes)| {
+            let scheme = Scheme::ternary(threshold).with_granularity(granularity);
+            Planned::new(Group::Quantization, name, move |machine| {
+                ternary_case(name, scheme, passes, rivals, machine)
+            })
+        });
     let tokens = "absmax int8, a scale for each token";
-    ternary.chain([Planned::new(Group::Quantization, tokens, move |machine| tokens_case(tokens, rivals, machine))]).collect()
+    ternary
+        .chain([Planned::new(Group::Quantization, tokens, move |machine| {
+            tokens_case(tokens, rivals, machine)
+        })])
+        .collect()
 }
 
 /// Weights from memory to packed codes; the data is read `passes` times.
-fn ternary_case(name: &str, scheme: Scheme, passes: usize, rivals: Rivals, machine: &Machine) -> Result<Case> {
+fn ternary_case(
+    name: &str,
+    scheme: Scheme,
+    passes: usize,
+    rivals: Rivals,
+    machine: &Machine,
+) -> Result<Case> {
     let rows = MATRIX.min(machine.working_set() / 4).div_ceil(COLS);
     let matrix = weights(rows * COLS);
     let layout = pack::by_name("two-bit")?;
     let expected = bitnet_core::quantize::quantize(&Scalar, &matrix, rows, COLS, &scheme, None)?;
     let mut bytes = vec![];
-    layout.pack_into(&expected.spec, &expected.values, &expected.scales, &mut bytes)?;
+    layout.pack_into(
+        &expected.spec,
+        &expected.values,
+        &expected.scales,
+        &mut bytes,
+    )?;
     let expected = Arc::new((bytes, expected.scales));
-    let data = Arc::new(matrix.repeat((machine.working_set() / size_of_val(matrix.as_slice())).max(1)));
+    let data =
+        Arc::new(matrix.repeat((machine.working_set() / size_of_val(matrix.as_slice())).max(1)));
 
     let mut contenders = vec![];
     for kernels in kernels(rivals) {
-        let (data, expected, pool) = (Arc::clone(&data), Arc::clone(&expected), Arc::clone(machine.pool()));
-        let call = move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::Packed>>)| {
-            let w = Weights::F32(&data[*at..][..rows * COLS]);
-            *packed = Some(stream::quantize(kernels, &pool, w, rows, COLS, &scheme, layout));
-            *at = (*at + rows * COLS) % data.len();
-        };
+        let (data, expected, pool) = (
+            Arc::clone(&data),
+            Arc::clone(&expected),
+            Arc::clone(machine.pool()),
+        );
+        let call =
+            move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::Packed>>)| {
+                let w = Weights::F32(&data[*at..][..rows * COLS]);
+                *packed = Some(stream::quantize(
+                    kernels, &pool, w, rows, COLS, &scheme, layout,
+                ));
+                *at = (*at + rows * COLS) % data.len();
+            };
         let check = move |(_, packed): &(usize, Option<bitnet_core::Result<stream::Packed>>)| {
-            let packed = packed.as_ref().ok_or("no result")?.as_ref().map_err(ToString::to_string)?;
+            let packed = packed
+                .as_ref()
+                .ok_or("no result")?
+                .as_ref()
+                .map_err(ToString::to_string)?;
             super::same("packed bytes", &expected.0, &packed.bytes)?;
             super::same("scales", &expected.1, &packed.scales)
         };
-        let contender = Contender::new(format!("bitnet {}", kernels.isa()), (0, None), call, check).ours();
+        let contender =
+            Contender::new(format!("bitnet {}", kernels.isa()), (0, None), call, check).ours();
         contenders.push(contender.limited(Ceiling::MemoryRead, passes * 4 * rows * COLS));
     }
     if rivals == Rivals::All {
         let candle = rivals::quantization(&data, rows * COLS, COLS)?;
-        contenders.extend(candle.into_iter().map(|c| c.limited(Ceiling::MemoryRead, 4 * rows * COLS)));
+        contenders.extend(
+            candle
+                .into_iter()
+                .map(|c| c.limited(Ceiling::MemoryRead, 4 * rows * COLS)),
+        );
     }
     Ok(Case {
         group: Group::Quantization,
@@ -80,18 +136,35 @@ type Tokens = Mutex<(Vec<f32>, Vec<i8>, Vec<f32>)>;
 
 /// Tokens in L2 to int8; with several threads each has its own tokens.
 fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
-    let (threads, tokens) = (machine.pool().threads(), (machine.in_l2() / (4 * TOKEN)).max(1));
+    let (threads, tokens) = (
+        machine.pool().threads(),
+        (machine.in_l2() / (4 * TOKEN)).max(1),
+    );
     let x = Arc::new(weights(tokens * TOKEN));
-    let expected = activation::quantize(&x, TOKEN, ActivationMethod::Int8, ActivationGranularity::Token, Rounding::HalfEven)?;
+    let expected = activation::quantize(
+        &x,
+        TOKEN,
+        ActivationMethod::Int8,
+        ActivationGranularity::Token,
+        Rounding::HalfEven,
+    )?;
     let expected = Arc::new(expected);
     let contender = |kernels: bitnet_kernels::Kernels| {
-        let (x, expected, pool) = (Arc::clone(&x), Arc::clone(&expected), Arc::clone(machine.pool()));
-        let parts: Vec<_> = (0..threads).map(|_| Mutex::new((x.to_vec(), vec![0i8; x.len()], vec![f32::NAN; tokens]))).collect();
+        let (x, expected, pool) = (
+            Arc::clone(&x),
+            Arc::clone(&expected),
+            Arc::clone(machine.pool()),
+        );
+        let parts: Vec<_> = (0..threads)
+            .map(|_| Mutex::new((x.to_vec(), vec![0i8; x.len()], vec![f32::NAN; tokens])))
+            .collect();
         let call = move |parts: &mut Vec<Tokens>| {
             pool.run(threads, |part| {
-                let (x, q, scales) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+                let (x, q, scales) =
+                    &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
                 for ((x, q), scale) in x.chunks(TOKEN).zip(q.chunks_mut(TOKEN)).zip(scales) {
-                    *scale = quantize_token(kernels, x, TOKEN, TOKEN, q, &mut [0]).unwrap_or(f32::NAN);
+                    *scale =
+                        quantize_token(kernels, x, TOKEN, TOKEN, q, &mut [0]).unwrap_or(f32::NAN);
                 }
             });
         };
@@ -103,7 +176,9 @@ fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
             })
         };
         let read = 4 * threads * tokens * TOKEN;
-        Contender::new(format!("bitnet {}", kernels.isa()), parts, call, check).ours().limited(Ceiling::L2Read, read)
+        Contender::new(format!("bitnet {}", kernels.isa()), parts, call, check)
+            .ours()
+            .limited(Ceiling::L2Read, read)
     };
     Ok(Case {
         group: Group::Quantization,

@@ -1,5 +1,6 @@
-//! Other engines on the same data. candle and rayon take their number of threads from the environment when they are first used, which is
-//! why the program has a process for each number of threads.
+//! Other engines on the same data. candle and rayon take their number of threads from the
+//! environment when they are first used, which is why the program has a process for each number of
+//! threads.
 
 use super::products::{FROM_FLOATS, Product};
 use super::{Contender, Shape};
@@ -26,21 +27,39 @@ impl Reference {
     /// Multiply-adds that computing it may take.
     const MACS: usize = 1 << 27;
 
-    /// `expected(row, token)` for every row and up to eight tokens, the first and the last among them.
+    /// `expected(row, token)` for every row and up to eight tokens, the first and the last among
+    /// them.
     pub(super) fn new(product: &Product, expected: impl Fn(usize, usize) -> (f64, f64)) -> Self {
         let rows = product.shape.n;
-        let count = (Self::MACS / (rows * product.shape.k)).clamp(2, 8).min(product.tokens);
-        let tokens: Vec<_> = (0..count).map(|i| i * (product.tokens - 1) / (count - 1).max(1)).collect();
-        let expected = tokens.iter().flat_map(|&token| (0..rows).map(move |row| (row, token))).map(|(row, token)| expected(row, token));
-        Self { rows, expected: expected.collect(), tokens }
+        let count = (Self::MACS / (rows * product.shape.k))
+            .clamp(2, 8)
+            .min(product.tokens);
+        let tokens: Vec<_> = (0..count)
+            .map(|i| i * (product.tokens - 1) / (count - 1).max(1))
+            .collect();
+        let expected = tokens
+            .iter()
+            .flat_map(|&token| (0..rows).map(move |row| (row, token)))
+            .map(|(row, token)| expected(row, token));
+        Self {
+            rows,
+            expected: expected.collect(),
+            tokens,
+        }
     }
 
-    /// Of floats: `x · w` in f64, wrong by at most `relative · Σ|x·w| + error · Σ|w|`, with an error of each activation.
+    /// Of floats: `x · w` in f64, wrong by at most `relative · Σ|x·w| + error · Σ|w|`, with an
+    /// error of each activation.
     pub(super) fn of_floats(product: &Product, weights: &[f32], relative: f64, error: f64) -> Self {
         let (k, x) = (product.shape.k, product.float_activations());
         Self::new(product, |row, token| {
-            let pairs = weights[row * k..][..k].iter().zip(&x[token * k..][..k]).map(|(&w, &x)| (f64::from(w), f64::from(x)));
-            let (sum, size, norm) = pairs.fold((0.0, 0.0, 0.0), |(s, a, n), (w, x)| (s + w * x, a + (w * x).abs(), n + w.abs()));
+            let pairs = weights[row * k..][..k]
+                .iter()
+                .zip(&x[token * k..][..k])
+                .map(|(&w, &x)| (f64::from(w), f64::from(x)));
+            let (sum, size, norm) = pairs.fold((0.0, 0.0, 0.0), |(s, a, n), (w, x)| {
+                (s + w * x, a + (w * x).abs(), n + w.abs())
+            });
             (sum, relative * size + error * norm)
         })
     }
@@ -48,10 +67,14 @@ impl Reference {
     /// The first value of `y`, `[M, N]`, that is too far off.
     pub(super) fn check(&self, y: &[f32]) -> Result<(), String> {
         for (token, expected) in self.tokens.iter().zip(self.expected.chunks(self.rows)) {
-            for (row, (&got, &(value, bound))) in y[token * self.rows..].iter().zip(expected).enumerate() {
+            for (row, (&got, &(value, bound))) in
+                y[token * self.rows..].iter().zip(expected).enumerate()
+            {
                 let off = (f64::from(got) - value).abs();
                 if off.is_nan() || off > bound {
-                    return Err(format!("token {token}, row {row}: expected {value:.6} ± {bound:.1e}, got {got}"));
+                    return Err(format!(
+                        "token {token}, row {row}: expected {value:.6} ± {bound:.1e}, got {got}"
+                    ));
                 }
             }
         }
@@ -63,14 +86,25 @@ impl Reference {
 pub(super) fn products(product: &Arc<Product>) -> Result<Vec<Contender>> {
     let Shape { n, k } = product.shape;
     let weights = product.float_weights();
-    let x = Tensor::from_vec(product.float_activations(), (product.tokens, k), &Device::Cpu)?;
+    let x = Tensor::from_vec(
+        product.float_activations(),
+        (product.tokens, k),
+        &Device::Cpu,
+    )?;
     // Rivals begin with float activations too.
     let add = |contender: Contender, bytes: usize, peak: Option<Instruction>| {
-        contender.limits([product.reading(bytes), product.multiplying(peak)]).against(FROM_FLOATS)
+        contender
+            .limits([product.reading(bytes), product.multiplying(peak)])
+            .against(FROM_FLOATS)
     };
 
     // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
-    let reference = Arc::new(Reference::of_floats(product, &weights, (k + 2) as f64 * f64::from(f32::EPSILON), 0.0));
+    let reference = Arc::new(Reference::of_floats(
+        product,
+        &weights,
+        (k + 2) as f64 * f64::from(f32::EPSILON),
+        0.0,
+    ));
     let bytes = size_of_val(weights.as_slice());
     let mut copies = vec![];
     for _ in 0..product.copies(bytes) {
@@ -78,7 +112,13 @@ pub(super) fn products(product: &Arc<Product>) -> Result<Vec<Contender>> {
     }
     let fma = Instruction::all().find(|i| !i.is_int8());
     let gemm = gemm_crate(product, copies.clone(), Arc::clone(&reference));
-    let mut contenders = vec![add(candle("candle f32", x.clone(), copies, &reference, |x, w| x.matmul(&w.t()?)), bytes, fma)];
+    let mut contenders = vec![add(
+        candle("candle f32", x.clone(), copies, &reference, |x, w| {
+            x.matmul(&w.t()?)
+        }),
+        bytes,
+        fma,
+    )];
     contenders.push(add(gemm, bytes, fma));
 
     let int8 = Instruction::all().find(|i| i.is_int8());
@@ -86,10 +126,19 @@ pub(super) fn products(product: &Arc<Product>) -> Result<Vec<Contender>> {
         if !k.is_multiple_of(dtype.block_size()) {
             continue;
         }
-        let quantized = QTensor::quantize(&Tensor::from_slice(&weights, (n, k), &Device::Cpu)?, dtype)?;
-        let dequantized = quantized.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let quantized =
+            QTensor::quantize(&Tensor::from_slice(&weights, (n, k), &Device::Cpu)?, dtype)?;
+        let dequantized = quantized
+            .dequantize(&Device::Cpu)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
         // Activations become bytes with steps of max/127 at most, rounded.
-        let step = f64::from(product.float_activations().iter().fold(0.0f32, |m, x| m.max(x.abs()))) / 127.0;
+        let step = f64::from(
+            product
+                .float_activations()
+                .iter()
+                .fold(0.0f32, |m, x| m.max(x.abs())),
+        ) / 127.0;
         let reference = Reference::of_floats(product, &dequantized, 1e-3, 0.51 * step);
         let (data, bytes) = (quantized.data()?, quantized.storage_size_in_bytes());
         let mut copies = vec![];
@@ -99,7 +148,13 @@ pub(super) fn products(product: &Arc<Product>) -> Result<Vec<Contender>> {
         }
         // candle may repack the weights at their first product, which is not what is measured.
         copies.iter().try_for_each(|w| w.forward(&x).map(drop))?;
-        contenders.push(add(candle(name, x.clone(), copies, &Arc::new(reference), |x, w| w.forward(x)), bytes, int8));
+        contenders.push(add(
+            candle(name, x.clone(), copies, &Arc::new(reference), |x, w| {
+                w.forward(x)
+            }),
+            bytes,
+            int8,
+        ));
     }
     Ok(contenders)
 }
@@ -117,59 +172,132 @@ fn candle<W: 'static>(
         *y = Some(product(&x, &copies[*at]));
         *at = (*at + 1) % copies.len();
     };
-    let check = move |(_, y): &(usize, Made<Tensor>)| reference.check(&floats(Ok(made(y)?.clone()))?);
+    let check =
+        move |(_, y): &(usize, Made<Tensor>)| reference.check(&floats(Ok(made(y)?.clone()))?);
     Contender::new(name, (0, None), call, check)
 }
 
-/// The gemm crate, f32: what candle calls too, into a result that is there already. It reads the weights of candle's tensors.
+/// The gemm crate, f32: what candle calls too, into a result that is there already. It reads the
+/// weights of candle's tensors.
 fn gemm_crate(product: &Arc<Product>, copies: Vec<Tensor>, reference: Arc<Reference>) -> Contender {
     let Shape { n, k } = product.shape;
     let (m, x) = (product.tokens, product.float_activations());
-    let parallelism = if threads() > 1 { gemm::Parallelism::Rayon(threads()) } else { gemm::Parallelism::None };
+    let parallelism = if threads() > 1 {
+        gemm::Parallelism::Rayon(threads())
+    } else {
+        gemm::Parallelism::None
+    };
     let call = move |(at, y): &mut (usize, Vec<f32>)| {
         let (storage, _) = copies[*at].storage_and_layout();
-        let Storage::Cpu(CpuStorage::F32(w)) = &*storage else { unreachable!("made of f32 on the CPU") };
+        let Storage::Cpu(CpuStorage::F32(w)) = &*storage else {
+            unreachable!("made of f32 on the CPU")
+        };
         assert!(y.len() == m * n && x.len() == m * k && w.len() == n * k);
-        let (x, w, y, [n, k_]) = (x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), [n, k].map(usize::cast_signed));
-        // SAFETY: y is M × N, x is M × K and w, transposed, is K × N, all row-major and of the lengths that were just checked.
-        unsafe { gemm::gemm(m, n.cast_unsigned(), k, y, 1, n, false, x, 1, k_, w, k_, 1, 0.0, 1.0, false, false, false, parallelism) };
+        let (x, w, y, [n, k_]) = (
+            x.as_ptr(),
+            w.as_ptr(),
+            y.as_mut_ptr(),
+            [n, k].map(usize::cast_signed),
+        );
+        // SAFETY: y is M × N, x is M × K and w, transposed, is K × N, all row-major and of the
+        // lengths that were just checked.
+        unsafe {
+            gemm::gemm(
+                m,
+                n.cast_unsigned(),
+                k,
+                y,
+                1,
+                n,
+                false,
+                x,
+                1,
+                k_,
+                w,
+                k_,
+                1,
+                0.0,
+                1.0,
+                false,
+                false,
+                false,
+                parallelism,
+            )
+        };
         *at = (*at + 1) % copies.len();
     };
-    Contender::new("gemm crate f32", (0, vec![f32::NAN; m * n]), call, move |(_, y)| reference.check(y))
+    Contender::new(
+        "gemm crate f32",
+        (0, vec![f32::NAN; m * n]),
+        call,
+        move |(_, y)| reference.check(y),
+    )
 }
 
 /// Relative error of a number in f16, with some for the roundings around it.
 const SCALE: f32 = 1.0 / 1024.0;
 /// The block types of candle.
-const BLOCKS: [(&str, GgmlDType); 2] = [("candle Q8_0", GgmlDType::Q8_0), ("candle Q4_0", GgmlDType::Q4_0)];
+const BLOCKS: [(&str, GgmlDType); 2] = [
+    ("candle Q8_0", GgmlDType::Q8_0),
+    ("candle Q4_0", GgmlDType::Q4_0),
+];
 
-/// Whether blocks of 32 hold the weights as well as they can: half a step of max/127 in Q8_0; in Q4_0 a step of max/8, which is what the
-/// largest on the other side is off. The scale is an f16 and off by [`SCALE`] of itself.
+/// Whether blocks of 32 hold the weights as well as they can: half a step of max/127 in Q8_0; in
+/// Q4_0 a step of max/8, which is what the largest on the other side is off. The scale is an f16
+/// and off by [`SCALE`] of itself.
 fn near(dtype: GgmlDType, weights: &[f32], got: &[f32]) -> Result<(), String> {
-    let step = if dtype == GgmlDType::Q8_0 { 0.5 / 127.0 } else { 1.0 / 8.0 };
+    let step = if dtype == GgmlDType::Q8_0 {
+        0.5 / 127.0
+    } else {
+        1.0 / 8.0
+    };
     for (block, (w, q)) in weights.chunks(32).zip(got.chunks(32)).enumerate() {
         let bound = (step + SCALE) * w.iter().fold(0.0f32, |m, w| m.max(w.abs()));
-        if let Some(i) = w.iter().zip(q).position(|(w, q)| (w - q).abs() > bound || q.is_nan()) {
-            return Err(format!("weight {}: {} became {}", 32 * block + i, w[i], q[i]));
+        if let Some(i) = w
+            .iter()
+            .zip(q)
+            .position(|(w, q)| (w - q).abs() > bound || q.is_nan())
+        {
+            return Err(format!(
+                "weight {}: {} became {}",
+                32 * block + i,
+                w[i],
+                q[i]
+            ));
         }
     }
-    if weights.len() == got.len() { Ok(()) } else { Err(format!("expected {} weights, got {}", weights.len(), got.len())) }
+    if weights.len() == got.len() {
+        Ok(())
+    } else {
+        Err(format!(
+            "expected {} weights, got {}",
+            weights.len(),
+            got.len()
+        ))
+    }
 }
 
 /// What a call of candle left.
 type Made<T> = Option<candle_core::Result<T>>;
 
 fn made<T>(made: &Made<T>) -> Result<&T, String> {
-    made.as_ref().ok_or("no result")?.as_ref().map_err(ToString::to_string)
+    made.as_ref()
+        .ok_or("no result")?
+        .as_ref()
+        .map_err(ToString::to_string)
 }
 
 fn floats(tensor: candle_core::Result<Tensor>) -> Result<Vec<f32>, String> {
-    tensor.and_then(|t| t.flatten_all()?.to_vec1()).map_err(|e| e.to_string())
+    tensor
+        .and_then(|t| t.flatten_all()?.to_vec1())
+        .map_err(|e| e.to_string())
 }
 
 /// candle's way from floats to blocks, matrix by matrix of `weights`.
 pub(super) fn quantization(weights: &[f32], matrix: usize, cols: usize) -> Result<Vec<Contender>> {
-    let parts = weights.chunks_exact(matrix).map(|part| Tensor::from_slice(part, (matrix / cols, cols), &Device::Cpu));
+    let parts = weights
+        .chunks_exact(matrix)
+        .map(|part| Tensor::from_slice(part, (matrix / cols, cols), &Device::Cpu));
     let all = parts.collect::<candle_core::Result<Vec<_>>>()?;
     let mut contenders = vec![];
     for (name, dtype) in BLOCKS {
@@ -178,7 +306,9 @@ pub(super) fn quantization(weights: &[f32], matrix: usize, cols: usize) -> Resul
             *q = Some(QTensor::quantize(&tensors[*at], dtype));
             *at = (*at + 1) % tensors.len();
         };
-        let check = move |(_, q): &(usize, Made<QTensor>)| near(dtype, &first, &floats(made(q)?.dequantize(&Device::Cpu))?);
+        let check = move |(_, q): &(usize, Made<QTensor>)| {
+            near(dtype, &first, &floats(made(q)?.dequantize(&Device::Cpu))?)
+        };
         contenders.push(Contender::new(name, (0, None), call, check));
     }
     Ok(contenders)
@@ -191,7 +321,8 @@ pub(super) fn dequantization(weights: &Arc<Vec<f32>>, cols: usize) -> Result<Vec
         let tensor = Tensor::from_slice(weights, (weights.len() / cols, cols), &Device::Cpu)?;
         let (quantized, weights) = (QTensor::quantize(&tensor, dtype)?, Arc::clone(weights));
         let call = move |out: &mut Made<Tensor>| *out = Some(quantized.dequantize(&Device::Cpu));
-        let check = move |out: &Made<Tensor>| near(dtype, &weights, &floats(Ok(made(out)?.clone()))?);
+        let check =
+            move |out: &Made<Tensor>| near(dtype, &weights, &floats(Ok(made(out)?.clone()))?);
         contenders.push(Contender::new(name, None, call, check));
     }
     Ok(contenders)
@@ -203,7 +334,11 @@ mod tests {
 
     #[test]
     fn a_wrong_product_is_noticed() {
-        let reference = Reference { rows: 2, tokens: vec![0, 2], expected: vec![(1.0, 0.1), (2.0, 0.1), (3.0, 0.1), (4.0, 0.1)] };
+        let reference = Reference {
+            rows: 2,
+            tokens: vec![0, 2],
+            expected: vec![(1.0, 0.1), (2.0, 0.1), (3.0, 0.1), (4.0, 0.1)],
+        };
         let right = [1.05, 2.0, 9.0, 9.0, 3.0, 3.95];
         assert_eq!(reference.check(&right), Ok(()));
         for (i, value) in [(0, 1.2), (1, f32::NAN), (5, -4.0)] {

@@ -1,4 +1,5 @@
-//! `bitnet chat`: a conversation. Ctrl-C stops an answer, and at the prompt the program; so does the end of the input.
+//! `bitnet chat`: a conversation. Ctrl-C stops an answer, and at the prompt the program; so does
+//! the end of the input.
 
 use crate::Answer;
 use crate::commands::run::finish_name;
@@ -16,9 +17,17 @@ static ANSWERING: AtomicBool = AtomicBool::new(false);
 pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let options = args.generate.options()?;
     let model = args.load.load(&args.model)?;
-    anyhow::ensure!(model.can_chat(), "{}: the model has no chat template; `bitnet run` goes on with a text", args.model.display());
+    anyhow::ensure!(
+        model.can_chat(),
+        "{}: the model has no chat template; `bitnet run` goes on with a text",
+        args.model.display()
+    );
     let most = model.config().context;
-    let context = if args.context == 0 { most.min(4096) } else { args.context };
+    let context = if args.context == 0 {
+        most.min(4096)
+    } else {
+        args.context
+    };
     let mut session = model.session(context, args.load.cache)?;
     ctrlc::set_handler(|| {
         if !ANSWERING.swap(false, Ordering::SeqCst) {
@@ -26,7 +35,10 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
         }
     })
     .context("cannot catch Ctrl-C")?;
-    let system = args.system.as_ref().map(|text| Message::new("system", text));
+    let system = args
+        .system
+        .as_ref()
+        .map(|text| Message::new("system", text));
     let mut messages: Vec<Message> = system.into_iter().collect();
     let mut turns = vec![];
     let terminal = std::io::stdin().is_terminal();
@@ -35,7 +47,11 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
             out.stream("> ")?;
         }
         let mut line = String::new();
-        if std::io::stdin().read_line(&mut line).context("cannot read a message from stdin")? == 0 {
+        if std::io::stdin()
+            .read_line(&mut line)
+            .context("cannot read a message from stdin")?
+            == 0
+        {
             break;
         }
         let line = line.trim();
@@ -46,7 +62,10 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
         let tokens = model.chat_tokens(&messages)?;
         if tokens.len() >= context {
             messages.pop();
-            let needs = format!("the conversation needs {} tokens of a context of {context}", tokens.len());
+            let needs = format!(
+                "the conversation needs {} tokens of a context of {context}",
+                tokens.len()
+            );
             // Somebody at a terminal may say something shorter.
             anyhow::ensure!(terminal, "{needs}; --context takes up to {most}");
             eprintln!("note: {needs}; this message was not sent");
@@ -67,7 +86,9 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
         let (finish, timings) = (generation.finish(), generation.timings());
         session = generation.into_session();
         match finish {
-            Some(Finish::Context) => eprintln!("note: the context of {context} positions is full; --context takes up to {most}"),
+            Some(Finish::Context) => eprintln!(
+                "note: the context of {context} positions is full; --context takes up to {most}"
+            ),
             None => eprintln!("note: stopped"),
             Some(Finish::EndOfText | Finish::Stop | Finish::MaxTokens) => {}
         }

@@ -9,7 +9,10 @@ use bitnet_quant::compare::{Comparison, Scope, compare};
 use serde_json::{Value, json};
 
 pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let (original, quantized) = (args.open.open(&args.original)?, args.open.open(&args.quantized)?);
+    let (original, quantized) = (
+        args.open.open(&args.original)?,
+        args.open.open(&args.quantized)?,
+    );
     let bar = Bar::new(original.stored.iter().map(|s| s.len).sum(), false);
     let result = compare(&original, &quantized, &bar)?;
     drop(bar);
@@ -42,13 +45,31 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         ]
     };
     for t in &result.tensors {
-        table.row(row(t.name.clone(), t.stored_as.clone(), t.bits_per_weight(), &t.error, t.entropy));
+        table.row(row(
+            t.name.clone(),
+            t.stored_as.clone(),
+            t.bits_per_weight(),
+            &t.error,
+            t.entropy,
+        ));
     }
     let (low, all) = (result.total(Scope::Quantized), result.total(Scope::All));
     if low.count > 0 {
-        table.row(row("quantized tensors".into(), String::new(), result.bits_per_weight(Scope::Quantized), &low, None));
+        table.row(row(
+            "quantized tensors".into(),
+            String::new(),
+            result.bits_per_weight(Scope::Quantized),
+            &low,
+            None,
+        ));
     }
-    table.row(row("all tensors".into(), String::new(), result.bits_per_weight(Scope::All), &all, None));
+    table.row(row(
+        "all tensors".into(),
+        String::new(),
+        result.bits_per_weight(Scope::All),
+        &all,
+        None,
+    ));
     out.table(&table);
     let failures = gates(args, &result);
     for failure in &failures {
@@ -75,7 +96,11 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         "all": with(json!({"bits_per_weight": result.bits_per_weight(Scope::All)}), stats(&all)),
         "failed": failures,
     }));
-    Ok(if failures.is_empty() { Answer::Yes } else { Answer::No })
+    Ok(if failures.is_empty() {
+        Answer::Yes
+    } else {
+        Answer::No
+    })
 }
 
 /// What each gate has against each tensor.
@@ -87,14 +112,30 @@ fn gates(args: &CompareArgs, result: &Comparison) -> Vec<String> {
                 failures.push(format!("{}: {name} {got:.6} against {limit}", t.name));
             }
         };
-        gate(args.min_sqnr, t.error.sqnr_db(), "SQNR in dB", |got, limit| got < limit || got.is_nan());
-        gate(args.min_cosine, t.error.cosine(), "cosine", |got, limit| got < limit || got.is_nan());
-        gate(args.max_mse, t.error.mse(), "MSE", |got, limit| got > limit || got.is_nan());
-        gate(args.max_sign_flips, t.error.sign_flip_share(), "share of sign flips", |got, limit| got > limit);
+        gate(
+            args.min_sqnr,
+            t.error.sqnr_db(),
+            "SQNR in dB",
+            |got, limit| got < limit || got.is_nan(),
+        );
+        gate(args.min_cosine, t.error.cosine(), "cosine", |got, limit| {
+            got < limit || got.is_nan()
+        });
+        gate(args.max_mse, t.error.mse(), "MSE", |got, limit| {
+            got > limit || got.is_nan()
+        });
+        gate(
+            args.max_sign_flips,
+            t.error.sign_flip_share(),
+            "share of sign flips",
+            |got, limit| got > limit,
+        );
     }
     let bits = result.bits_per_weight(Scope::Quantized);
     if let Some(limit) = args.max_bpw.filter(|&limit| bits > limit) {
-        failures.push(format!("quantized tensors: {bits:.6} bits per weight against {limit}"));
+        failures.push(format!(
+            "quantized tensors: {bits:.6} bits per weight against {limit}"
+        ));
     }
     failures
 }

@@ -19,31 +19,83 @@ use std::sync::atomic::AtomicBool;
 
 /// The model of assets/glassllm-en, so that the program needs no file.
 const MODEL: &[(&str, &[u8])] = &[
-    ("config.json", include_bytes!("../../../../assets/glassllm-en/config.json")),
-    ("model.safetensors", include_bytes!("../../../../assets/glassllm-en/model.safetensors")),
-    ("tokenizer.json", include_bytes!("../../../../assets/glassllm-en/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../../../../assets/glassllm-en/tokenizer_config.json")),
-    ("LICENSE", include_bytes!("../../../../assets/glassllm-en/LICENSE")),
+    (
+        "config.json",
+        include_bytes!("../../../../assets/glassllm-en/config.json"),
+    ),
+    (
+        "model.safetensors",
+        include_bytes!("../../../../assets/glassllm-en/model.safetensors"),
+    ),
+    (
+        "tokenizer.json",
+        include_bytes!("../../../../assets/glassllm-en/tokenizer.json"),
+    ),
+    (
+        "tokenizer_config.json",
+        include_bytes!("../../../../assets/glassllm-en/tokenizer_config.json"),
+    ),
+    (
+        "LICENSE",
+        include_bytes!("../../../../assets/glassllm-en/LICENSE"),
+    ),
 ];
 
-/// Settings: what the table calls them, the ending of the file (none for a folder, which is a model), and the recipe.
+/// Settings: what the table calls them, the ending of the file (none for a folder, which is a
+/// model), and the recipe.
 const SETTINGS: &[(&str, &str, &str)] = &[
     ("int8", "", "default = {precision = 'int8'}"),
-    ("int4 group:32", "", "default = {precision = 'int4', granularity = 'group:32', scale_dtype = 'f16', clip = 'search'}"),
-    ("int3 group:64", "", "default = {precision = 'int3', granularity = 'group:64', scale_dtype = 'f16', clip = 'search'}"),
-    ("int2 group:64", "", "default = {precision = 'int2', granularity = 'group:64', scale_dtype = 'f16', clip = 'search'}"),
-    ("3 trit planes", "", "default = {planes = 3, granularity = 'group:128', scale_dtype = 'f16', layout = 'base-3'}"),
-    ("2 trit planes", "", "default = {planes = 2, granularity = 'group:128', scale_dtype = 'f16', layout = 'base-3'}"),
-    ("ternary absmean, one scale (b1.58)", "", "default = {threshold = 'absmean', granularity = 'tensor'}"),
+    (
+        "int4 group:32",
+        "",
+        "default = {precision = 'int4', granularity = 'group:32', scale_dtype = 'f16', clip = 'search'}",
+    ),
+    (
+        "int3 group:64",
+        "",
+        "default = {precision = 'int3', granularity = 'group:64', scale_dtype = 'f16', clip = 'search'}",
+    ),
+    (
+        "int2 group:64",
+        "",
+        "default = {precision = 'int2', granularity = 'group:64', scale_dtype = 'f16', clip = 'search'}",
+    ),
+    (
+        "3 trit planes",
+        "",
+        "default = {planes = 3, granularity = 'group:128', scale_dtype = 'f16', layout = 'base-3'}",
+    ),
+    (
+        "2 trit planes",
+        "",
+        "default = {planes = 2, granularity = 'group:128', scale_dtype = 'f16', layout = 'base-3'}",
+    ),
+    (
+        "ternary absmean, one scale (b1.58)",
+        "",
+        "default = {threshold = 'absmean', granularity = 'tensor'}",
+    ),
     ("ternary absmean", "", "default = {threshold = 'absmean'}"),
     ("ternary mean (TWN)", "", "default = {threshold = 'mean'}"),
     ("ternary median", "", "default = {threshold = 'median'}"),
     ("ternary adaptive", "", "default = {threshold = 'adaptive'}"),
     ("ternary optimal", "", "default = {threshold = 'optimal'}"),
-    ("ternary optimal, base-3", "", "default = {threshold = 'optimal', layout = 'base-3'}"),
-    ("ternary optimal, smallest layout", "", "default = {threshold = 'optimal', granularity = 'tensor', layout = 'auto'}"),
+    (
+        "ternary optimal, base-3",
+        "",
+        "default = {threshold = 'optimal', layout = 'base-3'}",
+    ),
+    (
+        "ternary optimal, smallest layout",
+        "",
+        "default = {threshold = 'optimal', granularity = 'tensor', layout = 'auto'}",
+    ),
     ("ternary for HF transformers", "", "format = 'hf-bitnet'"),
-    ("ternary for llama.cpp (GGUF)", ".gguf", "format = 'gguf'\ndefault = {threshold = 'optimal'}"),
+    (
+        "ternary for llama.cpp (GGUF)",
+        ".gguf",
+        "format = 'gguf'\ndefault = {threshold = 'optimal'}",
+    ),
     ("binary", "", "default = {precision = 'binary'}"),
 ];
 
@@ -61,25 +113,53 @@ const SPEAKERS: [&str; 3] = ["int4 group:32", "2 trit planes", "ternary optimal"
 
 /// The perplexity of the text under a checkpoint, with tokens from the model as it comes.
 fn measure(path: &Path, tokens: &[u32]) -> anyhow::Result<(Model, Perplexity)> {
-    let model = Model::load_with(path, &LoadOptions { kernels: Kernels::from_env()?, ..LoadOptions::default() })?;
+    let model = Model::load_with(
+        path,
+        &LoadOptions {
+            kernels: Kernels::from_env()?,
+            ..LoadOptions::default()
+        },
+    )?;
     let context = model.config().context;
-    let windows = Windows { context, stride: context / 2, cache: CacheType::F16 };
-    let result = perplexity(&model, tokens, &windows, &|_, _| (), &AtomicBool::new(false))?;
+    let windows = Windows {
+        context,
+        stride: context / 2,
+        cache: CacheType::F16,
+    };
+    let result = perplexity(
+        &model,
+        tokens,
+        &windows,
+        &|_, _| (),
+        &AtomicBool::new(false),
+    )?;
     Ok((model, result))
 }
 
 /// What a model goes on with, in one line.
 fn speak(model: &Model) -> anyhow::Result<String> {
-    let options = GenerateOptions { max_tokens: 32, ..GenerateOptions::default() };
-    let tokens: Vec<_> = model.generate(PROMPT, &options)?.collect::<Result<_, _>>()?;
-    Ok(tokens.iter().map(|t| t.text.as_str()).collect::<String>().split_whitespace().collect::<Vec<_>>().join(" "))
+    let options = GenerateOptions {
+        max_tokens: 32,
+        ..GenerateOptions::default()
+    };
+    let tokens: Vec<_> = model
+        .generate(PROMPT, &options)?
+        .collect::<Result<_, _>>()?;
+    Ok(tokens
+        .iter()
+        .map(|t| t.text.as_str())
+        .collect::<String>()
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" "))
 }
 
 pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let temporary;
     let folder: &Path = match &args.keep {
         Some(path) => {
-            fs::create_dir(path).map_err(|e| anyhow::anyhow!("cannot create {}: {e}", path.display()))?;
+            fs::create_dir(path)
+                .map_err(|e| anyhow::anyhow!("cannot create {}: {e}", path.display()))?;
             path
         }
         None => {
@@ -116,7 +196,13 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
         let target = folder.join(format!("{i:02}{ending}"));
         let recipe = Recipe::from_toml(recipe)?;
         let plan = Job::quantize(&source, &recipe, &target)?;
-        let options = Options { threads: 0, kernels, progress: &(), interrupt: &Default::default(), existing: Existing::Refuse };
+        let options = Options {
+            threads: 0,
+            kernels,
+            progress: &(),
+            interrupt: &Default::default(),
+            existing: Existing::Refuse,
+        };
         let summary = checkpoint::run(&plan, &target, &options)?;
         // Everything below comes from reading the written file again.
         let written = Source::open(&target)?;
@@ -125,7 +211,11 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
         let error: ErrorStats = comparison.total(Scope::Quantized);
         let bits = comparison.bits_per_weight(Scope::Quantized);
         let low: Vec<_> = comparison.tensors.iter().filter(|t| t.quantized).collect();
-        let entropy = low.iter().map(|t| t.entropy.unwrap_or(0.0) * t.error.count as f64).sum::<f64>() / error.count.max(1) as f64;
+        let entropy = low
+            .iter()
+            .map(|t| t.entropy.unwrap_or(0.0) * t.error.count as f64)
+            .sum::<f64>()
+            / error.count.max(1) as f64;
         let (quantized, after) = measure(&target, &tokens)?;
         if SPEAKERS.contains(name) {
             texts.push((name, speak(&quantized)?));

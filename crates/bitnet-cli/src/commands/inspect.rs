@@ -10,11 +10,29 @@ use serde_json::json;
 pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let source = args.input.open()?;
     let tensors = tensors(&source);
-    let findings = if args.headers { vec![] } else { lint(&source, Kernels::from_env()?)? };
-    let mut table = Table::new(&["tensor", "shape", "stored as", "precision", "scales", "bytes", "bits/weight"]);
+    let findings = if args.headers {
+        vec![]
+    } else {
+        lint(&source, Kernels::from_env()?)?
+    };
+    let mut table = Table::new(&[
+        "tensor",
+        "shape",
+        "stored as",
+        "precision",
+        "scales",
+        "bytes",
+        "bits/weight",
+    ]);
     for t in &tensors {
         let spec = t.spec.as_ref();
-        let precision = spec.map(|s| if s.planes > 1 { format!("{} × {}", s.planes, s.precision) } else { s.precision.to_string() });
+        let precision = spec.map(|s| {
+            if s.planes > 1 {
+                format!("{} × {}", s.planes, s.precision)
+            } else {
+                s.precision.to_string()
+            }
+        });
         table.row(vec![
             t.name.clone(),
             shape(&t.shape),
@@ -31,10 +49,14 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
     let file_bits = file_bytes as f64 * 8.0 / weights.max(1) as f64;
     let low: Vec<_> = tensors.iter().filter(|t| t.spec.is_some()).collect();
     let low_weights: u64 = low.iter().map(|t| t.weights()).sum();
-    let low_bits = low.iter().map(|t| t.bytes).sum::<u64>() as f64 * 8.0 / low_weights.max(1) as f64;
+    let low_bits =
+        low.iter().map(|t| t.bytes).sum::<u64>() as f64 * 8.0 / low_weights.max(1) as f64;
     out.line("");
     if !low.is_empty() {
-        out.line(format!("{} quantized tensors, {low_weights} weights at {low_bits:.3} bits", low.len()));
+        out.line(format!(
+            "{} quantized tensors, {low_weights} weights at {low_bits:.3} bits",
+            low.len()
+        ));
     }
     out.line(format!(
         "{}: {} tensors, {weights} weights, {}, {file_bits:.3} bits per weight in all",
@@ -46,7 +68,11 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         out.line(format!("written by {}", document.generator));
     }
     if let Some(bitnet) = source.bitnet {
-        out.line(format!("quantization_config: {} ({:?})", bitnet.linear_class.name(), bitnet.mode));
+        out.line(format!(
+            "quantization_config: {} ({:?})",
+            bitnet.linear_class.name(),
+            bitnet.mode
+        ));
     }
     for note in &source.notes {
         out.line(format!("note: {note}"));

@@ -25,16 +25,31 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
     recipe.default = args.choices.choices().over(&recipe.default);
     if args.target_bpw.is_some() || args.min_sqnr.is_some() {
         let goal = recipe.search.unwrap_or_default();
-        recipe.search = Some(Search { target_bpw: args.target_bpw.or(goal.target_bpw), min_sqnr: args.min_sqnr.or(goal.min_sqnr) });
+        recipe.search = Some(Search {
+            target_bpw: args.target_bpw.or(goal.target_bpw),
+            min_sqnr: args.min_sqnr.or(goal.min_sqnr),
+        });
     }
-    let calibration = args.calibration.as_deref().map(Calibration::load).transpose()?;
+    let calibration = args
+        .calibration
+        .as_deref()
+        .map(Calibration::load)
+        .transpose()?;
     let source = args.input.open()?;
     let total = source.tensors.iter().map(|t| t.bytes(&source)).sum();
     let recipe = job::with_options(&args.job, &recipe.compute, total, |options| {
-        search::resolve(&source, &recipe, &args.job.out, options, calibration.as_ref())
+        search::resolve(
+            &source,
+            &recipe,
+            &args.job.out,
+            options,
+            calibration.as_ref(),
+        )
     })?;
     let plan = match &calibration {
-        Some(calibration) => Job::quantize_calibrated(&source, &recipe, &args.job.out, calibration)?,
+        Some(calibration) => {
+            Job::quantize_calibrated(&source, &recipe, &args.job.out, calibration)?
+        }
         None => Job::quantize(&source, &recipe, &args.job.out)?,
     };
     job::run(&plan, &source, &args.job, &recipe.compute, out)?;
@@ -42,8 +57,13 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
 }
 
 fn read(path: &Path) -> anyhow::Result<QuantizationConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
     let json = path.extension().is_some_and(|e| e == "json");
-    let config = if json { QuantizationConfig::from_json(&text) } else { QuantizationConfig::from_toml(&text) };
+    let config = if json {
+        QuantizationConfig::from_json(&text)
+    } else {
+        QuantizationConfig::from_toml(&text)
+    };
     config.map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

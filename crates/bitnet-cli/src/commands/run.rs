@@ -26,18 +26,30 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
         Some(text) => text.clone(),
         None => {
             let mut text = String::new();
-            std::io::stdin().lock().read_to_string(&mut text).context("cannot read the prompt from stdin")?;
+            std::io::stdin()
+                .lock()
+                .read_to_string(&mut text)
+                .context("cannot read the prompt from stdin")?;
             text
         }
     };
     let model = args.load.load(&args.model)?;
-    let tokens = if args.chat { model.chat_tokens(&[Message::new("user", prompt)])? } else { model.tokenizer()?.encode(&prompt, true)? };
+    let tokens = if args.chat {
+        model.chat_tokens(&[Message::new("user", prompt)])?
+    } else {
+        model.tokenizer()?.encode(&prompt, true)?
+    };
     let context = match args.context {
-        0 => tokens.len().saturating_add(options.max_tokens).clamp(1, model.config().context),
+        0 => tokens
+            .len()
+            .saturating_add(options.max_tokens)
+            .clamp(1, model.config().context),
         n => n,
     };
     let interrupt = job::interrupt();
-    let mut generation = model.session(context, args.load.cache)?.into_generation(&tokens, &options)?;
+    let mut generation = model
+        .session(context, args.load.cache)?
+        .into_generation(&tokens, &options)?;
     let (mut text, mut ids) = (String::new(), vec![]);
     while !interrupt.load(Ordering::Relaxed)
         && let Some(token) = generation.next()
@@ -52,7 +64,10 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
     }
     let (finish, timings) = (generation.finish(), generation.timings());
     if finish == Some(Finish::Context) {
-        eprintln!("note: the context of {context} positions is full; --context takes up to {}", model.config().context);
+        eprintln!(
+            "note: the context of {context} positions is full; --context takes up to {}",
+            model.config().context
+        );
     }
     eprintln!("{}", speed(&timings));
     out.document(json!({
@@ -62,5 +77,9 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
         "finish": finish_name(finish),
         "speed": speed_json(&timings),
     }));
-    if finish.is_none() { Err(Error::Interrupted.into()) } else { Ok(Answer::Yes) }
+    if finish.is_none() {
+        Err(Error::Interrupted.into())
+    } else {
+        Ok(Answer::Yes)
+    }
 }

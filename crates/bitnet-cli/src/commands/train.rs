@@ -17,47 +17,88 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
         What::Image(args) => {
             let config = args.configuration()?;
             let work = ImageWork::new(&config)?;
-            (train(&work, &config.run, &config.training, &document(&config)?, &args.common)?, |error| {
-                format!("accuracy {}", percent(1.0 - error))
-            })
+            (
+                train(
+                    &work,
+                    &config.run,
+                    &config.training,
+                    &document(&config)?,
+                    &args.common,
+                )?,
+                |error| format!("accuracy {}", percent(1.0 - error)),
+            )
         }
         What::Lm(args) => {
             let config = args.configuration()?;
             let work = LmWork::new(&config)?;
-            (train(&work, &config.run, &config.training, &document(&config)?, &args.common)?, |loss| {
-                format!("{loss:.4} nats, perplexity {:.3}", loss.exp())
-            })
+            (
+                train(
+                    &work,
+                    &config.run,
+                    &config.training,
+                    &document(&config)?,
+                    &args.common,
+                )?,
+                |loss| format!("{loss:.4} nats, perplexity {:.3}", loss.exp()),
+            )
         }
     };
     print(&report, say, out);
     Ok(Answer::Yes)
 }
 
-fn train<W: Work>(work: &W, run: &RunConfig, training: &QATConfig, document: &str, args: &CommonArgs) -> anyhow::Result<Report> {
-    let mut watch = Watch { bar: None, quiet: args.quiet, metric: work.metric() };
-    run_work(work, run, training, document, &args.place(), &mut watch).map_err(|error| match error {
-        Error::Quant(bitnet_quant::Error::Exists { path }) if path == args.out => {
-            anyhow::anyhow!("{} exists already; --resume goes on with the run in it", path.display())
-        }
-        Error::Quant(interrupted @ bitnet_quant::Error::Interrupted) => {
-            anyhow::Error::new(interrupted).context("interrupted; the same command with --resume goes on from here")
-        }
-        other => other.into(),
-    })
+fn train<W: Work>(
+    work: &W,
+    run: &RunConfig,
+    training: &QATConfig,
+    document: &str,
+    args: &CommonArgs,
+) -> anyhow::Result<Report> {
+    let mut watch = Watch {
+        bar: None,
+        quiet: args.quiet,
+        metric: work.metric(),
+    };
+    run_work(work, run, training, document, &args.place(), &mut watch).map_err(
+        |error| match error {
+            Error::Quant(bitnet_quant::Error::Exists { path }) if path == args.out => {
+                anyhow::anyhow!(
+                    "{} exists already; --resume goes on with the run in it",
+                    path.display()
+                )
+            }
+            Error::Quant(interrupted @ bitnet_quant::Error::Interrupted) => {
+                anyhow::Error::new(interrupted)
+                    .context("interrupted; the same command with --resume goes on from here")
+            }
+            other => other.into(),
+        },
+    )
 }
 
 fn print(report: &Report, say: fn(f64) -> String, out: &mut Output) {
-    let lines = [("full precision", report.full), ("quantized after training", report.ptq), ("trained quantized", Some(report.qat))];
+    let lines = [
+        ("full precision", report.full),
+        ("quantized after training", report.ptq),
+        ("trained quantized", Some(report.qat)),
+    ];
     for (name, value) in lines {
         if let Some(value) = value {
             out.line(format!("{name:<26}{}", say(value)));
         }
     }
     if report.qat_step != report.steps {
-        out.line(format!("{:<26}the weights after step {}, the best evaluation", "packed", report.qat_step));
+        out.line(format!(
+            "{:<26}the weights after step {}, the best evaluation",
+            "packed", report.qat_step
+        ));
     }
     if let Some(share) = report.recovered() {
-        out.line(format!("{:<26}{} of what quantization after training loses", "recovered", percent(share)));
+        out.line(format!(
+            "{:<26}{} of what quantization after training loses",
+            "recovered",
+            percent(share)
+        ));
     }
     out.line(format!(
         "{}: {}, {:.3} bits per weight in packed layers; {} parameters, {} steps, {:.1} s and {:.1} s of training",
@@ -85,9 +126,15 @@ impl Observer for Watch {
     fn on(&mut self, phase: Phase, event: &Event<'_>) -> ControlFlow<()> {
         match event {
             Event::Begin { step, steps } => {
-                let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+                let target = if self.quiet {
+                    ProgressDrawTarget::hidden()
+                } else {
+                    ProgressDrawTarget::stderr()
+                };
                 let bar = ProgressBar::with_draw_target(Some(*steps), target).with_position(*step);
-                let style = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len}  {eta} left  {wide_msg}");
+                let style = ProgressStyle::with_template(
+                    "{prefix} {bar:30} {pos}/{len}  {eta} left  {wide_msg}",
+                );
                 bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
                 bar.set_prefix(match phase {
                     Phase::Twin => "full precision",
@@ -100,20 +147,31 @@ impl Observer for Watch {
             Event::Step(step) => {
                 if let Some(bar) = &self.bar {
                     bar.set_position(step.step);
-                    bar.set_message(format!("loss {:.4}  {:.0}/s", step.loss, step.units as f64 / step.seconds.max(1e-9)));
+                    bar.set_message(format!(
+                        "loss {:.4}  {:.0}/s",
+                        step.loss,
+                        step.units as f64 / step.seconds.max(1e-9)
+                    ));
                 }
             }
             Event::Evaluated(evaluation) => {
                 if let Some(bar) = &self.bar {
                     bar.suspend(|| {
                         if !self.quiet {
-                            eprintln!("step {}: {} {:.4}", evaluation.step, self.metric, evaluation.value);
+                            eprintln!(
+                                "step {}: {} {:.4}",
+                                evaluation.step, self.metric, evaluation.value
+                            );
                         }
                     });
                 }
             }
             _ => {}
         }
-        if job::interrupt().load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if job::interrupt().load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     }
 }

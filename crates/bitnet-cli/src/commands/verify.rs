@@ -14,7 +14,8 @@ fn carries_document(path: &Path) -> bool {
     let model = path.join("model.safetensors");
     let path = if path.is_dir() { model.as_path() } else { path };
     let mut head = vec![];
-    let read = std::fs::File::open(path).and_then(|file| file.take(64 << 20).read_to_end(&mut head));
+    let read =
+        std::fs::File::open(path).and_then(|file| file.take(64 << 20).read_to_end(&mut head));
     read.is_ok() && head.windows(KEY.len()).any(|w| w == KEY.as_bytes())
 }
 
@@ -22,17 +23,32 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
     let result = match args.input.open() {
         Ok(source) => verify(&source)?,
         Err(error @ bitnet_formats::Error::Io { .. }) => return Err(error.into()),
-        // A file of ours whose header does not hold together is damaged; anything else is no file for this command.
+        // A file of ours whose header does not hold together is damaged; anything else is no file
+        // for this command.
         Err(error) if !carries_document(&args.input.input) => return Err(error.into()),
-        Err(error) => Verification { checked: 0, bytes: 0, damage: vec![Damage { part: "header".into(), what: error.to_string() }] },
+        Err(error) => Verification {
+            checked: 0,
+            bytes: 0,
+            damage: vec![Damage {
+                part: "header".into(),
+                what: error.to_string(),
+            }],
+        },
     };
     for damage in &result.damage {
         out.line(format!("damaged: {}: {}", damage.part, damage.what));
     }
     let path = args.input.input.display();
     match result.damage.len() {
-        0 => out.line(format!("{path}: whole: {} stored tensors, {} checked", result.checked, bytes(result.bytes))),
-        n => out.line(format!("{path}: damaged in {n} places of {} stored tensors", result.checked)),
+        0 => out.line(format!(
+            "{path}: whole: {} stored tensors, {} checked",
+            result.checked,
+            bytes(result.bytes)
+        )),
+        n => out.line(format!(
+            "{path}: damaged in {n} places of {} stored tensors",
+            result.checked
+        )),
     }
     out.document(json!({
         "path": path.to_string(),
@@ -41,5 +57,9 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
         "bytes": result.bytes,
         "damage": result.damage.iter().map(|d| json!({"part": d.part, "what": d.what})).collect::<Vec<_>>(),
     }));
-    Ok(if result.damage.is_empty() { Answer::Yes } else { Answer::No })
+    Ok(if result.damage.is_empty() {
+        Answer::Yes
+    } else {
+        Answer::No
+    })
 }

@@ -5,8 +5,9 @@ use crate::{MatrixSpec, Result};
 
 /// The shortest of our own layouts for this matrix, and the packed bytes.
 ///
-/// Layouts of fixed length are compared by that length without packing; the others are packed and measured. Of equally short ones the
-/// first of [`layouts`] wins. `scales` are not stored: our own layouts leave them to the container.
+/// Layouts of fixed length are compared by that length without packing; the others are packed and
+/// measured. Of equally short ones the first of [`layouts`] wins. `scales` are not stored: our own
+/// layouts leave them to the container.
 ///
 /// # Errors
 /// Those of [`Layout::pack_into`].
@@ -18,7 +19,11 @@ use crate::{MatrixSpec, Result};
 /// assert_eq!((layout.name(), bytes.len()), ("two-bit", 2));
 /// # Ok::<(), bitnet_core::Error>(())
 /// ```
-pub fn auto(spec: &MatrixSpec, values: &[i8], scales: &[f32]) -> Result<(&'static dyn Layout, Vec<u8>)> {
+pub fn auto(
+    spec: &MatrixSpec,
+    values: &[i8],
+    scales: &[f32],
+) -> Result<(&'static dyn Layout, Vec<u8>)> {
     spec.validate()?;
     let mut best: Option<(usize, &'static dyn Layout, Option<Vec<u8>>)> = None;
     // `i8` holds every precision; its error is the answer should not even it hold this matrix.
@@ -52,9 +57,11 @@ pub fn auto(spec: &MatrixSpec, values: &[i8], scales: &[f32]) -> Result<(&'stati
     }
 }
 
-/// Bits per weight, everything that is stored counted: `8 · (packed + scale bytes) / (N · K)`; 0 for a matrix without weights.
+/// Bits per weight, everything that is stored counted: `8 · (packed + scale bytes) / (N · K)`; 0
+/// for a matrix without weights.
 ///
-/// `scale_bytes` are those outside the packed bytes. Several planes stand for the same weights, so all of them count.
+/// `scale_bytes` are those outside the packed bytes. Several planes stand for the same weights, so
+/// all of them count.
 pub fn bits_per_weight(packed_bytes: usize, scale_bytes: usize, spec: &MatrixSpec) -> f64 {
     match spec.weights_len() {
         0 => 0.0,

@@ -1,7 +1,8 @@
 //! `base-3`: five trits a byte, 1.6 bits each. Ours.
 //!
-//! `byte = Σ (value_i + 1) · 3^i`, i = 0 … 4: the first trit is the least significant digit and a byte is at most 242. Each row begins a
-//! byte; the digits that the last byte of a row has left over are 0. So 243 … 255 and a left-over digit that is not 0 are corruption.
+//! `byte = Σ (value_i + 1) · 3^i`, i = 0 … 4: the first trit is the least significant digit and a
+//! byte is at most 242. Each row begins a byte; the digits that the last byte of a row has left
+//! over are 0. So 243 … 255 and a left-over digit that is not 0 are corruption.
 //!
 //! ```text
 //! −1 +1 0 0 −1 | +1     0 + 2·3 + 1·9 + 1·27 + 0·81 = 42,   2
@@ -51,7 +52,13 @@ impl Layout for Base3 {
         Some(1)
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], _: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        _: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         if values.is_empty() {
@@ -59,7 +66,10 @@ impl Layout for Base3 {
         }
         let start = out.len();
         out.resize(start + self.packed_len(spec).bound(), 0);
-        for (row, out) in values.chunks_exact(spec.cols).zip(out[start..].chunks_exact_mut(packed_len(spec.cols))) {
+        for (row, out) in values
+            .chunks_exact(spec.cols)
+            .zip(out[start..].chunks_exact_mut(packed_len(spec.cols)))
+        {
             pack_row(row, out);
         }
         Ok(())
@@ -71,11 +81,18 @@ impl Layout for Base3 {
         let mut values = vec![0; spec.values_len()];
         if !values.is_empty() {
             let stride = packed_len(spec.cols);
-            for (i, (bytes, row)) in bytes.chunks_exact(stride).zip(values.chunks_exact_mut(spec.cols)).enumerate() {
+            for (i, (bytes, row)) in bytes
+                .chunks_exact(stride)
+                .zip(values.chunks_exact_mut(spec.cols))
+                .enumerate()
+            {
                 unpack_row(bytes, row).map_err(|bad| bad.at(self.name(), i * stride))?;
             }
         }
-        Ok(Unpacked { values, scales: None })
+        Ok(Unpacked {
+            values,
+            scales: None,
+        })
     }
 }
 
@@ -85,7 +102,10 @@ pub(super) const fn packed_len(n: usize) -> usize {
 }
 
 fn byte_of(values: &[i8]) -> u8 {
-    values.iter().rev().fold(0u8, |byte, &v| byte.wrapping_mul(3).wrapping_add(v.wrapping_add(1).cast_unsigned()))
+    values.iter().rev().fold(0u8, |byte, &v| {
+        byte.wrapping_mul(3)
+            .wrapping_add(v.wrapping_add(1).cast_unsigned())
+    })
 }
 
 /// Packs trits into `out` of [`packed_len`] bytes.
@@ -105,7 +125,10 @@ pub(super) fn unpack_row(bytes: &[u8], values: &mut [i8]) -> Result<(), Bad> {
     if bytes.iter().fold(0u8, |bad, &b| bad | u8::from(b > 242)) != 0
         && let Some(i) = bytes.iter().position(|&b| b > 242)
     {
-        return Err(Bad::new(i, format!("{}, more than the 242 of five trits", bytes[i])));
+        return Err(Bad::new(
+            i,
+            format!("{}, more than the 242 of five trits", bytes[i]),
+        ));
     }
     let (fives, tail) = values.as_chunks_mut::<5>();
     let (body, end) = bytes.split_at(fives.len());
@@ -116,7 +139,10 @@ pub(super) fn unpack_row(bytes: &[u8], values: &mut [i8]) -> Result<(), Bad> {
         let (digits, padding) = VALUES[usize::from(byte)].split_at(tail.len());
         tail.copy_from_slice(digits);
         if padding.iter().any(|&v| v != -1) {
-            return Err(Bad::new(body.len(), format!("{byte}, with digits beyond the last {} trits", tail.len())));
+            return Err(Bad::new(
+                body.len(),
+                format!("{byte}, with digits beyond the last {} trits", tail.len()),
+            ));
         }
     }
     Ok(())

@@ -1,18 +1,22 @@
 //! Fixed-width codes, dense, least significant bit first. Ours.
 //!
-//! `code = value − smallest value` (binary, whose values are two apart: `(value + 1) / 2`). With `b` bits a code, code `j` of a row takes
-//! bits `b·j … b·j + b − 1` of the row, and bit `i` of the row is bit `i % 8` of its byte `i / 8`. Each row begins a byte; the bits that
-//! are left over are 0.
+//! `code = value − smallest value` (binary, whose values are two apart: `(value + 1) / 2`). With
+//! `b` bits a code, code `j` of a row takes bits `b·j … b·j + b − 1` of the row, and bit `i` of the
+//! row is bit `i % 8` of its byte `i / 8`. Each row begins a byte; the bits that are left over are
+//! 0.
 //!
 //! ```text
 //! two-bit, a row of 6:   byte 0  [c3 c3 c2 c2 c1 c1 c0 c0]   byte 1  [0 0 0 0 c5 c5 c4 c4]
 //! three-bit, a row of 3: byte 0  [c2 c2 c1 c1 c1 c0 c0 c0]   byte 1  [0 0 0 0 0 0 0 c2]
 //! ```
 //!
-//! `byte-aligned` is `two-bit` with each row followed by zero bytes up to a multiple of 64: rows begin on cache lines, and a file that is
-//! mapped into memory needs no repacking to be read row by row.
+//! `byte-aligned` is `two-bit` with each row followed by zero bytes up to a multiple of 64: rows
+//! begin on cache lines, and a file that is mapped into memory needs no repacking to be read row by
+//! row.
 
-use super::{Bad, Layout, PackedLen, Unpacked, check_len, check_precision, check_values, first_outside};
+use super::{
+    Bad, Layout, PackedLen, Unpacked, check_len, check_precision, check_values, first_outside,
+};
 use crate::{Error, MatrixSpec, Precision, Result};
 
 /// A fixed-width layout.
@@ -26,8 +30,12 @@ pub(super) struct Bits {
 }
 
 /// {−1, +1} in one bit.
-pub(super) const ONE_BIT: Bits =
-    Bits { name: "one-bit", summary: "binary, 8 values a byte, 1 bit per weight (ours)", precisions: &[Precision::Binary], align: 1 };
+pub(super) const ONE_BIT: Bits = Bits {
+    name: "one-bit",
+    summary: "binary, 8 values a byte, 1 bit per weight (ours)",
+    precisions: &[Precision::Binary],
+    align: 1,
+};
 
 /// Ternary and int2 in two bits.
 pub(super) const TWO_BIT: Bits = Bits {
@@ -38,12 +46,20 @@ pub(super) const TWO_BIT: Bits = Bits {
 };
 
 /// −4 … 3 in three bits.
-pub(super) const THREE_BIT: Bits =
-    Bits { name: "three-bit", summary: "int3, 8 values in 3 bytes, 3 bits per weight (ours)", precisions: &[Precision::Int3], align: 1 };
+pub(super) const THREE_BIT: Bits = Bits {
+    name: "three-bit",
+    summary: "int3, 8 values in 3 bytes, 3 bits per weight (ours)",
+    precisions: &[Precision::Int3],
+    align: 1,
+};
 
 /// −8 … 7 in four bits.
-pub(super) const FOUR_BIT: Bits =
-    Bits { name: "four-bit", summary: "int4, 2 values a byte, 4 bits per weight (ours)", precisions: &[Precision::Int4], align: 1 };
+pub(super) const FOUR_BIT: Bits = Bits {
+    name: "four-bit",
+    summary: "int4, 2 values a byte, 4 bits per weight (ours)",
+    precisions: &[Precision::Int4],
+    align: 1,
+};
 
 /// `two-bit` with rows on cache lines.
 pub(super) const BYTE_ALIGNED: Bits = Bits {
@@ -78,7 +94,10 @@ impl Layout for Bits {
         check_precision(self.name, spec, self.precisions)?;
         match spec.stacked_rows().checked_mul(self.stride(spec)) {
             Some(n) if n <= isize::MAX as usize => Ok(()),
-            _ => Err(Error::TooLarge { rows: spec.rows, cols: spec.cols }),
+            _ => Err(Error::TooLarge {
+                rows: spec.rows,
+                cols: spec.cols,
+            }),
         }
     }
 
@@ -90,7 +109,13 @@ impl Layout for Bits {
         Some(1)
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], _: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        _: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         if values.is_empty() {
@@ -99,7 +124,10 @@ impl Layout for Bits {
         let start = out.len();
         out.resize(start + self.packed_len(spec).bound(), 0);
         let used = self.used(spec);
-        for (row, out) in values.chunks_exact(spec.cols).zip(out[start..].chunks_exact_mut(self.stride(spec))) {
+        for (row, out) in values
+            .chunks_exact(spec.cols)
+            .zip(out[start..].chunks_exact_mut(self.stride(spec)))
+        {
             pack_row(spec.precision, row, &mut out[..used]);
         }
         Ok(())
@@ -110,16 +138,31 @@ impl Layout for Bits {
         check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
         let mut values = vec![0; spec.values_len()];
         if values.is_empty() {
-            return Ok(Unpacked { values, scales: None });
+            return Ok(Unpacked {
+                values,
+                scales: None,
+            });
         }
         let (used, stride) = (self.used(spec), self.stride(spec));
-        for (i, (bytes, row)) in bytes.chunks_exact(stride).zip(values.chunks_exact_mut(spec.cols)).enumerate() {
-            unpack_row(spec.precision, &bytes[..used], row).map_err(|bad| bad.at(self.name, i * stride))?;
+        for (i, (bytes, row)) in bytes
+            .chunks_exact(stride)
+            .zip(values.chunks_exact_mut(spec.cols))
+            .enumerate()
+        {
+            unpack_row(spec.precision, &bytes[..used], row)
+                .map_err(|bad| bad.at(self.name, i * stride))?;
             if let Some(pad) = bytes[used..].iter().position(|&b| b != 0) {
-                return Err(Bad::new(used + pad, format!("{:#04x} in the padding of row {i}", bytes[used + pad])).at(self.name, i * stride));
+                return Err(Bad::new(
+                    used + pad,
+                    format!("{:#04x} in the padding of row {i}", bytes[used + pad]),
+                )
+                .at(self.name, i * stride));
             }
         }
-        Ok(Unpacked { values, scales: None })
+        Ok(Unpacked {
+            values,
+            scales: None,
+        })
     }
 }
 
@@ -131,7 +174,9 @@ pub(super) fn packed_len(precision: Precision, n: usize) -> usize {
 /// Packs `values`, which are all in the alphabet, into `out` of [`packed_len`] bytes.
 pub(super) fn pack_row(precision: Precision, values: &[i8], out: &mut [u8]) {
     match precision {
-        Precision::Binary => pack_codes::<1>(values, out, |v| v.wrapping_add(1).cast_unsigned() >> 1),
+        Precision::Binary => {
+            pack_codes::<1>(values, out, |v| v.wrapping_add(1).cast_unsigned() >> 1)
+        }
         Precision::Ternary => pack_codes::<2>(values, out, |v| v.wrapping_add(1).cast_unsigned()),
         Precision::Int2 => pack_codes::<2>(values, out, |v| v.wrapping_add(2).cast_unsigned()),
         Precision::Int3 => pack_codes::<3>(values, out, |v| v.wrapping_add(4).cast_unsigned()),
@@ -140,10 +185,13 @@ pub(super) fn pack_row(precision: Precision, values: &[i8], out: &mut [u8]) {
     }
 }
 
-/// Unpacks [`packed_len`] bytes into `values`; a code outside the alphabet and left-over bits that are not 0 are [`Bad`].
+/// Unpacks [`packed_len`] bytes into `values`; a code outside the alphabet and left-over bits that
+/// are not 0 are [`Bad`].
 pub(super) fn unpack_row(precision: Precision, bytes: &[u8], values: &mut [i8]) -> Result<(), Bad> {
     let padded = match precision {
-        Precision::Binary => unpack_codes::<1>(bytes, values, |c| (c << 1).cast_signed().wrapping_sub(1)),
+        Precision::Binary => {
+            unpack_codes::<1>(bytes, values, |c| (c << 1).cast_signed().wrapping_sub(1))
+        }
         Precision::Ternary => unpack_codes::<2>(bytes, values, |c| c.cast_signed().wrapping_sub(1)),
         Precision::Int2 => unpack_codes::<2>(bytes, values, |c| c.cast_signed().wrapping_sub(2)),
         Precision::Int3 => unpack_codes::<3>(bytes, values, |c| c.cast_signed().wrapping_sub(4)),
@@ -153,19 +201,33 @@ pub(super) fn unpack_row(precision: Precision, bytes: &[u8], values: &mut [i8]) 
     if precision == Precision::Ternary
         && let Some(i) = first_outside(precision, values)
     {
-        return Err(Bad::new(i / 4, format!("{:#04x}, whose code {} is 3", bytes[i / 4], i % 4)));
+        return Err(Bad::new(
+            i / 4,
+            format!("{:#04x}, whose code {} is 3", bytes[i / 4], i % 4),
+        ));
     }
     if padded {
         Ok(())
     } else {
         let last = bytes.len() - 1;
-        Err(Bad::new(last, format!("{:#04x}, with bits beyond the row's {} codes", bytes[last], values.len())))
+        Err(Bad::new(
+            last,
+            format!(
+                "{:#04x}, with bits beyond the row's {} codes",
+                bytes[last],
+                values.len()
+            ),
+        ))
     }
 }
 
 /// A word with the low `width` bits of each `step` bits set.
 const fn mask(width: usize, step: usize) -> u64 {
-    let low = if width == 64 { u64::MAX } else { (1 << width) - 1 };
+    let low = if width == 64 {
+        u64::MAX
+    } else {
+        (1 << width) - 1
+    };
     let mut word = 0;
     let mut at = 0;
     while at < 64 {
@@ -175,7 +237,8 @@ const fn mask(width: usize, step: usize) -> u64 {
     word
 }
 
-/// Eight codes of `B` bits, one a byte, moved together into the low `8·B` bits: neighbours first, then pairs, then fours.
+/// Eight codes of `B` bits, one a byte, moved together into the low `8·B` bits: neighbours first,
+/// then pairs, then fours.
 const fn gather<const B: usize>(codes: [u8; 8]) -> u64 {
     let x = u64::from_le_bytes(codes);
     let x = (x | x >> (8 - B)) & const { mask(2 * B, 16) };

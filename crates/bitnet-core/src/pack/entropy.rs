@@ -1,7 +1,8 @@
-//! `entropy`: values of any precision close to the order-0 entropy of each block, by range asymmetric numeral systems. Ours; after
-//! J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540).
+//! `entropy`: values of any precision close to the order-0 entropy of each block, by range
+//! asymmetric numeral systems. Ours; after J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540).
 //!
-//! The body of a block (see [`super::framed`]) of `n` values of an alphabet of `A` symbols, a value's symbol being its rank:
+//! The body of a block (see [`super::framed`]) of `n` values of an alphabet of `A` symbols, a
+//! value's symbol being its rank:
 //!
 //! ```text
 //! 0, the values as one row of base-3 (ternary) or of fixed-width codes (the others)      where that is no longer
@@ -12,14 +13,16 @@
 //!    words         u16 LE, to the end of the body
 //! ```
 //!
-//! `M = 2^12`, for int8 `2^14`. With `f` the frequency of a symbol and `c` the sum of those before it, lane `i % lanes` gives value `i`:
+//! `M = 2^12`, for int8 `2^14`. With `f` the frequency of a symbol and `c` the sum of those before
+//! it, lane `i % lanes` gives value `i`:
 //!
 //! ```text
 //! slot = x mod M;   the symbol with c ≤ slot < c + f;   x ← f · (x div M) + slot − c;   if x < 2^16: x ← 2^16 · x + next word
 //! ```
 //!
-//! The states begin within 2^16 … 2^32 − 1, and end at exactly 2^16 with no word left. That last check makes the model and the words
-//! vouch for one another: a body that passes it is what a writer would make of these values and these frequencies.
+//! The states begin within 2^16 … 2^32 − 1, and end at exactly 2^16 with no word left. That last
+//! check makes the model and the words vouch for one another: a body that passes it is what a
+//! writer would make of these values and these frequencies.
 
 use super::framed::{Coder, Framed, ends, read_varint, write_varint};
 use super::{Bad, base3, bits};
@@ -36,7 +39,8 @@ const STORED: u8 = 0;
 const CODED: u8 = 1;
 /// States stay in `LOW ..= u32::MAX` between symbols.
 const LOW: u32 = 1 << 16;
-/// Lanes of a long block, and how long that is: four states are a dozen bytes more, and keep four multiplications in flight.
+/// Lanes of a long block, and how long that is: four states are a dozen bytes more, and keep four
+/// multiplications in flight.
 const LANES: usize = 4;
 const LANES_FROM: usize = 4096;
 
@@ -50,11 +54,19 @@ const fn scale_bits(precision: Precision) -> u32 {
 
 fn symbol(precision: Precision, value: i8) -> usize {
     let rank = usize::from(value.wrapping_sub(precision.range().0).cast_unsigned());
-    if precision == Precision::Binary { rank / 2 } else { rank }
+    if precision == Precision::Binary {
+        rank / 2
+    } else {
+        rank
+    }
 }
 
 fn value(precision: Precision, symbol: usize) -> i8 {
-    let rank = if precision == Precision::Binary { 2 * symbol } else { symbol };
+    let rank = if precision == Precision::Binary {
+        2 * symbol
+    } else {
+        symbol
+    };
     precision.range().0.wrapping_add((rank as u8).cast_signed())
 }
 
@@ -94,22 +106,42 @@ impl Coder for Entropy {
         let (&tag, rest) = body.split_first().ok_or_else(|| ends(body))?;
         let decoded = match (tag, precision) {
             (STORED, Precision::Ternary) => base3::decode_body(rest, values),
-            (STORED, _) if rest.len() != stored_len(precision, values.len()) => {
-                Err(Bad::new(0, format!("{} bytes for {} stored values", rest.len(), values.len())))
-            }
+            (STORED, _) if rest.len() != stored_len(precision, values.len()) => Err(Bad::new(
+                0,
+                format!("{} bytes for {} stored values", rest.len(), values.len()),
+            )),
             (STORED, _) => bits::unpack_row(precision, rest, values),
             (CODED, _) => decode_coded(precision, rest, values),
-            _ => return Err(Bad::new(0, format!("the tag {tag}, which is neither a stored nor a coded block's"))),
+            _ => {
+                return Err(Bad::new(
+                    0,
+                    format!("the tag {tag}, which is neither a stored nor a coded block's"),
+                ));
+            }
         };
-        decoded.map_err(|bad| Bad { offset: bad.offset + 1, ..bad })
+        decoded.map_err(|bad| Bad {
+            offset: bad.offset + 1,
+            ..bad
+        })
     }
 }
 
-/// Frequencies that add up to `total`, as near to proportional to the counts as rounding goes, and none 0 whose count is not.
+/// Frequencies that add up to `total`, as near to proportional to the counts as rounding goes, and
+/// none 0 whose count is not.
 fn frequencies(counts: &[u64], total: u64) -> Vec<u64> {
     let n: u64 = counts.iter().sum();
-    let mut freqs: Vec<u64> = counts.iter().map(|&c| if c == 0 { 0 } else { ((c * total + n / 2) / n).max(1) }).collect();
-    // Ratios are compared as products, so that every machine picks the same symbol. Counts are below 2^32, frequencies at most 2^14.
+    let mut freqs: Vec<u64> = counts
+        .iter()
+        .map(|&c| {
+            if c == 0 {
+                0
+            } else {
+                ((c * total + n / 2) / n).max(1)
+            }
+        })
+        .collect();
+    // Ratios are compared as products, so that every machine picks the same symbol. Counts are
+    // below 2^32, frequencies at most 2^14.
     loop {
         let sum: u64 = freqs.iter().sum();
         if sum == total {
@@ -117,11 +149,24 @@ fn frequencies(counts: &[u64], total: u64) -> Vec<u64> {
         }
         let seen = (0..freqs.len()).filter(|&s| counts[s] > 0);
         if sum > total {
-            // From the symbol that has the most for its count; one above 1 exists, since total ≥ the number of symbols.
-            let most = seen.filter(|&s| freqs[s] > 1).reduce(|a, b| if freqs[b] * counts[a] > freqs[a] * counts[b] { b } else { a });
+            // From the symbol that has the most for its count; one above 1 exists, since total ≥
+            // the number of symbols.
+            let most = seen.filter(|&s| freqs[s] > 1).reduce(|a, b| {
+                if freqs[b] * counts[a] > freqs[a] * counts[b] {
+                    b
+                } else {
+                    a
+                }
+            });
             freqs[most.expect("more symbols than the frequencies can add up to")] -= 1;
         } else {
-            let least = seen.reduce(|a, b| if freqs[b] * counts[a] < freqs[a] * counts[b] { b } else { a });
+            let least = seen.reduce(|a, b| {
+                if freqs[b] * counts[a] < freqs[a] * counts[b] {
+                    b
+                } else {
+                    a
+                }
+            });
             freqs[least.expect("a block without values")] += 1;
         }
     }
@@ -175,14 +220,16 @@ struct Slot {
 }
 
 impl Slot {
-    /// The state after this symbol, before it takes a word. With `x ≥ 2^16` it is at least 4 and never overflows.
+    /// The state after this symbol, before it takes a word. With `x ≥ 2^16` it is at least 4 and
+    /// never overflows.
     #[inline]
     fn next(self, x: u32, bits: u32) -> u32 {
         u32::from(self.freq) * (x >> bits) + u32::from(self.offset)
     }
 }
 
-/// The slots that the frequencies at the beginning of the body describe, M of them, and where the states begin.
+/// The slots that the frequencies at the beginning of the body describe, M of them, and where the
+/// states begin.
 fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), Bad> {
     let mut at = 0;
     let total = 1usize << scale_bits(precision);
@@ -191,17 +238,36 @@ fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), B
     let (mut s, mut after_zeros) = (0, false);
     while s <= last {
         let (start, left) = (at, total - slots.len());
-        let freq = if s < last { read_varint(body, &mut at)? } else { left };
+        let freq = if s < last {
+            read_varint(body, &mut at)?
+        } else {
+            left
+        };
         if freq > left {
-            return Err(Bad::new(start, format!("the frequency {freq} where {left} of {total} are left")));
+            return Err(Bad::new(
+                start,
+                format!("the frequency {freq} where {left} of {total} are left"),
+            ));
         }
         // At most 2^14, so it fits.
-        slots.extend((0..freq as u16).map(|offset| Slot { freq: freq as u16, offset, value: value(precision, s) }));
+        slots.extend((0..freq as u16).map(|offset| Slot {
+            freq: freq as u16,
+            offset,
+            value: value(precision, s),
+        }));
         s += 1;
         if freq == 0 && s <= last {
             let more = read_varint(body, &mut at)?;
             if after_zeros || more > last - s {
-                return Err(Bad::new(start, format!("{} frequencies of 0 from symbol {} of {}", more + 1, s - 1, last + 1)));
+                return Err(Bad::new(
+                    start,
+                    format!(
+                        "{} frequencies of 0 from symbol {} of {}",
+                        more + 1,
+                        s - 1,
+                        last + 1
+                    ),
+                ));
             }
             s += more;
         }
@@ -221,21 +287,32 @@ fn decode_coded(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<
 }
 
 /// Decodes states and words, which begin at `at` of the body. `slots` has `2^BITS` entries.
-fn decode_words<const BITS: u32, const N: usize>(slots: &[Slot], body: &[u8], at: usize, values: &mut [i8]) -> Result<(), Bad> {
+fn decode_words<const BITS: u32, const N: usize>(
+    slots: &[Slot],
+    body: &[u8],
+    at: usize,
+    values: &mut [i8],
+) -> Result<(), Bad> {
     let mask = (1u32 << BITS) - 1;
     let slots = &slots[..mask as usize + 1];
-    let (heads, words) = body[at..].split_at_checked(4 * N).ok_or_else(|| ends(body))?;
+    let (heads, words) = body[at..]
+        .split_at_checked(4 * N)
+        .ok_or_else(|| ends(body))?;
     let mut states = [0; N];
     for (lane, (x, head)) in states.iter_mut().zip(heads.as_chunks::<4>().0).enumerate() {
         *x = u32::from_le_bytes(*head);
         if *x < LOW {
-            return Err(Bad::new(at + 4 * lane, format!("the state {x:#x}, below 2^16")));
+            return Err(Bad::new(
+                at + 4 * lane,
+                format!("the state {x:#x}, below 2^16"),
+            ));
         }
     }
     let mut pos = 0;
     let (rounds, tail) = values.as_chunks_mut::<N>();
     let mut rounds = rounds.iter_mut();
-    // While eight bytes are left, a round of at most four words takes them from one load, without a branch.
+    // While eight bytes are left, a round of at most four words takes them from one load, without a
+    // branch.
     while let Some(ahead) = words[pos..].first_chunk::<8>() {
         let Some(round) = rounds.next() else { break };
         let mut ahead = u64::from_le_bytes(*ahead);
@@ -244,7 +321,11 @@ fn decode_words<const BITS: u32, const N: usize>(slots: &[Slot], body: &[u8], at
             *out = slot.value;
             let next = slot.next(*x, BITS);
             let take = next < LOW;
-            *x = if take { next << 16 | (ahead & 0xffff) as u32 } else { next };
+            *x = if take {
+                next << 16 | (ahead & 0xffff) as u32
+            } else {
+                next
+            };
             ahead >>= 16 * u32::from(take);
             pos += 2 * usize::from(take);
         }
@@ -262,10 +343,16 @@ fn decode_words<const BITS: u32, const N: usize>(slots: &[Slot], body: &[u8], at
         }
     }
     if pos != words.len() {
-        return Err(Bad::new(at + 4 * N + pos, format!("{} bytes after the last word", words.len() - pos)));
+        return Err(Bad::new(
+            at + 4 * N + pos,
+            format!("{} bytes after the last word", words.len() - pos),
+        ));
     }
     match states.iter().position(|&x| x != LOW) {
         None => Ok(()),
-        Some(lane) => Err(Bad::new(at + 4 * lane, format!("a state that ends at {:#x} instead of 2^16", states[lane]))),
+        Some(lane) => Err(Bad::new(
+            at + 4 * lane,
+            format!("a state that ends at {:#x} instead of 2^16", states[lane]),
+        )),
     }
 }

@@ -5,8 +5,9 @@
 //! a block covers max(1, 65536 / K) stacked rows, the last block of the matrix what is left
 //! ```
 //!
-//! Blocks know nothing of one another, so strips of rows cut at block boundaries can be packed apart and concatenated, and a corrupt block
-//! is found where it is. What a body looks like is the [`Coder`]'s.
+//! Blocks know nothing of one another, so strips of rows cut at block boundaries can be packed
+//! apart and concatenated, and a corrupt block is found where it is. What a body looks like is the
+//! [`Coder`]'s.
 
 use super::{Bad, Layout, PackedLen, Unpacked, check_precision, check_values, unsupported};
 use crate::{Error, MatrixSpec, Precision, Result};
@@ -32,7 +33,8 @@ pub(super) trait Coder: Send + Sync + Debug {
     /// Appends the body of `values`: at least one, all in the alphabet.
     fn encode(precision: Precision, values: &[i8], out: &mut Vec<u8>);
 
-    /// Decodes all of `body` into all of `values`. Takes any bytes; on [`Bad`] the values are anything.
+    /// Decodes all of `body` into all of `values`. Takes any bytes; on [`Bad`] the values are
+    /// anything.
     fn decode(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<(), Bad>;
 }
 
@@ -67,9 +69,13 @@ impl<C: Coder> Layout for Framed<C> {
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {
         check_precision(C::NAME, spec, C::PRECISIONS)?;
-        // A few bytes can stand for a block of equal values: its size is what bounds the memory that a hostile file makes a reader ask for.
+        // A few bytes can stand for a block of equal values: its size is what bounds the memory
+        // that a hostile file makes a reader ask for.
         if spec.cols > MOST_COLUMNS {
-            return Err(unsupported(C::NAME, format!("{} columns, at most {MOST_COLUMNS} make a block", spec.cols)));
+            return Err(unsupported(
+                C::NAME,
+                format!("{} columns, at most {MOST_COLUMNS} make a block", spec.cols),
+            ));
         }
         Ok(())
     }
@@ -87,7 +93,13 @@ impl<C: Coder> Layout for Framed<C> {
         Some(block_rows(spec))
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], _: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        _: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         for block in values.chunks(block_values(spec)) {
@@ -103,8 +115,13 @@ impl<C: Coder> Layout for Framed<C> {
 
     fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked> {
         self.check(spec)?;
-        let length = |expected| Error::Length { what: "packed bytes", expected, got: bytes.len() };
-        // A block takes at least its header and a byte: the sizes in `spec` are only trusted as far as the bytes bear them out.
+        let length = |expected| Error::Length {
+            what: "packed bytes",
+            expected,
+            got: bytes.len(),
+        };
+        // A block takes at least its header and a byte: the sizes in `spec` are only trusted as far
+        // as the bytes bear them out.
         let least = spec.values_len().div_ceil(block_values(spec)) * (HEADER + 1);
         if bytes.len() < least {
             return Err(length(least));
@@ -112,14 +129,25 @@ impl<C: Coder> Layout for Framed<C> {
         let mut values = vec![0; spec.values_len()];
         let mut at = 0;
         for block in values.chunks_mut(block_values(spec)) {
-            let (header, rest) = bytes[at..].split_first_chunk::<HEADER>().ok_or_else(|| length(at + HEADER + 1))?;
+            let (header, rest) = bytes[at..]
+                .split_first_chunk::<HEADER>()
+                .ok_or_else(|| length(at + HEADER + 1))?;
             at += HEADER;
             let len = u32::from_le_bytes(*header) as usize;
-            let body = rest.get(..len).ok_or_else(|| length(at.saturating_add(len)))?;
+            let body = rest
+                .get(..len)
+                .ok_or_else(|| length(at.saturating_add(len)))?;
             C::decode(spec.precision, body, block).map_err(|bad| bad.at(C::NAME, at))?;
             at += len;
         }
-        if at == bytes.len() { Ok(Unpacked { values, scales: None }) } else { Err(length(at)) }
+        if at == bytes.len() {
+            Ok(Unpacked {
+                values,
+                scales: None,
+            })
+        } else {
+            Err(length(at))
+        }
     }
 }
 
@@ -132,7 +160,8 @@ pub(super) fn write_varint(mut n: usize, out: &mut Vec<u8>) {
     out.push(n as u8);
 }
 
-/// Reads what [`write_varint`] wrote at `*at` and moves `*at` behind it. Refuses a number longer than it needs to be or above 2^56.
+/// Reads what [`write_varint`] wrote at `*at` and moves `*at` behind it. Refuses a number longer
+/// than it needs to be or above 2^56.
 pub(super) fn read_varint(body: &[u8], at: &mut usize) -> Result<usize, Bad> {
     let start = *at;
     let mut n = 0u64;
@@ -142,7 +171,9 @@ pub(super) fn read_varint(body: &[u8], at: &mut usize) -> Result<usize, Bad> {
         n |= u64::from(byte & 0x7f) << shift;
         if byte < 0x80 {
             let fits = usize::try_from(n).ok().filter(|_| byte != 0 || shift == 0);
-            return fits.ok_or_else(|| Bad::new(start, format!("the number {n} in {} bytes", *at - start)));
+            return fits.ok_or_else(|| {
+                Bad::new(start, format!("the number {n} in {} bytes", *at - start))
+            });
         }
     }
     Err(Bad::new(start, "a number of more than 56 bits"))
@@ -155,5 +186,12 @@ pub(super) fn ends(body: &[u8]) -> Bad {
 
 /// Checks that a decoder has read the whole body.
 pub(super) fn check_end(body: &[u8], at: usize) -> Result<(), Bad> {
-    if at == body.len() { Ok(()) } else { Err(Bad::new(at, format!("{} bytes after the block's last value", body.len() - at))) }
+    if at == body.len() {
+        Ok(())
+    } else {
+        Err(Bad::new(
+            at,
+            format!("{} bytes after the block's last value", body.len() - at),
+        ))
+    }
 }

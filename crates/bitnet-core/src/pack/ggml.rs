@@ -1,11 +1,14 @@
-//! The block types of ggml: a fixed number of values of one row, and their scale as f16, in a fixed number of bytes.
+//! The block types of ggml: a fixed number of values of one row, and their scale as f16, in a fixed
+//! number of bytes.
 //!
-//! Blocks follow one another along the row, rows follow one another without padding. Every block holds a scale of its own; here a granule
-//! covers whole blocks, so all blocks of a granule hold the same one. A foreign file whose blocks differ is read with
-//! [`Granularity::Group`] of one block. The scale may be negative (ggml writes such in some types) and is finite.
+//! Blocks follow one another along the row, rows follow one another without padding. Every block
+//! holds a scale of its own; here a granule covers whole blocks, so all blocks of a granule hold
+//! the same one. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
+//! block. The scale may be negative (ggml writes such in some types) and is finite.
 
 use super::{
-    Bad, Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision, check_scales, check_values, unsupported,
+    Bad, Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision,
+    check_scales, check_values, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result, ScaleDtype};
 use half::f16;
@@ -40,18 +43,30 @@ impl<B: Block> Ggml<B> {
         Self(PhantomData)
     }
 
-    /// Adds the scale of block `i` where a granule begins, and compares it with its granule's elsewhere.
-    fn add_scale(spec: &MatrixSpec, i: usize, block: &[u8], scales: &mut Vec<f32>) -> Result<(), Bad> {
+    /// Adds the scale of block `i` where a granule begins, and compares it with its granule's
+    /// elsewhere.
+    fn add_scale(
+        spec: &MatrixSpec,
+        i: usize,
+        block: &[u8],
+        scales: &mut Vec<f32>,
+    ) -> Result<(), Bad> {
         let per_row = spec.cols / B::VALUES;
         let half = f16::from_le_bytes([block[B::SCALE_AT], block[B::SCALE_AT + 1]]);
         if !half.is_finite() {
             return Err(Bad::new(B::SCALE_AT, format!("the scale {half}")));
         }
-        // Granules come up in order, so the first block of one is met exactly when its scale is not there yet.
+        // Granules come up in order, so the first block of one is met exactly when its scale is not
+        // there yet.
         match scales.get(spec.scale_index(0, i / per_row, i % per_row * B::VALUES)) {
             None => scales.push(half.to_f32()),
             Some(scale) if scale.to_bits() == half.to_f32().to_bits() => {}
-            Some(scale) => return Err(Bad::new(B::SCALE_AT, format!("the scale {half} in a granule that began with {scale}"))),
+            Some(scale) => {
+                return Err(Bad::new(
+                    B::SCALE_AT,
+                    format!("the scale {half} in a granule that began with {scale}"),
+                ));
+            }
         }
         Ok(())
     }
@@ -75,15 +90,30 @@ impl<B: Block> Layout for Ggml<B> {
         check_plain(B::NAME, spec)?;
         check_cols(B::NAME, spec, B::VALUES)?;
         if spec.scale_dtype != ScaleDtype::F16 {
-            return Err(unsupported(B::NAME, format!("its scales are f16 and the matrix has {}", spec.scale_dtype)));
+            return Err(unsupported(
+                B::NAME,
+                format!("its scales are f16 and the matrix has {}", spec.scale_dtype),
+            ));
         }
         if let Granularity::Group(g) = spec.granularity
             && !g.is_multiple_of(B::VALUES)
         {
-            return Err(unsupported(B::NAME, format!("a block of {} values has one scale, and groups of {g} cut it", B::VALUES)));
+            return Err(unsupported(
+                B::NAME,
+                format!(
+                    "a block of {} values has one scale, and groups of {g} cut it",
+                    B::VALUES
+                ),
+            ));
         }
         if spec.values_len() == 0 && spec.scales_len() > 0 {
-            return Err(unsupported(B::NAME, format!("a {} × {} matrix has no block to hold its scale", spec.rows, spec.cols)));
+            return Err(unsupported(
+                B::NAME,
+                format!(
+                    "a {} × {} matrix has no block to hold its scale",
+                    spec.rows, spec.cols
+                ),
+            ));
         }
         Ok(())
     }
@@ -96,15 +126,28 @@ impl<B: Block> Layout for Ggml<B> {
         Some(1)
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], scales: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        scales: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         check_scales(B::NAME, spec, ScaleDtype::F16, scales)?;
-        let halves: Vec<[u8; 2]> = scales.iter().map(|&s| f16::from_f32(s).to_le_bytes()).collect();
+        let halves: Vec<[u8; 2]> = scales
+            .iter()
+            .map(|&s| f16::from_f32(s).to_le_bytes())
+            .collect();
         let start = out.len();
         out.resize(start + self.packed_len(spec).bound(), 0);
         let per_row = spec.cols / B::VALUES;
-        for (i, (values, block)) in values.chunks_exact(B::VALUES).zip(out[start..].chunks_exact_mut(B::BYTES)).enumerate() {
+        for (i, (values, block)) in values
+            .chunks_exact(B::VALUES)
+            .zip(out[start..].chunks_exact_mut(B::BYTES))
+            .enumerate()
+        {
             B::pack(values, block);
             let scale = halves[spec.scale_index(0, i / per_row, i % per_row * B::VALUES)];
             block[B::SCALE_AT..B::SCALE_AT + 2].copy_from_slice(&scale);
@@ -117,12 +160,19 @@ impl<B: Block> Layout for Ggml<B> {
         check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
         let mut values = vec![0; spec.values_len()];
         let mut scales: Vec<f32> = Vec::with_capacity(spec.scales_len());
-        for (i, (block, values)) in bytes.chunks_exact(B::BYTES).zip(values.chunks_exact_mut(B::VALUES)).enumerate() {
+        for (i, (block, values)) in bytes
+            .chunks_exact(B::BYTES)
+            .zip(values.chunks_exact_mut(B::VALUES))
+            .enumerate()
+        {
             let corrupt = |bad: Bad| bad.at(B::NAME, i * B::BYTES);
             B::unpack(block, values).map_err(corrupt)?;
             Self::add_scale(spec, i, block, &mut scales).map_err(corrupt)?;
         }
-        Ok(Unpacked { values, scales: Some(scales) })
+        Ok(Unpacked {
+            values,
+            scales: Some(scales),
+        })
     }
 
     fn scales(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Option<Vec<f32>>> {
@@ -130,7 +180,8 @@ impl<B: Block> Layout for Ggml<B> {
         check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
         let mut scales = Vec::with_capacity(spec.scales_len());
         for (i, block) in bytes.chunks_exact(B::BYTES).enumerate() {
-            Self::add_scale(spec, i, block, &mut scales).map_err(|bad| bad.at(B::NAME, i * B::BYTES))?;
+            Self::add_scale(spec, i, block, &mut scales)
+                .map_err(|bad| bad.at(B::NAME, i * B::BYTES))?;
         }
         Ok(Some(scales))
     }

@@ -1,14 +1,20 @@
-//! `hf-bitnet`: the uint8 tensors of Hugging Face's `bitnet` quantization, ternary, one scale outside.
+//! `hf-bitnet`: the uint8 tensors of Hugging Face's `bitnet` quantization, ternary, one scale
+//! outside.
 //!
-//! With `R = ceil(N / 4)` the tensor is `[R, K]`, and byte `(r, c)` holds the codes (value + 1) of rows `r`, `R + r`, `2R + r` and `3R + r`
-//! of column `c`, the first in the low bits: rows that share a byte are a quarter of the matrix apart. Fields of rows that do not exist
-//! are 0. Code 3 is undefined (readers differ on it) and refused. Since the stride depends on N, the matrix packs only as a whole.
+//! With `R = ceil(N / 4)` the tensor is `[R, K]`, and byte `(r, c)` holds the codes (value + 1) of
+//! rows `r`, `R + r`, `2R + r` and `3R + r` of column `c`, the first in the low bits: rows that
+//! share a byte are a quarter of the matrix apart. Fields of rows that do not exist are 0. Code 3
+//! is undefined (readers differ on it) and refused. Since the stride depends on N, the matrix packs
+//! only as a whole.
 //!
 //! ```text
 //! N = 6, R = 2:   byte (0, c) = [ 00 | c4 | c2 | c0 ]     byte (1, c) = [ 00 | c5 | c3 | c1 ]
 //! ```
 
-use super::{Layout, PackedLen, Unpacked, check_len, check_plain, check_precision, check_values, quads, unsupported};
+use super::{
+    Layout, PackedLen, Unpacked, check_len, check_plain, check_precision, check_values, quads,
+    unsupported,
+};
 use crate::{Granularity, MatrixSpec, Precision, Result};
 
 /// Four rows a byte, a quarter of the matrix apart.
@@ -28,7 +34,13 @@ impl Layout for HfBitnet {
         check_precision(self.name(), spec, &[Precision::Ternary])?;
         check_plain(self.name(), spec)?;
         if spec.granularity != Granularity::Tensor {
-            return Err(unsupported(self.name(), format!("it has one scale a tensor and the granularity is {}", spec.granularity)));
+            return Err(unsupported(
+                self.name(),
+                format!(
+                    "it has one scale a tensor and the granularity is {}",
+                    spec.granularity
+                ),
+            ));
         }
         Ok(())
     }
@@ -41,7 +53,13 @@ impl Layout for HfBitnet {
         None
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], _: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        _: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         let start = out.len();
@@ -54,7 +72,11 @@ impl Layout for HfBitnet {
         self.check(spec)?;
         check_len("packed bytes", self.packed_len(spec).bound(), bytes.len())?;
         let mut values = vec![0; spec.values_len()];
-        quads::unpack(bytes, quads::LOW_FIRST, &mut values).map_err(|bad| bad.at(self.name(), 0))?;
-        Ok(Unpacked { values, scales: None })
+        quads::unpack(bytes, quads::LOW_FIRST, &mut values)
+            .map_err(|bad| bad.at(self.name(), 0))?;
+        Ok(Unpacked {
+            values,
+            scales: None,
+        })
     }
 }

@@ -1,6 +1,8 @@
-//! `hybrid`: ternary, each block in whichever coding is shortest. Ours; for matrices that differ from stretch to stretch.
+//! `hybrid`: ternary, each block in whichever coding is shortest. Ours; for matrices that differ
+//! from stretch to stretch.
 //!
-//! The body of a block (see [`super::framed`]) is a tag and a body of that coding, the lowest tag where several are equally short:
+//! The body of a block (see [`super::framed`]) is a tag and a body of that coding, the lowest tag
+//! where several are equally short:
 //!
 //! ```text
 //! 0   the block's values in base-3, as one row
@@ -8,7 +10,8 @@
 //! 2   a body of sparse
 //! ```
 //!
-//! A reader takes any tag, shortest or not. Arithmetic coding is left to `entropy`: every coding here decodes without a division or a model.
+//! A reader takes any tag, shortest or not. Arithmetic coding is left to `entropy`: every coding
+//! here decodes without a division or a model.
 
 use super::framed::{Coder, Framed, ends};
 use super::run_length::RunLength;
@@ -29,8 +32,7 @@ const SPARSE: u8 = 2;
 
 impl Coder for Hybrid {
     const NAME: &'static str = "hybrid";
-    const SUMMARY: &'static str =
-        "ternary, the shortest of base-3, run-length and sparse for each block, at most 1.6 bits per weight and 5 bytes per block (ours)";
+    const SUMMARY: &'static str = "ternary, the shortest of base-3, run-length and sparse for each block, at most 1.6 bits per weight and 5 bytes per block (ours)";
     const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
 
     fn bound(_: Precision, n: usize) -> usize {
@@ -63,8 +65,16 @@ impl Coder for Hybrid {
             BASE_3 => base3::decode_body(rest, values),
             RUN_LENGTH => RunLength::decode(precision, rest, values),
             SPARSE => Sparse::decode(precision, rest, values),
-            _ => return Err(Bad::new(0, format!("the tag {tag}, and there are 0, 1 and 2"))),
+            _ => {
+                return Err(Bad::new(
+                    0,
+                    format!("the tag {tag}, and there are 0, 1 and 2"),
+                ));
+            }
         };
-        decoded.map_err(|bad| Bad { offset: bad.offset + 1, ..bad })
+        decoded.map_err(|bad| Bad {
+            offset: bad.offset + 1,
+            ..bad
+        })
     }
 }

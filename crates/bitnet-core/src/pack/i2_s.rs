@@ -1,7 +1,8 @@
-//! `i2_s`, `i2_s-g64`, `i2_s-x4`: the I2_S type of bitnet.cpp, ternary, in the three orders that go by that name.
+//! `i2_s`, `i2_s-g64`, `i2_s-x4`: the I2_S type of bitnet.cpp, ternary, in the three orders that go
+//! by that name.
 //!
-//! Two-bit codes (value + 1), four a byte, the first in the high bits. A group of values takes a quarter as many bytes, and the four codes
-//! of a byte are a quarter of the group apart:
+//! Two-bit codes (value + 1), four a byte, the first in the high bits. A group of values takes a
+//! quarter as many bytes, and the four codes of a byte are a quarter of the group apart:
 //!
 //! ```text
 //! i2_s        groups of 128 values of a row:  byte p = [ v(p) | v(32 + p) | v(64 + p) | v(96 + p) ],  p < 32
@@ -10,12 +11,15 @@
 //! then        f32 scale, little-endian, and 28 bytes of padding: n/4 + 32 bytes in all
 //! ```
 //!
-//! The orders have the same length and the same codes: nothing in the bytes tells them apart. The padding is written as 0 and not read,
-//! because programs that write this type leave there what their buffer held. The scale follows the codes, so the matrix packs only as a
-//! whole.
+//! The orders have the same length and the same codes: nothing in the bytes tells them apart. The
+//! padding is written as 0 and not read, because programs that write this type leave there what
+//! their buffer held. The scale follows the codes, so the matrix packs only as a whole.
 
 use super::{Bad, is_stored, quads, unsupported};
-use super::{Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision, check_scales, check_values};
+use super::{
+    Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision, check_scales,
+    check_values,
+};
 use crate::{Granularity, MatrixSpec, Precision, Result};
 
 /// Bytes after the codes.
@@ -86,12 +90,25 @@ impl Layout for I2S {
         check_precision(self.name, spec, &[Precision::Ternary])?;
         check_plain(self.name, spec)?;
         if spec.granularity != Granularity::Tensor {
-            return Err(unsupported(self.name, format!("it has one scale a tensor and the granularity is {}", spec.granularity)));
+            return Err(unsupported(
+                self.name,
+                format!(
+                    "it has one scale a tensor and the granularity is {}",
+                    spec.granularity
+                ),
+            ));
         }
         match self.order {
             Order::Group(values) => check_cols(self.name, spec, values),
             Order::Rows if spec.rows.is_multiple_of(4) => Ok(()),
-            Order::Rows => Err(unsupported(self.name, format!("it interleaves 4 rows and {} rows leave {}", spec.rows, spec.rows % 4))),
+            Order::Rows => Err(unsupported(
+                self.name,
+                format!(
+                    "it interleaves 4 rows and {} rows leave {}",
+                    spec.rows,
+                    spec.rows % 4
+                ),
+            )),
         }
     }
 
@@ -103,7 +120,13 @@ impl Layout for I2S {
         None
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], scales: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        scales: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         check_scales(self.name, spec, spec.scale_dtype, scales)?;
@@ -111,7 +134,10 @@ impl Layout for I2S {
         out.resize(start + self.packed_len(spec).bound(), 0);
         let (codes, trailer) = out[start..].split_at_mut(values.len() / 4);
         let group = self.group(spec);
-        for (values, bytes) in values.chunks_exact(group).zip(codes.chunks_exact_mut((group / 4).max(1))) {
+        for (values, bytes) in values
+            .chunks_exact(group)
+            .zip(codes.chunks_exact_mut((group / 4).max(1)))
+        {
             quads::pack(values, quads::HIGH_FIRST, bytes);
         }
         trailer[..4].copy_from_slice(&scales[0].to_le_bytes());
@@ -125,13 +151,28 @@ impl Layout for I2S {
         let (codes, trailer) = bytes.split_at(values.len() / 4);
         let group = self.group(spec);
         let group_bytes = (group / 4).max(1);
-        for (i, (bytes, values)) in codes.chunks_exact(group_bytes).zip(values.chunks_exact_mut(group)).enumerate() {
-            quads::unpack(bytes, quads::HIGH_FIRST, values).map_err(|bad| bad.at(self.name, i * group_bytes))?;
+        for (i, (bytes, values)) in codes
+            .chunks_exact(group_bytes)
+            .zip(values.chunks_exact_mut(group))
+            .enumerate()
+        {
+            quads::unpack(bytes, quads::HIGH_FIRST, values)
+                .map_err(|bad| bad.at(self.name, i * group_bytes))?;
         }
         let scale = f32::from_le_bytes([trailer[0], trailer[1], trailer[2], trailer[3]]);
         if !is_stored(spec.scale_dtype, scale) {
-            return Err(Bad::new(codes.len(), format!("the scale {scale:?}, which is no finite {}", spec.scale_dtype)).at(self.name, 0));
+            return Err(Bad::new(
+                codes.len(),
+                format!(
+                    "the scale {scale:?}, which is no finite {}",
+                    spec.scale_dtype
+                ),
+            )
+            .at(self.name, 0));
         }
-        Ok(Unpacked { values, scales: Some(vec![scale]) })
+        Ok(Unpacked {
+            values,
+            scales: Some(vec![scale]),
+        })
     }
 }

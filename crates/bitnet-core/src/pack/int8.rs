@@ -1,6 +1,9 @@
-//! `i8`: one signed byte a value, row-major, of any precision. Ours; the layout that every other one is compared with.
+//! `i8`: one signed byte a value, row-major, of any precision. Ours; the layout that every other
+//! one is compared with.
 
-use super::{Bad, Layout, PackedLen, Unpacked, check_len, check_precision, check_values, first_outside};
+use super::{
+    Bad, Layout, PackedLen, Unpacked, check_len, check_precision, check_values, first_outside,
+};
 use crate::{MatrixSpec, Precision, Result};
 
 /// One byte a value.
@@ -28,7 +31,13 @@ impl Layout for Int8 {
         Some(1)
     }
 
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], _: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        _: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         self.check(spec)?;
         check_values(spec, values)?;
         out.extend(values.iter().map(|&v| v.cast_unsigned()));
@@ -40,8 +49,15 @@ impl Layout for Int8 {
         check_len("packed bytes", spec.values_len(), bytes.len())?;
         let values: Vec<i8> = bytes.iter().map(|&b| b.cast_signed()).collect();
         match first_outside(spec.precision, &values) {
-            None => Ok(Unpacked { values, scales: None }),
-            Some(i) => Err(Bad::new(i, format!("{}, outside {}", values[i], spec.precision.alphabet())).at(self.name(), 0)),
+            None => Ok(Unpacked {
+                values,
+                scales: None,
+            }),
+            Some(i) => Err(Bad::new(
+                i,
+                format!("{}, outside {}", values[i], spec.precision.alphabet()),
+            )
+            .at(self.name(), 0)),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Wire layouts: one file each behind one trait, and a registry by name.
 //!
-//! A layout turns the values of a matrix into bytes and back. Most leave scales to the container; the block types of ggml carry
-//! them inside ([`Layout::stores_scales`]). Layouts are little-endian and the same on every machine; docs/formats.md draws them.
+//! A layout turns the values of a matrix into bytes and back. Most leave scales to the container;
+//! the block types of ggml carry them inside ([`Layout::stores_scales`]). Layouts are little-endian
+//! and the same on every machine; docs/formats.md draws them.
 
 mod auto;
 mod base3;
@@ -47,7 +48,8 @@ impl PackedLen {
 pub struct Unpacked {
     /// Values, `[planes · N, K]` row-major.
     pub values: Vec<i8>,
-    /// The scales, if the layout carries them, in the order and number of [`MatrixSpec::scales_len`].
+    /// The scales, if the layout carries them, in the order and number of
+    /// [`MatrixSpec::scales_len`].
     pub scales: Option<Vec<f32>>,
 }
 
@@ -73,25 +75,34 @@ pub trait Layout: Send + Sync + Debug {
     /// Size of the packed bytes of such a matrix.
     fn packed_len(&self, spec: &MatrixSpec) -> PackedLen;
 
-    /// If `Some(r)`: the stacked rows may be cut after each multiple of `r` rows, and the packed strips, one after another, are the packed
-    /// matrix. `None`: the matrix packs only as a whole.
+    /// If `Some(r)`: the stacked rows may be cut after each multiple of `r` rows, and the packed
+    /// strips, one after another, are the packed matrix. `None`: the matrix packs only as a whole.
     fn chunk_rows(&self, spec: &MatrixSpec) -> Option<usize>;
 
-    /// Appends the packed bytes of `values` (`[planes · N, K]`) to `out`. `scales` is read only where [`Layout::stores_scales`].
+    /// Appends the packed bytes of `values` (`[planes · N, K]`) to `out`. `scales` is read only
+    /// where [`Layout::stores_scales`].
     ///
     /// # Errors
-    /// What [`Layout::check`] finds; [`Error::Length`] for a slice that does not fit `spec`; [`Error::Value`] for a value outside the
-    /// alphabet. `out` is then as it was.
-    fn pack_into(&self, spec: &MatrixSpec, values: &[i8], scales: &[f32], out: &mut Vec<u8>) -> Result<()>;
+    /// What [`Layout::check`] finds; [`Error::Length`] for a slice that does not fit `spec`;
+    /// [`Error::Value`] for a value outside the alphabet. `out` is then as it was.
+    fn pack_into(
+        &self,
+        spec: &MatrixSpec,
+        values: &[i8],
+        scales: &[f32],
+        out: &mut Vec<u8>,
+    ) -> Result<()>;
 
     /// The values in `bytes`, which must be exactly one packed matrix.
     ///
     /// # Errors
-    /// What [`Layout::check`] finds; [`Error::Length`] if the number of bytes is wrong; [`Error::Corrupt`] for a pattern that no writer
-    /// produces. Never panics and never allocates more than `spec` asks for.
+    /// What [`Layout::check`] finds; [`Error::Length`] if the number of bytes is wrong;
+    /// [`Error::Corrupt`] for a pattern that no writer produces. Never panics and never allocates
+    /// more than `spec` asks for.
     fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked>;
 
-    /// The scales in `bytes`, if the layout holds them: those of [`Layout::unpack`], whose patterns of values may go unread.
+    /// The scales in `bytes`, if the layout holds them: those of [`Layout::unpack`], whose patterns
+    /// of values may go unread.
     ///
     /// # Errors
     /// As [`Layout::unpack`], as far as bytes are read.
@@ -135,11 +146,19 @@ pub fn layouts() -> &'static [&'static dyn Layout] {
 /// # Errors
 /// [`Error::UnknownName`] that lists the names there are.
 pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
-    layouts().iter().copied().find(|l| l.name() == name).ok_or_else(|| Error::UnknownName {
-        what: "layout",
-        got: name.into(),
-        expected: layouts().iter().map(|l| l.name()).collect::<Vec<_>>().join(", "),
-    })
+    layouts()
+        .iter()
+        .copied()
+        .find(|l| l.name() == name)
+        .ok_or_else(|| Error::UnknownName {
+            what: "layout",
+            got: name.into(),
+            expected: layouts()
+                .iter()
+                .map(|l| l.name())
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
 }
 
 /// A pattern that no writer produces, found by a coder that sees only a part of the packed bytes.
@@ -152,41 +171,76 @@ struct Bad {
 
 impl Bad {
     fn new(offset: usize, what: impl Into<String>) -> Self {
-        Self { offset, what: what.into() }
+        Self {
+            offset,
+            what: what.into(),
+        }
     }
 
     /// The error for it, given where the coder's bytes begin.
     fn at(self, layout: &'static str, start: usize) -> Error {
-        Error::Corrupt { layout, offset: start + self.offset, what: self.what }
+        Error::Corrupt {
+            layout,
+            offset: start + self.offset,
+            what: self.what,
+        }
     }
 }
 
 fn unsupported(layout: &'static str, why: impl Into<String>) -> Error {
-    Error::Unsupported { layout, why: why.into() }
+    Error::Unsupported {
+        layout,
+        why: why.into(),
+    }
 }
 
-/// What every layout asks for: a valid spec, with rows and columns that can be counted in bytes, in one of the layout's precisions.
-fn check_precision(layout: &'static str, spec: &MatrixSpec, precisions: &[Precision]) -> Result<()> {
+/// What every layout asks for: a valid spec, with rows and columns that can be counted in bytes, in
+/// one of the layout's precisions.
+fn check_precision(
+    layout: &'static str,
+    spec: &MatrixSpec,
+    precisions: &[Precision],
+) -> Result<()> {
     spec.validate()?;
-    // A matrix of no columns may still have any number of rows, and the reverse: no product with them is to overflow.
+    // A matrix of no columns may still have any number of rows, and the reverse: no product with
+    // them is to overflow.
     let limit = isize::MAX as usize / 64;
     if spec.rows > limit || spec.cols > limit {
-        return Err(Error::TooLarge { rows: spec.rows, cols: spec.cols });
+        return Err(Error::TooLarge {
+            rows: spec.rows,
+            cols: spec.cols,
+        });
     }
     if precisions.contains(&spec.precision) {
         return Ok(());
     }
-    let names = precisions.iter().map(|p| p.name()).collect::<Vec<_>>().join(", ");
-    Err(unsupported(layout, format!("it holds {names} and the matrix is {}", spec.precision)))
+    let names = precisions
+        .iter()
+        .map(|p| p.name())
+        .collect::<Vec<_>>()
+        .join(", ");
+    Err(unsupported(
+        layout,
+        format!("it holds {names} and the matrix is {}", spec.precision),
+    ))
 }
 
 /// The foreign layouts have no place for a second plane or for zero points.
 fn check_plain(layout: &'static str, spec: &MatrixSpec) -> Result<()> {
     if spec.planes != 1 {
-        return Err(unsupported(layout, format!("it holds 1 plane and the matrix has {}", spec.planes)));
+        return Err(unsupported(
+            layout,
+            format!("it holds 1 plane and the matrix has {}", spec.planes),
+        ));
     }
     if spec.zero_points != ZeroPoints::None {
-        return Err(unsupported(layout, format!("it has no zero points and the matrix has {:?} ones", spec.zero_points)));
+        return Err(unsupported(
+            layout,
+            format!(
+                "it has no zero points and the matrix has {:?} ones",
+                spec.zero_points
+            ),
+        ));
     }
     Ok(())
 }
@@ -196,7 +250,14 @@ fn check_cols(layout: &'static str, spec: &MatrixSpec, block: usize) -> Result<(
     if spec.cols.is_multiple_of(block) {
         return Ok(());
     }
-    Err(unsupported(layout, format!("rows are cut into blocks of {block} and {} columns leave {}", spec.cols, spec.cols % block)))
+    Err(unsupported(
+        layout,
+        format!(
+            "rows are cut into blocks of {block} and {} columns leave {}",
+            spec.cols,
+            spec.cols % block
+        ),
+    ))
 }
 
 /// The number of values and that each is in the alphabet.
@@ -204,7 +265,11 @@ fn check_values(spec: &MatrixSpec, values: &[i8]) -> Result<()> {
     check_len("values", spec.values_len(), values.len())?;
     match first_outside(spec.precision, values) {
         None => Ok(()),
-        Some(index) => Err(Error::Value { index, got: i32::from(values[index]), expected: spec.precision.alphabet() }),
+        Some(index) => Err(Error::Value {
+            index,
+            got: i32::from(values[index]),
+            expected: spec.precision.alphabet(),
+        }),
     }
 }
 
@@ -214,18 +279,34 @@ fn first_outside(precision: Precision, values: &[i8]) -> Option<usize> {
     let (low, high) = precision.range();
     let bad = match precision {
         Precision::Int8 => 0,
-        Precision::Binary => values.iter().fold(0u8, |bad, &v| bad | u8::from((v != 1) & (v != -1))),
-        _ => values.iter().fold(0u8, |bad, &v| bad | u8::from((v < low) | (v > high))),
+        Precision::Binary => values
+            .iter()
+            .fold(0u8, |bad, &v| bad | u8::from((v != 1) & (v != -1))),
+        _ => values
+            .iter()
+            .fold(0u8, |bad, &v| bad | u8::from((v < low) | (v > high))),
     };
-    if bad == 0 { None } else { values.iter().position(|&v| !precision.contains(v)) }
+    if bad == 0 {
+        None
+    } else {
+        values.iter().position(|&v| !precision.contains(v))
+    }
 }
 
 /// The number of scales, and that each is a finite number of the type it will be stored in.
-fn check_scales(layout: &'static str, spec: &MatrixSpec, dtype: ScaleDtype, scales: &[f32]) -> Result<()> {
+fn check_scales(
+    layout: &'static str,
+    spec: &MatrixSpec,
+    dtype: ScaleDtype,
+    scales: &[f32],
+) -> Result<()> {
     check_len("scales", spec.scales_len(), scales.len())?;
     match scales.iter().position(|&s| !is_stored(dtype, s)) {
         None => Ok(()),
-        Some(i) => Err(unsupported(layout, format!("scale {i} is {:?}, which is no finite {dtype}", scales[i]))),
+        Some(i) => Err(unsupported(
+            layout,
+            format!("scale {i} is {:?}, which is no finite {dtype}", scales[i]),
+        )),
     }
 }
 
@@ -235,5 +316,13 @@ fn is_stored(dtype: ScaleDtype, scale: f32) -> bool {
 }
 
 fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) }
+    if expected == got {
+        Ok(())
+    } else {
+        Err(Error::Length {
+            what,
+            expected,
+            got,
+        })
+    }
 }

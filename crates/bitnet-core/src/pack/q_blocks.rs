@@ -7,7 +7,8 @@
 //! q4_0   32 int4 values, 18 bytes      scale, then code (value + 8) of element j in the low half of byte j, of j + 16 in the high half
 //! ```
 //!
-//! Code 3 of q2_0 would be the value +2, which no ternary matrix has: it is refused. (Its range −1 … 2 is not int2's −2 … 1.)
+//! Code 3 of q2_0 would be the value +2, which no ternary matrix has: it is refused. (Its range −1
+//! … 2 is not int2's −2 … 1.)
 
 use super::ggml::{Block, Ggml};
 use super::{Bad, bits};
@@ -27,7 +28,10 @@ const SCALE: usize = 2;
 
 /// The offset of a [`Bad`] among the codes, from the beginning of the block.
 fn after_scale(bad: Bad) -> Bad {
-    Bad { offset: SCALE + bad.offset, ..bad }
+    Bad {
+        offset: SCALE + bad.offset,
+        ..bad
+    }
 }
 
 /// A block of `q2_0`.
@@ -48,7 +52,8 @@ pub(super) struct Q4;
 
 impl Block for Q2 {
     const NAME: &'static str = "q2_0";
-    const SUMMARY: &'static str = "ternary, 64 values in 18 bytes with an f16 scale, 2.25 bits per weight (ggml Q2_0)";
+    const SUMMARY: &'static str =
+        "ternary, 64 values in 18 bytes with an f16 scale, 2.25 bits per weight (ggml Q2_0)";
     const PRECISION: Precision = Precision::Ternary;
     const VALUES: usize = 64;
     const BYTES: usize = 18;
@@ -65,7 +70,8 @@ impl Block for Q2 {
 
 impl Block for Q1 {
     const NAME: &'static str = "q1_0";
-    const SUMMARY: &'static str = "binary, 128 values in 18 bytes with an f16 scale, 1.125 bits per weight (ggml Q1_0)";
+    const SUMMARY: &'static str =
+        "binary, 128 values in 18 bytes with an f16 scale, 1.125 bits per weight (ggml Q1_0)";
     const PRECISION: Precision = Precision::Binary;
     const VALUES: usize = 128;
     const BYTES: usize = 18;
@@ -82,7 +88,8 @@ impl Block for Q1 {
 
 impl Block for Q8 {
     const NAME: &'static str = "q8_0";
-    const SUMMARY: &'static str = "int8, 32 values in 34 bytes with an f16 scale, 8.5 bits per weight (ggml Q8_0)";
+    const SUMMARY: &'static str =
+        "int8, 32 values in 34 bytes with an f16 scale, 8.5 bits per weight (ggml Q8_0)";
     const PRECISION: Precision = Precision::Int8;
     const VALUES: usize = 32;
     const BYTES: usize = 34;
@@ -104,7 +111,8 @@ impl Block for Q8 {
 
 impl Block for Q4 {
     const NAME: &'static str = "q4_0";
-    const SUMMARY: &'static str = "int4, 32 values in 18 bytes with an f16 scale, 4.5 bits per weight (ggml Q4_0)";
+    const SUMMARY: &'static str =
+        "int4, 32 values in 18 bytes with an f16 scale, 4.5 bits per weight (ggml Q4_0)";
     const PRECISION: Precision = Precision::Int4;
     const VALUES: usize = 32;
     const BYTES: usize = 18;

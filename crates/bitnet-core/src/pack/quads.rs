@@ -1,6 +1,8 @@
-//! Four two-bit ternary codes a byte, a quarter of the values apart. Shared by the foreign layouts that are strided in this way.
+//! Four two-bit ternary codes a byte, a quarter of the values apart. Shared by the foreign layouts
+//! that are strided in this way.
 //!
-//! With `m` bytes, byte `p` holds the codes (value + 1) of values `p`, `m + p`, `2m + p` and `3m + p`, at the four given shifts:
+//! With `m` bytes, byte `p` holds the codes (value + 1) of values `p`, `m + p`, `2m + p` and `3m +
+//! p`, at the four given shifts:
 //!
 //! ```text
 //! low first    [ 3m+p | 2m+p |  m+p |   p  ]     hf-bitnet (m = the matrix / 4), tq2_0 (m = 32)
@@ -28,7 +30,10 @@ pub(super) fn pack(values: &[i8], shifts: [u32; 4], out: &mut [u8]) {
         let (front, back) = values.split_at(2 * m);
         let ((a, b), (c, d)) = (front.split_at(m), back.split_at(m));
         for ((((out, &a), &b), &c), &d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-            *out = code(a) << shifts[0] | code(b) << shifts[1] | code(c) << shifts[2] | code(d) << shifts[3];
+            *out = code(a) << shifts[0]
+                | code(b) << shifts[1]
+                | code(c) << shifts[2]
+                | code(d) << shifts[3];
         }
         return;
     }
@@ -40,7 +45,8 @@ pub(super) fn pack(values: &[i8], shifts: [u32; 4], out: &mut [u8]) {
     }
 }
 
-/// Unpacks up to `4 · bytes.len()` trits. Code 3 and a field beyond the values that is not 0 are [`Bad`].
+/// Unpacks up to `4 · bytes.len()` trits. Code 3 and a field beyond the values that is not 0 are
+/// [`Bad`].
 #[inline]
 pub(super) fn unpack(bytes: &[u8], shifts: [u32; 4], values: &mut [i8]) -> Result<(), Bad> {
     if bytes.iter().fold(0u8, |bad, &b| bad | (b & b >> 1 & 0x55)) != 0
@@ -54,7 +60,13 @@ pub(super) fn unpack(bytes: &[u8], shifts: [u32; 4], values: &mut [i8]) -> Resul
             let used = values.len().saturating_sub(quarter * m).min(m);
             if let Some(i) = bytes[used..].iter().position(|&b| b >> shift & 3 != 0) {
                 let i = used + i;
-                return Err(Bad::new(i, format!("{:#04x}, with a code in field {quarter}, which no row has", bytes[i])));
+                return Err(Bad::new(
+                    i,
+                    format!(
+                        "{:#04x}, with a code in field {quarter}, which no row has",
+                        bytes[i]
+                    ),
+                ));
             }
         }
     }

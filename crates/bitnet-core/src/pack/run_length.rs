@@ -1,6 +1,8 @@
-//! `run-length`: ternary, runs of one value. Ours; for matrices with long stretches of zeros or of one sign.
+//! `run-length`: ternary, runs of one value. Ours; for matrices with long stretches of zeros or of
+//! one sign.
 //!
-//! The body of a block (see [`super::framed`]) is one token for each maximal run of the block, rows running on into one another:
+//! The body of a block (see [`super::framed`]) is one token for each maximal run of the block, rows
+//! running on into one another:
 //!
 //! ```text
 //! byte = [ r r r r r r c c ]     c = value + 1;   r < 63: a run of r + 1;   r = 63: a run of 64 + n, n a varint that follows
@@ -24,7 +26,8 @@ const LONG: usize = 64;
 
 impl Coder for RunLength {
     const NAME: &'static str = "run-length";
-    const SUMMARY: &'static str = "ternary, a byte for each run of up to 63 equal values, length by content (ours)";
+    const SUMMARY: &'static str =
+        "ternary, a byte for each run of up to 63 equal values, length by content (ours)";
     const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
 
     fn bound(_: Precision, n: usize) -> usize {
@@ -52,12 +55,26 @@ impl Coder for RunLength {
             at += 1;
             let (code, short) = (byte & 3, usize::from(byte >> 2));
             if code == 3 || code == previous {
-                return Err(Bad::new(start, format!("a run of code {code} after one of code {previous}")));
+                return Err(Bad::new(
+                    start,
+                    format!("a run of code {code} after one of code {previous}"),
+                ));
             }
-            let run = if short < LONG - 1 { short + 1 } else { LONG + read_varint(body, &mut at)? };
+            let run = if short < LONG - 1 {
+                short + 1
+            } else {
+                LONG + read_varint(body, &mut at)?
+            };
             let left = values.len() - done;
             let target = values[done..].get_mut(..run);
-            target.ok_or_else(|| Bad::new(start, format!("a run of {run} where {left} values are left")))?.fill(code.cast_signed() - 1);
+            target
+                .ok_or_else(|| {
+                    Bad::new(
+                        start,
+                        format!("a run of {run} where {left} values are left"),
+                    )
+                })?
+                .fill(code.cast_signed() - 1);
             done += run;
             previous = code;
         }

@@ -1,6 +1,8 @@
-//! `sparse`: ternary, the places of the non-zeros and their signs. Ours; for matrices of few non-zeros.
+//! `sparse`: ternary, the places of the non-zeros and their signs. Ours; for matrices of few
+//! non-zeros.
 //!
-//! The body of a block (see [`super::framed`]) takes the shorter of two forms, the bitmap where they are equal:
+//! The body of a block (see [`super::framed`]) takes the shorter of two forms, the bitmap where
+//! they are equal:
 //!
 //! ```text
 //! 0, bitmap of the non-zeros (ceil(n / 8) bytes), signs
@@ -54,7 +56,12 @@ impl Coder for Sparse {
         if !fits || out.len() - start > bitmap_len {
             out.truncate(start);
             out.push(BITMAP);
-            out.extend(values.chunks(8).map(|eight| eight.iter().rev().fold(0, |byte, &v| byte << 1 | u8::from(v != 0))));
+            out.extend(values.chunks(8).map(|eight| {
+                eight
+                    .iter()
+                    .rev()
+                    .fold(0, |byte, &v| byte << 1 | u8::from(v != 0))
+            }));
         }
         pack_signs(values, out);
     }
@@ -64,7 +71,9 @@ impl Coder for Sparse {
         let mut at = 1;
         match *body.first().ok_or_else(|| ends(body))? {
             BITMAP => {
-                let bitmap = body.get(at..at + values.len().div_ceil(8)).ok_or_else(|| ends(body))?;
+                let bitmap = body
+                    .get(at..at + values.len().div_ceil(8))
+                    .ok_or_else(|| ends(body))?;
                 for (&byte, eight) in bitmap.iter().zip(values.chunks_mut(8)) {
                     for (i, value) in eight.iter_mut().enumerate() {
                         *value = (byte >> i & 1).cast_signed();
@@ -81,11 +90,18 @@ impl Coder for Sparse {
                     let gap = read_varint(body, &mut at)?;
                     let place = next.saturating_add(gap);
                     let n = values.len();
-                    *values.get_mut(place).ok_or_else(|| Bad::new(start, format!("a non-zero at {place} of {n} values")))? = 1;
+                    *values.get_mut(place).ok_or_else(|| {
+                        Bad::new(start, format!("a non-zero at {place} of {n} values"))
+                    })? = 1;
                     next = place + 1;
                 }
             }
-            tag => return Err(Bad::new(0, format!("the tag {tag}, which is neither a bitmap's nor a list's"))),
+            tag => {
+                return Err(Bad::new(
+                    0,
+                    format!("the tag {tag}, which is neither a bitmap's nor a list's"),
+                ));
+            }
         }
         let signs = &body[at..];
         let mut non_zeros = 0;
@@ -123,9 +139,10 @@ fn pack_signs(values: &[i8], out: &mut Vec<u8>) {
 /// Checks that the bits of `bytes`, which begin at `start` of the body, are 0 from bit `n` on.
 fn check_left_over(bytes: &[u8], n: usize, start: usize) -> Result<(), Bad> {
     match bytes.last() {
-        Some(&last) if !n.is_multiple_of(8) && last >> (n % 8) != 0 => {
-            Err(Bad::new(start + bytes.len() - 1, format!("{last:#04x}, with bits beyond the last of {n}")))
-        }
+        Some(&last) if !n.is_multiple_of(8) && last >> (n % 8) != 0 => Err(Bad::new(
+            start + bytes.len() - 1,
+            format!("{last:#04x}, with bits beyond the last of {n}"),
+        )),
         _ => Ok(()),
     }
 }

@@ -12,9 +12,10 @@
 //!                   64,65  scale
 //! ```
 //!
-//! The digits of tq1_0 are a fraction: with `q = Σ x_n · 3^(4−n)` a byte is `ceil(256·q / 243)`, and digit `n` comes back as the carry of a
-//! multiplication, `(byte · 3^n mod 256) · 3 div 256`. Thirteen bytes are the image of no `q`; they are refused, and so are the bytes of
-//! 48…51 whose fifth digit is not 0, and code 3 in tq2_0.
+//! The digits of tq1_0 are a fraction: with `q = Σ x_n · 3^(4−n)` a byte is `ceil(256·q / 243)`,
+//! and digit `n` comes back as the carry of a multiplication, `(byte · 3^n mod 256) · 3 div 256`.
+//! Thirteen bytes are the image of no `q`; they are refused, and so are the bytes of 48…51 whose
+//! fifth digit is not 0, and code 3 in tq2_0.
 
 use super::ggml::{Block, Ggml};
 use super::{Bad, quads};
@@ -62,7 +63,11 @@ fn pack_digits<const N: usize>(values: &[i8], out: &mut [u8]) {
     for (m, out) in out.iter_mut().enumerate() {
         let mut q = 0u16;
         for n in 0..5 {
-            let digit = if n < N { values[n * stride + m].wrapping_add(1).cast_unsigned() } else { 0 };
+            let digit = if n < N {
+                values[n * stride + m].wrapping_add(1).cast_unsigned()
+            } else {
+                0
+            };
             q = q * 3 + u16::from(digit);
         }
         *out = fraction(q);
@@ -82,7 +87,8 @@ fn unpack_digits(bytes: &[u8], values: &mut [i8]) {
 
 impl Block for Tq1 {
     const NAME: &'static str = "tq1_0";
-    const SUMMARY: &'static str = "ternary, 256 values in 54 bytes with an f16 scale, 1.6875 bits per weight (ggml TQ1_0)";
+    const SUMMARY: &'static str =
+        "ternary, 256 values in 54 bytes with an f16 scale, 1.6875 bits per weight (ggml TQ1_0)";
     const PRECISION: Precision = Precision::Ternary;
     const VALUES: usize = 256;
     const BYTES: usize = 54;
@@ -98,13 +104,30 @@ impl Block for Tq1 {
     fn unpack(block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
         let [(v0, b0), (v1, b1), (v2, b2)] = PARTS;
         let codes = &block[..Self::SCALE_AT];
-        let five = codes[..b2].iter().fold(true, |ok, &b| ok & FIVE_DIGITS[usize::from(b)]);
-        let four = codes[b2..].iter().fold(true, |ok, &b| ok & FOUR_DIGITS[usize::from(b)]);
+        let five = codes[..b2]
+            .iter()
+            .fold(true, |ok, &b| ok & FIVE_DIGITS[usize::from(b)]);
+        let four = codes[b2..]
+            .iter()
+            .fold(true, |ok, &b| ok & FOUR_DIGITS[usize::from(b)]);
         if !(five && four) {
-            let known = |i: usize, b: u8| if i < b2 { FIVE_DIGITS[usize::from(b)] } else { FOUR_DIGITS[usize::from(b)] };
-            let offset = codes.iter().enumerate().position(|(i, &b)| !known(i, b)).unwrap_or(0);
+            let known = |i: usize, b: u8| {
+                if i < b2 {
+                    FIVE_DIGITS[usize::from(b)]
+                } else {
+                    FOUR_DIGITS[usize::from(b)]
+                }
+            };
+            let offset = codes
+                .iter()
+                .enumerate()
+                .position(|(i, &b)| !known(i, b))
+                .unwrap_or(0);
             let digits = if offset < b2 { "five" } else { "four" };
-            return Err(Bad::new(offset, format!("{}, which no {digits} digits give", codes[offset])));
+            return Err(Bad::new(
+                offset,
+                format!("{}, which no {digits} digits give", codes[offset]),
+            ));
         }
         unpack_digits(&codes[b0..b1], &mut values[v0..v1]);
         unpack_digits(&codes[b1..b2], &mut values[v1..v2]);
@@ -115,21 +138,36 @@ impl Block for Tq1 {
 
 impl Block for Tq2 {
     const NAME: &'static str = "tq2_0";
-    const SUMMARY: &'static str = "ternary, 256 values in 66 bytes with an f16 scale, 2.0625 bits per weight (ggml TQ2_0)";
+    const SUMMARY: &'static str =
+        "ternary, 256 values in 66 bytes with an f16 scale, 2.0625 bits per weight (ggml TQ2_0)";
     const PRECISION: Precision = Precision::Ternary;
     const VALUES: usize = 256;
     const BYTES: usize = 66;
     const SCALE_AT: usize = 64;
 
     fn pack(values: &[i8], block: &mut [u8]) {
-        for (values, bytes) in values.as_chunks::<128>().0.iter().zip(block.as_chunks_mut::<32>().0) {
+        for (values, bytes) in values
+            .as_chunks::<128>()
+            .0
+            .iter()
+            .zip(block.as_chunks_mut::<32>().0)
+        {
             quads::pack(values, quads::LOW_FIRST, bytes);
         }
     }
 
     fn unpack(block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
-        for (i, (bytes, values)) in block.as_chunks::<32>().0.iter().zip(values.as_chunks_mut::<128>().0).enumerate() {
-            quads::unpack(bytes, quads::LOW_FIRST, values).map_err(|bad| Bad { offset: 32 * i + bad.offset, ..bad })?;
+        for (i, (bytes, values)) in block
+            .as_chunks::<32>()
+            .0
+            .iter()
+            .zip(values.as_chunks_mut::<128>().0)
+            .enumerate()
+        {
+            quads::unpack(bytes, quads::LOW_FIRST, values).map_err(|bad| Bad {
+                offset: 32 * i + bad.offset,
+                ..bad
+            })?;
         }
         Ok(())
     }
@@ -142,7 +180,10 @@ mod tests {
     #[test]
     fn thirteen_bytes_are_never_written() {
         let never: Vec<usize> = (0..256).filter(|&b| !FIVE_DIGITS[b]).collect();
-        assert_eq!(never, [1, 20, 40, 60, 79, 99, 119, 138, 158, 178, 197, 217, 237]);
+        assert_eq!(
+            never,
+            [1, 20, 40, 60, 79, 99, 119, 138, 158, 178, 197, 217, 237]
+        );
         assert_eq!(FOUR_DIGITS.iter().filter(|&&ok| ok).count(), 81);
         assert!((0..256).all(|b| FIVE_DIGITS[b] || !FOUR_DIGITS[b]));
     }

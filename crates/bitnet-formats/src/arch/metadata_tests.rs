@@ -10,7 +10,11 @@ fn llama() -> Value {
 }
 
 fn bitnet() -> Value {
-    with(with(llama(), "model_type", json!("bitnet")), "hidden_act", json!("relu2"))
+    with(
+        with(llama(), "model_type", json!("bitnet")),
+        "hidden_act",
+        json!("relu2"),
+    )
 }
 
 fn with(mut config: Value, key: &str, value: Value) -> Value {
@@ -35,7 +39,11 @@ fn refused(config: &Value) -> String {
 #[test]
 fn llama_keys() {
     let made = made(&llama()).unwrap();
-    let get = |key: &str| find(&made.metadata, key).unwrap_or_else(|| panic!("no {key}")).clone();
+    let get = |key: &str| {
+        find(&made.metadata, key)
+            .unwrap_or_else(|| panic!("no {key}"))
+            .clone()
+    };
     assert_eq!(get("general.architecture"), G::from("llama"));
     for (key, n) in [
         ("block_count", 2),
@@ -52,8 +60,16 @@ fn llama_keys() {
     assert_eq!(get("llama.attention.layer_norm_rms_epsilon"), G::F32(1e-5));
     assert_eq!(get("llama.rope.freq_base"), G::F32(500_000.0));
     assert_eq!(get("tokenizer.ggml.model"), G::from("none"));
-    assert!(made.notes.iter().any(|n| n.contains("no tokenizer.json")), "{:?}", made.notes);
-    for absent in ["llama.attention.key_length", "llama.hidden_activation", "llama.rope.scaling.type"] {
+    assert!(
+        made.notes.iter().any(|n| n.contains("no tokenizer.json")),
+        "{:?}",
+        made.notes
+    );
+    for absent in [
+        "llama.attention.key_length",
+        "llama.hidden_activation",
+        "llama.rope.scaling.type",
+    ] {
         assert_eq!(find(&made.metadata, absent), None);
     }
     assert_eq!(made.rope_freqs, None);
@@ -62,39 +78,100 @@ fn llama_keys() {
 #[test]
 fn defaults_of_hugging_face_and_no_others() {
     let mut config = llama();
-    for key in ["num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act", "head_dim", "rope_scaling"] {
+    for key in [
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+        "hidden_act",
+        "head_dim",
+        "rope_scaling",
+    ] {
         config = without(config, key);
     }
     let made = made(&config).unwrap();
-    assert_eq!(find(&made.metadata, "llama.attention.head_count_kv"), Some(&G::U32(4)));
-    assert_eq!(find(&made.metadata, "llama.attention.layer_norm_rms_epsilon"), Some(&G::F32(1e-6)));
-    assert_eq!(find(&made.metadata, "llama.rope.freq_base"), Some(&G::F32(10000.0)));
-    for key in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"] {
+    assert_eq!(
+        find(&made.metadata, "llama.attention.head_count_kv"),
+        Some(&G::U32(4))
+    );
+    assert_eq!(
+        find(&made.metadata, "llama.attention.layer_norm_rms_epsilon"),
+        Some(&G::F32(1e-6))
+    );
+    assert_eq!(
+        find(&made.metadata, "llama.rope.freq_base"),
+        Some(&G::F32(10000.0))
+    );
+    for key in [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ] {
         let message = refused(&without(llama(), key));
-        assert!(message.contains(key) && message.contains("config.json") && message.contains("got none"), "{message}");
+        assert!(
+            message.contains(key)
+                && message.contains("config.json")
+                && message.contains("got none"),
+            "{message}"
+        );
     }
-    for key in ["num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act"] {
-        assert!(refused(&without(bitnet(), key)).contains(key), "bitnet has no default of {key}");
+    for key in [
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+        "hidden_act",
+    ] {
+        assert!(
+            refused(&without(bitnet(), key)).contains(key),
+            "bitnet has no default of {key}"
+        );
     }
 }
 
 #[test]
 fn bitnet_says_its_activation() {
     let relu2 = made(&bitnet()).unwrap();
-    assert_eq!(find(&relu2.metadata, "general.architecture"), Some(&G::from("bitnet")));
-    assert_eq!(find(&relu2.metadata, "bitnet.hidden_activation"), Some(&G::from("relu2")));
-    assert!(relu2.notes.iter().any(|n| n.contains("SiLU")), "{:?}", relu2.notes);
+    assert_eq!(
+        find(&relu2.metadata, "general.architecture"),
+        Some(&G::from("bitnet"))
+    );
+    assert_eq!(
+        find(&relu2.metadata, "bitnet.hidden_activation"),
+        Some(&G::from("relu2"))
+    );
+    assert!(
+        relu2.notes.iter().any(|n| n.contains("SiLU")),
+        "{:?}",
+        relu2.notes
+    );
     let silu = made(&with(bitnet(), "hidden_act", json!("silu"))).unwrap();
-    assert_eq!(find(&silu.metadata, "bitnet.hidden_activation"), Some(&G::from("silu")));
+    assert_eq!(
+        find(&silu.metadata, "bitnet.hidden_activation"),
+        Some(&G::from("silu"))
+    );
     let untied = made(&with(bitnet(), "tie_word_embeddings", json!(false))).unwrap();
-    assert!(untied.notes.iter().any(|n| n.contains("output.weight")), "{:?}", untied.notes);
+    assert!(
+        untied.notes.iter().any(|n| n.contains("output.weight")),
+        "{:?}",
+        untied.notes
+    );
 }
 
 #[test]
 fn heads_of_another_size_are_said() {
     let made = made(&with(llama(), "head_dim", json!(32))).unwrap();
-    for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
-        assert_eq!(find(&made.metadata, &format!("llama.{key}")), Some(&G::U32(32)), "{key}");
+    for key in [
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+    ] {
+        assert_eq!(
+            find(&made.metadata, &format!("llama.{key}")),
+            Some(&G::U32(32)),
+            "{key}"
+        );
     }
 }
 
@@ -116,7 +193,10 @@ fn what_llama_cpp_cannot_follow_is_refused() {
         (bitnet(), "mlp_bias", json!(1)),
     ] {
         let message = refused(&with(config, key, value.clone()));
-        assert!(message.contains(key) && message.contains(&value.to_string()), "{message}");
+        assert!(
+            message.contains(key) && message.contains(&value.to_string()),
+            "{message}"
+        );
     }
     let message = refused(&with(llama(), "hidden_size", json!(66)));
     assert!(message.contains("head_dim"), "{message}");
@@ -126,29 +206,63 @@ fn what_llama_cpp_cannot_follow_is_refused() {
 fn rope_scaling() {
     let linear = json!({"type": "linear", "factor": 4.0});
     let done = made(&with(llama(), "rope_scaling", linear)).unwrap();
-    assert_eq!(find(&done.metadata, "llama.rope.scaling.type"), Some(&G::from("linear")));
-    assert_eq!(find(&done.metadata, "llama.rope.scaling.factor"), Some(&G::F32(4.0)));
+    assert_eq!(
+        find(&done.metadata, "llama.rope.scaling.type"),
+        Some(&G::from("linear"))
+    );
+    assert_eq!(
+        find(&done.metadata, "llama.rope.scaling.factor"),
+        Some(&G::F32(4.0))
+    );
 
-    let newer = with(without(llama(), "rope_theta"), "rope_parameters", json!({"rope_type": "default", "rope_theta": 1234.0}));
-    assert_eq!(find(&made(&newer).unwrap().metadata, "llama.rope.freq_base"), Some(&G::F32(1234.0)));
+    let newer = with(
+        without(llama(), "rope_theta"),
+        "rope_parameters",
+        json!({"rope_type": "default", "rope_theta": 1234.0}),
+    );
+    assert_eq!(
+        find(&made(&newer).unwrap().metadata, "llama.rope.freq_base"),
+        Some(&G::F32(1234.0))
+    );
 
     let bad = |value: Value, config: Value| refused(&with(config, "rope_scaling", value));
-    assert!(bad(json!({"rope_type": "yarn", "factor": 4.0}), llama()).contains("rope_scaling.rope_type"));
+    assert!(
+        bad(json!({"rope_type": "yarn", "factor": 4.0}), llama())
+            .contains("rope_scaling.rope_type")
+    );
     assert!(bad(json!({"factor": 4.0}), llama()).contains("got none"));
     assert!(bad(json!({"rope_type": "linear"}), llama()).contains("rope_scaling.factor"));
-    assert!(bad(json!({"rope_type": "default", "partial_rotary_factor": 0.5}), llama()).contains("partial_rotary_factor"));
-    let llama3 =
-        json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192});
+    assert!(
+        bad(
+            json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
+            llama()
+        )
+        .contains("partial_rotary_factor")
+    );
+    let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192});
     assert!(bad(llama3.clone(), bitnet()).contains("'default' or 'linear'"));
-    assert!(bad(without(llama3.clone(), "low_freq_factor"), llama()).contains("rope_scaling.low_freq_factor"));
-    assert!(bad(with(llama3.clone(), "low_freq_factor", json!(4)), llama()).contains("high_freq_factor"));
+    assert!(
+        bad(without(llama3.clone(), "low_freq_factor"), llama())
+            .contains("rope_scaling.low_freq_factor")
+    );
+    assert!(
+        bad(with(llama3.clone(), "low_freq_factor", json!(4)), llama())
+            .contains("high_freq_factor")
+    );
 
-    // transformers 5.23, ROPE_INIT_FUNCTIONS["llama3"] for θ = 500000, d = 16: plain frequency over scaled one.
-    let freqs = made(&with(llama(), "rope_scaling", llama3)).unwrap().rope_freqs.unwrap();
+    // transformers 5.23, ROPE_INIT_FUNCTIONS["llama3"] for θ = 500000, d = 16: plain frequency over
+    // scaled one.
+    let freqs = made(&with(llama(), "rope_scaling", llama3))
+        .unwrap()
+        .rope_freqs
+        .unwrap();
     let expected = [1.0, 1.0, 1.0, 1.0, 2.694_530_2, 8.0, 8.0, 8.0];
     assert_eq!(freqs.len(), 8);
     for (i, (got, expected)) in freqs.iter().zip(expected).enumerate() {
-        assert!((got - expected).abs() <= 1e-5 * expected, "{i}: {got} is not {expected}");
+        assert!(
+            (got - expected).abs() <= 1e-5 * expected,
+            "{i}: {got} is not {expected}"
+        );
     }
 }
 
@@ -167,11 +281,19 @@ fn config_goes_round() {
         bitnet(),
         with(bitnet(), "hidden_act", json!("silu")),
         with(llama(), "head_dim", json!(32)),
-        with(llama(), "rope_scaling", json!({"rope_type": "linear", "factor": 4.0})),
+        with(
+            llama(),
+            "rope_scaling",
+            json!({"rope_type": "linear", "factor": 4.0}),
+        ),
     ] {
         let back = hf_config(Path::new("m.gguf"), &gguf_of(&config), &shape).unwrap();
         for (key, value) in config.as_object().unwrap() {
-            let value = if key == "head_dim" && value.is_null() { &json!(16) } else { value };
+            let value = if key == "head_dim" && value.is_null() {
+                &json!(16)
+            } else {
+                value
+            };
             assert_eq!(&back[key], value, "{key}");
         }
         assert_eq!(back["torch_dtype"], "float32");
@@ -180,9 +302,22 @@ fn config_goes_round() {
 
 #[test]
 fn tensors_tell_biases_and_the_output_matrix() {
-    let all = |name: &str| if name == ROPE_FREQS { None } else { Some(vec![10, 64]) };
+    let all = |name: &str| {
+        if name == ROPE_FREQS {
+            None
+        } else {
+            Some(vec![10, 64])
+        }
+    };
     let back = hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &all).unwrap();
-    assert_eq!((&back["tie_word_embeddings"], &back["attention_bias"], &back["mlp_bias"]), (&json!(false), &json!(true), &json!(true)));
+    assert_eq!(
+        (
+            &back["tie_word_embeddings"],
+            &back["attention_bias"],
+            &back["mlp_bias"]
+        ),
+        (&json!(false), &json!(true), &json!(true))
+    );
 }
 
 #[test]
@@ -198,7 +333,10 @@ fn activation_of_the_bitnet_names() {
         }
         hf_config(Path::new("m.gguf"), &metadata, &shape).unwrap()["hidden_act"].clone()
     };
-    assert_eq!((named("bitnet"), named("bitnet-b1.58"), named("bitnet-25")), (json!("silu"), json!("relu2"), json!("relu2")));
+    assert_eq!(
+        (named("bitnet"), named("bitnet-b1.58"), named("bitnet-25")),
+        (json!("silu"), json!("relu2"), json!("relu2"))
+    );
 }
 
 #[test]
@@ -207,7 +345,9 @@ fn a_gguf_that_no_config_can_say_is_refused() {
         let mut metadata = gguf_of(&llama());
         metadata.retain(|(k, _)| k != key);
         metadata.extend(value.map(|v| (key.to_string(), v)));
-        hf_config(Path::new("m.gguf"), &metadata, &shape).unwrap_err().to_string()
+        hf_config(Path::new("m.gguf"), &metadata, &shape)
+            .unwrap_err()
+            .to_string()
     };
     for key in [
         "embedding_length",
@@ -218,7 +358,11 @@ fn a_gguf_that_no_config_can_say_is_refused() {
         "attention.layer_norm_rms_epsilon",
     ] {
         let key = format!("llama.{key}");
-        assert!(message(&key, None).contains(&format!("m.gguf: {key}")), "{}", message(&key, None));
+        assert!(
+            message(&key, None).contains(&format!("m.gguf: {key}")),
+            "{}",
+            message(&key, None)
+        );
     }
     for (key, value) in [
         ("llama.rope.dimension_count", G::U32(8)),
@@ -230,8 +374,20 @@ fn a_gguf_that_no_config_can_say_is_refused() {
         assert!(message(key, Some(value)).contains(key), "{key}");
     }
     let tensors = |name: &'static str| {
-        hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &move |n| (n == name || n == "token_embd.weight").then(|| vec![8, 1]))
+        hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &move |n| {
+            (n == name || n == "token_embd.weight").then(|| vec![8, 1])
+        })
     };
-    assert!(tensors(ROPE_FREQS).unwrap_err().to_string().contains(ROPE_FREQS));
-    assert!(hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &|_| None).unwrap_err().to_string().contains("token_embd.weight"));
+    assert!(
+        tensors(ROPE_FREQS)
+            .unwrap_err()
+            .to_string()
+            .contains(ROPE_FREQS)
+    );
+    assert!(
+        hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &|_| None)
+            .unwrap_err()
+            .to_string()
+            .contains("token_embd.weight")
+    );
 }

@@ -1,7 +1,11 @@
 //! Tensor names: Hugging Face llama and bitnet on one side, GGUF on the other.
 
 /// Modules outside the layers.
-const GLOBAL: [(&str, &str); 3] = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+const GLOBAL: [(&str, &str); 3] = [
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+];
 
 /// Modules of one layer: `model.layers.N.` here, `blk.N.` there.
 const LAYER: [(&str, &str); 11] = [
@@ -18,7 +22,8 @@ const LAYER: [(&str, &str); 11] = [
     ("mlp.ffn_sub_norm", "ffn_sub_norm"),
 ];
 
-/// The GGUF name of a Hugging Face llama or bitnet tensor; `None` for a name that GGUF has no place for.
+/// The GGUF name of a Hugging Face llama or bitnet tensor; `None` for a name that GGUF has no place
+/// for.
 ///
 /// ```
 /// use bitnet_formats::arch::{gguf_name, hf_name};
@@ -46,15 +51,25 @@ fn rename(
         return None;
     }
     let find = |table: &[(&'static str, &'static str)], module: &str| {
-        table.iter().map(|&p| pair(p)).find(|(from, _)| *from == module).map(|(_, to)| to)
+        table
+            .iter()
+            .map(|&p| pair(p))
+            .find(|(from, _)| *from == module)
+            .map(|(_, to)| to)
     };
     match module.strip_prefix(layers) {
         None => Some(format!("{}.{kind}", find(&GLOBAL, module)?)),
         Some(rest) => {
             let (number, module) = rest.split_once('.')?;
             // The number is written back as it was read: one spelling for each layer.
-            let layer: u32 = number.parse().ok().filter(|n: &u32| n.to_string() == number)?;
-            Some(format!("{new_layers}{layer}.{}.{kind}", find(&LAYER, module)?))
+            let layer: u32 = number
+                .parse()
+                .ok()
+                .filter(|n: &u32| n.to_string() == number)?;
+            Some(format!(
+                "{new_layers}{layer}.{}.{kind}",
+                find(&LAYER, module)?
+            ))
         }
     }
 }
@@ -67,10 +82,16 @@ mod tests {
     fn every_name_goes_round() {
         let mut seen = std::collections::BTreeSet::new();
         for kind in ["weight", "bias"] {
-            let global = GLOBAL.map(|(hf, gguf)| (format!("{hf}.{kind}"), format!("{gguf}.{kind}")));
-            let layers = [0, 9, 131]
-                .into_iter()
-                .flat_map(|n| LAYER.map(|(hf, gguf)| (format!("model.layers.{n}.{hf}.{kind}"), format!("blk.{n}.{gguf}.{kind}"))));
+            let global =
+                GLOBAL.map(|(hf, gguf)| (format!("{hf}.{kind}"), format!("{gguf}.{kind}")));
+            let layers = [0, 9, 131].into_iter().flat_map(|n| {
+                LAYER.map(|(hf, gguf)| {
+                    (
+                        format!("model.layers.{n}.{hf}.{kind}"),
+                        format!("blk.{n}.{gguf}.{kind}"),
+                    )
+                })
+            });
             for (hf, gguf) in global.into_iter().chain(layers) {
                 assert_eq!(gguf_name(&hf).as_ref(), Some(&gguf), "{hf}");
                 assert_eq!(hf_name(&gguf).as_ref(), Some(&hf), "{gguf}");
@@ -95,7 +116,13 @@ mod tests {
         ] {
             assert_eq!(gguf_name(name), None, "{name}");
         }
-        for name in ["rope_freqs.weight", "blk.0.attn_q.scale", "blk.0.ffn_gate_inp.weight", "blk.-1.ffn_up.weight", "lm_head.weight"] {
+        for name in [
+            "rope_freqs.weight",
+            "blk.0.attn_q.scale",
+            "blk.0.ffn_gate_inp.weight",
+            "blk.-1.ffn_up.weight",
+            "lm_head.weight",
+        ] {
             assert_eq!(hf_name(name), None, "{name}");
         }
     }

@@ -63,15 +63,26 @@ fn byte_level_keys() {
     let (pairs, notes) = done(&byte_level(), 9);
     assert_eq!(get(&pairs, "model"), Some(&G::from("gpt2")));
     assert_eq!(get(&pairs, "pre"), Some(&G::from("llama-bpe")));
-    assert_eq!(get(&pairs, "tokens"), Some(&strings(&["<s>", "</s>", "a", "Ġ", "Ġa", "b", "<tool>", "[PAD7]", "[PAD8]"])));
-    assert_eq!(get(&pairs, "token_type"), Some(&Array::I32(vec![3, 3, 1, 1, 1, 1, 4, 5, 5]).into()));
+    assert_eq!(
+        get(&pairs, "tokens"),
+        Some(&strings(&[
+            "<s>", "</s>", "a", "Ġ", "Ġa", "b", "<tool>", "[PAD7]", "[PAD8]"
+        ]))
+    );
+    assert_eq!(
+        get(&pairs, "token_type"),
+        Some(&Array::I32(vec![3, 3, 1, 1, 1, 1, 4, 5, 5]).into())
+    );
     assert_eq!(get(&pairs, "merges"), Some(&strings(&["Ġ a"])));
     assert_eq!(get(&pairs, "bos_token_id"), Some(&G::U32(0)));
     assert_eq!(get(&pairs, "eos_token_id"), Some(&G::U32(1)));
     assert_eq!(get(&pairs, "add_bos_token"), Some(&G::Bool(true)));
     assert_eq!(get(&pairs, "add_eos_token"), Some(&G::Bool(false)));
     assert_eq!(get(&pairs, "scores"), None);
-    assert!(matches!(notes.as_slice(), [one] if one.contains("2 rows")), "{notes:?}");
+    assert!(
+        matches!(notes.as_slice(), [one] if one.contains("2 rows")),
+        "{notes:?}"
+    );
 }
 
 #[test]
@@ -92,12 +103,18 @@ fn words_of_byte_level() {
         (digits, true, None),
         (regex(QWEN2), true, None),
         (regex(r"\s+"), false, None),
-        (json!({"type": "ByteLevel", "add_prefix_space": true}), false, None),
+        (
+            json!({"type": "ByteLevel", "add_prefix_space": true}),
+            false,
+            None,
+        ),
     ] {
         let mut tokenizer = byte_level();
         tokenizer["pre_tokenizer"] = split.clone();
         tokenizer["model"]["ignore_merges"] = ignore.into();
-        let got = express(&tokenizer, &settings(), &json!({}), 7).ok().map(|(pairs, _)| get(&pairs, "pre").unwrap().clone());
+        let got = express(&tokenizer, &settings(), &json!({}), 7)
+            .ok()
+            .map(|(pairs, _)| get(&pairs, "pre").unwrap().clone());
         assert_eq!(got, pre.map(G::from), "{split}");
     }
 }
@@ -112,9 +129,13 @@ fn spaced_with_bytes_is_llama() {
     assert_eq!(get(&pairs, "merges"), None);
     assert_eq!(get(&pairs, "add_space_prefix"), Some(&G::Bool(true)));
     assert_eq!(get(&pairs, "unknown_token_id"), Some(&G::U32(0)));
-    let Some(Array::F32(scores)) = get(&pairs, "scores").and_then(G::as_array) else { panic!("no scores") };
+    let Some(Array::F32(scores)) = get(&pairs, "scores").and_then(G::as_array) else {
+        panic!("no scores")
+    };
     assert_eq!(&scores[..6], &[-2.0, -3.0, -4.0, 0.0, -1.0, -7.0]);
-    let Some(Array::I32(types)) = get(&pairs, "token_type").and_then(G::as_array) else { panic!("no types") };
+    let Some(Array::I32(types)) = get(&pairs, "token_type").and_then(G::as_array) else {
+        panic!("no types")
+    };
     assert_eq!(&types[..6], &[2, 1, 1, 1, 1, 1]);
     assert!(types[6..].iter().all(|&t| t == kind::BYTE));
 }
@@ -125,9 +146,13 @@ fn spaced_without_bytes_merges_by_rank() {
     assert_eq!(get(&pairs, "model"), Some(&G::from("gpt2")));
     assert_eq!(get(&pairs, "pre"), Some(&G::from("sarvam-moe")));
     assert_eq!(get(&pairs, "merges"), Some(&strings(&["a b", "▁ ab"])));
-    assert!(notes.iter().any(|n| n.contains("does not know")), "{notes:?}");
+    assert!(
+        notes.iter().any(|n| n.contains("does not know")),
+        "{notes:?}"
+    );
     let mut prefixed = spaced(false);
-    prefixed["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+    prefixed["pre_tokenizer"] =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
     assert!(refused(&prefixed, 6).contains("no byte tokens"));
 }
 
@@ -139,7 +164,8 @@ fn merges_that_the_pieces_cut_are_refused() {
     tokenizer["model"]["merges"] = json!(["a b", "ab ▁"]);
     assert!(refused(&tokenizer, 6).contains("'ab' + '▁'"));
     let mut tokenizer = spaced(true);
-    tokenizer["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": true});
+    tokenizer["pre_tokenizer"] =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": true});
     tokenizer["model"]["merges"] = json!(["▁ ▁"]);
     assert!(refused(&tokenizer, 262).contains("'▁' + '▁'"));
 }
@@ -152,8 +178,14 @@ fn unigram_is_t5() {
     });
     let (pairs, notes) = done(&tokenizer, 3);
     assert_eq!(get(&pairs, "model"), Some(&G::from("t5")));
-    assert_eq!(get(&pairs, "scores"), Some(&Array::F32(vec![0.0, -1.5, -2.25]).into()));
-    assert_eq!(get(&pairs, "token_type"), Some(&Array::I32(vec![2, 1, 1]).into()));
+    assert_eq!(
+        get(&pairs, "scores"),
+        Some(&Array::F32(vec![0.0, -1.5, -2.25]).into())
+    );
+    assert_eq!(
+        get(&pairs, "token_type"),
+        Some(&Array::I32(vec![2, 1, 1]).into())
+    );
     assert!(notes.iter().any(|n| n.contains("Metaspace")), "{notes:?}");
 }
 
@@ -162,7 +194,11 @@ fn what_gguf_cannot_express() {
     for (pointer, value, says) in [
         ("/model/type", json!("WordPiece"), "WordPiece"),
         ("/model/dropout", json!(0.1), "dropout"),
-        ("/model/end_of_word_suffix", json!("</w>"), "end_of_word_suffix"),
+        (
+            "/model/end_of_word_suffix",
+            json!("</w>"),
+            "end_of_word_suffix",
+        ),
         ("/model/vocab", json!(null), "vocabulary"),
         ("/model/vocab/a", json!(100), "'a' has id 100"),
         ("/model/vocab/a", json!("x"), "'a' has id"),
@@ -173,12 +209,26 @@ fn what_gguf_cannot_express() {
         ("/added_tokens/2/id", json!(50), "'<tool>' has id 50"),
         ("/added_tokens/2/content", json!("a"), "'a' is there twice"),
         ("/normalizer", json!({"type": "Lowercase"}), "Lowercase"),
-        ("/pre_tokenizer", json!({"type": "Whitespace"}), "ignores merges"),
-        ("/post_processor", json!({"type": "BertProcessing"}), "BertProcessing"),
-        ("/post_processor/processors/1/single/0", json!({"SpecialToken": {"id": "</s>"}}), "template"),
+        (
+            "/pre_tokenizer",
+            json!({"type": "Whitespace"}),
+            "ignores merges",
+        ),
+        (
+            "/post_processor",
+            json!({"type": "BertProcessing"}),
+            "BertProcessing",
+        ),
+        (
+            "/post_processor/processors/1/single/0",
+            json!({"SpecialToken": {"id": "</s>"}}),
+            "template",
+        ),
     ] {
         let mut tokenizer = byte_level();
-        *tokenizer.pointer_mut(pointer).unwrap_or_else(|| panic!("{pointer}")) = value;
+        *tokenizer
+            .pointer_mut(pointer)
+            .unwrap_or_else(|| panic!("{pointer}")) = value;
         let reason = refused(&tokenizer, 7);
         assert!(reason.contains(says), "{pointer}: {reason}");
     }
@@ -189,7 +239,10 @@ fn normal_forms_are_a_note() {
     let mut tokenizer = byte_level();
     tokenizer["normalizer"] = json!({"type": "NFC"});
     let (_, notes) = done(&tokenizer, 7);
-    assert!(matches!(notes.as_slice(), [one] if one.contains("NFC")), "{notes:?}");
+    assert!(
+        matches!(notes.as_slice(), [one] if one.contains("NFC")),
+        "{notes:?}"
+    );
 }
 
 #[test]
@@ -197,11 +250,20 @@ fn ids_from_config_json_and_flags_from_the_settings() {
     let mut tokenizer = byte_level();
     tokenizer["post_processor"] = Value::Null;
     let settings = json!({"add_bos_token": true, "add_eos_token": true});
-    let (pairs, _) = express(&tokenizer, &settings, &json!({"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 99}), 7).unwrap();
+    let (pairs, _) = express(
+        &tokenizer,
+        &settings,
+        &json!({"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 99}),
+        7,
+    )
+    .unwrap();
     assert_eq!(get(&pairs, "bos_token_id"), Some(&G::U32(0)));
     assert_eq!(get(&pairs, "eos_token_id"), Some(&G::U32(1)));
     assert_eq!(get(&pairs, "padding_token_id"), None);
-    assert_eq!((get(&pairs, "add_bos_token"), get(&pairs, "add_eos_token")), (Some(&G::Bool(true)), Some(&G::Bool(true))));
+    assert_eq!(
+        (get(&pairs, "add_bos_token"), get(&pairs, "add_eos_token")),
+        (Some(&G::Bool(true)), Some(&G::Bool(true)))
+    );
     let (pairs, notes) = express(&tokenizer, &settings, &json!({}), 7).unwrap();
     assert_eq!(get(&pairs, "add_bos_token"), Some(&G::Bool(false)));
     assert!(notes.iter().any(|n| n.contains("end-of-text")), "{notes:?}");
@@ -213,15 +275,26 @@ fn folders() {
     let made = |notes: &mut Vec<String>| gguf_tokenizer(folder.path(), &json!({}), 7, notes);
     let put = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
     let mut notes = vec![];
-    assert_eq!(made(&mut notes).unwrap(), [("tokenizer.ggml.model".to_string(), G::from("none"))]);
+    assert_eq!(
+        made(&mut notes).unwrap(),
+        [("tokenizer.ggml.model".to_string(), G::from("none"))]
+    );
     assert!(notes[0].contains("no tokenizer.json"));
 
-    put("tokenizer.json", r#"{"model": {"type": "WordLevel", "vocab": {}}}"#);
+    put(
+        "tokenizer.json",
+        r#"{"model": {"type": "WordLevel", "vocab": {}}}"#,
+    );
     assert_eq!(made(&mut notes).unwrap().len(), 1);
     assert!(notes[1].contains("WordLevel"), "{notes:?}");
 
     put("tokenizer.json", "{");
-    assert!(made(&mut notes).unwrap_err().to_string().contains("tokenizer.json: expected JSON"));
+    assert!(
+        made(&mut notes)
+            .unwrap_err()
+            .to_string()
+            .contains("tokenizer.json: expected JSON")
+    );
 
     put("tokenizer.json", &byte_level().to_string());
     put(
@@ -239,9 +312,15 @@ fn byte_level_goes_round() {
     let (pairs, _) = done(&byte_level(), 9);
     let (tokenizer, settings) = hf_tokenizer(&pairs).unwrap();
     assert_eq!(tokenizer["pre_tokenizer"], byte_level()["pre_tokenizer"]);
-    assert_eq!(tokenizer["model"]["merges"], byte_level()["model"]["merges"]);
+    assert_eq!(
+        tokenizer["model"]["merges"],
+        byte_level()["model"]["merges"]
+    );
     assert_eq!(tokenizer["model"]["ignore_merges"], true);
-    assert_eq!((&settings["bos_token"], &settings["eos_token"]), (&json!("<s>"), &json!("</s>")));
+    assert_eq!(
+        (&settings["bos_token"], &settings["eos_token"]),
+        (&json!("<s>"), &json!("</s>"))
+    );
     let (again, _) = express(&tokenizer, &settings, &json!({}), 9).unwrap();
     assert_eq!(pairs, again);
 }

@@ -49,7 +49,11 @@ pub(super) struct Cursor<R> {
 
 impl<R: Read> Cursor<R> {
     pub(super) fn new(reader: R, file_len: u64) -> Self {
-        Self { inner: BufReader::with_capacity(1 << 16, reader), pos: 0, file_len }
+        Self {
+            inner: BufReader::with_capacity(1 << 16, reader),
+            pos: 0,
+            file_len,
+        }
     }
 
     /// Offset of the next byte.
@@ -62,16 +66,29 @@ impl<R: Read> Cursor<R> {
         let needed = count.saturating_mul(bytes);
         let left = self.file_len.saturating_sub(self.pos);
         if needed > left {
-            return Err(Error::Truncated { what: place.to_string(), offset: self.pos, needed, left });
+            return Err(Error::Truncated {
+                what: place.to_string(),
+                offset: self.pos,
+                needed,
+                left,
+            });
         }
         if needed > MAX_HEADER_BYTES.saturating_sub(self.pos) {
-            return Err(Error::HeaderTooLarge { what: place.to_string(), offset: self.pos, needed, limit: MAX_HEADER_BYTES });
+            return Err(Error::HeaderTooLarge {
+                what: place.to_string(),
+                offset: self.pos,
+                needed,
+                limit: MAX_HEADER_BYTES,
+            });
         }
         Ok(())
     }
 
     fn fill(&mut self, out: &mut [u8]) -> Result<()> {
-        self.inner.read_exact(out).map_err(|source| Error::Io { offset: self.pos, source })?;
+        self.inner.read_exact(out).map_err(|source| Error::Io {
+            offset: self.pos,
+            source,
+        })?;
         self.pos += out.len() as u64;
         Ok(())
     }
@@ -98,11 +115,20 @@ impl<R: Read> Cursor<R> {
         // At most MAX_HEADER_BYTES, so that it fits.
         let mut out = vec![0; len as usize];
         self.fill(&mut out)?;
-        String::from_utf8(out).map_err(|error| Error::Utf8 { what: place.to_string(), offset, source: error.utf8_error() })
+        String::from_utf8(out).map_err(|error| Error::Utf8 {
+            what: place.to_string(),
+            offset,
+            source: error.utf8_error(),
+        })
     }
 
     /// A count, then as many items of at least `bytes` bytes, each read by `item`.
-    pub(super) fn list<T>(&mut self, place: Place<'_>, bytes: u64, mut item: impl FnMut(&mut Self) -> Result<T>) -> Result<Vec<T>> {
+    pub(super) fn list<T>(
+        &mut self,
+        place: Place<'_>,
+        bytes: u64,
+        mut item: impl FnMut(&mut Self) -> Result<T>,
+    ) -> Result<Vec<T>> {
         let count = self.u64(place)?;
         self.need(place, count, bytes)?;
         let mut out = Vec::with_capacity((count as usize).min(MAX_RESERVE));

@@ -48,7 +48,9 @@ pub enum Error {
         left: u64,
     },
     /// The metadata and tensor infos are longer than any real file's.
-    #[error("{what} at offset {offset} needs {needed} bytes and would end beyond the header limit of {limit} bytes")]
+    #[error(
+        "{what} at offset {offset} needs {needed} bytes and would end beyond the header limit of {limit} bytes"
+    )]
     HeaderTooLarge {
         /// What was being read or written.
         what: String,
@@ -176,7 +178,9 @@ pub enum Error {
         cause: Box<Error>,
     },
     /// A tensor's data does not start on a multiple of the alignment.
-    #[error("tensor '{tensor}': data offset {offset} is not a multiple of the alignment {alignment}")]
+    #[error(
+        "tensor '{tensor}': data offset {offset} is not a multiple of the alignment {alignment}"
+    )]
     Misaligned {
         /// The tensor's name.
         tensor: String,
@@ -186,7 +190,9 @@ pub enum Error {
         alignment: u32,
     },
     /// A tensor's data ends beyond the file.
-    #[error("tensor '{tensor}': {len} bytes at offset {offset} of the data section, which has {available}")]
+    #[error(
+        "tensor '{tensor}': {len} bytes at offset {offset} of the data section, which has {available}"
+    )]
     OutsideFile {
         /// The tensor's name.
         tensor: String,
@@ -198,7 +204,9 @@ pub enum Error {
         available: u64,
     },
     /// Two tensors share bytes.
-    #[error("tensor '{second}' starts at offset {offset}, inside tensor '{first}' which ends at {first_end}")]
+    #[error(
+        "tensor '{second}' starts at offset {offset}, inside tensor '{first}' which ends at {first_end}"
+    )]
     Overlap {
         /// The tensor that starts first.
         first: String,
@@ -233,6 +241,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Adds the tensor's name.
     pub(super) fn in_tensor(self, tensor: &str) -> Self {
-        Self::Tensor { tensor: tensor.into(), cause: Box::new(self) }
+        Self::Tensor {
+            tensor: tensor.into(),
+            cause: Box::new(self),
+        }
     }
 }

@@ -3,14 +3,18 @@
 //! A little-endian file of four parts without padding except where noted:
 //!
 //! 1. the letters `GGUF`, a u32 version, a u64 number of tensors, a u64 number of metadata pairs;
-//! 2. the metadata: each pair is a key, a u32 type id and a value. Strings are a u64 byte count and UTF-8. Arrays are the u32 type id
-//!    of their elements, a u64 count and the elements. Numbers are 1, 2, 4 or 8 bytes, booleans one byte;
-//! 3. for each tensor its name, a u32 number of dimensions, the dimensions as u64 with the *innermost first*, the u32 type id and a u64
-//!    offset from the start of part 4. Here shapes are row-major with the outermost dimension first, as in every other container;
-//! 4. padding up to a multiple of the alignment (key `general.alignment`, else 32), then the tensors' bytes, each on such a multiple.
+//! 2. the metadata: each pair is a key, a u32 type id and a value. Strings are a u64 byte count and
+//!    UTF-8. Arrays are the u32 type id of their elements, a u64 count and the elements. Numbers
+//!    are 1, 2, 4 or 8 bytes, booleans one byte;
+//! 3. for each tensor its name, a u32 number of dimensions, the dimensions as u64 with the
+//!    *innermost first*, the u32 type id and a u64 offset from the start of part 4. Here shapes are
+//!    row-major with the outermost dimension first, as in every other container;
+//! 4. padding up to a multiple of the alignment (key `general.alignment`, else 32), then the
+//!    tensors' bytes, each on such a multiple.
 //!
-//! Versions 2 and 3 share this layout. [`Header::read`] checks all of it before anything is allocated by a length from the file,
-//! [`encode_header`] writes it, and [`decode`] turns the bytes of most tensor types into floats.
+//! Versions 2 and 3 share this layout. [`Header::read`] checks all of it before anything is
+//! allocated by a length from the file, [`encode_header`] writes it, and [`decode`] turns the bytes
+//! of most tensor types into floats.
 
 mod cursor;
 mod decode;
@@ -37,7 +41,9 @@ pub const ALIGNMENT_KEY: &str = "general.alignment";
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Most dimensions that a tensor can have.
 pub const MAX_DIMS: usize = 4;
-/// Most levels of arrays in arrays; an array of numbers is one level, and the only one that ggml's own loader accepts.
+/// Most levels of arrays in arrays; an array of numbers is one level, and the only one that ggml's
+/// own loader accepts.
 pub const MAX_ARRAY_DEPTH: usize = 4;
-/// Most bytes before the data section, many times those of the largest vocabularies: bounds the memory that a hostile file can claim.
+/// Most bytes before the data section, many times those of the largest vocabularies: bounds the
+/// memory that a hostile file can claim.
 pub const MAX_HEADER_BYTES: u64 = 256 << 20;

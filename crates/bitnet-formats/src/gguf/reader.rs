@@ -27,7 +27,8 @@ pub struct Header {
 pub struct TensorInfo {
     /// Name, unique in the file.
     pub name: String,
-    /// Dimensions, row-major, outermost first: `[out, in]` for a weight. The file holds them the other way round.
+    /// Dimensions, row-major, outermost first: `[out, in]` for a weight. The file holds them the
+    /// other way round.
     pub shape: Vec<usize>,
     /// Type of the elements.
     pub ggml_type: GgmlType,
@@ -45,10 +46,12 @@ const MIN_TENSOR_BYTES: u64 = 8 + 4 + 4 + 8;
 impl Header {
     /// Reads the header of a file of `file_len` bytes.
     ///
-    /// `reader` stands at the start of the file. Reads are buffered here, so afterwards its position means nothing.
+    /// `reader` stands at the start of the file. Reads are buffered here, so afterwards its
+    /// position means nothing.
     ///
     /// # Errors
-    /// What is wrong, with the key or tensor and the offending number. Never panics, whatever the bytes.
+    /// What is wrong, with the key or tensor and the offending number. Never panics, whatever the
+    /// bytes.
     pub fn read(reader: impl Read, file_len: u64) -> Result<Self> {
         let mut cursor = Cursor::new(reader, file_len);
         let (version, tensor_count, pair_count) = read_start(&mut cursor)?;
@@ -76,12 +79,21 @@ impl Header {
             place_tensor(tensor, alignment, data_start, file_len)?;
         }
         check_overlap(&tensors)?;
-        Ok(Self { version, alignment, metadata, tensors, data_start })
+        Ok(Self {
+            version,
+            alignment,
+            metadata,
+            tensors,
+            data_start,
+        })
     }
 
     /// The value of a metadata key.
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.metadata.iter().find(|(k, _)| k == key).map(|(_, value)| value)
+        self.metadata
+            .iter()
+            .find(|(k, _)| k == key)
+            .map(|(_, value)| value)
     }
 
     /// The tensor of this name.
@@ -97,9 +109,15 @@ fn read_start(cursor: &mut Cursor<impl Read>) -> Result<(u32, u64, u64)> {
         return Err(Error::Magic { got: magic });
     }
     match cursor.u32(Place::Start)? {
-        version @ 2..=3 => Ok((version, cursor.u64(Place::Start)?, cursor.u64(Place::Start)?)),
+        version @ 2..=3 => Ok((
+            version,
+            cursor.u64(Place::Start)?,
+            cursor.u64(Place::Start)?,
+        )),
         // A small number whose bytes are in the other order.
-        swapped if swapped != 0 && swapped & 0xffff == 0 => Err(Error::BigEndian { version: swapped.swap_bytes() }),
+        swapped if swapped != 0 && swapped & 0xffff == 0 => Err(Error::BigEndian {
+            version: swapped.swap_bytes(),
+        }),
         got => Err(Error::Version { got }),
     }
 }
@@ -121,31 +139,62 @@ fn read_value(cursor: &mut Cursor<impl Read>, key: &str) -> Result<Value> {
         type_id::U64 => Value::U64(u64::from_le_bytes(cursor.bytes(place)?)),
         type_id::I64 => Value::I64(i64::from_le_bytes(cursor.bytes(place)?)),
         type_id::F64 => Value::F64(f64::from_le_bytes(cursor.bytes(place)?)),
-        got => return Err(Error::ValueType { key: key.into(), got, offset }),
+        got => {
+            return Err(Error::ValueType {
+                key: key.into(),
+                got,
+                offset,
+            });
+        }
     })
 }
 
 fn read_array<R: Read>(cursor: &mut Cursor<R>, key: &str, depth: usize) -> Result<Array> {
     if depth == 0 {
-        return Err(Error::ArrayDepth { key: key.into(), max: MAX_ARRAY_DEPTH });
+        return Err(Error::ArrayDepth {
+            key: key.into(),
+            max: MAX_ARRAY_DEPTH,
+        });
     }
     let place = Place::Value(key);
     let offset = cursor.pos();
     Ok(match cursor.u32(place)? {
         type_id::U8 => Array::U8(cursor.list(place, 1, |c| c.bytes(place).map(u8::from_le_bytes))?),
         type_id::I8 => Array::I8(cursor.list(place, 1, |c| c.bytes(place).map(i8::from_le_bytes))?),
-        type_id::U16 => Array::U16(cursor.list(place, 2, |c| c.bytes(place).map(u16::from_le_bytes))?),
-        type_id::I16 => Array::I16(cursor.list(place, 2, |c| c.bytes(place).map(i16::from_le_bytes))?),
-        type_id::U32 => Array::U32(cursor.list(place, 4, |c| c.bytes(place).map(u32::from_le_bytes))?),
-        type_id::I32 => Array::I32(cursor.list(place, 4, |c| c.bytes(place).map(i32::from_le_bytes))?),
-        type_id::F32 => Array::F32(cursor.list(place, 4, |c| c.bytes(place).map(f32::from_le_bytes))?),
+        type_id::U16 => {
+            Array::U16(cursor.list(place, 2, |c| c.bytes(place).map(u16::from_le_bytes))?)
+        }
+        type_id::I16 => {
+            Array::I16(cursor.list(place, 2, |c| c.bytes(place).map(i16::from_le_bytes))?)
+        }
+        type_id::U32 => {
+            Array::U32(cursor.list(place, 4, |c| c.bytes(place).map(u32::from_le_bytes))?)
+        }
+        type_id::I32 => {
+            Array::I32(cursor.list(place, 4, |c| c.bytes(place).map(i32::from_le_bytes))?)
+        }
+        type_id::F32 => {
+            Array::F32(cursor.list(place, 4, |c| c.bytes(place).map(f32::from_le_bytes))?)
+        }
         type_id::BOOL => Array::Bool(cursor.list(place, 1, |c| read_bool(c, key))?),
         type_id::STRING => Array::String(cursor.list(place, 8, |c| c.string(place))?),
         type_id::ARRAY => Array::Array(cursor.list(place, 12, |c| read_array(c, key, depth - 1))?),
-        type_id::U64 => Array::U64(cursor.list(place, 8, |c| c.bytes(place).map(u64::from_le_bytes))?),
-        type_id::I64 => Array::I64(cursor.list(place, 8, |c| c.bytes(place).map(i64::from_le_bytes))?),
-        type_id::F64 => Array::F64(cursor.list(place, 8, |c| c.bytes(place).map(f64::from_le_bytes))?),
-        got => return Err(Error::ValueType { key: key.into(), got, offset }),
+        type_id::U64 => {
+            Array::U64(cursor.list(place, 8, |c| c.bytes(place).map(u64::from_le_bytes))?)
+        }
+        type_id::I64 => {
+            Array::I64(cursor.list(place, 8, |c| c.bytes(place).map(i64::from_le_bytes))?)
+        }
+        type_id::F64 => {
+            Array::F64(cursor.list(place, 8, |c| c.bytes(place).map(f64::from_le_bytes))?)
+        }
+        got => {
+            return Err(Error::ValueType {
+                key: key.into(),
+                got,
+                offset,
+            });
+        }
     })
 }
 
@@ -154,7 +203,11 @@ fn read_bool(cursor: &mut Cursor<impl Read>, key: &str) -> Result<bool> {
     match cursor.bytes(Place::Value(key))? {
         [0] => Ok(false),
         [1] => Ok(true),
-        [got] => Err(Error::Bool { key: key.into(), got, offset }),
+        [got] => Err(Error::Bool {
+            key: key.into(),
+            got,
+            offset,
+        }),
     }
 }
 
@@ -164,7 +217,11 @@ fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<TensorInfo>
     let place = Place::Tensor(&name);
     let n_dims = cursor.u32(place)?;
     if n_dims as usize > MAX_DIMS {
-        return Err(Error::Dims { tensor: name, got: n_dims.into(), max: MAX_DIMS });
+        return Err(Error::Dims {
+            tensor: name,
+            got: n_dims.into(),
+            max: MAX_DIMS,
+        });
     }
     let mut shape = Vec::with_capacity(n_dims as usize);
     for _ in 0..n_dims {
@@ -178,19 +235,46 @@ fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<TensorInfo>
     let Some(ggml_type) = GgmlType::from_id(id) else {
         return Err(Error::UnknownType { tensor: name, id });
     };
-    let len = ggml_type.tensor_bytes(&shape).map_err(|error| error.in_tensor(&name))?;
-    Ok(TensorInfo { name, shape, ggml_type, offset, len })
+    let len = ggml_type
+        .tensor_bytes(&shape)
+        .map_err(|error| error.in_tensor(&name))?;
+    Ok(TensorInfo {
+        name,
+        shape,
+        ggml_type,
+        offset,
+        len,
+    })
 }
 
 /// Checks the tensor's place in the data section and makes its offset absolute.
-fn place_tensor(tensor: &mut TensorInfo, alignment: u32, data_start: u64, file_len: u64) -> Result<()> {
-    let TensorInfo { ref name, offset, len, .. } = *tensor;
+fn place_tensor(
+    tensor: &mut TensorInfo,
+    alignment: u32,
+    data_start: u64,
+    file_len: u64,
+) -> Result<()> {
+    let TensorInfo {
+        ref name,
+        offset,
+        len,
+        ..
+    } = *tensor;
     if !offset.is_multiple_of(alignment.into()) {
-        return Err(Error::Misaligned { tensor: name.clone(), offset, alignment });
+        return Err(Error::Misaligned {
+            tensor: name.clone(),
+            offset,
+            alignment,
+        });
     }
     let available = file_len.saturating_sub(data_start);
     if data_start > file_len || offset.checked_add(len).is_none_or(|end| end > available) {
-        return Err(Error::OutsideFile { tensor: name.clone(), offset, len, available });
+        return Err(Error::OutsideFile {
+            tensor: name.clone(),
+            offset,
+            len,
+            available,
+        });
     }
     tensor.offset = data_start + offset;
     Ok(())
@@ -225,7 +309,9 @@ pub(super) fn check_keys(metadata: &[(String, Value)]) -> Result<()> {
 pub(super) fn check_names<'a>(mut names: impl Iterator<Item = &'a str>) -> Result<()> {
     let mut seen = HashSet::new();
     match names.find(|&name| !seen.insert(name)) {
-        Some(name) => Err(Error::DuplicateTensor { tensor: name.into() }),
+        Some(name) => Err(Error::DuplicateTensor {
+            tensor: name.into(),
+        }),
         None => Ok(()),
     }
 }
@@ -236,6 +322,10 @@ pub(super) fn alignment(metadata: &[(String, Value)]) -> Result<u32> {
         None => Ok(DEFAULT_ALIGNMENT),
         Some((_, Value::U32(got))) if got.is_power_of_two() => Ok(*got),
         Some((_, Value::U32(got))) => Err(Error::Alignment { got: *got }),
-        Some((key, other)) => Err(Error::KeyType { key: key.clone(), expected: "u32", got: other.type_name() }),
+        Some((key, other)) => Err(Error::KeyType {
+            key: key.clone(),
+            expected: "u32",
+            got: other.type_name(),
+        }),
     }
 }

@@ -1,8 +1,9 @@
 //! Tensor element types: ids, names and sizes.
 //!
-//! Most types store a row as consecutive blocks of [`GgmlType::block_len`] values in [`GgmlType::block_bytes`] bytes; plain numbers are
-//! blocks of one. Three types of llama.cpp forks add something: I2_S one 32-byte trailer per tensor, IQ1_BN and IQ2_BN a scale in
-//! front of every row.
+//! Most types store a row as consecutive blocks of [`GgmlType::block_len`] values in
+//! [`GgmlType::block_bytes`] bytes; plain numbers are blocks of one. Three types of llama.cpp forks
+//! add something: I2_S one 32-byte trailer per tensor, IQ1_BN and IQ2_BN a scale in front of every
+//! row.
 
 use super::error::{Error, Result};
 use std::fmt;
@@ -26,7 +27,8 @@ macro_rules! ggml_types {
                 match self { $(Self::$variant => $id,)+ }
             }
 
-            /// The type with this id; `None` for ids that were never given out or whose types were withdrawn.
+            /// The type with this id; `None` for ids that were never given out or whose types were
+            /// withdrawn.
             pub const fn from_id(id: u32) -> Option<Self> {
                 match id { $($id => Some(Self::$variant),)+ _ => None }
             }
@@ -112,7 +114,8 @@ ggml_types! {
     Tq1_0 = 34, "TQ1_0", 256 => 54;
     /// Ternary, four values to a byte.
     Tq2_0 = 35, "TQ2_0", 256 => 66;
-    /// Ternary, four values to a byte and one scale for the tensor; bitnet.cpp's fork. The blocks run over the flat tensor.
+    /// Ternary, four values to a byte and one scale for the tensor; bitnet.cpp's fork. The blocks
+    /// run over the flat tensor.
     I2S = 36, "I2_S", 128 => 32;
     /// 4-bit floats with a shared power of two.
     Mxfp4 = 39, "MXFP4", 32 => 17;
@@ -150,10 +153,15 @@ impl GgmlType {
     /// ```
     ///
     /// # Errors
-    /// [`Error::RowLength`] if the row is not a whole number of blocks, [`Error::TooLarge`] on overflow.
+    /// [`Error::RowLength`] if the row is not a whole number of blocks, [`Error::TooLarge`] on
+    /// overflow.
     pub fn row_bytes(self, cols: usize) -> Result<usize> {
         if !cols.is_multiple_of(self.block_len()) {
-            return Err(Error::RowLength { ggml_type: self, cols, block: self.block_len() });
+            return Err(Error::RowLength {
+                ggml_type: self,
+                cols,
+                block: self.block_len(),
+            });
         }
         (cols / self.block_len())
             .checked_mul(self.block_bytes())
@@ -161,13 +169,21 @@ impl GgmlType {
             .ok_or_else(|| Error::TooLarge { shape: vec![cols] })
     }
 
-    /// Bytes of a whole tensor; `shape` is row-major, outermost dimension first, and an empty shape is one value.
+    /// Bytes of a whole tensor; `shape` is row-major, outermost dimension first, and an empty shape
+    /// is one value.
     ///
     /// # Errors
-    /// [`Error::RowLength`] if a row (for I2_S: the flat tensor) is not a whole number of blocks, [`Error::TooLarge`] on overflow.
+    /// [`Error::RowLength`] if a row (for I2_S: the flat tensor) is not a whole number of blocks,
+    /// [`Error::TooLarge`] on overflow.
     pub fn tensor_bytes(self, shape: &[usize]) -> Result<u64> {
-        let too_large = || Error::TooLarge { shape: shape.to_vec() };
-        let product = |dims: &[usize]| dims.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim)).ok_or_else(too_large);
+        let too_large = || Error::TooLarge {
+            shape: shape.to_vec(),
+        };
+        let product = |dims: &[usize]| {
+            dims.iter()
+                .try_fold(1usize, |n, &dim| n.checked_mul(dim))
+                .ok_or_else(too_large)
+        };
         let elements = product(shape)?;
         let (rows, cols, trailer) = match (self, shape.split_last()) {
             (Self::I2S, _) => (1, elements, I2_S_TRAILER),
@@ -175,7 +191,10 @@ impl GgmlType {
             (_, None) => (1, 1, 0),
         };
         let row = self.row_bytes(cols)? as u64;
-        row.checked_mul(rows as u64).and_then(|n| n.checked_add(trailer)).filter(|&n| i64::try_from(n).is_ok()).ok_or_else(too_large)
+        row.checked_mul(rows as u64)
+            .and_then(|n| n.checked_add(trailer))
+            .filter(|&n| i64::try_from(n).is_ok())
+            .ok_or_else(too_large)
     }
 }
 

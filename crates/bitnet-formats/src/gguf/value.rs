@@ -21,7 +21,9 @@ pub(super) mod type_id {
 }
 
 /// Names of the value types by id.
-const TYPE_NAMES: [&str; 13] = ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"];
+const TYPE_NAMES: [&str; 13] = [
+    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64",
+];
 
 /// One metadata value. The width of a number is part of the file, so it is kept.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,7 +87,8 @@ pub enum Array {
     F64(Vec<f64>),
 }
 
-/// Evaluates `$body` with `$items` bound to the vector inside an [`Array`], whatever its element type.
+/// Evaluates `$body` with `$items` bound to the vector inside an [`Array`], whatever its element
+/// type.
 macro_rules! with_items {
     ($array:expr, $items:ident => $body:expr) => {
         match $array {
@@ -133,7 +136,11 @@ impl Value {
 
     /// The text, if it is a string.
     pub fn as_str(&self) -> Option<&str> {
-        if let Self::String(s) = self { Some(s) } else { None }
+        if let Self::String(s) = self {
+            Some(s)
+        } else {
+            None
+        }
     }
 
     /// The number, if it is a non-negative integer of any width.
@@ -178,20 +185,33 @@ impl Value {
 
     /// The boolean, if it is one.
     pub fn as_bool(&self) -> Option<bool> {
-        if let Self::Bool(b) = *self { Some(b) } else { None }
+        if let Self::Bool(b) = *self {
+            Some(b)
+        } else {
+            None
+        }
     }
 
     /// The elements, if it is an array.
     pub fn as_array(&self) -> Option<&Array> {
-        if let Self::Array(a) = self { Some(a) } else { None }
+        if let Self::Array(a) = self {
+            Some(a)
+        } else {
+            None
+        }
     }
 
     /// The elements, if it is an array of strings.
     pub fn as_strings(&self) -> Option<&[String]> {
-        if let Self::Array(Array::String(s)) = self { Some(s) } else { None }
+        if let Self::Array(Array::String(s)) = self {
+            Some(s)
+        } else {
+            None
+        }
     }
 
-    /// Readable text of about `max_chars` characters at most; what is left out is counted. Control characters in strings are escaped.
+    /// Readable text of about `max_chars` characters at most; what is left out is counted. Control
+    /// characters in strings are escaped.
     ///
     /// ```
     /// use bitnet_formats::gguf::{Array, Value};
@@ -257,18 +277,31 @@ impl Array {
     /// Checks the nesting; `key` names the array in the error.
     pub(super) fn check_depth(&self, key: &str, allowed: usize) -> Result<()> {
         match self {
-            _ if allowed == 0 => Err(Error::ArrayDepth { key: key.into(), max: super::MAX_ARRAY_DEPTH }),
-            Self::Array(items) => items.iter().try_for_each(|item| item.check_depth(key, allowed - 1)),
+            _ if allowed == 0 => Err(Error::ArrayDepth {
+                key: key.into(),
+                max: super::MAX_ARRAY_DEPTH,
+            }),
+            Self::Array(items) => items
+                .iter()
+                .try_for_each(|item| item.check_depth(key, allowed - 1)),
             _ => Ok(()),
         }
     }
 
     fn preview(&self, max_chars: usize) -> String {
         match self {
-            Self::String(items) => list(items, max_chars, self.type_name(), |item, room| text(item, room)),
-            Self::Array(items) => list(items, max_chars, self.type_name(), |item, room| item.preview(room)),
-            Self::F32(items) => list(items, max_chars, self.type_name(), |item, _| format!("{item:?}")),
-            Self::F64(items) => list(items, max_chars, self.type_name(), |item, _| format!("{item:?}")),
+            Self::String(items) => list(items, max_chars, self.type_name(), |item, room| {
+                text(item, room)
+            }),
+            Self::Array(items) => list(items, max_chars, self.type_name(), |item, room| {
+                item.preview(room)
+            }),
+            Self::F32(items) => list(items, max_chars, self.type_name(), |item, _| {
+                format!("{item:?}")
+            }),
+            Self::F64(items) => list(items, max_chars, self.type_name(), |item, _| {
+                format!("{item:?}")
+            }),
             Self::U8(items) => numbers(items, max_chars, self.type_name()),
             Self::I8(items) => numbers(items, max_chars, self.type_name()),
             Self::U16(items) => numbers(items, max_chars, self.type_name()),
@@ -287,7 +320,12 @@ fn numbers<T: ToString>(items: &[T], max_chars: usize, type_name: &str) -> Strin
 }
 
 /// `[a, b, c]`, or as many elements as fit and the number of all.
-fn list<T>(items: &[T], max_chars: usize, type_name: &str, show: impl Fn(&T, usize) -> String) -> String {
+fn list<T>(
+    items: &[T],
+    max_chars: usize,
+    type_name: &str,
+    show: impl Fn(&T, usize) -> String,
+) -> String {
     let mut out = String::from("[");
     for (index, item) in items.iter().enumerate() {
         let separator = if index == 0 { "" } else { ", " };
@@ -307,7 +345,11 @@ fn list<T>(items: &[T], max_chars: usize, type_name: &str, show: impl Fn(&T, usi
 
 fn text(s: &str, max_chars: usize) -> String {
     match s.char_indices().nth(max_chars) {
-        Some((end, _)) => format!("{:?}… ({} characters)", s.get(..end).unwrap_or_default(), s.chars().count()),
+        Some((end, _)) => format!(
+            "{:?}… ({} characters)",
+            s.get(..end).unwrap_or_default(),
+            s.chars().count()
+        ),
         None => format!("{s:?}"),
     }
 }

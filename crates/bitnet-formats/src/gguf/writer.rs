@@ -22,9 +22,11 @@ pub struct OutTensor {
 pub struct EncodedHeader {
     /// Header with the padding behind it: the data section starts at `bytes.len()`.
     pub bytes: Vec<u8>,
-    /// Where each tensor's data starts, counted from `bytes.len()`. In the order of the tensors, ascending.
+    /// Where each tensor's data starts, counted from `bytes.len()`. In the order of the tensors,
+    /// ascending.
     pub offsets: Vec<u64>,
-    /// Bytes of the data section. The last tensor is padded too: ggml's own loader reads that padding.
+    /// Bytes of the data section. The last tensor is padded too: ggml's own loader reads that
+    /// padding.
     pub data_len: u64,
 }
 
@@ -37,7 +39,11 @@ impl EncodedHeader {
     /// Zero bytes to write after the data of tensor `index`, which has `len` bytes.
     pub fn padding_after(&self, index: usize, len: u64) -> u64 {
         let start = self.offsets.get(index).copied().unwrap_or(self.data_len);
-        let next = index.checked_add(1).and_then(|next| self.offsets.get(next)).copied().unwrap_or(self.data_len);
+        let next = index
+            .checked_add(1)
+            .and_then(|next| self.offsets.get(next))
+            .copied()
+            .unwrap_or(self.data_len);
         next.saturating_sub(start.saturating_add(len))
     }
 }
@@ -45,15 +51,23 @@ impl EncodedHeader {
 /// Encodes the header of a version 3 file whose tensors follow one another in the order given.
 ///
 /// # Errors
-/// Duplicate keys or names, more than four dimensions, a length that does not follow from shape and type, arrays nested too deeply, an
-/// alignment that is not a power of two or, if it is not 32, not announced under `general.alignment`.
-pub fn encode_header(metadata: &[(String, Value)], tensors: &[OutTensor], alignment: u32) -> Result<EncodedHeader> {
+/// Duplicate keys or names, more than four dimensions, a length that does not follow from shape and
+/// type, arrays nested too deeply, an alignment that is not a power of two or, if it is not 32, not
+/// announced under `general.alignment`.
+pub fn encode_header(
+    metadata: &[(String, Value)],
+    tensors: &[OutTensor],
+    alignment: u32,
+) -> Result<EncodedHeader> {
     if !alignment.is_power_of_two() {
         return Err(Error::Alignment { got: alignment });
     }
     let announced = reader::alignment(metadata)?;
     if announced != alignment {
-        return Err(Error::AlignmentKey { expected: alignment, got: announced });
+        return Err(Error::AlignmentKey {
+            expected: alignment,
+            got: announced,
+        });
     }
     reader::check_keys(metadata)?;
     reader::check_names(tensors.iter().map(|t| t.name.as_str()))?;
@@ -76,24 +90,54 @@ pub fn encode_header(metadata: &[(String, Value)], tensors: &[OutTensor], alignm
         data_len = data_len
             .checked_add(tensor.len)
             .and_then(|end| end.checked_next_multiple_of(alignment.into()))
-            .ok_or_else(|| Error::TooLarge { shape: tensor.shape.clone() }.in_tensor(&tensor.name))?;
+            .ok_or_else(|| {
+                Error::TooLarge {
+                    shape: tensor.shape.clone(),
+                }
+                .in_tensor(&tensor.name)
+            })?;
     }
     let len = bytes.len() as u64;
     if len > MAX_HEADER_BYTES {
-        return Err(Error::HeaderTooLarge { what: "GGUF header".into(), offset: 0, needed: len, limit: MAX_HEADER_BYTES });
+        return Err(Error::HeaderTooLarge {
+            what: "GGUF header".into(),
+            offset: 0,
+            needed: len,
+            limit: MAX_HEADER_BYTES,
+        });
     }
     bytes.resize(bytes.len().next_multiple_of(alignment as usize), 0);
-    Ok(EncodedHeader { bytes, offsets, data_len })
+    Ok(EncodedHeader {
+        bytes,
+        offsets,
+        data_len,
+    })
 }
 
 fn put_tensor(out: &mut Vec<u8>, tensor: &OutTensor, offset: u64) -> Result<()> {
-    let OutTensor { name, shape, ggml_type, len } = tensor;
+    let OutTensor {
+        name,
+        shape,
+        ggml_type,
+        len,
+    } = tensor;
     if shape.len() > MAX_DIMS {
-        return Err(Error::Dims { tensor: name.clone(), got: shape.len() as u64, max: MAX_DIMS });
+        return Err(Error::Dims {
+            tensor: name.clone(),
+            got: shape.len() as u64,
+            max: MAX_DIMS,
+        });
     }
-    let expected = ggml_type.tensor_bytes(shape).map_err(|error| error.in_tensor(name))?;
+    let expected = ggml_type
+        .tensor_bytes(shape)
+        .map_err(|error| error.in_tensor(name))?;
     if expected != *len {
-        return Err(Error::Length { ggml_type: *ggml_type, expected, got: *len }.in_tensor(name));
+        return Err(Error::Length {
+            ggml_type: *ggml_type,
+            expected,
+            got: *len,
+        }
+        .in_tensor(name));
     }
     put_string(out, name);
     out.extend((shape.len() as u32).to_le_bytes());

@@ -1,4 +1,5 @@
-//! `bitnet`: b1.58-2B-4T and its kin. A llama layer with a norm more in each half, before the output projection.
+//! `bitnet`: b1.58-2B-4T and its kin. A llama layer with a norm more in each half, before the
+//! output projection.
 //!
 //! ```text
 //! h = x + o · RMS_attn_sub(Attention(RMS_in(x)))
@@ -27,8 +28,14 @@ impl Layer {
     pub(crate) fn load(provider: &dyn Provider, layer: usize) -> Result<Self> {
         Ok(Self {
             base: llama::Layer::load(provider, layer)?,
-            attention_sub_norm: provider.norm(&format!("model.layers.{layer}.self_attn.attn_sub_norm"), provider.config().hidden)?,
-            ffn_sub_norm: provider.norm(&format!("model.layers.{layer}.mlp.ffn_sub_norm"), provider.config().ffn)?,
+            attention_sub_norm: provider.norm(
+                &format!("model.layers.{layer}.self_attn.attn_sub_norm"),
+                provider.config().hidden,
+            )?,
+            ffn_sub_norm: provider.norm(
+                &format!("model.layers.{layer}.mlp.ffn_sub_norm"),
+                provider.config().ffn,
+            )?,
         })
     }
 

@@ -1,4 +1,5 @@
-//! `llama`: Llama 1 to 3, Falcon3, Falcon-E, TriLM, SmolLM2 and what shares their graph, ternary or not.
+//! `llama`: Llama 1 to 3, Falcon3, Falcon-E, TriLM, SmolLM2 and what shares their graph, ternary or
+//! not.
 //!
 //! ```text
 //! h = x + o · Attention(RMS_in(x))                    grouped-query attention with rotary positions
@@ -39,8 +40,17 @@ impl Layer {
         let c = provider.config();
         let (d, v) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |module: &str| format!("model.layers.{layer}.{module}");
-        let attention = |module: &str, rows, cols| provider.linear(&name(&format!("self_attn.{module}")), rows, cols, c.attention_bias);
-        let mlp = |module: &str, rows, cols| provider.linear(&name(&format!("mlp.{module}")), rows, cols, c.mlp_bias);
+        let attention = |module: &str, rows, cols| {
+            provider.linear(
+                &name(&format!("self_attn.{module}")),
+                rows,
+                cols,
+                c.attention_bias,
+            )
+        };
+        let mlp = |module: &str, rows, cols| {
+            provider.linear(&name(&format!("mlp.{module}")), rows, cols, c.mlp_bias)
+        };
         Ok(Self {
             attention_norm: provider.norm(&name("input_layernorm"), c.hidden)?,
             q: attention("q_proj", d, c.hidden)?,
@@ -63,6 +73,8 @@ impl Layer {
     }
 
     pub(crate) fn linears(&self) -> [&Linear; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+        [
+            &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
+        ]
     }
 }

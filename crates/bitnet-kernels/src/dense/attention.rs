@@ -36,8 +36,8 @@ impl Cached<'_> {
 
 /// `out = softmax(q · Kᵀ · scale) · V` over the first `len` positions of one key and value head.
 ///
-/// The softmax runs over blocks of 64 positions with a running maximum, so that no buffer depends on the length and the result is the same
-/// whether a token is computed alone or among others.
+/// The softmax runs over blocks of 64 positions with a running maximum, so that no buffer depends
+/// on the length and the result is the same whether a token is computed alone or among others.
 #[derive(Debug, Clone, Copy)]
 pub struct Attention<'a> {
     /// Keys, `[positions, head_dim]`.
@@ -54,21 +54,34 @@ pub struct Attention<'a> {
 
 impl Attention<'_> {
     pub(super) fn check(&self, q: &[f32], out: &[f32]) {
-        assert!(self.head_dim > 0 && q.len().is_multiple_of(self.head_dim) && q.len() == out.len(), "whole heads of {}", self.head_dim);
-        let held = self.keys.holds(self.len, self.head_dim) && self.values.holds(self.len, self.head_dim);
+        assert!(
+            self.head_dim > 0 && q.len().is_multiple_of(self.head_dim) && q.len() == out.len(),
+            "whole heads of {}",
+            self.head_dim
+        );
+        let held =
+            self.keys.holds(self.len, self.head_dim) && self.values.holds(self.len, self.head_dim);
         assert!(held, "a cache of {} positions", self.len);
     }
 }
 
-/// Heads, up to G at once, so that each key and each value is widened once for all of them; values in S steps at once.
+/// Heads, up to G at once, so that each key and each value is widened once for all of them; values
+/// in S steps at once.
 ///
 /// # Safety
 /// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) unsafe fn attend<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+pub(super) unsafe fn attend<L: Lanes, const S: usize, const G: usize>(
+    a: &Attention<'_>,
+    q: &[f32],
+    out: &mut [f32],
+) {
     for (q, out) in q.chunks(G * a.head_dim).zip(out.chunks_mut(G * a.head_dim)) {
         // SAFETY of every call: the caller's.
-        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+        #[allow(
+            clippy::undocumented_unsafe_blocks,
+            reason = "one comment for all of them"
+        )]
         match (q.len() / a.head_dim).min(G) {
             1 => unsafe { heads::<L, S, 1>(a, q, out) },
             2 => unsafe { heads::<L, S, 2>(a, q, out) },
@@ -83,7 +96,11 @@ pub(super) unsafe fn attend<L: Lanes, const S: usize, const G: usize>(a: &Attent
 /// # Safety
 /// As [`attend`].
 #[inline(always)]
-unsafe fn heads<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: &[f32], out: &mut [f32]) {
+unsafe fn heads<L: Lanes, const S: usize, const G: usize>(
+    a: &Attention<'_>,
+    q: &[f32],
+    out: &mut [f32],
+) {
     let cols = a.head_dim;
     let queries: [&[f32]; G] = std::array::from_fn(|g| &q[g * cols..][..cols]);
     let (mut tops, mut sums) = ([f32::NEG_INFINITY; G], [0.0f32; G]);
@@ -92,29 +109,89 @@ unsafe fn heads<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: 
     for first in (0..a.len).step_by(BLOCK) {
         let count = BLOCK.min(a.len - first);
         // SAFETY of every call: the caller's.
-        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+        #[allow(
+            clippy::undocumented_unsafe_blocks,
+            reason = "one comment for all of them"
+        )]
         match a.keys {
-            Cached::F32(all) => unsafe { dots::<L, _, G>(Floats { all, cols }, first..first + count, queries, &mut scores) },
-            Cached::F16(all) => unsafe { dots::<L, _, G>(Halves { all, cols }, first..first + count, queries, &mut scores) },
+            Cached::F32(all) => unsafe {
+                dots::<L, _, G>(
+                    Floats { all, cols },
+                    first..first + count,
+                    queries,
+                    &mut scores,
+                )
+            },
+            Cached::F16(all) => unsafe {
+                dots::<L, _, G>(
+                    Halves { all, cols },
+                    first..first + count,
+                    queries,
+                    &mut scores,
+                )
+            },
             Cached::Int8(all, scales) => {
-                unsafe { dots::<L, _, G>(Bytes { all, cols }, first..first + count, queries, &mut scores) };
-                scores.iter_mut().for_each(|scores| by(&mut scores[..count], &scales[first..]));
+                unsafe {
+                    dots::<L, _, G>(
+                        Bytes { all, cols },
+                        first..first + count,
+                        queries,
+                        &mut scores,
+                    )
+                };
+                scores
+                    .iter_mut()
+                    .for_each(|scores| by(&mut scores[..count], &scales[first..]));
             }
         }
-        for (((scores, top), sum), out) in scores.iter_mut().zip(&mut tops).zip(&mut sums).zip(out.chunks_exact_mut(cols)) {
+        for (((scores, top), sum), out) in scores
+            .iter_mut()
+            .zip(&mut tops)
+            .zip(&mut sums)
+            .zip(out.chunks_exact_mut(cols))
+        {
             scores[..count].iter_mut().for_each(|s| *s *= a.scale);
             scores[count..].fill(f32::NEG_INFINITY);
             let shrink = softmax(scores, top, sum);
             out.iter_mut().for_each(|o| *o *= shrink);
         }
         // SAFETY of every call: the caller's.
-        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+        #[allow(
+            clippy::undocumented_unsafe_blocks,
+            reason = "one comment for all of them"
+        )]
         match a.values {
-            Cached::F32(all) => unsafe { mix::<L, _, S, G>(Floats { all, cols }, first..first + count, &scores, cols, out) },
-            Cached::F16(all) => unsafe { mix::<L, _, S, G>(Halves { all, cols }, first..first + count, &scores, cols, out) },
+            Cached::F32(all) => unsafe {
+                mix::<L, _, S, G>(
+                    Floats { all, cols },
+                    first..first + count,
+                    &scores,
+                    cols,
+                    out,
+                )
+            },
+            Cached::F16(all) => unsafe {
+                mix::<L, _, S, G>(
+                    Halves { all, cols },
+                    first..first + count,
+                    &scores,
+                    cols,
+                    out,
+                )
+            },
             Cached::Int8(all, scales) => {
-                scores.iter_mut().for_each(|scores| by(&mut scores[..count], &scales[first..]));
-                unsafe { mix::<L, _, S, G>(Bytes { all, cols }, first..first + count, &scores, cols, out) };
+                scores
+                    .iter_mut()
+                    .for_each(|scores| by(&mut scores[..count], &scales[first..]));
+                unsafe {
+                    mix::<L, _, S, G>(
+                        Bytes { all, cols },
+                        first..first + count,
+                        &scores,
+                        cols,
+                        out,
+                    )
+                };
             }
         }
     }
@@ -125,10 +202,14 @@ unsafe fn heads<L: Lanes, const S: usize, const G: usize>(a: &Attention<'_>, q: 
 
 #[inline(always)]
 pub(super) fn by(scores: &mut [f32], scales: &[f32]) {
-    scores.iter_mut().zip(scales).for_each(|(s, scale)| *s *= scale);
+    scores
+        .iter_mut()
+        .zip(scales)
+        .for_each(|(s, scale)| *s *= scale);
 }
 
-/// Makes scores exponentials under the largest so far, `top`, adds them to `sum`, and returns what everything before has to be multiplied by.
+/// Makes scores exponentials under the largest so far, `top`, adds them to `sum`, and returns what
+/// everything before has to be multiplied by.
 #[inline(always)]
 pub(super) fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
     let steps = scores.as_chunks_mut::<LANES>().0;
@@ -139,7 +220,9 @@ pub(super) fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -
         }
     }
     let before = *top;
-    *top = tops.into_iter().fold(before, |top, s| if s > top { s } else { top });
+    *top = tops
+        .into_iter()
+        .fold(before, |top, s| if s > top { s } else { top });
     let mut lanes = [0.0; LANES];
     for step in steps {
         for (lane, s) in lanes.iter_mut().zip(step) {
@@ -165,16 +248,27 @@ pub(super) unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
 ) {
     let (mut j, count, first, cols) = (0, positions.len(), positions.start, queries[0].len());
     while j + 4 <= count {
-        let rows = [keys.row(first + j), keys.row(first + j + 1), keys.row(first + j + 2), keys.row(first + j + 3)];
+        let rows = [
+            keys.row(first + j),
+            keys.row(first + j + 1),
+            keys.row(first + j + 2),
+            keys.row(first + j + 3),
+        ];
         // SAFETY: the caller's.
         let sums = unsafe { tile::<L, _, 4, G>(rows, queries, cols, NOTHING) };
-        scores.iter_mut().zip(sums).for_each(|(scores, sums)| scores[j..j + 4].copy_from_slice(&sums));
+        scores
+            .iter_mut()
+            .zip(sums)
+            .for_each(|(scores, sums)| scores[j..j + 4].copy_from_slice(&sums));
         j += 4;
     }
     while j < count {
         // SAFETY: the caller's.
         let sums = unsafe { tile::<L, _, 1, G>([keys.row(first + j)], queries, cols, NOTHING) };
-        scores.iter_mut().zip(sums).for_each(|(scores, [sum])| scores[j] = sum);
+        scores
+            .iter_mut()
+            .zip(sums)
+            .for_each(|(scores, [sum])| scores[j] = sum);
         j += 1;
     }
 }

@@ -4,9 +4,11 @@
 //! weight[n, k] = (code[n, k] − offset) · s + m      s, m of the group of columns, rounded once
 //! ```
 //!
-//! Sixteen columns are a step. Four rows' codes of one step in 8 bits, of two in 4 bits or of four in 2 bits are a *line* of 64 bytes: step f of row r is in
-//! bits `b·f …` of byte `4j + r` for lane j, and in byte `16r + j` where a code has 8 bits. Lines of a panel follow one another, and so do panels: one token
-//! reads one stream of codes, and a much shorter one of scales, `[panels, groups, 4]`.
+//! Sixteen columns are a step. Four rows' codes of one step in 8 bits, of two in 4 bits or of four
+//! in 2 bits are a *line* of 64 bytes: step f of row r is in bits `b·f …` of byte `4j + r` for lane
+//! j, and in byte `16r + j` where a code has 8 bits. Lines of a panel follow one another, and so do
+//! panels: one token reads one stream of codes, and a much shorter one of scales, `[panels, groups,
+//! 4]`.
 
 use super::lanes::Lanes;
 use super::matrix::{f16_to_f32, zeros};
@@ -81,9 +83,17 @@ pub struct BlockType {
 
 impl BlockType {
     /// `s · (code − 8)`, s a binary16 for each 32 columns: Q4_0.
-    pub const INT4: Self = Self { codes: Codes::Int4, scales: ScaleType::F16, minimum: false };
+    pub const INT4: Self = Self {
+        codes: Codes::Int4,
+        scales: ScaleType::F16,
+        minimum: false,
+    };
     /// `s · value`, s a binary16 for each 32 columns: Q8_0.
-    pub const INT8: Self = Self { codes: Codes::Int8, scales: ScaleType::F16, minimum: false };
+    pub const INT8: Self = Self {
+        codes: Codes::Int8,
+        scales: ScaleType::F16,
+        minimum: false,
+    };
 
     /// Columns of a group of a row of `cols`.
     fn group(self, cols: usize) -> usize {
@@ -98,14 +108,20 @@ impl BlockType {
 
     fn check(self, cols: usize) -> Result<(), Error> {
         let (line, group) = (self.codes.line(), self.group(cols));
-        let nested = !matches!(self.scales, ScaleType::Nested { group } if group != 16 && group != 32);
+        let nested =
+            !matches!(self.scales, ScaleType::Nested { group } if group != 16 && group != 32);
         let minimum = !(self.minimum && matches!(self.scales, ScaleType::F32 { .. }));
         if (group > 0 || cols == 0) && group.is_multiple_of(line) && nested && minimum {
             return Ok(());
         }
-        let why =
-            format!("{self:?} of {cols} columns: groups of whole {line} columns, nested ones of 16 or 32, and minima that are no f32");
-        Err(bitnet_core::Error::Unsupported { layout: "blocks", why }.into())
+        let why = format!(
+            "{self:?} of {cols} columns: groups of whole {line} columns, nested ones of 16 or 32, and minima that are no f32"
+        );
+        Err(bitnet_core::Error::Unsupported {
+            layout: "blocks",
+            why,
+        }
+        .into())
     }
 
     /// What is subtracted from a code.
@@ -119,8 +135,16 @@ impl BlockType {
 
     /// The weight of a code, rounded once.
     fn weight(self, code: u8, scale: f32, minimum: f32) -> f32 {
-        let value = if self.codes == Codes::Int8 { f32::from(code.cast_signed()) } else { f32::from(code) - f32::from(self.offset()) };
-        if self.minimum { value.mul_add(scale, minimum) } else { value * scale }
+        let value = if self.codes == Codes::Int8 {
+            f32::from(code.cast_signed())
+        } else {
+            f32::from(code) - f32::from(self.offset())
+        };
+        if self.minimum {
+            value.mul_add(scale, minimum)
+        } else {
+            value * scale
+        }
     }
 }
 
@@ -151,7 +175,11 @@ impl Lengths {
             ScaleType::Nested { .. } => [0, supers, groups],
         };
         let both = |n: usize| [n * rows, if kind.minimum { n * rows } else { 0 }];
-        Self { floats: floats * rows, halves: both(halves), factors: both(factors) }
+        Self {
+            floats: floats * rows,
+            halves: both(halves),
+            factors: both(factors),
+        }
     }
 
     /// Zeros, and `more` of them after the end of what there is.
@@ -172,7 +200,8 @@ pub struct BlockRow<'a> {
     pub codes: &'a mut [u8],
     /// One scale for each group: [`ScaleType::F32`].
     pub floats: &'a mut [f32],
-    /// Scales and minima in binary16: for each group, or for each 256 columns where they are nested.
+    /// Scales and minima in binary16: for each group, or for each 256 columns where they are
+    /// nested.
     pub halves: [&'a mut [u16]; 2],
     /// The integers that nested scales and minima are multiplied by, for each group.
     pub factors: [&'a mut [i8]; 2],
@@ -197,7 +226,15 @@ impl Strip {
         let (kind, stride) = (blocks.kind, blocks.lines * blocks.kind.codes.line());
         let lengths = |rows| Lengths::new(kind, blocks.groups, blocks.supers, rows);
         let codes = vec![kind.offset(); rows * stride];
-        Self { kind, rows, cols: blocks.cols, stride, codes, parts: lengths(rows).zeros(0), lengths: lengths(1) }
+        Self {
+            kind,
+            rows,
+            cols: blocks.cols,
+            stride,
+            codes,
+            parts: lengths(rows).zeros(0),
+            lengths: lengths(1),
+        }
     }
 
     /// Its rows.
@@ -219,8 +256,14 @@ impl Strip {
         BlockRow {
             codes: &mut self.codes[i * self.stride..][..self.cols],
             floats: part(&mut self.parts.floats, i, self.lengths.floats),
-            halves: [part(scales, i, self.lengths.halves[0]), part(minima, i, self.lengths.halves[1])],
-            factors: [part(factors, i, self.lengths.factors[0]), part(minimum_factors, i, self.lengths.factors[1])],
+            halves: [
+                part(scales, i, self.lengths.halves[0]),
+                part(minima, i, self.lengths.halves[1]),
+            ],
+            factors: [
+                part(factors, i, self.lengths.factors[0]),
+                part(minimum_factors, i, self.lengths.factors[1]),
+            ],
         }
     }
 
@@ -229,12 +272,29 @@ impl Strip {
     /// # Panics
     /// If there is no such row, or `out` is not K elements.
     pub fn row_into(&self, i: usize, out: &mut [f32]) {
-        assert!(i < self.rows && out.len() == self.cols, "row {i} of {}, {} columns of {}", self.rows, out.len(), self.cols);
+        assert!(
+            i < self.rows && out.len() == self.cols,
+            "row {i} of {}, {} columns of {}",
+            self.rows,
+            out.len(),
+            self.cols
+        );
         let (group, of) = (self.kind.group(self.cols), self.lengths);
         for (g, out) in out.chunks_mut(group.max(1)).enumerate() {
-            let halves = (i * of.halves[0] + if of.factors[0] > 0 { g * group / SUPER } else { g }, i * of.factors[0] + g);
+            let halves = (
+                i * of.halves[0]
+                    + if of.factors[0] > 0 {
+                        g * group / SUPER
+                    } else {
+                        g
+                    },
+                i * of.factors[0] + g,
+            );
             let (scale, minimum) = self.parts.pair(i * of.floats + g, halves.0, halves.1);
-            for (out, &code) in out.iter_mut().zip(&self.codes[i * self.stride + g * group..]) {
+            for (out, &code) in out
+                .iter_mut()
+                .zip(&self.codes[i * self.stride + g * group..])
+            {
                 *out = self.kind.weight(code, scale, minimum);
             }
         }
@@ -246,9 +306,16 @@ impl Parts {
     fn pair(&self, float: usize, half: usize, factor: usize) -> (f32, f32) {
         let one = |which: usize| {
             let half = self.halves[which].get(half).map(|&bits| f16_to_f32(bits));
-            half.map(|half| self.factors[which].get(factor).map_or(half, |&f| half * f32::from(f)))
+            half.map(|half| {
+                self.factors[which]
+                    .get(factor)
+                    .map_or(half, |&f| half * f32::from(f))
+            })
         };
-        (one(0).unwrap_or_else(|| self.floats[float]), one(1).unwrap_or(-0.0))
+        (
+            one(0).unwrap_or_else(|| self.floats[float]),
+            one(1).unwrap_or(-0.0),
+        )
     }
 }
 
@@ -269,7 +336,8 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// A matrix of N rows and K columns. `fill` is called on any thread for each strip, with the number of its first row; what it leaves is 0.
+    /// A matrix of N rows and K columns. `fill` is called on any thread for each strip, with the
+    /// number of its first row; what it leaves is 0.
     ///
     /// ```
     /// use bitnet_kernels::{Error, Pool, dense::{Blocks, BlockType, Matrix}};
@@ -289,7 +357,8 @@ impl Blocks {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Matrix`] for a type that does not fit these columns, and the error of the first strip whose `fill` failed.
+    /// [`Error::Matrix`] for a type that does not fit these columns, and the error of the first
+    /// strip whose `fill` failed.
     pub fn new<E: From<Error> + Send>(
         pool: &Pool,
         rows: usize,
@@ -298,14 +367,35 @@ impl Blocks {
         fill: impl Fn(usize, &mut Strip) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         kind.check(cols)?;
-        let (lines, groups, supers) = (cols.div_ceil(kind.codes.line()), cols.div_ceil(kind.group(cols).max(1)), cols.div_ceil(SUPER));
+        let (lines, groups, supers) = (
+            cols.div_ceil(kind.codes.line()),
+            cols.div_ceil(kind.group(cols).max(1)),
+            cols.div_ceil(SUPER),
+        );
         let panels = rows.div_ceil(PANEL);
-        let Some(total) = panels.checked_mul(lines).filter(|n| n.checked_mul(2 * size_of::<Line>()).is_some()) else {
-            return Err(Error::from(bitnet_core::Error::Length { what: "weights", expected: usize::MAX, got: rows }).into());
+        let Some(total) = panels
+            .checked_mul(lines)
+            .filter(|n| n.checked_mul(2 * size_of::<Line>()).is_some())
+        else {
+            return Err(Error::from(bitnet_core::Error::Length {
+                what: "weights",
+                expected: usize::MAX,
+                got: rows,
+            })
+            .into());
         };
         let mut codes = Lines::filled_on(pool, Line([0; 64]), total + 1);
         let mut parts = Lengths::new(kind, groups, supers, panels * PANEL).zeros(PANEL * RUN);
-        let empty = Self { rows, cols, kind, lines, groups, supers, codes: Lines::filled(Line([0; 64]), 0), parts: Parts::default() };
+        let empty = Self {
+            rows,
+            cols,
+            kind,
+            lines,
+            groups,
+            supers,
+            codes: Lines::filled(Line([0; 64]), 0),
+            parts: Parts::default(),
+        };
         let strip_panels = (STRIP / cols.max(1) / PANEL).max(1);
         let lengths = Lengths::new(kind, groups, supers, strip_panels * PANEL);
         let strips = panels.div_ceil(strip_panels);
@@ -314,8 +404,16 @@ impl Blocks {
         let [factors, minimum_factors] = &mut parts.factors;
         let mut pieces: Vec<_> = pieces(&mut codes[..total], strip_panels * lines, strips)
             .zip(pieces(&mut parts.floats, lengths.floats, strips))
-            .zip(pieces(scales, lengths.halves[0], strips).zip(pieces(minima, lengths.halves[1], strips)))
-            .zip(pieces(factors, lengths.factors[0], strips).zip(pieces(minimum_factors, lengths.factors[1], strips)))
+            .zip(pieces(scales, lengths.halves[0], strips).zip(pieces(
+                minima,
+                lengths.halves[1],
+                strips,
+            )))
+            .zip(pieces(factors, lengths.factors[0], strips).zip(pieces(
+                minimum_factors,
+                lengths.factors[1],
+                strips,
+            )))
             .collect();
         pool.for_chunks(&mut pieces, 1, |number, piece| {
             let (((codes, floats), (scales, minima)), (factors, minimum_factors)) = &mut piece[0];
@@ -329,7 +427,11 @@ impl Blocks {
                 return;
             }
             lay_out(&strip, codes);
-            let Parts { floats: from, halves: [from_scales, from_minima], factors: [from_factors, from_minimum_factors] } = &strip.parts;
+            let Parts {
+                floats: from,
+                halves: [from_scales, from_minima],
+                factors: [from_factors, from_minimum_factors],
+            } = &strip.parts;
             turn(from, strip.rows, floats);
             turn(from_scales, strip.rows, scales);
             turn(from_minima, strip.rows, minima);
@@ -339,7 +441,11 @@ impl Blocks {
         drop(pieces);
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some((_, error)) => Err(error),
-            None => Ok(Self { codes, parts, ..empty }),
+            None => Ok(Self {
+                codes,
+                parts,
+                ..empty
+            }),
         }
     }
 
@@ -360,7 +466,11 @@ impl Blocks {
 
     /// Bytes of codes, scales and minima.
     pub fn bytes(&self) -> usize {
-        let Parts { floats, halves, factors } = &self.parts;
+        let Parts {
+            floats,
+            halves,
+            factors,
+        } = &self.parts;
         let halves: usize = halves.iter().map(Vec::len).sum();
         let factors: usize = factors.iter().map(Vec::len).sum();
         size_of_val(&*self.codes) + 4 * floats.len() + 2 * halves + factors
@@ -371,17 +481,43 @@ impl Blocks {
     /// # Panics
     /// If there is no such row, or `out` is not K elements.
     pub fn row_into(&self, row: usize, out: &mut [f32]) {
-        assert!(row < self.rows && out.len() == self.cols, "row {row} of {}, {} columns of {}", self.rows, out.len(), self.cols);
-        let (panel, r, bits, line_cols) = (row / PANEL, row % PANEL, self.kind.codes.bits(), self.kind.codes.line());
-        let (group, nested) = (self.kind.group(self.cols), matches!(self.kind.scales, ScaleType::Nested { .. }));
-        for (i, (out, line)) in out.chunks_mut(line_cols).zip(&self.codes[panel * self.lines..]).enumerate() {
+        assert!(
+            row < self.rows && out.len() == self.cols,
+            "row {row} of {}, {} columns of {}",
+            self.rows,
+            out.len(),
+            self.cols
+        );
+        let (panel, r, bits, line_cols) = (
+            row / PANEL,
+            row % PANEL,
+            self.kind.codes.bits(),
+            self.kind.codes.line(),
+        );
+        let (group, nested) = (
+            self.kind.group(self.cols),
+            matches!(self.kind.scales, ScaleType::Nested { .. }),
+        );
+        for (i, (out, line)) in out
+            .chunks_mut(line_cols)
+            .zip(&self.codes[panel * self.lines..])
+            .enumerate()
+        {
             let g = i * line_cols / group;
             let at = (panel * self.groups + g) * PANEL + r;
-            let half = if nested { (panel * self.supers + g * group / SUPER) * PANEL + r } else { at };
+            let half = if nested {
+                (panel * self.supers + g * group / SUPER) * PANEL + r
+            } else {
+                at
+            };
             let (scale, minimum) = self.parts.pair(at, half, at);
             for (step, out) in out.chunks_mut(LANES).enumerate() {
                 for (j, out) in out.iter_mut().enumerate() {
-                    let byte = line.0[if bits == 8 { LANES * r + j } else { PANEL * j + r }];
+                    let byte = line.0[if bits == 8 {
+                        LANES * r + j
+                    } else {
+                        PANEL * j + r
+                    }];
                     let code = byte >> (bits * step % 8) & (0xff >> (8 - bits));
                     *out = self.kind.weight(code, scale, minimum);
                 }
@@ -396,7 +532,10 @@ impl Blocks {
 
     /// Groups of a row, and the lines of each.
     pub(super) fn groups(&self) -> (usize, usize) {
-        (self.groups, self.kind.group(self.cols) / self.kind.codes.line())
+        (
+            self.groups,
+            self.kind.group(self.cols) / self.kind.codes.line(),
+        )
     }
 
     /// Where the codes of a panel begin. Three bytes after the last one's can be read.
@@ -404,12 +543,18 @@ impl Blocks {
         Lines::bytes(&self.codes[panel * self.lines..]).as_ptr()
     }
 
-    /// Scales and minima of [`RUN`] groups of a panel from `first` on, `[groups, 4]`. Those after the last group are anything.
+    /// Scales and minima of [`RUN`] groups of a panel from `first` on, `[groups, 4]`. Those after
+    /// the last group are anything.
     ///
     /// # Safety
     /// The machine has the instruction set of `L`.
     #[inline(always)]
-    pub(super) unsafe fn widen<L: Lanes>(&self, panel: usize, first: usize, to: &mut [[f32; PANEL * RUN]; 2]) {
+    pub(super) unsafe fn widen<L: Lanes>(
+        &self,
+        panel: usize,
+        first: usize,
+        to: &mut [[f32; PANEL * RUN]; 2],
+    ) {
         let at = (panel * self.groups + first) * PANEL;
         let kinds = 1 + usize::from(self.kind.minimum);
         match self.kind.scales {
@@ -426,12 +571,28 @@ impl Blocks {
                 }
             }
             ScaleType::Nested { group } => {
-                for ((halves, factors), to) in self.parts.halves.iter().zip(&self.parts.factors).zip(to).take(kinds) {
-                    let (halves, factors) = (halves.as_chunks::<PANEL>().0, &factors[at..][..PANEL * RUN]);
+                for ((halves, factors), to) in self
+                    .parts
+                    .halves
+                    .iter()
+                    .zip(&self.parts.factors)
+                    .zip(to)
+                    .take(kinds)
+                {
+                    let (halves, factors) =
+                        (halves.as_chunks::<PANEL>().0, &factors[at..][..PANEL * RUN]);
                     // SAFETY: the caller's.
                     unsafe { ask_after::<L, _>(factors) };
-                    for (i, (factors, to)) in factors.as_chunks().0.iter().zip(to.as_chunks_mut().0).enumerate() {
-                        let outer = [halves[panel * self.supers + (first + i * (LANES / PANEL)) * group / SUPER]; LANES / PANEL];
+                    for (i, (factors, to)) in factors
+                        .as_chunks()
+                        .0
+                        .iter()
+                        .zip(to.as_chunks_mut().0)
+                        .enumerate()
+                    {
+                        let outer = [halves
+                            [panel * self.supers + (first + i * (LANES / PANEL)) * group / SUPER];
+                            LANES / PANEL];
                         let mut outer_of_lanes = [0; LANES];
                         outer_of_lanes.copy_from_slice(outer.as_flattened());
                         // SAFETY: the caller's.
@@ -443,7 +604,8 @@ impl Blocks {
     }
 }
 
-/// Asks for what follows these scales at some distance: so many come with the codes of [`panels`](super::panels) that are asked for.
+/// Asks for what follows these scales at some distance: so many come with the codes of
+/// [`panels`](super::panels) that are asked for.
 ///
 /// # Safety
 /// The machine has the instruction set of `L`.
@@ -473,7 +635,9 @@ fn turn<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
     let n = from.len() / rows.max(1);
     for (row, from) in from.chunks_exact(n.max(1)).enumerate() {
         let to = &mut to[row / PANEL * n * PANEL + row % PANEL..];
-        from.iter().zip(to.iter_mut().step_by(PANEL)).for_each(|(from, to)| *to = *from);
+        from.iter()
+            .zip(to.iter_mut().step_by(PANEL))
+            .for_each(|(from, to)| *to = *from);
     }
 }
 
@@ -481,17 +645,27 @@ fn turn<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
 fn lay_out(strip: &Strip, lines: &mut [Line]) {
     let rows = |panel: usize| -> [&[u8]; PANEL] {
         // Missing rows repeat the last one.
-        std::array::from_fn(|r| &strip.codes[(panel * PANEL + r).min(strip.rows - 1) * strip.stride..][..strip.stride])
+        std::array::from_fn(|r| {
+            &strip.codes[(panel * PANEL + r).min(strip.rows - 1) * strip.stride..][..strip.stride]
+        })
     };
     let lines_of_row = strip.stride / strip.kind.codes.line();
-    for (panel, lines) in lines.chunks_exact_mut(lines_of_row.max(1)).take(strip.rows.div_ceil(PANEL)).enumerate() {
+    for (panel, lines) in lines
+        .chunks_exact_mut(lines_of_row.max(1))
+        .take(strip.rows.div_ceil(PANEL))
+        .enumerate()
+    {
         let rows = rows(panel);
         match strip.kind.codes {
             Codes::Trits => interleave::<4>(rows, lines),
             Codes::Int4 => interleave::<2>(rows, lines),
             Codes::Int8 => {
                 for (r, row) in rows.into_iter().enumerate() {
-                    row.as_chunks::<LANES>().0.iter().zip(&mut *lines).for_each(|(step, line)| line.0.as_chunks_mut().0[r] = *step);
+                    row.as_chunks::<LANES>()
+                        .0
+                        .iter()
+                        .zip(&mut *lines)
+                        .for_each(|(step, line)| line.0.as_chunks_mut().0[r] = *step);
                 }
             }
         }
@@ -504,8 +678,16 @@ fn interleave<const F: usize>(rows: [&[u8]; PANEL], lines: &mut [Line]) {
     for (i, line) in lines.iter_mut().enumerate() {
         let mut bytes = [[0u8; LANES]; PANEL];
         for (bytes, row) in bytes.iter_mut().zip(rows) {
-            for (f, step) in row[i * F * LANES..][..F * LANES].as_chunks::<LANES>().0.iter().enumerate() {
-                bytes.iter_mut().zip(step).for_each(|(byte, code)| *byte |= code << (bits * f));
+            for (f, step) in row[i * F * LANES..][..F * LANES]
+                .as_chunks::<LANES>()
+                .0
+                .iter()
+                .enumerate()
+            {
+                bytes
+                    .iter_mut()
+                    .zip(step)
+                    .for_each(|(byte, code)| *byte |= code << (bits * f));
             }
         }
         for (j, lane) in line.0.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
@@ -514,33 +696,74 @@ fn interleave<const F: usize>(rows: [&[u8]; PANEL], lines: &mut [Line]) {
     }
 }
 
-/// Rounds a row of floats to [`BlockType::INT8`]: scale max|w|/127 as binary16, then the nearest value.
+/// Rounds a row of floats to [`BlockType::INT8`]: scale max|w|/127 as binary16, then the nearest
+/// value.
 ///
 /// # Panics
 /// If `row` is of another type or length.
 pub fn quantize_int8(w: &[f32], row: &mut BlockRow<'_>) {
-    quantize(w, row, |block| block.iter().fold(0.0f32, |m, w| m.max(w.abs())) / 127.0, 127.0, 0);
+    quantize(
+        w,
+        row,
+        |block| block.iter().fold(0.0f32, |m, w| m.max(w.abs())) / 127.0,
+        127.0,
+        0,
+    );
 }
 
-/// Rounds a row of floats to [`BlockType::INT4`]: the weight of largest magnitude becomes −8 · scale, as in Q4_0.
+/// Rounds a row of floats to [`BlockType::INT4`]: the weight of largest magnitude becomes −8 ·
+/// scale, as in Q4_0.
 ///
 /// # Panics
 /// As [`quantize_int8`].
 pub fn quantize_int4(w: &[f32], row: &mut BlockRow<'_>) {
-    quantize(w, row, |block| block.iter().fold(0.0f32, |m, &w| if w.abs() > m.abs() { w } else { m }) / -8.0, 7.0, 8);
+    quantize(
+        w,
+        row,
+        |block| {
+            block
+                .iter()
+                .fold(0.0f32, |m, &w| if w.abs() > m.abs() { w } else { m })
+                / -8.0
+        },
+        7.0,
+        8,
+    );
 }
 
 /// Scales by `step`, values up to `high` and down to −8 or −`high`, codes `offset` above them.
 #[inline(always)]
-fn quantize(w: &[f32], row: &mut BlockRow<'_>, step: impl Fn(&[f32]) -> f32, high: f32, offset: i8) {
-    let low = if offset > 0 { -f32::from(offset) } else { -high };
-    assert!(w.len() == row.codes.len() && row.halves[0].len() == w.len().div_ceil(BLOCK), "a row of {} weights", w.len());
-    for ((w, codes), scale) in w.chunks(BLOCK).zip(row.codes.chunks_mut(BLOCK)).zip(&mut *row.halves[0]) {
+fn quantize(
+    w: &[f32],
+    row: &mut BlockRow<'_>,
+    step: impl Fn(&[f32]) -> f32,
+    high: f32,
+    offset: i8,
+) {
+    let low = if offset > 0 {
+        -f32::from(offset)
+    } else {
+        -high
+    };
+    assert!(
+        w.len() == row.codes.len() && row.halves[0].len() == w.len().div_ceil(BLOCK),
+        "a row of {} weights",
+        w.len()
+    );
+    for ((w, codes), scale) in w
+        .chunks(BLOCK)
+        .zip(row.codes.chunks_mut(BLOCK))
+        .zip(&mut *row.halves[0])
+    {
         let half = half::f16::from_f32(step(w));
         let step = half.to_f32();
         *scale = half.to_bits();
         for (code, &w) in codes.iter_mut().zip(w) {
-            let value = if step != 0.0 { (w / step).round_ties_even().clamp(low, high) } else { 0.0 };
+            let value = if step != 0.0 {
+                (w / step).round_ties_even().clamp(low, high)
+            } else {
+                0.0
+            };
             *code = (value as i8 + offset).cast_unsigned();
         }
     }

@@ -1,4 +1,5 @@
-//! Attention of tokens that follow one another: a block of keys or of values is widened to f32 once for all of them.
+//! Attention of tokens that follow one another: a block of keys or of values is widened to f32 once
+//! for all of them.
 
 use super::LANES;
 use super::attention::{Attention, BLOCK, Cached, by, dots, mix, softmax};
@@ -19,8 +20,12 @@ pub struct Heads {
 
 impl Heads {
     pub(super) fn check(&self, q: &[f32], out: &[f32]) {
-        let end = self.tokens.checked_sub(1).and_then(|last| last.checked_mul(self.stride)?.checked_add(self.width));
-        let inside = end.is_some_and(|end| self.width <= self.stride && end <= q.len() && end <= out.len());
+        let end = self
+            .tokens
+            .checked_sub(1)
+            .and_then(|last| last.checked_mul(self.stride)?.checked_add(self.width));
+        let inside =
+            end.is_some_and(|end| self.width <= self.stride && end <= q.len() && end <= out.len());
         assert!(inside, "{} tokens of {} elements", self.tokens, self.width);
     }
 
@@ -57,7 +62,8 @@ pub(super) unsafe fn attend_run<L: Lanes, const S: usize, const G: usize>(
     room.block.resize(BLOCK * cols, 0.0);
     room.scores.resize(at.tokens * heads, [0.0; BLOCK]);
     room.tops.clear();
-    room.tops.resize(at.tokens * heads, (f32::NEG_INFINITY, 0.0));
+    room.tops
+        .resize(at.tokens * heads, (f32::NEG_INFINITY, 0.0));
     (0..at.tokens).for_each(|token| out[at.of(token)].fill(0.0));
     for first in (0..longest).step_by(BLOCK) {
         // Tokens that see a position of the block at least.
@@ -65,7 +71,10 @@ pub(super) unsafe fn attend_run<L: Lanes, const S: usize, const G: usize>(
         let seen = |token: usize| BLOCK.min(a.len + token - first);
         let block = first..longest.min(first + BLOCK);
         // SAFETY of every call: the caller's.
-        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+        #[allow(
+            clippy::undocumented_unsafe_blocks,
+            reason = "one comment for all of them"
+        )]
         for token in from..at.tokens {
             if token == from {
                 unsafe { widen::<L>(a.keys, block.clone(), cols, &mut room.block) };
@@ -81,7 +90,11 @@ pub(super) unsafe fn attend_run<L: Lanes, const S: usize, const G: usize>(
                 }
             }
             let out = out[at.of(token)].chunks_exact_mut(cols);
-            for ((scores, (top, sum)), out) in scores.iter_mut().zip(&mut room.tops[token * heads..]).zip(out) {
+            for ((scores, (top, sum)), out) in scores
+                .iter_mut()
+                .zip(&mut room.tops[token * heads..])
+                .zip(out)
+            {
                 if let Cached::Int8(_, scales) = a.keys {
                     by(&mut scores[..count], &scales[first..]);
                 }
@@ -95,7 +108,10 @@ pub(super) unsafe fn attend_run<L: Lanes, const S: usize, const G: usize>(
             }
         }
         // SAFETY of every call: the caller's.
-        #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+        #[allow(
+            clippy::undocumented_unsafe_blocks,
+            reason = "one comment for all of them"
+        )]
         for token in from..at.tokens {
             if token == from {
                 unsafe { widen::<L>(a.values, block.clone(), cols, &mut room.block) };
@@ -112,7 +128,10 @@ pub(super) unsafe fn attend_run<L: Lanes, const S: usize, const G: usize>(
         }
     }
     for token in 0..at.tokens {
-        for (out, (_, sum)) in out[at.of(token)].chunks_exact_mut(cols).zip(&room.tops[token * heads..]) {
+        for (out, (_, sum)) in out[at.of(token)]
+            .chunks_exact_mut(cols)
+            .zip(&room.tops[token * heads..])
+        {
             out.iter_mut().for_each(|o| *o /= sum);
         }
     }
@@ -121,7 +140,13 @@ pub(super) unsafe fn attend_run<L: Lanes, const S: usize, const G: usize>(
 /// # Safety
 /// As [`attend_run`].
 #[inline(always)]
-unsafe fn scored<L: Lanes, const G: usize>(block: &[f32], cols: usize, count: usize, q: &[f32], scores: &mut [[f32; BLOCK]]) {
+unsafe fn scored<L: Lanes, const G: usize>(
+    block: &[f32],
+    cols: usize,
+    count: usize,
+    q: &[f32],
+    scores: &mut [[f32; BLOCK]],
+) {
     let mut queries: [&[f32]; G] = [&[]; G];
     for (query, q) in queries.iter_mut().zip(q.chunks_exact(cols)) {
         *query = q;
@@ -167,7 +192,12 @@ unsafe fn widen<L: Lanes>(from: Cached<'_>, positions: Range<usize>, cols: usize
 /// # Safety
 /// As [`attend_run`].
 #[inline(always)]
-unsafe fn widen_rows<'a, L: Lanes, R: Rows<'a>>(rows: R, positions: Range<usize>, cols: usize, to: &mut [f32]) {
+unsafe fn widen_rows<'a, L: Lanes, R: Rows<'a>>(
+    rows: R,
+    positions: Range<usize>,
+    cols: usize,
+    to: &mut [f32],
+) {
     for (position, to) in positions.zip(to.chunks_exact_mut(cols)) {
         let (row, (steps, rest)) = (rows.row(position), to.as_chunks_mut::<LANES>());
         // SAFETY: the caller's.

@@ -98,9 +98,11 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// e^x within two units in the last place; 0 below −87.3, where the result would be subnormal, and 2^127 · e^… at most above 88.
+/// e^x within two units in the last place; 0 below −87.3, where the result would be subnormal, and
+/// 2^127 · e^… at most above 88.
 ///
-/// `x = n·ln 2 + r` with |r| ≤ ln 2 / 2, and the Taylor polynomial of degree 7 of e^r, whose rest is below 2^−29.
+/// `x = n·ln 2 + r` with |r| ≤ ln 2 / 2, and the Taylor polynomial of degree 7 of e^r, whose rest
+/// is below 2^−29.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     // 1.5 · 2^23: adding and subtracting it rounds to an integer.
@@ -113,11 +115,26 @@ pub(super) fn exp(x: f32) -> f32 {
     let n = shifted - MAGIC;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, bounded));
     let mut sum = 1.0 / 5040.0;
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+    for c in [
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ] {
         sum = r.mul_add(sum, c);
     }
-    // The last bits of the shifted number are n: a conversion, which saturates, would be done lane by lane.
-    let power = f32::from_bits(shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127) << 23);
+    // The last bits of the shifted number are n: a conversion, which saturates, would be done lane
+    // by lane.
+    let power = f32::from_bits(
+        shifted
+            .to_bits()
+            .wrapping_sub(MAGIC.to_bits())
+            .wrapping_add(127)
+            << 23,
+    );
     if x < -87.3 { 0.0 } else { sum * power }
 }
 

@@ -1,4 +1,5 @@
-//! A step of 16 numbers in the registers of an instruction set. Every operation rounds as its plain form does, so all give the same bits.
+//! A step of 16 numbers in the registers of an instruction set. Every operation rounds as its plain
+//! form does, so all give the same bits.
 
 use super::LANES;
 use super::matrix::f16_to_f32;
@@ -7,10 +8,12 @@ use std::arch::x86_64::*;
 
 /// 16 lanes of f32.
 ///
-/// Weights in blocks come from a line of codes (`blocks`), whose rows' 16 lanes hold `BITS` bits for each step.
+/// Weights in blocks come from a line of codes (`blocks`), whose rows' 16 lanes hold `BITS` bits
+/// for each step.
 ///
 /// # Safety
-/// Every function may be called where the machine has the implementor's instruction set, and nowhere else.
+/// Every function may be called where the machine has the implementor's instruction set, and
+/// nowhere else.
 pub(super) trait Lanes: Copy {
     /// The codes of a row in a line.
     type Codes: Copy;
@@ -31,8 +34,13 @@ pub(super) trait Lanes: Copy {
     /// Those of row `row` of the 64 bytes at `line`; three bytes more may be read.
     unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes;
     /// The weights of a step of a line.
-    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, table: Self::Table) -> Self;
-    /// Asks for the cache line at an address that may lie anywhere, to the nearest cache or to the one after it.
+    unsafe fn weights<const BITS: usize>(
+        codes: Self::Codes,
+        step: usize,
+        table: Self::Table,
+    ) -> Self;
+    /// Asks for the cache line at an address that may lie anywhere, to the nearest cache or to the
+    /// one after it.
     unsafe fn ask<const NEAR: bool>(at: *const u8);
     /// `self · by`, lane by lane.
     unsafe fn times(self, by: Self) -> Self;
@@ -89,12 +97,26 @@ impl Lanes for Plain {
     unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
         // SAFETY: the caller vouches for 64 bytes, which are never anything but bytes.
         let line: &[u8; 64] = unsafe { &*line.cast() };
-        std::array::from_fn(|j| line[if BITS == 8 { LANES * row + j } else { 4 * j + row }])
+        std::array::from_fn(|j| {
+            line[if BITS == 8 {
+                LANES * row + j
+            } else {
+                4 * j + row
+            }]
+        })
     }
 
-    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, (offset, scale, minimum): Self::Table) -> Self {
+    unsafe fn weights<const BITS: usize>(
+        codes: Self::Codes,
+        step: usize,
+        (offset, scale, minimum): Self::Table,
+    ) -> Self {
         Self(codes.map(|byte| {
-            let code = if BITS == 8 { f32::from(byte.cast_signed()) } else { f32::from(byte >> (BITS * step) & ((1 << BITS) - 1)) };
+            let code = if BITS == 8 {
+                f32::from(byte.cast_signed())
+            } else {
+                f32::from(byte >> (BITS * step) & ((1 << BITS) - 1))
+            };
             (code - offset).mul_add(scale, minimum)
         }))
     }
@@ -137,7 +159,10 @@ pub(super) struct Avx2(__m256, __m256);
 unsafe fn total_of_8(eight: __m256) -> f32 {
     // SAFETY: the caller's.
     unsafe {
-        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let four = _mm_add_ps(
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
     }
@@ -149,21 +174,32 @@ unsafe fn total_of_8(eight: __m256) -> f32 {
 /// The machine has AVX2 and FMA.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn weights_of_8<const BITS: usize>(codes: __m256i, step: usize, (offset, scale, minimum): (__m256, __m256, __m256)) -> __m256 {
+unsafe fn weights_of_8<const BITS: usize>(
+    codes: __m256i,
+    step: usize,
+    (offset, scale, minimum): (__m256, __m256, __m256),
+) -> __m256 {
     // SAFETY: the caller's.
     unsafe {
         if BITS == 8 {
             return _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, minimum);
         }
         let shifted = _mm256_srl_epi32(codes, _mm_cvtsi32_si128((BITS * step) as i32));
-        let codes = _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32((1 << BITS) - 1)));
+        let codes = _mm256_cvtepi32_ps(_mm256_and_si256(
+            shifted,
+            _mm256_set1_epi32((1 << BITS) - 1),
+        ));
         _mm256_fmadd_ps(_mm256_sub_ps(codes, offset), scale, minimum)
     }
 }
 
-// SAFETY of every block below: the caller has the instruction set; loads and stores are unaligned and inside the arrays that they are given.
+// SAFETY of every block below: the caller has the instruction set; loads and stores are unaligned
+// and inside the arrays that they are given.
 #[cfg(target_arch = "x86_64")]
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one comment above for all of them")]
+#[allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "one comment above for all of them"
+)]
 impl Lanes for Avx512 {
     type Codes = __m512i;
     type Table = (__m512, __m512);
@@ -193,7 +229,11 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn i8(from: &[i8; LANES]) -> Self {
-        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast())))) }
+        unsafe {
+            Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
+                from.as_ptr().cast(),
+            ))))
+        }
     }
 
     #[inline(always)]
@@ -203,9 +243,13 @@ impl Lanes for Avx512 {
             if BITS == 8 {
                 return (scale, minimum);
             }
-            // All 16 codes, or four times four: a place in the table is the lower four bits of a lane.
+            // All 16 codes, or four times four: a place in the table is the lower four bits of a
+            // lane.
             let codes: [f32; LANES] = std::array::from_fn(|i| (i % (1 << BITS)) as f32);
-            let codes = _mm512_sub_ps(_mm512_loadu_ps(codes.as_ptr()), _mm512_set1_ps(offset.into()));
+            let codes = _mm512_sub_ps(
+                _mm512_loadu_ps(codes.as_ptr()),
+                _mm512_set1_ps(offset.into()),
+            );
             (_mm512_fmadd_ps(codes, scale, minimum), minimum)
         }
     }
@@ -221,18 +265,31 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, (table, minimum): Self::Table) -> Self {
+    unsafe fn weights<const BITS: usize>(
+        codes: Self::Codes,
+        step: usize,
+        (table, minimum): Self::Table,
+    ) -> Self {
         unsafe {
             if BITS == 8 {
                 return Self(_mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), table, minimum));
             }
-            Self(_mm512_permutexvar_ps(_mm512_srl_epi32(codes, _mm_cvtsi32_si128((BITS * step) as i32)), table))
+            Self(_mm512_permutexvar_ps(
+                _mm512_srl_epi32(codes, _mm_cvtsi32_si128((BITS * step) as i32)),
+                table,
+            ))
         }
     }
 
     #[inline(always)]
     unsafe fn ask<const NEAR: bool>(at: *const u8) {
-        unsafe { if NEAR { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) } }
+        unsafe {
+            if NEAR {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast())
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at.cast())
+            }
+        }
     }
 
     #[inline(always)]
@@ -252,10 +309,16 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn total(self) -> f32 {
-        unsafe { total_of_8(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))) }
+        unsafe {
+            total_of_8(_mm256_add_ps(
+                _mm512_castps512_ps256(self.0),
+                _mm512_extractf32x8_ps::<1>(self.0),
+            ))
+        }
     }
 
-    /// Halves of two registers side by side, level after level, so that each level adds the pairs of [`Lanes::total`] for two at once.
+    /// Halves of two registers side by side, level after level, so that each level adds the pairs
+    /// of [`Lanes::total`] for two at once.
     #[inline(always)]
     unsafe fn totals(all: &[Self; 16]) -> [f32; 16] {
         unsafe {
@@ -263,18 +326,30 @@ impl Lanes for Avx512 {
             let (mut eights, mut fours, mut twos) = ([zero; 8], [zero; 4], [zero; 2]);
             for i in 0..8 {
                 let [a, b] = [all[2 * i].0, all[2 * i + 1].0];
-                eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b));
+                eights[i] = _mm512_add_ps(
+                    _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b),
+                    _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b),
+                );
             }
             for i in 0..4 {
                 let [a, b] = [eights[2 * i], eights[2 * i + 1]];
-                fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b));
+                fours[i] = _mm512_add_ps(
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b),
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b),
+                );
             }
             for i in 0..2 {
                 let [a, b] = [fours[2 * i], fours[2 * i + 1]];
-                twos[i] = _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b));
+                twos[i] = _mm512_add_ps(
+                    _mm512_shuffle_ps::<0b01_00_01_00>(a, b),
+                    _mm512_shuffle_ps::<0b11_10_11_10>(a, b),
+                );
             }
             let [a, b] = twos;
-            let ones = _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b));
+            let ones = _mm512_add_ps(
+                _mm512_shuffle_ps::<0b10_00_10_00>(a, b),
+                _mm512_shuffle_ps::<0b11_01_11_01>(a, b),
+            );
             // Lane 4k + m is the sum of register 4m + k.
             let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let mut totals = [0.0; 16];
@@ -286,7 +361,10 @@ impl Lanes for Avx512 {
 
 // SAFETY of every block below: as above.
 #[cfg(target_arch = "x86_64")]
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one comment above for all of them")]
+#[allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "one comment above for all of them"
+)]
 impl Lanes for Avx2 {
     type Codes = (__m256i, __m256i);
     type Table = (__m256, __m256, __m256);
@@ -298,7 +376,12 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn f32(from: &[f32; LANES]) -> Self {
-        unsafe { Self(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from[8..].as_ptr())) }
+        unsafe {
+            Self(
+                _mm256_loadu_ps(from.as_ptr()),
+                _mm256_loadu_ps(from[8..].as_ptr()),
+            )
+        }
     }
 
     #[inline(always)]
@@ -323,13 +406,22 @@ impl Lanes for Avx2 {
         unsafe {
             let all = _mm_loadu_si128(from.as_ptr().cast());
             let upper = _mm_srli_si128::<8>(all);
-            Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper)))
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper)),
+            )
         }
     }
 
     #[inline(always)]
     unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
-        unsafe { (_mm256_set1_ps(offset.into()), _mm256_set1_ps(scale), _mm256_set1_ps(minimum)) }
+        unsafe {
+            (
+                _mm256_set1_ps(offset.into()),
+                _mm256_set1_ps(scale),
+                _mm256_set1_ps(minimum),
+            )
+        }
     }
 
     #[inline(always)]
@@ -337,20 +429,41 @@ impl Lanes for Avx2 {
         unsafe {
             if BITS == 8 {
                 let all = _mm_loadu_si128(line.add(LANES * row).cast());
-                return (_mm256_cvtepi8_epi32(all), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(all)));
+                return (
+                    _mm256_cvtepi8_epi32(all),
+                    _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(all)),
+                );
             }
-            (_mm256_loadu_si256(line.add(row).cast()), _mm256_loadu_si256(line.add(32 + row).cast()))
+            (
+                _mm256_loadu_si256(line.add(row).cast()),
+                _mm256_loadu_si256(line.add(32 + row).cast()),
+            )
         }
     }
 
     #[inline(always)]
-    unsafe fn weights<const BITS: usize>(codes: Self::Codes, step: usize, table: Self::Table) -> Self {
-        unsafe { Self(weights_of_8::<BITS>(codes.0, step, table), weights_of_8::<BITS>(codes.1, step, table)) }
+    unsafe fn weights<const BITS: usize>(
+        codes: Self::Codes,
+        step: usize,
+        table: Self::Table,
+    ) -> Self {
+        unsafe {
+            Self(
+                weights_of_8::<BITS>(codes.0, step, table),
+                weights_of_8::<BITS>(codes.1, step, table),
+            )
+        }
     }
 
     #[inline(always)]
     unsafe fn ask<const NEAR: bool>(at: *const u8) {
-        unsafe { if NEAR { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) } }
+        unsafe {
+            if NEAR {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast())
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at.cast())
+            }
+        }
     }
 
     #[inline(always)]
@@ -360,7 +473,12 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn add_product(self, w: Self, x: Self) -> Self {
-        unsafe { Self(_mm256_fmadd_ps(w.0, x.0, self.0), _mm256_fmadd_ps(w.1, x.1, self.1)) }
+        unsafe {
+            Self(
+                _mm256_fmadd_ps(w.0, x.0, self.0),
+                _mm256_fmadd_ps(w.1, x.1, self.1),
+            )
+        }
     }
 
     #[inline(always)]

@@ -18,14 +18,16 @@ pub enum Data {
     Blocks(Blocks),
 }
 
-/// `len` zeros, on huge pages where the system grants them: for weights, which are read as one stream.
+/// `len` zeros, on huge pages where the system grants them: for weights, which are read as one
+/// stream.
 pub fn zeros<T: Copy + Default>(len: usize) -> Vec<T> {
     let zeros = vec![T::default(); len];
     #[cfg(target_os = "linux")]
     if size_of_val(zeros.as_slice()) >= 4 << 20 {
         let begin = (zeros.as_ptr() as usize).next_multiple_of(4096);
         let bytes = (zeros.as_ptr() as usize + size_of_val(zeros.as_slice()) - begin) / 4096 * 4096;
-        // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a refusal leaves the system's default.
+        // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a
+        // refusal leaves the system's default.
         unsafe { libc::madvise(begin as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE) };
     }
     zeros
@@ -47,7 +49,11 @@ impl Matrix {
     pub fn new(rows: usize, cols: usize, data: Data) -> Result<Self, Error> {
         let check = |expected: Option<usize>, got: usize| match expected {
             Some(n) if n == got => Ok(()),
-            _ => Err(bitnet_core::Error::Length { what: "weights", expected: expected.unwrap_or(usize::MAX), got }),
+            _ => Err(bitnet_core::Error::Length {
+                what: "weights",
+                expected: expected.unwrap_or(usize::MAX),
+                got,
+            }),
         };
         let weights = rows.checked_mul(cols);
         match &data {
@@ -90,14 +96,23 @@ impl Matrix {
     /// # Panics
     /// If there is no such row, or `out` is not K elements.
     pub fn row_into(&self, row: usize, out: &mut [f32]) {
-        assert!(row < self.rows && out.len() == self.cols, "row {row} of {}, {} columns of {}", self.rows, out.len(), self.cols);
+        assert!(
+            row < self.rows && out.len() == self.cols,
+            "row {row} of {}, {} columns of {}",
+            self.rows,
+            out.len(),
+            self.cols
+        );
         fn fill<'a, R: Rows<'a>>(rows: R, row: usize, out: &mut [f32]) {
             let row = rows.row(row);
             let (steps, rest) = out.as_chunks_mut::<LANES>();
             let mut last = [0.0; LANES];
             // SAFETY: the plain form asks for no instruction set.
             unsafe {
-                steps.iter_mut().enumerate().for_each(|(i, step)| row.full::<Plain>(i).store(step));
+                steps
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(i, step)| row.full::<Plain>(i).store(step));
                 if !rest.is_empty() {
                     row.tail::<Plain>().store(&mut last);
                 }
@@ -105,9 +120,30 @@ impl Matrix {
             rest.copy_from_slice(&last[..rest.len()]);
         }
         match &self.data {
-            Data::F32(v) => fill(Floats { all: v, cols: self.cols }, row, out),
-            Data::F16(v) => fill(Halves { all: v, cols: self.cols }, row, out),
-            Data::Bf16(v) => fill(Brains { all: v, cols: self.cols }, row, out),
+            Data::F32(v) => fill(
+                Floats {
+                    all: v,
+                    cols: self.cols,
+                },
+                row,
+                out,
+            ),
+            Data::F16(v) => fill(
+                Halves {
+                    all: v,
+                    cols: self.cols,
+                },
+                row,
+                out,
+            ),
+            Data::Bf16(v) => fill(
+                Brains {
+                    all: v,
+                    cols: self.cols,
+                },
+                row,
+                out,
+            ),
             Data::Blocks(blocks) => blocks.row_into(row, out),
         }
     }
@@ -115,7 +151,11 @@ impl Matrix {
 
 impl From<Blocks> for Matrix {
     fn from(blocks: Blocks) -> Self {
-        Self { rows: blocks.rows(), cols: blocks.cols(), data: Data::Blocks(blocks) }
+        Self {
+            rows: blocks.rows(),
+            cols: blocks.cols(),
+            data: Data::Blocks(blocks),
+        }
     }
 }
 
@@ -132,7 +172,8 @@ pub(super) trait Rows<'a>: Copy {
 /// A row in steps of 16 columns.
 ///
 /// # Safety
-/// Its functions may be called where the machine has the instruction set of `L`, with steps that the row has.
+/// Its functions may be called where the machine has the instruction set of `L`, with steps that
+/// the row has.
 pub(super) trait Row: Copy {
     /// A step that the row has in full.
     unsafe fn full<L: Lanes>(self, step: usize) -> L;
@@ -170,7 +211,10 @@ macro_rules! plain {
             }
             #[inline(always)]
             fn place(self, row: usize) -> (*const u8, usize) {
-                (self.all.as_ptr().wrapping_add(row * self.cols).cast(), self.cols * size_of::<$element>())
+                (
+                    self.all.as_ptr().wrapping_add(row * self.cols).cast(),
+                    self.cols * size_of::<$element>(),
+                )
             }
         }
 
@@ -195,12 +239,17 @@ plain!(Halves, HalfRow, u16, "Rows of binary16.", f16);
 plain!(Brains, BrainRow, u16, "Rows of bfloat16.", bf16);
 plain!(Bytes, ByteRow, i8, "Rows of integers without scales.", i8);
 
-/// binary16 to binary32 without a branch, so that it vectorises: the fields are shifted into place, a multiplication by 2^112 rebases the
-/// exponent (exact, also for subnormals), and infinities and NaN get their exponent filled.
+/// binary16 to binary32 without a branch, so that it vectorises: the fields are shifted into place,
+/// a multiplication by 2^112 rebases the exponent (exact, also for subnormals), and infinities and
+/// NaN get their exponent filled.
 #[inline(always)]
 pub fn f16_to_f32(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    let special = if bits & 0x7c00 == 0x7c00 {
+        0x7f80_0000
+    } else {
+        0
+    };
     f32::from_bits(magnitude.to_bits() | special | (bits & 0x8000) << 16)
 }

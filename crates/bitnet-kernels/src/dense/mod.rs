@@ -4,9 +4,10 @@
 //! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of integers: see [`Data`] and [`Blocks`]
 //! ```
 //!
-//! Every loop is written once, over 16 lanes or plain Rust, and compiled for each instruction set. A sum runs over [`LANES`] strided partial sums with fused
-//! multiply-adds, which are then added in pairs; the order depends on K alone. So the instruction set, the number of threads and the number of
-//! tokens computed together change no bit of the result.
+//! Every loop is written once, over 16 lanes or plain Rust, and compiled for each instruction set.
+//! A sum runs over [`LANES`] strided partial sums with fused multiply-adds, which are then added in
+//! pairs; the order depends on K alone. So the instruction set, the number of threads and the
+//! number of tokens computed together change no bit of the result.
 
 mod attention;
 mod blocks;
@@ -19,7 +20,9 @@ mod parallel;
 mod product;
 
 pub use attention::{Attention, Cached};
-pub use blocks::{BlockRow, BlockType, Blocks, Codes, SUPER, ScaleType, Strip, quantize_int4, quantize_int8};
+pub use blocks::{
+    BlockRow, BlockType, Blocks, Codes, SUPER, ScaleType, Strip, quantize_int4, quantize_int8,
+};
 pub use causal::Heads;
 pub use elementwise::Pairing;
 pub use matrix::{Data, Matrix, f16_to_f32, zeros};
@@ -49,7 +52,8 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// The loops under the target features of one instruction set, with the tile of rows × tokens that fits its registers.
+/// The loops under the target features of one instruction set, with the tile of rows × tokens that
+/// fits its registers.
 macro_rules! compiled {
     ($isa:ident, $lanes:ty, $rows:literal, $tokens:literal $(, $features:literal)?) => {
         mod $isa {
@@ -59,7 +63,8 @@ macro_rules! compiled {
             /// # Safety
             /// No other thread has these rows.
             pub(super) unsafe fn product(w: &Matrix, x: &[f32], bias: Option<&[f32]>, rows: Range<usize>, out: &Output<'_>) {
-                // SAFETY: the features of this function are those of the lanes; the caller vouches for the rows.
+                // SAFETY: the features of this function are those of the lanes; the caller vouches
+                // for the rows.
                 unsafe { product::product::<$lanes, $rows, $tokens>(w, x, bias, rows, out) };
             }
 
@@ -114,9 +119,16 @@ compiled!(scalar, lanes::Plain, 2, 2);
 #[cfg(target_arch = "x86_64")]
 compiled!(avx2, lanes::Avx2, 2, 2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-compiled!(avx512, lanes::Avx512, 4, 4, "avx512f,avx512bw,avx512dq,avx512vl");
+compiled!(
+    avx512,
+    lanes::Avx512,
+    4,
+    4,
+    "avx512f,avx512bw,avx512dq,avx512vl"
+);
 
-/// Whether the AVX2 loops, which multiply and add at once and widen binary16, run on an AVX2 machine: on all that were ever sold.
+/// Whether the AVX2 loops, which multiply and add at once and widen binary16, run on an AVX2
+/// machine: on all that were ever sold.
 #[cfg(target_arch = "x86_64")]
 fn has_fma() -> bool {
     is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -125,10 +137,12 @@ fn has_fma() -> bool {
 macro_rules! dispatch {
     ($self:ident, $loop:ident($($argument:expr),*)) => {
         match $self.isa() {
-            // SAFETY: `Kernels::new` made this value after it found AVX2, the others are found in the guard; more is said at the call.
+            // SAFETY: `Kernels::new` made this value after it found AVX2, the others are found in
+            // the guard; more is said at the call.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni if has_fma() => unsafe { avx2::$loop($($argument),*) },
-            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature that the loop enables; more is said at the call.
+            // SAFETY: `Kernels::new` made this value after `Isa::is_available` found every feature
+            // that the loop enables; more is said at the call.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Vbmi => unsafe { avx512::$loop($($argument),*) },
             // SAFETY: as is said at the call.
@@ -144,7 +158,8 @@ const WORTH: usize = 1 << 16;
 const PARTS: usize = 4;
 
 impl Kernels {
-    /// `out[m, n] = Σ_k x[m, k] · w[n, k] (+ bias[n])`, with `x` of `[M, K]` and `out` of `[M, N]`, row-major.
+    /// `out[m, n] = Σ_k x[m, k] · w[n, k] (+ bias[n])`, with `x` of `[M, K]` and `out` of `[M, N]`,
+    /// row-major.
     ///
     /// ```
     /// use bitnet_kernels::{Kernels, Pool, dense::{Data, Matrix}};
@@ -157,13 +172,33 @@ impl Kernels {
     ///
     /// # Panics
     /// If `x` is not whole rows of K, or `bias` or `out` has another length than the product.
-    pub fn dense_matmul(&self, pool: &Pool, w: &Matrix, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+    pub fn dense_matmul(
+        &self,
+        pool: &Pool,
+        w: &Matrix,
+        x: &[f32],
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
         let tokens = x.len().checked_div(w.cols()).unwrap_or(0);
-        assert_eq!(x.len(), tokens * w.cols(), "activations of whole rows of {} columns", w.cols());
-        assert!(bias.is_none_or(|b| b.len() == w.rows()), "a bias of {} rows", w.rows());
+        assert_eq!(
+            x.len(),
+            tokens * w.cols(),
+            "activations of whole rows of {} columns",
+            w.cols()
+        );
+        assert!(
+            bias.is_none_or(|b| b.len() == w.rows()),
+            "a bias of {} rows",
+            w.rows()
+        );
         let out = Output::new(out, tokens, w.rows());
         let work = w.rows() * w.cols() * tokens;
-        let most = if pool.threads() > 1 { pool.threads() * PARTS } else { 1 };
+        let most = if pool.threads() > 1 {
+            pool.threads() * PARTS
+        } else {
+            1
+        };
         // Whole tiles and panels for every part but the last.
         let panels = w.rows().div_ceil(8);
         let parts = (work / WORTH).clamp(1, most).min(panels.max(1));
@@ -177,17 +212,20 @@ impl Kernels {
     /// Attention of the heads that share one key and value head, for one token: see [`Attention`].
     ///
     /// # Panics
-    /// If `q` and `out` are not the same number of whole heads, or the cache holds fewer than `len` positions.
+    /// If `q` and `out` are not the same number of whole heads, or the cache holds fewer than `len`
+    /// positions.
     pub fn attend(&self, attention: &Attention<'_>, q: &[f32], out: &mut [f32]) {
         attention.check(q, out);
         dispatch!(self, attend(attention, q, out));
     }
 
-    /// Attention of the heads that share one key and value head, for tokens that follow one another: `attention.len` is what the first one sees, and
-    /// each sees one position more than the one before. The bits are those of [`Kernels::attend`] for each.
+    /// Attention of the heads that share one key and value head, for tokens that follow one
+    /// another: `attention.len` is what the first one sees, and each sees one position more than
+    /// the one before. The bits are those of [`Kernels::attend`] for each.
     ///
     /// # Panics
-    /// If `q` and `out` do not hold these heads, all of them whole, or the cache holds fewer positions than the last token sees.
+    /// If `q` and `out` do not hold these heads, all of them whole, or the cache holds fewer
+    /// positions than the last token sees.
     pub fn attend_run(&self, attention: &Attention<'_>, at: Heads, q: &[f32], out: &mut [f32]) {
         thread_local! {
             static ROOM: Cell<causal::Room> = Cell::default();
@@ -196,7 +234,11 @@ impl Kernels {
             return;
         }
         at.check(q, out);
-        Attention { len: attention.len.saturating_add(at.tokens - 1), ..*attention }.check(&q[..at.width], &out[..at.width]);
+        Attention {
+            len: attention.len.saturating_add(at.tokens - 1),
+            ..*attention
+        }
+        .check(&q[..at.width], &out[..at.width]);
         let mut room = ROOM.take();
         dispatch!(self, attend_run(attention, at, q, out, &mut room));
         ROOM.set(room);
@@ -207,7 +249,11 @@ impl Kernels {
     /// # Panics
     /// If the lengths differ.
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        assert!(x.len() == weight.len() && x.len() == out.len(), "a norm of {} elements", weight.len());
+        assert!(
+            x.len() == weight.len() && x.len() == out.len(),
+            "a norm of {} elements",
+            weight.len()
+        );
         dispatch!(self, rms_norm(x, weight, eps, out));
     }
 
@@ -216,7 +262,11 @@ impl Kernels {
     /// # Panics
     /// If the lengths differ.
     pub fn rms_norm_in_place(&self, x: &mut [f32], weight: &[f32], eps: f32) {
-        assert!(x.len() == weight.len(), "a norm of {} elements", weight.len());
+        assert!(
+            x.len() == weight.len(),
+            "a norm of {} elements",
+            weight.len()
+        );
         dispatch!(self, rms_norm_in_place(x, weight, eps));
     }
 
@@ -225,7 +275,11 @@ impl Kernels {
     /// # Panics
     /// If `x` is not whole heads of `2 · angles.len()` elements.
     pub fn rotate(&self, x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
-        assert!(x.len().is_multiple_of((2 * angles.len()).max(1)), "whole heads of {} pairs", angles.len());
+        assert!(
+            x.len().is_multiple_of((2 * angles.len()).max(1)),
+            "whole heads of {} pairs",
+            angles.len()
+        );
         dispatch!(self, rotate(x, angles, pairing));
     }
 
@@ -234,7 +288,10 @@ impl Kernels {
     /// # Panics
     /// If the lengths differ.
     pub fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        assert!(gate.len() == up.len() && gate.len() == out.len(), "as many gates as values");
+        assert!(
+            gate.len() == up.len() && gate.len() == out.len(),
+            "as many gates as values"
+        );
         dispatch!(self, silu_mul(gate, up, out));
     }
 
@@ -243,7 +300,10 @@ impl Kernels {
     /// # Panics
     /// If the lengths differ.
     pub fn relu2_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        assert!(gate.len() == up.len() && gate.len() == out.len(), "as many gates as values");
+        assert!(
+            gate.len() == up.len() && gate.len() == out.len(),
+            "as many gates as values"
+        );
         dispatch!(self, relu2_mul(gate, up, out));
     }
 

@@ -6,7 +6,8 @@ use super::lanes::Lanes;
 use super::product::{Output, put};
 use std::ops::Range;
 
-/// Bytes that memory is asked for before they are read: to the second cache, and from there to the first.
+/// Bytes that memory is asked for before they are read: to the second cache, and from there to the
+/// first.
 const FAR: usize = 12 << 10;
 const NEAR: usize = 3 << 10;
 
@@ -23,7 +24,10 @@ pub(super) unsafe fn panels<L: Lanes, const R: usize, const T: usize>(
     out: &Output<'_>,
 ) {
     // SAFETY of every call: the caller's.
-    #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+    #[allow(
+        clippy::undocumented_unsafe_blocks,
+        reason = "one comment for all of them"
+    )]
     match w.kind().codes.bits() {
         2 => unsafe { sweep::<L, 2, R, T>(w, x, bias, rows, out) },
         4 => unsafe { sweep::<L, 4, R, T>(w, x, bias, rows, out) },
@@ -56,14 +60,24 @@ unsafe fn sweep<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
                 let sums = unsafe { tile::<L, BITS, R, T>(w, first / PANEL, from, some) };
                 for (t, sums) in sums.iter().enumerate() {
                     // SAFETY: the caller's.
-                    unsafe { put(sums, bias, first + from..end.min(first + from + R), token + t, out) };
+                    unsafe {
+                        put(
+                            sums,
+                            bias,
+                            first + from..end.min(first + from + R),
+                            token + t,
+                            out,
+                        )
+                    };
                 }
             }
             token += T;
         }
         while token < tokens {
             // SAFETY: the caller's.
-            let sums = unsafe { tile::<L, BITS, PANEL, 1>(w, first / PANEL, 0, [&x[token * cols..][..cols]]) };
+            let sums = unsafe {
+                tile::<L, BITS, PANEL, 1>(w, first / PANEL, 0, [&x[token * cols..][..cols]])
+            };
             // SAFETY: the caller's.
             unsafe { put(&sums[0], bias, first..end, token, out) };
             token += 1;
@@ -86,7 +100,11 @@ unsafe fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
     let ((lines, full), (groups, group_lines)) = (w.lines(), w.groups());
     let mut here = [std::ptr::null::<[f32; LANES]>(); T];
     for t in 0..T {
-        assert!(x[t].len() == w.cols() && from + R <= PANEL, "activations of {} columns", w.cols());
+        assert!(
+            x[t].len() == w.cols() && from + R <= PANEL,
+            "activations of {} columns",
+            w.cols()
+        );
         here[t] = x[t].as_ptr().cast();
     }
     // Groups all of whose lines are full; there is at most one after them.
@@ -94,7 +112,8 @@ unsafe fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
     // Without minima, what is added changes nothing, not even the sign of a zero.
     let mut wide = [[0.0; PANEL * RUN], [-0.0; PANEL * RUN]];
     let mut totals = [[0.0; R]; T];
-    // SAFETY: the caller has the instruction set; the panel has `lines` lines, of which the first `full` are of columns that each of `x` has.
+    // SAFETY: the caller has the instruction set; the panel has `lines` lines, of which the first
+    // `full` are of columns that each of `x` has.
     unsafe {
         let mut sums = [[L::zero(); R]; T];
         let mut at = w.place(panel);
@@ -127,7 +146,8 @@ unsafe fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
                 let rest = w.cols() - full * steps * LANES;
                 let mut padded = [[[0.0; LANES]; 8]; T];
                 for t in 0..T {
-                    padded[t].as_flattened_mut()[..rest].copy_from_slice(&x[t][full * steps * LANES..]);
+                    padded[t].as_flattened_mut()[..rest]
+                        .copy_from_slice(&x[t][full * steps * LANES..]);
                     here[t] = padded[t].as_ptr();
                 }
                 add::<L, BITS, R, T>(at, from, &tables, here, rest.div_ceil(LANES), &mut sums);

@@ -17,7 +17,8 @@ impl<T> Shared<'_, T> {
 }
 
 impl Pool {
-    /// Calls `each(i, chunk)` for every chunk of `len` elements, in any order and on any thread; the last chunk may be shorter.
+    /// Calls `each(i, chunk)` for every chunk of `len` elements, in any order and on any thread;
+    /// the last chunk may be shorter.
     ///
     /// ```
     /// let mut squares = [0; 10];
@@ -30,21 +31,30 @@ impl Pool {
     ///
     /// # Panics
     /// If `len` is 0, and with the first panic of `each`.
-    pub fn for_chunks<T: Send, F: Fn(usize, &mut [T]) + Sync>(&self, data: &mut [T], len: usize, each: F) {
+    pub fn for_chunks<T: Send, F: Fn(usize, &mut [T]) + Sync>(
+        &self,
+        data: &mut [T],
+        len: usize,
+        each: F,
+    ) {
         assert!(len > 0, "chunks of at least one element");
         let total = data.len();
         let shared = Shared(data.as_mut_ptr(), PhantomData);
         self.run(total.div_ceil(len), |part| {
             let (first, end) = (part * len, (part * len + len).min(total));
-            // SAFETY: `Pool::run` calls every part once, chunks of different parts do not overlap, and first < end ≤ total.
-            each(part, unsafe { std::slice::from_raw_parts_mut(shared.start().add(first), end - first) });
+            // SAFETY: `Pool::run` calls every part once, chunks of different parts do not overlap,
+            // and first < end ≤ total.
+            each(part, unsafe {
+                std::slice::from_raw_parts_mut(shared.start().add(first), end - first)
+            });
         });
     }
 
     /// [`Pool::for_chunks`] of three slices, whose chunks of `lens` elements belong together.
     ///
     /// # Panics
-    /// If a length is 0 or the slices are not as many whole chunks, and with the first panic of `each`.
+    /// If a length is 0 or the slices are not as many whole chunks, and with the first panic of
+    /// `each`.
     pub(crate) fn for_chunks_of_three<A: Send, B: Send, C: Send>(
         &self,
         (a, b, c): (&mut [A], &mut [B], &mut [C]),
@@ -52,10 +62,21 @@ impl Pool {
         each: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
     ) {
         let parts = a.len() / lens[0];
-        assert!([a.len(), b.len(), c.len()].iter().zip(lens).all(|(&all, len)| all == parts * len), "as many chunks of each");
-        let (a, b, c) = (Shared(a.as_mut_ptr(), PhantomData), Shared(b.as_mut_ptr(), PhantomData), Shared(c.as_mut_ptr(), PhantomData));
+        assert!(
+            [a.len(), b.len(), c.len()]
+                .iter()
+                .zip(lens)
+                .all(|(&all, len)| all == parts * len),
+            "as many chunks of each"
+        );
+        let (a, b, c) = (
+            Shared(a.as_mut_ptr(), PhantomData),
+            Shared(b.as_mut_ptr(), PhantomData),
+            Shared(c.as_mut_ptr(), PhantomData),
+        );
         self.run(parts, |part| {
-            // SAFETY: `Pool::run` calls every part once, chunks of different parts do not overlap, and the assertion has them inside the slices.
+            // SAFETY: `Pool::run` calls every part once, chunks of different parts do not overlap,
+            // and the assertion has them inside the slices.
             unsafe {
                 each(
                     part,

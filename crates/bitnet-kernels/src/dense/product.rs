@@ -23,19 +23,40 @@ unsafe impl Sync for Output<'_> {}
 
 impl<'a> Output<'a> {
     pub(super) fn new(out: &'a mut [f32], tokens: usize, cols: usize) -> Self {
-        assert_eq!(Some(out.len()), tokens.checked_mul(cols), "the length of a product of {tokens} × {cols}");
-        Self { data: out.as_mut_ptr(), tokens, cols, borrowed: PhantomData }
+        assert_eq!(
+            Some(out.len()),
+            tokens.checked_mul(cols),
+            "the length of a product of {tokens} × {cols}"
+        );
+        Self {
+            data: out.as_mut_ptr(),
+            tokens,
+            cols,
+            borrowed: PhantomData,
+        }
     }
 
     /// Some columns in the row of one token.
     ///
     /// # Safety
     /// No other thread has these columns, and this one holds no other slice of them.
-    #[expect(clippy::mut_from_ref, reason = "threads share the matrix and write different columns")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "threads share the matrix and write different columns"
+    )]
     unsafe fn columns(&self, token: usize, columns: Range<usize>) -> &mut [f32] {
-        assert!(token < self.tokens && columns.start <= columns.end && columns.end <= self.cols, "columns of the output");
-        // SAFETY: they lie inside row `token` of the borrowed slice, whose length `new` checked; the caller vouches for the rest.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(token * self.cols + columns.start), columns.len()) }
+        assert!(
+            token < self.tokens && columns.start <= columns.end && columns.end <= self.cols,
+            "columns of the output"
+        );
+        // SAFETY: they lie inside row `token` of the borrowed slice, whose length `new` checked;
+        // the caller vouches for the rest.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.data.add(token * self.cols + columns.start),
+                columns.len(),
+            )
+        }
     }
 }
 
@@ -53,11 +74,20 @@ pub(super) unsafe fn product<L: Lanes, const R: usize, const T: usize>(
 ) {
     let cols = w.cols();
     // SAFETY of every call: the caller's.
-    #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
+    #[allow(
+        clippy::undocumented_unsafe_blocks,
+        reason = "one comment for all of them"
+    )]
     match w.data() {
-        Data::F32(all) => unsafe { sweep::<L, _, R, T>(Floats { all, cols }, cols, x, bias, rows, out) },
-        Data::F16(all) => unsafe { sweep::<L, _, R, T>(Halves { all, cols }, cols, x, bias, rows, out) },
-        Data::Bf16(all) => unsafe { sweep::<L, _, R, T>(Brains { all, cols }, cols, x, bias, rows, out) },
+        Data::F32(all) => unsafe {
+            sweep::<L, _, R, T>(Floats { all, cols }, cols, x, bias, rows, out)
+        },
+        Data::F16(all) => unsafe {
+            sweep::<L, _, R, T>(Halves { all, cols }, cols, x, bias, rows, out)
+        },
+        Data::Bf16(all) => unsafe {
+            sweep::<L, _, R, T>(Brains { all, cols }, cols, x, bias, rows, out)
+        },
         Data::Blocks(blocks) => unsafe { panels::<L, R, T>(blocks, x, bias, rows, out) },
     }
 }
@@ -82,7 +112,8 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
         for (r, tile_row) in tile_rows.iter_mut().enumerate() {
             *tile_row = w.row(row + r.min(count - 1));
         }
-        // The rows of a tile lie side by side: what it reads, in whatever order, is as long as what is asked for meanwhile.
+        // The rows of a tile lie side by side: what it reads, in whatever order, is as long as what
+        // is asked for meanwhile.
         let (place, bytes) = w.place(row);
         let ahead = (place.wrapping_add(R * bytes + AHEAD), R * W::STEP);
         let mut token = 0;
@@ -101,7 +132,8 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
         }
         while token < tokens {
             // SAFETY: the caller's.
-            let sums = unsafe { tile::<L, _, R, 1>(tile_rows, [&x[token * cols..][..cols]], cols, ahead) };
+            let sums =
+                unsafe { tile::<L, _, R, 1>(tile_rows, [&x[token * cols..][..cols]], cols, ahead) };
             // SAFETY: the caller's.
             unsafe { put(&sums[0], bias, row..row + count, token, out) };
             token += 1;
@@ -115,16 +147,27 @@ unsafe fn sweep<'a, L: Lanes, W: Rows<'a>, const R: usize, const T: usize>(
 /// # Safety
 /// No other thread has these rows.
 #[inline(always)]
-pub(super) unsafe fn put(sums: &[f32], bias: Option<&[f32]>, rows: Range<usize>, token: usize, out: &Output<'_>) {
+pub(super) unsafe fn put(
+    sums: &[f32],
+    bias: Option<&[f32]>,
+    rows: Range<usize>,
+    token: usize,
+    out: &Output<'_>,
+) {
     // SAFETY: the caller's, and the slice ends with this call.
     let out = unsafe { out.columns(token, rows.clone()) };
     match bias {
         None => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum),
-        Some(bias) => out.iter_mut().zip(sums).zip(&bias[rows]).for_each(|((out, &sum), &bias)| *out = sum + bias),
+        Some(bias) => out
+            .iter_mut()
+            .zip(sums)
+            .zip(&bias[rows])
+            .for_each(|((out, &sum), &bias)| *out = sum + bias),
     }
 }
 
-/// The sums of R rows with T tokens. Beside step i, bytes `ahead.1 · i` to `ahead.1 · (i + 1)` after `ahead.0` are asked for.
+/// The sums of R rows with T tokens. Beside step i, bytes `ahead.1 · i` to `ahead.1 · (i + 1)`
+/// after `ahead.0` are asked for.
 ///
 /// # Safety
 /// The machine has the instruction set of `L`, and the rows have `cols` columns.
@@ -191,7 +234,12 @@ pub(super) unsafe fn tile<L: Lanes, W: Row, const R: usize, const T: usize>(
 /// # Safety
 /// As [`tile`], and every row and every token has the step in full.
 #[inline(always)]
-unsafe fn add<L: Lanes, W: Row, const R: usize, const T: usize>(w: [W; R], x: [&[[f32; LANES]]; T], step: usize, sums: &mut [[L; R]; T]) {
+unsafe fn add<L: Lanes, W: Row, const R: usize, const T: usize>(
+    w: [W; R],
+    x: [&[[f32; LANES]]; T],
+    step: usize,
+    sums: &mut [[L; R]; T],
+) {
     // SAFETY: the caller's.
     unsafe {
         let mut rows = [L::zero(); R];

@@ -1,4 +1,5 @@
-//! What the machine can do at most: loops that only read, only write or only multiply, for measuring others as shares of them.
+//! What the machine can do at most: loops that only read, only write or only multiply, for
+//! measuring others as shares of them.
 //!
 //! ```
 //! use bitnet_kernels::machine::{Instruction, Memory, Pages, read};
@@ -41,8 +42,13 @@ impl Memory {
             let begin = lines.as_ptr() as usize;
             let first = begin.next_multiple_of(4096);
             let bytes = (begin + len * size_of::<Line>()).saturating_sub(first) / 4096 * 4096;
-            let advice = if pages == Pages::Huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-            // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a refusal leaves the system's default.
+            let advice = if pages == Pages::Huge {
+                libc::MADV_HUGEPAGE
+            } else {
+                libc::MADV_NOHUGEPAGE
+            };
+            // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a
+            // refusal leaves the system's default.
             unsafe { libc::madvise(first as *mut libc::c_void, bytes, advice) };
         }
         #[cfg(not(target_os = "linux"))]
@@ -93,7 +99,8 @@ pub fn write(words: &mut [u64], word: u64) {
     words.fill(word);
 }
 
-/// Fills the words past the caches (non-temporal stores), where the machine can; else as [`write()`] does.
+/// Fills the words past the caches (non-temporal stores), where the machine can; else as
+/// [`write()`] does.
 pub fn stream(words: &mut [u64], word: u64) {
     #[cfg(target_arch = "x86_64")]
     {
@@ -134,17 +141,29 @@ pub enum Instruction {
 
 impl Instruction {
     /// All of them, int8 before f32, wide to narrow.
-    const ALL: [Self; 7] =
-        [Self::Dpbusd512, Self::Dpbusd256, Self::Maddubs256, Self::Maddubs128, Self::Fma512, Self::Fma256, Self::MulAdd128];
+    const ALL: [Self; 7] = [
+        Self::Dpbusd512,
+        Self::Dpbusd256,
+        Self::Maddubs256,
+        Self::Maddubs128,
+        Self::Fma512,
+        Self::Fma256,
+        Self::MulAdd128,
+    ];
 
     /// Those that this machine runs.
     pub fn all() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|instruction| instruction.is_available())
+        Self::ALL
+            .into_iter()
+            .filter(|instruction| instruction.is_available())
     }
 
     /// Whether it multiplies bytes.
     pub const fn is_int8(self) -> bool {
-        matches!(self, Self::Dpbusd512 | Self::Dpbusd256 | Self::Maddubs256 | Self::Maddubs128)
+        matches!(
+            self,
+            Self::Dpbusd512 | Self::Dpbusd256 | Self::Maddubs256 | Self::Maddubs128
+        )
     }
 
     /// Whether this machine runs it.
@@ -225,15 +244,22 @@ mod tests {
                 assert_eq!(memory.bytes(), bytes.next_multiple_of(64));
                 // Lengths and beginnings that no loop divides.
                 for cut in [0, 1, 7, 9, 65] {
-                    let sum = |words: &[u64]| words.iter().fold(0u64, |sum, &w| sum.wrapping_add(w));
+                    let sum =
+                        |words: &[u64]| words.iter().fold(0u64, |sum, &w| sum.wrapping_add(w));
                     let words = memory.words().get(cut..).unwrap_or_default();
                     assert_eq!(read(words), sum(words), "{bytes} bytes from word {cut}");
                     for (fill, word) in [(write as fn(&mut [u64], u64), 5), (stream, 7)] {
                         let first = memory.words().first().copied();
                         let words = memory.words_mut().get_mut(cut..).unwrap_or_default();
                         fill(words, word);
-                        assert!(words.iter().all(|&w| w == word), "{bytes} bytes from word {cut}");
-                        assert!(cut == 0 || memory.words().first().copied() == first, "a word before the first was written");
+                        assert!(
+                            words.iter().all(|&w| w == word),
+                            "{bytes} bytes from word {cut}"
+                        );
+                        assert!(
+                            cut == 0 || memory.words().first().copied() == first,
+                            "a word before the first was written"
+                        );
                     }
                 }
             }

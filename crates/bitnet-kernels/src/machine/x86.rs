@@ -14,7 +14,9 @@ pub(super) fn read_512(words: &[u64]) -> u64 {
             *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(words.as_ptr().cast()) });
         }
     }
-    let sums = sums.into_iter().map(|s| _mm512_reduce_add_epi64(s).cast_unsigned());
+    let sums = sums
+        .into_iter()
+        .map(|s| _mm512_reduce_add_epi64(s).cast_unsigned());
     sums.chain(rest.iter().copied()).fold(0, u64::wrapping_add)
 }
 
@@ -35,7 +37,8 @@ pub(super) fn write_512(words: &mut [u64], word: u64) {
 }
 
 pub(super) fn stream_128(lines: &mut [Line], word: u64) {
-    // SAFETY: SSE2 is part of x86-64; each line has room for four vectors and is aligned to more than they need.
+    // SAFETY: SSE2 is part of x86-64; each line has room for four vectors and is aligned to more
+    // than they need.
     unsafe {
         let value = _mm_set1_epi64x(word.cast_signed());
         for line in lines {
@@ -58,8 +61,9 @@ pub(super) fn stream_512(lines: &mut [Line], word: u64) {
     _mm_sfence();
 }
 
-/// A loop of one instruction, or of a product and a sum, on as many independent sums as the registers hold. It is written as assembly
-/// because a compiler would see that all products are alike.
+/// A loop of one instruction, or of a product and a sum, on as many independent sums as the
+/// registers hold. It is written as assembly because a compiler would see that all products are
+/// alike.
 macro_rules! peak {
     ($name:ident, $features:literal, $sums:literal, $zero:ident, $class:ident, [$($line:literal),+] $(, $product:ident)?) => {
         #[target_feature(enable = $features)]
@@ -67,7 +71,8 @@ macro_rules! peak {
             let (mut sums, a, b) = ([$zero(); $sums], $zero(), $zero());
             for _ in 0..rounds {
                 for sum in &mut sums {
-                    // SAFETY: arithmetic of the enabled features on registers named here; it touches neither memory nor flags.
+                    // SAFETY: arithmetic of the enabled features on registers named here; it
+                    // touches neither memory nor flags.
                     unsafe {
                         asm!(
                             $($line,)+
@@ -85,15 +90,32 @@ macro_rules! peak {
     };
 }
 
-peak!(dpbusd_512, "avx512f,avx512vnni", 24, _mm512_setzero_si512, zmm_reg, ["vpdpbusd {sum}, {a}, {b}"]);
-peak!(dpbusd_256, "avx2,avxvnni", 12, _mm256_setzero_si256, ymm_reg, ["{{vex}} vpdpbusd {sum}, {a}, {b}"]);
+peak!(
+    dpbusd_512,
+    "avx512f,avx512vnni",
+    24,
+    _mm512_setzero_si512,
+    zmm_reg,
+    ["vpdpbusd {sum}, {a}, {b}"]
+);
+peak!(
+    dpbusd_256,
+    "avx2,avxvnni",
+    12,
+    _mm256_setzero_si256,
+    ymm_reg,
+    ["{{vex}} vpdpbusd {sum}, {a}, {b}"]
+);
 peak!(
     maddubs_256,
     "avx2",
     12,
     _mm256_setzero_si256,
     ymm_reg,
-    ["vpmaddubsw {product}, {a}, {b}", "vpaddw {sum}, {sum}, {product}"],
+    [
+        "vpmaddubsw {product}, {a}, {b}",
+        "vpaddw {sum}, {sum}, {product}"
+    ],
     product
 );
 peak!(
@@ -102,17 +124,39 @@ peak!(
     12,
     _mm_setzero_si128,
     xmm_reg,
-    ["movdqa {product}, {a}", "pmaddubsw {product}, {b}", "paddw {sum}, {product}"],
+    [
+        "movdqa {product}, {a}",
+        "pmaddubsw {product}, {b}",
+        "paddw {sum}, {product}"
+    ],
     product
 );
-peak!(fma_512, "avx512f", 24, _mm512_setzero_ps, zmm_reg, ["vfmadd231ps {sum}, {a}, {b}"]);
-peak!(fma_256, "fma", 12, _mm256_setzero_ps, ymm_reg, ["vfmadd231ps {sum}, {a}, {b}"]);
+peak!(
+    fma_512,
+    "avx512f",
+    24,
+    _mm512_setzero_ps,
+    zmm_reg,
+    ["vfmadd231ps {sum}, {a}, {b}"]
+);
+peak!(
+    fma_256,
+    "fma",
+    12,
+    _mm256_setzero_ps,
+    ymm_reg,
+    ["vfmadd231ps {sum}, {a}, {b}"]
+);
 peak!(
     mul_add_128,
     "sse2",
     12,
     _mm_setzero_ps,
     xmm_reg,
-    ["movaps {product}, {a}", "mulps {product}, {b}", "addps {sum}, {product}"],
+    [
+        "movaps {product}, {a}",
+        "mulps {product}, {b}",
+        "addps {sum}, {product}"
+    ],
     product
 );

@@ -9,9 +9,11 @@ use bitnet_core::scheme::Rounding;
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
 
-/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the steps of the weights it will meet.
+/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the
+/// steps of the weights it will meet.
 ///
-/// Weights of the same number of columns whose scales do not go by groups take the same activations, whatever their precision.
+/// Weights of the same number of columns whose scales do not go by groups take the same
+/// activations, whatever their precision.
 #[derive(Debug, Clone)]
 pub struct Activations {
     rows: usize,
@@ -38,7 +40,11 @@ impl Shape {
     pub(crate) fn new(cols: usize, group: usize, step: usize) -> Self {
         // One group is padded so that it fits steps of 4, 8, 16, 20 and 32 columns.
         let step = if group < cols { step } else { 160 };
-        Self { cols, group, padded: group.next_multiple_of(step) }
+        Self {
+            cols,
+            group,
+            padded: group.next_multiple_of(step),
+        }
     }
 
     pub(crate) fn groups(&self) -> usize {
@@ -90,15 +96,21 @@ impl Quantized {
 
     /// Memory for as much, so that the next quantization allocates nothing.
     fn reserve(&mut self, rows: usize, shape: Shape) {
-        self.values.reserve((rows * shape.stride()).saturating_sub(self.values.len()));
+        self.values
+            .reserve((rows * shape.stride()).saturating_sub(self.values.len()));
         self.scales.reserve(rows.saturating_sub(self.scales.len()));
-        self.sums.reserve((rows * shape.groups()).saturating_sub(self.sums.len()));
+        self.sums
+            .reserve((rows * shape.groups()).saturating_sub(self.sums.len()));
     }
 
     /// The place of one token.
     fn token(&mut self, token: usize, shape: Shape) -> (&mut [i8], &mut f32, &mut [i32]) {
         let (stride, groups) = (shape.stride(), shape.groups());
-        (&mut self.values[token * stride..][..stride], &mut self.scales[token], &mut self.sums[token * groups..][..groups])
+        (
+            &mut self.values[token * stride..][..stride],
+            &mut self.scales[token],
+            &mut self.sums[token * groups..][..groups],
+        )
     }
 
     /// Lays out the values of one token.
@@ -113,11 +125,17 @@ impl Quantized {
 }
 
 fn length(expected: usize, got: usize) -> Error {
-    bitnet_core::Error::Length { what: "activations", expected, got }.into()
+    bitnet_core::Error::Length {
+        what: "activations",
+        expected,
+        got,
+    }
+    .into()
 }
 
 impl Activations {
-    /// Quantizes `x`, `[M, K]` row-major, to int8 with one absmax scale for each token, for a product with `w`.
+    /// Quantizes `x`, `[M, K]` row-major, to int8 with one absmax scale for each token, for a
+    /// product with `w`.
     ///
     /// # Errors
     /// [`Error::Matrix`] if `x` is not whole rows of K, or holds NaN or infinity.
@@ -127,7 +145,8 @@ impl Activations {
         Ok(activations)
     }
 
-    /// Lays out activations that are quantized already: `values` of `[M, K]` row-major, one scale for each of M tokens.
+    /// Lays out activations that are quantized already: `values` of `[M, K]` row-major, one scale
+    /// for each of M tokens.
     ///
     /// # Errors
     /// [`Error::Matrix`] if the lengths do not fit.
@@ -139,35 +158,61 @@ impl Activations {
         let mut data = Quantized::default();
         data.prepare(rows, shape);
         for (token, &scale) in scales.iter().enumerate() {
-            data.put(token, shape, &values[token * shape.cols..][..shape.cols], scale);
+            data.put(
+                token,
+                shape,
+                &values[token * shape.cols..][..shape.cols],
+                scale,
+            );
         }
         Ok(Self::of(rows, shape, Data::Integers(data)))
     }
 
     fn of(rows: usize, shape: Shape, data: Data) -> Self {
-        Self { rows, shape, data, spare: Quantized::default(), token: activation::Activations { values: vec![], scales: vec![] } }
+        Self {
+            rows,
+            shape,
+            data,
+            spare: Quantized::default(),
+            token: activation::Activations {
+                values: vec![],
+                scales: vec![],
+            },
+        }
     }
 
-    /// Lays out float activations, `[M, K]` row-major, for [`Kernels::matmul`](crate::Kernels::matmul) without rounding them.
+    /// Lays out float activations, `[M, K]` row-major, for
+    /// [`Kernels::matmul`](crate::Kernels::matmul) without rounding them.
     ///
     /// # Errors
-    /// [`Error::Matrix`] if `x` is not whole rows of K, or `w` is not ternary in the two-bit stream: nothing else takes floats.
+    /// [`Error::Matrix`] if `x` is not whole rows of K, or `w` is not ternary in the two-bit
+    /// stream: nothing else takes floats.
     pub fn floats(x: &[f32], w: &Prepacked) -> Result<Self, Error> {
         if !w.takes_floats() {
-            let why = format!("float activations go with ternary weights in the two-bit stream, not with {}", w.describe());
-            return Err(bitnet_core::Error::Unsupported { layout: "the kernels", why }.into());
+            let why = format!(
+                "float activations go with ternary weights in the two-bit stream, not with {}",
+                w.describe()
+            );
+            return Err(bitnet_core::Error::Unsupported {
+                layout: "the kernels",
+                why,
+            }
+            .into());
         }
         let shape = w.shape();
         let rows = whole_rows(x.len(), shape.cols)?;
         let mut values = vec![0.0; rows * shape.stride()];
-        for (x, to) in x.chunks(shape.cols.max(1)).zip(values.chunks_mut(shape.stride().max(1))) {
+        for (x, to) in x
+            .chunks(shape.cols.max(1))
+            .zip(values.chunks_mut(shape.stride().max(1)))
+        {
             shape.lay_out(x, to);
         }
         Ok(Self::of(rows, shape, Data::Floats(values)))
     }
 
-    /// Quantizes other activations in place of these, for weights that took these. Allocates only where there are more tokens than ever, twice
-    /// as much as they take: two buffers take turns.
+    /// Quantizes other activations in place of these, for weights that took these. Allocates only
+    /// where there are more tokens than ever, twice as much as they take: two buffers take turns.
     ///
     /// # Errors
     /// As [`Activations::quantize`]; these are then as they were.
@@ -175,8 +220,8 @@ impl Activations {
         self.requantize_in(kernels, self.shape, x, ActivationMethod::Int8)
     }
 
-    /// Quantizes `rows` tokens for any weights, on the pool: `fill(token, x)` writes the K elements of a token, which nobody else gets to see. As
-    /// [`Activations::requantize`] otherwise.
+    /// Quantizes `rows` tokens for any weights, on the pool: `fill(token, x)` writes the K elements
+    /// of a token, which nobody else gets to see. As [`Activations::requantize`] otherwise.
     ///
     /// # Errors
     /// As [`Activations::quantize`], of the first such token; these are then as they were.
@@ -193,23 +238,32 @@ impl Activations {
         }
         let (shape, failed) = (w.shape(), Mutex::new(None));
         self.spare.prepare(rows, shape);
-        let Quantized { values, scales, sums, .. } = &mut self.spare;
+        let Quantized {
+            values,
+            scales,
+            sums,
+            ..
+        } = &mut self.spare;
         let lens = [shape.stride().max(1), 1, shape.groups().max(1)];
-        pool.for_chunks_of_three((values, scales, sums), lens, |token, values, scale, sums| {
-            let mut row = ROW.take();
-            row.resize(shape.cols, 0.0);
-            fill(token, &mut row);
-            match quantize_token(*kernels, &row, shape.group, shape.padded, values, sums) {
-                Ok(found) => scale[0] = found,
-                Err(e) => {
-                    let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
-                    if failed.as_ref().is_none_or(|(first, _)| token < *first) {
-                        *failed = Some((token, e));
+        pool.for_chunks_of_three(
+            (values, scales, sums),
+            lens,
+            |token, values, scale, sums| {
+                let mut row = ROW.take();
+                row.resize(shape.cols, 0.0);
+                fill(token, &mut row);
+                match quantize_token(*kernels, &row, shape.group, shape.padded, values, sums) {
+                    Ok(found) => scale[0] = found,
+                    Err(e) => {
+                        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                        if failed.as_ref().is_none_or(|(first, _)| token < *first) {
+                            *failed = Some((token, e));
+                        }
                     }
                 }
-            }
-            ROW.set(row);
-        });
+                ROW.set(row);
+            },
+        );
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some((token, e)) => Err(placed(e, token, shape).into()),
             None => {
@@ -223,21 +277,37 @@ impl Activations {
     ///
     /// # Errors
     /// As [`Activations::quantize`]; these are then as they were.
-    pub fn requantize_for(&mut self, kernels: &Kernels, w: &Prepacked, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
+    pub fn requantize_for(
+        &mut self,
+        kernels: &Kernels,
+        w: &Prepacked,
+        x: &[f32],
+        method: ActivationMethod,
+    ) -> Result<(), Error> {
         self.requantize_in(kernels, w.shape(), x, method)
     }
 
-    fn requantize_in(&mut self, kernels: &Kernels, shape: Shape, x: &[f32], method: ActivationMethod) -> Result<(), Error> {
+    fn requantize_in(
+        &mut self,
+        kernels: &Kernels,
+        shape: Shape,
+        x: &[f32],
+        method: ActivationMethod,
+    ) -> Result<(), Error> {
         let rows = whole_rows(x.len(), shape.cols)?;
         self.spare.prepare(rows, shape);
         for (token, x) in x.chunks(shape.cols).enumerate() {
             let done = if method == ActivationMethod::Int8 {
                 let (values, scale, sums) = self.spare.token(token, shape);
-                quantize_token(*kernels, x, shape.group, shape.padded, values, sums).map(|s| *scale = s)
+                quantize_token(*kernels, x, shape.group, shape.padded, values, sums)
+                    .map(|s| *scale = s)
             } else {
                 let how = (method, ActivationGranularity::Token, Rounding::HalfEven);
                 let done = activation::quantize_into(x, shape.cols, how, &mut self.token);
-                done.map(|()| self.spare.put(token, shape, &self.token.values, self.token.scales[0]))
+                done.map(|()| {
+                    self.spare
+                        .put(token, shape, &self.token.values, self.token.scales[0])
+                })
             };
             done.map_err(|e| placed(e, token, shape))?;
         }
@@ -248,7 +318,10 @@ impl Activations {
     /// What is in `spare` is what these are from now on.
     fn adopt(&mut self, rows: usize, shape: Shape) {
         (self.rows, self.shape) = (rows, shape);
-        self.spare = match std::mem::replace(&mut self.data, Data::Integers(std::mem::take(&mut self.spare))) {
+        self.spare = match std::mem::replace(
+            &mut self.data,
+            Data::Integers(std::mem::take(&mut self.spare)),
+        ) {
             Data::Integers(before) => before,
             Data::Floats(_) => Quantized::default(),
         };
@@ -283,7 +356,17 @@ impl Activations {
     /// The int8 ones.
     pub(crate) fn integers(&self) -> Option<Integers<'_>> {
         match &self.data {
-            Data::Integers(Quantized { values, scales, sums, .. }) => Some(Integers { shape: self.shape, values, scales, sums }),
+            Data::Integers(Quantized {
+                values,
+                scales,
+                sums,
+                ..
+            }) => Some(Integers {
+                shape: self.shape,
+                values,
+                scales,
+                sums,
+            }),
             Data::Floats(_) => None,
         }
     }
@@ -292,7 +375,9 @@ impl Activations {
     pub(crate) fn token(&self, token: usize) -> Option<&[f32]> {
         match &self.data {
             Data::Integers(_) => None,
-            Data::Floats(values) => Some(&values[token * self.shape.stride()..][..self.shape.stride()]),
+            Data::Floats(values) => {
+                Some(&values[token * self.shape.stride()..][..self.shape.stride()])
+            }
         }
     }
 }
@@ -300,7 +385,10 @@ impl Activations {
 /// An error about one token, its place among all of them.
 fn placed(error: bitnet_core::Error, token: usize, shape: Shape) -> bitnet_core::Error {
     match error {
-        bitnet_core::Error::NotFinite { index, value } => bitnet_core::Error::NotFinite { index: token * shape.cols + index, value },
+        bitnet_core::Error::NotFinite { index, value } => bitnet_core::Error::NotFinite {
+            index: token * shape.cols + index,
+            value,
+        },
         other => other,
     }
 }
@@ -334,6 +422,9 @@ impl<'a> Integers<'a> {
     /// Every token from `token` on, from column `column` of `group` on.
     pub(crate) fn from(&self, token: usize, group: usize, column: usize) -> Columns<'a> {
         let stride = self.shape.stride();
-        Columns { values: &self.values[token * stride + group * self.shape.padded + column..], stride }
+        Columns {
+            values: &self.values[token * stride + group * self.shape.padded + column..],
+            stride,
+        }
     }
 }

@@ -30,27 +30,56 @@ pub(crate) struct Values {
 impl Values {
     pub(crate) const fn of(precision: Precision) -> Self {
         match precision {
-            Precision::Ternary => Self { offset: 1, factor: 1, most: 1 },
-            Precision::Binary => Self { offset: 1, factor: 2, most: 1 },
-            Precision::Int2 => Self { offset: 2, factor: 1, most: 2 },
-            Precision::Int3 => Self { offset: 4, factor: 1, most: 4 },
-            Precision::Int4 => Self { offset: 8, factor: 1, most: 8 },
-            Precision::Int8 => Self { offset: 128, factor: 1, most: 128 },
+            Precision::Ternary => Self {
+                offset: 1,
+                factor: 1,
+                most: 1,
+            },
+            Precision::Binary => Self {
+                offset: 1,
+                factor: 2,
+                most: 1,
+            },
+            Precision::Int2 => Self {
+                offset: 2,
+                factor: 1,
+                most: 2,
+            },
+            Precision::Int3 => Self {
+                offset: 4,
+                factor: 1,
+                most: 4,
+            },
+            Precision::Int4 => Self {
+                offset: 8,
+                factor: 1,
+                most: 8,
+            },
+            Precision::Int8 => Self {
+                offset: 128,
+                factor: 1,
+                most: 128,
+            },
         }
     }
 
-    /// Most columns whose sums an i32 holds, whatever the values and activations are. On the way to a sum 32-bit accumulators may wrap;
-    /// the sum itself does not.
+    /// Most columns whose sums an i32 holds, whatever the values and activations are. On the way to
+    /// a sum 32-bit accumulators may wrap; the sum itself does not.
     pub(crate) const fn max_cols(self, zero_points: ZeroPoints) -> usize {
         // |v − z|: the zero point is a value too.
-        let most = if matches!(zero_points, ZeroPoints::I8) { 2 * self.most } else { self.most };
+        let most = if matches!(zero_points, ZeroPoints::I8) {
+            2 * self.most
+        } else {
+            self.most
+        };
         let cols = i32::MAX as usize / (128 * most);
         if cols < MAX_COLS { cols } else { MAX_COLS }
     }
 }
 
 const _: () = assert!(Values::of(Precision::Ternary).max_cols(ZeroPoints::None) == MAX_COLS);
-const _: () = assert!(Values::of(Precision::Int8).max_cols(ZeroPoints::I8) * 256 * 128 <= i32::MAX as usize);
+const _: () =
+    assert!(Values::of(Precision::Int8).max_cols(ZeroPoints::I8) * 256 * 128 <= i32::MAX as usize);
 
 impl Coding {
     /// Codes of a byte.
@@ -85,7 +114,8 @@ impl Coding {
     }
 }
 
-/// Whole steps of 256 bytes, a code in each byte, times 2 where the coding is binary: what is left to subtract is the offset.
+/// Whole steps of 256 bytes, a code in each byte, times 2 where the coding is binary: what is left
+/// to subtract is the offset.
 #[inline(always)]
 pub(crate) fn unpack(coding: Coding, weights: &[u8], out: &mut [u8]) {
     match coding {
@@ -98,8 +128,17 @@ pub(crate) fn unpack(coding: Coding, weights: &[u8], out: &mut [u8]) {
 }
 
 #[inline(always)]
-fn unpack_fields<const FIELDS: usize>(weights: &[u8], out: &mut [u8], code: impl Fn(u8, usize) -> u8) {
-    for (weights, out) in weights.as_chunks::<STEP_BYTES>().0.iter().zip(out.chunks_exact_mut(FIELDS * STEP_BYTES)) {
+fn unpack_fields<const FIELDS: usize>(
+    weights: &[u8],
+    out: &mut [u8],
+    code: impl Fn(u8, usize) -> u8,
+) {
+    for (weights, out) in weights
+        .as_chunks::<STEP_BYTES>()
+        .0
+        .iter()
+        .zip(out.chunks_exact_mut(FIELDS * STEP_BYTES))
+    {
         for (field, out) in out.as_chunks_mut::<STEP_BYTES>().0.iter_mut().enumerate() {
             for (out, &byte) in out.iter_mut().zip(weights) {
                 *out = code(byte, field);

@@ -14,7 +14,8 @@ use crate::{Isa, Kernels, Pool};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// From so many tokens on, a panel is unpacked to bytes once; fewer go over the codes of a panel twice at most.
+/// From so many tokens on, a panel is unpacked to bytes once; fewer go over the codes of a panel
+/// twice at most.
 const DENSE: usize = 2 * TOKENS + 1;
 /// Bytes that are unpacked at once.
 const DENSE_CODES: usize = 32 << 10;
@@ -27,7 +28,8 @@ const WORTH: usize = 1 << 18;
 /// Parts for each thread, so that a slow core does not keep the others waiting.
 const PARTS: usize = 4;
 
-/// Where the sums of a panel come from: groups of a panel and token come in order, plane after plane.
+/// Where the sums of a panel come from: groups of a panel and token come in order, plane after
+/// plane.
 #[derive(Clone, Copy)]
 struct Segment {
     panel: usize,
@@ -55,20 +57,41 @@ unsafe impl<T: Send> Sync for Output<'_, T> {}
 
 impl<'a, T> Output<'a, T> {
     fn new(out: &'a mut [T], rows: usize, cols: usize) -> Self {
-        assert_eq!(Some(out.len()), rows.checked_mul(cols), "the length of a product of {rows} × {cols}");
-        Self { data: out.as_mut_ptr(), rows, cols, borrowed: PhantomData }
+        assert_eq!(
+            Some(out.len()),
+            rows.checked_mul(cols),
+            "the length of a product of {rows} × {cols}"
+        );
+        Self {
+            data: out.as_mut_ptr(),
+            rows,
+            cols,
+            borrowed: PhantomData,
+        }
     }
 
     /// The columns of one panel in the row of one token.
     ///
     /// # Safety
     /// No other thread has this panel, and this one holds no other slice of it.
-    #[expect(clippy::mut_from_ref, reason = "threads share the matrix and write different columns")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "threads share the matrix and write different columns"
+    )]
     unsafe fn panel(&self, token: usize, panel: usize) -> &mut [T] {
         let first = panel * PANEL;
-        assert!(token < self.rows && first < self.cols, "a panel of the output");
-        // SAFETY: the columns lie inside row `token` of the borrowed slice, whose length `new` checked; the caller vouches for the rest.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(token * self.cols + first), PANEL.min(self.cols - first)) }
+        assert!(
+            token < self.rows && first < self.cols,
+            "a panel of the output"
+        );
+        // SAFETY: the columns lie inside row `token` of the borrowed slice, whose length `new`
+        // checked; the caller vouches for the rest.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.data.add(token * self.cols + first),
+                PANEL.min(self.cols - first),
+            )
+        }
     }
 }
 
@@ -106,30 +129,52 @@ impl Sink for Floats<'_> {
     unsafe fn put(&self, at: Segment, token: usize, sums: &Sums) {
         let term = Term {
             scales: self.w.scales(at.panel, at.plane, at.group),
-            shift: self.w.shift(at.panel, at.group).map(|shift| (shift, self.x.sum(token, at.group))),
+            shift: self
+                .w
+                .shift(at.panel, at.group)
+                .map(|shift| (shift, self.x.sum(token, at.group))),
             first: at.plane == 0 && at.group == 0,
-            last: self.is_last(at).then(|| (self.x.scale(token), self.bias.map(|b| &b[at.panel * PANEL..]))),
+            last: self.is_last(at).then(|| {
+                (
+                    self.x.scale(token),
+                    self.bias.map(|b| &b[at.panel * PANEL..]),
+                )
+            }),
         };
-        // SAFETY: the caller's; `tiles` came from a `Kernels`, so the machine has its instruction set.
+        // SAFETY: the caller's; `tiles` came from a `Kernels`, so the machine has its instruction
+        // set.
         unsafe { (self.tiles.finish)(&term, sums, self.out.panel(token, at.panel)) };
     }
 }
 
 impl Kernels {
-    /// Integer sums `Σ_k (v[p, n, k] − z[n, k]) · x[m, k]` over all columns, `[planes, M, N]` row-major, without float zero points: what the
-    /// exactness of every instruction set is judged by.
+    /// Integer sums `Σ_k (v[p, n, k] − z[n, k]) · x[m, k]` over all columns, `[planes, M, N]`
+    /// row-major, without float zero points: what the exactness of every instruction set is judged
+    /// by.
     ///
     /// # Panics
     /// If `x` was not laid out for `w` or is not int8, or `out` is not `planes · M · N` long.
     pub fn matmul_sums(&self, pool: &Pool, w: &Prepacked, x: &Activations, out: &mut [i32]) {
         x.check(w);
-        let Some(integers) = x.integers() else { panic!("integer sums of float activations") };
+        let Some(integers) = x.integers() else {
+            panic!("integer sums of float activations")
+        };
         out.fill(0);
         let tokens = x.rows();
-        self.sweep(pool, w, integers, tokens, &IntegerSums { tokens, out: Output::new(out, w.planes() * tokens, w.rows()) });
+        self.sweep(
+            pool,
+            w,
+            integers,
+            tokens,
+            &IntegerSums {
+                tokens,
+                out: Output::new(out, w.planes() * tokens, w.rows()),
+            },
+        );
     }
 
-    /// `Y = X · Wᵀ + bias`, `[M, N]` row-major. `bias` has N elements. The bits are the same for every instruction set and pool.
+    /// `Y = X · Wᵀ + bias`, `[M, N]` row-major. `bias` has N elements. The bits are the same for
+    /// every instruction set and pool.
     ///
     /// ```
     /// use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
@@ -149,12 +194,29 @@ impl Kernels {
     ///
     /// # Panics
     /// If `x` was not laid out for `w`, `bias` is not N long, or `out` is not `M · N` long.
-    pub fn matmul(&self, pool: &Pool, w: &Prepacked, x: &Activations, bias: Option<&[f32]>, out: &mut [f32]) {
+    pub fn matmul(
+        &self,
+        pool: &Pool,
+        w: &Prepacked,
+        x: &Activations,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
         x.check(w);
-        assert!(bias.is_none_or(|b| b.len() == w.rows()), "a bias for each of {} rows", w.rows());
+        assert!(
+            bias.is_none_or(|b| b.len() == w.rows()),
+            "a bias for each of {} rows",
+            w.rows()
+        );
         if w.groups() == 0 {
             // Without columns there is no group whose term could be written.
-            assert_eq!(out.len(), x.rows() * w.rows(), "the length of a product of {} × {}", x.rows(), w.rows());
+            assert_eq!(
+                out.len(),
+                x.rows() * w.rows(),
+                "the length of a product of {} × {}",
+                x.rows(),
+                w.rows()
+            );
             for (i, out) in out.iter_mut().enumerate() {
                 *out = bias.map_or(0.0, |b| b[i % w.rows()]);
             }
@@ -162,9 +224,24 @@ impl Kernels {
         }
         let (tiles, out) = (self.tiles(), Output::new(out, x.rows(), w.rows()));
         match x.integers() {
-            Some(integers) => self.sweep(pool, w, integers, x.rows(), &Floats { tiles, w, x: integers, bias, out }),
-            // SAFETY: the machine has the instruction set of this `Kernels`, and each panel is in one part.
-            None => self.parts(pool, w, x.rows(), |panels| unsafe { floats(tiles, w, x, panels, bias, &out) }),
+            Some(integers) => self.sweep(
+                pool,
+                w,
+                integers,
+                x.rows(),
+                &Floats {
+                    tiles,
+                    w,
+                    x: integers,
+                    bias,
+                    out,
+                },
+            ),
+            // SAFETY: the machine has the instruction set of this `Kernels`, and each panel is in
+            // one part.
+            None => self.parts(pool, w, x.rows(), |panels| unsafe {
+                floats(tiles, w, x, panels, bias, &out)
+            }),
         }
     }
 
@@ -194,14 +271,24 @@ impl Kernels {
     fn parts(&self, pool: &Pool, w: &Prepacked, tokens: usize, each: impl Fn(Range<usize>) + Sync) {
         let panels = w.panels();
         let work = w.bytes() * w.coding().fields() * tokens;
-        let parts = (work / WORTH).min(panels).min(if pool.threads() > 1 { pool.threads() * PARTS } else { 1 }).max(1);
-        pool.run(parts, |part| each(part * panels / parts..(part + 1) * panels / parts));
+        let parts = (work / WORTH)
+            .min(panels)
+            .min(if pool.threads() > 1 {
+                pool.threads() * PARTS
+            } else {
+                1
+            })
+            .max(1);
+        pool.run(parts, |part| {
+            each(part * panels / parts..(part + 1) * panels / parts)
+        });
     }
 
     fn sweep(&self, pool: &Pool, w: &Prepacked, x: Integers<'_>, tokens: usize, sink: &impl Sink) {
         let tiles = self.tiles();
         self.parts(pool, w, tokens, |panels| {
-            // SAFETY: the machine has the instruction set of this `Kernels`, and each panel is in one part.
+            // SAFETY: the machine has the instruction set of this `Kernels`, and each panel is in
+            // one part.
             unsafe {
                 if tokens < DENSE {
                     direct(tiles, w, x, tokens, panels, sink);
@@ -216,12 +303,25 @@ impl Kernels {
 /// The segments of a panel, in order.
 fn segments(w: &Prepacked, panel: usize) -> impl Iterator<Item = Segment> {
     let groups = w.groups();
-    (0..w.planes()).flat_map(move |plane| (0..groups).map(move |group| Segment { panel, plane, group }))
+    (0..w.planes()).flat_map(move |plane| {
+        (0..groups).map(move |group| Segment {
+            panel,
+            plane,
+            group,
+        })
+    })
 }
 
 /// # Safety
 /// The machine has the instruction set of `tiles`; no other thread has these panels.
-unsafe fn direct(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, panels: Range<usize>, sink: &impl Sink) {
+unsafe fn direct(
+    tiles: &Tiles,
+    w: &Prepacked,
+    x: Integers<'_>,
+    tokens: usize,
+    panels: Range<usize>,
+    sink: &impl Sink,
+) {
     let parts = tokens.div_ceil(TOKENS);
     for at in panels.flat_map(|panel| segments(w, panel)) {
         let codes = w.codes(at.panel, at.plane, w.group_steps(at.group));
@@ -235,7 +335,9 @@ unsafe fn direct(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, p
             // SAFETY: the caller's.
             unsafe {
                 (tiles.direct)(w.coding(), codes, x.from(tokens.start, at.group, 0), sums);
-                tokens.zip(sums).for_each(|(token, sums)| sink.put(at, token, sums));
+                tokens
+                    .zip(sums)
+                    .for_each(|(token, sums)| sink.put(at, token, sums));
             }
         }
     }
@@ -243,7 +345,14 @@ unsafe fn direct(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, p
 
 /// # Safety
 /// As [`direct`].
-unsafe fn dense(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, panels: Range<usize>, sink: &impl Sink) {
+unsafe fn dense(
+    tiles: &Tiles,
+    w: &Prepacked,
+    x: Integers<'_>,
+    tokens: usize,
+    panels: Range<usize>,
+    sink: &impl Sink,
+) {
     let coding = w.coding();
     let block = DENSE_CODES / coding.step_codes();
     let mut room = Codes::new();
@@ -256,14 +365,21 @@ unsafe fn dense(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, pa
                 for begin in steps.clone().step_by(block) {
                     let now = begin..steps.end.min(begin + block);
                     let last = now.end == steps.end;
-                    let (codes, packed) = (&mut room.bytes()[..now.len() * coding.step_codes()], w.codes(panel, at.plane, now));
+                    let (codes, packed) = (
+                        &mut room.bytes()[..now.len() * coding.step_codes()],
+                        w.codes(panel, at.plane, now),
+                    );
                     let column = (begin - steps.start) * coding.step();
                     // Lines of the block after this one, to be asked for beside each tile.
                     let lines = packed.len().div_ceil(LINE * sums.len().div_ceil(TOKENS));
                     // SAFETY: the caller's.
                     unsafe { (tiles.unpack)(coding, packed, codes) };
                     for (i, sums) in sums.chunks_mut(TOKENS).enumerate() {
-                        (0..lines).for_each(|line| ask(packed.as_ptr().wrapping_add(packed.len() + (i * lines + line) * LINE)));
+                        (0..lines).for_each(|line| {
+                            ask(packed
+                                .as_ptr()
+                                .wrapping_add(packed.len() + (i * lines + line) * LINE))
+                        });
                         let tokens = first + i * TOKENS..;
                         if begin == steps.start {
                             for (token, sums) in tokens.clone().zip(sums.iter_mut()) {
@@ -271,10 +387,19 @@ unsafe fn dense(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, pa
                             }
                         }
                         // SAFETY: the caller's.
-                        unsafe { (tiles.dense)(coding.most(), codes, x.from(tokens.start, at.group, column), sums) };
+                        unsafe {
+                            (tiles.dense)(
+                                coding.most(),
+                                codes,
+                                x.from(tokens.start, at.group, column),
+                                sums,
+                            )
+                        };
                         if last {
                             // SAFETY: the caller's.
-                            tokens.zip(sums.iter()).for_each(|(token, sums)| unsafe { sink.put(at, token, sums) });
+                            tokens
+                                .zip(sums.iter())
+                                .for_each(|(token, sums)| unsafe { sink.put(at, token, sums) });
                         }
                     }
                 }
@@ -285,15 +410,30 @@ unsafe fn dense(tiles: &Tiles, w: &Prepacked, x: Integers<'_>, tokens: usize, pa
 
 /// # Safety
 /// As [`direct`].
-unsafe fn floats(tiles: &Tiles, w: &Prepacked, x: &Activations, panels: Range<usize>, bias: Option<&[f32]>, out: &Output<'_, f32>) {
+unsafe fn floats(
+    tiles: &Tiles,
+    w: &Prepacked,
+    x: &Activations,
+    panels: Range<usize>,
+    bias: Option<&[f32]>,
+    out: &Output<'_, f32>,
+) {
     let row = w.steps() * STEP_TABLES;
     let mut tables = vec![0.0; FLOAT_TOKENS.min(x.rows()) * row];
     for first in (0..x.rows()).step_by(FLOAT_TOKENS) {
         let tokens = first..x.rows().min(first + FLOAT_TOKENS);
         for (token, tables) in tokens.clone().zip(tables.chunks_mut(row)) {
-            for (g, x) in x.token(token).unwrap_or(&[]).chunks(w.shape().padded).enumerate() {
+            for (g, x) in x
+                .token(token)
+                .unwrap_or(&[])
+                .chunks(w.shape().padded)
+                .enumerate()
+            {
                 let steps = w.group_steps(g);
-                float::tables(&x[..steps.len() * float::STEP], &mut tables[steps.start * STEP_TABLES..]);
+                float::tables(
+                    &x[..steps.len() * float::STEP],
+                    &mut tables[steps.start * STEP_TABLES..],
+                );
             }
         }
         for at in panels.clone().flat_map(|panel| segments(w, panel)) {
@@ -304,10 +444,20 @@ unsafe fn floats(tiles: &Tiles, w: &Prepacked, x: &Activations, panels: Range<us
                 let mut sums = [[0.0; PANEL]; 2];
                 // SAFETY: the caller's.
                 let out = unsafe {
-                    (tiles.float)(w.codes(at.panel, at.plane, steps.clone()), Float(&tables[steps.start * STEP_TABLES..]), &mut sums);
+                    (tiles.float)(
+                        w.codes(at.panel, at.plane, steps.clone()),
+                        Float(&tables[steps.start * STEP_TABLES..]),
+                        &mut sums,
+                    );
                     out.panel(token, at.panel)
                 };
-                float::finish(w.scales(at.panel, at.plane, at.group), at.plane == 0 && at.group == 0, bias, &sums, out);
+                float::finish(
+                    w.scales(at.panel, at.plane, at.group),
+                    at.plane == 0 && at.group == 0,
+                    bias,
+                    &sums,
+                    out,
+                );
             }
         }
     }

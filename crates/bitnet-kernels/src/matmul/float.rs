@@ -1,15 +1,17 @@
 //! Ternary weights times float activations: sums of two products looked up for each two weights.
 //!
-//! Nibble i of a row's lane holds the codes of two columns of its step, `c = 8 · (i mod 2) + i div 2` in the lower two bits and `c + 4` in
-//! the upper two. For each of the eight nibbles of a step there is a table of the 16 values that the two products can add up to:
+//! Nibble i of a row's lane holds the codes of two columns of its step, `c = 8 · (i mod 2) + i div
+//! 2` in the lower two bits and `c + 4` in the upper two. For each of the eight nibbles of a step
+//! there is a table of the 16 values that the two products can add up to:
 //!
 //! ```text
 //! table[i][code_c + 4 · code_{c+4}] = (code_c − 1) · x_c + (code_{c+4} − 1) · x_{c+4}
 //! sums[i mod 2][r] += table[i][nibble i of lane r]          i = 0 … 7, step after step
 //! ```
 //!
-//! A table depends on the activations alone and serves every row. One rounding for each two products and one for each addition, always in
-//! this order: every instruction set gives the same bits.
+//! A table depends on the activations alone and serves every row. One rounding for each two
+//! products and one for each addition, always in this order: every instruction set gives the same
+//! bits.
 
 use super::{PANEL, STEP_BYTES};
 
@@ -29,13 +31,21 @@ impl Float<'_> {
     /// The bound that every loop rests on.
     #[inline(always)]
     pub(crate) fn check(&self, weights: &[u8]) {
-        assert!(self.0.len() >= weights.len() / STEP_BYTES * STEP_TABLES, "tables for every step");
+        assert!(
+            self.0.len() >= weights.len() / STEP_BYTES * STEP_TABLES,
+            "tables for every step"
+        );
     }
 }
 
 /// Fills the tables of whole steps of activations.
 pub(crate) fn tables(x: &[f32], out: &mut [f32]) {
-    for (x, tables) in x.as_chunks::<STEP>().0.iter().zip(out.as_chunks_mut::<STEP_TABLES>().0) {
+    for (x, tables) in x
+        .as_chunks::<STEP>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<STEP_TABLES>().0)
+    {
         for (i, table) in tables.as_chunks_mut::<16>().0.iter_mut().enumerate() {
             let column = 8 * (i % 2) + i / 2;
             let (a, b) = (x[column], x[column + 4]);
@@ -48,7 +58,12 @@ pub(crate) fn tables(x: &[f32], out: &mut [f32]) {
 
 /// The sums as they are defined.
 pub(crate) fn plain(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
-    for (step, tables) in weights.as_chunks::<STEP_BYTES>().0.iter().zip(x.0.as_chunks::<STEP_TABLES>().0) {
+    for (step, tables) in weights
+        .as_chunks::<STEP_BYTES>()
+        .0
+        .iter()
+        .zip(x.0.as_chunks::<STEP_TABLES>().0)
+    {
         for (r, lane) in step.as_chunks::<4>().0.iter().enumerate() {
             let lane = u32::from_le_bytes(*lane);
             for (i, table) in tables.as_chunks::<16>().0.iter().enumerate() {
@@ -59,7 +74,13 @@ pub(crate) fn plain(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
 }
 
 /// `out (+)= (even + odd) · scale`, and after the last group `+ bias`.
-pub(crate) fn finish(scales: &[f32; PANEL], first: bool, bias: Option<&[f32]>, [even, odd]: &Sums, out: &mut [f32]) {
+pub(crate) fn finish(
+    scales: &[f32; PANEL],
+    first: bool,
+    bias: Option<&[f32]>,
+    [even, odd]: &Sums,
+    out: &mut [f32],
+) {
     for (r, out) in out.iter_mut().enumerate() {
         let value = (even[r] + odd[r]) * scales[r];
         *out = if first { value } else { *out + value };
@@ -97,13 +118,18 @@ pub(crate) mod x86 {
         const ROWS: usize = 16;
         x.check(weights);
         for part in 0..PANEL / ROWS {
-            // SAFETY: every read and write is inside `weights`, whose steps have PANEL rows, the tables, whose number was checked, and `sums`.
+            // SAFETY: every read and write is inside `weights`, whose steps have PANEL rows, the
+            // tables, whose number was checked, and `sums`.
             unsafe {
-                let mut acc: [[__m256; 2]; 2] =
-                    std::array::from_fn(|o| std::array::from_fn(|v| _mm256_loadu_ps(sums[o].as_ptr().add(part * ROWS + 8 * v))));
+                let mut acc: [[__m256; 2]; 2] = std::array::from_fn(|o| {
+                    std::array::from_fn(|v| {
+                        _mm256_loadu_ps(sums[o].as_ptr().add(part * ROWS + 8 * v))
+                    })
+                });
                 for step in 0..weights.len() / STEP_BYTES {
                     let at = weights.as_ptr().add(step * STEP_BYTES + part * ROWS * 4);
-                    let mut w: [__m256i; 2] = std::array::from_fn(|v| _mm256_loadu_si256(at.add(32 * v).cast()));
+                    let mut w: [__m256i; 2] =
+                        std::array::from_fn(|v| _mm256_loadu_si256(at.add(32 * v).cast()));
                     for i in 0..8 {
                         let table = x.0.as_ptr().add(step * STEP_TABLES + 16 * i);
                         let (low, high) = (_mm256_loadu_ps(table), _mm256_loadu_ps(table.add(8)));
@@ -136,10 +162,13 @@ pub(crate) mod x86 {
         x.check(weights);
         // SAFETY: as in `avx2`.
         unsafe {
-            let mut acc: [[__m512; 4]; 2] = std::array::from_fn(|o| std::array::from_fn(|v| _mm512_loadu_ps(sums[o].as_ptr().add(16 * v))));
+            let mut acc: [[__m512; 4]; 2] = std::array::from_fn(|o| {
+                std::array::from_fn(|v| _mm512_loadu_ps(sums[o].as_ptr().add(16 * v)))
+            });
             for step in 0..weights.len() / STEP_BYTES {
-                let mut w: [__m512i; 4] =
-                    std::array::from_fn(|v| _mm512_loadu_si512(weights.as_ptr().add(step * STEP_BYTES + 64 * v).cast()));
+                let mut w: [__m512i; 4] = std::array::from_fn(|v| {
+                    _mm512_loadu_si512(weights.as_ptr().add(step * STEP_BYTES + 64 * v).cast())
+                });
                 for i in 0..8 {
                     let table = _mm512_loadu_ps(x.0.as_ptr().add(step * STEP_TABLES + 16 * i));
                     for (w, acc) in w.iter_mut().zip(&mut acc[i % 2]) {

@@ -4,14 +4,17 @@
 //! Y[M, N] = s_x[m] · Σ_p Σ_g s_w[p, n, g] · Σ_{k in g} (v[p, n, k] − z[n, g]) · x[m, k]  (+ bias[n])
 //! ```
 //!
-//! Planes p are those of [`bitnet_core::Matrix`]: one, or two or three of ternary weights. The inner sums are exact in i32; the rest is done
-//! in f32 in the order of planes and groups, so every instruction set and every number of threads gives the same bits. Weights are stored
-//! as unsigned codes, so that unsigned × signed byte products can be used: sums begin at `−(offset + z) · Σ x` instead of 0.
+//! Planes p are those of [`bitnet_core::Matrix`]: one, or two or three of ternary weights. The
+//! inner sums are exact in i32; the rest is done in f32 in the order of planes and groups, so every
+//! instruction set and every number of threads gives the same bits. Weights are stored as unsigned
+//! codes, so that unsigned × signed byte products can be used: sums begin at `−(offset + z) · Σ x`
+//! instead of 0.
 //!
 //! # Kernel layout
 //!
-//! Rows go in panels of [`PANEL`] = 64. A panel is a run of steps, a step is 256 bytes: lane r (4 bytes) belongs to row r of the panel, and
-//! field f of its byte b to column 4f + b of the step. How many fields a byte has, the [`Stream`] and the precision say:
+//! Rows go in panels of [`PANEL`] = 64. A panel is a run of steps, a step is 256 bytes: lane r (4
+//! bytes) belongs to row r of the panel, and field f of its byte b to column 4f + b of the step.
+//! How many fields a byte has, the [`Stream`] and the precision say:
 //!
 //! ```text
 //! weights         fields   columns of a step   code              value
@@ -22,16 +25,18 @@
 //! ternary, 1.6       5            20           five trits of a byte, see below
 //! ```
 //!
-//! So a load holds the columns of a step of its rows, an `and` leaves one field in place (the sums of the upper ones are multiples of a power
-//! of 2 and are shifted down at the end), and the activations that meet a field are the same 4 bytes for every lane. Each scale group begins
-//! at a new step; missing rows and columns hold the code of the value 0 (binary has none: there the activations are 0). The planes of a panel
-//! follow one another.
+//! So a load holds the columns of a step of its rows, an `and` leaves one field in place (the sums
+//! of the upper ones are multiples of a power of 2 and are shifted down at the end), and the
+//! activations that meet a field are the same 4 bytes for every lane. Each scale group begins at a
+//! new step; missing rows and columns hold the code of the value 0 (binary has none: there the
+//! activations are 0). The planes of a panel follow one another.
 //!
 //! # Five trits in a byte
 //!
-//! Bit 7 turns all five trits round. The other seven bits are the number of one of the 122 patterns whose fifth trit is +1, or 0 and then the
-//! last of the others that is not 0 is +1. A table of 128 bytes gives the first four as codes `t + 1` in 2-bit fields; the fifth depends on
-//! the lower six bits alone. With VBMI each table is one instruction.
+//! Bit 7 turns all five trits round. The other seven bits are the number of one of the 122 patterns
+//! whose fifth trit is +1, or 0 and then the last of the others that is not 0 is +1. A table of 128
+//! bytes gives the first four as codes `t + 1` in 2-bit fields; the fifth depends on the lower six
+//! bits alone. With VBMI each table is one instruction.
 
 mod activations;
 mod coding;

@@ -7,9 +7,18 @@ use super::vector::{self, Vector, entries, room_of_products, room_of_quads};
 use super::{PANEL, STEP_BYTES, trits};
 use std::arch::aarch64::*;
 
-pub(super) const NEON: Tiles =
-    Tiles { direct: plain::direct, dense: plain::dense, unpack: unpack_codes, finish: plain::finish_rows, float: by_table };
-pub(super) const DOTPROD: Tiles = Tiles { direct: dotprod::direct, dense: dotprod::dense, ..NEON };
+pub(super) const NEON: Tiles = Tiles {
+    direct: plain::direct,
+    dense: plain::dense,
+    unpack: unpack_codes,
+    finish: plain::finish_rows,
+    float: by_table,
+};
+pub(super) const DOTPROD: Tiles = Tiles {
+    direct: dotprod::direct,
+    dense: dotprod::dense,
+    ..NEON
+};
 
 /// What both have in common.
 macro_rules! bytes {
@@ -90,17 +99,31 @@ mod plain {
             unsafe { [vdupq_n_s16(0); 2] }
         }
         #[inline(always)]
-        unsafe fn dot([low, high]: [int16x8_t; 2], codes: uint8x16_t, x: uint8x16_t) -> [int16x8_t; 2] {
+        unsafe fn dot(
+            [low, high]: [int16x8_t; 2],
+            codes: uint8x16_t,
+            x: uint8x16_t,
+        ) -> [int16x8_t; 2] {
             // SAFETY: the caller's.
             unsafe {
                 let (codes, x) = (vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(x));
-                [vmlal_s8(low, vget_low_s8(codes), vget_low_s8(x)), vmlal_high_s8(high, codes, x)]
+                [
+                    vmlal_s8(low, vget_low_s8(codes), vget_low_s8(x)),
+                    vmlal_high_s8(high, codes, x),
+                ]
             }
         }
         #[inline(always)]
         unsafe fn add([low, high]: [int16x8_t; 2], up: u32, down: u32, sums: *mut i32) {
             // SAFETY: the caller's.
-            unsafe { add(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)), up, down, sums) }
+            unsafe {
+                add(
+                    vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)),
+                    up,
+                    down,
+                    sums,
+                )
+            }
         }
     }
 
@@ -115,7 +138,8 @@ mod dotprod {
     /// Byte dot products.
     pub(super) struct Registers;
 
-    // SAFETY: every intrinsic belongs to NEON and the one instruction to its dot products, which the trait asks for.
+    // SAFETY: every intrinsic belongs to NEON and the one instruction to its dot products, which
+    // the trait asks for.
     unsafe impl Vector for Registers {
         bytes!();
         type Sum = int32x4_t;
@@ -131,7 +155,8 @@ mod dotprod {
         }
         #[inline(always)]
         unsafe fn dot(mut sum: int32x4_t, codes: uint8x16_t, x: uint8x16_t) -> int32x4_t {
-            // SAFETY: the caller's machine has the instruction, whose intrinsic `vdotq_s32` is not stable; it reads and writes registers only.
+            // SAFETY: the caller's machine has the instruction, whose intrinsic `vdotq_s32` is not
+            // stable; it reads and writes registers only.
             unsafe {
                 asm!(
                     ".arch_extension dotprod",
@@ -163,32 +188,55 @@ unsafe fn unpack_codes(coding: Coding, weights: &[u8], out: &mut [u8]) {
         return unsafe { plain::unpack_codes(coding, weights, out) };
     }
     // SAFETY: the tables have 64, 128 and 64 bytes.
-    let [low, high, fifths] =
-        unsafe { [vld1q_u8_x4(trits::QUADS.as_ptr()), vld1q_u8_x4(trits::QUADS[64..].as_ptr()), vld1q_u8_x4(trits::FIFTHS.as_ptr())] };
+    let [low, high, fifths] = unsafe {
+        [
+            vld1q_u8_x4(trits::QUADS.as_ptr()),
+            vld1q_u8_x4(trits::QUADS[64..].as_ptr()),
+            vld1q_u8_x4(trits::FIFTHS.as_ptr()),
+        ]
+    };
     let (number, place) = (vdupq_n_u8(127), vdupq_n_u8(63));
-    for (weights, out) in weights.as_chunks::<STEP_BYTES>().0.iter().zip(out.as_chunks_mut::<{ 5 * STEP_BYTES }>().0) {
+    for (weights, out) in weights
+        .as_chunks::<STEP_BYTES>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<{ 5 * STEP_BYTES }>().0)
+    {
         for (v, weights) in weights.as_chunks::<16>().0.iter().enumerate() {
             // SAFETY: 16 bytes; the read needs no alignment.
             let bytes = unsafe { vld1q_u8(weights.as_ptr()) };
             let turned = vcltzq_s8(vreinterpretq_s8_u8(bytes));
             let numbers = vandq_u8(bytes, number);
-            // A number outside the first table finds 0 there, and keeps it where it is outside the second.
-            let quads = vqtbx4q_u8(vqtbl4q_u8(low, numbers), high, vsubq_u8(numbers, vdupq_n_u8(64)));
+            // A number outside the first table finds 0 there, and keeps it where it is outside the
+            // second.
+            let quads = vqtbx4q_u8(
+                vqtbl4q_u8(low, numbers),
+                high,
+                vsubq_u8(numbers, vdupq_n_u8(64)),
+            );
             let fifths = vqtbl4q_u8(fifths, vandq_u8(bytes, place));
             // No field exceeds 2, so nothing is borrowed.
             let quads = vbslq_u8(turned, vsubq_u8(vdupq_n_u8(0b10_10_10_10), quads), quads);
             let fifths = vbslq_u8(turned, vsubq_u8(vdupq_n_u8(2), fifths), fifths);
-            let fields = [quads, vshrq_n_u8::<2>(quads), vshrq_n_u8::<4>(quads), vshrq_n_u8::<6>(quads), fifths];
+            let fields = [
+                quads,
+                vshrq_n_u8::<2>(quads),
+                vshrq_n_u8::<4>(quads),
+                vshrq_n_u8::<6>(quads),
+                fifths,
+            ];
             for (field, codes) in fields.into_iter().enumerate() {
                 let out = &mut out[field * STEP_BYTES + 16 * v..][..16];
-                // SAFETY: 16 bytes; the write needs no alignment. A fifth trit's code is its own under the mask.
+                // SAFETY: 16 bytes; the write needs no alignment. A fifth trit's code is its own
+                // under the mask.
                 unsafe { vst1q_u8(out.as_mut_ptr(), vandq_u8(codes, vdupq_n_u8(3))) };
             }
         }
     }
 }
 
-/// [`float::plain`] with a table of 16 floats in four registers: the four bytes of a float are looked up by their places.
+/// [`float::plain`] with a table of 16 floats in four registers: the four bytes of a float are
+/// looked up by their places.
 ///
 /// # Safety
 /// The machine has NEON.
@@ -196,19 +244,30 @@ unsafe fn unpack_codes(coding: Coding, weights: &[u8], out: &mut [u8]) {
 unsafe fn by_table(weights: &[u8], x: Float<'_>, sums: &mut float::Sums) {
     const ROWS: usize = 16;
     x.check(weights);
-    let (nibble, four_times, places) = (vdupq_n_u32(15), vdupq_n_u32(0x04_04_04_04), vdupq_n_u32(0x03_02_01_00));
+    let (nibble, four_times, places) = (
+        vdupq_n_u32(15),
+        vdupq_n_u32(0x04_04_04_04),
+        vdupq_n_u32(0x03_02_01_00),
+    );
     for part in 0..PANEL / ROWS {
-        // SAFETY: every read and write is inside `weights`, whose steps have PANEL rows, the tables, whose number was checked, and `sums`.
+        // SAFETY: every read and write is inside `weights`, whose steps have PANEL rows, the
+        // tables, whose number was checked, and `sums`.
         unsafe {
-            let mut acc: [[float32x4_t; 4]; 2] =
-                std::array::from_fn(|o| std::array::from_fn(|v| vld1q_f32(sums[o].as_ptr().add(part * ROWS + 4 * v))));
+            let mut acc: [[float32x4_t; 4]; 2] = std::array::from_fn(|o| {
+                std::array::from_fn(|v| vld1q_f32(sums[o].as_ptr().add(part * ROWS + 4 * v)))
+            });
             for step in 0..weights.len() / STEP_BYTES {
                 let at = weights.as_ptr().add(step * STEP_BYTES + part * ROWS * 4);
-                let mut w: [uint32x4_t; 4] = std::array::from_fn(|v| vreinterpretq_u32_u8(vld1q_u8(at.add(16 * v))));
+                let mut w: [uint32x4_t; 4] =
+                    std::array::from_fn(|v| vreinterpretq_u32_u8(vld1q_u8(at.add(16 * v))));
                 for i in 0..8 {
                     let table = vld1q_u8_x4(x.0.as_ptr().add(step * STEP_TABLES + 16 * i).cast());
                     for (w, acc) in w.iter_mut().zip(&mut acc[i % 2]) {
-                        let at = vreinterpretq_u8_u32(vmlaq_u32(places, vandq_u32(*w, nibble), four_times));
+                        let at = vreinterpretq_u8_u32(vmlaq_u32(
+                            places,
+                            vandq_u32(*w, nibble),
+                            four_times,
+                        ));
                         *acc = vaddq_f32(*acc, vreinterpretq_f32_u8(vqtbl4q_u8(table, at)));
                         *w = vshrq_n_u32::<4>(*w);
                     }

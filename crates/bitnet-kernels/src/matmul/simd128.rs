@@ -7,7 +7,13 @@ use super::vector::{self, Vector, entries, room_of_products};
 use super::{PANEL, STEP_BYTES};
 use std::arch::wasm32::*;
 
-pub(super) const SIMD128: Tiles = Tiles { direct, dense, unpack: unpack_codes, finish: finish_rows, float: float::plain };
+pub(super) const SIMD128: Tiles = Tiles {
+    direct,
+    dense,
+    unpack: unpack_codes,
+    finish: finish_rows,
+    float: float::plain,
+};
 
 /// Products added one at a time in 16 bits.
 struct Registers;
@@ -52,12 +58,21 @@ unsafe impl Vector for Registers {
     }
     #[inline(always)]
     unsafe fn dot([low, high]: [v128; 2], codes: v128, x: v128) -> [v128; 2] {
-        [i16x8_add(low, i16x8_extmul_low_i8x16(codes, x)), i16x8_add(high, i16x8_extmul_high_i8x16(codes, x))]
+        [
+            i16x8_add(low, i16x8_extmul_low_i8x16(codes, x)),
+            i16x8_add(high, i16x8_extmul_high_i8x16(codes, x)),
+        ]
     }
     #[inline(always)]
     unsafe fn add([low, high]: [v128; 2], up: u32, down: u32, sums: *mut i32) {
-        let (low, high) = (i32x4_extadd_pairwise_i16x8(low), i32x4_extadd_pairwise_i16x8(high));
-        let sum = i32x4_add(i32x4_shuffle::<0, 2, 4, 6>(low, high), i32x4_shuffle::<1, 3, 5, 7>(low, high));
+        let (low, high) = (
+            i32x4_extadd_pairwise_i16x8(low),
+            i32x4_extadd_pairwise_i16x8(high),
+        );
+        let sum = i32x4_add(
+            i32x4_shuffle::<0, 2, 4, 6>(low, high),
+            i32x4_shuffle::<1, 3, 5, 7>(low, high),
+        );
         let total = i32x4_shr(i32x4_shl(sum, up), down);
         // SAFETY: the caller's; neither access needs alignment.
         unsafe { v128_store(sums.cast(), i32x4_add(v128_load(sums.cast()), total)) }

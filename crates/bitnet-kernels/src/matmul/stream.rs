@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 pub enum Stream {
     /// Four in a byte: the fastest out of a cache, and what float activations take.
     TwoBit,
-    /// Five in a byte, 1.6 bits: a fifth less to read, and more work for each weight. Scale groups that are no multiple of 20 columns are padded.
+    /// Five in a byte, 1.6 bits: a fifth less to read, and more work for each weight. Scale groups
+    /// that are no multiple of 20 columns are padded.
     Trits,
 }
 
@@ -20,14 +21,24 @@ pub enum Stream {
 static MEASURED: Mutex<BTreeMap<(Isa, usize), Stream>> = Mutex::new(BTreeMap::new());
 
 impl Stream {
-    /// The faster of the two for one token and more weights than caches hold, on this machine. Measured at the first call for the instruction
-    /// set and number of threads, with 128 MiB in part of a second, and remembered.
+    /// The faster of the two for one token and more weights than caches hold, on this machine.
+    /// Measured at the first call for the instruction set and number of threads, with 128 MiB in
+    /// part of a second, and remembered.
     pub fn auto(kernels: &Kernels, pool: &Pool) -> Self {
         let mut measured = MEASURED.lock().unwrap_or_else(PoisonError::into_inner);
-        *measured.entry((kernels.isa(), pool.threads())).or_insert_with(|| {
-            let (two_bit, trits) = (Self::TwoBit.time(kernels, pool), Self::Trits.time(kernels, pool));
-            if trits < two_bit { Self::Trits } else { Self::TwoBit }
-        })
+        *measured
+            .entry((kernels.isa(), pool.threads()))
+            .or_insert_with(|| {
+                let (two_bit, trits) = (
+                    Self::TwoBit.time(kernels, pool),
+                    Self::Trits.time(kernels, pool),
+                );
+                if trits < two_bit {
+                    Self::Trits
+                } else {
+                    Self::TwoBit
+                }
+            })
     }
 
     /// The shortest of some products.
@@ -37,17 +48,31 @@ impl Stream {
         const TURNS: usize = 5;
         // Rows of one panel, repeated: the kernels do not look at the values.
         let panel = MatrixSpec::new(super::PANEL, COLS, Precision::Ternary, Granularity::Tensor);
-        let values = (0..panel.values_len()).map(|i| (i * 7 % 3) as i8 - 1).collect();
-        let matrix = Matrix { values, scales: vec![1.0], zero_points: vec![], spec: panel };
-        let Ok(one) = Prepacked::with_stream(&matrix, self, pool) else { return Duration::MAX };
+        let values = (0..panel.values_len())
+            .map(|i| (i * 7 % 3) as i8 - 1)
+            .collect();
+        let matrix = Matrix {
+            values,
+            scales: vec![1.0],
+            zero_points: vec![],
+            spec: panel,
+        };
+        let Ok(one) = Prepacked::with_stream(&matrix, self, pool) else {
+            return Duration::MAX;
+        };
         let w = one.repeated(ROWS / super::PANEL);
-        let Ok(x) = Activations::from_values(&vec![1; COLS], &[1.0], &w) else { return Duration::MAX };
+        let Ok(x) = Activations::from_values(&vec![1; COLS], &[1.0], &w) else {
+            return Duration::MAX;
+        };
         let mut y = vec![0.0; w.rows()];
         let turn = |y: &mut [f32]| {
             let begin = Instant::now();
             kernels.matmul(pool, &w, &x, None, y);
             begin.elapsed()
         };
-        (0..TURNS).map(|_| turn(&mut y)).min().unwrap_or(Duration::MAX)
+        (0..TURNS)
+            .map(|_| turn(&mut y))
+            .min()
+            .unwrap_or(Duration::MAX)
     }
 }

@@ -33,19 +33,23 @@ pub(crate) struct Columns<'a> {
 }
 
 impl Columns<'_> {
-    /// The bound that every tile rests on: `tokens` rows hold `columns` values each, and there are sums for all of them.
+    /// The bound that every tile rests on: `tokens` rows hold `columns` values each, and there are
+    /// sums for all of them.
     #[inline(always)]
     pub(crate) fn check(&self, columns: usize, tokens: usize) {
         assert!(
-            tokens <= TOKENS && (tokens == 0 || (tokens - 1) * self.stride + columns <= self.values.len()),
+            tokens <= TOKENS
+                && (tokens == 0 || (tokens - 1) * self.stride + columns <= self.values.len()),
             "a tile inside the activations"
         );
     }
 }
 
-/// The loops of one instruction set. Each is safe to call where the machine has it; bounds are checked once in a call.
+/// The loops of one instruction set. Each is safe to call where the machine has it; bounds are
+/// checked once in a call.
 pub(crate) struct Tiles {
-    /// `sums[t][r] += Σ_k factor · code[r, k] · x[t, k]` from whole steps of the kernel layout, for at most [`TOKENS`] tokens.
+    /// `sums[t][r] += Σ_k factor · code[r, k] · x[t, k]` from whole steps of the kernel layout, for
+    /// at most [`TOKENS`] tokens.
     pub(crate) direct: unsafe fn(Coding, &[u8], Columns<'_>, &mut [Sums]),
     /// The same from bytes that `unpack` made, none above the number.
     pub(crate) dense: unsafe fn(usize, &[u8], Columns<'_>, &mut [Sums]),
@@ -61,7 +65,8 @@ pub(crate) struct Tiles {
 pub(crate) struct Term<'a> {
     /// The group's scale of each row of the panel.
     pub(crate) scales: &'a [f32; PANEL],
-    /// Scale times float zero point of each row, and the sum of the group's activations that it meets.
+    /// Scale times float zero point of each row, and the sum of the group's activations that it
+    /// meets.
     pub(crate) shift: Option<(&'a [f32; PANEL], i32)>,
     /// Whether nothing was added to the outputs before.
     pub(crate) first: bool,
@@ -70,10 +75,18 @@ pub(crate) struct Term<'a> {
 }
 
 /// The plain form.
-pub(crate) const SCALAR: Tiles = Tiles { direct, dense, unpack, finish, float: float::plain };
+pub(crate) const SCALAR: Tiles = Tiles {
+    direct,
+    dense,
+    unpack,
+    finish,
+    float: float::plain,
+};
 
 fn direct(coding: Coding, weights: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
-    by_unpacking(coding, weights, x, sums, |codes, x, sums| dense(coding.most(), codes, x, sums));
+    by_unpacking(coding, weights, x, sums, |codes, x, sums| {
+        dense(coding.most(), codes, x, sums)
+    });
 }
 
 /// Unpacks step by step and hands the codes to `dense`.
@@ -90,7 +103,14 @@ pub(crate) fn by_unpacking(
     for (i, weights) in weights.chunks(STEPS * STEP_BYTES).enumerate() {
         let codes = &mut codes[..weights.len() * coding.fields()];
         unpack(coding, weights, codes);
-        dense(codes, Columns { values: &x.values[i * STEPS * coding.step()..], ..x }, sums);
+        dense(
+            codes,
+            Columns {
+                values: &x.values[i * STEPS * coding.step()..],
+                ..x
+            },
+            sums,
+        );
     }
 }
 
@@ -107,7 +127,13 @@ fn dense(_: usize, codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
 #[inline(always)]
 fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut Sums) {
     for (codes, sum) in codes.as_chunks::<4>().0.iter().zip(sums) {
-        *sum = sum.wrapping_add(codes.iter().zip(x).map(|(&c, &x)| i32::from(c) * i32::from(x)).sum::<i32>());
+        *sum = sum.wrapping_add(
+            codes
+                .iter()
+                .zip(x)
+                .map(|(&c, &x)| i32::from(c) * i32::from(x))
+                .sum::<i32>(),
+        );
     }
 }
 
@@ -115,13 +141,27 @@ fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut Sums) {
 #[inline(always)]
 pub(crate) fn finish(term: &Term<'_>, sums: &Sums, out: &mut [f32]) {
     if let (true, None, Some((last, None))) = (term.first, term.shift, term.last) {
-        return out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out = sum as f32 * scale * last);
+        return out
+            .iter_mut()
+            .zip(sums)
+            .zip(term.scales)
+            .for_each(|((out, &sum), &scale)| *out = sum as f32 * scale * last);
     }
     match (term.first, term.shift) {
-        (true, None) => out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out = sum as f32 * scale),
-        (false, None) => out.iter_mut().zip(sums).zip(term.scales).for_each(|((out, &sum), &scale)| *out += sum as f32 * scale),
+        (true, None) => out
+            .iter_mut()
+            .zip(sums)
+            .zip(term.scales)
+            .for_each(|((out, &sum), &scale)| *out = sum as f32 * scale),
+        (false, None) => out
+            .iter_mut()
+            .zip(sums)
+            .zip(term.scales)
+            .for_each(|((out, &sum), &scale)| *out += sum as f32 * scale),
         (first, Some((shifts, x))) => {
-            for (((out, &sum), &scale), &shift) in out.iter_mut().zip(sums).zip(term.scales).zip(shifts) {
+            for (((out, &sum), &scale), &shift) in
+                out.iter_mut().zip(sums).zip(term.scales).zip(shifts)
+            {
                 let value = sum as f32 * scale - shift * x as f32;
                 *out = if first { value } else { *out + value };
             }
@@ -130,6 +170,9 @@ pub(crate) fn finish(term: &Term<'_>, sums: &Sums, out: &mut [f32]) {
     match term.last {
         None => {}
         Some((scale, None)) => out.iter_mut().for_each(|out| *out *= scale),
-        Some((scale, Some(bias))) => out.iter_mut().zip(bias).for_each(|(out, &bias)| *out = *out * scale + bias),
+        Some((scale, Some(bias))) => out
+            .iter_mut()
+            .zip(bias)
+            .for_each(|(out, &bias)| *out = *out * scale + bias),
     }
 }

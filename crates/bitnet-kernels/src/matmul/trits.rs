@@ -27,13 +27,18 @@ struct Tables {
 
 impl Tables {
     const fn new() -> Self {
-        let mut tables = Self { quads: [0b01_01_01_01; 128], fifths: [1; 64], bytes: [0; 243] };
+        let mut tables = Self {
+            quads: [0b01_01_01_01; 128],
+            fifths: [1; 64],
+            bytes: [0; 243],
+        };
         let mut i = 0;
         while i < WITH_FIFTH {
             tables.fifths[i] = 2;
             i += 1;
         }
-        // Of a pattern and its negation, the larger number in base 3 is the one whose last trit other than 0 is +1.
+        // Of a pattern and its negation, the larger number in base 3 is the one whose last trit
+        // other than 0 is +1.
         let (mut with, mut without) = (0, 0);
         let mut q = 121;
         while q < 243 {
@@ -42,9 +47,12 @@ impl Tables {
                 (with - 1) / WITH_FIFTH * 64 + (with - 1) % WITH_FIFTH
             } else {
                 without += 1;
-                (without - 1) / (64 - WITH_FIFTH) * 64 + WITH_FIFTH + (without - 1) % (64 - WITH_FIFTH)
+                (without - 1) / (64 - WITH_FIFTH) * 64
+                    + WITH_FIFTH
+                    + (without - 1) % (64 - WITH_FIFTH)
             };
-            tables.quads[number] = (q % 3 + 4 * (q / 3 % 3) + 16 * (q / 9 % 3) + 64 * (q / 27 % 3)) as u8;
+            tables.quads[number] =
+                (q % 3 + 4 * (q / 3 % 3) + 16 * (q / 9 % 3) + 64 * (q / 27 % 3)) as u8;
             // The negation of q is 242 − q; zero is its own, and is not turned.
             tables.bytes[242 - q] = number as u8 | TURNED;
             tables.bytes[q] = number as u8;
@@ -66,15 +74,27 @@ pub(crate) fn pack(quads: [u32; 5]) -> u32 {
 /// Four trits as codes in 2-bit fields, and the code of the fifth.
 #[inline(always)]
 fn split(byte: u8) -> (u8, u8) {
-    let (quad, fifth) = (QUADS[usize::from(byte & !TURNED)], FIFTHS[usize::from(byte & 63)]);
+    let (quad, fifth) = (
+        QUADS[usize::from(byte & !TURNED)],
+        FIFTHS[usize::from(byte & 63)],
+    );
     // No field exceeds 2, so nothing is borrowed.
-    if byte & TURNED != 0 { (0b10_10_10_10 - quad, 2 - fifth) } else { (quad, fifth) }
+    if byte & TURNED != 0 {
+        (0b10_10_10_10 - quad, 2 - fifth)
+    } else {
+        (quad, fifth)
+    }
 }
 
 /// Whole steps, a code in each byte.
 #[inline(always)]
 pub(crate) fn unpack(weights: &[u8], out: &mut [u8]) {
-    for (weights, out) in weights.as_chunks::<STEP_BYTES>().0.iter().zip(out.chunks_exact_mut(5 * STEP_BYTES)) {
+    for (weights, out) in weights
+        .as_chunks::<STEP_BYTES>()
+        .0
+        .iter()
+        .zip(out.chunks_exact_mut(5 * STEP_BYTES))
+    {
         for (i, &byte) in weights.iter().enumerate() {
             let (quad, fifth) = split(byte);
             for field in 0..4 {
@@ -96,9 +116,14 @@ mod tests {
             let trits: [u32; 5] = std::array::from_fn(|i| q / 3u32.pow(i as u32) % 3);
             let lane = pack(trits.map(|t| t * 0x01_01_01_01)).to_le_bytes();
             assert!(lane.iter().all(|&b| b == lane[0]));
-            assert!(!std::mem::replace(&mut seen[usize::from(lane[0])], true), "byte {} twice", lane[0]);
+            assert!(
+                !std::mem::replace(&mut seen[usize::from(lane[0])], true),
+                "byte {} twice",
+                lane[0]
+            );
             let (quad, fifth) = split(lane[0]);
-            let back: [u32; 5] = std::array::from_fn(|i| u32::from(if i < 4 { quad >> (2 * i) & 3 } else { fifth }));
+            let back: [u32; 5] =
+                std::array::from_fn(|i| u32::from(if i < 4 { quad >> (2 * i) & 3 } else { fifth }));
             assert_eq!(back, trits);
         }
         assert_eq!(split(ZERO), (0b01_01_01_01, 1));

@@ -7,8 +7,8 @@
 //!         add the accumulators to the sums
 //! ```
 //!
-//! A tile goes through a block several times where the registers do not hold all 64 rows; blocks follow one another, which keeps the stream
-//! of weights sequential.
+//! A tile goes through a block several times where the registers do not hold all 64 rows; blocks
+//! follow one another, which keeps the stream of weights sequential.
 
 use super::tiles::{Columns, Sums, TOKENS};
 use super::{PANEL, STEP_BYTES};
@@ -41,12 +41,14 @@ pub(crate) unsafe trait Vector {
     /// Four bytes for each row.
     unsafe fn splat(four: i32) -> Self::Bytes;
     unsafe fn and(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
-    /// Shifts down by 1, 2, 4 or 8 bits; what comes into a byte from its neighbour is masked away later.
+    /// Shifts down by 1, 2, 4 or 8 bits; what comes into a byte from its neighbour is masked away
+    /// later.
     unsafe fn down(codes: Self::Bytes, bits: usize) -> Self::Bytes;
     unsafe fn zero() -> Self::Sum;
     /// `sum[r] + Σ_{b < 4} codes[4r + b] · x[4r + b]`, codes unsigned, x signed.
     unsafe fn dot(sum: Self::Sum, codes: Self::Bytes, x: Self::Bytes) -> Self::Sum;
-    /// Asks for what will be read some way after the step at `at`, which need not be memory of ours.
+    /// Asks for what will be read some way after the step at `at`, which need not be memory of
+    /// ours.
     #[inline(always)]
     unsafe fn ask(_at: *const u8) {}
     /// `sums[r] += (sum[r] << up) >> down` for [`Vector::ROWS`] sums from `sums` on.
@@ -61,13 +63,19 @@ pub(crate) const fn room_of_pairs(most: usize) -> usize {
 pub(crate) const fn room_of_products(most: usize) -> usize {
     (1 << 15) / (ACTIVATION * most)
 }
-const _: () = assert!(room_of_products(15) * 15 * ACTIVATION <= 1 << 15 && room_of_products(3) * 3 * ACTIVATION <= 1 << 15);
+const _: () = assert!(
+    room_of_products(15) * 15 * ACTIVATION <= 1 << 15
+        && room_of_products(3) * 3 * ACTIVATION <= 1 << 15
+);
 
 /// Sums of four products that a 32-bit sum takes without a wrap.
 pub(crate) const fn room_of_quads(most: usize) -> usize {
     i32::MAX as usize / (4 * ACTIVATION * most)
 }
-const _: () = assert!(room_of_pairs(15) * 2 * 15 * ACTIVATION <= 1 << 15 && room_of_pairs(3) * 2 * 3 * ACTIVATION <= 1 << 15);
+const _: () = assert!(
+    room_of_pairs(15) * 2 * 15 * ACTIVATION <= 1 << 15
+        && room_of_pairs(3) * 2 * 3 * ACTIVATION <= 1 << 15
+);
 
 /// Four activations.
 ///
@@ -79,15 +87,23 @@ unsafe fn four(x: *const i8) -> i32 {
     unsafe { x.cast::<i32>().read_unaligned() }
 }
 
-/// `sums[t][r] += Σ_k code[r, k] · x[t, k]` from steps with codes of `BITS` bits, R registers of rows and T tokens at a time.
+/// `sums[t][r] += Σ_k code[r, k] · x[t, k]` from steps with codes of `BITS` bits, R registers of
+/// rows and T tokens at a time.
 ///
-/// Fields f with the same f mod C share accumulators and stay where they are in their bytes, so that only every C-th needs a shift: their
-/// sums are multiples of a power of 2. Their products with 8-bit tops are counted in `room` (`most` is what a masked byte can hold).
+/// Fields f with the same f mod C share accumulators and stay where they are in their bytes, so
+/// that only every C-th needs a shift: their sums are multiples of a power of 2. Their products
+/// with 8-bit tops are counted in `room` (`most` is what a masked byte can hold).
 ///
 /// # Safety
 /// The machine has V; `x` holds T rows of the columns of `weights`' steps; there are T sums.
 #[inline(always)]
-pub(crate) unsafe fn direct<V: Vector, const BITS: usize, const R: usize, const T: usize, const C: usize>(
+pub(crate) unsafe fn direct<
+    V: Vector,
+    const BITS: usize,
+    const R: usize,
+    const T: usize,
+    const C: usize,
+>(
     weights: &[u8],
     x: Columns<'_>,
     sums: &mut [Sums],
@@ -107,7 +123,9 @@ pub(crate) unsafe fn direct<V: Vector, const BITS: usize, const R: usize, const 
                 let mut acc = [[[V::zero(); R]; C]; T];
                 for step in 0..weights.len() / STEP_BYTES {
                     // Inside `weights`, which has so many steps of PANEL rows.
-                    let at = weights.as_ptr().add(step * STEP_BYTES + part * R * 4 * V::ROWS);
+                    let at = weights
+                        .as_ptr()
+                        .add(step * STEP_BYTES + part * R * 4 * V::ROWS);
                     if part == 0 {
                         V::ask(at);
                     }
@@ -130,7 +148,8 @@ pub(crate) unsafe fn direct<V: Vector, const BITS: usize, const R: usize, const 
                         for (token, acc) in acc.iter_mut().enumerate() {
                             // Inside `x`, which the caller vouches for.
                             let column = ((block * room + step) * fields + field) * 4;
-                            let x = V::splat(four(x.values.as_ptr().add(token * x.stride + column)));
+                            let x =
+                                V::splat(four(x.values.as_ptr().add(token * x.stride + column)));
                             for r in 0..R {
                                 acc[field % C][r] = V::dot(acc[field % C][r], codes[r], x);
                             }
@@ -141,7 +160,12 @@ pub(crate) unsafe fn direct<V: Vector, const BITS: usize, const R: usize, const 
                     for (c, acc) in acc.iter().enumerate() {
                         for (r, &acc) in acc.iter().enumerate() {
                             // A binary code stands for twice itself.
-                            V::add(acc, u32::from(BITS == 1), (BITS * c) as u32, sums[(part * R + r) * V::ROWS..].as_mut_ptr());
+                            V::add(
+                                acc,
+                                u32::from(BITS == 1),
+                                (BITS * c) as u32,
+                                sums[(part * R + r) * V::ROWS..].as_mut_ptr(),
+                            );
                         }
                     }
                 }
@@ -182,9 +206,15 @@ unsafe fn add_quad<V: Vector, const R: usize, const T: usize>(
 /// The same from steps that are unpacked to a code in each byte, none above `most`.
 ///
 /// # Safety
-/// The machine has V and multiplies codes up to `most`; `x` holds T rows of the columns of `codes`; there are T sums.
+/// The machine has V and multiplies codes up to `most`; `x` holds T rows of the columns of `codes`;
+/// there are T sums.
 #[inline(always)]
-pub(crate) unsafe fn dense<V: Vector, const R: usize, const T: usize>(codes: &[u8], most: usize, x: Columns<'_>, sums: &mut [Sums]) {
+pub(crate) unsafe fn dense<V: Vector, const R: usize, const T: usize>(
+    codes: &[u8],
+    most: usize,
+    x: Columns<'_>,
+    sums: &mut [Sums],
+) {
     const { assert!(R * V::ROWS <= PANEL && T <= TOKENS) };
     let room = V::room(most);
     // SAFETY: the caller's, and the bounds named beside each access.
@@ -192,7 +222,8 @@ pub(crate) unsafe fn dense<V: Vector, const R: usize, const T: usize>(codes: &[u
         for (block, codes) in codes.chunks(room.saturating_mul(STEP_BYTES)).enumerate() {
             for part in 0..PANEL / (R * V::ROWS) {
                 let mut acc = [[V::zero(); R]; T];
-                // A pointer for each token, all moved by one index: sums of strides would take the ports of the products.
+                // A pointer for each token, all moved by one index: sums of strides would take the
+                // ports of the products.
                 let mut rows = [x.values.as_ptr(); T];
                 for (token, row) in rows.iter_mut().enumerate() {
                     *row = black_box(row.add(token * x.stride + block * room * 4));
@@ -202,7 +233,12 @@ pub(crate) unsafe fn dense<V: Vector, const R: usize, const T: usize>(codes: &[u
                 let mut quad = 0;
                 while quad + UNROLLED <= quads {
                     for i in 0..UNROLLED {
-                        add_quad::<V, R, T>(&mut acc, at.add((quad + i) * STEP_BYTES), &rows, 4 * (quad + i));
+                        add_quad::<V, R, T>(
+                            &mut acc,
+                            at.add((quad + i) * STEP_BYTES),
+                            &rows,
+                            4 * (quad + i),
+                        );
                     }
                     quad += UNROLLED;
                 }
@@ -219,12 +255,17 @@ pub(crate) unsafe fn dense<V: Vector, const R: usize, const T: usize>(codes: &[u
     }
 }
 
-/// The same from codes of eight bits where only small ones can be multiplied: the two halves of a byte, one after the other.
+/// The same from codes of eight bits where only small ones can be multiplied: the two halves of a
+/// byte, one after the other.
 ///
 /// # Safety
 /// As [`dense`].
 #[inline(always)]
-pub(crate) unsafe fn halves<V: Vector, const R: usize, const T: usize>(codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+pub(crate) unsafe fn halves<V: Vector, const R: usize, const T: usize>(
+    codes: &[u8],
+    x: Columns<'_>,
+    sums: &mut [Sums],
+) {
     const { assert!(R * V::ROWS <= PANEL && T <= TOKENS) };
     let room = V::room(15);
     // SAFETY: the caller's, and the bounds named beside each access.
@@ -235,7 +276,9 @@ pub(crate) unsafe fn halves<V: Vector, const R: usize, const T: usize>(codes: &[
                 let mut acc = [[[V::zero(); R]; 2]; T];
                 for quad in 0..codes.len() / STEP_BYTES {
                     // Inside `codes`, which has so many quads of PANEL rows.
-                    let at = codes.as_ptr().add(quad * STEP_BYTES + part * R * 4 * V::ROWS);
+                    let at = codes
+                        .as_ptr()
+                        .add(quad * STEP_BYTES + part * R * 4 * V::ROWS);
                     let mut w = [[mask; R]; 2];
                     let [low, high] = &mut w;
                     for (r, (low, high)) in low.iter_mut().zip(high).enumerate() {
@@ -245,7 +288,11 @@ pub(crate) unsafe fn halves<V: Vector, const R: usize, const T: usize>(codes: &[
                     }
                     for (token, acc) in acc.iter_mut().enumerate() {
                         // Inside `x`, which the caller vouches for.
-                        let x = V::splat(four(x.values.as_ptr().add(token * x.stride + (block * room + quad) * 4)));
+                        let x = V::splat(four(
+                            x.values
+                                .as_ptr()
+                                .add(token * x.stride + (block * room + quad) * 4),
+                        ));
                         for (acc, w) in acc.iter_mut().zip(&w) {
                             for r in 0..R {
                                 acc[r] = V::dot(acc[r], w[r], x);
@@ -256,7 +303,12 @@ pub(crate) unsafe fn halves<V: Vector, const R: usize, const T: usize>(codes: &[
                 for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
                     for (half, acc) in acc.iter().enumerate() {
                         for (r, &acc) in acc.iter().enumerate() {
-                            V::add(acc, 4 * half as u32, 0, sums[(part * R + r) * V::ROWS..].as_mut_ptr());
+                            V::add(
+                                acc,
+                                4 * half as u32,
+                                0,
+                                sums[(part * R + r) * V::ROWS..].as_mut_ptr(),
+                            );
                         }
                     }
                 }
@@ -267,7 +319,8 @@ pub(crate) unsafe fn halves<V: Vector, const R: usize, const T: usize>(codes: &[
 
 /// The entry points of one instruction set: bounds, and coding and number of tokens as constants.
 ///
-/// `$rows` registers of rows to a tile, `$one` and `$two` the fields that stay in place for one and for two tokens (1, 2 or 4).
+/// `$rows` registers of rows to a tile, `$one` and `$two` the fields that stay in place for one and
+/// for two tokens (1, 2 or 4).
 macro_rules! entries {
     ($vector:ty, $features:literal, rows $rows:literal, in place $one:literal $two:literal) => {
         /// # Safety

@@ -22,10 +22,15 @@ pub(super) const SSE41: Tiles = tiles_of!(sse41);
 pub(super) const AVX2: Tiles = tiles_of!(avx2);
 pub(super) const AVX_VNNI: Tiles = tiles_of!(avx_vnni);
 pub(super) const AVX512: Tiles = tiles_of!(avx512);
-pub(super) const AVX512_VBMI: Tiles = Tiles { direct: vbmi::direct, unpack: vbmi::unpack_codes, ..tiles_of!(avx512) };
+pub(super) const AVX512_VBMI: Tiles = Tiles {
+    direct: vbmi::direct,
+    unpack: vbmi::unpack_codes,
+    ..tiles_of!(avx512)
+};
 
-/// Bytes ahead at which weights are asked for into the second and then into the first cache. The scheduler holds the products of some steps
-/// that wait for memory and no load beyond them; a prefetch waits for nothing.
+/// Bytes ahead at which weights are asked for into the second and then into the first cache. The
+/// scheduler holds the products of some steps that wait for memory and no load beyond them; a
+/// prefetch waits for nothing.
 const AHEAD: [usize; 2] = [12288, 3072];
 
 /// Asks for the lines of a step, [`AHEAD`] of the one at `at`.
@@ -40,7 +45,8 @@ fn ask(at: *const u8) {
     }
 }
 
-/// One instruction set: its registers, by the names of their intrinsics, then its entry points and what else it has.
+/// One instruction set: its registers, by the names of their intrinsics, then its entry points and
+/// what else it has.
 macro_rules! registers {
     (
         $module:ident, $features:literal, $doc:literal, $register:ty, $rows:literal, unsigned $unsigned:literal, room $room:expr,
@@ -53,7 +59,8 @@ macro_rules! registers {
             #[doc = $doc]
             pub(super) struct Registers;
 
-            // SAFETY: every intrinsic belongs to the features of the module, which the trait asks for.
+            // SAFETY: every intrinsic belongs to the features of the module, which the trait asks
+            // for.
             unsafe impl Vector for Registers {
                 type Bytes = $register;
                 type Sum = $register;
@@ -180,7 +187,12 @@ mod vbmi {
         let fifths = _mm512_permutexvar_epi8(bytes, tables[2]);
         // No field exceeds 2, so nothing is borrowed.
         [
-            _mm512_mask_sub_epi8(quads, turned, _mm512_set1_epi8(0b10_10_10_10u8.cast_signed()), quads),
+            _mm512_mask_sub_epi8(
+                quads,
+                turned,
+                _mm512_set1_epi8(0b10_10_10_10u8.cast_signed()),
+                quads,
+            ),
             _mm512_mask_sub_epi8(fifths, turned, _mm512_set1_epi8(2), fifths),
         ]
     }
@@ -222,8 +234,13 @@ mod vbmi {
     /// As there.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-    unsafe fn trits_tile<const T: usize, const C: usize>(weights: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
-        let masks: [__m512i; C] = std::array::from_fn(|c| _mm512_set1_epi8((3u8 << (2 * c)).cast_signed()));
+    unsafe fn trits_tile<const T: usize, const C: usize>(
+        weights: &[u8],
+        x: Columns<'_>,
+        sums: &mut [Sums],
+    ) {
+        let masks: [__m512i; C] =
+            std::array::from_fn(|c| _mm512_set1_epi8((3u8 << (2 * c)).cast_signed()));
         let tables = tables();
         for (block, weights) in weights.chunks(STEPS * STEP_BYTES).enumerate() {
             let mut acc = [[[_mm512_setzero_si512(); 4]; C]; T];
@@ -231,12 +248,20 @@ mod vbmi {
                 ask(weights.as_ptr().wrapping_add(step * STEP_BYTES));
                 let split: [_; 4] = std::array::from_fn(|v| {
                     // SAFETY: inside `weights`, which has so many steps.
-                    split(&tables, unsafe { _mm512_loadu_si512(weights.as_ptr().add(step * STEP_BYTES + 64 * v).cast()) })
+                    split(&tables, unsafe {
+                        _mm512_loadu_si512(weights.as_ptr().add(step * STEP_BYTES + 64 * v).cast())
+                    })
                 });
                 let mut w = split.map(|[quads, _]| quads);
                 for field in 0..5 {
                     if field > 0 && field < 4 && field % C == 0 {
-                        w = w.map(|w| if C == 1 { _mm512_srli_epi16::<2>(w) } else { _mm512_srli_epi16::<4>(w) });
+                        w = w.map(|w| {
+                            if C == 1 {
+                                _mm512_srli_epi16::<2>(w)
+                            } else {
+                                _mm512_srli_epi16::<4>(w)
+                            }
+                        });
                     }
                     let (c, codes) = if field < 4 {
                         (field % C, w.map(|w| _mm512_and_si512(w, masks[field % C])))
@@ -244,9 +269,14 @@ mod vbmi {
                         (0, split.map(|[_, fifths]| fifths))
                     };
                     for (token, acc) in acc.iter_mut().enumerate() {
-                        let at = token * x.stride + (block * STEPS + step) * Coding::Trits.step() + 4 * field;
-                        // SAFETY: inside `x`, which the caller vouches for; the read needs no alignment.
-                        let x = _mm512_set1_epi32(unsafe { x.values.as_ptr().add(at).cast::<i32>().read_unaligned() });
+                        let at = token * x.stride
+                            + (block * STEPS + step) * Coding::Trits.step()
+                            + 4 * field;
+                        // SAFETY: inside `x`, which the caller vouches for; the read needs no
+                        // alignment.
+                        let x = _mm512_set1_epi32(unsafe {
+                            x.values.as_ptr().add(at).cast::<i32>().read_unaligned()
+                        });
                         for (acc, codes) in acc[c].iter_mut().zip(codes) {
                             *acc = _mm512_dpbusd_epi32(*acc, codes, x);
                         }
@@ -273,15 +303,31 @@ mod vbmi {
             return unsafe { avx512::unpack_codes(coding, weights, out) };
         }
         let (tables, mask) = (tables(), _mm512_set1_epi8(3));
-        for (weights, out) in weights.as_chunks::<STEP_BYTES>().0.iter().zip(out.as_chunks_mut::<{ 5 * STEP_BYTES }>().0) {
+        for (weights, out) in weights
+            .as_chunks::<STEP_BYTES>()
+            .0
+            .iter()
+            .zip(out.as_chunks_mut::<{ 5 * STEP_BYTES }>().0)
+        {
             for (v, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
                 // SAFETY: 64 bytes; the read needs no alignment.
-                let [quads, fifths] = split(&tables, unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) });
-                let fields = [quads, _mm512_srli_epi16::<2>(quads), _mm512_srli_epi16::<4>(quads), _mm512_srli_epi16::<6>(quads), fifths];
+                let [quads, fifths] = split(&tables, unsafe {
+                    _mm512_loadu_si512(weights.as_ptr().cast())
+                });
+                let fields = [
+                    quads,
+                    _mm512_srli_epi16::<2>(quads),
+                    _mm512_srli_epi16::<4>(quads),
+                    _mm512_srli_epi16::<6>(quads),
+                    fifths,
+                ];
                 for (field, codes) in fields.into_iter().enumerate() {
                     let out = &mut out[field * STEP_BYTES + 64 * v..][..64];
-                    // SAFETY: 64 bytes; the write needs no alignment. A fifth trit's code is its own under the mask.
-                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_and_si512(codes, mask)) };
+                    // SAFETY: 64 bytes; the write needs no alignment. A fifth trit's code is its
+                    // own under the mask.
+                    unsafe {
+                        _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_and_si512(codes, mask))
+                    };
                 }
             }
         }

@@ -46,7 +46,8 @@ impl Dense {
         }
     }
 
-    /// Packs the values of a row, or of rows without a gap between them; false for a value outside the alphabet.
+    /// Packs the values of a row, or of rows without a gap between them; false for a value outside
+    /// the alphabet.
     pub(super) fn pack(self, loops: &Loops, values: &[i8], out: &mut [u8]) -> bool {
         // SAFETY: the loops come from `Kernels::loops`.
         unsafe {
@@ -62,24 +63,40 @@ impl Dense {
         // SAFETY: the loops come from `Kernels::loops`.
         unsafe {
             match self {
-                Self::TwoBit { bias, top } if streamed => (loops.unpack_two_bit_streamed)(bytes, bias, top, values),
+                Self::TwoBit { bias, top } if streamed => {
+                    (loops.unpack_two_bit_streamed)(bytes, bias, top, values)
+                }
                 Self::TwoBit { bias, top } => (loops.unpack_two_bit)(bytes, bias, top, values),
                 Self::Base3 => (loops.unpack_base3)(bytes, values),
             }
         }
     }
 
-    /// Values that are contiguous in the bytes (a row, or many if no row ends within a byte), and how many of such runs make a part.
+    /// Values that are contiguous in the bytes (a row, or many if no row ends within a byte), and
+    /// how many of such runs make a part.
     fn runs(self, cols: usize) -> (usize, usize) {
-        if cols.is_multiple_of(self.values()) { (PART, 1) } else { (cols, (PART / cols).max(1)) }
+        if cols.is_multiple_of(self.values()) {
+            (PART, 1)
+        } else {
+            (cols, (PART / cols).max(1))
+        }
     }
 }
 
 fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) }
+    if expected == got {
+        Ok(())
+    } else {
+        Err(Error::Length {
+            what,
+            expected,
+            got,
+        })
+    }
 }
 
-/// Appends the packed bytes of `values`, `[planes · N, K]`, to `out`: [`Layout::pack_into`], faster for `two-bit` and `base-3`.
+/// Appends the packed bytes of `values`, `[planes · N, K]`, to `out`: [`Layout::pack_into`], faster
+/// for `two-bit` and `base-3`.
 ///
 /// # Errors
 /// Those of [`Layout::pack_into`].
@@ -102,13 +119,19 @@ pub fn pack(
     let (loops, ok) = (kernels.loops(), AtomicBool::new(true));
     let (run, runs) = dense.runs(spec.cols);
     let bytes = run.div_ceil(dense.values());
-    each(pool, values.chunks(run * runs).zip(out[start..].chunks_mut(bytes * runs)), |(values, out)| {
-        for (values, out) in values.chunks(run).zip(out.chunks_mut(bytes)) {
-            if !dense.pack(&loops, values, out) {
-                ok.store(false, Ordering::Relaxed);
+    each(
+        pool,
+        values
+            .chunks(run * runs)
+            .zip(out[start..].chunks_mut(bytes * runs)),
+        |(values, out)| {
+            for (values, out) in values.chunks(run).zip(out.chunks_mut(bytes)) {
+                if !dense.pack(&loops, values, out) {
+                    ok.store(false, Ordering::Relaxed);
+                }
             }
-        }
-    });
+        },
+    );
     if ok.into_inner() {
         return Ok(());
     }
@@ -116,11 +139,13 @@ pub fn pack(
     layout.pack_into(spec, values, scales, out)
 }
 
-/// Unpacks a matrix into `values`, `[planes · N, K]`, and returns the scales if the layout holds them: [`Layout::unpack`], faster for `two-bit`,
-/// `base-3`, `hf-bitnet`, `tq1_0`, `tq2_0` and `i2_s` in its three orders.
+/// Unpacks a matrix into `values`, `[planes · N, K]`, and returns the scales if the layout holds
+/// them: [`Layout::unpack`], faster for `two-bit`, `base-3`, `hf-bitnet`, `tq1_0`, `tq2_0` and
+/// `i2_s` in its three orders.
 ///
 /// # Errors
-/// Those of [`Layout::unpack`], and [`Error::Length`] if `values` is not the matrix. What `values` holds then means nothing.
+/// Those of [`Layout::unpack`], and [`Error::Length`] if `values` is not the matrix. What `values`
+/// holds then means nothing.
 pub fn unpack(
     kernels: Kernels,
     pool: &Pool,
@@ -132,7 +157,11 @@ pub fn unpack(
     layout.check(spec)?;
     check_len("values", spec.values_len(), values.len())?;
     if !values.is_empty() && bytes.len() == layout.packed_len(spec).bound() {
-        let job = Unpack { loops: kernels.loops(), pool, spec };
+        let job = Unpack {
+            loops: kernels.loops(),
+            pool,
+            spec,
+        };
         let done = match Dense::of(layout, spec) {
             Some(dense) => job.dense(dense, bytes, values).then_some(None),
             None => job.foreign(layout.name(), bytes, values),
@@ -155,7 +184,11 @@ struct Unpack<'a> {
 
 impl Unpack<'_> {
     /// Calls `each` on all parts and returns whether it was true for all of them.
-    fn all<T: Send>(&self, parts: impl IntoIterator<Item = T>, part: impl Fn(T) -> bool + Sync) -> bool {
+    fn all<T: Send>(
+        &self,
+        parts: impl IntoIterator<Item = T>,
+        part: impl Fn(T) -> bool + Sync,
+    ) -> bool {
         let ok = AtomicBool::new(true);
         each(self.pool, parts, |p| {
             if !part(p) {
@@ -169,16 +202,41 @@ impl Unpack<'_> {
         let streamed = values.len() >= STREAMED;
         let (run, runs) = dense.runs(self.spec.cols);
         let stride = run.div_ceil(dense.values());
-        self.all(bytes.chunks(stride * runs).zip(values.chunks_mut(run * runs)), |(bytes, values)| {
-            bytes.chunks(stride).zip(values.chunks_mut(run)).fold(true, |ok, (b, v)| ok & dense.unpack(&self.loops, b, v, streamed))
-        })
+        self.all(
+            bytes
+                .chunks(stride * runs)
+                .zip(values.chunks_mut(run * runs)),
+            |(bytes, values)| {
+                bytes
+                    .chunks(stride)
+                    .zip(values.chunks_mut(run))
+                    .fold(true, |ok, (b, v)| {
+                        ok & dense.unpack(&self.loops, b, v, streamed)
+                    })
+            },
+        )
     }
 
     /// Dequantizes row `row`; false for what no writer makes.
-    fn dequantize_row(&self, dense: Dense, scales: &[f32], row: usize, bytes: &[u8], out: &mut [f32]) -> bool {
+    fn dequantize_row(
+        &self,
+        dense: Dense,
+        scales: &[f32],
+        row: usize,
+        bytes: &[u8],
+        out: &mut [f32],
+    ) -> bool {
         let (mut values, mut ok, width) = ([0; plain::BLOCK], true, self.spec.granule_cols());
-        let scaled = if 4 * self.spec.weights_len() >= STREAMED { self.loops.scale_streamed } else { self.loops.scale };
-        for (block, (bytes, out)) in bytes.chunks(plain::BLOCK / dense.values()).zip(out.chunks_mut(plain::BLOCK)).enumerate() {
+        let scaled = if 4 * self.spec.weights_len() >= STREAMED {
+            self.loops.scale_streamed
+        } else {
+            self.loops.scale
+        };
+        for (block, (bytes, out)) in bytes
+            .chunks(plain::BLOCK / dense.values())
+            .zip(out.chunks_mut(plain::BLOCK))
+            .enumerate()
+        {
             let values = &mut values[..out.len()];
             ok &= dense.unpack(&self.loops, bytes, values, false);
             let mut at = 0;
@@ -194,34 +252,47 @@ impl Unpack<'_> {
         ok
     }
 
-    /// The scales if there are any; `None` for a layout without a loop of its own, and for bytes that no writer makes.
+    /// The scales if there are any; `None` for a layout without a loop of its own, and for bytes
+    /// that no writer makes.
     fn foreign(&self, name: &str, bytes: &[u8], values: &mut [i8]) -> Option<Option<Vec<f32>>> {
         match name {
-            "hf-bitnet" if self.spec.rows.is_multiple_of(4) => self.quads(bytes, LOW_FIRST, values).then_some(None),
+            "hf-bitnet" if self.spec.rows.is_multiple_of(4) => {
+                self.quads(bytes, LOW_FIRST, values).then_some(None)
+            }
             "i2_s" | "i2_s-g64" | "i2_s-x4" => {
                 let (codes, trailer) = bytes.split_at(values.len() / 4);
                 let done = match name {
                     // SAFETY: the loops come from `Kernels::loops`.
-                    "i2_s" => self.all(codes.chunks(PART / 4).zip(values.chunks_mut(PART)), |(b, v)| unsafe {
-                        (self.loops.unpack_quads_32)(b, HIGH_FIRST, v)
-                    }),
+                    "i2_s" => self.all(
+                        codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
+                        |(b, v)| unsafe { (self.loops.unpack_quads_32)(b, HIGH_FIRST, v) },
+                    ),
                     // SAFETY: as above.
-                    "i2_s-g64" => self.all(codes.chunks(PART / 4).zip(values.chunks_mut(PART)), |(b, v)| unsafe {
-                        (self.loops.unpack_quads_16)(b, HIGH_FIRST, v)
-                    }),
+                    "i2_s-g64" => self.all(
+                        codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
+                        |(b, v)| unsafe { (self.loops.unpack_quads_16)(b, HIGH_FIRST, v) },
+                    ),
                     _ => {
                         let cols = self.spec.cols;
-                        codes.chunks(cols).zip(values.chunks_mut(4 * cols)).fold(true, |ok, (b, v)| ok & self.quads(b, HIGH_FIRST, v))
+                        codes
+                            .chunks(cols)
+                            .zip(values.chunks_mut(4 * cols))
+                            .fold(true, |ok, (b, v)| ok & self.quads(b, HIGH_FIRST, v))
                     }
                 };
                 let scale = f32::from_le_bytes([trailer[0], trailer[1], trailer[2], trailer[3]]);
-                let stored = scale.is_finite() && self.spec.scale_dtype.round(scale).to_bits() == scale.to_bits();
+                let stored = scale.is_finite()
+                    && self.spec.scale_dtype.round(scale).to_bits() == scale.to_bits();
                 (done && stored).then(|| Some(vec![scale]))
             }
             // SAFETY: the loops come from `Kernels::loops`.
-            "tq1_0" => self.blocks::<54>(52, bytes, values, |b, v| unsafe { (self.loops.unpack_tq1)(b, v) }),
+            "tq1_0" => self.blocks::<54>(52, bytes, values, |b, v| unsafe {
+                (self.loops.unpack_tq1)(b, v)
+            }),
             // SAFETY: as above.
-            "tq2_0" => self.blocks::<66>(64, bytes, values, |b, v| unsafe { (self.loops.unpack_tq2)(b, v) }),
+            "tq2_0" => self.blocks::<66>(64, bytes, values, |b, v| unsafe {
+                (self.loops.unpack_tq2)(b, v)
+            }),
             _ => None,
         }
     }
@@ -231,11 +302,18 @@ impl Unpack<'_> {
         let m = bytes.len();
         let (front, back) = values.split_at_mut(2 * m);
         let ((a, b), (c, d)) = (front.split_at_mut(m), back.split_at_mut(m));
-        let quarters = a.chunks_mut(PART).zip(b.chunks_mut(PART)).zip(c.chunks_mut(PART)).zip(d.chunks_mut(PART));
-        self.all(bytes.chunks(PART).zip(quarters), |(bytes, (((a, b), c), d))| {
-            // SAFETY: the loops come from `Kernels::loops`.
-            unsafe { (self.loops.unpack_quads)(bytes, shifts, [a, b, c, d]) }
-        })
+        let quarters = a
+            .chunks_mut(PART)
+            .zip(b.chunks_mut(PART))
+            .zip(c.chunks_mut(PART))
+            .zip(d.chunks_mut(PART));
+        self.all(
+            bytes.chunks(PART).zip(quarters),
+            |(bytes, (((a, b), c), d))| {
+                // SAFETY: the loops come from `Kernels::loops`.
+                unsafe { (self.loops.unpack_quads)(bytes, shifts, [a, b, c, d]) }
+            },
+        )
     }
 
     /// Blocks of 256 values in `N` bytes, with an f16 scale at `scale_at`.
@@ -249,25 +327,41 @@ impl Unpack<'_> {
         let per_row = self.spec.cols / 256;
         let per_part = per_row * (PART / self.spec.cols).max(1);
         let (blocks, values) = (bytes.as_chunks::<N>().0, values.as_chunks_mut::<256>().0);
-        let found: Vec<Mutex<Vec<f32>>> = (0..blocks.len().div_ceil(per_part)).map(|_| Mutex::default()).collect();
-        let done = self.all(blocks.chunks(per_part).zip(values.chunks_mut(per_part)).zip(&found), |((blocks, values), found)| {
-            let mut scales: Vec<f32> = vec![];
-            let same = blocks.iter().enumerate().fold(true, |ok, (i, block)| {
-                let scale = f16::from_le_bytes([block[scale_at], block[scale_at + 1]]).to_f32();
-                // Granules come up in order: the first block of one is met when its scale is not there yet.
-                let known = match scales.get(self.spec.scale_index(0, i / per_row, i % per_row * 256)) {
-                    Some(known) => known.to_bits() == scale.to_bits(),
-                    None => {
-                        scales.push(scale);
-                        true
-                    }
-                };
-                ok & known & scale.is_finite()
-            });
-            *found.lock().unwrap_or_else(|e| e.into_inner()) = scales;
-            unpack(blocks, values) && same
-        });
-        let mut scales: Vec<f32> = found.into_iter().flat_map(|f| f.into_inner().unwrap_or_else(|e| e.into_inner())).collect();
+        let found: Vec<Mutex<Vec<f32>>> = (0..blocks.len().div_ceil(per_part))
+            .map(|_| Mutex::default())
+            .collect();
+        let done = self.all(
+            blocks
+                .chunks(per_part)
+                .zip(values.chunks_mut(per_part))
+                .zip(&found),
+            |((blocks, values), found)| {
+                let mut scales: Vec<f32> = vec![];
+                let same = blocks.iter().enumerate().fold(true, |ok, (i, block)| {
+                    let scale = f16::from_le_bytes([block[scale_at], block[scale_at + 1]]).to_f32();
+                    // Granules come up in order: the first block of one is met when its scale is
+                    // not there yet.
+                    let known = match scales.get(self.spec.scale_index(
+                        0,
+                        i / per_row,
+                        i % per_row * 256,
+                    )) {
+                        Some(known) => known.to_bits() == scale.to_bits(),
+                        None => {
+                            scales.push(scale);
+                            true
+                        }
+                    };
+                    ok & known & scale.is_finite()
+                });
+                *found.lock().unwrap_or_else(|e| e.into_inner()) = scales;
+                unpack(blocks, values) && same
+            },
+        );
+        let mut scales: Vec<f32> = found
+            .into_iter()
+            .flat_map(|f| f.into_inner().unwrap_or_else(|e| e.into_inner()))
+            .collect();
         let mut one = true;
         if self.spec.granularity == Granularity::Tensor {
             one = scales.iter().all(|s| s.to_bits() == scales[0].to_bits());
@@ -277,11 +371,12 @@ impl Unpack<'_> {
     }
 }
 
-/// Dequantizes a packed matrix into `out`, `[N, K]`: `scale · value`, planes added in order, as [`Matrix::dequantize_row_into`] does.
-/// `scales` is read only where the layout does not hold them.
+/// Dequantizes a packed matrix into `out`, `[N, K]`: `scale · value`, planes added in order, as
+/// [`Matrix::dequantize_row_into`] does. `scales` is read only where the layout does not hold them.
 ///
 /// # Errors
-/// Those of [`unpack`]; [`Error::Length`] if `scales` or `out` are not those of the matrix; [`Error::Scheme`] for a matrix with zero points.
+/// Those of [`unpack`]; [`Error::Length`] if `scales` or `out` are not those of the matrix;
+/// [`Error::Scheme`] for a matrix with zero points.
 pub fn dequantize(
     kernels: Kernels,
     pool: &Pool,
@@ -307,14 +402,26 @@ pub fn dequantize(
     }
     let right = spec.planes == 1 && bytes.len() == layout.packed_len(spec).bound();
     if let Some(dense) = Dense::of(layout, spec).filter(|_| right) {
-        let job = Unpack { loops: kernels.loops(), pool, spec };
+        let job = Unpack {
+            loops: kernels.loops(),
+            pool,
+            spec,
+        };
         let rows = (PART / spec.cols).max(1);
         let stride = spec.cols.div_ceil(dense.values());
-        let parts = bytes.chunks(stride * rows).zip(out.chunks_mut(spec.cols * rows)).enumerate();
+        let parts = bytes
+            .chunks(stride * rows)
+            .zip(out.chunks_mut(spec.cols * rows))
+            .enumerate();
         let done = job.all(parts, |(part, (bytes, out))| {
             let first = part * rows;
-            let rows = bytes.chunks(stride).zip(out.chunks_mut(spec.cols)).enumerate();
-            rows.fold(true, |ok, (i, (bytes, out))| ok & job.dequantize_row(dense, scales, first + i, bytes, out))
+            let rows = bytes
+                .chunks(stride)
+                .zip(out.chunks_mut(spec.cols))
+                .enumerate();
+            rows.fold(true, |ok, (i, (bytes, out))| {
+                ok & job.dequantize_row(dense, scales, first + i, bytes, out)
+            })
         });
         if done {
             return Ok(());
@@ -322,7 +429,14 @@ pub fn dequantize(
     }
     let unpacked = layout.unpack(spec, bytes)?;
     let scales = unpacked.scales.unwrap_or_else(|| scales.to_vec());
-    let matrix = Matrix { spec: spec.clone(), values: unpacked.values, scales, zero_points: vec![] };
-    each(pool, out.chunks_mut(spec.cols).enumerate(), |(row, out)| matrix.dequantize_row_into(row, out));
+    let matrix = Matrix {
+        spec: spec.clone(),
+        values: unpacked.values,
+        scales,
+        zero_points: vec![],
+    };
+    each(pool, out.chunks_mut(spec.cols).enumerate(), |(row, out)| {
+        matrix.dequantize_row_into(row, out)
+    });
     Ok(())
 }

@@ -9,7 +9,8 @@ use half::{bf16, f16};
 
 /// The loops of one instruction set. Their contracts are those of [`plain`].
 ///
-/// Calling an entry is safe where the machine has the features of the instruction set whose table it is; [`Kernels::loops`] gives no other.
+/// Calling an entry is safe where the machine has the features of the instruction set whose table
+/// it is; [`Kernels::loops`] gives no other.
 #[derive(Clone, Copy)]
 #[allow(clippy::type_complexity, reason = "signatures, each used once")]
 pub(super) struct Loops {
@@ -180,12 +181,25 @@ table!(avx512, "avx512f,avx512bw,avx512dq,avx512vl");
 /// AVX-512 with the loops of AVX2, which it includes, for blocks of at most 32 bytes.
 #[cfg(target_arch = "x86_64")]
 const fn narrow_blocks(loops: Loops) -> Loops {
-    let Loops { unpack_quads_32, unpack_quads_16, unpack_tq1, unpack_tq2, .. } = avx2::LOOPS;
-    Loops { unpack_quads_32, unpack_quads_16, unpack_tq1, unpack_tq2, ..loops }
+    let Loops {
+        unpack_quads_32,
+        unpack_quads_16,
+        unpack_tq1,
+        unpack_tq2,
+        ..
+    } = avx2::LOOPS;
+    Loops {
+        unpack_quads_32,
+        unpack_quads_16,
+        unpack_tq1,
+        unpack_tq2,
+        ..loops
+    }
 }
 
 impl Kernels {
-    /// The loops of this instruction set, whose features the machine has: `Kernels::new` made this value after `Isa::is_available`.
+    /// The loops of this instruction set, whose features the machine has: `Kernels::new` made this
+    /// value after `Isa::is_available`.
     pub(super) fn loops(self) -> Loops {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
@@ -198,7 +212,8 @@ impl Kernels {
             Isa::Avx512Vbmi => super::x86::vbmi(super::x86::avx512(narrow_blocks(avx512::LOOPS))),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon | Isa::NeonDotprod => super::neon::neon(scalar::LOOPS),
-            // The baseline of aarch64 has NEON, so the plain loops are compiled with it; wasm has simd128 or not when it is compiled.
+            // The baseline of aarch64 has NEON, so the plain loops are compiled with it; wasm has
+            // simd128 or not when it is compiled.
             _ => scalar::LOOPS,
         }
     }

@@ -1,6 +1,8 @@
-//! Elementwise work at the speed of memory: floats to packed codes, packed codes to values and to floats, activations to int8.
+//! Elementwise work at the speed of memory: floats to packed codes, packed codes to values and to
+//! floats, activations to int8.
 //!
-//! Each function returns what its counterpart in bitnet-core returns, bit for bit, on every instruction set and every number of threads.
+//! Each function returns what its counterpart in bitnet-core returns, bit for bit, on every
+//! instruction set and every number of threads.
 
 mod layout;
 mod loops;
@@ -22,16 +24,30 @@ use std::sync::{Mutex, PoisonError};
 
 /// Calls `each` once with each of `parts`, on the threads of the pool.
 fn each<T: Send>(pool: &Pool, parts: impl IntoIterator<Item = T>, each: impl Fn(T) + Sync) {
-    let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
+    let parts: Vec<Mutex<Option<T>>> = parts
+        .into_iter()
+        .map(|part| Mutex::new(Some(part)))
+        .collect();
     pool.run(parts.len(), |i| {
-        if let Some(part) = parts[i].lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(part) = parts[i]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             each(part);
         }
     });
 }
 
 /// [`bitnet_core::ops::Ops::inside`].
-pub(crate) fn inside(kernels: Kernels, w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+pub(crate) fn inside(
+    kernels: Kernels,
+    w: &[f32],
+    key: Key,
+    low: f32,
+    high: f32,
+    out: &mut Vec<f32>,
+) {
     // SAFETY: the loops come from `Kernels::loops`.
     unsafe { (kernels.loops().inside)(w, key, low, high, out) }
 }
@@ -43,7 +59,12 @@ pub(crate) fn magnitudes(kernels: Kernels, w: &[f32]) -> Magnitudes {
 }
 
 /// [`bitnet_core::ops::Ops::magnitudes_each`].
-pub(crate) fn magnitudes_each(kernels: Kernels, w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+pub(crate) fn magnitudes_each(
+    kernels: Kernels,
+    w: &[f32],
+    width: usize,
+    out: &mut Vec<Magnitudes>,
+) {
     // SAFETY: as above.
     unsafe { (kernels.loops().magnitudes_each)(w, width, out) }
 }

@@ -1,12 +1,18 @@
-//! Loops for aarch64 where compiling the plain ones is not enough: its loads and stores of four registers give each register every fourth
-//! byte. What a wide loop leaves over goes to the plain one.
+//! Loops for aarch64 where compiling the plain ones is not enough: its loads and stores of four
+//! registers give each register every fourth byte. What a wide loop leaves over goes to the plain
+//! one.
 
 use super::loops::Loops;
 use super::plain;
 use std::arch::aarch64::*;
 
 pub(super) const fn neon(loops: Loops) -> Loops {
-    Loops { pack_two_bit, unpack_two_bit, unpack_two_bit_streamed: unpack_two_bit, ..loops }
+    Loops {
+        pack_two_bit,
+        unpack_two_bit,
+        unpack_two_bit_streamed: unpack_two_bit,
+        ..loops
+    }
 }
 
 #[target_feature(enable = "neon")]

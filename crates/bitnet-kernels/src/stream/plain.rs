@@ -1,14 +1,16 @@
 //! The loops in plain Rust, compiled for each instruction set.
 //!
-//! A packer returns whether every value was in the alphabet, an unpacker whether the bytes are what a writer makes. After `false` the
-//! output means nothing, and the caller asks the layout in core for the error.
+//! A packer returns whether every value was in the alphabet, an unpacker whether the bytes are what
+//! a writer makes. After `false` the output means nothing, and the caller asks the layout in core
+//! for the error.
 
 use bitnet_core::ops::{self, Cuts, Magnitudes};
 
 /// Values that are encoded to bytes before they are packed: whole bytes of two-bit and of base-3.
 pub(super) const BLOCK: usize = 1280;
 
-/// Two-bit codes `value + bias`, of which `top` is the largest, four a byte, the first in the low bits.
+/// Two-bit codes `value + bias`, of which `top` is the largest, four a byte, the first in the low
+/// bits.
 #[inline(always)]
 pub(super) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let code = |v: i8| v.wrapping_add(bias).cast_unsigned();
@@ -44,7 +46,9 @@ pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8])
         let x = x | x << 6;
         let codes = (x | x << 12) & 0x0303_0303;
         // Four subtractions at once: with bit 7 set there is no borrow.
-        *quad = (((codes | 0x8080_8080) - biases) ^ 0x8080_8080).to_le_bytes().map(u8::cast_signed);
+        *quad = (((codes | 0x8080_8080) - biases) ^ 0x8080_8080)
+            .to_le_bytes()
+            .map(u8::cast_signed);
     }
     let mut rest = 0;
     if !tail.is_empty() {
@@ -61,7 +65,8 @@ pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8])
 /// Five trits a byte, `Σ (value_i + 1) · 3^i`.
 #[inline(always)]
 pub(super) fn pack_base3(values: &[i8], out: &mut [u8]) -> bool {
-    // Byte 4 of the product with 3^i at byte 4 − i is the sum; no byte of the product exceeds 242, so none carries.
+    // Byte 4 of the product with 3^i at byte 4 − i is the sum; no byte of the product exceeds 242,
+    // so none carries.
     const POWERS: u64 = 81 | 27 << 8 | 9 << 16 | 3 << 24 | 1 << 32;
     let mut most = 0;
     let code = |v: i8| v.wrapping_add(1).cast_unsigned();
@@ -72,12 +77,16 @@ pub(super) fn pack_base3(values: &[i8], out: &mut [u8]) -> bool {
     for (i, out) in out[..body].iter_mut().enumerate() {
         let mut word = [0; 8];
         word.copy_from_slice(&values[5 * i..][..8]);
-        // Digits 0 … 2, seen as −1 … 1 with 1 added to each byte; the three bytes of the next group leave with the high half.
+        // Digits 0 … 2, seen as −1 … 1 with 1 added to each byte; the three bytes of the next group
+        // leave with the high half.
         let digits = u64::from_le_bytes(word.map(code)) & 0xff_ffff_ffff;
         *out = (digits.wrapping_mul(POWERS) >> 32) as u8;
     }
     for (values, out) in values[5 * body..].chunks(5).zip(&mut out[body..]) {
-        *out = values.iter().rev().fold(0u8, |byte, &v| byte.wrapping_mul(3).wrapping_add(code(v)));
+        *out = values
+            .iter()
+            .rev()
+            .fold(0u8, |byte, &v| byte.wrapping_mul(3).wrapping_add(code(v)));
     }
     most <= 2
 }
@@ -133,21 +142,37 @@ pub(super) fn unpack_quads(bytes: &[u8], shifts: [u32; 4], [a, b, c, d]: [&mut [
 
 /// [`unpack_quads`] block by block: `4 · N` values in `N` bytes.
 #[inline(always)]
-pub(super) fn unpack_quad_blocks<const N: usize>(bytes: &[u8], shifts: [u32; 4], values: &mut [i8]) -> bool {
-    let (blocks, quarters) = (bytes.as_chunks::<N>().0, values.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0);
-    blocks.iter().zip(quarters).fold(true, |ok, (bytes, [a, b, c, d])| ok & unpack_quads(bytes, shifts, [a, b, c, d]))
+pub(super) fn unpack_quad_blocks<const N: usize>(
+    bytes: &[u8],
+    shifts: [u32; 4],
+    values: &mut [i8],
+) -> bool {
+    let (blocks, quarters) = (
+        bytes.as_chunks::<N>().0,
+        values.as_chunks_mut::<N>().0.as_chunks_mut::<4>().0,
+    );
+    blocks
+        .iter()
+        .zip(quarters)
+        .fold(true, |ok, (bytes, [a, b, c, d])| {
+            ok & unpack_quads(bytes, shifts, [a, b, c, d])
+        })
 }
 
 /// Blocks of tq2_0 but their scales.
 #[inline(always)]
 pub(super) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool {
-    blocks.iter().zip(values).fold(true, |ok, (block, values)| ok & unpack_quad_blocks::<32>(&block[..64], [0, 2, 4, 6], values))
+    blocks.iter().zip(values).fold(true, |ok, (block, values)| {
+        ok & unpack_quad_blocks::<32>(&block[..64], [0, 2, 4, 6], values)
+    })
 }
 
 /// Blocks of tq1_0 but their scales.
 #[inline(always)]
 pub(super) fn unpack_tq1(blocks: &[[u8; 54]], values: &mut [[i8; 256]]) -> bool {
-    blocks.iter().zip(values).fold(true, |ok, (block, values)| ok & unpack_tq1_block(block, values))
+    blocks.iter().zip(values).fold(true, |ok, (block, values)| {
+        ok & unpack_tq1_block(block, values)
+    })
 }
 
 /// 52 bytes of digits: five each of 32 and of 16 bytes, four and a 0 of the last 4.
@@ -158,7 +183,9 @@ fn unpack_tq1_block(block: &[u8; 54], values: &mut [i8; 256]) -> bool {
     let mut ok = unpack_digits::<32>(first, &mut values[..160]);
     ok &= unpack_digits::<16>(second, &mut values[160..240]);
     ok &= unpack_digits::<4>(&third[..4], &mut values[240..]);
-    ok & third[..4].iter().fold(true, |ok, &byte| ok & (digit(byte.wrapping_mul(81)) == -1))
+    ok & third[..4]
+        .iter()
+        .fold(true, |ok, &byte| ok & (digit(byte.wrapping_mul(81)) == -1))
 }
 
 /// The first digit of a fraction `ceil(256·q / 243)`; a product with 3 moves the next one there.
@@ -167,7 +194,8 @@ fn digit(byte: u8) -> i8 {
     ((u16::from(byte) * 3) >> 8) as i8 - 1
 }
 
-/// Digits of `N` bytes, `N` values apart. A byte is the fraction of some q exactly if `byte · 243 mod 256 < 243`.
+/// Digits of `N` bytes, `N` values apart. A byte is the fraction of some q exactly if `byte · 243
+/// mod 256 < 243`.
 #[inline(always)]
 fn unpack_digits<const N: usize>(bytes: &[u8], values: &mut [i8]) -> bool {
     let mut ok = true;
@@ -188,7 +216,12 @@ fn unpack_digits<const N: usize>(bytes: &[u8], values: &mut [i8]) -> bool {
 
 /// [`encode_two_bit`] and the magnitudes of the weights that come next.
 #[inline(always)]
-pub(super) fn encode_two_bit_and_size(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f32]) -> Magnitudes {
+pub(super) fn encode_two_bit_and_size(
+    w: &[f32],
+    cuts: Cuts,
+    out: &mut [u8],
+    next: &[f32],
+) -> Magnitudes {
     encode_two_bit(w, cuts, out);
     ops::magnitudes(next)
 }
@@ -214,13 +247,15 @@ pub(super) fn scale(values: &[i8], scale: f32, out: &mut [f32]) {
 /// Bits of max |x|; from those of infinity on, where a number is not finite.
 #[inline(always)]
 pub(super) fn absmax(x: &[f32]) -> u32 {
-    x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff))
+    x.iter()
+        .fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff))
 }
 
 /// `out = round(x · inverse)`, ties to even, where no product is beyond ±127.4; returns `Σ out`.
 #[inline(always)]
 pub(super) fn int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
-    // Above 2^23 the last bit of an f32 is 1, so the addition rounds to integers, and the low bits hold them.
+    // Above 2^23 the last bit of an f32 is 1, so the addition rounds to integers, and the low bits
+    // hold them.
     const INTEGERS: f32 = (3 << 22) as f32;
     let mut sum = 0;
     for (q, &x) in out.iter_mut().zip(x) {
@@ -237,7 +272,11 @@ pub(super) fn widen_f16(from: &[half::f16], to: &mut [f32]) {
         let bits = u32::from(from.to_bits());
         // The exponent is re-biased by a product that is exact, also for subnormals.
         let finite = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((254 - 15) << 23);
-        let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+        let special = if bits & 0x7c00 == 0x7c00 {
+            0x7f80_0000
+        } else {
+            0
+        };
         *to = f32::from_bits(finite.to_bits() | special | (bits & 0x8000) << 16);
     }
 }

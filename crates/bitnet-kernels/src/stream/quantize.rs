@@ -46,7 +46,14 @@ impl<'a> Weights<'a> {
     where
         'a: 'b,
     {
-        buffer.resize(if matches!(self, Self::F32(_)) { 0 } else { range.len() }, 0.0);
+        buffer.resize(
+            if matches!(self, Self::F32(_)) {
+                0
+            } else {
+                range.len()
+            },
+            0.0,
+        );
         // SAFETY: the loops come from `Kernels::loops`.
         unsafe {
             match self {
@@ -82,20 +89,33 @@ struct Strips<'a> {
 impl Granule for Strips<'_> {
     type Error = Error;
 
-    fn fold<T: Send>(&self, map: impl Fn(usize, &[f32]) -> T + Sync, join: impl Fn(T, T) -> T) -> Result<T> {
+    fn fold<T: Send>(
+        &self,
+        map: impl Fn(usize, &[f32]) -> T + Sync,
+        join: impl Fn(T, T) -> T,
+    ) -> Result<T> {
         let strips = self.weights.len().div_ceil(STRIP).max(1);
         let mut all = None;
         // A few strips for each thread at a time, so that what is joined does not pile up.
         let window = 4 * self.pool.threads();
         for first in (0..strips).step_by(window) {
-            let parts: Vec<Mutex<Option<T>>> = (first..strips.min(first + window)).map(|_| Mutex::new(None)).collect();
+            let parts: Vec<Mutex<Option<T>>> = (first..strips.min(first + window))
+                .map(|_| Mutex::new(None))
+                .collect();
             self.pool.run(parts.len(), |i| {
                 let start = (first + i) * STRIP;
                 let mut buffer = vec![];
-                let w = self.weights.read(&self.loops, start..self.weights.len().min(start + STRIP), &mut buffer);
+                let w = self.weights.read(
+                    &self.loops,
+                    start..self.weights.len().min(start + STRIP),
+                    &mut buffer,
+                );
                 *parts[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(map(start, w));
             });
-            for part in parts.into_iter().filter_map(|part| part.into_inner().unwrap_or_else(PoisonError::into_inner)) {
+            for part in parts
+                .into_iter()
+                .filter_map(|part| part.into_inner().unwrap_or_else(PoisonError::into_inner))
+            {
                 all = Some(match all {
                     Some(all) => join(all, part),
                     None => part,
@@ -106,11 +126,13 @@ impl Granule for Strips<'_> {
     }
 }
 
-/// Quantizes a matrix in memory and packs it: the bytes and scales of [`bitnet_core::quantize::quantize`] followed by [`Layout::pack_into`].
+/// Quantizes a matrix in memory and packs it: the bytes and scales of
+/// [`bitnet_core::quantize::quantize`] followed by [`Layout::pack_into`].
 ///
-/// One plane of trits in the layouts `two-bit` and `base-3` never exists as values: each row is read, fitted, encoded and packed while it is
-/// in cache, so rows and groups cost one pass over memory and one scale for the tensor costs two. Other schemes and layouts take core's way,
-/// strip by strip on the pool.
+/// One plane of trits in the layouts `two-bit` and `base-3` never exists as values: each row is
+/// read, fitted, encoded and packed while it is in cache, so rows and groups cost one pass over
+/// memory and one scale for the tensor costs two. Other schemes and layouts take core's way, strip
+/// by strip on the pool.
 ///
 /// # Errors
 /// Those of the two functions.
@@ -123,13 +145,27 @@ pub fn quantize(
     scheme: &Scheme,
     layout: &dyn Layout,
 ) -> Result<Packed> {
-    let mut out = Packed { spec: scheme.spec(rows, cols)?, bytes: vec![], scales: vec![], zero_points: vec![] };
-    quantize_into(kernels, pool, weights, (rows, cols), scheme, layout, &mut out)?;
+    let mut out = Packed {
+        spec: scheme.spec(rows, cols)?,
+        bytes: vec![],
+        scales: vec![],
+        zero_points: vec![],
+    };
+    quantize_into(
+        kernels,
+        pool,
+        weights,
+        (rows, cols),
+        scheme,
+        layout,
+        &mut out,
+    )?;
     Ok(out)
 }
 
-/// [`quantize`] into memory that is there: what `out` held is replaced, and its vectors grow only where they must. Fresh memory costs page
-/// faults, which show beside a pass over the weights. `shape` is `(rows, cols)`.
+/// [`quantize`] into memory that is there: what `out` held is replaced, and its vectors grow only
+/// where they must. Fresh memory costs page faults, which show beside a pass over the weights.
+/// `shape` is `(rows, cols)`.
 ///
 /// # Errors
 /// Those of [`quantize`]; what `out` holds then means nothing.
@@ -145,11 +181,32 @@ pub fn quantize_into(
     let spec = scheme.spec(rows, cols)?;
     layout.check(&spec)?;
     if weights.len() != spec.weights_len() {
-        return Err(Error::Length { what: "weights", expected: spec.weights_len(), got: weights.len() });
+        return Err(Error::Length {
+            what: "weights",
+            expected: spec.weights_len(),
+            got: weights.len(),
+        });
     }
-    let job = Quantize { kernels, loops: kernels.loops(), pool, weights, scheme, layout, spec: &spec };
+    let job = Quantize {
+        kernels,
+        loops: kernels.loops(),
+        pool,
+        weights,
+        scheme,
+        layout,
+        spec: &spec,
+    };
     let fitted = match scheme.granularity {
-        Granularity::Tensor if !weights.is_empty() => Some(fit(&kernels, &Strips { weights, loops: job.loops, pool }, scheme, None)?),
+        Granularity::Tensor if !weights.is_empty() => Some(fit(
+            &kernels,
+            &Strips {
+                weights,
+                loops: job.loops,
+                pool,
+            },
+            scheme,
+            None,
+        )?),
         _ => None,
     };
     let ternary = matches!(scheme.method, Method::Ternary { planes: 1, .. });
@@ -180,7 +237,12 @@ type Parts = (Vec<u8>, Vec<f32>, Vec<f32>);
 impl Quantize<'_> {
     /// One plane of trits, row by row. Every byte and every scale is written.
     fn fused(&self, dense: Dense, fitted: Option<&Fitted>, out: &mut Packed) -> Result<()> {
-        let Packed { bytes, scales, zero_points, .. } = out;
+        let Packed {
+            bytes,
+            scales,
+            zero_points,
+            ..
+        } = out;
         bytes.resize(self.layout.packed_len(self.spec).bound(), 0);
         scales.resize(self.spec.scales_len(), 0.0);
         zero_points.clear();
@@ -188,15 +250,30 @@ impl Quantize<'_> {
             scales.fill(fitted.scales[0]);
         }
         if !bytes.is_empty() {
-            let (rows, stride) = ((PART / self.spec.cols).max(1), self.spec.cols.div_ceil(dense.values()));
-            let per_row = if fitted.is_some() { 0 } else { self.spec.granules_per_row() };
+            let (rows, stride) = (
+                (PART / self.spec.cols).max(1),
+                self.spec.cols.div_ceil(dense.values()),
+            );
+            let per_row = if fitted.is_some() {
+                0
+            } else {
+                self.spec.granules_per_row()
+            };
             // The error of the first row that has one.
             let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
             let mut of_rows = scales.chunks_mut((per_row * rows).max(1));
-            let parts =
-                bytes.chunks_mut(stride * rows).enumerate().map(|(part, bytes)| (part * rows, bytes, of_rows.next().unwrap_or_default()));
+            let parts = bytes
+                .chunks_mut(stride * rows)
+                .enumerate()
+                .map(|(part, bytes)| (part * rows, bytes, of_rows.next().unwrap_or_default()));
             each(self.pool, parts, |(first, bytes, scales)| {
-                let mut row = Row { job: self, dense, buffer: vec![], sizes: vec![], cuts: vec![] };
+                let mut row = Row {
+                    job: self,
+                    dense,
+                    buffer: vec![],
+                    sizes: vec![],
+                    cuts: vec![],
+                };
                 if let Err((at, new)) = row.part(first, fitted, scales, bytes, stride, per_row) {
                     let mut error = error.lock().unwrap_or_else(PoisonError::into_inner);
                     if error.as_ref().is_none_or(|(other, _)| at < *other) {
@@ -216,28 +293,59 @@ impl Quantize<'_> {
         let spec = self.spec;
         let mut values = vec![0; spec.values_len()];
         let mut scales = vec![0.0; spec.scales_len()];
-        let mut zero_points = vec![0.0; if spec.zero_points == ZeroPoints::None { 0 } else { spec.scales_len() }];
+        let mut zero_points = vec![
+            0.0;
+            if spec.zero_points == ZeroPoints::None {
+                0
+            } else {
+                spec.scales_len()
+            }
+        ];
         if !values.is_empty() {
             let rows = (PART / spec.cols).max(1);
-            let strips: Vec<Mutex<Option<Result<Matrix>>>> = (0..spec.rows.div_ceil(rows)).map(|_| Mutex::new(None)).collect();
+            let strips: Vec<Mutex<Option<Result<Matrix>>>> = (0..spec.rows.div_ceil(rows))
+                .map(|_| Mutex::new(None))
+                .collect();
             self.pool.run(strips.len(), |i| {
                 let (first, mut buffer) = (i * rows, vec![]);
                 let range = first * spec.cols..(first + rows).min(spec.rows) * spec.cols;
                 let w = self.weights.read(&self.loops, range, &mut buffer);
-                let strip = quantize_rows(&self.kernels, w, spec.cols, first, self.scheme, fitted, None);
+                let strip = quantize_rows(
+                    &self.kernels,
+                    w,
+                    spec.cols,
+                    first,
+                    self.scheme,
+                    fitted,
+                    None,
+                );
                 *strips[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(strip);
             });
             for (i, strip) in strips.into_iter().enumerate() {
-                let Some(strip) = strip.into_inner().unwrap_or_else(PoisonError::into_inner) else { continue };
+                let Some(strip) = strip.into_inner().unwrap_or_else(PoisonError::into_inner) else {
+                    continue;
+                };
                 let (strip, first) = (strip?, i * rows);
                 place(spec.planes, spec.cols * first, &strip.values, &mut values);
-                let granule = if spec.granularity == Granularity::Tensor { 0 } else { first * spec.granules_per_row() };
+                let granule = if spec.granularity == Granularity::Tensor {
+                    0
+                } else {
+                    first * spec.granules_per_row()
+                };
                 place(spec.planes, granule, &strip.scales, &mut scales);
                 place(spec.planes, granule, &strip.zero_points, &mut zero_points);
             }
         }
         let mut bytes = vec![];
-        super::pack(self.kernels, self.pool, self.layout, spec, &values, &scales, &mut bytes)?;
+        super::pack(
+            self.kernels,
+            self.pool,
+            self.layout,
+            spec,
+            &values,
+            &scales,
+            &mut bytes,
+        )?;
         Ok((bytes, scales, zero_points))
     }
 }
@@ -273,29 +381,58 @@ impl Row<'_> {
         let spec = self.job.spec;
         let width = spec.granule_cols();
         let even = width.is_multiple_of(4) && spec.cols.is_multiple_of(width);
-        if let (Dense::TwoBit { .. }, Weights::F32(w), true, None) = (self.dense, self.job.weights, even, fitted) {
+        if let (Dense::TwoBit { .. }, Weights::F32(w), true, None) =
+            (self.dense, self.job.weights, even, fitted)
+        {
             let w = &w[first * spec.cols..][..4 * bytes.len()];
-            return self.granules(w, first * spec.cols, scales, bytes).map_err(|(granule, e)| (first + granule / per_row, e));
+            return self
+                .granules(w, first * spec.cols, scales, bytes)
+                .map_err(|(granule, e)| (first + granule / per_row, e));
         }
         for (i, bytes) in bytes.chunks_mut(stride).enumerate() {
-            let scales = if fitted.is_some() { &mut [] } else { &mut scales[per_row * i..][..per_row] };
-            self.row(first + i, fitted, scales, bytes).map_err(|e| (first + i, e))?;
+            let scales = if fitted.is_some() {
+                &mut []
+            } else {
+                &mut scales[per_row * i..][..per_row]
+            };
+            self.row(first + i, fitted, scales, bytes)
+                .map_err(|e| (first + i, e))?;
         }
         Ok(())
     }
 
-    /// Granules of equal size, one after another in the bytes too: each is encoded while the next one is measured, which fits into one
-    /// another because sums wait for one another and codes do not. `index` is the position of the first weight in the matrix.
-    fn granules(&self, w: &[f32], index: usize, scales: &mut [f32], bytes: &mut [u8]) -> Result<(), (usize, Error)> {
-        let Quantize { kernels, loops, spec, .. } = self.job;
+    /// Granules of equal size, one after another in the bytes too: each is encoded while the next
+    /// one is measured, which fits into one another because sums wait for one another and codes do
+    /// not. `index` is the position of the first weight in the matrix.
+    fn granules(
+        &self,
+        w: &[f32],
+        index: usize,
+        scales: &mut [f32],
+        bytes: &mut [u8],
+    ) -> Result<(), (usize, Error)> {
+        let Quantize {
+            kernels,
+            loops,
+            spec,
+            ..
+        } = self.job;
         let width = spec.granule_cols();
         let mut sizes = kernels.magnitudes(&w[..width.min(w.len())]);
-        for (i, (scale, bytes)) in scales.iter_mut().zip(bytes.chunks_mut(width / 4)).enumerate() {
+        for (i, (scale, bytes)) in scales
+            .iter_mut()
+            .zip(bytes.chunks_mut(width / 4))
+            .enumerate()
+        {
             let (now, next) = w[i * width..].split_at(width);
             let cuts;
-            (*scale, cuts) = self.fit(now, &sizes, index + i * width).map_err(|e| (i, e))?;
+            (*scale, cuts) = self
+                .fit(now, &sizes, index + i * width)
+                .map_err(|e| (i, e))?;
             // SAFETY: the loops come from `Kernels::loops`.
-            sizes = unsafe { (loops.encode_two_bit_and_size)(now, cuts, bytes, &next[..width.min(next.len())]) };
+            sizes = unsafe {
+                (loops.encode_two_bit_and_size)(now, cuts, bytes, &next[..width.min(next.len())])
+            };
         }
         Ok(())
     }
@@ -305,16 +442,42 @@ impl Row<'_> {
         if let Some(fitted) = fit_absmean(sizes, self.job.scheme) {
             return Ok(fitted);
         }
-        let fitted = fit_trits(&self.job.kernels, w, sizes, self.job.scheme, None).map_err(|e| match e {
-            Error::NotFinite { index: inside, value } => Error::NotFinite { index: index + inside, value },
-            other => other,
-        })?;
+        let fitted =
+            fit_trits(&self.job.kernels, w, sizes, self.job.scheme, None).map_err(|e| match e {
+                Error::NotFinite {
+                    index: inside,
+                    value,
+                } => Error::NotFinite {
+                    index: index + inside,
+                    value,
+                },
+                other => other,
+            })?;
         Ok((fitted.scales[0], cuts_of(&fitted)))
     }
 
-    fn row(&mut self, row: usize, fitted: Option<&Fitted>, scales: &mut [f32], out: &mut [u8]) -> Result<()> {
-        let Quantize { kernels, loops, spec, weights, .. } = self.job;
-        let (first, width) = (row * spec.cols, if fitted.is_some() { spec.cols } else { spec.granule_cols() });
+    fn row(
+        &mut self,
+        row: usize,
+        fitted: Option<&Fitted>,
+        scales: &mut [f32],
+        out: &mut [u8],
+    ) -> Result<()> {
+        let Quantize {
+            kernels,
+            loops,
+            spec,
+            weights,
+            ..
+        } = self.job;
+        let (first, width) = (
+            row * spec.cols,
+            if fitted.is_some() {
+                spec.cols
+            } else {
+                spec.granule_cols()
+            },
+        );
         let mut buffer = std::mem::take(&mut self.buffer);
         let w = weights.read(loops, first..first + spec.cols, &mut buffer);
         self.cuts.clear();
@@ -328,19 +491,33 @@ impl Row<'_> {
             (*scale, cuts) = self.fit(w, &self.sizes[i], first + i * width)?;
             self.cuts.push(cuts);
         }
-        if let (Dense::TwoBit { .. }, true) = (self.dense, width.is_multiple_of(4) || width == spec.cols) {
-            for ((w, &cuts), out) in w.chunks(width).zip(&self.cuts).zip(out.chunks_mut(width.div_ceil(4))) {
+        if let (Dense::TwoBit { .. }, true) =
+            (self.dense, width.is_multiple_of(4) || width == spec.cols)
+        {
+            for ((w, &cuts), out) in w
+                .chunks(width)
+                .zip(&self.cuts)
+                .zip(out.chunks_mut(width.div_ceil(4)))
+            {
                 // SAFETY: the loops come from `Kernels::loops`.
                 unsafe { (loops.encode_two_bit)(w, cuts, out) };
             }
         } else {
             let mut values = [0; BLOCK];
-            for (block, (w, out)) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / self.dense.values())).enumerate() {
+            for (block, (w, out)) in w
+                .chunks(BLOCK)
+                .zip(out.chunks_mut(BLOCK / self.dense.values()))
+                .enumerate()
+            {
                 let mut at = 0;
                 while at < w.len() {
                     let column = block * BLOCK + at;
                     let end = (at + width - column % width).min(w.len());
-                    kernels.encode_cut(&w[at..end], self.cuts[column / width], &mut values[at..end]);
+                    kernels.encode_cut(
+                        &w[at..end],
+                        self.cuts[column / width],
+                        &mut values[at..end],
+                    );
                     at = end;
                 }
                 self.dense.pack(loops, &values[..w.len()], out);

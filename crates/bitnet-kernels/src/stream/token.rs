@@ -3,14 +3,16 @@
 use crate::Kernels;
 use bitnet_core::{Error, Result};
 
-/// Quantizes one token to int8 as [`bitnet_core::activation`] does (absmax, ties to even) and returns its scale:
+/// Quantizes one token to int8 as [`bitnet_core::activation`] does (absmax, ties to even) and
+/// returns its scale:
 ///
 /// ```text
 /// m = max(max|x|, 1e-5),   q = clip(round(x · (127 / m)), −128, 127),   scale = m / 127
 /// ```
 ///
-/// Columns go in groups of `group`, the last of which may be shorter. Group `g` is written to `out` from `g · stride` on and its `Σ q` to
-/// `sums[g]`; what lies between two groups is left as it is. One group and `stride = x.len()` write the token as it is.
+/// Columns go in groups of `group`, the last of which may be shorter. Group `g` is written to `out`
+/// from `g · stride` on and its `Σ q` to `sums[g]`; what lies between two groups is left as it is.
+/// One group and `stride = x.len()` write the token as it is.
 ///
 /// ```
 /// use bitnet_kernels::{Kernels, stream::quantize_token};
@@ -21,22 +23,51 @@ use bitnet_core::{Error, Result};
 /// ```
 ///
 /// # Errors
-/// [`Error::NotFinite`] with the position in the token for NaN or infinity, [`Error::Length`] if `out` or `sums` do not hold the groups or a
-/// group does not fit its stride. Nothing is written then.
-pub fn quantize_token(kernels: Kernels, x: &[f32], group: usize, stride: usize, out: &mut [i8], sums: &mut [i32]) -> Result<f32> {
+/// [`Error::NotFinite`] with the position in the token for NaN or infinity, [`Error::Length`] if
+/// `out` or `sums` do not hold the groups or a group does not fit its stride. Nothing is written
+/// then.
+pub fn quantize_token(
+    kernels: Kernels,
+    x: &[f32],
+    group: usize,
+    stride: usize,
+    out: &mut [i8],
+    sums: &mut [i32],
+) -> Result<f32> {
     let group = group.clamp(1, x.len().max(1));
     let groups = x.len().div_ceil(group);
-    let check = |what, expected, got, fits| if fits { Ok(()) } else { Err(Error::Length { what, expected, got }) };
-    check("stride of a group", group, stride, stride >= group || groups <= 1)?;
+    let check = |what, expected, got, fits| {
+        if fits {
+            Ok(())
+        } else {
+            Err(Error::Length {
+                what,
+                expected,
+                got,
+            })
+        }
+    };
+    check(
+        "stride of a group",
+        group,
+        stride,
+        stride >= group || groups <= 1,
+    )?;
     check("sums", groups, sums.len(), sums.len() == groups)?;
-    let end = groups.saturating_sub(1).saturating_mul(stride).saturating_add(x.len() - groups.saturating_sub(1) * group);
+    let end = groups
+        .saturating_sub(1)
+        .saturating_mul(stride)
+        .saturating_add(x.len() - groups.saturating_sub(1) * group);
     check("int8 activations", end, out.len(), out.len() >= end)?;
     let loops = kernels.loops();
     // SAFETY: the loops come from `Kernels::loops`.
     let max = f32::from_bits(unsafe { (loops.absmax)(x) });
     if !max.is_finite() {
         let index = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
-        return Err(Error::NotFinite { index, value: x[index] });
+        return Err(Error::NotFinite {
+            index,
+            value: x[index],
+        });
     }
     let max = max.max(1e-5);
     for (g, (x, sum)) in x.chunks(group).zip(sums).enumerate() {

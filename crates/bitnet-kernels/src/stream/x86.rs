@@ -1,4 +1,5 @@
-//! Loops for x86-64 where compiling the plain ones is not enough. What a wide loop leaves over goes to the plain one.
+//! Loops for x86-64 where compiling the plain ones is not enough. What a wide loop leaves over goes
+//! to the plain one.
 
 use super::loops::Loops;
 use super::plain;
@@ -6,13 +7,20 @@ use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
 use std::arch::x86_64::*;
 
 pub(super) const fn avx2(loops: Loops) -> Loops {
-    Loops { pack_two_bit: pack_two_bit_256, ..loops }
+    Loops {
+        pack_two_bit: pack_two_bit_256,
+        ..loops
+    }
 }
 
 pub(super) fn avx512(loops: Loops) -> Loops {
     // Every such processor has `pdep`, but nothing says that it must.
     let loops = match is_x86_feature_detected!("bmi2") {
-        true => Loops { encode_two_bit: encode_two_bit_512, encode_two_bit_and_size: encode_two_bit_and_size_512, ..loops },
+        true => Loops {
+            encode_two_bit: encode_two_bit_512,
+            encode_two_bit_and_size: encode_two_bit_and_size_512,
+            ..loops
+        },
         false => loops,
     };
     Loops {
@@ -78,7 +86,10 @@ fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
             // c0 + 4·c1 and then + 16·(c2 + 4·c3).
             _mm256_madd_epi16(_mm256_maddubs_epi16(codes, pairs), fours)
         });
-        let words = _mm256_packus_epi16(_mm256_packus_epi32(sums[0], sums[1]), _mm256_packus_epi32(sums[2], sums[3]));
+        let words = _mm256_packus_epi16(
+            _mm256_packus_epi32(sums[0], sums[1]),
+            _mm256_packus_epi32(sums[2], sums[3]),
+        );
         let ordered = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         // SAFETY: 32 bytes; the write needs no alignment.
         unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), ordered) };
@@ -103,9 +114,17 @@ fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
             most = _mm512_max_epu8(most, codes);
             _mm512_madd_epi16(_mm512_maddubs_epi16(codes, pairs), fours)
         });
-        let words = _mm512_packus_epi16(_mm512_packus_epi32(sums[0], sums[1]), _mm512_packus_epi32(sums[2], sums[3]));
+        let words = _mm512_packus_epi16(
+            _mm512_packus_epi32(sums[0], sums[1]),
+            _mm512_packus_epi32(sums[2], sums[3]),
+        );
         // SAFETY: 64 bytes; the write needs no alignment.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi32(order, words)) };
+        unsafe {
+            _mm512_storeu_si512(
+                out.as_mut_ptr().cast(),
+                _mm512_permutexvar_epi32(order, words),
+            )
+        };
     }
     let ok = _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(top.cast_signed())) == 0;
     plain::pack_two_bit(tail, bias, top, end) && ok
@@ -123,10 +142,16 @@ fn unpack_two_bit_streamed(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -
     ok
 }
 
-/// Whole bytes of codes up to the first cache line of the output that can be written as one go the plain way.
+/// Whole bytes of codes up to the first cache line of the output that can be written as one go the
+/// plain way.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_aligned<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+fn unpack_two_bit_aligned<const STREAMED: bool>(
+    bytes: &[u8],
+    bias: i8,
+    top: u8,
+    values: &mut [i8],
+) -> bool {
     let head = values.as_ptr().align_offset(64);
     if !head.is_multiple_of(4) || values.len() < 1024 {
         return unpack_two_bit_wide::<false>(bytes, bias, top, values);
@@ -140,18 +165,29 @@ fn unpack_two_bit_aligned<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8,
 /// With `STREAMED`, `values` begins at a multiple of 64 bytes and is written past the caches.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_wide<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+fn unpack_two_bit_wide<const STREAMED: bool>(
+    bytes: &[u8],
+    bias: i8,
+    top: u8,
+    values: &mut [i8],
+) -> bool {
     assert!(!STREAMED || values.as_ptr().cast::<__m512i>().is_aligned());
     let (blocks, tail) = values.as_chunks_mut::<256>();
     let (body, end) = bytes.split_at(64 * blocks.len());
-    // Two bytes hold the eight codes of a qword; byte j of it is bits 2j … 2j + 7 of those, of which two count.
+    // Two bytes hold the eight codes of a qword; byte j of it is bits 2j … 2j + 7 of those, of
+    // which two count.
     const PICK: [[u8; 64]; 4] = [
         table!(i, (i / 8 * 2 + i % 2) as u8),
         table!(i, (16 + i / 8 * 2 + i % 2) as u8),
         table!(i, (32 + i / 8 * 2 + i % 2) as u8),
         table!(i, (48 + i / 8 * 2 + i % 2) as u8),
     ];
-    let pick = [load(&PICK[0]), load(&PICK[1]), load(&PICK[2]), load(&PICK[3])];
+    let pick = [
+        load(&PICK[0]),
+        load(&PICK[1]),
+        load(&PICK[2]),
+        load(&PICK[3]),
+    ];
     let fields = _mm512_set1_epi64(0x0e0c_0a08_0604_0200);
     let (mask, bias_all) = (_mm512_set1_epi8(3), _mm512_set1_epi8(bias));
     let mut threes = _mm512_setzero_si512();
@@ -165,7 +201,8 @@ fn unpack_two_bit_wide<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, va
         for (pick, out) in pick.iter().zip(out.as_chunks_mut::<64>().0) {
             let codes = _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(*pick, x));
             let v = _mm512_sub_epi8(_mm512_and_si512(codes, mask), bias_all);
-            // SAFETY: 64 bytes; with `STREAMED` they begin at a multiple of 64, because `values` does.
+            // SAFETY: 64 bytes; with `STREAMED` they begin at a multiple of 64, because `values`
+            // does.
             unsafe {
                 if STREAMED {
                     _mm512_stream_si512(out.as_mut_ptr().cast(), v);
@@ -183,27 +220,49 @@ fn unpack_two_bit_wide<const STREAMED: bool>(bytes: &[u8], bias: i8, top: u8, va
 fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<320>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
-    // Byte 8g + i of a register is digit i of group g, bytes 5 … 7 are 0. The last register is read 24 bytes early, to stay in the block.
-    const SPREAD: [[u8; 64]; 2] = [table!(i, (i / 8 * 5 + i % 8) as u8), table!(i, (i / 8 * 5 + i % 8 + 24) as u8)];
-    // Packing works within 128 bits: byte 8r + 2l + h of the result comes from qword 2l + h of register r.
+    // Byte 8g + i of a register is digit i of group g, bytes 5 … 7 are 0. The last register is read
+    // 24 bytes early, to stay in the block.
+    const SPREAD: [[u8; 64]; 2] = [
+        table!(i, (i / 8 * 5 + i % 8) as u8),
+        table!(i, (i / 8 * 5 + i % 8 + 24) as u8),
+    ];
+    // Packing works within 128 bits: byte 8r + 2l + h of the result comes from qword 2l + h of
+    // register r.
     const ORDER: [u8; 64] = table!(i, (16 * (i / 2 % 4) + 2 * (i / 8) + i % 2) as u8);
-    let (spread, order, digits) = ([load(&SPREAD[0]), load(&SPREAD[1])], load(&ORDER), 0x1f1f_1f1f_1f1f_1f1f);
+    let (spread, order, digits) = (
+        [load(&SPREAD[0]), load(&SPREAD[1])],
+        load(&ORDER),
+        0x1f1f_1f1f_1f1f_1f1f,
+    );
     let powers = _mm512_set1_epi64(0x51_1b09_0301);
     let mut most = _mm512_setzero_si512();
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<64>().0) {
         let sums: [__m512i; 8] = std::array::from_fn(|r| {
             // SAFETY: 64 of 320 bytes, from at most 256 on; the read needs no alignment.
             let v = unsafe { _mm512_loadu_si512(block.as_ptr().add((40 * r).min(256)).cast()) };
-            let codes = _mm512_maskz_permutexvar_epi8(digits, spread[r / 7], _mm512_add_epi8(v, _mm512_set1_epi8(1)));
+            let codes = _mm512_maskz_permutexvar_epi8(
+                digits,
+                spread[r / 7],
+                _mm512_add_epi8(v, _mm512_set1_epi8(1)),
+            );
             most = _mm512_max_epu8(most, codes);
             // Words of at most 162, whose bytes are then added up.
             _mm512_sad_epu8(_mm512_maddubs_epi16(codes, powers), _mm512_setzero_si512())
         });
-        let dwords: [__m512i; 4] = std::array::from_fn(|i| _mm512_packus_epi32(sums[2 * i], sums[2 * i + 1]));
-        let words = [_mm512_packus_epi32(dwords[0], dwords[1]), _mm512_packus_epi32(dwords[2], dwords[3])];
+        let dwords: [__m512i; 4] =
+            std::array::from_fn(|i| _mm512_packus_epi32(sums[2 * i], sums[2 * i + 1]));
+        let words = [
+            _mm512_packus_epi32(dwords[0], dwords[1]),
+            _mm512_packus_epi32(dwords[2], dwords[3]),
+        ];
         let packed = _mm512_packus_epi16(words[0], words[1]);
         // SAFETY: 64 bytes; the write needs no alignment.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi8(order, packed)) };
+        unsafe {
+            _mm512_storeu_si512(
+                out.as_mut_ptr().cast(),
+                _mm512_permutexvar_epi8(order, packed),
+            )
+        };
     }
     let ok = _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(2)) == 0;
     plain::pack_base3(tail, end) && ok
@@ -216,10 +275,18 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
     const fn fields(byte: usize) -> u8 {
         ((byte % 3) | ((byte / 3 % 3) << 2) | ((byte / 9 % 3) << 4) | ((byte / 27 % 3) << 6)) as u8
     }
-    // With a word for each byte, whose fields are its five digits: the four words from which the eight values of a qword come, and in which
-    // bit of those each begins.
-    const WORDS: [[u8; 64]; 3] = [table!(i, word(i, 0)), table!(i, word(i, 64)), table!(i, word(i, 128))];
-    const BITS: [[u8; 64]; 3] = [table!(i, bit(i)), table!(i, bit(i + 64)), table!(i, bit(i + 128))];
+    // With a word for each byte, whose fields are its five digits: the four words from which the
+    // eight values of a qword come, and in which bit of those each begins.
+    const WORDS: [[u8; 64]; 3] = [
+        table!(i, word(i, 0)),
+        table!(i, word(i, 64)),
+        table!(i, word(i, 128)),
+    ];
+    const BITS: [[u8; 64]; 3] = [
+        table!(i, bit(i)),
+        table!(i, bit(i + 64)),
+        table!(i, bit(i + 128)),
+    ];
     const fn word(i: usize, first: usize) -> u8 {
         let word = (first + i / 8 * 8) / 5 + i % 8 / 2;
         (if word < 32 { 2 * word + i % 2 } else { 0 }) as u8
@@ -238,7 +305,8 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
     for (bytes, out) in body.as_chunks::<64>().0.iter().zip(blocks) {
         let x = load(bytes);
         most = _mm512_max_epu8(most, x);
-        // Unpacking works within 128 bits: its low half is to be bytes 0 … 31, its high half the others.
+        // Unpacking works within 128 bits: its low half is to be bytes 0 … 31, its high half the
+        // others.
         let x = _mm512_permutexvar_epi64(halves, x);
         let upper = _mm512_cmpgt_epu8_mask(x, all(121));
         let x = _mm512_mask_sub_epi8(x, upper, all(242), x);
@@ -247,16 +315,26 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
         let four = _mm512_mask_sub_epi8(four, upper, all(0xaa), four);
         let fifth = _mm512_mask_sub_epi8(fifth, upper, all(2), fifth);
         let out = out.as_mut_ptr();
-        for (half, five) in [_mm512_unpacklo_epi8(four, fifth), _mm512_unpackhi_epi8(four, fifth)].into_iter().enumerate() {
+        for (half, five) in [
+            _mm512_unpacklo_epi8(four, fifth),
+            _mm512_unpackhi_epi8(four, fifth),
+        ]
+        .into_iter()
+        .enumerate()
+        {
             let part = |i: usize| {
-                let codes = _mm512_multishift_epi64_epi8(bits[i], _mm512_permutexvar_epi8(words[i], five));
+                let codes =
+                    _mm512_multishift_epi64_epi8(bits[i], _mm512_permutexvar_epi8(words[i], five));
                 _mm512_sub_epi8(_mm512_and_si512(codes, all(3)), all(1))
             };
             // SAFETY: 160 of 320 bytes from 160·half on: 64, 64 and 32; no write needs alignment.
             unsafe {
                 _mm512_storeu_si512(out.add(160 * half).cast(), part(0));
                 _mm512_storeu_si512(out.add(160 * half + 64).cast(), part(1));
-                _mm256_storeu_si256(out.add(160 * half + 128).cast(), _mm512_castsi512_si256(part(2)));
+                _mm256_storeu_si256(
+                    out.add(160 * half + 128).cast(),
+                    _mm512_castsi512_si256(part(2)),
+                );
             }
         }
     }
@@ -288,7 +366,11 @@ fn encode_two_bit_and_size_512(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f3
     let (next_blocks, _) = next.as_chunks::<32>();
     let (body, end) = out.split_at_mut(8 * blocks.len());
     let mut sizes = Sizes::new();
-    for ((block, out), next) in blocks.iter().zip(body.as_chunks_mut::<8>().0).zip(next_blocks) {
+    for ((block, out), next) in blocks
+        .iter()
+        .zip(body.as_chunks_mut::<8>().0)
+        .zip(next_blocks)
+    {
         for line in next.as_chunks::<16>().0 {
             fetch(line);
             sizes.add(line);
@@ -313,7 +395,8 @@ fn encode_32(w: &[f32; 32], cuts: Cuts) -> [u8; 8] {
         under |= u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(w, low)) << (16 * i);
     }
     // Code 2 is the high bit of a field, code 1 the low one.
-    let codes = _pdep_u64(over.into(), 0xaaaa_aaaa_aaaa_aaaa) | _pdep_u64((!(over | under)).into(), 0x5555_5555_5555_5555);
+    let codes = _pdep_u64(over.into(), 0xaaaa_aaaa_aaaa_aaaa)
+        | _pdep_u64((!(over | under)).into(), 0x5555_5555_5555_5555);
     codes.to_le_bytes()
 }
 
@@ -329,7 +412,10 @@ fn absmax_512(x: &[f32]) -> u32 {
             *most = _mm512_max_epu32(*most, _mm512_and_si512(x, magnitude));
         }
     }
-    let most = _mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3]));
+    let most = _mm512_max_epu32(
+        _mm512_max_epu32(most[0], most[1]),
+        _mm512_max_epu32(most[2], most[3]),
+    );
     _mm512_reduce_max_epu32(most).max(plain::absmax(tail))
 }
 
@@ -344,9 +430,14 @@ fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
         let q: [__m512i; 4] = std::array::from_fn(|i| {
             // SAFETY: 16 of 64 numbers; the read needs no alignment.
             let x = unsafe { _mm512_loadu_ps(block.as_ptr().add(16 * i)) };
-            _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm512_mul_ps(x, factor))
+            _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+                _mm512_mul_ps(x, factor),
+            )
         });
-        let words = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        let words = _mm512_packs_epi16(
+            _mm512_packs_epi32(q[0], q[1]),
+            _mm512_packs_epi32(q[2], q[3]),
+        );
         let q = _mm512_permutexvar_epi32(order, words);
         sums = _mm512_dpbusd_epi32(sums, ones, q);
         // SAFETY: 64 bytes; the write needs no alignment.
@@ -358,20 +449,31 @@ fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
 #[target_feature(enable = "avx512f")]
 fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
     let (blocks, tail) = w.as_chunks::<16>();
-    let sign = _mm512_set1_epi32(if key == Key::Magnitude { 0x7fff_ffff } else { -1 });
+    let sign = _mm512_set1_epi32(if key == Key::Magnitude {
+        0x7fff_ffff
+    } else {
+        -1
+    });
     let (over, limit) = (_mm512_set1_ps(low), _mm512_set1_ps(high));
     for block in blocks {
         // SAFETY: 16 numbers; the read needs no alignment.
         let bits = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
         let u = _mm512_castsi512_ps(_mm512_and_si512(bits, sign));
-        let inside = _mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(u, over), u, limit);
+        let inside = _mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(
+            _mm512_cmp_ps_mask::<_CMP_GT_OQ>(u, over),
+            u,
+            limit,
+        );
         if out.capacity() - out.len() < 16 {
             out.reserve(out.len().max(w.len() / 4 + 16));
         }
         // No branch on the keys: it would be mispredicted for many.
         // SAFETY: there is room for 16 numbers, and those that are counted were written.
         unsafe {
-            _mm512_storeu_ps(out.as_mut_ptr().add(out.len()), _mm512_maskz_compress_ps(inside, u));
+            _mm512_storeu_ps(
+                out.as_mut_ptr().add(out.len()),
+                _mm512_maskz_compress_ps(inside, u),
+            );
             out.set_len(out.len() + inside.count_ones() as usize);
         }
     }
@@ -388,7 +490,10 @@ impl Sizes {
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn new() -> Self {
-        Self { sums: [_mm512_setzero_pd(); 2], most: [_mm512_setzero_pd(); 2] }
+        Self {
+            sums: [_mm512_setzero_pd(); 2],
+            most: [_mm512_setzero_pd(); 2],
+        }
     }
 
     /// Adds one weight to each lane.
@@ -417,20 +522,31 @@ impl Sizes {
         blocks.iter().for_each(|block| self.add(block));
         let mut rest = _mm512_setzero_ps();
         if !tail.is_empty() {
-            // SAFETY: numbers beyond the tail are masked out and not read. They add 0 to sums that are never −0.
+            // SAFETY: numbers beyond the tail are masked out and not read. They add 0 to sums that
+            // are never −0.
             rest = unsafe { _mm512_maskz_loadu_ps((1u16 << tail.len()) - 1, tail.as_ptr()) };
             self.add_half(0, _mm512_cvtps_pd(_mm512_castps512_ps256(rest)));
-            self.add_half(1, _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(rest)))));
+            self.add_half(
+                1,
+                _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(
+                    _mm512_castps_pd(rest),
+                ))),
+            );
         }
         // By halves, as the oracle does.
         let sum = _mm512_add_pd(self.sums[0], self.sums[1]);
-        let sum = _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd::<1>(sum));
+        let sum = _mm256_add_pd(
+            _mm512_castpd512_pd256(sum),
+            _mm512_extractf64x4_pd::<1>(sum),
+        );
         let sum = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd::<1>(sum));
         let sum = _mm_cvtsd_f64(_mm_add_sd(sum, _mm_unpackhi_pd(sum, sum)));
         let max = _mm512_reduce_max_pd(_mm512_max_pd(self.most[0], self.most[1])) as f32;
         let one = |w: __m512| {
             let a = _mm512_abs_ps(w);
-            _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, _mm512_set1_ps(max)) | _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, _mm512_setzero_ps()) == u16::MAX
+            _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, _mm512_set1_ps(max))
+                | _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, _mm512_setzero_ps())
+                == u16::MAX
         };
         let mut ternary = one(rest);
         for block in w.as_chunks::<16>().0 {
@@ -440,7 +556,12 @@ impl Sizes {
             // SAFETY: 16 numbers; the read needs no alignment.
             ternary = one(unsafe { _mm512_loadu_ps(block.as_ptr()) });
         }
-        Magnitudes { count: w.len() as u64, sum, max, ternary }
+        Magnitudes {
+            count: w.len() as u64,
+            sum,
+            max,
+            ternary,
+        }
     }
 }
 
@@ -463,7 +584,8 @@ fn magnitudes_each_512(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
     }
 }
 
-/// How far ahead of its use a line is asked for, in bytes: into L2 first, into L1 later. A single core's loads alone do not keep memory busy.
+/// How far ahead of its use a line is asked for, in bytes: into L2 first, into L1 later. A single
+/// core's loads alone do not keep memory busy.
 const AHEAD: (usize, usize) = (12 << 10, 3 << 10);
 
 /// Asks for the lines that come [`AHEAD`] of `w`; what lies beyond the matrix is only a hint.
@@ -488,7 +610,12 @@ fn scale_streamed_512(values: &[i8], scale: f32, out: &mut [f32]) {
         // SAFETY: 16 values of a byte; the read needs no alignment.
         let v = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(block.as_ptr().cast()) });
         // SAFETY: 16 numbers that begin at a multiple of 64, as `out` does.
-        unsafe { _mm512_stream_ps(out.as_mut_ptr(), _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(v))) };
+        unsafe {
+            _mm512_stream_ps(
+                out.as_mut_ptr(),
+                _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(v)),
+            )
+        };
     }
     plain::scale(tail, scale, end);
     _mm_sfence();

@@ -12,44 +12,83 @@ use bitnet_formats::{Content, Scales, StoredType, output};
 impl Builder<'_> {
     pub(crate) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
         let tensor = &self.source.tensors[index];
-        let Target::Quantized(precision) = choices.target() else { return self.keep(index) };
-        let Some((rows, cols)) = tensor.matrix_shape() else { return self.keep(index) };
+        let Target::Quantized(precision) = choices.target() else {
+            return self.keep(index);
+        };
+        let Some((rows, cols)) = tensor.matrix_shape() else {
+            return self.keep(index);
+        };
         let named = match choices.layout.as_deref() {
             None => None,
-            Some(output::AUTO) if self.format == Format::Safetensors && !self.given.contains_key(&tensor.name) => {
+            Some(output::AUTO)
+                if self.format == Format::Safetensors && !self.given.contains_key(&tensor.name) =>
+            {
                 return self.quantize_auto(index, choices);
             }
             Some(output::AUTO) if self.format == Format::Safetensors => None,
             Some(output::AUTO) => {
-                return Err(Error::Recipe("layout auto picks among our own layouts, which only safetensors holds".into()));
+                return Err(Error::Recipe(
+                    "layout auto picks among our own layouts, which only safetensors holds".into(),
+                ));
             }
             Some(name) => Some(pack::by_name(name)?),
         };
         let allowed: Vec<&'static dyn Layout> = match named {
-            Some(layout) if output::stores(&self.container, layout.name()) && self.format != Format::HfBitnet => vec![layout],
-            Some(layout) if self.format == Format::HfBitnet && layout.name() == "hf-bitnet" => vec![layout],
+            Some(layout)
+                if output::stores(&self.container, layout.name())
+                    && self.format != Format::HfBitnet =>
+            {
+                vec![layout]
+            }
+            Some(layout) if self.format == Format::HfBitnet && layout.name() == "hf-bitnet" => {
+                vec![layout]
+            }
             Some(layout) => {
-                return Err(Error::Recipe(format!("format {} does not hold layout {}", self.format_name(), layout.name())));
+                return Err(Error::Recipe(format!(
+                    "format {} does not hold layout {}",
+                    self.format_name(),
+                    layout.name()
+                )));
             }
             None => default_layouts(self.format, precision)?,
         };
         if self.format == Format::HfBitnet {
             if let Some(dtype) = choices.scale_dtype.filter(|&d| d != self.model_dtype()) {
                 let model = self.model_dtype();
-                return Err(Error::Recipe(format!("format hf-bitnet stores scales in the model's type {model}, not {dtype}")));
+                return Err(Error::Recipe(format!(
+                    "format hf-bitnet stores scales in the model's type {model}, not {dtype}"
+                )));
             }
-            let bias = tensor.name.strip_suffix("weight").and_then(|layer| self.source.find(&format!("{layer}bias")));
+            let bias = tensor
+                .name
+                .strip_suffix("weight")
+                .and_then(|layer| self.source.find(&format!("{layer}bias")));
             if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
-                let why = format!("linear_class autobitlinear multiplies the bias '{}' by the scale too; bitlinear does not", bias.name);
-                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported { layout: "hf-bitnet", why }));
+                let why = format!(
+                    "linear_class autobitlinear multiplies the bias '{}' by the scale too; bitlinear does not",
+                    bias.name
+                );
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
+                    layout: "hf-bitnet",
+                    why,
+                }));
             }
         }
         if let Some(matrix) = self.given.remove(&tensor.name) {
             if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
                 let (expected, got) = (rows * cols, matrix.spec.weights_len());
-                return Err(self.tensor_error(tensor)(bitnet_core::Error::Length { what: "given values", expected, got }));
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Length {
+                    what: "given values",
+                    expected,
+                    got,
+                }));
             }
-            let known = Known { spec: matrix.spec.clone(), layout: None, inverses: None, given: Some(Box::new(matrix)) };
+            let known = Known {
+                spec: matrix.spec.clone(),
+                layout: None,
+                inverses: None,
+                given: Some(Box::new(matrix)),
+            };
             return self.place(index, known, choices.layout.as_deref());
         }
         let mut first_refusal = None;
@@ -61,13 +100,17 @@ impl Builder<'_> {
                 } else {
                     ScaleForm::Direct
                 };
-                let Some(scheme) = choices.scheme(granularity, dtype, form)? else { return self.keep(index) };
+                let Some(scheme) = choices.scheme(granularity, dtype, form)? else {
+                    return self.keep(index);
+                };
                 let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
                 match layout.check(&spec) {
                     Ok(()) if self.format == Format::HfBitnet && rows % 4 != 0 => {
                         first_refusal.get_or_insert(bitnet_core::Error::Unsupported {
                             layout: layout.name(),
-                            why: format!("transformers needs a multiple of 4 rows, and it has {rows}"),
+                            why: format!(
+                                "transformers needs a multiple of 4 rows, and it has {rows}"
+                            ),
                         });
                     }
                     Ok(()) => {
@@ -84,7 +127,11 @@ impl Builder<'_> {
                     }
                     Err(why) => {
                         // Whether the shape is to blame, or what the user asked for.
-                        let free = Choices { granularity: None, scale_dtype: None, ..choices.clone() };
+                        let free = Choices {
+                            granularity: None,
+                            scale_dtype: None,
+                            ..choices.clone()
+                        };
                         possible |= self.scale_choices(layout, &free).iter().any(|&(g, d)| {
                             choices
                                 .scheme(g, d, form)
@@ -98,7 +145,8 @@ impl Builder<'_> {
                 }
             }
         }
-        let refusal = first_refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
+        let refusal =
+            first_refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
         let fallback = named.is_none() && !possible && self.format != Format::Safetensors;
         if !fallback {
             return Err(self.tensor_error(tensor)(refusal));
@@ -118,10 +166,14 @@ impl Builder<'_> {
 
     pub(super) fn quantize_auto(&mut self, index: usize, choices: &Choices) -> Result<()> {
         let tensor = &self.source.tensors[index];
-        let Some((rows, cols)) = tensor.matrix_shape() else { return self.keep(index) };
+        let Some((rows, cols)) = tensor.matrix_shape() else {
+            return self.keep(index);
+        };
         let granularity = choices.granularity.unwrap_or(Granularity::Channel);
         let dtype = choices.scale_dtype.unwrap_or(ScaleDtype::F32);
-        let Some(scheme) = choices.scheme(granularity, dtype, ScaleForm::Direct)? else { return self.keep(index) };
+        let Some(scheme) = choices.scheme(granularity, dtype, ScaleForm::Direct)? else {
+            return self.keep(index);
+        };
         let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
         self.pack(
             index,
@@ -138,14 +190,23 @@ impl Builder<'_> {
         )
     }
 
-    /// Granularities and scale types to try for a layout: what was chosen, else the finest that costs nothing.
-    pub(super) fn scale_choices(&self, layout: &dyn Layout, choices: &Choices) -> Vec<(Granularity, ScaleDtype)> {
+    /// Granularities and scale types to try for a layout: what was chosen, else the finest that
+    /// costs nothing.
+    pub(super) fn scale_choices(
+        &self,
+        layout: &dyn Layout,
+        choices: &Choices,
+    ) -> Vec<(Granularity, ScaleDtype)> {
         let granularities: Vec<Granularity> = match choices.granularity {
             Some(granularity) => vec![granularity],
-            None if self.format == Format::HfBitnet || layout.name() == "hf-bitnet" => vec![Granularity::Tensor],
-            None if layout.stores_scales() => {
-                [32, 64, 128, 256].map(Granularity::Group).into_iter().chain([Granularity::Channel, Granularity::Tensor]).collect()
+            None if self.format == Format::HfBitnet || layout.name() == "hf-bitnet" => {
+                vec![Granularity::Tensor]
             }
+            None if layout.stores_scales() => [32, 64, 128, 256]
+                .map(Granularity::Group)
+                .into_iter()
+                .chain([Granularity::Channel, Granularity::Tensor])
+                .collect(),
             None => vec![Granularity::Channel],
         };
         let dtypes = match choices.scale_dtype {
@@ -154,12 +215,20 @@ impl Builder<'_> {
             None if self.format == Format::HfBitnet => vec![self.model_dtype()],
             None => vec![ScaleDtype::F32],
         };
-        granularities.iter().flat_map(|&g| dtypes.iter().map(move |&d| (g, d))).collect()
+        granularities
+            .iter()
+            .flat_map(|&g| dtypes.iter().map(move |&d| (g, d)))
+            .collect()
     }
 
     /// The type of the model's weights, as its config says.
     pub(super) fn model_dtype(&self) -> ScaleDtype {
-        let dtype = |key: &str| self.config.as_ref().and_then(|c| c.get(key)).and_then(|v| v.as_str());
+        let dtype = |key: &str| {
+            self.config
+                .as_ref()
+                .and_then(|c| c.get(key))
+                .and_then(|v| v.as_str())
+        };
         match dtype("dtype").or(dtype("torch_dtype")) {
             Some("bfloat16") => ScaleDtype::Bf16,
             Some("float16") => ScaleDtype::F16,
@@ -170,7 +239,11 @@ impl Builder<'_> {
     /// The type of a stored tensor of scales.
     pub(super) fn scale_dtype_of(&self, stored: usize) -> ScaleDtype {
         let dtype = self.source.stored[stored].dtype;
-        ScaleDtype::ALL.iter().copied().find(|&d| StoredType::from(d) == dtype).unwrap_or(ScaleDtype::F32)
+        ScaleDtype::ALL
+            .iter()
+            .copied()
+            .find(|&d| StoredType::from(d) == dtype)
+            .unwrap_or(ScaleDtype::F32)
     }
 
     pub(super) fn format_name(&self) -> &'static str {
@@ -183,18 +256,37 @@ impl Builder<'_> {
 
     /// The values of a quantized source as they are, in a layout of that name or in one that suits.
     pub(super) fn recode(&mut self, index: usize, layout: Option<&str>) -> Result<()> {
-        let Content::Quantized(q) = &self.source.tensors[index].content else { return self.keep(index) };
+        let Content::Quantized(q) = &self.source.tensors[index].content else {
+            return self.keep(index);
+        };
         let inverses = match q.scales {
-            Scales::Stored { index, reciprocal: true } => Some(index),
+            Scales::Stored {
+                index,
+                reciprocal: true,
+            } => Some(index),
             _ => None,
         };
-        self.place(index, Known { spec: q.spec.clone(), layout: Some(q.layout), inverses, given: None }, layout)
+        self.place(
+            index,
+            Known {
+                spec: q.spec.clone(),
+                layout: Some(q.layout),
+                inverses,
+                given: None,
+            },
+            layout,
+        )
     }
 
     /// Values that are known, in a layout of that name or in one that suits.
     fn place(&mut self, index: usize, known: Known, layout: Option<&str>) -> Result<()> {
         let tensor = &self.source.tensors[index];
-        let Known { spec: of, layout: own, inverses, given } = known;
+        let Known {
+            spec: of,
+            layout: own,
+            inverses,
+            given,
+        } = known;
         let layouts = match (layout, self.format) {
             (Some(output::AUTO), Format::Safetensors) => {
                 let pack = Pack {
@@ -211,32 +303,66 @@ impl Builder<'_> {
             (Some(name), _) => vec![pack::by_name(name)?],
             (None, Format::HfBitnet) => default_layouts(self.format, of.precision)?,
             (None, _) => match own {
-                Some(own) if output::stores(&self.container, own.name()) && own.name() != "hf-bitnet" => vec![own],
+                Some(own)
+                    if output::stores(&self.container, own.name()) && own.name() != "hf-bitnet" =>
+                {
+                    vec![own]
+                }
                 _ => default_layouts(self.format, of.precision)?,
             },
         };
         let mut refusal = None;
         for layout in layouts {
-            if !output::stores(&self.container, layout.name()) || (self.format == Format::HfBitnet && layout.name() != "hf-bitnet") {
-                return Err(Error::Recipe(format!("format {} does not hold layout {}", self.format_name(), layout.name())));
+            if !output::stores(&self.container, layout.name())
+                || (self.format == Format::HfBitnet && layout.name() != "hf-bitnet")
+            {
+                return Err(Error::Recipe(format!(
+                    "format {} does not hold layout {}",
+                    self.format_name(),
+                    layout.name()
+                )));
             }
-            let granularities = [of.granularity].into_iter().chain([32, 64, 128, 256].map(Granularity::Group)).chain([Granularity::Tensor]);
+            let granularities = [of.granularity]
+                .into_iter()
+                .chain([32, 64, 128, 256].map(Granularity::Group))
+                .chain([Granularity::Tensor]);
             for granularity in granularities {
                 for dtype in [of.scale_dtype, ScaleDtype::F16, ScaleDtype::F32] {
-                    let spec = MatrixSpec { granularity, scale_dtype: dtype, ..of.clone() };
+                    let spec = MatrixSpec {
+                        granularity,
+                        scale_dtype: dtype,
+                        ..of.clone()
+                    };
                     match layout.check(&spec) {
                         Err(why) => refusal = refusal.or(Some(why)),
                         Ok(()) => {
                             let hf = self.format == Format::HfBitnet;
-                            let form = if hf && self.linear_class.is_reciprocal() { ScaleForm::Inverse } else { ScaleForm::Direct };
-                            // The type of the stored numbers, and the type that every scale has when it is read again.
+                            let form = if hf && self.linear_class.is_reciprocal() {
+                                ScaleForm::Inverse
+                            } else {
+                                ScaleForm::Direct
+                            };
+                            // The type of the stored numbers, and the type that every scale has
+                            // when it is read again.
                             let (stored, spec) = match (form, inverses) {
-                                (ScaleForm::Inverse, Some(index)) => (self.scale_dtype_of(index), spec),
-                                (ScaleForm::Inverse, _) => (ScaleDtype::F32, MatrixSpec { scale_dtype: ScaleDtype::F32, ..spec }),
-                                // transformers gives weight_scale the type of the model.
-                                (ScaleForm::Direct, _) if hf => {
-                                    (self.model_dtype(), MatrixSpec { scale_dtype: self.model_dtype(), ..spec })
+                                (ScaleForm::Inverse, Some(index)) => {
+                                    (self.scale_dtype_of(index), spec)
                                 }
+                                (ScaleForm::Inverse, _) => (
+                                    ScaleDtype::F32,
+                                    MatrixSpec {
+                                        scale_dtype: ScaleDtype::F32,
+                                        ..spec
+                                    },
+                                ),
+                                // transformers gives weight_scale the type of the model.
+                                (ScaleForm::Direct, _) if hf => (
+                                    self.model_dtype(),
+                                    MatrixSpec {
+                                        scale_dtype: self.model_dtype(),
+                                        ..spec
+                                    },
+                                ),
                                 (ScaleForm::Direct, _) => (dtype, spec),
                             };
                             let from = of.scale_dtype;
@@ -265,7 +391,11 @@ impl Builder<'_> {
         }
         let refusal = refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
         if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&of) {
-            return self.cast(index, ScaleDtype::F32, Some(format!("not packed: {refusal}; kept exactly, as F32")));
+            return self.cast(
+                index,
+                ScaleDtype::F32,
+                Some(format!("not packed: {refusal}; kept exactly, as F32")),
+            );
         }
         Err(self.tensor_error(tensor)(refusal))
     }
@@ -284,12 +414,21 @@ struct Known {
 
 /// Whether no block type of GGUF would take the matrix even with the plainest scales.
 fn shape_is_to_blame(spec: &MatrixSpec) -> bool {
-    let plain = MatrixSpec { planes: 1, granularity: Granularity::Tensor, scale_dtype: ScaleDtype::F16, ..spec.clone() };
-    default_layouts(Format::Gguf, spec.precision).is_ok_and(|layouts| layouts.iter().all(|l| l.check(&plain).is_err()))
+    let plain = MatrixSpec {
+        planes: 1,
+        granularity: Granularity::Tensor,
+        scale_dtype: ScaleDtype::F16,
+        ..spec.clone()
+    };
+    default_layouts(Format::Gguf, spec.precision)
+        .is_ok_and(|layouts| layouts.iter().all(|l| l.check(&plain).is_err()))
 }
 
 /// Layouts to try for a precision when none is named.
-pub(super) fn default_layouts(format: Format, precision: Precision) -> Result<Vec<&'static dyn Layout>> {
+pub(super) fn default_layouts(
+    format: Format,
+    precision: Precision,
+) -> Result<Vec<&'static dyn Layout>> {
     let names: &[&str] = match (format, precision) {
         (Format::Safetensors, Precision::Binary) => &["one-bit"],
         (Format::Safetensors, Precision::Ternary | Precision::Int2) => &["two-bit"],
@@ -301,8 +440,16 @@ pub(super) fn default_layouts(format: Format, precision: Precision) -> Result<Ve
         (Format::Gguf, Precision::Binary) => &["q1_0"],
         (Format::Gguf, Precision::Int4) => &["q4_0"],
         (Format::Gguf, Precision::Int8) => &["q8_0"],
-        (Format::HfBitnet, other) => return Err(Error::Recipe(format!("format hf-bitnet holds ternary weights, not {other}"))),
-        (Format::Gguf, other) => return Err(Error::Recipe(format!("format gguf has no type for {other}"))),
+        (Format::HfBitnet, other) => {
+            return Err(Error::Recipe(format!(
+                "format hf-bitnet holds ternary weights, not {other}"
+            )));
+        }
+        (Format::Gguf, other) => {
+            return Err(Error::Recipe(format!(
+                "format gguf has no type for {other}"
+            )));
+        }
     };
     names.iter().map(|name| Ok(pack::by_name(name)?)).collect()
 }

@@ -39,13 +39,16 @@ pub struct QATConfig {
     pub progressive: Option<Progressive>,
     /// Factor of the gradients of latent weights.
     pub gradient_scaling: f64,
-    /// β of [`QatLinear::set_dead_zone_bias`](super::QatLinear::set_dead_zone_bias) for the layers whose weights are ternary of one plane.
+    /// β of [`QatLinear::set_dead_zone_bias`](super::QatLinear::set_dead_zone_bias) for the layers
+    /// whose weights are ternary of one plane.
     #[serde(skip_serializing_if = "is_zero")]
     pub dead_zone_bias: f32,
-    /// What [`level_distance`](super::regularization::level_distance) is multiplied with and added to the loss; 0: nothing is.
+    /// What [`level_distance`](super::regularization::level_distance) is multiplied with and added
+    /// to the loss; 0: nothing is.
     #[serde(skip_serializing_if = "is_zero64")]
     pub level_regularization: f64,
-    /// Steps between evaluations; 0: only at the end. Where there are several, the model in the end is that of the best one.
+    /// Steps between evaluations; 0: only at the end. Where there are several, the model in the end
+    /// is that of the best one.
     pub evaluate_every: u64,
     /// When to stop before the last step.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -59,7 +62,8 @@ pub struct QATConfig {
     pub optimizer: OptimizerConfig,
     /// Learning rate and decay over the steps.
     pub schedule: Schedule,
-    /// What weights and activations become: the same configuration as for quantization after training.
+    /// What weights and activations become: the same configuration as for quantization after
+    /// training.
     pub quantization: QuantizationConfig,
 }
 
@@ -83,7 +87,10 @@ pub struct EarlyStopping {
 
 impl Default for EarlyStopping {
     fn default() -> Self {
-        Self { patience: 3, min_delta: 0.0 }
+        Self {
+            patience: 3,
+            min_delta: 0.0,
+        }
     }
 }
 
@@ -118,7 +125,8 @@ impl QATConfig {
     /// Reads TOML.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for what is no such TOML, [`Error::Invalid`] for values that make no sense.
+    /// [`Error::Recipe`] for what is no such TOML, [`Error::Invalid`] for values that make no
+    /// sense.
     pub fn from_toml(text: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(|e| Error::Recipe(e.to_string()))?;
         config.validate()?;
@@ -127,7 +135,10 @@ impl QATConfig {
 
     /// The part that decides the numbers of a training, as a document.
     pub(crate) fn numbers(&self) -> Result<serde_json::Value> {
-        let quantization = QuantizationConfig { compute: Compute::default(), ..self.quantization.clone() };
+        let quantization = QuantizationConfig {
+            compute: Compute::default(),
+            ..self.quantization.clone()
+        };
         let numbers = Self {
             evaluate_every: 0,
             early_stopping: None,
@@ -164,20 +175,32 @@ impl QATConfig {
             wrong.push(format!("clip: expected a positive number, got {clip}"));
         }
         if !(self.gradient_scaling.is_finite() && self.gradient_scaling > 0.0) {
-            wrong.push(format!("gradient_scaling: expected a positive number, got {}", self.gradient_scaling));
+            wrong.push(format!(
+                "gradient_scaling: expected a positive number, got {}",
+                self.gradient_scaling
+            ));
         }
         if !self.dead_zone_bias.is_finite() {
-            wrong.push(format!("dead_zone_bias: expected a number, got {}", self.dead_zone_bias));
+            wrong.push(format!(
+                "dead_zone_bias: expected a number, got {}",
+                self.dead_zone_bias
+            ));
         }
         if !(self.level_regularization.is_finite() && self.level_regularization >= 0.0) {
-            wrong.push(format!("level_regularization: expected a number of at least 0, got {}", self.level_regularization));
+            wrong.push(format!(
+                "level_regularization: expected a number of at least 0, got {}",
+                self.level_regularization
+            ));
         }
         if let Some(stop) = self.early_stopping {
             if stop.patience == 0 {
                 wrong.push("early_stopping.patience: expected at least 1, got 0".into());
             }
             if !(stop.min_delta.is_finite() && stop.min_delta >= 0.0) {
-                wrong.push(format!("early_stopping.min_delta: expected a number of at least 0, got {}", stop.min_delta));
+                wrong.push(format!(
+                    "early_stopping.min_delta: expected a number of at least 0, got {}",
+                    stop.min_delta
+                ));
             }
             if self.evaluate_every == 0 {
                 wrong.push("early_stopping: expected evaluate_every above 0, got 0".into());
@@ -190,13 +213,18 @@ impl QATConfig {
             }
             if progressive.settled() >= self.steps {
                 let settled = progressive.settled();
-                wrong.push(format!("progressive: expected to settle before step {}, the last, got {settled}", self.steps));
+                wrong.push(format!(
+                    "progressive: expected to settle before step {}, the last, got {settled}",
+                    self.steps
+                ));
             }
         }
         self.optimizer.problems(&mut wrong);
         self.schedule.problems(&mut wrong);
         match self.quantization.validate() {
-            Err(Error::Invalid(fields)) => wrong.extend(fields.into_iter().map(|f| format!("quantization.{f}"))),
+            Err(Error::Invalid(fields)) => {
+                wrong.extend(fields.into_iter().map(|f| format!("quantization.{f}")))
+            }
             Err(other) => return Err(other),
             Ok(()) => {}
         }
@@ -262,7 +290,8 @@ impl QATConfigBuilder {
 
     /// A scheme with a name for the weights.
     pub fn quantization_scheme(mut self, scheme: QuantizationScheme) -> Self {
-        self.config.quantization.default = Choices::from(&Scheme::from(scheme)).over(&self.config.quantization.default);
+        self.config.quantization.default =
+            Choices::from(&Scheme::from(scheme)).over(&self.config.quantization.default);
         self
     }
 
@@ -272,7 +301,8 @@ impl QATConfigBuilder {
         self
     }
 
-    /// Whether bits become fewer while training: [`Progressive::first_half`] from `initial_bit_width`.
+    /// Whether bits become fewer while training: [`Progressive::first_half`] from
+    /// `initial_bit_width`.
     pub fn progressive_quantization(mut self, progressive: bool) -> Self {
         self.progressive = progressive;
         self
@@ -284,7 +314,8 @@ impl QATConfigBuilder {
         self
     }
 
-    /// The bits at the end, which are those of the scheme: 2 for ternary. Another number is an error.
+    /// The bits at the end, which are those of the scheme: 2 for ternary. Another number is an
+    /// error.
     pub fn target_bit_width(mut self, bits: u32) -> Self {
         self.target_bits = Some(bits);
         self
@@ -299,16 +330,27 @@ impl QATConfigBuilder {
         let precision = self.config.quantization.default.precision();
         let bits = precision.map(|p| p.code_bits());
         if let Some(target) = self.target_bits.filter(|target| Some(*target) != bits) {
-            let expected = bits.map_or("none, as weights stay floats".into(), |bits| format!("{bits}, as the scheme has"));
-            wrong.push(format!("target_bit_width: expected {expected}, got {target}"));
+            let expected = bits.map_or("none, as weights stay floats".into(), |bits| {
+                format!("{bits}, as the scheme has")
+            });
+            wrong.push(format!(
+                "target_bit_width: expected {expected}, got {target}"
+            ));
         }
         match (self.progressive, &self.config.progressive) {
-            (true, Some(_)) => wrong.push("progressive_quantization: expected without progressive, got both".into()),
+            (true, Some(_)) => wrong
+                .push("progressive_quantization: expected without progressive, got both".into()),
             (true, None) => {
-                self.config.progressive = Some(Progressive::first_half(self.initial_bits.unwrap_or(8), self.config.steps));
+                self.config.progressive = Some(Progressive::first_half(
+                    self.initial_bits.unwrap_or(8),
+                    self.config.steps,
+                ));
             }
             (false, _) if self.initial_bits.is_some() => {
-                wrong.push("initial_bit_width: expected with progressive_quantization, got it alone".into());
+                wrong.push(
+                    "initial_bit_width: expected with progressive_quantization, got it alone"
+                        .into(),
+                );
             }
             (false, _) => {}
         }

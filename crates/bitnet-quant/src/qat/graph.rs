@@ -1,18 +1,22 @@
-//! The linear layer in training as plain operations of candle, for devices that the operation of `product.rs` has no kernels for: CUDA, Metal.
+//! The linear layer in training as plain operations of candle, for devices that the operation of
+//! `product.rs` has no kernels for: CUDA, Metal.
 //!
 //! ```text
 //! y = x̃·W̃ᵀ + b      x̃ = |x + λ·(x̂ − x)| + (x − |x|)
 //!                    W̃ = |W + λ·(Ŵ − W)| + (W − |W|)·|1 − λ + λ·m| + (s − |s|)·|λ·∂Ŵ/∂s|
 //! ```
 //!
-//! `|…|` is a value apart from the graph. What stands in brackets with one is 0, or NaN for what is not finite, and passes the gradient. Codes and
-//! scales are the CPU's but where a sum of another order rounds to another scale, and for weights that are ternary already, whose scale the rules
+//! `|…|` is a value apart from the graph. What stands in brackets with one is 0, or NaN for what is
+//! not finite, and passes the gradient. Codes and scales are the CPU's but where a sum of another
+//! order rounds to another scale, and for weights that are ternary already, whose scale the rules
 //! of the CPU keep. Sums over weights are taken in f64, on Metal, which has none, in f32.
 
 use super::ste::{LEAST_SCALE, Quantizer, StraightThroughEstimator};
 use crate::config::Activations;
 use crate::{Error, Result};
-use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Scheme, Threshold};
+use bitnet_core::scheme::{
+    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Scheme, Threshold,
+};
 use bitnet_core::{Granularity, Precision, ScaleDtype};
 use candle_core::{D, DType, Tensor};
 
@@ -36,32 +40,59 @@ pub(super) struct Rounded {
 impl Graph<'_> {
     /// Refuses what these operations cannot say.
     pub(super) fn check(&self, cols: usize) -> Result<()> {
-        let Scheme { method, granularity, scale_form, rounding, .. } = self.quantizer.scheme;
+        let Scheme {
+            method,
+            granularity,
+            scale_form,
+            rounding,
+            ..
+        } = self.quantizer.scheme;
         let learned = self.quantizer.estimator.learns_scale();
         let can = match method {
-            Method::Ternary { planes: 1, threshold, .. } => {
-                let rule = matches!(threshold, Threshold::Absmean | Threshold::Mean | Threshold::Factor(_));
+            Method::Ternary {
+                planes: 1,
+                threshold,
+                ..
+            } => {
+                let rule = matches!(
+                    threshold,
+                    Threshold::Absmean | Threshold::Mean | Threshold::Factor(_)
+                );
                 (rule || learned) && rounding == Rounding::HalfEven
             }
-            Method::Binary { split: BinarySplit::Zero, stochastic: None } => true,
-            Method::Int { mapping: Mapping::Symmetric, clip: Clip::None | Clip::Rms(_), .. } => true,
+            Method::Binary {
+                split: BinarySplit::Zero,
+                stochastic: None,
+            } => true,
+            Method::Int {
+                mapping: Mapping::Symmetric,
+                clip: Clip::None | Clip::Rms(_),
+                ..
+            } => true,
             _ => false,
         };
         if !can || scale_form != ScaleForm::Direct {
-            let expected =
-                "ternary of one plane by absmean, mean or a factor, binary around 0, or symmetric integers, on devices other than the CPU";
+            let expected = "ternary of one plane by absmean, mean or a factor, binary around 0, or symmetric integers, on devices other than the CPU";
             return Err(Error::input("scheme", expected, format!("{method:?}")));
         }
         match granularity {
-            Granularity::Group(group) if !cols.is_multiple_of(group) => {
-                Err(Error::input("group", format!("a divisor of the {cols} columns, on devices other than the CPU"), group))
-            }
+            Granularity::Group(group) if !cols.is_multiple_of(group) => Err(Error::input(
+                "group",
+                format!("a divisor of the {cols} columns, on devices other than the CPU"),
+                group,
+            )),
             _ => Ok(()),
         }
     }
 
     /// y `[…, N]` of x `[…, K]`, W `[N, K]`, learned scales `[granules]` and a bias `[N]`.
-    pub(super) fn forward(&self, x: &Tensor, w: &Tensor, scale: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        scale: Option<&Tensor>,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (n, k) = w.dims2()?;
         self.check(k)?;
         let mut dims = x.dims().to_vec();
@@ -70,13 +101,22 @@ impl Graph<'_> {
         let y = if self.lambda > 0.0 {
             let granules = self.granules(w)?;
             let scale = scale.map(|s| s.reshape(((), 1))).transpose()?;
-            let rounded = self.round(&granules.detach(), scale.as_ref().map(Tensor::detach).as_ref())?;
-            let weights = self.weights(&granules, scale.as_ref(), &rounded)?.reshape((n, k))?;
+            let rounded = self.round(
+                &granules.detach(),
+                scale.as_ref().map(Tensor::detach).as_ref(),
+            )?;
+            let weights = self
+                .weights(&granules, scale.as_ref(), &rounded)?
+                .reshape((n, k))?;
             let y = self.tokens(&x)?.matmul(&weights.t()?)?;
             match f64::from(self.lambda * self.dead_zone) {
                 0.0 => y,
                 beta => {
-                    let dead = rounded.values.eq(0f32)?.to_dtype(DType::F32)?.reshape((n, k))?;
+                    let dead = rounded
+                        .values
+                        .eq(0f32)?
+                        .to_dtype(DType::F32)?
+                        .reshape((n, k))?;
                     y.broadcast_add(&((w * dead)?.sum(1)? * beta)?)?
                 }
             }
@@ -98,32 +138,50 @@ impl Graph<'_> {
 
     /// Values of granules by the scheme, or with learned scales `[granules, 1]`.
     pub(super) fn round(&self, w: &Tensor, learned: Option<&Tensor>) -> Result<Rounded> {
-        let Scheme { method, rounding, .. } = self.quantizer.scheme;
+        let Scheme {
+            method, rounding, ..
+        } = self.quantizer.scheme;
         let size = w.abs()?;
         let mut cut = None;
         let step = match (learned, method) {
-            (Some(learned), _) => self.stored(&over(&learned.maximum(LEAST_SCALE)?, self.quantizer.unit())?)?,
-            (None, Method::Ternary { threshold: Threshold::Absmean, scale: ScaleRule::Rule, .. } | Method::Binary { .. }) => {
-                self.stored(&wide(&size)?.mean_keepdim(1)?)?
-            }
+            (Some(learned), _) => self.stored(&over(
+                &learned.maximum(LEAST_SCALE)?,
+                self.quantizer.unit(),
+            )?)?,
+            (
+                None,
+                Method::Ternary {
+                    threshold: Threshold::Absmean,
+                    scale: ScaleRule::Rule,
+                    ..
+                }
+                | Method::Binary { .. },
+            ) => self.stored(&wide(&size)?.mean_keepdim(1)?)?,
             (None, Method::Ternary { threshold, .. }) => {
                 let mean = wide(&size)?.mean_keepdim(1)?;
                 let at = match threshold {
                     Threshold::Mean => (mean * 0.7)?.to_dtype(DType::F32)?,
-                    Threshold::Factor(factor) => (mean * f64::from(factor))?.to_dtype(DType::F32)?,
+                    Threshold::Factor(factor) => {
+                        (mean * f64::from(factor))?.to_dtype(DType::F32)?
+                    }
                     _ => (mean.to_dtype(DType::F32)? * 0.5)?,
                 };
                 let kept = wide(&size.broadcast_gt(&at)?.to_dtype(DType::F32)?)?;
-                let step = ((wide(&size)? * &kept)?.sum_keepdim(1)? / kept.sum_keepdim(1)?.maximum(1.0)?)?;
+                let step = ((wide(&size)? * &kept)?.sum_keepdim(1)?
+                    / kept.sum_keepdim(1)?.maximum(1.0)?)?;
                 cut = Some(at);
                 self.stored(&step)?
             }
             (None, Method::Int { clip, .. }) => {
                 let mut range = wide(&size.max_keepdim(1)?)?;
                 if let Clip::Rms(times) = clip {
-                    range = range.minimum(&(wide(w)?.sqr()?.mean_keepdim(1)?.sqrt()? * f64::from(times))?)?;
+                    range = range
+                        .minimum(&(wide(w)?.sqr()?.mean_keepdim(1)?.sqrt()? * f64::from(times))?)?;
                 }
-                self.stored(&over(&range, f32::from(self.quantizer.scheme.precision()?.range().1))?)?
+                self.stored(&over(
+                    &range,
+                    f32::from(self.quantizer.scheme.precision()?.range().1),
+                )?)?
             }
         };
         let values = match (method, self.quantizer.estimator) {
@@ -139,7 +197,9 @@ impl Graph<'_> {
             }
             (Method::Int { .. }, _) => {
                 let (low, high) = self.quantizer.scheme.precision()?.range();
-                let v = w.broadcast_div(&divisor(&step)?)?.clamp(f32::from(low), f32::from(high))?;
+                let v = w
+                    .broadcast_div(&divisor(&step)?)?
+                    .clamp(f32::from(low), f32::from(high))?;
                 match rounding {
                     Rounding::HalfEven => half_even(&v)?,
                     Rounding::HalfAway => v.round()?,
@@ -177,8 +237,10 @@ impl Graph<'_> {
                 _ => (values - (inside * still.broadcast_div(&divisor(step)?)?)?)?,
             };
             let most = f64::from(scheme.precision()?.range().1);
-            let factor = lambda / f64::from(self.quantizer.unit()) / (w.dims()[1] as f64 * most).sqrt();
-            passing = (passing + (of_weights * factor)?.broadcast_mul(&(scale - scale.detach())?)?)?;
+            let factor =
+                lambda / f64::from(self.quantizer.unit()) / (w.dims()[1] as f64 * most).sqrt();
+            passing =
+                (passing + (of_weights * factor)?.broadcast_mul(&(scale - scale.detach())?)?)?;
         }
         Ok((mix(&still, values.broadcast_mul(step)?, lambda)? + passing)?)
     }
@@ -192,17 +254,30 @@ impl Graph<'_> {
         let slope = match self.quantizer.estimator {
             StraightThroughEstimator::Plain => return Ok(None),
             StraightThroughEstimator::Clipped { range } => {
-                (is(w.broadcast_ge(&at(range * low)?)?)? * is(w.broadcast_le(&at(range * high)?)?)?)?
+                (is(w.broadcast_ge(&at(range * low)?)?)?
+                    * is(w.broadcast_le(&at(range * high)?)?)?)?
             }
-            StraightThroughEstimator::LearnedScale => (is(w.broadcast_gt(&at(low)?)?)? * is(w.broadcast_lt(&at(high)?)?)?)?,
-            StraightThroughEstimator::Stretched => is(w.abs()?.broadcast_lt(&at(self.quantizer.unit())?)?)?,
+            StraightThroughEstimator::LearnedScale => {
+                (is(w.broadcast_gt(&at(low)?)?)? * is(w.broadcast_lt(&at(high)?)?)?)?
+            }
+            StraightThroughEstimator::Stretched => {
+                is(w.abs()?.broadcast_lt(&at(self.quantizer.unit())?)?)?
+            }
             StraightThroughEstimator::Soft { temperature: t } => {
-                let half = if precision == Precision::Binary { 1.0 } else { 0.5 };
+                let half = if precision == Precision::Binary {
+                    1.0
+                } else {
+                    0.5
+                };
                 let v = w.broadcast_div(&divisor(step)?)?;
                 let inside = (is(v.ge(low)?)? * is(v.le(high)?)?)?;
                 let places = f64::from((high - low) / (2.0 * half)) - 1.0;
-                let below = v.affine(f64::from(0.5 / half), f64::from(-0.5 * low / half))?.floor()?.clamp(0.0, places)?;
-                let from_middle = (v - below.affine(f64::from(2.0 * half), f64::from(low + half))?)?;
+                let below = v
+                    .affine(f64::from(0.5 / half), f64::from(-0.5 * low / half))?
+                    .floor()?
+                    .clamp(0.0, places)?;
+                let from_middle =
+                    (v - below.affine(f64::from(2.0 * half), f64::from(low + half))?)?;
                 let tanh = (from_middle / f64::from(half * t))?.tanh()?;
                 let most = f64::from(t * t.recip().tanh());
                 (inside * tanh.sqr()?.affine(-1.0 / most, 1.0 / most)?)?
@@ -210,7 +285,11 @@ impl Graph<'_> {
         };
         // A granule of zeros has no range: the identity.
         let dead = is(step.eq(0f32)?)?;
-        Ok(Some(slope.broadcast_mul(&dead.affine(-1.0, 1.0)?)?.broadcast_add(&dead)?))
+        Ok(Some(
+            slope
+                .broadcast_mul(&dead.affine(-1.0, 1.0)?)?
+                .broadcast_add(&dead)?,
+        ))
     }
 
     /// x̃ of tokens `[M, K]`.
@@ -222,7 +301,9 @@ impl Graph<'_> {
             Activations::Int4 => absmax(&still, 7.0)?,
             Activations::Sign => {
                 let scale = wide(&still.abs()?)?.mean_keepdim(1)?.to_dtype(DType::F32)?;
-                is(still.ge(0f32)?)?.affine(2.0, -1.0)?.broadcast_mul(&scale)?
+                is(still.ge(0f32)?)?
+                    .affine(2.0, -1.0)?
+                    .broadcast_mul(&scale)?
             }
         };
         Ok((mix(&still, quantized, f64::from(self.lambda))? + (x - &still)?)?)
@@ -231,7 +312,11 @@ impl Graph<'_> {
 
 /// `x + λ·(x̂ − x)`.
 fn mix(x: &Tensor, quantized: Tensor, lambda: f64) -> candle_core::Result<Tensor> {
-    if lambda == 1.0 { Ok(quantized) } else { x + ((quantized - x)? * lambda)? }
+    if lambda == 1.0 {
+        Ok(quantized)
+    } else {
+        x + ((quantized - x)? * lambda)?
+    }
 }
 
 /// Integers of each token by its largest magnitude, times their scale.
@@ -246,8 +331,8 @@ fn over(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
     x.broadcast_div(&Tensor::new(by, x.device())?.to_dtype(x.dtype())?)
 }
 
-/// To the nearest integer, halves to the even one, of numbers below 2²² in magnitude: candle's own `round` takes halves away from 0. 1.5·2²³ leaves no
-/// bit below 1.
+/// To the nearest integer, halves to the even one, of numbers below 2²² in magnitude: candle's own
+/// `round` takes halves away from 0. 1.5·2²³ leaves no bit below 1.
 fn half_even(x: &Tensor) -> candle_core::Result<Tensor> {
     const MAGIC: f64 = 12_582_912.0;
     (x + MAGIC)? - MAGIC
@@ -265,5 +350,9 @@ pub(super) fn divisor(step: &Tensor) -> candle_core::Result<Tensor> {
 
 /// The type in which weights are summed.
 fn wide(x: &Tensor) -> candle_core::Result<Tensor> {
-    if x.device().is_metal() { Ok(x.clone()) } else { x.to_dtype(DType::F64) }
+    if x.device().is_metal() {
+        Ok(x.clone())
+    } else {
+        x.to_dtype(DType::F64)
+    }
 }

@@ -5,7 +5,8 @@ use crate::{BitLinear, Result};
 use candle_core::{Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-/// A linear layer, `y = x · Wᵀ + b` with x `[…, K]`, W `[N, K]`, y `[…, N]`, in one of the states that training takes it through.
+/// A linear layer, `y = x · Wᵀ + b` with x `[…, K]`, W `[N, K]`, y `[…, N]`, in one of the states
+/// that training takes it through.
 #[derive(Debug)]
 pub enum Linear {
     /// Floats.
@@ -17,14 +18,27 @@ pub enum Linear {
 }
 
 impl Linear {
-    /// Floats from the variables `weight` `[out, in]`, drawn with variance `1 / in` where they are new, and `bias` `[out]`, zeros.
+    /// Floats from the variables `weight` `[out, in]`, drawn with variance `1 / in` where they are
+    /// new, and `bias` `[out]`, zeros.
     ///
     /// # Errors
     /// [`crate::Error::Candle`] for variables that are missing or of another shape.
-    pub fn new(in_features: usize, out_features: usize, bias: bool, vb: &VarBuilder<'_>) -> Result<Self> {
-        let init = Init::Randn { mean: 0.0, stdev: (in_features as f64).recip().sqrt() };
+    pub fn new(
+        in_features: usize,
+        out_features: usize,
+        bias: bool,
+        vb: &VarBuilder<'_>,
+    ) -> Result<Self> {
+        let init = Init::Randn {
+            mean: 0.0,
+            stdev: (in_features as f64).recip().sqrt(),
+        };
         let weight = vb.get_with_hints((out_features, in_features), "weight", init)?;
-        let bias = if bias { Some(vb.get_with_hints(out_features, "bias", Init::Const(0.0))?) } else { None };
+        let bias = if bias {
+            Some(vb.get_with_hints(out_features, "bias", Init::Const(0.0))?)
+        } else {
+            None
+        };
         Ok(Self::Full(candle_nn::Linear::new(weight, bias)))
     }
 
@@ -49,9 +63,13 @@ impl Module for Linear {
 
 /// A model whose linear layers can be visited, and replaced, by name.
 pub trait Linears {
-    /// Calls `visit` with the name, as in the model's variables without `.weight`, and the place of each linear layer, in the order of the forward pass.
+    /// Calls `visit` with the name, as in the model's variables without `.weight`, and the place of
+    /// each linear layer, in the order of the forward pass.
     ///
     /// # Errors
     /// What `visit` returns.
-    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>) -> Result<()>;
+    fn visit_linears(
+        &mut self,
+        visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>,
+    ) -> Result<()>;
 }

@@ -48,18 +48,32 @@ fn candle(error: Error) -> candle_core::Error {
 
 /// Calls `f` with the elements of a tensor of any device.
 fn with_host_floats<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
-    if x.device().is_cpu() { with_floats(x, f) } else { with_floats(&x.detach().to_device(&Device::Cpu)?, f) }
+    if x.device().is_cpu() {
+        with_floats(x, f)
+    } else {
+        with_floats(&x.detach().to_device(&Device::Cpu)?, f)
+    }
 }
 
 /// Σ x² of a tensor of another device than the CPU.
 fn device_sum_squares(x: &Tensor) -> Result<f64> {
     let x = x.detach();
-    let x = if x.device().is_metal() { x } else { x.to_dtype(DType::F64)? };
-    Ok(x.sqr()?.sum_all()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+    let x = if x.device().is_metal() {
+        x
+    } else {
+        x.to_dtype(DType::F64)?
+    };
+    Ok(x.sqr()?
+        .sum_all()?
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F64)?
+        .to_scalar::<f64>()?)
 }
 
 /// The elements of an argument of an operation.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| candle_core::Error::msg("training needs contiguous tensors"))?;
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::msg("training needs contiguous tensors"))?;
     Ok(&storage.as_slice::<f32>()?[start..end])
 }

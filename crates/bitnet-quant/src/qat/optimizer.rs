@@ -1,4 +1,5 @@
-//! Optimizers that update weights in place: one pass over weight, gradient and moments, without temporaries.
+//! Optimizers that update weights in place: one pass over weight, gradient and moments, without
+//! temporaries.
 //!
 //! ```text
 //! SGD:    b ← μb + g;                                       w ← w − ηb                                        g contains λw
@@ -58,7 +59,11 @@ pub struct Betas {
 
 impl Default for Betas {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+        }
     }
 }
 
@@ -95,7 +100,8 @@ pub struct OptimizerConfig {
     pub method: Method,
     /// Learning rate η.
     pub learning_rate: f64,
-    /// Decay λ of matrices. Tensors of at most one dimension (biases, norms, scales) and names with `norm` or `scale` at the end have none.
+    /// Decay λ of matrices. Tensors of at most one dimension (biases, norms, scales) and names with
+    /// `norm` or `scale` at the end have none.
     pub weight_decay: f64,
     /// Exceptions; the first that matches a name holds.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -104,7 +110,12 @@ pub struct OptimizerConfig {
 
 impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { method: Method::default(), learning_rate: 1e-3, weight_decay: 0.01, group: vec![] }
+        Self {
+            method: Method::default(),
+            learning_rate: 1e-3,
+            weight_decay: 0.01,
+            group: vec![],
+        }
     }
 }
 
@@ -116,23 +127,67 @@ impl OptimizerConfig {
             }
         };
         let positive = |x: f64| x.is_finite() && x >= 0.0;
-        number("learning_rate", self.learning_rate, positive(self.learning_rate), "a number of at least 0");
-        number("weight_decay", self.weight_decay, positive(self.weight_decay), "a number of at least 0");
+        number(
+            "learning_rate",
+            self.learning_rate,
+            positive(self.learning_rate),
+            "a number of at least 0",
+        );
+        number(
+            "weight_decay",
+            self.weight_decay,
+            positive(self.weight_decay),
+            "a number of at least 0",
+        );
         match self.method {
-            Method::Sgd { momentum, .. } => number("momentum", momentum, (0.0..1.0).contains(&momentum), "a number in [0, 1)"),
+            Method::Sgd { momentum, .. } => number(
+                "momentum",
+                momentum,
+                (0.0..1.0).contains(&momentum),
+                "a number in [0, 1)",
+            ),
             Method::Adam(betas) | Method::AdamW(betas) => {
-                number("beta1", betas.beta1, (0.0..1.0).contains(&betas.beta1), "a number in [0, 1)");
-                number("beta2", betas.beta2, (0.0..1.0).contains(&betas.beta2), "a number in [0, 1)");
-                number("eps", betas.eps, betas.eps.is_finite() && betas.eps > 0.0, "a number above 0");
+                number(
+                    "beta1",
+                    betas.beta1,
+                    (0.0..1.0).contains(&betas.beta1),
+                    "a number in [0, 1)",
+                );
+                number(
+                    "beta2",
+                    betas.beta2,
+                    (0.0..1.0).contains(&betas.beta2),
+                    "a number in [0, 1)",
+                );
+                number(
+                    "eps",
+                    betas.eps,
+                    betas.eps.is_finite() && betas.eps > 0.0,
+                    "a number above 0",
+                );
             }
         }
         for (i, group) in self.group.iter().enumerate() {
             let decay = group.weight_decay.unwrap_or(0.0);
-            number(&format!("group[{i}].learning_rate"), group.learning_rate, positive(group.learning_rate), "a number of at least 0");
-            number(&format!("group[{i}].weight_decay"), decay, positive(decay), "a number of at least 0");
+            number(
+                &format!("group[{i}].learning_rate"),
+                group.learning_rate,
+                positive(group.learning_rate),
+                "a number of at least 0",
+            );
+            number(
+                &format!("group[{i}].weight_decay"),
+                decay,
+                positive(decay),
+                "a number of at least 0",
+            );
         }
         for (i, group) in self.group.iter().enumerate() {
-            wrong.extend(compile(&group.glob).err().map(|e| format!("optimizer.group[{i}].match: {e}")));
+            wrong.extend(
+                compile(&group.glob)
+                    .err()
+                    .map(|e| format!("optimizer.group[{i}].match: {e}")),
+            );
         }
     }
 }
@@ -166,7 +221,11 @@ pub(crate) enum Kept {
 
 impl Kept {
     fn zeros(var: &Var, fused: bool) -> Result<Self> {
-        Ok(if fused { Self::Host(vec![0.0; var.elem_count()]) } else { Self::Device(var.zeros_like()?.detach()) })
+        Ok(if fused {
+            Self::Host(vec![0.0; var.elem_count()])
+        } else {
+            Self::Device(var.zeros_like()?.detach())
+        })
     }
 
     /// Calls `f` with the numbers.
@@ -224,12 +283,16 @@ pub struct Rates {
 
 impl Default for Rates {
     fn default() -> Self {
-        Self { learning_rate: 1.0, weight_decay: 1.0, clip: None }
+        Self {
+            learning_rate: 1.0,
+            weight_decay: 1.0,
+            clip: None,
+        }
     }
 }
 
-/// A fused optimizer of f32 variables on the CPU; on other devices the same equations are operations of candle. It serves wherever candle takes a
-/// [`candle_nn::Optimizer`].
+/// A fused optimizer of f32 variables on the CPU; on other devices the same equations are
+/// operations of candle. It serves wherever candle takes a [`candle_nn::Optimizer`].
 ///
 /// ```
 /// use bitnet_quant::qat::{Optimizer, OptimizerConfig, Rates};
@@ -258,7 +321,8 @@ impl Optimizer {
     /// For all variables of a map, by name.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for numbers that make no sense, [`Error::Input`] for variables that are not f32 or that do not exist.
+    /// [`Error::Invalid`] for numbers that make no sense, [`Error::Input`] for variables that are
+    /// not f32 or that do not exist.
     pub fn new(vars: &VarMap, config: &OptimizerConfig) -> Result<Self> {
         Self::of(sorted(vars), config)
     }
@@ -272,30 +336,73 @@ impl Optimizer {
     }
 
     /// `fused` says for which variables our kernels step.
-    pub(super) fn build(vars: Vec<(String, Var)>, config: &OptimizerConfig, fused: impl Fn(&Var) -> bool) -> Result<Self> {
+    pub(super) fn build(
+        vars: Vec<(String, Var)>,
+        config: &OptimizerConfig,
+        fused: impl Fn(&Var) -> bool,
+    ) -> Result<Self> {
         let mut wrong = vec![];
         config.problems(&mut wrong);
         Error::unless_empty(wrong)?;
         if vars.is_empty() {
             return Err(Error::input("variables", "at least one to train", "none"));
         }
-        let globs = config.group.iter().map(|g| compile(&g.glob)).collect::<Result<Vec<_>>>()?;
+        let globs = config
+            .group
+            .iter()
+            .map(|g| compile(&g.glob))
+            .collect::<Result<Vec<_>>>()?;
         let mut parameters = vec![];
         for (name, var) in vars {
             if var.dtype() != DType::F32 || !var.is_contiguous() {
-                return Err(Error::input("variable", "contiguous f32", format!("'{name}' in {}", var.dtype().as_str())));
+                return Err(Error::input(
+                    "variable",
+                    "contiguous f32",
+                    format!("'{name}' in {}", var.dtype().as_str()),
+                ));
             }
-            let group = globs.iter().position(|glob| glob.is_match(&name)).map(|i| &config.group[i]);
+            let group = globs
+                .iter()
+                .position(|glob| glob.is_match(&name))
+                .map(|i| &config.group[i]);
             let plain = var.rank() <= 1 || name.ends_with("scale") || name.ends_with("norm");
-            let decay = group.and_then(|g| g.weight_decay).unwrap_or(if plain { 0.0 } else { config.weight_decay });
+            let decay = group.and_then(|g| g.weight_decay).unwrap_or(if plain {
+                0.0
+            } else {
+                config.weight_decay
+            });
             let fused = fused(&var);
-            let keep = |yes: bool| if yes { Kept::zeros(&var, fused).map(Some) } else { Ok(None) };
+            let keep = |yes: bool| {
+                if yes {
+                    Kept::zeros(&var, fused).map(Some)
+                } else {
+                    Ok(None)
+                }
+            };
             let adam = !matches!(config.method, Method::Sgd { .. });
-            let (first, second) = (keep(!matches!(config.method, Method::Sgd { momentum: 0.0, .. }))?, keep(adam)?);
-            parameters.push(Parameter { name, var, rate: group.map_or(1.0, |g| g.learning_rate), decay, first, second, sum: None, fused });
+            let (first, second) = (
+                keep(!matches!(config.method, Method::Sgd { momentum: 0.0, .. }))?,
+                keep(adam)?,
+            );
+            parameters.push(Parameter {
+                name,
+                var,
+                rate: group.map_or(1.0, |g| g.learning_rate),
+                decay,
+                first,
+                second,
+                sum: None,
+                fused,
+            });
         }
         let config = config.clone();
-        Ok(Self { config, parameters, steps: 0, pending: 0, kernels: Kernels::from_env()? })
+        Ok(Self {
+            config,
+            parameters,
+            steps: 0,
+            pending: 0,
+            kernels: Kernels::from_env()?,
+        })
     }
 
     /// The numbers it was made from.
@@ -311,7 +418,10 @@ impl Optimizer {
     /// Moments of a variable begin anew, because it means something else from now on.
     pub(crate) fn forget(&mut self, name: &str) -> Result<()> {
         let of_name = self.parameters.iter_mut().filter(|p| p.name == name);
-        of_name.flat_map(|p| [&mut p.first, &mut p.second]).flatten().try_for_each(Kept::zero)
+        of_name
+            .flat_map(|p| [&mut p.first, &mut p.second])
+            .flatten()
+            .try_for_each(Kept::zero)
     }
 
     /// Whether every weight is a number.
@@ -326,10 +436,14 @@ impl Optimizer {
 
     /// Variables without a gradient in `grads`.
     pub fn without_gradient<'a>(&'a self, grads: &'a GradStore) -> impl Iterator<Item = &'a str> {
-        self.parameters.iter().filter(|p| grads.get(&p.var).is_none()).map(|p| p.name.as_str())
+        self.parameters
+            .iter()
+            .filter(|p| grads.get(&p.var).is_none())
+            .map(|p| p.name.as_str())
     }
 
-    /// Keeps the gradients of one micro-batch for the next [`Optimizer::step`], which uses the mean of these and its own.
+    /// Keeps the gradients of one micro-batch for the next [`Optimizer::step`], which uses the mean
+    /// of these and its own.
     ///
     /// # Errors
     /// [`Error::Candle`] for gradients that cannot be read.
@@ -341,7 +455,9 @@ impl Optimizer {
                 None if p.fused => p.sum = Some(Kept::Host(with_floats(g, |g| Ok(g.to_vec()))?)),
                 None => p.sum = Some(Kept::Device(g.detach())),
                 Some(Kept::Host(sum)) => with_floats(g, |g| {
-                    sum.par_chunks_mut(PART).zip(g.par_chunks(PART)).for_each(|(sum, g)| kernels.add(sum, g));
+                    sum.par_chunks_mut(PART)
+                        .zip(g.par_chunks(PART))
+                        .for_each(|(sum, g)| kernels.add(sum, g));
                     Ok(())
                 })?,
                 Some(Kept::Device(sum)) => *sum = (&*sum + g.detach())?,
@@ -351,8 +467,9 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One step along the mean of these gradients and the accumulated ones. Returns the norm of all of them together, before clipping; where it is
-    /// not finite, nothing is updated. Variables without a gradient stay as they are.
+    /// One step along the mean of these gradients and the accumulated ones. Returns the norm of all
+    /// of them together, before clipping; where it is not finite, nothing is updated. Variables
+    /// without a gradient stay as they are.
     ///
     /// # Errors
     /// [`Error::Candle`] for gradients that cannot be read.
@@ -376,7 +493,9 @@ impl Optimizer {
         let norm = all.sqrt();
         if norm.is_finite() {
             // As PyTorch's clip_grad_norm_: a little is added to the norm.
-            let clip = rates.clip.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
+            let clip = rates
+                .clip
+                .map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
             self.steps += 1;
             for i in 0..self.parameters.len() {
                 self.update(i, grads, rates, mean * clip)?;
@@ -390,13 +509,33 @@ impl Optimizer {
     fn update(&mut self, i: usize, grads: &GradStore, rates: Rates, scale: f64) -> Result<()> {
         let (kernels, config, t) = (self.kernels, &self.config, self.steps as i32);
         let p = &mut self.parameters[i];
-        let (rate, lambda) = (config.learning_rate * rates.learning_rate * p.rate, p.decay * rates.weight_decay);
+        let (rate, lambda) = (
+            config.learning_rate * rates.learning_rate * p.rate,
+            p.decay * rates.weight_decay,
+        );
         let scale = scale as f32;
-        let coupled = Decay { scale, coupled: lambda as f32, decay: 1.0 };
+        let coupled = Decay {
+            scale,
+            coupled: lambda as f32,
+            decay: 1.0,
+        };
         let rule = match config.method {
-            Method::Sgd { momentum, nesterov } => Rule::Sgd(Sgd { decay: coupled, rate: rate as f32, momentum: momentum as f32, nesterov }),
+            Method::Sgd { momentum, nesterov } => Rule::Sgd(Sgd {
+                decay: coupled,
+                rate: rate as f32,
+                momentum: momentum as f32,
+                nesterov,
+            }),
             Method::Adam(b) => Rule::Adam(b.step(t, rate, coupled)),
-            Method::AdamW(b) => Rule::Adam(b.step(t, rate, Decay { scale, coupled: 0.0, decay: (1.0 - rate * lambda) as f32 })),
+            Method::AdamW(b) => Rule::Adam(b.step(
+                t,
+                rate,
+                Decay {
+                    scale,
+                    coupled: 0.0,
+                    decay: (1.0 - rate * lambda) as f32,
+                },
+            )),
         };
         let (sum, gradient) = (p.sum.take(), grads.get(&p.var));
         if !p.fused {
@@ -406,7 +545,15 @@ impl Optimizer {
             };
         }
         let (var, first, second) = (p.var.clone(), host(&mut p.first), host(&mut p.second));
-        let mut run = |g: &[f32]| Ok(var.inplace_op1(&Step(RefCell::new(Update { kernels, rule, g, first, second })))?);
+        let mut run = |g: &[f32]| {
+            Ok(var.inplace_op1(&Step(RefCell::new(Update {
+                kernels,
+                rule,
+                g,
+                first,
+                second,
+            })))?)
+        };
         match (&sum, gradient) {
             (Some(Kept::Host(sum)), _) => run(sum),
             (_, Some(g)) => with_floats(g, run),
@@ -417,7 +564,11 @@ impl Optimizer {
 
 /// Σ x² on any device.
 fn squares(kernels: Kernels, x: &Tensor) -> Result<f64> {
-    if x.device().is_cpu() { with_floats(x, |x| Ok(sum_squares(kernels, x))) } else { device_sum_squares(x) }
+    if x.device().is_cpu() {
+        with_floats(x, |x| Ok(sum_squares(kernels, x)))
+    } else {
+        device_sum_squares(x)
+    }
 }
 
 /// Σ g², in parts that do not depend on the threads.
@@ -443,7 +594,10 @@ impl Betas {
 /// The variables of a map in the order of their names.
 pub(crate) fn sorted(vars: &VarMap) -> Vec<(String, Var)> {
     let map = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
-    let mut vars: Vec<_> = map.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+    let mut vars: Vec<_> = map
+        .iter()
+        .map(|(name, var)| (name.clone(), var.clone()))
+        .collect();
     vars.sort_by(|a, b| a.0.cmp(&b.0));
     vars
 }
@@ -466,20 +620,27 @@ impl Rule {
         let direction = match (self, tensor(&p.first), tensor(&p.second)) {
             (Self::Sgd(step), Some(b), _) => {
                 let b = ((b * f64::from(step.momentum))? + &g)?;
-                let direction = if step.nesterov { (g + (&b * f64::from(step.momentum))?)? } else { b.clone() };
+                let direction = if step.nesterov {
+                    (g + (&b * f64::from(step.momentum))?)?
+                } else {
+                    b.clone()
+                };
                 p.first = Some(Kept::Device(b));
                 direction
             }
             (Self::Adam(step), Some(m), Some(v)) => {
                 let m = (m + ((&g - m)? * f64::from(step.new1))?)?;
                 let v = ((v * f64::from(step.beta2))? + (g.sqr()? * f64::from(step.new2))?)?;
-                let direction = (&m / v.sqrt()?.affine(f64::from(step.root), f64::from(step.eps))?)?;
+                let direction = (&m
+                    / v.sqrt()?
+                        .affine(f64::from(step.root), f64::from(step.eps))?)?;
                 (p.first, p.second) = (Some(Kept::Device(m)), Some(Kept::Device(v)));
                 direction
             }
             _ => g,
         };
-        Ok(p.var.set(&((w * f64::from(decay.decay))? - (direction * f64::from(rate))?)?)?)
+        Ok(p.var
+            .set(&((w * f64::from(decay.decay))? - (direction * f64::from(rate))?)?)?)
     }
 }
 
@@ -501,21 +662,37 @@ impl InplaceOp1 for Step<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (CpuStorage::F32(all), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-            return Err(candle_core::Error::msg("an optimizer takes contiguous f32 variables"));
+        let (CpuStorage::F32(all), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
+            return Err(candle_core::Error::msg(
+                "an optimizer takes contiguous f32 variables",
+            ));
         };
         let (w, update) = (&mut all[start..end], &mut *self.0.borrow_mut());
         let (kernels, g) = (update.kernels, update.g);
         if w.len() != g.len() {
-            return Err(candle_core::Error::msg(format!("a variable of {} elements has a gradient of {}", w.len(), g.len())));
+            return Err(candle_core::Error::msg(format!(
+                "a variable of {} elements has a gradient of {}",
+                w.len(),
+                g.len()
+            )));
         }
         let parts = w.par_chunks_mut(PART).zip(g.par_chunks(PART));
         match update.rule {
-            Rule::Sgd(step) if update.first.is_empty() => parts.for_each(|(w, g)| kernels.sgd(w, g, &mut [], &step)),
-            Rule::Sgd(step) => parts.zip(update.first.par_chunks_mut(PART)).for_each(|((w, g), b)| kernels.sgd(w, g, b, &step)),
+            Rule::Sgd(step) if update.first.is_empty() => {
+                parts.for_each(|(w, g)| kernels.sgd(w, g, &mut [], &step))
+            }
+            Rule::Sgd(step) => parts
+                .zip(update.first.par_chunks_mut(PART))
+                .for_each(|((w, g), b)| kernels.sgd(w, g, b, &step)),
             Rule::Adam(step) => {
-                let moments = update.first.par_chunks_mut(PART).zip(update.second.par_chunks_mut(PART));
-                parts.zip(moments).for_each(|((w, g), (m, v))| kernels.adam(w, g, m, v, &step));
+                let moments = update
+                    .first
+                    .par_chunks_mut(PART)
+                    .zip(update.second.par_chunks_mut(PART));
+                parts
+                    .zip(moments)
+                    .for_each(|((w, g), (m, v))| kernels.adam(w, g, m, v, &step));
             }
         }
         Ok(())
@@ -527,12 +704,18 @@ impl candle_nn::Optimizer for Optimizer {
 
     /// Variables are named by their place: "0", "1", …
     fn new(vars: Vec<Var>, config: OptimizerConfig) -> candle_core::Result<Self> {
-        let named = vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var)).collect();
+        let named = vars
+            .into_iter()
+            .enumerate()
+            .map(|(i, var)| (i.to_string(), var))
+            .collect();
         Self::of(named, &config).map_err(candle_core::Error::wrap)
     }
 
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
-        self.step(grads, Rates::default()).map(|_| ()).map_err(candle_core::Error::wrap)
+        self.step(grads, Rates::default())
+            .map(|_| ())
+            .map_err(candle_core::Error::wrap)
     }
 
     fn learning_rate(&self) -> f64 {

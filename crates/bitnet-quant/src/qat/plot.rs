@@ -1,6 +1,8 @@
-//! Drawings of a training's log: losses and evaluations, norms of gradients, and what the layers did.
+//! Drawings of a training's log: losses and evaluations, norms of gradients, and what the layers
+//! did.
 //!
-//! Text in the PNG is of an 8 × 8 font that is part of the program, so that it needs no fonts of the system.
+//! Text in the PNG is of an 8 × 8 font that is part of the program, so that it needs no fonts of
+//! the system.
 
 use super::telemetry::{LayerRecord, Line};
 use crate::{Error, Result};
@@ -44,7 +46,11 @@ struct Panel {
 pub fn svg(log: &[Line]) -> Result<String> {
     let panels = panels(log)?;
     let mut text = String::new();
-    draw(SVGBackend::with_string(&mut text, SIZE).into_drawing_area(), &panels).map_err(|e| Error::input("plot", "a drawing", e))?;
+    draw(
+        SVGBackend::with_string(&mut text, SIZE).into_drawing_area(),
+        &panels,
+    )
+    .map_err(|e| Error::input("plot", "a drawing", e))?;
     Ok(text)
 }
 
@@ -54,27 +60,42 @@ pub fn svg(log: &[Line]) -> Result<String> {
 /// As [`svg`].
 pub fn png(log: &[Line]) -> Result<Vec<u8>> {
     let panels = panels(log)?;
-    let mut canvas = Canvas { rgb: vec![255; 3 * SIZE.0 as usize * SIZE.1 as usize] };
+    let mut canvas = Canvas {
+        rgb: vec![255; 3 * SIZE.0 as usize * SIZE.1 as usize],
+    };
     let area = (&mut canvas).into_drawing_area();
     draw(area, &panels).map_err(|e| Error::input("plot", "a drawing", e))?;
     let mut bytes = vec![];
     let mut encoder = png::Encoder::new(&mut bytes, SIZE.0, SIZE.1);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    let mut writer = encoder.write_header().map_err(|e| Error::input("plot", "a PNG", e))?;
-    writer.write_image_data(&canvas.rgb).and_then(|()| writer.finish()).map_err(|e| Error::input("plot", "a PNG", e))?;
+    let mut writer = encoder
+        .write_header()
+        .map_err(|e| Error::input("plot", "a PNG", e))?;
+    writer
+        .write_image_data(&canvas.rgb)
+        .and_then(|()| writer.finish())
+        .map_err(|e| Error::input("plot", "a PNG", e))?;
     Ok(bytes)
 }
 
-/// Draws a log into a file: SVG or PNG by its ending. An earlier file of that name is replaced once the new one is complete.
+/// Draws a log into a file: SVG or PNG by its ending. An earlier file of that name is replaced once
+/// the new one is complete.
 ///
 /// # Errors
-/// [`Error::Input`] for another ending and for a log without steps, [`Error::File`] if the file cannot be written.
+/// [`Error::Input`] for another ending and for a log without steps, [`Error::File`] if the file
+/// cannot be written.
 pub fn save(log: &[Line], path: &Path) -> Result<()> {
     let bytes = match path.extension().and_then(|e| e.to_str()) {
         Some("svg") => svg(log)?.into_bytes(),
         Some("png") => png(log)?,
-        _ => return Err(Error::input("plot", "a file ending in .svg or .png", path.display())),
+        _ => {
+            return Err(Error::input(
+                "plot",
+                "a file ending in .svg or .png",
+                path.display(),
+            ));
+        }
     };
     let temporary = path.with_extension("partial");
     let write = || {
@@ -103,7 +124,11 @@ fn panels(log: &[Line]) -> Result<Vec<Panel>> {
         }
     }
     if loss.is_empty() {
-        return Err(Error::input("log", "at least one step", format!("{} lines without any", log.len())));
+        return Err(Error::input(
+            "log",
+            "at least one step",
+            format!("{} lines without any", log.len()),
+        ));
     }
     let curve = |label: &str, points: Vec<(f64, f64)>, color: RGBColor| Curve {
         label: Some(label.into()),
@@ -115,19 +140,42 @@ fn panels(log: &[Line]) -> Result<Vec<Panel>> {
     if !evaluations.is_empty() {
         losses.push(curve("evaluation", evaluations, RED));
     }
-    let mut panels =
-        vec![Panel { title: "loss", curves: losses }, Panel { title: "gradient norm", curves: vec![curve("all gradients", norm, BLUE)] }];
+    let mut panels = vec![
+        Panel {
+            title: "loss",
+            curves: losses,
+        },
+        Panel {
+            title: "gradient norm",
+            curves: vec![curve("all gradients", norm, BLUE)],
+        },
+    ];
     if !layers.is_empty() {
-        panels.push(Panel { title: "weights that flipped", curves: of_layers(&layers, |l| l.flips) });
-        panels.push(Panel { title: "flips that turned back", curves: of_layers(&layers, |l| l.oscillation) });
-        panels.push(Panel { title: "weights that are 0", curves: of_layers(&layers, |l| l.dead_zone) });
-        panels.push(Panel { title: "scale", curves: of_layers(&layers, |l| l.scale) });
+        panels.push(Panel {
+            title: "weights that flipped",
+            curves: of_layers(&layers, |l| l.flips),
+        });
+        panels.push(Panel {
+            title: "flips that turned back",
+            curves: of_layers(&layers, |l| l.oscillation),
+        });
+        panels.push(Panel {
+            title: "weights that are 0",
+            curves: of_layers(&layers, |l| l.dead_zone),
+        });
+        panels.push(Panel {
+            title: "scale",
+            curves: of_layers(&layers, |l| l.scale),
+        });
     }
     Ok(panels)
 }
 
 /// A thin line for each layer and a thick one for their mean.
-fn of_layers(layers: &BTreeMap<&str, Vec<&LayerRecord>>, value: impl Fn(&LayerRecord) -> f64) -> Vec<Curve> {
+fn of_layers(
+    layers: &BTreeMap<&str, Vec<&LayerRecord>>,
+    value: impl Fn(&LayerRecord) -> f64,
+) -> Vec<Curve> {
     let mut sums: BTreeMap<u64, (f64, u64)> = BTreeMap::new();
     let mut curves = vec![];
     for records in layers.values() {
@@ -136,10 +184,23 @@ fn of_layers(layers: &BTreeMap<&str, Vec<&LayerRecord>>, value: impl Fn(&LayerRe
             *sum = (sum.0 + value(record), sum.1 + 1);
         }
         let points = records.iter().map(|r| (r.step as f64, value(r))).collect();
-        curves.push(Curve { label: None, points: thinned(points), color: BLACK.mix(0.2), width: 1 });
+        curves.push(Curve {
+            label: None,
+            points: thinned(points),
+            color: BLACK.mix(0.2),
+            width: 1,
+        });
     }
-    let mean = sums.iter().map(|(&step, (sum, n))| (step as f64, sum / *n as f64)).collect();
-    curves.push(Curve { label: Some(format!("mean of {} layers", layers.len())), points: thinned(mean), color: BLUE.to_rgba(), width: 2 });
+    let mean = sums
+        .iter()
+        .map(|(&step, (sum, n))| (step as f64, sum / *n as f64))
+        .collect();
+    curves.push(Curve {
+        label: Some(format!("mean of {} layers", layers.len())),
+        points: thinned(mean),
+        color: BLUE.to_rgba(),
+        width: 2,
+    });
     curves
 }
 
@@ -147,13 +208,18 @@ fn of_layers(layers: &BTreeMap<&str, Vec<&LayerRecord>>, value: impl Fn(&LayerRe
 fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     let width = points.len().div_ceil(POINTS).max(1);
     let mean = |chunk: &[(f64, f64)]| {
-        let (x, y) = chunk.iter().fold((0.0, 0.0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
+        let (x, y) = chunk
+            .iter()
+            .fold((0.0, 0.0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
         (x / chunk.len() as f64, y / chunk.len() as f64)
     };
     points.chunks(width).map(mean).collect()
 }
 
-fn draw<B: DrawingBackend>(area: DrawingArea<B, Shift>, panels: &[Panel]) -> Result<(), Box<dyn std::error::Error>>
+fn draw<B: DrawingBackend>(
+    area: DrawingArea<B, Shift>,
+    panels: &[Panel],
+) -> Result<(), Box<dyn std::error::Error>>
 where
     B::ErrorType: 'static,
 {
@@ -162,9 +228,17 @@ where
     for (part, panel) in parts.iter().zip(panels) {
         let points = || panel.curves.iter().flat_map(|c| &c.points);
         let range = |of: fn(&(f64, f64)) -> f64| {
-            let (low, high) =
-                points().map(of).filter(|x| x.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
-            let margin = if high > low { 0.03 * (high - low) } else { 0.5 * high.abs().max(1e-3) };
+            let (low, high) = points()
+                .map(of)
+                .filter(|x| x.is_finite())
+                .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| {
+                    (a.min(x), b.max(x))
+                });
+            let margin = if high > low {
+                0.03 * (high - low)
+            } else {
+                0.5 * high.abs().max(1e-3)
+            };
             (low - margin)..(high + margin)
         };
         let font = ("sans-serif", f64::from(LETTER)).into_text_style(&area);
@@ -186,9 +260,14 @@ where
             .draw()?;
         for curve in &panel.curves {
             let color = curve.color;
-            let series = chart.draw_series(LineSeries::new(curve.points.iter().copied(), color.stroke_width(curve.width)))?;
+            let series = chart.draw_series(LineSeries::new(
+                curve.points.iter().copied(),
+                color.stroke_width(curve.width),
+            ))?;
             if let Some(label) = &curve.label {
-                series.label(label).legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)));
+                series.label(label).legend(move |(x, y)| {
+                    PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2))
+                });
             }
         }
         chart
@@ -233,22 +312,36 @@ impl DrawingBackend for &mut Canvas {
         Ok(())
     }
 
-    fn draw_pixel(&mut self, (x, y): BackendCoord, color: BackendColor) -> Result<(), DrawingErrorKind<Infallible>> {
+    fn draw_pixel(
+        &mut self,
+        (x, y): BackendCoord,
+        color: BackendColor,
+    ) -> Result<(), DrawingErrorKind<Infallible>> {
         if (0..SIZE.0 as i32).contains(&x) && (0..SIZE.1 as i32).contains(&y) {
             let at = 3 * (y as usize * SIZE.0 as usize + x as usize);
             let new = [color.rgb.0, color.rgb.1, color.rgb.2];
             for (old, new) in self.rgb[at..at + 3].iter_mut().zip(new) {
-                *old = (f64::from(*old) + color.alpha * (f64::from(new) - f64::from(*old))).round() as u8;
+                *old = (f64::from(*old) + color.alpha * (f64::from(new) - f64::from(*old))).round()
+                    as u8;
             }
         }
         Ok(())
     }
 
-    fn estimate_text_size<S: BackendTextStyle>(&self, text: &str, _: &S) -> Result<(u32, u32), DrawingErrorKind<Infallible>> {
+    fn estimate_text_size<S: BackendTextStyle>(
+        &self,
+        text: &str,
+        _: &S,
+    ) -> Result<(u32, u32), DrawingErrorKind<Infallible>> {
         Ok((text.chars().count() as u32 * LETTER as u32, LETTER as u32))
     }
 
-    fn draw_text<S: BackendTextStyle>(&mut self, text: &str, style: &S, at: BackendCoord) -> Result<(), DrawingErrorKind<Infallible>> {
+    fn draw_text<S: BackendTextStyle>(
+        &mut self,
+        text: &str,
+        style: &S,
+        at: BackendCoord,
+    ) -> Result<(), DrawingErrorKind<Infallible>> {
         let width = text.chars().count() as i32 * LETTER;
         let left = match style.anchor().h_pos {
             HPos::Left => at.0,
@@ -266,7 +359,10 @@ impl DrawingBackend for &mut Canvas {
             for (y, row) in (0..).zip(rows) {
                 for x in (0..8).filter(|x| row >> x & 1 == 1) {
                     for (dx, dy) in (0..dot).flat_map(|dx| (0..dot).map(move |dy| (dx, dy))) {
-                        self.draw_pixel((left + i * LETTER + x * dot + dx, top + y * dot + dy), style.color())?;
+                        self.draw_pixel(
+                            (left + i * LETTER + x * dot + dx, top + y * dot + dy),
+                            style.color(),
+                        )?;
                     }
                 }
             }
@@ -284,9 +380,21 @@ mod tests {
         let mut log = vec![];
         for step in 1..=2000u64 {
             let loss = 3.0 * (-(step as f64) / 700.0).exp() + 0.3;
-            log.push(Line::Step(Step { step, steps: 2000, loss, gradient_norm: loss * 0.5, learning_rate: 0.1, units: 1, seconds: 0.0 }));
+            log.push(Line::Step(Step {
+                step,
+                steps: 2000,
+                loss,
+                gradient_norm: loss * 0.5,
+                learning_rate: 0.1,
+                units: 1,
+                seconds: 0.0,
+            }));
             if step % 500 == 0 {
-                log.push(Line::Evaluation(Evaluation { step, value: loss + 0.1, best: loss + 0.1 }));
+                log.push(Line::Evaluation(Evaluation {
+                    step,
+                    value: loss + 0.1,
+                    best: loss + 0.1,
+                }));
                 for name in ["a", "b"] {
                     log.push(Line::Layer(LayerRecord {
                         step,
@@ -309,17 +417,31 @@ mod tests {
     #[test]
     fn both_drawings_hold_all_panels() -> Result<()> {
         let text = svg(&log())?;
-        for title in
-            ["loss", "gradient norm", "weights that flipped", "flips that turned back", "weights that are 0", "scale", "mean of 2 layers"]
-        {
+        for title in [
+            "loss",
+            "gradient norm",
+            "weights that flipped",
+            "flips that turned back",
+            "weights that are 0",
+            "scale",
+            "mean of 2 layers",
+        ] {
             assert!(text.contains(title), "{title}");
         }
         let bytes = png(&log())?;
-        let mut reader = png::Decoder::new(std::io::Cursor::new(&bytes)).read_info().unwrap();
+        let mut reader = png::Decoder::new(std::io::Cursor::new(&bytes))
+            .read_info()
+            .unwrap();
         let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
         let info = reader.next_frame(&mut rgb).unwrap();
         assert_eq!((info.width, info.height), SIZE);
-        let count = |color: [u8; 3]| rgb.as_chunks::<3>().0.iter().filter(|p| **p == color).count();
+        let count = |color: [u8; 3]| {
+            rgb.as_chunks::<3>()
+                .0
+                .iter()
+                .filter(|p| **p == color)
+                .count()
+        };
         // The curves, and the letters and axes.
         assert!(count([0, 0, 255]) > 2000 && count([255, 0, 0]) > 200 && count([0, 0, 0]) > 5000);
         Ok(())
@@ -327,8 +449,14 @@ mod tests {
 
     #[test]
     fn without_steps_there_is_nothing_to_draw() {
-        assert_eq!(svg(&[]).unwrap_err().to_string(), "log: expected at least one step, got 0 lines without any");
+        assert_eq!(
+            svg(&[]).unwrap_err().to_string(),
+            "log: expected at least one step, got 0 lines without any"
+        );
         let error = save(&log(), Path::new("plot.gif")).unwrap_err().to_string();
-        assert_eq!(error, "plot: expected a file ending in .svg or .png, got plot.gif");
+        assert_eq!(
+            error,
+            "plot: expected a file ending in .svg or .png, got plot.gif"
+        );
     }
 }

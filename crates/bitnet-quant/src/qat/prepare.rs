@@ -5,9 +5,10 @@ use crate::config::QuantizationConfig;
 use crate::{Error, Result};
 use candle_nn::VarMap;
 
-/// Swaps the linear layers that the configuration quantizes (`include`, `exclude` and the rules, matched with `NAME.weight`) for layers in
-/// training on the same variables, and returns their names. Learned scales become the variables `NAME.learned_scale`; one that `vars` holds
-/// already is used as it is.
+/// Swaps the linear layers that the configuration quantizes (`include`, `exclude` and the rules,
+/// matched with `NAME.weight`) for layers in training on the same variables, and returns their
+/// names. Learned scales become the variables `NAME.learned_scale`; one that `vars` holds already
+/// is used as it is.
 ///
 /// Layers that are in training already, or packed, stay as they are.
 ///
@@ -41,8 +42,9 @@ use candle_nn::VarMap;
 /// ```
 ///
 /// # Errors
-/// [`Error::Recipe`] if the configuration reaches no linear layer, [`Error::Invalid`] for one that is wrong, [`Error::Input`] for an
-/// estimator that does not go with a scheme. The model is then as it was.
+/// [`Error::Recipe`] if the configuration reaches no linear layer, [`Error::Invalid`] for one that
+/// is wrong, [`Error::Input`] for an estimator that does not go with a scheme. The model is then as
+/// it was.
 pub fn prepare(
     model: &mut dyn Linears,
     config: &QuantizationConfig,
@@ -52,16 +54,38 @@ pub fn prepare(
     config.validate()?;
     let mut prepared = vec![];
     model.visit_linears(&mut |name, linear| {
-        let Linear::Full(full) = linear else { return Ok(()) };
+        let Linear::Full(full) = linear else {
+            return Ok(());
+        };
         if let Some(choices) = config.matrix_choices(&format!("{name}.weight"))? {
-            let config = QuantizationConfig { default: choices, rules: vec![], search: None, ..config.clone() };
-            let scale = vars.data().lock().ok().and_then(|vars| vars.get(&scale_name(name)).cloned());
-            prepared.push((name.to_owned(), QatLinear::new(full.weight().clone(), full.bias().cloned(), scale, &config, estimator)?));
+            let config = QuantizationConfig {
+                default: choices,
+                rules: vec![],
+                search: None,
+                ..config.clone()
+            };
+            let scale = vars
+                .data()
+                .lock()
+                .ok()
+                .and_then(|vars| vars.get(&scale_name(name)).cloned());
+            prepared.push((
+                name.to_owned(),
+                QatLinear::new(
+                    full.weight().clone(),
+                    full.bias().cloned(),
+                    scale,
+                    &config,
+                    estimator,
+                )?,
+            ));
         }
         Ok(())
     })?;
     if prepared.is_empty() {
-        return Err(Error::Recipe("the configuration quantizes no linear layer of the model".into()));
+        return Err(Error::Recipe(
+            "the configuration quantizes no linear layer of the model".into(),
+        ));
     }
     let names = prepared.iter().map(|(name, _)| name.clone()).collect();
     let mut next = prepared.into_iter().peekable();
@@ -81,7 +105,8 @@ pub(super) fn scale_name(name: &str) -> String {
     format!("{name}.learned_scale")
 }
 
-/// Puts packed layers in the place of those in training: the codes and scales of their last forward pass at full strength.
+/// Puts packed layers in the place of those in training: the codes and scales of their last forward
+/// pass at full strength.
 ///
 /// # Errors
 /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no product.

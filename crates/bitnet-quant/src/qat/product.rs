@@ -1,5 +1,6 @@
-//! A linear layer in training as one operation of the graph: between the passes it keeps its inputs, as any linear layer does, and the codes
-//! of its weights. The equations are at [`QatLinear`](super::QatLinear). With a dead-zone bias β, `λ·β·Σ of the weights of a row whose
+//! A linear layer in training as one operation of the graph: between the passes it keeps its
+//! inputs, as any linear layer does, and the codes of its weights. The equations are at
+//! [`QatLinear`](super::QatLinear). With a dead-zone bias β, `λ·β·Σ of the weights of a row whose
 //! value is 0` is a part of b.
 
 use super::ste::{Codes, Quantizer};
@@ -48,25 +49,45 @@ impl Product {
         Ok((CpuStorage::F32(out), Shape::from(dims)))
     }
 
-    fn product(&self, x: &[f32], w: &[f32], shape: (usize, usize), third: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
+    fn product(
+        &self,
+        x: &[f32],
+        w: &[f32],
+        shape: (usize, usize),
+        third: Option<&[f32]>,
+        out: &mut [f32],
+    ) -> Result<()> {
         let runtime = &*self.quantizer.runtime;
         let (scales, bias) = third.unwrap_or_default().split_at(self.scales);
         let scales = (!scales.is_empty()).then_some(scales);
-        let codes = if self.lambda > 0.0 { Some(self.quantizer.encode(w, shape, scales)?) } else { None };
+        let codes = if self.lambda > 0.0 {
+            Some(self.quantizer.encode(w, shape, scales)?)
+        } else {
+            None
+        };
         let mut dead;
         let mut bias = (!bias.is_empty()).then_some(bias);
         if let (Some(codes), Some(beta)) = (&codes, self.beta()) {
             dead = codes.sums_of_zeros(w, beta, runtime)?;
-            dead.iter_mut().zip(bias.unwrap_or_default()).for_each(|(dead, bias)| *dead += bias);
+            dead.iter_mut()
+                .zip(bias.unwrap_or_default())
+                .for_each(|(dead, bias)| *dead += bias);
             bias = Some(&dead);
         }
         match (&codes, self.activations.method()) {
-            (Some(codes), Some(_)) if self.lambda == 1.0 => codes.prepack(runtime)?.product(runtime, x, self.activations, bias, out)?,
+            (Some(codes), Some(_)) if self.lambda == 1.0 => {
+                codes
+                    .prepack(runtime)?
+                    .product(runtime, x, self.activations, bias, out)?
+            }
             _ => {
                 let weights = self.mixed_weights(w, codes.as_ref())?;
                 let weights = dense::Matrix::new(shape.0, shape.1, dense::Data::F32(weights))?;
                 let x = self.mixed_tokens(x, shape.1)?;
-                runtime.machine.kernels.dense_matmul(&runtime.pool, &weights, &x, bias, out);
+                runtime
+                    .machine
+                    .kernels
+                    .dense_matmul(&runtime.pool, &weights, &x, bias, out);
             }
         }
         if let Some(codes) = codes {
@@ -82,7 +103,9 @@ impl Product {
 
     /// W̃.
     fn mixed_weights(&self, w: &[f32], codes: Option<&Codes>) -> Result<Vec<f32>> {
-        let Some(codes) = codes else { return Ok(w.to_vec()) };
+        let Some(codes) = codes else {
+            return Ok(w.to_vec());
+        };
         let mut out = codes.dequantize(&self.quantizer.runtime)?;
         self.mix(w, &mut out);
         Ok(out)
@@ -90,12 +113,20 @@ impl Product {
 
     /// x̃ of tokens of `k` columns.
     fn mixed_tokens(&self, x: &[f32], k: usize) -> Result<Vec<f32>> {
-        let Some(method) = self.activations.method().filter(|_| self.lambda > 0.0) else { return Ok(x.to_vec()) };
+        let Some(method) = self.activations.method().filter(|_| self.lambda > 0.0) else {
+            return Ok(x.to_vec());
+        };
         let kernels = self.quantizer.runtime.machine.kernels;
         let mut out = vec![0.0; x.len()];
         self.quantizer.runtime.install(|| {
-            let tokens = out.par_chunks_mut(k).zip(x.par_chunks(k)).with_min_len((1 << 14) / k + 1);
-            tokens.try_for_each_init(|| vec![0i8; k], |values, (out, x)| fake_token(kernels, method, x, values, out))
+            let tokens = out
+                .par_chunks_mut(k)
+                .zip(x.par_chunks(k))
+                .with_min_len((1 << 14) / k + 1);
+            tokens.try_for_each_init(
+                || vec![0i8; k],
+                |values, (out, x)| fake_token(kernels, method, x, values, out),
+            )
         })?;
         self.mix(x, &mut out);
         Ok(out)
@@ -104,12 +135,20 @@ impl Product {
     /// `x̂` becomes `x + λ·(x̂ − x)`.
     fn mix(&self, x: &[f32], out: &mut [f32]) {
         if self.lambda < 1.0 {
-            out.iter_mut().zip(x).for_each(|(q, &x)| *q = x + self.lambda * (*q - x));
+            out.iter_mut()
+                .zip(x)
+                .for_each(|(q, &x)| *q = x + self.lambda * (*q - x));
         }
     }
 
     /// Gradients of the three arguments, of those that are part of the graph.
-    fn backward(&self, x: &Tensor, w: &Tensor, third: Option<&Tensor>, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+    fn backward(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        third: Option<&Tensor>,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
         let (tokens, k) = token_shape(x)?;
         let n = w.dims()[0];
         let grad = grad.contiguous()?.reshape((tokens, n))?;
@@ -120,23 +159,38 @@ impl Product {
         }
         let dx = if x.track_op() {
             let weights = with_floats(w, |w| self.mixed_weights(w, self.codes.get()))?;
-            Some(grad.matmul(&Tensor::from_vec(weights, (n, k), &Device::Cpu)?)?.reshape(x.shape())?)
+            Some(
+                grad.matmul(&Tensor::from_vec(weights, (n, k), &Device::Cpu)?)?
+                    .reshape(x.shape())?,
+            )
         } else {
             None
         };
-        let of_bias = match third.is_some_and(|t| t.elem_count() > self.scales) || self.beta().is_some() {
-            true => with_floats(&grad, |g| Ok(column_sums(g, n)))?,
-            false => vec![],
-        };
+        let of_bias =
+            match third.is_some_and(|t| t.elem_count() > self.scales) || self.beta().is_some() {
+                true => with_floats(&grad, |g| Ok(column_sums(g, n)))?,
+                false => vec![],
+            };
         let (mut dw, mut dthird) = (None, vec![0.0; self.scales]);
         if w.track_op() || (third.is_some() && self.scales > 0) {
             let tokens = with_floats(x, |x| self.mixed_tokens(x, k))?;
-            let product = grad.t()?.matmul(&Tensor::from_vec(tokens, ((), k), &Device::Cpu)?)?;
+            let product = grad
+                .t()?
+                .matmul(&Tensor::from_vec(tokens, ((), k), &Device::Cpu)?)?;
             if let Some(codes) = self.codes.get() {
                 let of_scales = with_floats(w, |w| {
-                    let surrogate = Surrogate { of: self, w, codes, of_bias: &of_bias, of_scales: Mutex::new(None) };
+                    let surrogate = Surrogate {
+                        of: self,
+                        w,
+                        codes,
+                        of_bias: &of_bias,
+                        of_scales: Mutex::new(None),
+                    };
                     product.inplace_op1(&surrogate)?;
-                    Ok(surrogate.of_scales.into_inner().unwrap_or_else(PoisonError::into_inner))
+                    Ok(surrogate
+                        .of_scales
+                        .into_inner()
+                        .unwrap_or_else(PoisonError::into_inner))
                 })?;
                 dthird = of_scales.unwrap_or(dthird);
             }
@@ -154,23 +208,42 @@ impl Product {
     }
 }
 
-/// Whether NaN or infinity is what cannot be quantized. Then all outputs and gradients are NaN, as with floats: the loss shows it.
+/// Whether NaN or infinity is what cannot be quantized. Then all outputs and gradients are NaN, as
+/// with floats: the loss shows it.
 fn is_not_finite(error: &Error) -> bool {
     use bitnet_core::Error::NotFinite;
-    matches!(error, Error::Core(NotFinite { .. }) | Error::Kernels(bitnet_kernels::Error::Matrix(NotFinite { .. })))
+    matches!(
+        error,
+        Error::Core(NotFinite { .. })
+            | Error::Kernels(bitnet_kernels::Error::Matrix(NotFinite { .. }))
+    )
 }
 
 /// One token quantized and back.
-fn fake_token(kernels: Kernels, method: ActivationMethod, x: &[f32], values: &mut [i8], out: &mut [f32]) -> Result<()> {
+fn fake_token(
+    kernels: Kernels,
+    method: ActivationMethod,
+    x: &[f32],
+    values: &mut [i8],
+    out: &mut [f32],
+) -> Result<()> {
     let scale = match method {
         ActivationMethod::Int8 => quantize_token(kernels, x, x.len(), x.len(), values, &mut [0])?,
         _ => {
-            let q = activation::quantize(x, x.len(), method, ActivationGranularity::Token, Rounding::HalfEven)?;
+            let q = activation::quantize(
+                x,
+                x.len(),
+                method,
+                ActivationGranularity::Token,
+                Rounding::HalfEven,
+            )?;
             values.copy_from_slice(&q.values);
             q.scales[0]
         }
     };
-    out.iter_mut().zip(&*values).for_each(|(out, &q)| *out = scale * f32::from(q));
+    out.iter_mut()
+        .zip(&*values)
+        .for_each(|(out, &q)| *out = scale * f32::from(q));
     Ok(())
 }
 
@@ -180,8 +253,11 @@ fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
     let mut part = vec![0f32; n];
     for rows in x.chunks(256 * n) {
         part.fill(0.0);
-        rows.chunks(n).for_each(|row| part.iter_mut().zip(row).for_each(|(sum, x)| *sum += x));
-        sums.iter_mut().zip(&part).for_each(|(sum, &part)| *sum += f64::from(part));
+        rows.chunks(n)
+            .for_each(|row| part.iter_mut().zip(row).for_each(|(sum, x)| *sum += x));
+        sums.iter_mut()
+            .zip(&part)
+            .for_each(|(sum, &part)| *sum += f64::from(part));
     }
     sums.into_iter().map(|sum| sum as f32).collect()
 }
@@ -201,15 +277,26 @@ impl InplaceOp1 for Surrogate<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (CpuStorage::F32(grad), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-            return Err(candle_core::Error::msg("the gradient of weights is contiguous f32"));
+        let (CpuStorage::F32(grad), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
+            return Err(candle_core::Error::msg(
+                "the gradient of weights is contiguous f32",
+            ));
         };
         let (of, grad) = (self.of, &mut grad[start..end]);
-        let of_scales = of.quantizer.surrogate(self.w, self.codes, of.lambda, of.scales > 0, grad).map_err(candle)?;
+        let of_scales = of
+            .quantizer
+            .surrogate(self.w, self.codes, of.lambda, of.scales > 0, grad)
+            .map_err(candle)?;
         if let Some(beta) = of.beta() {
-            self.codes.add_to_zeros(self.of_bias, beta, &of.quantizer.runtime, grad).map_err(candle)?;
+            self.codes
+                .add_to_zeros(self.of_bias, beta, &of.quantizer.runtime, grad)
+                .map_err(candle)?;
         }
-        *self.of_scales.lock().unwrap_or_else(PoisonError::into_inner) = of_scales;
+        *self
+            .of_scales
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = of_scales;
         Ok(())
     }
 }
@@ -221,11 +308,23 @@ impl CustomOp2 for Product {
         NAME
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
         self.forward((x, lx), (w, lw), None)
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let [dx, dw, _] = self.backward(x, w, None, grad).map_err(candle)?;
         Ok((dx, dw))
     }

@@ -1,6 +1,7 @@
 //! Gradient checkpointing: memory for time.
 //!
-//! A segment of the graph, `y = f(x)`, keeps x and y alone. Its backward pass computes `f(x)` once more, with a graph, and goes back through that.
+//! A segment of the graph, `y = f(x)`, keeps x and y alone. Its backward pass computes `f(x)` once
+//! more, with a graph, and goes back through that.
 
 use super::slice;
 use crate::{Error, Result};
@@ -13,7 +14,8 @@ thread_local! {
     static INSIDE: RefCell<Option<GradStore>> = const { RefCell::new(None) };
 }
 
-/// The gradients of a scalar `loss` by its variables, those inside [`recompute`]d segments among them. Unlike candle's own, they hold nothing of the graph.
+/// The gradients of a scalar `loss` by its variables, those inside [`recompute`]d segments among
+/// them. Unlike candle's own, they hold nothing of the graph.
 ///
 /// # Errors
 /// [`Error::Candle`].
@@ -28,11 +30,24 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(grads)
 }
 
-/// The variables of a graph with their gradients, which are apart from it: candle's hold the tensors that they were computed from.
+/// The variables of a graph with their gradients, which are apart from it: candle's hold the
+/// tensors that they were computed from.
 fn of_variables(loss: &Tensor) -> candle_core::Result<Vec<(Tensor, Tensor)>> {
-    let variables: Vec<Tensor> = loss.sorted_nodes().into_iter().filter(|node| node.is_variable()).cloned().collect();
+    let variables: Vec<Tensor> = loss
+        .sorted_nodes()
+        .into_iter()
+        .filter(|node| node.is_variable())
+        .cloned()
+        .collect();
     let mut grads = loss.backward()?;
-    Ok(variables.into_iter().filter_map(|variable| grads.remove(&variable).map(|grad| (variable, grad.detach()))).collect())
+    Ok(variables
+        .into_iter()
+        .filter_map(|variable| {
+            grads
+                .remove(&variable)
+                .map(|grad| (variable, grad.detach()))
+        })
+        .collect())
 }
 
 fn add(grads: &mut GradStore, variable: &Tensor, grad: Tensor) -> candle_core::Result<()> {
@@ -44,8 +59,9 @@ fn add(grads: &mut GradStore, variable: &Tensor, grad: Tensor) -> candle_core::R
     Ok(())
 }
 
-/// `f(x)` of f32 on the CPU, of whose graph nothing is kept: the backward pass, which must be [`backward`], computes it a second time.
-/// `f` must compute the same both times, and `x` be all that it takes from the graph but variables.
+/// `f(x)` of f32 on the CPU, of whose graph nothing is kept: the backward pass, which must be
+/// [`backward`], computes it a second time. `f` must compute the same both times, and `x` be all
+/// that it takes from the graph but variables.
 ///
 /// ```
 /// use bitnet_quant::qat::{backward, recompute};
@@ -62,13 +78,22 @@ fn add(grads: &mut GradStore, variable: &Tensor, grad: Tensor) -> candle_core::R
 ///
 /// # Errors
 /// What `f` returns; [`Error::Input`] for other types and devices.
-pub fn recompute(f: impl Fn(&Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static, x: &Tensor) -> Result<Tensor> {
+pub fn recompute(
+    f: impl Fn(&Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    x: &Tensor,
+) -> Result<Tensor> {
     if x.dtype() != DType::F32 || !x.device().is_cpu() {
-        return Err(Error::input("segment", "f32 on the CPU", format!("{} on {:?}", x.dtype().as_str(), x.device().location())));
+        return Err(Error::input(
+            "segment",
+            "f32 on the CPU",
+            format!("{} on {:?}", x.dtype().as_str(), x.device().location()),
+        ));
     }
-    // An argument that is a variable, so that candle goes back through the segment even where x has no gradient and the variables are all inside.
+    // An argument that is a variable, so that candle goes back through the segment even where x has
+    // no gradient and the variables are all inside.
     let anchor = Var::zeros((), DType::F32, x.device())?;
-    Ok(x.contiguous()?.apply_op2(anchor.as_tensor(), Segment { f: Box::new(f) })?)
+    Ok(x.contiguous()?
+        .apply_op2(anchor.as_tensor(), Segment { f: Box::new(f) })?)
 }
 
 struct Segment {
@@ -81,17 +106,32 @@ impl CustomOp2 for Segment {
         "recomputed-segment"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = Tensor::from_slice(slice(x, layout)?, layout.shape(), &Device::Cpu)?;
         let y = (self.f)(&x)?.contiguous()?;
         let (storage, layout) = y.storage_and_layout();
         match &*storage {
-            Storage::Cpu(y) => Ok((CpuStorage::F32(slice(y, layout)?.to_vec()), layout.shape().clone())),
+            Storage::Cpu(y) => Ok((
+                CpuStorage::F32(slice(y, layout)?.to_vec()),
+                layout.shape().clone(),
+            )),
             _ => Err(candle_core::Error::msg("a segment gives f32 on the CPU")),
         }
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let x = Var::from_tensor(&x.detach())?;
         // The gradient of Σ y·∂L/∂y is that of L through this segment.
         let through = ((self.f)(x.as_tensor())? * grad)?.sum_all()?;
@@ -103,7 +143,9 @@ impl CustomOp2 for Segment {
             }
             INSIDE.with(|inside| match &mut *inside.borrow_mut() {
                 Some(all) => add(all, &variable, grad),
-                None => Err(candle_core::Error::msg("the graph has recomputed segments: go back by bitnet_quant::qat::backward")),
+                None => Err(candle_core::Error::msg(
+                    "the graph has recomputed segments: go back by bitnet_quant::qat::backward",
+                )),
             })?;
         }
         Ok((of_x, None))

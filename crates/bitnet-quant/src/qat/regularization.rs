@@ -8,8 +8,9 @@ use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 use std::sync::OnceLock;
 
-/// Distance of weights to their levels, `mean ((w − ŵ)/s)²` over the weights of all layers in training, s being the mean scale of the layer.
-/// ŵ and s are constants of the gradient, `2·(w − ŵ)/(s²·ΣN)`. Multiplied by a small factor it is added to the loss.
+/// Distance of weights to their levels, `mean ((w − ŵ)/s)²` over the weights of all layers in
+/// training, s being the mean scale of the layer. ŵ and s are constants of the gradient, `2·(w −
+/// ŵ)/(s²·ΣN)`. Multiplied by a small factor it is added to the loss.
 ///
 /// # Errors
 /// [`Error::Input`] if no layer is in training, [`Error::Core`] for NaN among the weights.
@@ -18,7 +19,10 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
             let of_layer = match layer.weight().device().is_cpu() {
-                true => layer.weight().contiguous()?.apply_op1(Levels { layer: (**layer).clone(), codes: OnceLock::new() })?,
+                true => layer.weight().contiguous()?.apply_op1(Levels {
+                    layer: (**layer).clone(),
+                    codes: OnceLock::new(),
+                })?,
                 false => on_device(layer)?,
             };
             weights += layer.weight().elem_count();
@@ -37,7 +41,10 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
 pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
     let (w, Rounded { values, step }) = layer.rounded()?;
     let away = (w - values.broadcast_mul(&step)?)?;
-    Ok(away.broadcast_div(&divisor(&step.abs()?.mean_all()?)?)?.sqr()?.sum_all()?)
+    Ok(away
+        .broadcast_div(&divisor(&step.abs()?.mean_all()?)?)?
+        .sqr()?
+        .sum_all()?)
 }
 
 /// The same as one operation, on the CPU.
@@ -50,7 +57,10 @@ impl Levels {
     /// Ŵ and 1/s².
     fn levels(&self, codes: &Codes) -> Result<(Vec<f32>, f64)> {
         let scale = codes.mean_scale();
-        Ok((codes.dequantize(self.layer.runtime())?, if scale > 0.0 { scale.powi(-2) } else { 0.0 }))
+        Ok((
+            codes.dequantize(self.layer.runtime())?,
+            if scale > 0.0 { scale.powi(-2) } else { 0.0 },
+        ))
     }
 }
 
@@ -62,17 +72,28 @@ impl CustomOp1 for Levels {
     fn cpu_fwd(&self, w: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let codes = self.layer.codes().map_err(super::candle)?;
         let (levels, factor) = self.levels(&codes).map_err(super::candle)?;
-        let sum: f64 = super::slice(w, layout)?.iter().zip(&levels).map(|(w, v)| f64::from(w - v).powi(2)).sum();
+        let sum: f64 = super::slice(w, layout)?
+            .iter()
+            .zip(&levels)
+            .map(|(w, v)| f64::from(w - v).powi(2))
+            .sum();
         let _ = self.codes.set(codes);
-        Ok((CpuStorage::F32(vec![(sum * factor) as f32]), Shape::from(())))
+        Ok((
+            CpuStorage::F32(vec![(sum * factor) as f32]),
+            Shape::from(()),
+        ))
     }
 
     fn bwd(&self, w: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let Some(codes) = self.codes.get() else { return Ok(None) };
+        let Some(codes) = self.codes.get() else {
+            return Ok(None);
+        };
         let (mut out, factor) = self.levels(codes).map_err(super::candle)?;
         let factor = (2.0 * factor * f64::from(grad.to_scalar::<f32>()?)) as f32;
         let done = with_floats(w, |w| {
-            out.iter_mut().zip(w).for_each(|(out, w)| *out = factor * (w - *out));
+            out.iter_mut()
+                .zip(w)
+                .for_each(|(out, w)| *out = factor * (w - *out));
             Ok(())
         });
         done.map_err(super::candle)?;

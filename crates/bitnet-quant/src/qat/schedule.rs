@@ -15,7 +15,8 @@ use std::f64::consts::PI;
 ///                   floor + (drop − floor)·(1 + cos πu')/2, and no decay of weights
 /// ```
 ///
-/// Two stages are those of the reports on b1.58: a high rate that is cut midway, and weights that decay only until then.
+/// Two stages are those of the reports on b1.58: a high rate that is cut midway, and weights that
+/// decay only until then.
 ///
 /// ```
 /// use bitnet_quant::qat::{Schedule, Shape};
@@ -56,13 +57,21 @@ pub enum Shape {
 }
 
 impl Shape {
-    /// Two stages of equal length, the second from a third of the rate: with 1.5e-3 from there to about 8e-4, then from 5e-4 to 0.
-    pub const TWO_STAGE: Self = Self::TwoStage { midway: 0.5, drop: 1.0 / 3.0 };
+    /// Two stages of equal length, the second from a third of the rate: with 1.5e-3 from there to
+    /// about 8e-4, then from 5e-4 to 0.
+    pub const TWO_STAGE: Self = Self::TwoStage {
+        midway: 0.5,
+        drop: 1.0 / 3.0,
+    };
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { warmup: 0, shape: Shape::Cosine, floor: 0.0 }
+        Self {
+            warmup: 0,
+            shape: Shape::Cosine,
+            floor: 0.0,
+        }
     }
 }
 
@@ -74,7 +83,10 @@ fn cosine(t: u64, len: u64) -> f64 {
 impl Schedule {
     /// The factors at step `t` of `steps`, and no clipping.
     pub fn rates(&self, t: u64, steps: u64) -> Rates {
-        let (since, len) = (t.saturating_sub(self.warmup), steps.saturating_sub(self.warmup).max(1));
+        let (since, len) = (
+            t.saturating_sub(self.warmup),
+            steps.saturating_sub(self.warmup).max(1),
+        );
         let between = |from: f64, share: f64| self.floor + (from - self.floor) * share;
         let (rate, decay) = match self.shape {
             Shape::Constant => (1.0, 1.0),
@@ -82,17 +94,34 @@ impl Schedule {
             Shape::Cosine => (between(1.0, cosine(since, len)), 1.0),
             Shape::TwoStage { midway, drop } => {
                 let middle = (midway * steps as f64).round() as u64;
-                if t < middle { (cosine(since, len), 1.0) } else { (between(drop, cosine(t - middle, steps.saturating_sub(middle))), 0.0) }
+                if t < middle {
+                    (cosine(since, len), 1.0)
+                } else {
+                    (
+                        between(drop, cosine(t - middle, steps.saturating_sub(middle))),
+                        0.0,
+                    )
+                }
             }
         };
-        let warm = if t < self.warmup { (t + 1) as f64 / self.warmup as f64 } else { 1.0 };
-        Rates { learning_rate: rate * warm, weight_decay: decay, clip: None }
+        let warm = if t < self.warmup {
+            (t + 1) as f64 / self.warmup as f64
+        } else {
+            1.0
+        };
+        Rates {
+            learning_rate: rate * warm,
+            weight_decay: decay,
+            clip: None,
+        }
     }
 
     pub(crate) fn problems(&self, wrong: &mut Vec<String>) {
         let mut share = |name: &str, x: f64| {
             if !(0.0..=1.0).contains(&x) {
-                wrong.push(format!("schedule.{name}: expected a number in [0, 1], got {x}"));
+                wrong.push(format!(
+                    "schedule.{name}: expected a number in [0, 1], got {x}"
+                ));
             }
         };
         share("floor", self.floor);

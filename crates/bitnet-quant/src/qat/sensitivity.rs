@@ -16,19 +16,23 @@ pub struct Sensitivity {
     pub loss_change: f64,
 }
 
-/// The names, the least sensitive layer first: the order in which [`Progressive`](super::Progressive) takes them.
+/// The names, the least sensitive layer first: the order in which
+/// [`Progressive`](super::Progressive) takes them.
 pub fn order(sensitivities: &[Sensitivity]) -> Vec<String> {
     let mut sorted: Vec<&Sensitivity> = sensitivities.iter().collect();
     sorted.sort_by(|a, b| a.loss_change.total_cmp(&b.loss_change));
     sorted.into_iter().map(|s| s.name.clone()).collect()
 }
 
-/// Loss of the model with one layer quantized, activations included, minus that with none: as many evaluations as layers in training and one.
-/// The layers are afterwards as they were.
+/// Loss of the model with one layer quantized, activations included, minus that with none: as many
+/// evaluations as layers in training and one. The layers are afterwards as they were.
 ///
 /// # Errors
 /// [`Error::Input`] if no layer is in training; what `loss` returns.
-pub fn one_at_a_time<M: Linears>(model: &mut M, mut loss: impl FnMut(&mut M) -> Result<f64>) -> Result<Vec<Sensitivity>> {
+pub fn one_at_a_time<M: Linears>(
+    model: &mut M,
+    mut loss: impl FnMut(&mut M) -> Result<f64>,
+) -> Result<Vec<Sensitivity>> {
     let mut layers = vec![];
     model.visit_linears(&mut |name, linear| {
         if let Linear::Qat(layer) = linear {
@@ -71,15 +75,21 @@ fn measure<M: Linears>(
     };
     let none = only(model, None)?;
     let each = layers.iter().enumerate().map(|(i, (name, weights, _))| {
-        Ok(Sensitivity { name: name.clone(), weights: *weights, loss_change: only(model, Some(i))? - none })
+        Ok(Sensitivity {
+            name: name.clone(),
+            weights: *weights,
+            loss_change: only(model, Some(i))? - none,
+        })
     });
     each.collect()
 }
 
-/// Gradient-based sensitivities of all layers in one pass over the data: `½·Σ F·(ŵ − w)²` with the diagonal of the Fisher matrix F, the mean
-/// of squared gradients of the loss of one sample (as in LeCun et al. 1990, Optimal Brain Damage).
+/// Gradient-based sensitivities of all layers in one pass over the data: `½·Σ F·(ŵ − w)²` with the
+/// diagonal of the Fisher matrix F, the mean of squared gradients of the loss of one sample (as in
+/// LeCun et al. 1990, Optimal Brain Damage).
 ///
-/// F is estimated from the mean gradients of batches, whose squares are smaller by the size of the batch where samples are independent.
+/// F is estimated from the mean gradients of batches, whose squares are smaller by the size of the
+/// batch where samples are independent.
 #[derive(Debug, Default)]
 pub struct Fisher {
     /// Name and `Σ samples·g²` of each layer, `[N, K]`.
@@ -93,25 +103,41 @@ impl Fisher {
         Self::default()
     }
 
-    /// Adds the gradients of the mean loss of a batch of `samples`. They belong to floats: full layers, or λ = 0.
+    /// Adds the gradients of the mean loss of a batch of `samples`. They belong to floats: full
+    /// layers, or λ = 0.
     ///
     /// # Errors
-    /// [`Error::Input`] if a linear layer has no gradient, or the model has other layers than before.
-    pub fn add(&mut self, model: &mut dyn Linears, gradients: &GradStore, samples: usize) -> Result<()> {
+    /// [`Error::Input`] if a linear layer has no gradient, or the model has other layers than
+    /// before.
+    pub fn add(
+        &mut self,
+        model: &mut dyn Linears,
+        gradients: &GradStore,
+        samples: usize,
+    ) -> Result<()> {
         let (mut index, first) = (0, self.batches == 0);
         model.visit_linears(&mut |name, linear| {
-            let Some(weight) = float_weight(linear) else { return Ok(()) };
+            let Some(weight) = float_weight(linear) else {
+                return Ok(());
+            };
             let missing = |got: &str| Error::input("gradients", format!("one of '{name}'"), got);
             let gradient = gradients.get(weight).ok_or_else(|| missing("none"))?;
             if first {
-                self.layers.push((name.to_owned(), vec![0.0; weight.elem_count()]));
+                self.layers
+                    .push((name.to_owned(), vec![0.0; weight.elem_count()]));
             }
-            let Some((_, sums)) = self.layers.get_mut(index).filter(|(of, sums)| of == name && sums.len() == gradient.elem_count()) else {
+            let Some((_, sums)) = self
+                .layers
+                .get_mut(index)
+                .filter(|(of, sums)| of == name && sums.len() == gradient.elem_count())
+            else {
                 return Err(missing("another model"));
             };
             index += 1;
             with_host_floats(gradient, |g| {
-                sums.iter_mut().zip(g).for_each(|(sum, g)| *sum += samples as f32 * g * g);
+                sums.iter_mut()
+                    .zip(g)
+                    .for_each(|(sum, g)| *sum += samples as f32 * g * g);
                 Ok(())
             })
         })?;
@@ -122,13 +148,19 @@ impl Fisher {
     /// `½·Σ F·(ŵ − w)²` of each layer in training, with the levels of its present stage.
     ///
     /// # Errors
-    /// [`Error::Input`] before the first batch or for another model, [`Error::Core`] for NaN among the weights.
+    /// [`Error::Input`] before the first batch or for another model, [`Error::Core`] for NaN among
+    /// the weights.
     pub fn sensitivities(&self, model: &mut dyn Linears) -> Result<Vec<Sensitivity>> {
         let mut all = vec![];
         model.visit_linears(&mut |name, linear| {
             if let Linear::Qat(layer) = linear {
-                let loss_change = self.loss_change(name, layer.weight(), &layer.dequantized_weights()?)?;
-                all.push(Sensitivity { name: name.to_owned(), weights: layer.weight().elem_count(), loss_change });
+                let loss_change =
+                    self.loss_change(name, layer.weight(), &layer.dequantized_weights()?)?;
+                all.push(Sensitivity {
+                    name: name.to_owned(),
+                    weights: layer.weight().elem_count(),
+                    loss_change,
+                });
             }
             Ok(())
         })?;
@@ -136,49 +168,90 @@ impl Fisher {
     }
 
     fn loss_change(&self, name: &str, weight: &Tensor, quantized: &Tensor) -> Result<f64> {
-        let known = self.layers.iter().find(|(of, f)| of == name && f.len() == weight.elem_count());
-        let (_, fisher) = known.ok_or_else(|| Error::input("layer", "one whose gradients were added", name))?;
+        let known = self
+            .layers
+            .iter()
+            .find(|(of, f)| of == name && f.len() == weight.elem_count());
+        let (_, fisher) =
+            known.ok_or_else(|| Error::input("layer", "one whose gradients were added", name))?;
         let sum = with_host_floats(weight, |w| {
             with_host_floats(quantized, |v| {
-                Ok(fisher.iter().zip(w).zip(v).map(|((f, w), v)| f64::from(*f) * f64::from(w - v).powi(2)).sum::<f64>())
+                Ok(fisher
+                    .iter()
+                    .zip(w)
+                    .zip(v)
+                    .map(|((f, w), v)| f64::from(*f) * f64::from(w - v).powi(2))
+                    .sum::<f64>())
             })
         })?;
         Ok(0.5 * sum / self.batches as f64)
     }
 
-    /// Rules for the layers in training, one each, that together lose least within `bits` bits per weight, scales included:
-    /// [`select`](crate::search::select) with the Fisher errors of `settings`. Added to a configuration they decide what `prepare` does.
+    /// Rules for the layers in training, one each, that together lose least within `bits` bits per
+    /// weight, scales included: [`select`](crate::search::select) with the Fisher errors of
+    /// `settings`. Added to a configuration they decide what `prepare` does.
     ///
     /// # Errors
-    /// [`Error::Recipe`] if the budget holds no selection or a setting is not quantized; as [`Fisher::sensitivities`].
+    /// [`Error::Recipe`] if the budget holds no selection or a setting is not quantized; as
+    /// [`Fisher::sensitivities`].
     #[cfg(feature = "advanced")]
-    pub fn rules(&self, model: &mut dyn Linears, settings: &[crate::recipe::Choices], bits: f64) -> Result<Vec<crate::recipe::Rule>> {
+    pub fn rules(
+        &self,
+        model: &mut dyn Linears,
+        settings: &[crate::recipe::Choices],
+        bits: f64,
+    ) -> Result<Vec<crate::recipe::Rule>> {
         use crate::search::{Candidate, select};
         let (mut names, mut candidates, mut weights) = (vec![], vec![], 0);
         model.visit_linears(&mut |name, linear| {
-            let Some(weight) = float_weight(linear) else { return Ok(()) };
+            let Some(weight) = float_weight(linear) else {
+                return Ok(());
+            };
             let one = |choices: &crate::recipe::Choices| -> Result<Candidate> {
-                let scheme = choices.plain_scheme()?.ok_or_else(|| Error::Recipe(format!("{} is not quantized", choices.target())))?;
+                let scheme = choices.plain_scheme()?.ok_or_else(|| {
+                    Error::Recipe(format!("{} is not quantized", choices.target()))
+                })?;
                 let runtime = crate::Runtime::of(&Default::default())?;
                 let matrix = crate::quantize_tensor(&runtime, weight, &scheme, None)?;
                 let stats = matrix.stats(weight)?;
                 let spec = matrix.matrix()?.spec.clone();
-                let scale = spec.scale_dtype.bytes() + if spec.zero_points == bitnet_core::ZeroPoints::None { 0 } else { 1 };
-                let bytes = (spec.values_len() * spec.precision.code_bits() as usize).div_ceil(8) + spec.scales_len() * scale;
+                let scale = spec.scale_dtype.bytes()
+                    + if spec.zero_points == bitnet_core::ZeroPoints::None {
+                        0
+                    } else {
+                        1
+                    };
+                let bytes = (spec.values_len() * spec.precision.code_bits() as usize).div_ceil(8)
+                    + spec.scales_len() * scale;
                 let error = self.loss_change(name, weight, &matrix.dequantize()?)?;
-                Ok(Candidate { choices: choices.clone(), bytes: bytes as u64, error, sqnr_db: stats.sqnr_db().into() })
+                Ok(Candidate {
+                    choices: choices.clone(),
+                    bytes: bytes as u64,
+                    error,
+                    sqnr_db: stats.sqnr_db().into(),
+                })
             };
             candidates.push(settings.iter().map(one).collect::<Result<Vec<_>>>()?);
             names.push(format!("{name}.weight"));
             weights += weight.elem_count();
             Ok(())
         })?;
-        let best = select(&candidates, Some((bits * weights as f64 / 8.0).floor() as u64), None)?;
-        let rule = |((name, candidates), pick): ((String, Vec<Candidate>), usize)| crate::recipe::Rule {
-            glob: globset::escape(&name),
-            choices: candidates[pick].choices.clone(),
-        };
-        Ok(names.into_iter().zip(candidates).zip(best.picks).map(rule).collect())
+        let best = select(
+            &candidates,
+            Some((bits * weights as f64 / 8.0).floor() as u64),
+            None,
+        )?;
+        let rule =
+            |((name, candidates), pick): ((String, Vec<Candidate>), usize)| crate::recipe::Rule {
+                glob: globset::escape(&name),
+                choices: candidates[pick].choices.clone(),
+            };
+        Ok(names
+            .into_iter()
+            .zip(candidates)
+            .zip(best.picks)
+            .map(rule)
+            .collect())
     }
 }
 

@@ -32,26 +32,32 @@ use std::sync::Arc;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum StraightThroughEstimator {
-    /// `m = 1` (Bengio et al. 2013, arXiv:1308.3432; b1.58 trains so). The scale is the scheme's and a constant of the gradient.
+    /// `m = 1` (Bengio et al. 2013, arXiv:1308.3432; b1.58 trains so). The scale is the scheme's
+    /// and a constant of the gradient.
     #[default]
     Plain,
-    /// `m = [range·low ≤ v ≤ range·high]`: weights far outside the levels stand still. `range` is positive.
+    /// `m = [range·low ≤ v ≤ range·high]`: weights far outside the levels stand still. `range` is
+    /// positive.
     Clipped {
         /// Multiple of the outermost levels.
         range: f32,
     },
-    /// LSQ (Esser et al. 2020, arXiv:1902.08153): s is a variable, `m = [low < v < high]`, and `∂ŵ/∂s = q − v` where that holds, else q.
-    /// The gradient of s is multiplied by `1/√(n·Qp)`, n being the weights under one s and Qp the greatest value.
-    /// Binary: `∂ŵ/∂s = q`. For schemes of one plane without zero points.
+    /// LSQ (Esser et al. 2020, arXiv:1902.08153): s is a variable, `m = [low < v < high]`, and
+    /// `∂ŵ/∂s = q − v` where that holds, else q. The gradient of s is multiplied by `1/√(n·Qp)`, n
+    /// being the weights under one s and Qp the greatest value. Binary: `∂ŵ/∂s = q`. For schemes of
+    /// one plane without zero points.
     LearnedScale,
-    /// Stretched elastic (SEQ of ParetoQ, Liu et al. 2025, arXiv:2502.02631): α is a variable, levels are the middles of k equal parts of
-    /// `[−α, α]`: `ŵ ∈ {−2α/3, 0, 2α/3}` for ternary, `{−3α/4, −α/4, α/4, 3α/4}` for 2 bits, `±α` for binary; `m = [|w| < α]`, and
-    /// `∂ŵ/∂α = ŵ/α − w/α` where that holds, else `ŵ/α`; the gradient of α is multiplied as for LSQ.
+    /// Stretched elastic (SEQ of ParetoQ, Liu et al. 2025, arXiv:2502.02631): α is a variable,
+    /// levels are the middles of k equal parts of `[−α, α]`: `ŵ ∈ {−2α/3, 0, 2α/3}` for ternary,
+    /// `{−3α/4, −α/4, α/4, 3α/4}` for 2 bits, `±α` for binary; `m = [|w| < α]`, and `∂ŵ/∂α = ŵ/α −
+    /// w/α` where that holds, else `ŵ/α`; the gradient of α is multiplied as for LSQ.
     ///
-    /// The four levels of 2 bits become the values ±1 and ±3 of int3 with the scale α/4: int2 has a zero and they have not.
+    /// The four levels of 2 bits become the values ±1 and ±3 of int3 with the scale α/4: int2 has a
+    /// zero and they have not.
     Stretched,
-    /// The slope of a staircase of tanh: between two levels with middle c and half distance h, `m = (1 − tanh²(u/T)) / (T·tanh(1/T))` with
-    /// `u = (v − c)/h`, and 0 outside the levels (DSQ, Gong et al. 2019, arXiv:1908.05033). T → ∞ is the clipped estimator with range 1.
+    /// The slope of a staircase of tanh: between two levels with middle c and half distance h, `m =
+    /// (1 − tanh²(u/T)) / (T·tanh(1/T))` with `u = (v − c)/h`, and 0 outside the levels (DSQ, Gong
+    /// et al. 2019, arXiv:1908.05033). T → ∞ is the clipped estimator with range 1.
     Soft {
         /// T, positive.
         temperature: f32,
@@ -66,7 +72,9 @@ impl StraightThroughEstimator {
 
     pub(super) fn validate(self) -> Result<()> {
         match self {
-            Self::Clipped { range: x } | Self::Soft { temperature: x } if !(x.is_finite() && x > 0.0) => {
+            Self::Clipped { range: x } | Self::Soft { temperature: x }
+                if !(x.is_finite() && x > 0.0) =>
+            {
                 Err(Error::input("estimator", "a positive number", self))
             }
             _ => Ok(()),
@@ -89,14 +97,22 @@ impl fmt::Display for StraightThroughEstimator {
 impl FromStr for StraightThroughEstimator {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
-        let (name, number) = s.split_once(':').map_or((s, None), |(name, number)| (name, Some(number)));
+        let (name, number) = s
+            .split_once(':')
+            .map_or((s, None), |(name, number)| (name, Some(number)));
         let estimator = match (name, number.map(str::parse)) {
             ("plain", None) => Self::Plain,
             ("clipped", Some(Ok(range))) => Self::Clipped { range },
             ("lsq", None) => Self::LearnedScale,
             ("stretched", None) => Self::Stretched,
             ("soft", Some(Ok(temperature))) => Self::Soft { temperature },
-            _ => return Err(Error::input("estimator", "plain, clipped:X, lsq, stretched, soft:X", s)),
+            _ => {
+                return Err(Error::input(
+                    "estimator",
+                    "plain, clipped:X, lsq, stretched, soft:X",
+                    s,
+                ));
+            }
         };
         estimator.validate()?;
         Ok(estimator)
@@ -111,7 +127,9 @@ impl Serialize for StraightThroughEstimator {
 
 impl<'de> Deserialize<'de> for StraightThroughEstimator {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -155,12 +173,27 @@ struct Staircase {
 
 impl Staircase {
     fn slope(self, w: f32) -> f32 {
-        let Self { step, low, high, half, temperature: t } = self;
+        let Self {
+            step,
+            low,
+            high,
+            half,
+            temperature: t,
+        } = self;
         let v = w / step;
         // The lower of the two levels that v is between.
-        let below = low + ((v - low) / (2.0 * half)).floor().clamp(0.0, (high - low) / (2.0 * half) - 1.0) * 2.0 * half;
+        let below = low
+            + ((v - low) / (2.0 * half))
+                .floor()
+                .clamp(0.0, (high - low) / (2.0 * half) - 1.0)
+                * 2.0
+                * half;
         let tanh = ((v - below - half) / half / t).tanh();
-        if low <= v && v <= high { (1.0 - tanh * tanh) / (t * t.recip().tanh()) } else { 0.0 }
+        if low <= v && v <= high {
+            (1.0 - tanh * tanh) / (t * t.recip().tanh())
+        } else {
+            0.0
+        }
     }
 }
 
@@ -172,7 +205,11 @@ fn scale_sums(grad: &[f32], w: &[f32], q: &[i8], range: (f32, f32)) -> (f64, f64
     for ((grad, w), q) in grad.chunks(LANES).zip(w.chunks(LANES)).zip(q.chunks(LANES)) {
         for (lane, ((&g, &w), &q)) in grad.iter().zip(w).zip(q).enumerate() {
             of_values[lane] += g * f32::from(q);
-            of_weights[lane] += if range.0 <= w && w <= range.1 { g * w } else { 0.0 };
+            of_weights[lane] += if range.0 <= w && w <= range.1 {
+                g * w
+            } else {
+                0.0
+            };
         }
     }
     let total = |lanes: [f32; LANES]| lanes.into_iter().map(f64::from).sum();
@@ -181,41 +218,74 @@ fn scale_sums(grad: &[f32], w: &[f32], q: &[i8], range: (f32, f32)) -> (f64, f64
 
 impl Quantizer {
     /// Refuses what does not go together.
-    pub(super) fn new(scheme: Scheme, estimator: StraightThroughEstimator, runtime: Arc<Runtime>) -> Result<Self> {
+    pub(super) fn new(
+        scheme: Scheme,
+        estimator: StraightThroughEstimator,
+        runtime: Arc<Runtime>,
+    ) -> Result<Self> {
         estimator.validate()?;
         scheme.spec(1, 1)?;
         let several = matches!(scheme.method, Method::Ternary { planes: 2.., .. });
-        if several && !matches!(estimator, StraightThroughEstimator::Plain | StraightThroughEstimator::Clipped { .. }) {
-            return Err(Error::input("estimator", "plain or clipped for several trit planes", estimator));
+        if several
+            && !matches!(
+                estimator,
+                StraightThroughEstimator::Plain | StraightThroughEstimator::Clipped { .. }
+            )
+        {
+            return Err(Error::input(
+                "estimator",
+                "plain or clipped for several trit planes",
+                estimator,
+            ));
         }
         if estimator.learns_scale() {
             let ok = match scheme.method {
-                Method::Ternary { .. } | Method::Binary { split: BinarySplit::Zero, stochastic: None } => true,
+                Method::Ternary { .. }
+                | Method::Binary {
+                    split: BinarySplit::Zero,
+                    stochastic: None,
+                } => true,
                 Method::Binary { .. } => false,
                 Method::Int { bits, mapping, .. } => {
-                    mapping == Mapping::Symmetric && (bits == 2 || estimator == StraightThroughEstimator::LearnedScale)
+                    mapping == Mapping::Symmetric
+                        && (bits == 2 || estimator == StraightThroughEstimator::LearnedScale)
                 }
             };
             if !ok {
                 let expected = match estimator {
-                    StraightThroughEstimator::Stretched => "ternary, binary or symmetric 2 bits where scales are stretched",
+                    StraightThroughEstimator::Stretched => {
+                        "ternary, binary or symmetric 2 bits where scales are stretched"
+                    }
                     _ => "a scheme without zero points where scales are learned",
                 };
-                return Err(Error::input("scheme", expected, format!("{:?}", scheme.method)));
+                return Err(Error::input(
+                    "scheme",
+                    expected,
+                    format!("{:?}", scheme.method),
+                ));
             }
         }
-        Ok(Self { scheme, estimator, runtime })
+        Ok(Self {
+            scheme,
+            estimator,
+            runtime,
+        })
     }
 
     /// The spec of what this makes.
     fn spec(&self, (rows, cols): (usize, usize)) -> Result<MatrixSpec> {
-        Ok(MatrixSpec { precision: self.levels()?, ..self.scheme.spec(rows, cols)? })
+        Ok(MatrixSpec {
+            precision: self.levels()?,
+            ..self.scheme.spec(rows, cols)?
+        })
     }
 
     /// The alphabet of the values, which is that of the scheme but for four stretched levels.
     pub(super) fn levels(&self) -> Result<Precision> {
         match self.scheme.precision()? {
-            Precision::Int2 if self.estimator == StraightThroughEstimator::Stretched => Ok(Precision::Int3),
+            Precision::Int2 if self.estimator == StraightThroughEstimator::Stretched => {
+                Ok(Precision::Int3)
+            }
             other => Ok(other),
         }
     }
@@ -229,12 +299,18 @@ impl Quantizer {
         }
     }
 
-    /// Where learned scales begin: for ternary and binary with the scale of the scheme, for integers with the multiple of `mean|W|` that has the
-    /// least squared error on normal weights.
+    /// Where learned scales begin: for ternary and binary with the scale of the scheme, for
+    /// integers with the multiple of `mean|W|` that has the least squared error on normal weights.
     pub(super) fn initial_scales(&self, w: &[f32], shape: (usize, usize)) -> Result<Vec<f32>> {
         let Method::Int { .. } = self.scheme.method else {
-            let fitted = self.runtime.install(|| matrix::quantize(self.runtime.machine.kernels, w, shape, &self.scheme, None))?;
-            return Ok(fitted.scales.iter().map(|s| (s * self.unit()).max(LEAST_SCALE)).collect());
+            let fitted = self.runtime.install(|| {
+                matrix::quantize(self.runtime.machine.kernels, w, shape, &self.scheme, None)
+            })?;
+            return Ok(fitted
+                .scales
+                .iter()
+                .map(|s| (s * self.unit()).max(LEAST_SCALE))
+                .collect());
         };
         let spec = self.spec(shape)?;
         let factor = match (self.estimator, spec.precision) {
@@ -244,42 +320,107 @@ impl Quantizer {
             (_, Precision::Int4) => 0.424,
             _ => 0.0386,
         };
-        let width = if spec.granularity == Granularity::Tensor { w.len() } else { spec.granule_cols() };
-        let rows = w.chunks(if spec.granularity == Granularity::Tensor { w.len() } else { spec.cols }.max(1));
+        let width = if spec.granularity == Granularity::Tensor {
+            w.len()
+        } else {
+            spec.granule_cols()
+        };
+        let rows = w.chunks(
+            if spec.granularity == Granularity::Tensor {
+                w.len()
+            } else {
+                spec.cols
+            }
+            .max(1),
+        );
         let granules = rows.flat_map(|row| row.chunks(width.max(1)));
         let mean = |w: &[f32]| self.runtime.machine.kernels.magnitudes(w).mean();
-        Ok(granules.map(|w| ((factor * mean(w)) as f32).max(LEAST_SCALE)).collect())
+        Ok(granules
+            .map(|w| ((factor * mean(w)) as f32).max(LEAST_SCALE))
+            .collect())
     }
 
     /// Weights `[N, K]` to values: by the scheme, or with the learned scales.
-    pub(super) fn encode(&self, w: &[f32], shape: (usize, usize), learned: Option<&[f32]>) -> Result<Codes> {
+    pub(super) fn encode(
+        &self,
+        w: &[f32],
+        shape: (usize, usize),
+        learned: Option<&[f32]>,
+    ) -> Result<Codes> {
         let (kernels, pool) = (self.runtime.machine.kernels, &self.runtime.pool);
         if let Some(learned) = learned {
-            let matrix = self.runtime.install(|| self.encode_learned(w, shape, learned))?;
+            let matrix = self
+                .runtime
+                .install(|| self.encode_learned(w, shape, learned))?;
             if matrix.spec.precision != Precision::Ternary {
                 return Ok(Codes::Values(matrix));
             }
-            let Matrix { spec, values, scales, zero_points } = matrix;
+            let Matrix {
+                spec,
+                values,
+                scales,
+                zero_points,
+            } = matrix;
             let mut bytes = vec![];
-            stream::pack(kernels, pool, pack::by_name("two-bit")?, &spec, &values, &scales, &mut bytes)?;
-            return Ok(Codes::TwoBit(stream::Packed { spec, bytes, scales, zero_points }));
+            stream::pack(
+                kernels,
+                pool,
+                pack::by_name("two-bit")?,
+                &spec,
+                &values,
+                &scales,
+                &mut bytes,
+            )?;
+            return Ok(Codes::TwoBit(stream::Packed {
+                spec,
+                bytes,
+                scales,
+                zero_points,
+            }));
         }
         if let Method::Ternary { planes: 1, .. } = self.scheme.method {
             let layout = pack::by_name("two-bit")?;
-            return Ok(Codes::TwoBit(stream::quantize(kernels, pool, stream::Weights::F32(w), shape.0, shape.1, &self.scheme, layout)?));
+            return Ok(Codes::TwoBit(stream::quantize(
+                kernels,
+                pool,
+                stream::Weights::F32(w),
+                shape.0,
+                shape.1,
+                &self.scheme,
+                layout,
+            )?));
         }
-        self.runtime.install(|| matrix::quantize(kernels, w, shape, &self.scheme, None)).map(Codes::Values)
+        self.runtime
+            .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))
+            .map(Codes::Values)
     }
 
     fn encode_learned(&self, w: &[f32], shape: (usize, usize), learned: &[f32]) -> Result<Matrix> {
         let spec = self.spec(shape)?;
-        let expected = |what, expected, got| if expected == got { Ok(()) } else { Err(bitnet_core::Error::Length { what, expected, got }) };
+        let expected = |what, expected, got| {
+            if expected == got {
+                Ok(())
+            } else {
+                Err(bitnet_core::Error::Length {
+                    what,
+                    expected,
+                    got,
+                })
+            }
+        };
         expected("weights", spec.weights_len(), w.len())?;
         expected("scales", spec.scales_len(), learned.len())?;
         let kernels = self.runtime.machine.kernels;
-        for x in [w, learned].into_iter().filter(|x| !kernels.magnitudes(x).sum.is_finite()) {
+        for x in [w, learned]
+            .into_iter()
+            .filter(|x| !kernels.magnitudes(x).sum.is_finite())
+        {
             if let Some(index) = x.iter().position(|x| !x.is_finite()) {
-                return Err(bitnet_core::Error::NotFinite { index, value: x[index] }.into());
+                return Err(bitnet_core::Error::NotFinite {
+                    index,
+                    value: x[index],
+                }
+                .into());
             }
         }
         let storage = self.scheme.scale_storage();
@@ -287,34 +428,78 @@ impl Quantizer {
         let scales = learned.iter().map(step).collect::<Result<Vec<_>, _>>()?;
         let mut values = vec![0i8; w.len()];
         let width = spec.granule_cols();
-        values.par_chunks_mut(spec.cols).zip(w.par_chunks(spec.cols)).enumerate().for_each(|(row, (values, w))| {
-            for (i, (q, w)) in values.chunks_mut(width).zip(w.chunks(width)).enumerate() {
-                let scale = scales[spec.scale_index(0, row, i * width)];
-                match (self.scheme.method, self.estimator) {
-                    (Method::Ternary { .. }, _) => kernels.encode_cut(w, Cuts::rounding(scale, self.scheme.rounding), q),
-                    (Method::Binary { .. }, _) => q.iter_mut().zip(w).for_each(|(q, &w)| *q = if w >= 0.0 { 1 } else { -1 }),
-                    (Method::Int { .. }, StraightThroughEstimator::Stretched) => {
-                        let far = 2.0 * scale;
-                        q.iter_mut().zip(w).for_each(|(q, &w)| *q = 2 * (i8::from(w > far) + i8::from(w >= 0.0) + i8::from(w > -far)) - 3);
-                    }
-                    (Method::Int { .. }, _) => {
-                        let (low, high) = spec.precision.range();
-                        kernels.encode_uniform(w, &Uniform { scale, zero: 0.0, low, high, rounding: self.scheme.rounding }, q);
+        values
+            .par_chunks_mut(spec.cols)
+            .zip(w.par_chunks(spec.cols))
+            .enumerate()
+            .for_each(|(row, (values, w))| {
+                for (i, (q, w)) in values.chunks_mut(width).zip(w.chunks(width)).enumerate() {
+                    let scale = scales[spec.scale_index(0, row, i * width)];
+                    match (self.scheme.method, self.estimator) {
+                        (Method::Ternary { .. }, _) => {
+                            kernels.encode_cut(w, Cuts::rounding(scale, self.scheme.rounding), q)
+                        }
+                        (Method::Binary { .. }, _) => q
+                            .iter_mut()
+                            .zip(w)
+                            .for_each(|(q, &w)| *q = if w >= 0.0 { 1 } else { -1 }),
+                        (Method::Int { .. }, StraightThroughEstimator::Stretched) => {
+                            let far = 2.0 * scale;
+                            q.iter_mut().zip(w).for_each(|(q, &w)| {
+                                *q = 2
+                                    * (i8::from(w > far) + i8::from(w >= 0.0) + i8::from(w > -far))
+                                    - 3
+                            });
+                        }
+                        (Method::Int { .. }, _) => {
+                            let (low, high) = spec.precision.range();
+                            kernels.encode_uniform(
+                                w,
+                                &Uniform {
+                                    scale,
+                                    zero: 0.0,
+                                    low,
+                                    high,
+                                    rounding: self.scheme.rounding,
+                                },
+                                q,
+                            );
+                        }
                     }
                 }
-            }
-        });
-        Ok(Matrix { spec, values, scales, zero_points: vec![] })
+            });
+        Ok(Matrix {
+            spec,
+            values,
+            scales,
+            zero_points: vec![],
+        })
     }
 
-    /// ∂L/∂w in place of ∂L/∂ŵ, both `[N, K]`, for `w + λ·(ŵ − w)`; ∂L/∂scale where scales are learned.
-    pub(super) fn surrogate(&self, w: &[f32], codes: &Codes, lambda: f32, learned: bool, grad: &mut [f32]) -> Result<Option<Vec<f32>>> {
+    /// ∂L/∂w in place of ∂L/∂ŵ, both `[N, K]`, for `w + λ·(ŵ − w)`; ∂L/∂scale where scales are
+    /// learned.
+    pub(super) fn surrogate(
+        &self,
+        w: &[f32],
+        codes: &Codes,
+        lambda: f32,
+        learned: bool,
+        grad: &mut [f32],
+    ) -> Result<Option<Vec<f32>>> {
         if self.estimator == StraightThroughEstimator::Plain {
             return Ok(None);
         }
         let spec = codes.spec();
-        let (cols, width, granules) = (spec.cols.max(1), spec.granule_cols(), spec.granules_per_row());
-        let values = if learned { codes.values(&self.runtime)? } else { Cow::Borrowed(&[][..]) };
+        let (cols, width, granules) = (
+            spec.cols.max(1),
+            spec.granule_cols(),
+            spec.granules_per_row(),
+        );
+        let values = if learned {
+            codes.values(&self.runtime)?
+        } else {
+            Cow::Borrowed(&[][..])
+        };
         let mut of_scales = vec![0f64; if learned { spec.rows * granules } else { 0 }];
         let row = |row: usize, w: &[f32], grad: &mut [f32], of_scales: &mut [f64]| {
             for (i, (grad, w)) in grad.chunks_mut(width).zip(w.chunks(width)).enumerate() {
@@ -325,32 +510,63 @@ impl Quantizer {
                     continue;
                 }
                 if let (Some(sum), Slope::Range(from, to)) = (of_scales.get_mut(i), slope) {
-                    let (of_values, of_weights) = scale_sums(grad, w, &values[row * cols + i * width..][..w.len()], (from, to));
-                    let inside = if spec.precision == Precision::Binary { 0.0 } else { of_weights / f64::from(step) };
+                    let (of_values, of_weights) = scale_sums(
+                        grad,
+                        w,
+                        &values[row * cols + i * width..][..w.len()],
+                        (from, to),
+                    );
+                    let inside = if spec.precision == Precision::Binary {
+                        0.0
+                    } else {
+                        of_weights / f64::from(step)
+                    };
                     *sum = f64::from(lambda) * (of_values - inside) / f64::from(self.unit());
                 }
                 match slope {
                     Slope::Range(from, to) => {
                         let outside = 1.0 - lambda;
-                        grad.iter_mut().zip(w).for_each(|(g, &w)| *g *= if from <= w && w <= to { 1.0 } else { outside });
+                        grad.iter_mut().zip(w).for_each(|(g, &w)| {
+                            *g *= if from <= w && w <= to { 1.0 } else { outside }
+                        });
                     }
-                    Slope::Soft(stairs) => grad.iter_mut().zip(w).for_each(|(g, &w)| *g *= 1.0 - lambda + lambda * stairs.slope(w)),
+                    Slope::Soft(stairs) => grad
+                        .iter_mut()
+                        .zip(w)
+                        .for_each(|(g, &w)| *g *= 1.0 - lambda + lambda * stairs.slope(w)),
                 }
             }
         };
         if learned {
-            let rows = grad.par_chunks_mut(cols).zip(w.par_chunks(cols)).zip(of_scales.par_chunks_mut(granules));
-            self.runtime.install(|| rows.enumerate().for_each(|(r, ((grad, w), sums))| row(r, w, grad, sums)));
+            let rows = grad
+                .par_chunks_mut(cols)
+                .zip(w.par_chunks(cols))
+                .zip(of_scales.par_chunks_mut(granules));
+            self.runtime.install(|| {
+                rows.enumerate()
+                    .for_each(|(r, ((grad, w), sums))| row(r, w, grad, sums))
+            });
         } else {
             let rows = grad.par_chunks_mut(cols).zip(w.par_chunks(cols));
-            self.runtime.install(|| rows.enumerate().for_each(|(r, (grad, w))| row(r, w, grad, &mut [])));
+            self.runtime.install(|| {
+                rows.enumerate()
+                    .for_each(|(r, (grad, w))| row(r, w, grad, &mut []))
+            });
         }
         Ok(learned.then(|| {
             let tensor = spec.granularity == Granularity::Tensor;
-            let sums = if tensor { vec![of_scales.iter().sum()] } else { of_scales };
+            let sums = if tensor {
+                vec![of_scales.iter().sum()]
+            } else {
+                of_scales
+            };
             let qp = f64::from(self.scheme.precision().map_or(1, |p| p.range().1));
             let scaled = |(i, sum): (usize, f64)| {
-                let n = if tensor { spec.weights_len() } else { width.min(spec.cols - i % granules * width) };
+                let n = if tensor {
+                    spec.weights_len()
+                } else {
+                    width.min(spec.cols - i % granules * width)
+                };
                 (sum / (n as f64 * qp).sqrt()) as f32
             };
             sums.into_iter().enumerate().map(scaled).collect()
@@ -360,18 +576,37 @@ impl Quantizer {
     /// Step between two values of the granule whose scale is at `index`, and its slope.
     fn slope(&self, codes: &Codes, index: usize) -> (f32, Slope) {
         let (spec, scales) = (codes.spec(), codes.scales());
-        let step = (0..spec.planes).map(|plane| scales[plane * (scales.len() / spec.planes) + index]).sum::<f32>();
+        let step = (0..spec.planes)
+            .map(|plane| scales[plane * (scales.len() / spec.planes) + index])
+            .sum::<f32>();
         let zero = codes.zero_point(index);
         let (low, high) = spec.precision.range();
         let (low, high) = (f32::from(low) - zero, f32::from(high) - zero);
         let slope = match self.estimator {
             StraightThroughEstimator::Plain => Slope::Range(f32::NEG_INFINITY, f32::INFINITY),
-            StraightThroughEstimator::Clipped { range } => Slope::Range(range * low * step, range * high * step),
-            StraightThroughEstimator::LearnedScale => Slope::Range((low * step).next_up(), (high * step).next_down()),
-            StraightThroughEstimator::Stretched => Slope::Range((-self.unit() * step).next_up(), (self.unit() * step).next_down()),
+            StraightThroughEstimator::Clipped { range } => {
+                Slope::Range(range * low * step, range * high * step)
+            }
+            StraightThroughEstimator::LearnedScale => {
+                Slope::Range((low * step).next_up(), (high * step).next_down())
+            }
+            StraightThroughEstimator::Stretched => Slope::Range(
+                (-self.unit() * step).next_up(),
+                (self.unit() * step).next_down(),
+            ),
             StraightThroughEstimator::Soft { temperature } => {
-                let half = if spec.precision == Precision::Binary { 1.0 } else { 0.5 };
-                Slope::Soft(Staircase { step, low, high, half, temperature })
+                let half = if spec.precision == Precision::Binary {
+                    1.0
+                } else {
+                    0.5
+                };
+                Slope::Soft(Staircase {
+                    step,
+                    low,
+                    high,
+                    half,
+                    temperature,
+                })
             }
         };
         (step, slope)
@@ -395,14 +630,24 @@ impl Codes {
 
     /// Mean of the scales' magnitudes.
     pub(super) fn mean_scale(&self) -> f64 {
-        self.scales().iter().map(|s| f64::from(s.abs())).sum::<f64>() / self.scales().len().max(1) as f64
+        self.scales()
+            .iter()
+            .map(|s| f64::from(s.abs()))
+            .sum::<f64>()
+            / self.scales().len().max(1) as f64
     }
 
     fn zero_point(&self, index: usize) -> f32 {
         match self {
-            Self::Values(Matrix { zero_points, spec: MatrixSpec { zero_points: ZeroPoints::I8 | ZeroPoints::F32, .. }, .. }) => {
-                zero_points[index]
-            }
+            Self::Values(Matrix {
+                zero_points,
+                spec:
+                    MatrixSpec {
+                        zero_points: ZeroPoints::I8 | ZeroPoints::F32,
+                        ..
+                    },
+                ..
+            }) => zero_points[index],
             _ => 0.0,
         }
     }
@@ -422,7 +667,15 @@ impl Codes {
         match self {
             Self::TwoBit(packed) => {
                 let (layout, kernels) = (pack::by_name("two-bit")?, runtime.machine.kernels);
-                stream::dequantize(kernels, &runtime.pool, layout, spec, &packed.bytes, &packed.scales, &mut out)?;
+                stream::dequantize(
+                    kernels,
+                    &runtime.pool,
+                    layout,
+                    spec,
+                    &packed.bytes,
+                    &packed.scales,
+                    &mut out,
+                )?;
             }
             Self::Values(matrix) => runtime.install(|| {
                 let rows = out.par_chunks_mut(spec.cols.max(1)).enumerate();
@@ -433,17 +686,38 @@ impl Codes {
     }
 
     /// `beta·Σ of the weights whose value is 0` of each row.
-    pub(super) fn sums_of_zeros(&self, w: &[f32], beta: f32, runtime: &Runtime) -> Result<Vec<f32>> {
+    pub(super) fn sums_of_zeros(
+        &self,
+        w: &[f32],
+        beta: f32,
+        runtime: &Runtime,
+    ) -> Result<Vec<f32>> {
         let (values, cols) = (self.values(runtime)?, self.spec().cols.max(1));
-        let row = |(w, q): (&[f32], &[i8])| w.iter().zip(q).map(|(&w, &q)| if q == 0 { f64::from(w) } else { 0.0 }).sum::<f64>();
-        Ok(w.chunks(cols).zip(values.chunks(cols)).map(|part| (f64::from(beta) * row(part)) as f32).collect())
+        let row = |(w, q): (&[f32], &[i8])| {
+            w.iter()
+                .zip(q)
+                .map(|(&w, &q)| if q == 0 { f64::from(w) } else { 0.0 })
+                .sum::<f64>()
+        };
+        Ok(w.chunks(cols)
+            .zip(values.chunks(cols))
+            .map(|part| (f64::from(beta) * row(part)) as f32)
+            .collect())
     }
 
     /// Adds `beta·of_rows[n]` to the elements of row n, where the value is 0.
-    pub(super) fn add_to_zeros(&self, of_rows: &[f32], beta: f32, runtime: &Runtime, out: &mut [f32]) -> Result<()> {
+    pub(super) fn add_to_zeros(
+        &self,
+        of_rows: &[f32],
+        beta: f32,
+        runtime: &Runtime,
+        out: &mut [f32],
+    ) -> Result<()> {
         let (values, cols) = (self.values(runtime)?, self.spec().cols.max(1));
         for ((out, q), of_row) in out.chunks_mut(cols).zip(values.chunks(cols)).zip(of_rows) {
-            out.iter_mut().zip(q).for_each(|(out, &q)| *out += if q == 0 { beta * of_row } else { 0.0 });
+            out.iter_mut()
+                .zip(q)
+                .for_each(|(out, &q)| *out += if q == 0 { beta * of_row } else { 0.0 });
         }
         Ok(())
     }
@@ -453,7 +727,14 @@ impl Codes {
             Self::Values(matrix) => Ok(Cow::Borrowed(&matrix.values)),
             Self::TwoBit(stream::Packed { spec, bytes, .. }) => {
                 let mut values = vec![0; spec.values_len()];
-                stream::unpack(runtime.machine.kernels, &runtime.pool, pack::by_name("two-bit")?, spec, bytes, &mut values)?;
+                stream::unpack(
+                    runtime.machine.kernels,
+                    &runtime.pool,
+                    pack::by_name("two-bit")?,
+                    spec,
+                    bytes,
+                    &mut values,
+                )?;
                 Ok(Cow::Owned(values))
             }
         }
@@ -465,7 +746,12 @@ impl Codes {
             Self::Values(matrix) => Ok(matrix),
             Self::TwoBit(_) => {
                 let values = self.values(runtime)?.into_owned();
-                Ok(Matrix { spec: self.spec().clone(), values, scales: self.scales().to_vec(), zero_points: vec![] })
+                Ok(Matrix {
+                    spec: self.spec().clone(),
+                    values,
+                    scales: self.scales().to_vec(),
+                    zero_points: vec![],
+                })
             }
         }
     }

@@ -1,4 +1,5 @@
-//! What happens inside the layers while they train, and the log of a training: a JSON document for each line.
+//! What happens inside the layers while they train, and the log of a training: a JSON document for
+//! each line.
 
 use super::checkpoint::{Put, Slot};
 use super::linear::{Linear, Linears};
@@ -25,14 +26,16 @@ const LONGEST_LINE: usize = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
-    /// Steps between two records of every layer; 0: none. A record costs a quantization of the layer's weights.
+    /// Steps between two records of every layer; 0: none. A record costs a quantization of the
+    /// layer's weights.
     pub every: u64,
     /// A file for steps, evaluations and records, a JSON document for each line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
 }
 
-/// One layer at one step. Shares are between 0 and 1, and "before" is the record before this one; the first has zeros there.
+/// One layer at one step. Shares are between 0 and 1, and "before" is the record before this one;
+/// the first has zeros there.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Steps taken.
@@ -43,7 +46,8 @@ pub struct LayerRecord {
     pub lambda: f32,
     /// Share of weights whose value is another one than before.
     pub flips: f64,
-    /// Share of weights whose value changed since, in the direction opposite to their change before that (Nagel et al. 2022).
+    /// Share of weights whose value changed since, in the direction opposite to their change before
+    /// that (Nagel et al. 2022).
     pub oscillation: f64,
     /// Share of weights whose value is 0.
     pub dead_zone: f64,
@@ -53,7 +57,8 @@ pub struct LayerRecord {
     pub scale_drift: f64,
     /// Norm of the gradient of the latent weights in the last micro-batch.
     pub gradient_norm: f64,
-    /// Variance of that gradient over the steps since, the mean of at most 1024 weights that stand at equal distances.
+    /// Variance of that gradient over the steps since, the mean of at most 1024 weights that stand
+    /// at equal distances.
     pub gradient_variance: f64,
 }
 
@@ -89,7 +94,8 @@ struct Memory {
     /// Direction of the last change of each.
     directions: Vec<i8>,
     scale: f64,
-    /// Mean and sum of squared deviations of the followed gradients, over this many steps (Welford).
+    /// Mean and sum of squared deviations of the followed gradients, over this many steps
+    /// (Welford).
     followed: Vec<(f64, f64)>,
     steps: u64,
     norm: f64,
@@ -105,7 +111,11 @@ pub(crate) struct Telemetry {
 
 impl Telemetry {
     pub(crate) fn new(every: u64) -> Result<Self> {
-        Ok(Self { every, kernels: Kernels::from_env()?, layers: BTreeMap::new() })
+        Ok(Self {
+            every,
+            kernels: Kernels::from_env()?,
+            layers: BTreeMap::new(),
+        })
     }
 
     /// Whether anything is recorded.
@@ -116,9 +126,13 @@ impl Telemetry {
     /// Looks at the gradients of a step.
     pub(crate) fn gradients(&mut self, model: &mut dyn Linears, grads: &GradStore) -> Result<()> {
         model.visit_linears(&mut |name, linear| {
-            let Linear::Qat(layer) = linear else { return Ok(()) };
+            let Linear::Qat(layer) = linear else {
+                return Ok(());
+            };
             let memory = self.layers.entry(name.into()).or_default();
-            let Some(grad) = grads.get(layer.weight()) else { return Ok(()) };
+            let Some(grad) = grads.get(layer.weight()) else {
+                return Ok(());
+            };
             with_host_floats(grad, |g| {
                 memory.norm = sum_squares(self.kernels, g).sqrt();
                 memory.follow(g);
@@ -128,15 +142,22 @@ impl Telemetry {
     }
 
     /// The records that are due after `step`.
-    pub(crate) fn records(&mut self, model: &mut dyn Linears, step: u64) -> Result<Vec<LayerRecord>> {
+    pub(crate) fn records(
+        &mut self,
+        model: &mut dyn Linears,
+        step: u64,
+    ) -> Result<Vec<LayerRecord>> {
         let mut records = vec![];
         if !step.is_multiple_of(self.every) {
             return Ok(records);
         }
         model.visit_linears(&mut |name, linear| {
-            let Linear::Qat(layer) = linear else { return Ok(()) };
+            let Linear::Qat(layer) = linear else {
+                return Ok(());
+            };
             let matrix = layer.quantized_weights()?;
-            let scale = matrix.scales.iter().map(|&s| f64::from(s)).sum::<f64>() / matrix.scales.len().max(1) as f64;
+            let scale = matrix.scales.iter().map(|&s| f64::from(s)).sum::<f64>()
+                / matrix.scales.len().max(1) as f64;
             let memory = self.layers.entry(name.into()).or_default();
             records.push(memory.record(step, name, layer.lambda(), &matrix.values, scale));
             Ok(())
@@ -145,18 +166,33 @@ impl Telemetry {
     }
 }
 
-/// Tensors in which a checkpoint keeps the memory of a layer: `NAME.values`, …; the numbers are scale, norm and steps.
-const PARTS: [(&str, Dtype); 4] = [("values", Dtype::I8), ("directions", Dtype::I8), ("followed", Dtype::F64), ("numbers", Dtype::F64)];
+/// Tensors in which a checkpoint keeps the memory of a layer: `NAME.values`, …; the numbers are
+/// scale, norm and steps.
+const PARTS: [(&str, Dtype); 4] = [
+    ("values", Dtype::I8),
+    ("directions", Dtype::I8),
+    ("followed", Dtype::F64),
+    ("numbers", Dtype::F64),
+];
 
 impl Telemetry {
     /// What a checkpoint keeps.
     pub(crate) fn slots(&self) -> Vec<Slot> {
         let of_layer = |(name, memory): (&String, &Memory)| {
-            let shapes = [vec![memory.values.len()], vec![memory.directions.len()], vec![memory.followed.len(), 2], vec![3]];
+            let shapes = [
+                vec![memory.values.len()],
+                vec![memory.directions.len()],
+                vec![memory.followed.len(), 2],
+                vec![3],
+            ];
             PARTS
                 .into_iter()
                 .zip(shapes)
-                .map(|((part, dtype), shape)| Slot { name: format!("{name}.{part}"), shape, dtype })
+                .map(|((part, dtype), shape)| Slot {
+                    name: format!("{name}.{part}"),
+                    shape,
+                    dtype,
+                })
                 .collect::<Vec<_>>()
         };
         self.layers.iter().flat_map(of_layer).collect()
@@ -164,33 +200,75 @@ impl Telemetry {
 
     /// The bytes of one of them.
     pub(crate) fn put(&self, slot: usize, put: &mut Put<'_>) -> Result<()> {
-        let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else { return Ok(()) };
+        let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else {
+            return Ok(());
+        };
         match slot % PARTS.len() {
-            0 => put(&memory.values.iter().map(|q| q.to_le_bytes()[0]).collect::<Vec<_>>()),
-            1 => put(&memory.directions.iter().map(|d| d.to_le_bytes()[0]).collect::<Vec<_>>()),
+            0 => put(&memory
+                .values
+                .iter()
+                .map(|q| q.to_le_bytes()[0])
+                .collect::<Vec<_>>()),
+            1 => put(&memory
+                .directions
+                .iter()
+                .map(|d| d.to_le_bytes()[0])
+                .collect::<Vec<_>>()),
             2 => put(&memory
                 .followed
                 .iter()
                 .flat_map(|(mean, squares)| [mean.to_le_bytes(), squares.to_le_bytes()].concat())
                 .collect::<Vec<_>>()),
-            _ => put(&[memory.scale, memory.norm, memory.steps as f64].map(f64::to_le_bytes).concat()),
+            _ => put(&[memory.scale, memory.norm, memory.steps as f64]
+                .map(f64::to_le_bytes)
+                .concat()),
         }
     }
 
     /// Goes on with what a checkpoint kept; with nothing, where it kept nothing.
     pub(crate) fn restore(&mut self, kept: &BTreeMap<String, Vec<u8>>) {
         let floats = |name: &str, part| -> Vec<f64> {
-            let bytes = kept.get(&format!("{name}.{part}")).map_or(&[][..], |bytes| bytes);
-            bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect()
+            let bytes = kept
+                .get(&format!("{name}.{part}"))
+                .map_or(&[][..], |bytes| bytes);
+            bytes
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|b| f64::from_le_bytes(*b))
+                .collect()
         };
-        let integers = |bytes: &[u8]| bytes.iter().map(|&b| i8::from_le_bytes([b])).collect::<Vec<_>>();
-        for (name, values) in kept.iter().filter_map(|(name, bytes)| Some((name.strip_suffix(".values")?, bytes))) {
-            let directions = kept.get(&format!("{name}.directions")).map(|bytes| integers(bytes)).unwrap_or_default();
+        let integers = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .map(|&b| i8::from_le_bytes([b]))
+                .collect::<Vec<_>>()
+        };
+        for (name, values) in kept
+            .iter()
+            .filter_map(|(name, bytes)| Some((name.strip_suffix(".values")?, bytes)))
+        {
+            let directions = kept
+                .get(&format!("{name}.directions"))
+                .map(|bytes| integers(bytes))
+                .unwrap_or_default();
             if let [scale, norm, steps] = floats(name, "numbers")[..]
                 && directions.len() == values.len()
             {
-                let followed = floats(name, "followed").as_chunks::<2>().0.iter().map(|[mean, squares]| (*mean, *squares)).collect();
-                let memory = Memory { values: integers(values), directions, scale, followed, steps: steps as u64, norm };
+                let followed = floats(name, "followed")
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|[mean, squares]| (*mean, *squares))
+                    .collect();
+                let memory = Memory {
+                    values: integers(values),
+                    directions,
+                    scale,
+                    followed,
+                    steps: steps as u64,
+                    norm,
+                };
                 self.layers.insert(name.to_owned(), memory);
             }
         }
@@ -209,13 +287,25 @@ impl Memory {
         }
     }
 
-    fn record(&mut self, step: u64, name: &str, lambda: f32, values: &[i8], scale: f64) -> LayerRecord {
+    fn record(
+        &mut self,
+        step: u64,
+        name: &str,
+        lambda: f32,
+        values: &[i8],
+        scale: f64,
+    ) -> LayerRecord {
         let (mut flips, mut turns, mut dead) = (0u64, 0u64, 0u64);
         let known = self.values.len() == values.len();
         if !known {
-            (self.values, self.directions, self.scale) = (values.to_vec(), vec![0; values.len()], scale);
+            (self.values, self.directions, self.scale) =
+                (values.to_vec(), vec![0; values.len()], scale);
         }
-        for ((&new, old), direction) in values.iter().zip(&mut self.values).zip(&mut self.directions) {
+        for ((&new, old), direction) in values
+            .iter()
+            .zip(&mut self.values)
+            .zip(&mut self.directions)
+        {
             dead += u64::from(new == 0);
             let towards = (i16::from(new) - i16::from(*old)).signum() as i8;
             if towards != 0 {
@@ -225,8 +315,12 @@ impl Memory {
             }
         }
         let share = |n: u64| n as f64 / values.len().max(1) as f64;
-        let variance =
-            self.followed.iter().map(|(_, squares)| squares).sum::<f64>() / (self.followed.len().max(1) as f64 * self.steps.max(1) as f64);
+        let variance = self
+            .followed
+            .iter()
+            .map(|(_, squares)| squares)
+            .sum::<f64>()
+            / (self.followed.len().max(1) as f64 * self.steps.max(1) as f64);
         let record = LayerRecord {
             step,
             name: name.into(),
@@ -235,7 +329,11 @@ impl Memory {
             oscillation: share(turns),
             dead_zone: share(dead),
             scale,
-            scale_drift: if self.scale > 0.0 { scale / self.scale - 1.0 } else { 0.0 },
+            scale_drift: if self.scale > 0.0 {
+                scale / self.scale - 1.0
+            } else {
+                0.0
+            },
             gradient_norm: self.norm,
             gradient_variance: variance,
         };
@@ -253,16 +351,24 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// A log that begins after `step`: of one that is there, later lines go, and at step 0 all of them.
+    /// A log that begins after `step`: of one that is there, later lines go, and at step 0 all of
+    /// them.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
-        let earlier = if step > 0 && path.exists() { read_log(path)? } else { vec![] };
+        let earlier = if step > 0 && path.exists() {
+            read_log(path)?
+        } else {
+            vec![]
+        };
         let temporary = path.with_extension("partial");
         let mut file = File::create(&temporary).map_err(FileError::io(&temporary, "create"))?;
         for line in earlier.iter().filter(|line| line.step() <= step) {
             put(&mut file, &temporary, line)?;
         }
         fs::rename(&temporary, path).map_err(FileError::io(path, "rename to"))?;
-        Ok(Self { path: path.to_path_buf(), file })
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+        })
     }
 
     pub(crate) fn line(&mut self, line: &Line) -> Result<()> {
@@ -273,10 +379,13 @@ impl Log {
 fn put(file: &mut File, path: &Path, line: &Line) -> Result<()> {
     let mut text = serde_json::to_string(line).map_err(|e| Error::Recipe(e.to_string()))?;
     text.push('\n');
-    Ok(file.write_all(text.as_bytes()).map_err(FileError::io(path, "write"))?)
+    Ok(file
+        .write_all(text.as_bytes())
+        .map_err(FileError::io(path, "write"))?)
 }
 
-/// Reads the log of a training. A last line without its end, of a training that was killed, is left out.
+/// Reads the log of a training. A last line without its end, of a training that was killed, is left
+/// out.
 ///
 /// # Errors
 /// [`Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
@@ -286,11 +395,19 @@ pub fn read_log(path: &Path) -> Result<Vec<Line>> {
     loop {
         text.clear();
         let limited = &mut std::io::Read::take(&mut file, LONGEST_LINE as u64);
-        limited.read_until(b'\n', &mut text).map_err(FileError::io(path, "read"))?;
+        limited
+            .read_until(b'\n', &mut text)
+            .map_err(FileError::io(path, "read"))?;
         if text.pop() != Some(b'\n') {
             return Ok(lines);
         }
         let line = serde_json::from_slice(&text);
-        lines.push(line.map_err(|e| FileError::file(path, "a line of the log of a training", format!("line {}: {e}", lines.len() + 1)))?);
+        lines.push(line.map_err(|e| {
+            FileError::file(
+                path,
+                "a line of the log of a training",
+                format!("line {}: {e}", lines.len() + 1),
+            )
+        })?);
     }
 }

@@ -20,8 +20,9 @@ use std::time::Instant;
 
 /// What is trained: a model with its data.
 ///
-/// Equal `(step, micro)` must give equal losses for equal variables, so that a training that was interrupted goes on with the same bits: draw
-/// batches, dropout and other randomness from the seed and these two numbers.
+/// Equal `(step, micro)` must give equal losses for equal variables, so that a training that was
+/// interrupted goes on with the same bits: draw batches, dropout and other randomness from the seed
+/// and these two numbers.
 pub trait Task {
     /// The variables that are trained.
     fn vars(&self) -> &VarMap;
@@ -38,12 +39,14 @@ pub trait Task {
     /// As [`Task::loss`].
     fn evaluate(&mut self) -> Result<f64>;
 
-    /// The model's linear layers, where it shows them: for telemetry and the schedule of quantization.
+    /// The model's linear layers, where it shows them: for telemetry and the schedule of
+    /// quantization.
     fn linears(&mut self) -> Option<&mut dyn Linears> {
         None
     }
 
-    /// What, beside the variables and the step, decides the losses: the seed, which data. It is kept in checkpoints.
+    /// What, beside the variables and the step, decides the losses: the seed, which data. It is
+    /// kept in checkpoints.
     fn state(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
@@ -89,8 +92,9 @@ pub struct Evaluation {
     pub step: u64,
     /// What [`Task::evaluate`] said.
     pub value: f64,
-    /// The lowest so far, this one included. Those before quantization has settled, see [`Progressive::settled`](super::Progressive::settled),
-    /// say nothing about what will be packed, and count for nothing.
+    /// The lowest so far, this one included. Those before quantization has settled, see
+    /// [`Progressive::settled`](super::Progressive::settled), say nothing about what will be
+    /// packed, and count for nothing.
     pub best: f64,
 }
 
@@ -115,7 +119,8 @@ pub enum Event<'a> {
     Saved(&'a Path),
 }
 
-/// Hears of everything that happens, and may stop the training at the next step's end by [`ControlFlow::Break`].
+/// Hears of everything that happens, and may stop the training at the next step's end by
+/// [`ControlFlow::Break`].
 ///
 /// `()` hears nothing; a closure is a callback; of two in a tuple both hear everything.
 pub trait Callback {
@@ -165,8 +170,9 @@ pub struct Outcome {
     pub loss: f64,
     /// The last evaluation; none where the training was interrupted before it.
     pub evaluation: Option<Evaluation>,
-    /// The evaluation of the model as the variables now hold it: where evaluations were asked for ([`QATConfig::evaluate_every`]) the best of a
-    /// training that has ended. None where the training was interrupted at a step without one.
+    /// The evaluation of the model as the variables now hold it: where evaluations were asked for
+    /// ([`QATConfig::evaluate_every`]) the best of a training that has ended. None where the
+    /// training was interrupted at a step without one.
     pub kept: Option<Evaluation>,
     /// Why it ended.
     pub stopped: Stopped,
@@ -249,7 +255,10 @@ impl QATTrainer {
     /// As [`QATConfig::validate`].
     pub fn new(config: QATConfig) -> Result<Self> {
         config.validate()?;
-        Ok(Self { config, latent: vec![] })
+        Ok(Self {
+            config,
+            latent: vec![],
+        })
     }
 
     /// The configuration.
@@ -257,13 +266,19 @@ impl QATTrainer {
         &self.config
     }
 
-    /// [`prepare`](super::prepare) by the configuration: the linear layers that it quantizes become layers in training, with a dead-zone bias where
-    /// that is configured. Returns their names.
+    /// [`prepare`](super::prepare) by the configuration: the linear layers that it quantizes become
+    /// layers in training, with a dead-zone bias where that is configured. Returns their names.
     ///
     /// # Errors
-    /// As [`prepare`](super::prepare); [`Error::Input`] for a dead-zone bias that no layer can have.
+    /// As [`prepare`](super::prepare); [`Error::Input`] for a dead-zone bias that no layer can
+    /// have.
     pub fn prepare(&mut self, model: &mut dyn Linears, vars: &VarMap) -> Result<Vec<String>> {
-        let names = super::prepare(model, &self.config.quantization, self.config.estimator, vars)?;
+        let names = super::prepare(
+            model,
+            &self.config.quantization,
+            self.config.estimator,
+            vars,
+        )?;
         let (beta, mut without) = (self.config.dead_zone_bias, true);
         if beta != 0.0 {
             model.visit_linears(&mut |_, linear| match linear {
@@ -274,7 +289,11 @@ impl QATTrainer {
                 _ => Ok(()),
             })?;
             if without {
-                return Err(Error::input("dead-zone bias", "layers of ternary weights of one plane", "none"));
+                return Err(Error::input(
+                    "dead-zone bias",
+                    "layers of ternary weights of one plane",
+                    "none",
+                ));
             }
         }
         self.look_for_latent(model)?;
@@ -291,7 +310,8 @@ impl QATTrainer {
         })
     }
 
-    /// The gradients of a scalar loss, those of latent weights times `gradient_scaling`. For loops of one's own; [`QATTrainer::run`] does it by itself.
+    /// The gradients of a scalar loss, those of latent weights times `gradient_scaling`. For loops
+    /// of one's own; [`QATTrainer::run`] does it by itself.
     ///
     /// # Errors
     /// [`Error::Input`] for a loss that is no scalar, or no number.
@@ -303,13 +323,21 @@ impl QATTrainer {
         self.gradients(loss)
     }
 
-    /// Puts every layer of a model where the schedule of quantization has it at `step`, 0 being the first. A loop of one's own counts in what it likes,
-    /// epochs for instance, with that many `steps` in the configuration. Returns the names of the layers that changed their stage.
+    /// Puts every layer of a model where the schedule of quantization has it at `step`, 0 being the
+    /// first. A loop of one's own counts in what it likes, epochs for instance, with that many
+    /// `steps` in the configuration. Returns the names of the layers that changed their stage.
     ///
     /// # Errors
     /// As [`Progressive::apply`](super::Progressive::apply).
-    pub fn update_quantization_schedule(&self, step: u64, model: &mut dyn Linears) -> Result<Vec<String>> {
-        self.config.progressive.as_ref().map_or(Ok(vec![]), |progressive| progressive.apply(model, step))
+    pub fn update_quantization_schedule(
+        &self,
+        step: u64,
+        model: &mut dyn Linears,
+    ) -> Result<Vec<String>> {
+        self.config
+            .progressive
+            .as_ref()
+            .map_or(Ok(vec![]), |progressive| progressive.apply(model, step))
     }
 
     fn gradients(&self, loss: &Tensor) -> Result<GradStore> {
@@ -324,10 +352,12 @@ impl QATTrainer {
         Ok(grads)
     }
 
-    /// Trains from the beginning. Where checkpoints are configured, their folder must not hold any yet.
+    /// Trains from the beginning. Where checkpoints are configured, their folder must not hold any
+    /// yet.
     ///
     /// # Errors
-    /// [`Error::Diverged`] where loss or gradients are no numbers; [`Error::Exists`] for a folder with checkpoints; whatever the task says.
+    /// [`Error::Diverged`] where loss or gradients are no numbers; [`Error::Exists`] for a folder
+    /// with checkpoints; whatever the task says.
     pub fn run(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
         if let Some(config) = &self.config.checkpoint
             && let Some((_, path)) = checkpoint::checkpoints(&config.folder)?.pop()
@@ -341,23 +371,55 @@ impl QATTrainer {
     /// Goes on from the newest checkpoint with the same bits as if the training had never stopped.
     ///
     /// # Errors
-    /// As [`QATTrainer::run`]; [`Error::Mismatch`] for a checkpoint of another model or configuration, [`Error::File`] for a folder without
-    /// checkpoints and for one that is damaged.
+    /// As [`QATTrainer::run`]; [`Error::Mismatch`] for a checkpoint of another model or
+    /// configuration, [`Error::File`] for a folder without checkpoints and for one that is damaged.
     pub fn resume(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
         let Some(config) = self.config.checkpoint.clone() else {
             return Err(Error::input("checkpoint", "a folder to go on from", "none"));
         };
         let Some((_, path)) = checkpoint::checkpoints(&config.folder)?.pop() else {
-            return Err(bitnet_formats::Error::file(&config.folder, "a checkpoint to go on from", "none").into());
+            return Err(bitnet_formats::Error::file(
+                &config.folder,
+                "a checkpoint to go on from",
+                "none",
+            )
+            .into());
         };
         let mut training = self.begin(task)?;
         let found = Checked::open(&path, &training.optimizer, &self.config.numbers()?)?;
-        let State { step, loss: Exact(loss), worse, stopped, ref layers, task: ref of_task, .. } = found.state;
-        let evaluation = found.state.evaluation.map(|(step, value, best)| Evaluation { step, value: value.0, best: best.0 });
+        let State {
+            step,
+            loss: Exact(loss),
+            worse,
+            stopped,
+            ref layers,
+            task: ref of_task,
+            ..
+        } = found.state;
+        let evaluation = found
+            .state
+            .evaluation
+            .map(|(step, value, best)| Evaluation {
+                step,
+                value: value.0,
+                best: best.0,
+            });
         let best = found.state.best.filter(|_| self.config.evaluate_every > 0);
-        let best = best.map(|(step, Exact(value))| Evaluation { step, value, best: value });
-        if let Some(gone) = best.map(|best| checkpoint::path(&config.folder, best.step)).filter(|path| !path.exists()) {
-            return Err(bitnet_formats::Error::file(&gone, "the checkpoint of the best evaluation", "none").into());
+        let best = best.map(|(step, Exact(value))| Evaluation {
+            step,
+            value,
+            best: value,
+        });
+        if let Some(gone) = best
+            .map(|best| checkpoint::path(&config.folder, best.step))
+            .filter(|path| !path.exists())
+        {
+            return Err(bitnet_formats::Error::file(
+                &gone,
+                "the checkpoint of the best evaluation",
+                "none",
+            )
+            .into());
         }
         task.restore(of_task)?;
         if let Some(model) = task.linears() {
@@ -367,7 +429,15 @@ impl QATTrainer {
         if training.telemetry.is_on() {
             training.telemetry.restore(&found.telemetry()?);
         }
-        training = Training { step, loss, evaluation, best, worse, checkpoint: Some(path), ..training };
+        training = Training {
+            step,
+            loss,
+            evaluation,
+            best,
+            worse,
+            checkpoint: Some(path),
+            ..training
+        };
         self.go_on(task, callback, training, stopped)
     }
 
@@ -389,13 +459,22 @@ impl QATTrainer {
         })
     }
 
-    fn go_on(&self, task: &mut dyn Task, callback: &mut dyn Callback, mut now: Training, stopped: Option<Stopped>) -> Result<Outcome> {
+    fn go_on(
+        &self,
+        task: &mut dyn Task,
+        callback: &mut dyn Callback,
+        mut now: Training,
+        stopped: Option<Stopped>,
+    ) -> Result<Outcome> {
         let begin = Instant::now();
         let (steps, every) = (self.config.steps, self.config.evaluate_every);
         if let Some(path) = &self.config.telemetry.file {
             now.log = Some(Log::open(path, now.step)?);
         }
-        let mut flow = callback.on(&Event::Begin { step: now.step, steps });
+        let mut flow = callback.on(&Event::Begin {
+            step: now.step,
+            steps,
+        });
         // One that was interrupted has more to do.
         let mut stopped = stopped.filter(|s| *s != Stopped::Interrupted);
         while stopped.is_none() {
@@ -409,18 +488,29 @@ impl QATTrainer {
                 now.log(|| Line::Evaluation(evaluation))?;
                 best = now.best.is_some_and(|best| best.step == now.step);
                 if best && self.config.checkpoint.is_none() && now.step < steps {
-                    now.variables = now.optimizer.parameters.iter().map(|p| p.var.copy()).collect::<candle_core::Result<_>>()?;
+                    now.variables = now
+                        .optimizer
+                        .parameters
+                        .iter()
+                        .map(|p| p.var.copy())
+                        .collect::<candle_core::Result<_>>()?;
                 }
             }
             stopped = if now.step == steps {
                 Some(Stopped::Finished)
-            } else if self.config.early_stopping.is_some_and(|stop| now.worse >= stop.patience) {
+            } else if self
+                .config
+                .early_stopping
+                .is_some_and(|stop| now.worse >= stop.patience)
+            {
                 Some(Stopped::Early)
             } else {
                 flow.is_break().then_some(Stopped::Interrupted)
             };
             if let Some(config) = &self.config.checkpoint
-                && (stopped.is_some() || best || (config.every > 0 && now.step.is_multiple_of(config.every)))
+                && (stopped.is_some()
+                    || best
+                    || (config.every > 0 && now.step.is_multiple_of(config.every)))
             {
                 let path = self.save(config, task, &now, stopped)?;
                 break_if(&mut flow, callback.on(&Event::Saved(&path)));
@@ -435,8 +525,22 @@ impl QATTrainer {
             self.restore_best(&mut now, best.step)?;
             kept = Some(best);
         }
-        let Training { step, loss, evaluation, checkpoint, .. } = now;
-        Ok(Outcome { step, loss, evaluation, kept, stopped, checkpoint, seconds: begin.elapsed().as_secs_f64() })
+        let Training {
+            step,
+            loss,
+            evaluation,
+            checkpoint,
+            ..
+        } = now;
+        Ok(Outcome {
+            step,
+            loss,
+            evaluation,
+            kept,
+            stopped,
+            checkpoint,
+            seconds: begin.elapsed().as_secs_f64(),
+        })
     }
 
     /// Variables as they were after `step`, where the best evaluation was.
@@ -445,16 +549,33 @@ impl QATTrainer {
             _ if step == now.step => Ok(()),
             Some(config) => {
                 let path = checkpoint::path(&config.folder, step);
-                Checked::open(&path, &now.optimizer, &self.config.numbers()?)?.load(&mut now.optimizer)
+                Checked::open(&path, &now.optimizer, &self.config.numbers()?)?
+                    .load(&mut now.optimizer)
             }
-            None => Ok(now.optimizer.parameters.iter().zip(&now.variables).try_for_each(|(p, value)| p.var.set(value))?),
+            None => Ok(now
+                .optimizer
+                .parameters
+                .iter()
+                .zip(&now.variables)
+                .try_for_each(|(p, value)| p.var.set(value))?),
         }
     }
 
-    fn step(&self, task: &mut dyn Task, callback: &mut dyn Callback, now: &mut Training, flow: &mut ControlFlow<()>) -> Result<Step> {
+    fn step(
+        &self,
+        task: &mut dyn Task,
+        callback: &mut dyn Callback,
+        now: &mut Training,
+        flow: &mut ControlFlow<()>,
+    ) -> Result<Step> {
         let begin = Instant::now();
         let (config, step, mut loss, mut norm) = (&self.config, now.step + 1, 0.0, 0.0);
-        let diverged = |what, got, now: &Training| Error::Diverged { step, what, got, checkpoint: now.checkpoint.clone() };
+        let diverged = |what, got, now: &Training| Error::Diverged {
+            step,
+            what,
+            got,
+            checkpoint: now.checkpoint.clone(),
+        };
         let mut rates = config.schedule.rates(now.step, config.steps);
         rates.clip = config.clip;
         if let Some(model) = task.linears() {
@@ -513,13 +634,33 @@ impl QATTrainer {
     fn evaluate(&self, task: &mut dyn Task, now: &mut Training) -> Result<Evaluation> {
         let value = task.evaluate()?;
         if !value.is_finite() {
-            return Err(Error::Diverged { step: now.step, what: "evaluation", got: value, checkpoint: now.checkpoint.clone() });
+            return Err(Error::Diverged {
+                step: now.step,
+                what: "evaluation",
+                got: value,
+                checkpoint: now.checkpoint.clone(),
+            });
         }
         let before = now.best.map(|best| best.value);
-        let settled = self.config.progressive.as_ref().is_none_or(|progressive| now.step > progressive.settled());
-        let delta = self.config.early_stopping.map_or(0.0, |stop| stop.min_delta);
-        now.worse = if before.is_none_or(|best| value < best - delta) { 0 } else { now.worse + 1 };
-        let evaluation = Evaluation { step: now.step, value, best: before.map_or(value, |best| best.min(value)) };
+        let settled = self
+            .config
+            .progressive
+            .as_ref()
+            .is_none_or(|progressive| now.step > progressive.settled());
+        let delta = self
+            .config
+            .early_stopping
+            .map_or(0.0, |stop| stop.min_delta);
+        now.worse = if before.is_none_or(|best| value < best - delta) {
+            0
+        } else {
+            now.worse + 1
+        };
+        let evaluation = Evaluation {
+            step: now.step,
+            value,
+            best: before.map_or(value, |best| best.min(value)),
+        };
         now.evaluation = Some(evaluation);
         if settled && before.is_none_or(|best| value < best) {
             now.best = Some(evaluation);
@@ -527,15 +668,32 @@ impl QATTrainer {
         Ok(evaluation)
     }
 
-    fn save(&self, config: &CheckpointConfig, task: &mut dyn Task, now: &Training, stopped: Option<Stopped>) -> Result<PathBuf> {
+    fn save(
+        &self,
+        config: &CheckpointConfig,
+        task: &mut dyn Task,
+        now: &Training,
+        stopped: Option<Stopped>,
+    ) -> Result<PathBuf> {
         if !now.optimizer.is_finite()? {
-            return Err(Error::Diverged { step: now.step, what: "norm of the weights", got: f64::NAN, checkpoint: now.checkpoint.clone() });
+            return Err(Error::Diverged {
+                step: now.step,
+                what: "norm of the weights",
+                got: f64::NAN,
+                checkpoint: now.checkpoint.clone(),
+            });
         }
         let mut layers = BTreeMap::new();
         if let Some(model) = task.linears() {
             model.visit_linears(&mut |name, linear| {
                 if let Linear::Qat(layer) = linear {
-                    layers.insert(name.to_string(), Rounding { stage: layer.stage(), lambda: layer.lambda() });
+                    layers.insert(
+                        name.to_string(),
+                        Rounding {
+                            stage: layer.stage(),
+                            lambda: layer.lambda(),
+                        },
+                    );
                 }
                 Ok(())
             })?;
@@ -544,7 +702,9 @@ impl QATTrainer {
             version: checkpoint::VERSION,
             step: now.step,
             loss: Exact(now.loss),
-            evaluation: now.evaluation.map(|e| (e.step, Exact(e.value), Exact(e.best))),
+            evaluation: now
+                .evaluation
+                .map(|e| (e.step, Exact(e.value), Exact(e.best))),
             best: now.best.map(|e| (e.step, Exact(e.value))),
             worse: now.worse,
             stopped,
@@ -583,7 +743,16 @@ fn restore_rounding(model: &mut dyn Linears, layers: &BTreeMap<String, Rounding>
 /// The value of a loss.
 fn scalar(loss: &Tensor) -> Result<f64> {
     if loss.elem_count() != 1 {
-        return Err(Error::input("loss", "a scalar", format!("shape {:?}", loss.dims())));
+        return Err(Error::input(
+            "loss",
+            "a scalar",
+            format!("shape {:?}", loss.dims()),
+        ));
     }
-    Ok(loss.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0])
+    Ok(loss
+        .detach()
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F64)?
+        .flatten_all()?
+        .to_vec1::<f64>()?[0])
 }

@@ -1,11 +1,13 @@
-//! Mixed precision: which setting each tensor gets, so that all of them together fit a budget with the least error.
+//! Mixed precision: which setting each tensor gets, so that all of them together fit a budget with
+//! the least error.
 //!
 //! ```text
 //! minimise Σ_t error(t, choice_t)   subject to   Σ_t bytes(t, choice_t) ≤ budget
 //! ```
 //!
-//! A multiple-choice knapsack, solved exactly: a dynamic programme over the tensors keeps the pairs of bytes and error that no other pair
-//! beats, and drops those that cannot end below the best solution known, as the linear relaxation of the tensors still to come shows.
+//! A multiple-choice knapsack, solved exactly: a dynamic programme over the tensors keeps the pairs
+//! of bytes and error that no other pair beats, and drops those that cannot end below the best
+//! solution known, as the linear relaxation of the tensors still to come shows.
 
 mod job;
 
@@ -41,13 +43,13 @@ pub struct Selection {
     pub bytes: u64,
     /// Their error.
     pub error: f64,
-    /// Whether no other selection within the budget has a smaller error. False only where more than a million partial solutions had to be
-    /// kept.
+    /// Whether no other selection within the budget has a smaller error. False only where more than
+    /// a million partial solutions had to be kept.
     pub exact: bool,
 }
 
-/// Chooses among the candidates of each tensor: with a budget in bytes the selection of least error, without one the smallest candidates;
-/// in either case only those of at least `min_sqnr` dB.
+/// Chooses among the candidates of each tensor: with a budget in bytes the selection of least
+/// error, without one the smallest candidates; in either case only those of at least `min_sqnr` dB.
 ///
 /// ```
 /// use bitnet_quant::search::{Candidate, select};
@@ -59,9 +61,17 @@ pub struct Selection {
 /// ```
 ///
 /// # Errors
-/// [`Error::Recipe`] if no selection fits the budget, or no candidate of a tensor reaches the quality.
-pub fn select(tensors: &[Vec<Candidate>], budget: Option<u64>, min_sqnr: Option<f64>) -> Result<Selection> {
-    let options = tensors.iter().map(|all| pareto(all, min_sqnr)).collect::<Result<Vec<_>>>()?;
+/// [`Error::Recipe`] if no selection fits the budget, or no candidate of a tensor reaches the
+/// quality.
+pub fn select(
+    tensors: &[Vec<Candidate>],
+    budget: Option<u64>,
+    min_sqnr: Option<f64>,
+) -> Result<Selection> {
+    let options = tensors
+        .iter()
+        .map(|all| pareto(all, min_sqnr))
+        .collect::<Result<Vec<_>>>()?;
     let least: u64 = options.iter().map(|o| o[0].bytes).sum();
     let Some(budget) = budget else {
         let first = options.iter().map(|o| o[0]);
@@ -73,12 +83,19 @@ pub fn select(tensors: &[Vec<Candidate>], budget: Option<u64>, min_sqnr: Option<
         });
     };
     if least > budget {
-        return Err(Error::Recipe(format!("a budget of {budget} bytes: the smallest settings that are allowed take {least}")));
+        return Err(Error::Recipe(format!(
+            "a budget of {budget} bytes: the smallest settings that are allowed take {least}"
+        )));
     }
     let mut rest = Relaxation::new(&options);
     let bound = rest.rounded(&options, budget);
     // States of each step: bytes, error, the state that it came from, the option taken.
-    let mut steps: Vec<Vec<State>> = vec![vec![State { bytes: 0, error: 0.0, from: 0, option: 0 }]];
+    let mut steps: Vec<Vec<State>> = vec![vec![State {
+        bytes: 0,
+        error: 0.0,
+        from: 0,
+        option: 0,
+    }]];
     let mut exact = true;
     for (i, options) in options.iter().enumerate() {
         rest.remove(i);
@@ -87,7 +104,12 @@ pub fn select(tensors: &[Vec<Candidate>], budget: Option<u64>, min_sqnr: Option<
             for (option, point) in options.iter().enumerate() {
                 let (bytes, error) = (state.bytes + point.bytes, state.error + point.error);
                 if bytes + rest.least <= budget {
-                    next.push(State { bytes, error, from: from as u32, option: option as u32 });
+                    next.push(State {
+                        bytes,
+                        error,
+                        from: from as u32,
+                        option: option as u32,
+                    });
                 }
             }
         }
@@ -98,7 +120,8 @@ pub fn select(tensors: &[Vec<Candidate>], budget: Option<u64>, min_sqnr: Option<
             lowest = lowest.min(s.error);
             better
         });
-        // Sums of the same errors in another order differ in the last bits; nothing is dropped for that.
+        // Sums of the same errors in another order differ in the last bits; nothing is dropped for
+        // that.
         let limit = bound + 1e-9 * bound.abs();
         next.retain(|s| s.error + rest.error(budget - s.bytes) <= limit);
         if next.len() > MOST_STATES {
@@ -109,15 +132,26 @@ pub fn select(tensors: &[Vec<Candidate>], budget: Option<u64>, min_sqnr: Option<
         }
         steps.push(next);
     }
-    let end = steps.last().and_then(|last| last.iter().enumerate().min_by(|a, b| a.1.error.total_cmp(&b.1.error)));
-    let Some((mut at, end)) = end else { return Err(Error::Recipe("no selection fits the budget".into())) };
+    let end = steps.last().and_then(|last| {
+        last.iter()
+            .enumerate()
+            .min_by(|a, b| a.1.error.total_cmp(&b.1.error))
+    });
+    let Some((mut at, end)) = end else {
+        return Err(Error::Recipe("no selection fits the budget".into()));
+    };
     let mut picks = vec![0; options.len()];
     for (i, options) in options.iter().enumerate().rev() {
         let state = &steps[i + 1][at];
         picks[i] = options[state.option as usize].pick;
         at = state.from as usize;
     }
-    Ok(Selection { picks, bytes: end.bytes, error: end.error, exact })
+    Ok(Selection {
+        picks,
+        bytes: end.bytes,
+        error: end.error,
+        exact,
+    })
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -142,7 +176,11 @@ fn pareto(all: &[Candidate], min_sqnr: Option<f64>) -> Result<Vec<Point>> {
         .iter()
         .enumerate()
         .filter(|(_, c)| min_sqnr.is_none_or(|least| c.sqnr_db >= least) && c.error.is_finite())
-        .map(|(pick, c)| Point { bytes: c.bytes, error: c.error, pick })
+        .map(|(pick, c)| Point {
+            bytes: c.bytes,
+            error: c.error,
+            pick,
+        })
         .collect();
     points.sort_by(|a, b| a.bytes.cmp(&b.bytes).then(a.error.total_cmp(&b.error)));
     let mut lowest = f64::INFINITY;
@@ -152,8 +190,14 @@ fn pareto(all: &[Candidate], min_sqnr: Option<f64>) -> Result<Vec<Point>> {
         better
     });
     if points.is_empty() {
-        let best = all.iter().map(|c| c.sqnr_db).fold(f64::NEG_INFINITY, f64::max);
-        return Err(Error::Recipe(format!("min_sqnr {}: the best setting of a tensor reaches {best:.2} dB", min_sqnr.unwrap_or_default())));
+        let best = all
+            .iter()
+            .map(|c| c.sqnr_db)
+            .fold(f64::NEG_INFINITY, f64::max);
+        return Err(Error::Recipe(format!(
+            "min_sqnr {}: the best setting of a tensor reaches {best:.2} dB",
+            min_sqnr.unwrap_or_default()
+        )));
     }
     Ok(points)
 }
@@ -192,7 +236,9 @@ impl Relaxation {
         for (tensor, points) in options.iter().enumerate() {
             let mut hull = vec![0];
             for (i, p) in points.iter().enumerate().skip(1) {
-                let slope = |a: usize, b: &Point| (points[a].error - b.error) / (b.bytes - points[a].bytes) as f64;
+                let slope = |a: usize, b: &Point| {
+                    (points[a].error - b.error) / (b.bytes - points[a].bytes) as f64
+                };
                 while let [.., a, b] = hull[..]
                     && slope(a, &points[b]) <= slope(b, p)
                 {
@@ -202,14 +248,27 @@ impl Relaxation {
             }
             segments.extend(hull.windows(2).map(|w| {
                 let (a, b) = (&points[w[0]], &points[w[1]]);
-                Segment { tensor, bytes: b.bytes - a.bytes, gain: a.error - b.error, point: w[1] }
+                Segment {
+                    tensor,
+                    bytes: b.bytes - a.bytes,
+                    gain: a.error - b.error,
+                    point: w[1],
+                }
             }));
         }
         // Stable, so that equally steep segments of a tensor stay in order.
         segments.sort_by(|a, b| b.slope().total_cmp(&a.slope()));
         let smallest: Vec<_> = options.iter().map(|o| (o[0].bytes, o[0].error)).collect();
-        let (least, error) = smallest.iter().fold((0, 0.0), |sum, s| (sum.0 + s.0, sum.1 + s.1));
-        let mut new = Self { segments, before: vec![], smallest, least, error };
+        let (least, error) = smallest
+            .iter()
+            .fold((0, 0.0), |sum, s| (sum.0 + s.0, sum.1 + s.1));
+        let mut new = Self {
+            segments,
+            before: vec![],
+            smallest,
+            least,
+            error,
+        };
         new.sum();
         new
     }
@@ -232,11 +291,15 @@ impl Relaxation {
         self.sum();
     }
 
-    /// The least error that any choice for these tensors could have in `bytes`, which are at least `self.least`.
+    /// The least error that any choice for these tensors could have in `bytes`, which are at least
+    /// `self.least`.
     fn error(&self, bytes: u64) -> f64 {
         let room = bytes - self.least;
         let full = self.before.partition_point(|b| b.0 <= room) - 1;
-        let part = self.segments.get(full).map_or(0.0, |s| (room - self.before[full].0) as f64 * s.slope());
+        let part = self
+            .segments
+            .get(full)
+            .map_or(0.0, |s| (room - self.before[full].0) as f64 * s.slope());
         self.error - self.before[full].1 - part
     }
 
@@ -265,10 +328,19 @@ mod tests {
     fn brute(tensors: &[Vec<Candidate>], budget: u64, min_sqnr: f64) -> Option<f64> {
         let mut all = vec![(0u64, 0.0f64)];
         for candidates in tensors {
-            let allowed: Vec<_> = candidates.iter().filter(|c| c.sqnr_db >= min_sqnr).collect();
-            all = all.iter().flat_map(|&(b, e)| allowed.iter().map(move |c| (b + c.bytes, e + c.error))).collect();
+            let allowed: Vec<_> = candidates
+                .iter()
+                .filter(|c| c.sqnr_db >= min_sqnr)
+                .collect();
+            all = all
+                .iter()
+                .flat_map(|&(b, e)| allowed.iter().map(move |c| (b + c.bytes, e + c.error)))
+                .collect();
         }
-        all.into_iter().filter(|(b, _)| *b <= budget).map(|(_, e)| e).min_by(f64::total_cmp)
+        all.into_iter()
+            .filter(|(b, _)| *b <= budget)
+            .map(|(_, e)| e)
+            .min_by(f64::total_cmp)
     }
 
     fn candidate() -> impl Strategy<Value = Candidate> {
@@ -308,7 +380,9 @@ mod tests {
     fn many_tensors_of_odd_sizes_stay_exact() {
         let mut state = 7u64;
         let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             state >> 33
         };
         let tensors: Vec<Vec<Candidate>> = (0..200)

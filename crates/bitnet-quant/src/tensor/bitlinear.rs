@@ -4,10 +4,12 @@
 //! Y = dequantize(quantize(norm(X))) · dequantize(quantize(W))ᵀ + bias        X […, K], W [N, K], Y […, N]
 //! ```
 //!
-//! A layer is *latent* or *packed*. Latent, it holds float weights; where a gradient is wanted it computes the formula above in floats,
-//! with the identity as the gradient of both roundings (straight-through estimator), so that
-//! `dX = dY · Ŵ`, `dW = dYᵀ · X̂`, `db = Σ dY`. Packed, it holds the weights in the layout of the kernels and nothing else of them,
-//! multiplies integers, and has a gradient for its input alone. A latent layer without gradients packs its weights at the first forward pass and again when they have changed.
+//! A layer is *latent* or *packed*. Latent, it holds float weights; where a gradient is wanted it
+//! computes the formula above in floats, with the identity as the gradient of both roundings
+//! (straight-through estimator), so that `dX = dY · Ŵ`, `dW = dYᵀ · X̂`, `db = Σ dY`. Packed, it
+//! holds the weights in the layout of the kernels and nothing else of them, multiplies integers,
+//! and has a gradient for its input alone. A latent layer without gradients packs its weights at
+//! the first forward pass and again when they have changed.
 
 use super::kernel::Packed;
 use super::runtime::Runtime;
@@ -30,7 +32,8 @@ use xxhash_rust::xxh3::Xxh3;
 pub enum SubNorm {
     /// `x / √(mean x² + ε) · g`, as in b1.58; its gain is `rms_norm.weight`.
     Rms,
-    /// `(x − mean) / √(var + ε) · g + c`, SubLN of BitNet; `layer_norm.weight` and `layer_norm.bias`.
+    /// `(x − mean) / √(var + ε) · g + c`, SubLN of BitNet; `layer_norm.weight` and
+    /// `layer_norm.bias`.
     Layer,
 }
 
@@ -63,7 +66,15 @@ pub struct BitLinearConfig {
 impl BitLinearConfig {
     /// Latent, without bias and norm, as b1.58.
     pub fn new(in_features: usize, out_features: usize) -> Self {
-        Self { in_features, out_features, bias: false, packed: false, norm: None, norm_eps: 1e-6, config: QuantizationConfig::bitnet_158() }
+        Self {
+            in_features,
+            out_features,
+            bias: false,
+            packed: false,
+            norm: None,
+            norm_eps: 1e-6,
+            config: QuantizationConfig::bitnet_158(),
+        }
     }
 
     /// A builder.
@@ -77,25 +88,40 @@ impl BitLinearConfig {
     /// [`Error::Invalid`] naming each wrong field.
     pub fn validate(&self) -> Result<()> {
         let mut wrong = vec![];
-        for (name, got) in [("in_features", self.in_features), ("out_features", self.out_features)] {
+        for (name, got) in [
+            ("in_features", self.in_features),
+            ("out_features", self.out_features),
+        ] {
             if got == 0 || got > isize::MAX as usize / 1024 {
                 wrong.push(format!("{name}: expected at least 1, got {got}"));
             }
         }
         if !(self.norm_eps > 0.0 && self.norm_eps.is_finite()) {
-            wrong.push(format!("norm_eps: expected a positive number, got {}", self.norm_eps));
+            wrong.push(format!(
+                "norm_eps: expected a positive number, got {}",
+                self.norm_eps
+            ));
         }
         if let Err(Error::Invalid(more)) = self.config.validate() {
             wrong.extend(more);
         } else if self.config.default.precision().is_none() {
-            wrong.push(format!("default.precision: expected one that is quantized, got {}", self.config.default.target()));
+            wrong.push(format!(
+                "default.precision: expected one that is quantized, got {}",
+                self.config.default.target()
+            ));
         }
         Error::unless_empty(wrong)
     }
 
     fn scheme(&self) -> Result<Scheme> {
         let scheme = self.config.default.plain_scheme()?;
-        scheme.ok_or_else(|| Error::input("precision", "one that is quantized", self.config.default.target()))
+        scheme.ok_or_else(|| {
+            Error::input(
+                "precision",
+                "one that is quantized",
+                self.config.default.target(),
+            )
+        })
     }
 }
 
@@ -178,7 +204,8 @@ enum State {
     Packed(Arc<Packed>),
 }
 
-/// A linear layer with low-bit weights and activations; the equations are in the [module's text](self).
+/// A linear layer with low-bit weights and activations; the equations are in the [module's
+/// text](self).
 ///
 /// ```
 /// use bitnet_quant::prelude::*;
@@ -208,7 +235,8 @@ pub struct BitLinear {
 }
 
 impl BitLinear {
-    /// A layer with normally distributed weights of variance 1/K, no bias (zeros) and no gain (ones), all of them variables.
+    /// A layer with normally distributed weights of variance 1/K, no bias (zeros) and no gain
+    /// (ones), all of them variables.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming each wrong field.
@@ -216,19 +244,39 @@ impl BitLinear {
         config.validate()?;
         let (k, n) = (config.in_features, config.out_features);
         let weight = Var::randn(0f32, (k as f32).recip().sqrt(), (n, k), &Device::Cpu)?;
-        let variable = |fill: f32, len: usize| Var::from_tensor(&Tensor::full(fill, len, &Device::Cpu)?).map(|v| v.as_tensor().clone());
-        let bias = if config.bias { Some(variable(0.0, n)?) } else { None };
+        let variable = |fill: f32, len: usize| {
+            Var::from_tensor(&Tensor::full(fill, len, &Device::Cpu)?).map(|v| v.as_tensor().clone())
+        };
+        let bias = if config.bias {
+            Some(variable(0.0, n)?)
+        } else {
+            None
+        };
         let norm = match config.norm {
             None => None,
             Some(kind) => {
-                let shift = if kind == SubNorm::Layer { Some(variable(0.0, k)?) } else { None };
-                Some(Norm { kind, eps: config.norm_eps, weight: variable(1.0, k)?, bias: shift })
+                let shift = if kind == SubNorm::Layer {
+                    Some(variable(0.0, k)?)
+                } else {
+                    None
+                };
+                Some(Norm {
+                    kind,
+                    eps: config.norm_eps,
+                    weight: variable(1.0, k)?,
+                    bias: shift,
+                })
             }
         };
         Self::from_parts(&config, weight.as_tensor().clone(), bias, norm)
     }
 
-    fn from_parts(config: &BitLinearConfig, weight: Tensor, bias: Option<Tensor>, norm: Option<Norm>) -> Result<Self> {
+    fn from_parts(
+        config: &BitLinearConfig,
+        weight: Tensor,
+        bias: Option<Tensor>,
+        norm: Option<Norm>,
+    ) -> Result<Self> {
         let mut layer = Self {
             in_features: config.in_features,
             out_features: config.out_features,
@@ -246,30 +294,53 @@ impl BitLinear {
         Ok(layer)
     }
 
-    /// A layer without norm from weights `[N, K]` and a bias `[N]`. Variables among them get gradients.
+    /// A layer without norm from weights `[N, K]` and a bias `[N]`. Variables among them get
+    /// gradients.
     ///
     /// # Errors
-    /// [`Error::Input`] for shapes, types, devices, a bias or a norm that do not fit the configuration.
-    pub fn from_tensors(weight: Tensor, bias: Option<Tensor>, config: &BitLinearConfig) -> Result<Self> {
+    /// [`Error::Input`] for shapes, types, devices, a bias or a norm that do not fit the
+    /// configuration.
+    pub fn from_tensors(
+        weight: Tensor,
+        bias: Option<Tensor>,
+        config: &BitLinearConfig,
+    ) -> Result<Self> {
         config.validate()?;
         let expected = [config.out_features, config.in_features];
         if weight.dims() != expected {
-            return Err(Error::input("weight", format!("shape {expected:?}"), format!("{:?}", weight.dims())));
+            return Err(Error::input(
+                "weight",
+                format!("shape {expected:?}"),
+                format!("{:?}", weight.dims()),
+            ));
         }
         if let Some(bias) = bias.as_ref().filter(|b| b.dims() != [config.out_features]) {
-            return Err(Error::input("bias", format!("shape [{}]", config.out_features), format!("{:?}", bias.dims())));
+            return Err(Error::input(
+                "bias",
+                format!("shape [{}]", config.out_features),
+                format!("{:?}", bias.dims()),
+            ));
         }
         if bias.is_some() != config.bias {
-            return Err(Error::input("bias", if config.bias { "one" } else { "none" }, if config.bias { "none" } else { "one" }));
+            return Err(Error::input(
+                "bias",
+                if config.bias { "one" } else { "none" },
+                if config.bias { "none" } else { "one" },
+            ));
         }
         if let Some(norm) = config.norm {
-            return Err(Error::input("norm", "none; BitLinear::load takes its weights", format!("{norm:?}")));
+            return Err(Error::input(
+                "norm",
+                "none; BitLinear::load takes its weights",
+                format!("{norm:?}"),
+            ));
         }
         super::check_kind(&weight)?;
         Self::from_parts(config, weight, bias, None)
     }
 
-    /// Loads `weight`, and `bias`, `rms_norm.weight`, `layer_norm.weight` and `layer_norm.bias` as configured.
+    /// Loads `weight`, and `bias`, `rms_norm.weight`, `layer_norm.weight` and `layer_norm.bias` as
+    /// configured.
     ///
     /// # Errors
     /// [`Error::Candle`] for tensors that are missing or of another shape.
@@ -277,10 +348,19 @@ impl BitLinear {
         config.validate()?;
         let (k, n) = (config.in_features, config.out_features);
         let weight = vb.get((n, k), "weight")?;
-        let bias = if config.bias { Some(vb.get(n, "bias")?) } else { None };
+        let bias = if config.bias {
+            Some(vb.get(n, "bias")?)
+        } else {
+            None
+        };
         let norm = match config.norm {
             None => None,
-            Some(kind @ SubNorm::Rms) => Some(Norm { kind, eps: config.norm_eps, weight: vb.get(k, "rms_norm.weight")?, bias: None }),
+            Some(kind @ SubNorm::Rms) => Some(Norm {
+                kind,
+                eps: config.norm_eps,
+                weight: vb.get(k, "rms_norm.weight")?,
+                bias: None,
+            }),
             Some(kind @ SubNorm::Layer) => Some(Norm {
                 kind,
                 eps: config.norm_eps,
@@ -291,8 +371,9 @@ impl BitLinear {
         Self::from_parts(config, weight, bias, norm)
     }
 
-    /// Reads `{name}.weight`, and `{name}.bias` if there is one, from a checkpoint that [`Source`] opens. Weights that are quantized there
-    /// keep their values and scales and make a packed layer; floats make a latent one, with the choices that the configuration has for this name.
+    /// Reads `{name}.weight`, and `{name}.bias` if there is one, from a checkpoint that [`Source`]
+    /// opens. Weights that are quantized there keep their values and scales and make a packed
+    /// layer; floats make a latent one, with the choices that the configuration has for this name.
     ///
     /// # Errors
     /// [`Error::Input`] if there is no such matrix, [`Error::File`] for what cannot be read.
@@ -300,21 +381,38 @@ impl BitLinear {
         let absent = |what: String| Error::input("layer", format!("a matrix '{what}'"), "none");
         let weight = format!("{name}.weight");
         let tensor = source.find(&weight).ok_or_else(|| absent(weight.clone()))?;
-        let (n, k) = tensor.matrix_shape().ok_or_else(|| absent(weight.clone()))?;
+        let (n, k) = tensor
+            .matrix_shape()
+            .ok_or_else(|| absent(weight.clone()))?;
         let floats = |tensor: &bitnet_formats::Tensor| -> Result<Vec<f32>> {
             let mut out = vec![];
-            crate::rows::with_rows(source, tensor, None, |rows| rows.read(0..rows.count, &mut vec![], &mut out))?;
+            crate::rows::with_rows(source, tensor, None, |rows| {
+                rows.read(0..rows.count, &mut vec![], &mut out)
+            })?;
             Ok(out)
         };
         let bias = match source.find(&format!("{name}.bias")) {
             Some(bias) => Some(Tensor::from_vec(floats(bias)?, n, &Device::Cpu)?),
             None => None,
         };
-        let config = QuantizationConfig { default: config.choices_for(&weight)?, ..config.clone() };
-        let config = BitLinearConfig { bias: bias.is_some(), config, ..BitLinearConfig::new(k, n) };
+        let config = QuantizationConfig {
+            default: config.choices_for(&weight)?,
+            ..config.clone()
+        };
+        let config = BitLinearConfig {
+            bias: bias.is_some(),
+            config,
+            ..BitLinearConfig::new(k, n)
+        };
         match &tensor.content {
-            Content::Quantized(q) => Self::from_matrix(&source.matrix(&tensor.name, q)?, bias, &config.config),
-            _ => Self::from_tensors(Tensor::from_vec(floats(tensor)?, (n, k), &Device::Cpu)?, bias, &config),
+            Content::Quantized(q) => {
+                Self::from_matrix(&source.matrix(&tensor.name, q)?, bias, &config.config)
+            }
+            _ => Self::from_tensors(
+                Tensor::from_vec(floats(tensor)?, (n, k), &Device::Cpu)?,
+                bias,
+                &config,
+            ),
         }
     }
 
@@ -322,13 +420,24 @@ impl BitLinear {
     ///
     /// # Errors
     /// What [`Matrix::validate`] finds; [`Error::Kernels`] for a matrix that has no product.
-    pub fn from_matrix(matrix: &Matrix, bias: Option<Tensor>, config: &QuantizationConfig) -> Result<Self> {
+    pub fn from_matrix(
+        matrix: &Matrix,
+        bias: Option<Tensor>,
+        config: &QuantizationConfig,
+    ) -> Result<Self> {
         matrix.validate()?;
         let (n, k) = (matrix.spec.rows, matrix.spec.cols);
-        let config = BitLinearConfig { config: config.clone(), ..BitLinearConfig::new(k, n) };
+        let config = BitLinearConfig {
+            config: config.clone(),
+            ..BitLinearConfig::new(k, n)
+        };
         config.validate()?;
         if let Some(bias) = bias.as_ref().filter(|b| b.dims() != [n]) {
-            return Err(Error::input("bias", format!("shape [{n}]"), format!("{:?}", bias.dims())));
+            return Err(Error::input(
+                "bias",
+                format!("shape [{n}]"),
+                format!("{:?}", bias.dims()),
+            ));
         }
         let runtime = Runtime::of(&config.config.compute)?;
         let state = State::Packed(Arc::new(Packed::new(matrix, &runtime)?));
@@ -345,7 +454,8 @@ impl BitLinear {
         })
     }
 
-    /// Quantizes latent weights and lets go of them; from then on only the input gets a gradient. A packed layer stays as it is.
+    /// Quantizes latent weights and lets go of them; from then on only the input gets a gradient. A
+    /// packed layer stays as it is.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN, [`Error::Kernels`] for a scheme that has no product.
@@ -354,7 +464,11 @@ impl BitLinear {
             self.state = State::Packed(self.packed(weight)?);
             let frozen = |t: &mut Tensor| *t = t.detach();
             self.bias.iter_mut().for_each(frozen);
-            self.norm.iter_mut().flat_map(|n| [Some(&mut n.weight), n.bias.as_mut()]).flatten().for_each(frozen);
+            self.norm
+                .iter_mut()
+                .flat_map(|n| [Some(&mut n.weight), n.bias.as_mut()])
+                .flatten()
+                .for_each(frozen);
             *self.cache.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         }
         Ok(())
@@ -367,7 +481,8 @@ impl BitLinear {
     pub fn unpack(&mut self) -> Result<()> {
         if let State::Packed(packed) = &self.state {
             let floats = packed.unpack(&self.runtime)?.dequantize();
-            let weight = Tensor::from_vec(floats, (self.out_features, self.in_features), &Device::Cpu)?;
+            let weight =
+                Tensor::from_vec(floats, (self.out_features, self.in_features), &Device::Cpu)?;
             self.state = State::Latent(Var::from_tensor(&weight)?.as_tensor().clone());
         }
         Ok(())
@@ -399,7 +514,10 @@ impl BitLinear {
 
     fn quantize(&self, weight: &Tensor) -> Result<Matrix> {
         let (shape, kernels) = (matrix_shape(weight)?, self.runtime.machine.kernels);
-        with_floats(weight, |w| self.runtime.install(|| matrix::quantize(kernels, w, shape, &self.scheme, None)))
+        with_floats(weight, |w| {
+            self.runtime
+                .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))
+        })
     }
 
     /// Latent weights packed: from the cache if they are those that are in it.
@@ -419,15 +537,28 @@ impl BitLinear {
     /// # Errors
     /// [`Error::Input`] for weights on another device.
     pub fn is_cached(&self) -> Result<bool> {
-        let State::Latent(weight) = &self.state else { return Ok(false) };
+        let State::Latent(weight) = &self.state else {
+            return Ok(false);
+        };
         let checksum = with_floats(weight, |w| Ok(checksum(w)))?;
-        Ok(self.cache.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|(of, _)| *of == checksum))
+        Ok(self
+            .cache
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .is_some_and(|(of, _)| *of == checksum))
     }
 
     /// The norm in candle's operations.
     fn normed(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(norm) = &self.norm else { return Ok(x.clone()) };
-        let centred = if norm.kind == SubNorm::Layer { x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)? } else { x.clone() };
+        let Some(norm) = &self.norm else {
+            return Ok(x.clone());
+        };
+        let centred = if norm.kind == SubNorm::Layer {
+            x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?
+        } else {
+            x.clone()
+        };
         let power = (centred.sqr()?.mean_keepdim(D::Minus1)? + norm.eps)?.sqrt()?;
         let x = centred.broadcast_div(&power)?.broadcast_mul(&norm.weight)?;
         Ok(match &norm.bias {
@@ -436,7 +567,8 @@ impl BitLinear {
         })
     }
 
-    /// The formula as a part of a graph: in floats for latent weights, which then get a gradient, in integers for packed ones.
+    /// The formula as a part of a graph: in floats for latent weights, which then get a gradient,
+    /// in integers for packed ones.
     fn differentiable(&self, x: &Tensor) -> Result<Tensor> {
         let x = self.normed(x)?;
         let y = match &self.state {
@@ -445,16 +577,25 @@ impl BitLinear {
                     Some(method) => FakeActivations(method).apply(&x)?,
                     None => x,
                 };
-                let weight = FakeWeights { scheme: self.scheme, kernels: self.runtime.machine.kernels }.apply(weight)?;
+                let weight = FakeWeights {
+                    scheme: self.scheme,
+                    kernels: self.runtime.machine.kernels,
+                }
+                .apply(weight)?;
                 let weight = weight.to_dtype(x.dtype())?;
                 let (tokens, k) = token_shape(&x)?;
                 let mut shape = x.dims().to_vec();
                 shape.splice(shape.len() - 1.., [self.out_features]);
-                x.reshape((tokens, k))?.matmul(&weight.t()?)?.reshape(shape)?
+                x.reshape((tokens, k))?
+                    .matmul(&weight.t()?)?
+                    .reshape(shape)?
             }
-            State::Packed(packed) => {
-                PackedProduct { packed: packed.clone(), runtime: self.runtime.clone(), activations: self.activations }.apply(&x)?
+            State::Packed(packed) => PackedProduct {
+                packed: packed.clone(),
+                runtime: self.runtime.clone(),
+                activations: self.activations,
             }
+            .apply(&x)?,
         };
         match &self.bias {
             Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
@@ -462,18 +603,23 @@ impl BitLinear {
         }
     }
 
-    /// The formula in integers (in floats where activations stay floats). With quantized activations all but the output is pooled memory.
+    /// The formula in integers (in floats where activations stay floats). With quantized
+    /// activations all but the output is pooled memory.
     fn integer(&self, x: &Tensor, packed: &Packed) -> Result<Tensor> {
         let (tokens, k) = token_shape(x)?;
         let (n, runtime) = (self.out_features, &*self.runtime);
         let mut out = vec![0.0; tokens * n];
         with_floats(x, |x| match &self.norm {
-            None => self.with_bias(|bias| packed.product(runtime, x, self.activations, bias, &mut out)),
+            None => {
+                self.with_bias(|bias| packed.product(runtime, x, self.activations, bias, &mut out))
+            }
             Some(norm) => {
                 let mut normed = runtime.memory.take(x.len());
                 normed.copy_from_slice(x);
                 norm.apply(&mut normed, k)?;
-                self.with_bias(|bias| packed.product(runtime, &normed, self.activations, bias, &mut out))
+                self.with_bias(|bias| {
+                    packed.product(runtime, &normed, self.activations, bias, &mut out)
+                })
             }
         })?;
         let y = match x.dims() {
@@ -481,9 +627,19 @@ impl BitLinear {
             [a, _] => Tensor::from_vec(out, (*a, n), &Device::Cpu)?,
             [a, b, _] => Tensor::from_vec(out, (*a, *b, n), &Device::Cpu)?,
             [rest @ .., _] => Tensor::from_vec(out, [rest, &[n]].concat(), &Device::Cpu)?,
-            [] => return Err(Error::input("activations", "at least 1 dimension", "a scalar")),
+            [] => {
+                return Err(Error::input(
+                    "activations",
+                    "at least 1 dimension",
+                    "a scalar",
+                ));
+            }
         };
-        if x.dtype() == DType::F32 { Ok(y) } else { Ok(y.to_dtype(x.dtype())?) }
+        if x.dtype() == DType::F32 {
+            Ok(y)
+        } else {
+            Ok(y.to_dtype(x.dtype())?)
+        }
     }
 
     fn with_bias<T>(&self, f: impl FnOnce(Option<&[f32]>) -> Result<T>) -> Result<T> {
@@ -498,7 +654,11 @@ impl BitLinear {
         not_empty(x)?;
         let (_, k) = token_shape(x)?;
         if k != self.in_features {
-            return Err(Error::input("input", format!("{} features", self.in_features), format!("shape {:?}", x.dims())));
+            return Err(Error::input(
+                "input",
+                format!("{} features", self.in_features),
+                format!("shape {:?}", x.dims()),
+            ));
         }
         match &self.state {
             _ if train => self.differentiable(x),
@@ -507,9 +667,15 @@ impl BitLinear {
         }
     }
 
-    /// Bytes of the weights as they are held: latent floats and their packed form, or the packed form alone.
+    /// Bytes of the weights as they are held: latent floats and their packed form, or the packed
+    /// form alone.
     pub fn memory_footprint(&self) -> usize {
-        let cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |(_, packed)| packed.bytes());
+        let cached = self
+            .cache
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map_or(0, |(_, packed)| packed.bytes());
         match &self.state {
             State::Latent(weight) => weight.elem_count() * weight.dtype().size_in_bytes() + cached,
             State::Packed(packed) => packed.bytes(),
@@ -518,7 +684,10 @@ impl BitLinear {
 
     /// How much smaller than f32 weights they are, in percent: from the buffers that are there.
     pub fn memory_reduction_percentage(&self) -> f64 {
-        100.0 * (1.0 - self.memory_footprint() as f64 / (4 * self.in_features * self.out_features) as f64)
+        100.0
+            * (1.0
+                - self.memory_footprint() as f64
+                    / (4 * self.in_features * self.out_features) as f64)
     }
 
     /// The spec of the weights that this layer computes with.
@@ -532,7 +701,8 @@ impl BitLinear {
         }
     }
 
-    /// Times this layer, packed, and candle's f32 [`Linear`] with the same weights on a batch of `tokens`, turn by turn.
+    /// Times this layer, packed, and candle's f32 [`Linear`] with the same weights on a batch of
+    /// `tokens`, turn by turn.
     ///
     /// # Errors
     /// As a forward pass.
@@ -540,8 +710,18 @@ impl BitLinear {
         const TURNS: usize = 9;
         let x = Tensor::randn(0f32, 1f32, (tokens, self.in_features), &Device::Cpu)?;
         not_empty(&x)?;
-        let weight = Tensor::from_vec(self.quantized_weights()?.dequantize(), (self.out_features, self.in_features), &Device::Cpu)?;
-        let linear = Linear::new(weight, self.bias.as_ref().map(|b| b.to_dtype(DType::F32)).transpose()?);
+        let weight = Tensor::from_vec(
+            self.quantized_weights()?.dequantize(),
+            (self.out_features, self.in_features),
+            &Device::Cpu,
+        )?;
+        let linear = Linear::new(
+            weight,
+            self.bias
+                .as_ref()
+                .map(|b| b.to_dtype(DType::F32))
+                .transpose()?,
+        );
         let packed = match &self.state {
             State::Latent(weight) => self.packed(weight)?,
             State::Packed(packed) => packed.clone(),
@@ -557,7 +737,10 @@ impl BitLinear {
             let pair = [time(&ours)?, time(&theirs)?];
             // The first turn warms caches and pools.
             if turn > 0 {
-                times.iter_mut().zip(pair).for_each(|(all, one)| all.push(one));
+                times
+                    .iter_mut()
+                    .zip(pair)
+                    .for_each(|(all, one)| all.push(one));
             }
         }
         let [bitlinear, linear] = times.map(|mut all| {
@@ -589,20 +772,25 @@ impl Norm {
     fn apply(&self, x: &mut [f32], k: usize) -> Result<()> {
         with_floats(&self.weight, |gain| {
             for row in x.chunks_mut(k) {
-                let mean = |f: &dyn Fn(f32) -> f64, row: &[f32]| row.iter().map(|&x| f(x)).sum::<f64>() / k as f64;
+                let mean = |f: &dyn Fn(f32) -> f64, row: &[f32]| {
+                    row.iter().map(|&x| f(x)).sum::<f64>() / k as f64
+                };
                 if self.kind == SubNorm::Layer {
                     let centre = mean(&f64::from, row) as f32;
                     row.iter_mut().for_each(|x| *x -= centre);
                 }
                 let power = (mean(&|x| f64::from(x).powi(2), row) + self.eps).sqrt() as f32;
-                row.iter_mut().zip(gain).for_each(|(x, g)| *x = *x / power * g);
+                row.iter_mut()
+                    .zip(gain)
+                    .for_each(|(x, g)| *x = *x / power * g);
             }
             Ok(())
         })?;
         match &self.bias {
             None => Ok(()),
             Some(bias) => with_floats(bias, |bias| {
-                x.chunks_mut(k).for_each(|row| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
+                x.chunks_mut(k)
+                    .for_each(|row| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
                 Ok(())
             }),
         }
@@ -614,7 +802,10 @@ fn checksum(w: &[f32]) -> u128 {
     let mut hash = Xxh3::new();
     let mut bytes = [0; 4096];
     for part in w.chunks(bytes.len() / 4) {
-        bytes.chunks_exact_mut(4).zip(part).for_each(|(b, w)| b.copy_from_slice(&w.to_le_bytes()));
+        bytes
+            .chunks_exact_mut(4)
+            .zip(part)
+            .for_each(|(b, w)| b.copy_from_slice(&w.to_le_bytes()));
         hash.update(&bytes[..4 * part.len()]);
     }
     hash.digest128()
@@ -623,8 +814,15 @@ fn checksum(w: &[f32]) -> u128 {
 /// A forward pass: part of the graph if input, weights, bias or norm are; else in integers.
 impl Module for BitLinear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let norm = self.norm.iter().flat_map(|n| [Some(&n.weight), n.bias.as_ref()]);
-        let graph = [Some(x), self.weight(), self.bias()].into_iter().chain(norm).flatten().any(Tensor::track_op);
+        let norm = self
+            .norm
+            .iter()
+            .flat_map(|n| [Some(&n.weight), n.bias.as_ref()]);
+        let graph = [Some(x), self.weight(), self.bias()]
+            .into_iter()
+            .chain(norm)
+            .flatten()
+            .any(Tensor::track_op);
         self.run(x, graph).map_err(candle)
     }
 }
@@ -637,7 +835,8 @@ fn candle(error: Error) -> candle_core::Error {
 }
 
 impl BitLinear {
-    /// As a part of the graph where `train`, else apart from it, in integers, even if the weights are variables.
+    /// As a part of the graph where `train`, else apart from it, in integers, even if the weights
+    /// are variables.
     ///
     /// # Errors
     /// [`Error::Input`] for another number of features, device or type.

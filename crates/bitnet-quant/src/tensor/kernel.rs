@@ -21,7 +21,10 @@ impl Scratch {
     }
 
     fn put(&self, activations: matmul::Activations) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(activations);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(activations);
     }
 }
 
@@ -39,7 +42,12 @@ impl Packed {
     /// [`crate::Error::Kernels`] for a matrix that has no product.
     pub(crate) fn new(matrix: &Matrix, runtime: &Runtime) -> Result<Self> {
         let weights = Prepacked::new(matrix, &runtime.pool)?;
-        Ok(Self { spec: matrix.spec.clone(), scales: matrix.scales.clone(), zero_points: matrix.zero_points.clone(), weights })
+        Ok(Self {
+            spec: matrix.spec.clone(),
+            scales: matrix.scales.clone(),
+            zero_points: matrix.zero_points.clone(),
+            weights,
+        })
     }
 
     /// From the bytes of a layout.
@@ -47,11 +55,36 @@ impl Packed {
     /// # Errors
     /// As [`Packed::new`].
     #[cfg(feature = "qat")]
-    pub(crate) fn from_wire(packed: &stream::Packed, layout: &dyn Layout, runtime: &Runtime) -> Result<Self> {
-        let stream::Packed { spec, bytes, scales, zero_points } = packed;
-        let parts = matmul::Parts { spec, scales, zero_points };
-        let weights = Prepacked::from_wire(&runtime.machine.kernels, &runtime.pool, layout, parts, bytes, matmul::Stream::TwoBit)?;
-        Ok(Self { spec: spec.clone(), scales: scales.clone(), zero_points: zero_points.clone(), weights })
+    pub(crate) fn from_wire(
+        packed: &stream::Packed,
+        layout: &dyn Layout,
+        runtime: &Runtime,
+    ) -> Result<Self> {
+        let stream::Packed {
+            spec,
+            bytes,
+            scales,
+            zero_points,
+        } = packed;
+        let parts = matmul::Parts {
+            spec,
+            scales,
+            zero_points,
+        };
+        let weights = Prepacked::from_wire(
+            &runtime.machine.kernels,
+            &runtime.pool,
+            layout,
+            parts,
+            bytes,
+            matmul::Stream::TwoBit,
+        )?;
+        Ok(Self {
+            spec: spec.clone(),
+            scales: scales.clone(),
+            zero_points: zero_points.clone(),
+            weights,
+        })
     }
 
     pub(crate) fn spec(&self) -> &MatrixSpec {
@@ -63,7 +96,8 @@ impl Packed {
         self.weights.memory() + size_of_val(&self.scales[..]) + size_of_val(&self.zero_points[..])
     }
 
-    /// `out = x̂ · Ŵᵀ + bias`, x of `[M, K]` and out of `[M, N]`, with x quantized as said. Floats go with ternary weights of one plane only.
+    /// `out = x̂ · Ŵᵀ + bias`, x of `[M, K]` and out of `[M, N]`, with x quantized as said. Floats
+    /// go with ternary weights of one plane only.
     pub(crate) fn product(
         &self,
         runtime: &Runtime,
@@ -89,7 +123,8 @@ impl Packed {
         Ok(done?)
     }
 
-    /// The values again, by the product with the identity matrix: sums of `value − zero point`, if that is an integer.
+    /// The values again, by the product with the identity matrix: sums of `value − zero point`, if
+    /// that is an integer.
     pub(crate) fn unpack(&self, runtime: &Runtime) -> Result<Matrix> {
         const TOKENS: usize = 64;
         let spec = &self.spec;
@@ -100,20 +135,31 @@ impl Packed {
             let tokens = TOKENS.min(cols - first);
             let mut one_hot = vec![0i8; tokens * cols];
             (0..tokens).for_each(|t| one_hot[t * cols + first + t] = 1);
-            let acts = matmul::Activations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
+            let acts =
+                matmul::Activations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
             let sums = &mut sums[..spec.planes * tokens * rows];
-            runtime.machine.kernels.matmul_sums(&runtime.pool, &self.weights, &acts, sums);
+            runtime
+                .machine
+                .kernels
+                .matmul_sums(&runtime.pool, &self.weights, &acts, sums);
             for (i, sums) in sums.chunks(rows).enumerate() {
                 let (plane, col) = (i / tokens, first + i % tokens);
                 for (row, &sum) in sums.iter().enumerate() {
                     let zero = match spec.zero_points {
-                        ZeroPoints::I8 => self.zero_points[spec.scale_index(plane, row, col)] as i32,
+                        ZeroPoints::I8 => {
+                            self.zero_points[spec.scale_index(plane, row, col)] as i32
+                        }
                         ZeroPoints::None | ZeroPoints::F32 => 0,
                     };
                     values[(plane * rows + row) * cols + col] = (sum + zero) as i8;
                 }
             }
         }
-        Ok(Matrix { spec: spec.clone(), values, scales: self.scales.clone(), zero_points: self.zero_points.clone() })
+        Ok(Matrix {
+            spec: spec.clone(),
+            values,
+            scales: self.scales.clone(),
+            zero_points: self.zero_points.clone(),
+        })
     }
 }

@@ -1,4 +1,5 @@
-//! Mixed precision on tensors: layers with kinds, precision raised where quality asks for it, and the search of [`crate::search`].
+//! Mixed precision on tensors: layers with kinds, precision raised where quality asks for it, and
+//! the search of [`crate::search`].
 
 use super::quantizer::{QuantizedTensor, layout_named, quantize_activations, quantize_tensor};
 use super::runtime::Runtime;
@@ -20,8 +21,8 @@ use std::sync::Arc;
 /// When the precision of a layer's weights is raised.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrecisionAdjustmentParams {
-    /// Least cosine similarity between weights and what is left of them. With the best scale it is `√(1 − error²)`, which fixes the SQNR that
-    /// the [`PrecisionController`] asks for.
+    /// Least cosine similarity between weights and what is left of them. With the best scale it is
+    /// `√(1 − error²)`, which fixes the SQNR that the [`PrecisionController`] asks for.
     pub accuracy_threshold: f32,
     /// Precision is not raised beyond this share of the memory.
     pub memory_pressure_threshold: f32,
@@ -31,7 +32,11 @@ pub struct PrecisionAdjustmentParams {
 
 impl Default for PrecisionAdjustmentParams {
     fn default() -> Self {
-        Self { accuracy_threshold: 0.95, memory_pressure_threshold: 0.8, memory_budget: None }
+        Self {
+            accuracy_threshold: 0.95,
+            memory_pressure_threshold: 0.8,
+            memory_budget: None,
+        }
     }
 }
 
@@ -47,12 +52,18 @@ pub struct MixedPrecisionQuantizationConfig {
 impl MixedPrecisionQuantizationConfig {
     /// b1.58 where a layer's kind allows it.
     pub fn bitnet() -> Self {
-        Self { config: QuantizationConfig::bitnet_158(), adjustment: None }
+        Self {
+            config: QuantizationConfig::bitnet_158(),
+            adjustment: None,
+        }
     }
 
     /// The same with adjustment.
     pub fn with_auto_adjustment(self, adjustment: PrecisionAdjustmentParams) -> Self {
-        Self { adjustment: Some(adjustment), ..self }
+        Self {
+            adjustment: Some(adjustment),
+            ..self
+        }
     }
 }
 
@@ -75,7 +86,8 @@ pub struct LayerQuantization {
     pub quantized_size_bytes: usize,
 }
 
-/// Quantizes registered layers, each at the precision of its kind, of its spec or of a rule, raised where that is too coarse.
+/// Quantizes registered layers, each at the precision of its kind, of its spec or of a rule, raised
+/// where that is too coarse.
 ///
 /// ```
 /// use bitnet_core::mixed_precision::{LayerPrecisionSpec, LayerType};
@@ -101,7 +113,10 @@ pub struct MixedPrecisionQuantizer {
 ///
 /// # Errors
 /// [`Error::Input`] for another device than the CPU; as [`MixedPrecisionQuantizer::new`].
-pub fn create_mixed_precision_quantizer(config: MixedPrecisionQuantizationConfig, device: Device) -> Result<MixedPrecisionQuantizer> {
+pub fn create_mixed_precision_quantizer(
+    config: MixedPrecisionQuantizationConfig,
+    device: Device,
+) -> Result<MixedPrecisionQuantizer> {
     check_device(&device)?;
     MixedPrecisionQuantizer::new(config)
 }
@@ -115,7 +130,10 @@ impl MixedPrecisionQuantizer {
         config.config.validate()?;
         if let Some(p) = config.adjustment {
             let mut wrong = vec![];
-            for (name, got) in [("accuracy_threshold", p.accuracy_threshold), ("memory_pressure_threshold", p.memory_pressure_threshold)] {
+            for (name, got) in [
+                ("accuracy_threshold", p.accuracy_threshold),
+                ("memory_pressure_threshold", p.memory_pressure_threshold),
+            ] {
                 if !(0.0..=1.0).contains(&got) {
                     wrong.push(format!("{name}: expected 0 to 1, got {got}"));
                 }
@@ -123,17 +141,27 @@ impl MixedPrecisionQuantizer {
             Error::unless_empty(wrong)?;
         }
         let runtime = Runtime::of(&config.config.compute)?;
-        Ok(Self { config, runtime, layers: BTreeMap::new(), sizes: BTreeMap::new() })
+        Ok(Self {
+            config,
+            runtime,
+            layers: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+        })
     }
 
     /// Makes a layer known.
     ///
     /// # Errors
-    /// [`Error::Core`] for shapes that do not fit one another, [`Error::Input`] for a name that is taken.
+    /// [`Error::Core`] for shapes that do not fit one another, [`Error::Input`] for a name that is
+    /// taken.
     pub fn register_layer(&mut self, layer: LayerPrecisionSpec) -> Result<()> {
         layer.validate()?;
         if self.layers.contains_key(&layer.layer_id) {
-            return Err(Error::input("layer", "a new name", format!("'{}' again", layer.layer_id)));
+            return Err(Error::input(
+                "layer",
+                "a new name",
+                format!("'{}' again", layer.layer_id),
+            ));
         }
         self.layers.insert(layer.layer_id.clone(), layer);
         Ok(())
@@ -142,8 +170,8 @@ impl MixedPrecisionQuantizer {
     /// Quantizes and packs the weights of a layer, and its activations `[…, K]` if there are any.
     ///
     /// # Errors
-    /// [`Error::Input`] for a layer that was not registered and for weights of another shape than its spec says; as
-    /// [`quantize_tensor`].
+    /// [`Error::Input`] for a layer that was not registered and for weights of another shape than
+    /// its spec says; as [`quantize_tensor`].
     pub fn quantize_layer(
         &mut self,
         layer_id: &str,
@@ -151,14 +179,23 @@ impl MixedPrecisionQuantizer {
         activations: Option<&Tensor>,
         bias: Option<&Tensor>,
     ) -> Result<LayerQuantization> {
-        let layer = self.layers.get(layer_id).ok_or_else(|| Error::input("layer", "a registered name", format!("'{layer_id}'")))?;
+        let layer = self
+            .layers
+            .get(layer_id)
+            .ok_or_else(|| Error::input("layer", "a registered name", format!("'{layer_id}'")))?;
         if weights.dims() != layer.weight_shape {
-            return Err(Error::input("weights", format!("shape {:?}", layer.weight_shape), format!("{:?}", weights.dims())));
+            return Err(Error::input(
+                "weights",
+                format!("shape {:?}", layer.weight_shape),
+                format!("{:?}", weights.dims()),
+            ));
         }
         let mut adjustments = vec![];
         let quantized = match self.precision(layer)? {
             None => None,
-            Some(precision) => Some(self.adjusted(layer_id, weights, precision, &mut adjustments)?),
+            Some(precision) => {
+                Some(self.adjusted(layer_id, weights, precision, &mut adjustments)?)
+            }
         };
         let method = match layer.precision(ComponentType::Activations) {
             Some(Precision::Binary) => Some(ActivationMethod::Sign),
@@ -167,15 +204,23 @@ impl MixedPrecisionQuantizer {
             None => None,
         };
         let acts = match (activations, method) {
-            (Some(x), Some(method)) => Some(quantize_activations(x, method, ActivationGranularity::Token)?),
+            (Some(x), Some(method)) => Some(quantize_activations(
+                x,
+                method,
+                ActivationGranularity::Token,
+            )?),
             _ => None,
         };
         let bytes = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-        let size = |q: &Option<QuantizedTensor>, t: Option<&Tensor>| q.as_ref().map_or(t.map_or(0, bytes), |q| q.memory_footprint());
+        let size = |q: &Option<QuantizedTensor>, t: Option<&Tensor>| {
+            q.as_ref()
+                .map_or(t.map_or(0, bytes), |q| q.memory_footprint())
+        };
         let weight_bytes = size(&quantized, Some(weights));
         let before = bytes(weights) + activations.map_or(0, bytes) + bias.map_or(0, bytes);
         let after = weight_bytes + size(&acts, activations) + bias.map_or(0, bytes);
-        self.sizes.insert(layer_id.into(), weight_bytes + bias.map_or(0, bytes));
+        self.sizes
+            .insert(layer_id.into(), weight_bytes + bias.map_or(0, bytes));
         Ok(LayerQuantization {
             weights: quantized,
             activations: acts,
@@ -197,21 +242,41 @@ impl MixedPrecisionQuantizer {
         if layer.weights.is_some() {
             return Ok(layer.weights);
         }
-        Ok(match self.config.config.rule_for(&layer.layer_id)?.and_then(|rule| rule.choices.precision) {
-            Some(Target::Quantized(precision)) => Some(precision),
-            Some(Target::Keep | Target::Float(_)) => None,
-            None => layer.precision(ComponentType::Weights),
-        })
+        Ok(
+            match self
+                .config
+                .config
+                .rule_for(&layer.layer_id)?
+                .and_then(|rule| rule.choices.precision)
+            {
+                Some(Target::Quantized(precision)) => Some(precision),
+                Some(Target::Keep | Target::Float(_)) => None,
+                None => layer.precision(ComponentType::Weights),
+            },
+        )
     }
 
-    fn quantize_at(&self, layer_id: &str, weights: &Tensor, precision: Precision) -> Result<QuantizedTensor> {
+    fn quantize_at(
+        &self,
+        layer_id: &str,
+        weights: &Tensor,
+        precision: Precision,
+    ) -> Result<QuantizedTensor> {
         let base = self.config.config.choices_for(layer_id)?;
-        let choices = Choices { precision: Some(Target::Quantized(precision)), ..Choices::default() }.over(&base);
-        let scheme = choices.plain_scheme()?.ok_or_else(|| Error::input("precision", "one that is quantized", choices.target()))?;
+        let choices = Choices {
+            precision: Some(Target::Quantized(precision)),
+            ..Choices::default()
+        }
+        .over(&base);
+        let scheme = choices
+            .plain_scheme()?
+            .ok_or_else(|| Error::input("precision", "one that is quantized", choices.target()))?;
         let mut quantized = quantize_tensor(&self.runtime, weights, &scheme, None)?;
         quantized.pack_with(match choices.layout.as_deref() {
             Some(name) => layout_named(name)?,
-            None => Some(pack::by_name(PackingConfig::bitnet().layout_for(precision))?),
+            None => Some(pack::by_name(
+                PackingConfig::bitnet().layout_for(precision),
+            )?),
         })?;
         Ok(quantized)
     }
@@ -224,16 +289,37 @@ impl MixedPrecisionQuantizer {
         adjustments: &mut Vec<PrecisionAdjustment>,
     ) -> Result<QuantizedTensor> {
         let mut quantized = self.quantize_at(layer_id, weights, precision)?;
-        let Some(params) = self.config.adjustment else { return Ok(quantized) };
-        let budget = params.memory_budget.or(self.runtime.machine.memory).unwrap_or(u64::MAX) as f64;
+        let Some(params) = self.config.adjustment else {
+            return Ok(quantized);
+        };
+        let budget = params
+            .memory_budget
+            .or(self.runtime.machine.memory)
+            .unwrap_or(u64::MAX) as f64;
         let room = budget * f64::from(params.memory_pressure_threshold);
-        let others: usize = self.sizes.iter().filter(|(id, _)| *id != layer_id).map(|(_, bytes)| bytes).sum();
-        let min_sqnr_db = (-10.0 * (1.0 - params.accuracy_threshold.powi(2)).max(1e-12).log10()).clamp(0.0, 119.0);
-        let control = PrecisionControlConfig { initial: precision, min_sqnr_db, max_sqnr_db: 120.0, patience: 1, ..Default::default() };
+        let others: usize = self
+            .sizes
+            .iter()
+            .filter(|(id, _)| *id != layer_id)
+            .map(|(_, bytes)| bytes)
+            .sum();
+        let min_sqnr_db = (-10.0 * (1.0 - params.accuracy_threshold.powi(2)).max(1e-12).log10())
+            .clamp(0.0, 119.0);
+        let control = PrecisionControlConfig {
+            initial: precision,
+            min_sqnr_db,
+            max_sqnr_db: 120.0,
+            patience: 1,
+            ..Default::default()
+        };
         let mut controller = PrecisionController::new(control)?;
-        while let Some(change) = controller.adjust_precision_dynamically(&quantized.stats(weights)?)? {
+        while let Some(change) =
+            controller.adjust_precision_dynamically(&quantized.stats(weights)?)?
+        {
             let finer = self.quantize_at(layer_id, weights, change.to_precision)?;
-            if change.to_precision.levels() < change.from_precision.levels() || (others + finer.memory_footprint()) as f64 > room {
+            if change.to_precision.levels() < change.from_precision.levels()
+                || (others + finer.memory_footprint()) as f64 > room
+            {
                 break;
             }
             quantized = finer;
@@ -242,8 +328,9 @@ impl MixedPrecisionQuantizer {
         Ok(quantized)
     }
 
-    /// The choice for each matrix that together reach the goal with the least error; see [`crate::search`]. With a calibration the error is
-    /// that of the outputs, and every matrix must be in it.
+    /// The choice for each matrix that together reach the goal with the least error; see
+    /// [`crate::search`]. With a calibration the error is that of the outputs, and every matrix
+    /// must be in it.
     ///
     /// ```
     /// use bitnet_quant::prelude::*;
@@ -256,8 +343,14 @@ impl MixedPrecisionQuantizer {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Recipe`] for a goal that cannot be reached, [`Error::NotCalibrated`]; as [`quantize_tensor`].
-    pub fn search(&self, layers: &[(&str, &Tensor)], goal: Search, calibration: Option<&Calibration>) -> Result<MixedPrecision> {
+    /// [`Error::Recipe`] for a goal that cannot be reached, [`Error::NotCalibrated`]; as
+    /// [`quantize_tensor`].
+    pub fn search(
+        &self,
+        layers: &[(&str, &Tensor)],
+        goal: Search,
+        calibration: Option<&Calibration>,
+    ) -> Result<MixedPrecision> {
         let mut wrong = vec![];
         goal.problems(&Choices::default(), &mut wrong);
         Error::unless_empty(wrong)?;
@@ -272,27 +365,49 @@ impl MixedPrecisionQuantizer {
                 self.runtime.install(|| {
                     let mut all = vec![];
                     for choices in &grid {
-                        let Some(scheme) = choices.plain_scheme()? else { continue };
+                        let Some(scheme) = choices.plain_scheme()? else {
+                            continue;
+                        };
                         let quantized = matrix::quantize(kernels, w, shape, &scheme, h.as_deref())?;
                         let spec = &quantized.spec;
-                        let layout = pack::by_name(PackingConfig::bitnet().layout_for(spec.precision))?;
-                        let zero = if spec.zero_points == ZeroPoints::None { 0 } else { 1 };
+                        let layout =
+                            pack::by_name(PackingConfig::bitnet().layout_for(spec.precision))?;
+                        let zero = if spec.zero_points == ZeroPoints::None {
+                            0
+                        } else {
+                            1
+                        };
                         let scales = spec.scales_len() * (spec.scale_dtype.bytes() + zero);
                         let bytes = (layout.packed_len(spec).bound() + scales) as u64;
                         let stats = matrix::measure(w, &quantized);
-                        let error = h.as_ref().map_or(stats.noise, |h| matrix::weighted_error(w, &quantized, h));
-                        all.push(Candidate { choices: choices.clone(), bytes, error, sqnr_db: stats.sqnr_db() });
+                        let error = h
+                            .as_ref()
+                            .map_or(stats.noise, |h| matrix::weighted_error(w, &quantized, h));
+                        all.push(Candidate {
+                            choices: choices.clone(),
+                            bytes,
+                            error,
+                            sqnr_db: stats.sqnr_db(),
+                        });
                     }
                     Ok(all)
                 })
             })?;
             tensors.push(measured);
         }
-        let budget = goal.target_bpw.map(|bits| (bits * weights as f64 / 8.0).floor() as u64);
+        let budget = goal
+            .target_bpw
+            .map(|bits| (bits * weights as f64 / 8.0).floor() as u64);
         let found = search::select(&tensors, budget, goal.min_sqnr)?;
         let choices = layers.iter().zip(tensors.iter().zip(&found.picks));
-        let choices = choices.map(|((name, _), (all, &pick))| (name.to_string(), all[pick].choices.clone())).collect();
-        Ok(MixedPrecision { choices, bytes: found.bytes, error: found.error })
+        let choices = choices
+            .map(|((name, _), (all, &pick))| (name.to_string(), all[pick].choices.clone()))
+            .collect();
+        Ok(MixedPrecision {
+            choices,
+            bytes: found.bytes,
+            error: found.error,
+        })
     }
 }
 

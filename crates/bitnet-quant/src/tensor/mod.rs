@@ -1,4 +1,5 @@
-//! The library on candle tensors: quantizers, BitLinear, calibration and mixed precision. CPU; f32, f16 and bf16; any strides.
+//! The library on candle tensors: quantizers, BitLinear, calibration and mixed precision. CPU; f32,
+//! f16 and bf16; any strides.
 
 pub mod bitlinear;
 pub(crate) mod kernel;
@@ -13,7 +14,8 @@ mod ste;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
-/// Calls `f` with the elements of `x` in row-major order as f32: in place where `x` is f32 without gaps, else from a converted copy.
+/// Calls `f` with the elements of `x` in row-major order as f32: in place where `x` is f32 without
+/// gaps, else from a converted copy.
 pub(crate) fn with_floats<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
     check_kind(x)?;
     let converted;
@@ -26,7 +28,11 @@ pub(crate) fn with_floats<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) ->
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) => f(&all[start..end]),
-        _ => Err(Error::input("tensor", "contiguous f32 on the CPU", format!("{:?}", x.device()))),
+        _ => Err(Error::input(
+            "tensor",
+            "contiguous f32 on the CPU",
+            format!("{:?}", x.device()),
+        )),
     }
 }
 
@@ -41,27 +47,52 @@ pub(crate) fn check_kind(x: &Tensor) -> Result<()> {
 
 /// Only the CPU computes.
 pub(crate) fn check_device(device: &Device) -> Result<()> {
-    if device.is_cpu() { Ok(()) } else { Err(Error::input("device", "the CPU", format!("{:?}", device.location()))) }
+    if device.is_cpu() {
+        Ok(())
+    } else {
+        Err(Error::input(
+            "device",
+            "the CPU",
+            format!("{:?}", device.location()),
+        ))
+    }
 }
 
-/// Rows and columns of a tensor as weights: a vector is one row, a convolution has a row for each output channel.
+/// Rows and columns of a tensor as weights: a vector is one row, a convolution has a row for each
+/// output channel.
 pub(crate) fn matrix_shape(x: &Tensor) -> Result<(usize, usize)> {
     match x.dims() {
         [n] => Ok((1, *n)),
         [n, rest @ ..] if rest.len() <= 3 => Ok((*n, rest.iter().product())),
-        dims => Err(Error::input("tensor", "1 to 4 dimensions", format!("shape {dims:?}"))),
+        dims => Err(Error::input(
+            "tensor",
+            "1 to 4 dimensions",
+            format!("shape {dims:?}"),
+        )),
     }
 }
 
 /// Rows and columns of a tensor as activations: the last dimension is one token.
 pub(crate) fn token_shape(x: &Tensor) -> Result<(usize, usize)> {
     match x.dims() {
-        [] => Err(Error::input("activations", "at least 1 dimension", "a scalar")),
+        [] => Err(Error::input(
+            "activations",
+            "at least 1 dimension",
+            "a scalar",
+        )),
         [rest @ .., k] => Ok((rest.iter().product(), *k)),
     }
 }
 
 /// Refuses tensors without elements.
 pub(crate) fn not_empty(x: &Tensor) -> Result<()> {
-    if x.elem_count() > 0 { Ok(()) } else { Err(Error::input("tensor", "at least 1 element", format!("shape {:?}", x.dims()))) }
+    if x.elem_count() > 0 {
+        Ok(())
+    } else {
+        Err(Error::input(
+            "tensor",
+            "at least 1 element",
+            format!("shape {:?}", x.dims()),
+        ))
+    }
 }

@@ -40,7 +40,11 @@ pub struct Observed<M> {
 impl<M> Observed<M> {
     /// `inner`, observed under the name of its weights.
     pub fn new(name: impl Into<String>, inner: M, calibration: Arc<Mutex<Calibration>>) -> Self {
-        Self { name: name.into(), inner, calibration }
+        Self {
+            name: name.into(),
+            inner,
+            calibration,
+        }
     }
 
     /// The module inside.
@@ -51,7 +55,11 @@ impl<M> Observed<M> {
 
 impl<M: Module> Module for Observed<M> {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let observed = self.calibration.lock().unwrap_or_else(PoisonError::into_inner).observe_tensor(&self.name, x);
+        let observed = self
+            .calibration
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .observe_tensor(&self.name, x);
         observed.map_err(candle_core::Error::wrap)?;
         self.inner.forward(x)
     }

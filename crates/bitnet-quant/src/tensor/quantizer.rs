@@ -3,7 +3,9 @@
 use super::runtime::Runtime;
 use super::{check_device, matrix_shape, not_empty, token_shape, with_floats};
 use crate::config::{Compute, QuantizationConfig};
-use crate::control::{PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats};
+use crate::control::{
+    PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats,
+};
 use crate::matrix;
 use crate::names::{QuantizationPrecision, QuantizationSchemeConfig};
 use crate::{Error, Result};
@@ -49,14 +51,23 @@ impl QuantizedTensor {
     /// A matrix as a tensor of `shape`, which came from elements of `dtype`.
     ///
     /// # Errors
-    /// [`Error::Input`] if matrix and shape have other numbers of elements, or what [`Matrix::validate`] finds.
+    /// [`Error::Input`] if matrix and shape have other numbers of elements, or what
+    /// [`Matrix::validate`] finds.
     pub fn from_matrix(matrix: Matrix, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
         let shape = shape.into();
         matrix.validate()?;
         if matrix.spec.weights_len() != shape.elem_count() {
-            return Err(Error::input("matrix", format!("{} elements for {shape:?}", shape.elem_count()), matrix.spec.weights_len()));
+            return Err(Error::input(
+                "matrix",
+                format!("{} elements for {shape:?}", shape.elem_count()),
+                matrix.spec.weights_len(),
+            ));
         }
-        Ok(Self { shape, dtype, stored: Stored::Values(matrix) })
+        Ok(Self {
+            shape,
+            dtype,
+            stored: Stored::Values(matrix),
+        })
     }
 
     /// Shape, which is that of the original.
@@ -120,11 +131,16 @@ impl QuantizedTensor {
     /// # Errors
     /// As [`QuantizedTensor::matrix`].
     pub fn dequantize(&self) -> Result<Tensor> {
-        let floats = Tensor::from_vec(self.matrix()?.dequantize(), self.shape.clone(), &Device::Cpu)?;
+        let floats = Tensor::from_vec(
+            self.matrix()?.dequantize(),
+            self.shape.clone(),
+            &Device::Cpu,
+        )?;
         Ok(floats.to_dtype(self.dtype)?)
     }
 
-    /// [`QuantizedTensor::dequantize`] under the name that goes with [`QuantizedTensor::pack_weights`].
+    /// [`QuantizedTensor::dequantize`] under the name that goes with
+    /// [`QuantizedTensor::pack_weights`].
     ///
     /// # Errors
     /// As there.
@@ -142,7 +158,8 @@ impl QuantizedTensor {
 
     /// Bytes of the original by [`QuantizedTensor::memory_footprint`].
     pub fn compression_ratio(&self) -> f32 {
-        (self.shape.elem_count() * self.dtype.size_in_bytes()) as f32 / self.memory_footprint() as f32
+        (self.shape.elem_count() * self.dtype.size_in_bytes()) as f32
+            / self.memory_footprint() as f32
     }
 
     /// What was lost against `original`, and what was gained.
@@ -151,10 +168,16 @@ impl QuantizedTensor {
     /// [`Error::Input`] for another shape, [`Error::Core`] for NaN.
     pub fn stats(&self, original: &Tensor) -> Result<QuantizationStats> {
         if original.shape() != &self.shape {
-            return Err(Error::input("original", format!("shape {:?}", self.shape), format!("{:?}", original.shape())));
+            return Err(Error::input(
+                "original",
+                format!("shape {:?}", self.shape),
+                format!("{:?}", original.shape()),
+            ));
         }
         let matrix = self.matrix()?;
-        let mean = |x: &[f32]| (x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len().max(1) as f64) as f32;
+        let mean = |x: &[f32]| {
+            (x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len().max(1) as f64) as f32
+        };
         with_floats(original, |x| {
             let moments = crate::rows::moments(bitnet_kernels::Kernels::detect(), x)?;
             Ok(QuantizationStats {
@@ -172,12 +195,20 @@ impl QuantizedTensor {
 
 /// `√(Σ(x − x̂)² / Σx²)`; 0 where nothing is lost.
 fn relative_error(error: &ErrorStats) -> f32 {
-    if error.noise == 0.0 { 0.0 } else { (error.noise / error.signal).sqrt() as f32 }
+    if error.noise == 0.0 {
+        0.0
+    } else {
+        (error.noise / error.signal).sqrt() as f32
+    }
 }
 
 /// The layout of that name, or `None` for `auto`.
 pub(super) fn layout_named(name: &str) -> Result<Option<&'static dyn Layout>> {
-    if name == AUTO { Ok(None) } else { Ok(Some(pack::by_name(name)?)) }
+    if name == AUTO {
+        Ok(None)
+    } else {
+        Ok(Some(pack::by_name(name)?))
+    }
 }
 
 /// Turns tensors into low-bit tensors. Implement it for a method of your own.
@@ -245,10 +276,14 @@ impl BitNetQuantizer {
         })
     }
 
-    /// With the importance of input channels: for weights of a name that was observed, rules that can weigh errors weigh them by it.
+    /// With the importance of input channels: for weights of a name that was observed, rules that
+    /// can weigh errors weigh them by it.
     #[cfg(feature = "calibration")]
     pub fn with_calibration(self, calibration: Arc<crate::calibration::Calibration>) -> Self {
-        Self { calibration: Some(calibration), ..self }
+        Self {
+            calibration: Some(calibration),
+            ..self
+        }
     }
 
     /// The configuration.
@@ -258,7 +293,11 @@ impl BitNetQuantizer {
 
     #[cfg(feature = "calibration")]
     fn importance(&self, name: &str) -> Option<Vec<f32>> {
-        self.calibration.as_ref()?.layers.get(name).map(|l| l.second_moments())
+        self.calibration
+            .as_ref()?
+            .layers
+            .get(name)
+            .map(|l| l.second_moments())
     }
 
     #[cfg(not(feature = "calibration"))]
@@ -266,12 +305,18 @@ impl BitNetQuantizer {
         None
     }
 
-    /// b1.58: ternary absmean with one scale, whatever the configuration says. The values and the scale.
+    /// b1.58: ternary absmean with one scale, whatever the configuration says. The values and the
+    /// scale.
     ///
     /// # Errors
     /// As [`quantize_tensor`].
     pub fn quantize_weights_absmean(&self, weights: &Tensor) -> Result<(QuantizedTensor, f32)> {
-        let quantized = quantize_tensor(&self.runtime, weights, &Scheme::ternary(Threshold::Absmean), None)?;
+        let quantized = quantize_tensor(
+            &self.runtime,
+            weights,
+            &Scheme::ternary(Threshold::Absmean),
+            None,
+        )?;
         let scale = quantized.matrix()?.single_scale()?;
         Ok((quantized, scale))
     }
@@ -282,7 +327,8 @@ impl BitNetQuantizer {
     /// [`Error::Input`] if they are to stay float; as [`quantize_activations`].
     pub fn quantize_activations(&self, x: &Tensor) -> Result<QuantizedTensor> {
         let method = self.config.activations.unwrap_or_default().method();
-        let method = method.ok_or_else(|| Error::input("activations", "int8, int4 or sign", "float"))?;
+        let method =
+            method.ok_or_else(|| Error::input("activations", "int8, int4 or sign", "float"))?;
         quantize_activations(x, method, ActivationGranularity::Token)
     }
 
@@ -313,10 +359,16 @@ impl WeightQuantizer for BitNetQuantizer {
     fn quantize_weights(&self, name: &str, weights: &Tensor) -> Result<QuantizedTensor> {
         let choices = self.config.choices_for(name)?;
         let scheme = choices.plain_scheme()?;
-        let scheme =
-            scheme.ok_or_else(|| Error::input("precision", "one that is quantized", format!("{} for '{name}'", choices.target())))?;
+        let scheme = scheme.ok_or_else(|| {
+            Error::input(
+                "precision",
+                "one that is quantized",
+                format!("{} for '{name}'", choices.target()),
+            )
+        })?;
         let importance = self.importance(name);
-        let mut quantized = quantize_tensor(&self.runtime, weights, &scheme, importance.as_deref())?;
+        let mut quantized =
+            quantize_tensor(&self.runtime, weights, &scheme, importance.as_deref())?;
         if let Some(layout) = &choices.layout {
             quantized.pack_with(layout_named(layout)?)?;
         }
@@ -324,28 +376,53 @@ impl WeightQuantizer for BitNetQuantizer {
     }
 }
 
-/// Quantizes a tensor of 1 to 4 dimensions by a scheme; rows are output features, all other dimensions columns.
+/// Quantizes a tensor of 1 to 4 dimensions by a scheme; rows are output features, all other
+/// dimensions columns.
 ///
 /// `importance` has one number for each column and counts where the scheme can weigh errors.
 ///
 /// # Errors
-/// [`Error::Input`] for another device, type or shape; [`Error::Core`] with the position for NaN or infinity, and for what the scheme cannot be.
-pub fn quantize_tensor(runtime: &Runtime, x: &Tensor, scheme: &Scheme, importance: Option<&[f32]>) -> Result<QuantizedTensor> {
+/// [`Error::Input`] for another device, type or shape; [`Error::Core`] with the position for NaN or
+/// infinity, and for what the scheme cannot be.
+pub fn quantize_tensor(
+    runtime: &Runtime,
+    x: &Tensor,
+    scheme: &Scheme,
+    importance: Option<&[f32]>,
+) -> Result<QuantizedTensor> {
     let shape = matrix_shape(x)?;
     not_empty(x)?;
     let kernels = runtime.machine.kernels;
-    let matrix = with_floats(x, |w| runtime.install(|| matrix::quantize(kernels, w, shape, scheme, importance)))?;
-    Ok(QuantizedTensor { shape: x.shape().clone(), dtype: x.dtype(), stored: Stored::Values(matrix) })
+    let matrix = with_floats(x, |w| {
+        runtime.install(|| matrix::quantize(kernels, w, shape, scheme, importance))
+    })?;
+    Ok(QuantizedTensor {
+        shape: x.shape().clone(),
+        dtype: x.dtype(),
+        stored: Stored::Values(matrix),
+    })
 }
 
 /// Quantizes activations `[…, K]`.
 ///
 /// # Errors
 /// As [`quantize_tensor`].
-pub fn quantize_activations(x: &Tensor, method: ActivationMethod, granularity: ActivationGranularity) -> Result<QuantizedTensor> {
+pub fn quantize_activations(
+    x: &Tensor,
+    method: ActivationMethod,
+    granularity: ActivationGranularity,
+) -> Result<QuantizedTensor> {
     let (rows, cols) = token_shape(x)?;
     not_empty(x)?;
-    let q = with_floats(x, |x| Ok(activation::quantize(x, cols, method, granularity, Rounding::HalfEven)?))?;
+    let q = with_floats(x, |x| {
+        Ok(activation::quantize(
+            x,
+            cols,
+            method,
+            granularity,
+            Rounding::HalfEven,
+        )?)
+    })?;
     let precision = match method {
         ActivationMethod::Int8 => Precision::Int8,
         ActivationMethod::Int4 => Precision::Int4,
@@ -356,8 +433,17 @@ pub fn quantize_activations(x: &Tensor, method: ActivationMethod, granularity: A
         ActivationGranularity::Tensor => Granularity::Tensor,
     };
     let spec = MatrixSpec::new(rows, cols, precision, granularity);
-    let matrix = Matrix { spec, values: q.values, scales: q.scales, zero_points: vec![] };
-    Ok(QuantizedTensor { shape: x.shape().clone(), dtype: x.dtype(), stored: Stored::Values(matrix) })
+    let matrix = Matrix {
+        spec,
+        values: q.values,
+        scales: q.scales,
+        zero_points: vec![],
+    };
+    Ok(QuantizedTensor {
+        shape: x.shape().clone(),
+        dtype: x.dtype(),
+        stored: Stored::Values(matrix),
+    })
 }
 
 /// b1.58 weights: `s = mean|W|`, `q = clip(round(W / s), −1, 1)`, one scale for the tensor.
@@ -366,16 +452,28 @@ pub fn quantize_activations(x: &Tensor, method: ActivationMethod, granularity: A
 /// As [`quantize_tensor`].
 pub fn absmean_quantize_weights(weights: &Tensor, device: &Device) -> Result<QuantizedTensor> {
     check_device(device)?;
-    quantize_tensor(&*Runtime::of(&Compute::default())?, weights, &Scheme::ternary(Threshold::Absmean), None)
+    quantize_tensor(
+        &*Runtime::of(&Compute::default())?,
+        weights,
+        &Scheme::ternary(Threshold::Absmean),
+        None,
+    )
 }
 
 /// b1.58 activations: `q = clip(round(127·x / max|x|), −128, 127)`, one scale for each token.
 ///
 /// # Errors
 /// As [`quantize_activations`].
-pub fn absmax_quantize_activations(activations: &Tensor, device: &Device) -> Result<QuantizedTensor> {
+pub fn absmax_quantize_activations(
+    activations: &Tensor,
+    device: &Device,
+) -> Result<QuantizedTensor> {
     check_device(device)?;
-    quantize_activations(activations, ActivationMethod::Int8, ActivationGranularity::Token)
+    quantize_activations(
+        activations,
+        ActivationMethod::Int8,
+        ActivationGranularity::Token,
+    )
 }
 
 /// Activations as signs times their mean magnitude, one scale for each token.
@@ -384,7 +482,11 @@ pub fn absmax_quantize_activations(activations: &Tensor, device: &Device) -> Res
 /// As [`quantize_activations`].
 pub fn sign_quantize_activations(activations: &Tensor, device: &Device) -> Result<QuantizedTensor> {
     check_device(device)?;
-    quantize_activations(activations, ActivationMethod::Sign, ActivationGranularity::Token)
+    quantize_activations(
+        activations,
+        ActivationMethod::Sign,
+        ActivationGranularity::Token,
+    )
 }
 
 /// Makes quantizers from configurations.
@@ -427,8 +529,12 @@ impl QuantizationSchemeFactory {
     /// Any scheme.
     ///
     /// # Errors
-    /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] for parameters that do not go together.
-    pub fn create_custom_scheme(config: QuantizationSchemeConfig, device: Device) -> Result<BitNetQuantizer> {
+    /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] for parameters that do
+    /// not go together.
+    pub fn create_custom_scheme(
+        config: QuantizationSchemeConfig,
+        device: Device,
+    ) -> Result<BitNetQuantizer> {
         check_device(&device)?;
         BitNetQuantizer::new(config.try_into()?)
     }
@@ -438,12 +544,16 @@ impl QuantizationSchemeFactory {
 ///
 /// # Errors
 /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] naming each wrong field.
-pub fn create_precision_controller(config: PrecisionControlConfig, device: Device) -> Result<PrecisionController> {
+pub fn create_precision_controller(
+    config: PrecisionControlConfig,
+    device: Device,
+) -> Result<PrecisionController> {
     check_device(&device)?;
     PrecisionController::new(config)
 }
 
-/// Quantizes a stream of activations at the precision that its quality asks for: signs, 4 or 8 bits, one scale for each token.
+/// Quantizes a stream of activations at the precision that its quality asks for: signs, 4 or 8
+/// bits, one scale for each token.
 ///
 /// ```
 /// use bitnet_quant::prelude::*;
@@ -468,10 +578,13 @@ impl StreamingQuantizer {
     /// # Errors
     /// As [`PrecisionController::new`].
     pub fn new(control: PrecisionControlConfig) -> Result<Self> {
-        Ok(Self { controller: PrecisionController::new(control.for_activations())? })
+        Ok(Self {
+            controller: PrecisionController::new(control.for_activations())?,
+        })
     }
 
-    /// Quantizes the next tensor `[…, K]`; the change that its quality brought, which counts from the one after it.
+    /// Quantizes the next tensor `[…, K]`; the change that its quality brought, which counts from
+    /// the one after it.
     ///
     /// # Errors
     /// As [`quantize_activations`].
@@ -482,7 +595,9 @@ impl StreamingQuantizer {
             _ => ActivationMethod::Int8,
         };
         let quantized = quantize_activations(x, method, ActivationGranularity::Token)?;
-        let change = self.controller.adjust_precision_dynamically(&quantized.stats(x)?)?;
+        let change = self
+            .controller
+            .adjust_precision_dynamically(&quantized.stats(x)?)?;
         Ok((quantized, change))
     }
 

@@ -33,19 +33,41 @@ impl Runtime {
     /// Threads and kernels as configured.
     ///
     /// # Errors
-    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] for threads that the system refuses.
+    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] for
+    /// threads that the system refuses.
     pub fn new(compute: &Compute) -> Result<Arc<Self>> {
         let machine = compute.machine()?;
         if machine.threads > crate::checkpoint::MAX_THREADS {
-            return Err(Error::input("threads", format!("at most {}", crate::checkpoint::MAX_THREADS), machine.threads));
+            return Err(Error::input(
+                "threads",
+                format!("at most {}", crate::checkpoint::MAX_THREADS),
+                machine.threads,
+            ));
         }
-        let refused = |e: &dyn std::error::Error| Error::input("threads", "threads of the system", format!("{}: {e}", machine.threads));
+        let refused = |e: &dyn std::error::Error| {
+            Error::input(
+                "threads",
+                "threads of the system",
+                format!("{}: {e}", machine.threads),
+            )
+        };
         let workers = match compute.threads {
             0 => None,
-            n => Some(rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|e| refused(&e))?),
+            n => Some(
+                rayon::ThreadPoolBuilder::new()
+                    .num_threads(n)
+                    .build()
+                    .map_err(|e| refused(&e))?,
+            ),
         };
         let pool = Pool::new(machine.threads).map_err(|e| refused(&e))?;
-        Ok(Arc::new(Self { machine, pool, memory: HybridMemoryPool::new(), scratch: Scratch::default(), workers }))
+        Ok(Arc::new(Self {
+            machine,
+            pool,
+            memory: HybridMemoryPool::new(),
+            scratch: Scratch::default(),
+            workers,
+        }))
     }
 
     /// The one of this configuration: shared by all who ask for it, as long as the program runs.

@@ -1,5 +1,5 @@
-//! Operations with gradients: fake quantization, `x̂ = dequantize(quantize(x))` forwards and the identity backwards (straight-through
-//! estimator), and the product of packed weights.
+//! Operations with gradients: fake quantization, `x̂ = dequantize(quantize(x))` forwards and the
+//! identity backwards (straight-through estimator), and the product of packed weights.
 
 use super::kernel::Packed;
 use super::runtime::Runtime;
@@ -56,8 +56,14 @@ impl PackedProduct {
 }
 
 /// Runs `f` on the elements as f32 and stores its result in their type.
-fn floats(storage: &CpuStorage, layout: &Layout, f: impl FnOnce(&[f32]) -> crate::Result<Vec<f32>>) -> Result<CpuStorage> {
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| candle_core::Error::msg("fake quantization needs contiguous tensors"))?;
+fn floats(
+    storage: &CpuStorage,
+    layout: &Layout,
+    f: impl FnOnce(&[f32]) -> crate::Result<Vec<f32>>,
+) -> Result<CpuStorage> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::msg("fake quantization needs contiguous tensors"))?;
     let f = |x: &[f32]| f(x).map_err(candle_core::Error::wrap);
     let out = match storage {
         CpuStorage::F32(x) => CpuStorage::F32(f(&x[start..end])?),
@@ -69,7 +75,11 @@ fn floats(storage: &CpuStorage, layout: &Layout, f: impl FnOnce(&[f32]) -> crate
             let x: Vec<f32> = x[start..end].iter().map(|x| x.to_f32()).collect();
             CpuStorage::BF16(f(&x)?.into_iter().map(bf16::from_f32).collect())
         }
-        _ => return Err(candle_core::Error::msg("fake quantization needs f32, f16 or bf16")),
+        _ => {
+            return Err(candle_core::Error::msg(
+                "fake quantization needs f32, f16 or bf16",
+            ));
+        }
     };
     Ok(out)
 }
@@ -80,9 +90,18 @@ impl CustomOp1 for FakeWeights {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, rest) = layout.dims().split_first().map_or((1, &[][..]), |(&n, rest)| (n, rest));
-        let shape = if rest.is_empty() { (1, rows) } else { (rows, rest.iter().product()) };
-        let out = floats(storage, layout, |w| Ok(matrix::quantize(self.kernels, w, shape, &self.scheme, None)?.dequantize()))?;
+        let (rows, rest) = layout
+            .dims()
+            .split_first()
+            .map_or((1, &[][..]), |(&n, rest)| (n, rest));
+        let shape = if rest.is_empty() {
+            (1, rows)
+        } else {
+            (rows, rest.iter().product())
+        };
+        let out = floats(storage, layout, |w| {
+            Ok(matrix::quantize(self.kernels, w, shape, &self.scheme, None)?.dequantize())
+        })?;
         Ok((out, layout.shape().clone()))
     }
 
@@ -99,9 +118,17 @@ impl CustomOp1 for FakeActivations {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let cols = layout.dims().last().copied().unwrap_or(1).max(1);
         let out = floats(storage, layout, |x| {
-            let q = activation::quantize(x, cols, self.0, ActivationGranularity::Token, Rounding::HalfEven)?;
+            let q = activation::quantize(
+                x,
+                cols,
+                self.0,
+                ActivationGranularity::Token,
+                Rounding::HalfEven,
+            )?;
             let tokens = q.values.chunks(cols).zip(&q.scales);
-            Ok(tokens.flat_map(|(q, &s)| q.iter().map(move |&q| s * f32::from(q))).collect())
+            Ok(tokens
+                .flat_map(|(q, &s)| q.iter().map(move |&q| s * f32::from(q)))
+                .collect())
         })?;
         Ok((out, layout.shape().clone()))
     }
@@ -120,7 +147,8 @@ impl CustomOp1 for PackedProduct {
         let (rows, cols) = (self.packed.spec().rows, self.packed.spec().cols);
         let out = floats(storage, layout, |x| {
             let mut out = vec![0.0; x.len() / cols.max(1) * rows];
-            self.packed.product(&self.runtime, x, self.activations, None, &mut out)?;
+            self.packed
+                .product(&self.runtime, x, self.activations, None, &mut out)?;
             Ok(out)
         })?;
         let mut dims = layout.dims().to_vec();
@@ -130,8 +158,18 @@ impl CustomOp1 for PackedProduct {
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (rows, cols) = (self.packed.spec().rows, self.packed.spec().cols);
-        let weight = self.packed.unpack(&self.runtime).map_err(candle_core::Error::wrap)?.dequantize();
-        let weight = Tensor::from_vec(weight, (rows, cols), grad.device())?.to_dtype(grad.dtype())?;
-        Ok(Some(grad.contiguous()?.reshape(((), rows))?.matmul(&weight)?.reshape(x.shape())?))
+        let weight = self
+            .packed
+            .unpack(&self.runtime)
+            .map_err(candle_core::Error::wrap)?
+            .dequantize();
+        let weight =
+            Tensor::from_vec(weight, (rows, cols), grad.device())?.to_dtype(grad.dtype())?;
+        Ok(Some(
+            grad.contiguous()?
+                .reshape(((), rows))?
+                .matmul(&weight)?
+                .reshape(x.shape())?,
+        ))
     }
 }

@@ -1,11 +1,13 @@
-//! The trainer: what it computes, that a resumed training has the bits of one that never stopped, and what it refuses.
+//! The trainer: what it computes, that a resumed training has the bits of one that never stopped,
+//! and what it refuses.
 #![cfg(feature = "qat")]
 
 mod best;
 
 use bitnet_quant::qat::{
-    CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method, OptimizerConfig, Outcome, Progressive, QATConfig,
-    QATTrainer, Schedule, Shape, Stage, Step, Stopped, StraightThroughEstimator, Task, TelemetryConfig, backward, checkpoints, read_log,
+    CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method,
+    OptimizerConfig, Outcome, Progressive, QATConfig, QATTrainer, Schedule, Shape, Stage, Step,
+    Stopped, StraightThroughEstimator, Task, TelemetryConfig, backward, checkpoints, read_log,
     recompute,
 };
 use bitnet_quant::{Error, Result};
@@ -18,7 +20,9 @@ use std::path::Path;
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
     let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0
     };
     (0..n + 8).map(|_| next()).skip(8).collect()
@@ -38,18 +42,43 @@ impl Mlp {
     fn new(width: usize) -> Result<Self> {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-        let layers = [Linear::new(16, width, true, &vb.pp("first"))?, Linear::new(width, 4, true, &vb.pp("second"))?];
-        let mut names: Vec<_> = vars.data().lock().unwrap().iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+        let layers = [
+            Linear::new(16, width, true, &vb.pp("first"))?,
+            Linear::new(width, 4, true, &vb.pp("second"))?,
+        ];
+        let mut names: Vec<_> = vars
+            .data()
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(n, v)| (n.clone(), v.clone()))
+            .collect();
         names.sort_by(|a, b| a.0.cmp(&b.0));
         for (i, (_, var)) in names.iter().enumerate() {
-            var.set(&(Tensor::from_vec(numbers(i as u64, var.elem_count()), var.shape(), &Device::Cpu)? * 0.4)?)?;
+            var.set(
+                &(Tensor::from_vec(
+                    numbers(i as u64, var.elem_count()),
+                    var.shape(),
+                    &Device::Cpu,
+                )? * 0.4)?,
+            )?;
         }
         let truth = Tensor::from_vec(numbers(99, 64), (16, 4), &Device::Cpu)?;
-        Ok(Self { vars, layers, truth, seed: 1, broken: None })
+        Ok(Self {
+            vars,
+            layers,
+            truth,
+            seed: 1,
+            broken: None,
+        })
     }
 
     fn batch(&self, index: u64) -> Result<(Tensor, Tensor)> {
-        let x = Tensor::from_vec(numbers(1000 * self.seed + index, 32 * 16), (32, 16), &Device::Cpu)?;
+        let x = Tensor::from_vec(
+            numbers(1000 * self.seed + index, 32 * 16),
+            (32, 16),
+            &Device::Cpu,
+        )?;
         let y = x.matmul(&self.truth)?.tanh()?;
         Ok((x, y))
     }
@@ -61,15 +90,33 @@ impl Mlp {
     }
 
     fn bits(&self) -> Vec<(String, Vec<u32>)> {
-        let mut all: Vec<_> = self.vars.data().lock().unwrap().iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+        let mut all: Vec<_> = self
+            .vars
+            .data()
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(n, v)| (n.clone(), v.clone()))
+            .collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
-        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect();
+        let bits = |t: &Tensor| {
+            t.flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+                .iter()
+                .map(|x| x.to_bits())
+                .collect()
+        };
         all.iter().map(|(n, v)| (n.clone(), bits(v))).collect()
     }
 }
 
 impl Linears for Mlp {
-    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>) -> Result<()> {
+    fn visit_linears(
+        &mut self,
+        visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>,
+    ) -> Result<()> {
         visit("first", &mut self.layers[0])?;
         visit("second", &mut self.layers[1])
     }
@@ -82,7 +129,11 @@ impl Task for Mlp {
 
     fn loss(&mut self, step: u64, micro: u64) -> Result<Tensor> {
         let loss = self.error(2 * step + micro)?;
-        if self.broken == Some(step) { Ok((loss * f64::NAN)?) } else { Ok(loss) }
+        if self.broken == Some(step) {
+            Ok((loss * f64::NAN)?)
+        } else {
+            Ok(loss)
+        }
     }
 
     fn evaluate(&mut self) -> Result<f64> {
@@ -101,7 +152,11 @@ impl Task for Mlp {
         if state.as_u64() == Some(self.seed) {
             return Ok(());
         }
-        Err(Error::Input { what: "seed", expected: state.to_string(), got: self.seed.to_string() })
+        Err(Error::Input {
+            what: "seed",
+            expected: state.to_string(),
+            got: self.seed.to_string(),
+        })
     }
 
     fn batch(&self) -> (u64, &'static str) {
@@ -109,26 +164,49 @@ impl Task for Mlp {
     }
 }
 
-/// Everything at once: two micro-batches, clipping, stages, learned scales, checkpoints every five steps, telemetry.
+/// Everything at once: two micro-batches, clipping, stages, learned scales, checkpoints every five
+/// steps, telemetry.
 fn config(folder: &Path) -> QATConfig {
     QATConfig {
         steps: 24,
         accumulate: 2,
         clip: Some(0.5),
         estimator: StraightThroughEstimator::LearnedScale,
-        progressive: Some(Progressive { warmup: 9, ..Progressive::halving(8, 4) }),
+        progressive: Some(Progressive {
+            warmup: 9,
+            ..Progressive::halving(8, 4)
+        }),
         gradient_scaling: 0.5,
-        optimizer: OptimizerConfig { learning_rate: 0.02, ..OptimizerConfig::default() },
-        schedule: Schedule { warmup: 3, shape: Shape::TWO_STAGE, floor: 0.01 },
-        checkpoint: Some(CheckpointConfig { folder: folder.join("checkpoints"), every: 5, keep: 2 }),
-        telemetry: TelemetryConfig { every: 6, file: Some(folder.join("log.jsonl")) },
+        optimizer: OptimizerConfig {
+            learning_rate: 0.02,
+            ..OptimizerConfig::default()
+        },
+        schedule: Schedule {
+            warmup: 3,
+            shape: Shape::TWO_STAGE,
+            floor: 0.01,
+        },
+        checkpoint: Some(CheckpointConfig {
+            folder: folder.join("checkpoints"),
+            every: 5,
+            keep: 2,
+        }),
+        telemetry: TelemetryConfig {
+            every: 6,
+            file: Some(folder.join("log.jsonl")),
+        },
         evaluate_every: 8,
         ..QATConfig::default()
     }
 }
 
 /// Trains, or goes on; also the losses that were heard of.
-fn train(task: &mut Mlp, config: &QATConfig, stop_after: Option<u64>, resume: bool) -> Result<(Outcome, Vec<Step>)> {
+fn train(
+    task: &mut Mlp,
+    config: &QATConfig,
+    stop_after: Option<u64>,
+    resume: bool,
+) -> Result<(Outcome, Vec<Step>)> {
     let mut trainer = QATTrainer::new(config.clone())?;
     let vars = task.vars.clone();
     if matches!(task.layers[0], Linear::Full(_)) {
@@ -144,12 +222,19 @@ fn train(task: &mut Mlp, config: &QATConfig, stop_after: Option<u64>, resume: bo
         }
         ControlFlow::Continue(())
     };
-    let outcome = if resume { trainer.resume(task, &mut hear)? } else { trainer.run(task, &mut hear)? };
+    let outcome = if resume {
+        trainer.resume(task, &mut hear)?
+    } else {
+        trainer.run(task, &mut hear)?
+    };
     Ok((outcome, steps))
 }
 
 fn losses(steps: &[Step]) -> Vec<(u64, u64, u64)> {
-    steps.iter().map(|s| (s.step, s.loss.to_bits(), s.gradient_norm.to_bits())).collect()
+    steps
+        .iter()
+        .map(|s| (s.step, s.loss.to_bits(), s.gradient_norm.to_bits()))
+        .collect()
 }
 
 #[test]
@@ -158,8 +243,16 @@ fn stopped_and_resumed_anywhere_it_has_the_same_bits() -> Result<()> {
     let mut reference = Mlp::new(24)?;
     let (outcome, expected) = train(&mut reference, &config(whole.path()), None, false)?;
     assert_eq!((outcome.step, outcome.stopped), (24, Stopped::Finished));
-    assert_eq!(checkpoints(&whole.path().join("checkpoints"))?.iter().map(|c| c.0).collect::<Vec<_>>(), [20, 24]);
-    let Linear::Qat(layer) = &reference.layers[0] else { panic!("in training") };
+    assert_eq!(
+        checkpoints(&whole.path().join("checkpoints"))?
+            .iter()
+            .map(|c| c.0)
+            .collect::<Vec<_>>(),
+        [20, 24]
+    );
+    let Linear::Qat(layer) = &reference.layers[0] else {
+        panic!("in training")
+    };
     assert_eq!((layer.stage(), layer.lambda()), (Stage::Target, 1.0));
 
     // Within a stage and the warm-up, at the end of a stage, at a checkpoint, at an evaluation.
@@ -167,13 +260,19 @@ fn stopped_and_resumed_anywhere_it_has_the_same_bits() -> Result<()> {
         let folder = tempfile::tempdir().unwrap();
         let config = config(folder.path());
         let (outcome, mut steps) = train(&mut Mlp::new(24)?, &config, Some(stop), false)?;
-        assert_eq!((outcome.step, outcome.stopped), (stop, Stopped::Interrupted));
+        assert_eq!(
+            (outcome.step, outcome.stopped),
+            (stop, Stopped::Interrupted)
+        );
         // Another process: other variables until the checkpoint is read.
         let mut task = Mlp::new(24)?;
         let bias = task.vars.data().lock().unwrap()["first.bias"].clone();
         bias.set(&bias.ones_like()?)?;
         let (outcome, rest) = train(&mut task, &config, None, true)?;
-        assert_eq!((rest[0].step, outcome.step, outcome.stopped), (stop + 1, 24, Stopped::Finished));
+        assert_eq!(
+            (rest[0].step, outcome.step, outcome.stopped),
+            (stop + 1, 24, Stopped::Finished)
+        );
         steps.extend(rest);
         assert_eq!(losses(&steps), losses(&expected), "stopped after {stop}");
         assert_eq!(task.bits(), reference.bits(), "stopped after {stop}");
@@ -181,7 +280,8 @@ fn stopped_and_resumed_anywhere_it_has_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// A training that was killed, and did not stop by itself, goes on from an earlier step: its log has every step once.
+/// A training that was killed, and did not stop by itself, goes on from an earlier step: its log
+/// has every step once.
 #[test]
 fn killed_between_checkpoints() -> Result<()> {
     let (whole, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -189,22 +289,44 @@ fn killed_between_checkpoints() -> Result<()> {
     train(&mut reference, &config(whole.path()), None, false)?;
     let config = config(folder.path());
     train(&mut Mlp::new(24)?, &config, Some(13), false)?;
-    // As if steps 11 to 13 had been taken and nothing written since: the folder of step 13 was being written.
-    let folder_of = |step: u64| config.checkpoint.as_ref().unwrap().folder.join(format!("step-{step:09}"));
+    // As if steps 11 to 13 had been taken and nothing written since: the folder of step 13 was
+    // being written.
+    let folder_of = |step: u64| {
+        config
+            .checkpoint
+            .as_ref()
+            .unwrap()
+            .folder
+            .join(format!("step-{step:09}"))
+    };
     std::fs::rename(folder_of(13), folder_of(13).with_extension("partial")).unwrap();
     std::fs::remove_file(folder_of(13).with_extension("partial").join("state.json")).unwrap();
-    let mut log = std::fs::OpenOptions::new().append(true).open(folder.path().join("log.jsonl")).unwrap();
+    let mut log = std::fs::OpenOptions::new()
+        .append(true)
+        .open(folder.path().join("log.jsonl"))
+        .unwrap();
     std::io::Write::write_all(&mut log, b"{\"kind\":\"step\",\"st").unwrap();
     let mut task = Mlp::new(24)?;
     let (_, steps) = train(&mut task, &config, None, true)?;
     assert_eq!(steps[0].step, 11);
     assert_eq!(task.bits(), reference.bits());
-    let of_steps =
-        |path: &Path| -> Result<Vec<u64>> { Ok(read_log(path)?.iter().filter(|l| matches!(l, Line::Step(_))).map(Line::step).collect()) };
-    assert_eq!(of_steps(&folder.path().join("log.jsonl"))?, (1..=24).collect::<Vec<_>>());
+    let of_steps = |path: &Path| -> Result<Vec<u64>> {
+        Ok(read_log(path)?
+            .iter()
+            .filter(|l| matches!(l, Line::Step(_)))
+            .map(Line::step)
+            .collect())
+    };
+    assert_eq!(
+        of_steps(&folder.path().join("log.jsonl"))?,
+        (1..=24).collect::<Vec<_>>()
+    );
     // What is over does nothing more, and says the same.
     let (outcome, steps) = train(&mut task, &config, None, true)?;
-    assert_eq!((outcome.step, outcome.stopped, steps.len()), (24, Stopped::Finished, 0));
+    assert_eq!(
+        (outcome.step, outcome.stopped, steps.len()),
+        (24, Stopped::Finished, 0)
+    );
     assert!(outcome.evaluation.is_some());
     Ok(())
 }
@@ -225,17 +347,34 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     let error = refused(&config, &mut Mlp::new(25)?);
     assert!(error.ends_with("a checkpoint of another model: variable 'first.bias' has shape [24] there and [25] here"), "{error}");
     let mut more = Mlp::new(24)?;
-    more.vars.get(3, "extra", candle_nn::Init::Const(0.0), DType::F32, &Device::Cpu)?;
+    more.vars.get(
+        3,
+        "extra",
+        candle_nn::Init::Const(0.0),
+        DType::F32,
+        &Device::Cpu,
+    )?;
     assert!(refused(&config, &mut more).ends_with("it has no variable 'extra'"));
     let mut fewer = Mlp::new(24)?;
     fewer.vars.data().lock().unwrap().remove("second.bias");
-    assert!(refused(&config, &mut fewer).ends_with("it has a variable 'second.bias', which the model has not"));
+    assert!(
+        refused(&config, &mut fewer)
+            .ends_with("it has a variable 'second.bias', which the model has not")
+    );
     let mut rate = config.clone();
     rate.optimizer.learning_rate = 0.5;
     let error = refused(&rate, &mut Mlp::new(24)?);
-    assert!(error.ends_with("optimizer.learning_rate is 0.02 there and 0.5 here; a training goes on as it began"), "{error}");
+    assert!(
+        error.ends_with(
+            "optimizer.learning_rate is 0.02 there and 0.5 here; a training goes on as it began"
+        ),
+        "{error}"
+    );
     let mut sgd = config.clone();
-    sgd.optimizer.method = Method::Sgd { momentum: 0.0, nesterov: false };
+    sgd.optimizer.method = Method::Sgd {
+        momentum: 0.0,
+        nesterov: false,
+    };
     assert!(refused(&sgd, &mut Mlp::new(24)?).contains("optimizer.method"));
     let mut seed = Mlp::new(24)?;
     seed.seed = 2;
@@ -246,9 +385,22 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     train(&mut Mlp::new(24)?, &other, Some(7), true)?;
     // A new training does not mix with one that is there.
     let error = train(&mut Mlp::new(24)?, &config, None, false).unwrap_err();
-    assert!(matches!(&error, Error::Exists { path } if path.ends_with("step-000000007")), "{error}");
-    let empty = QATConfig { checkpoint: Some(CheckpointConfig { folder: folder.path().join("none"), every: 0, keep: 1 }), ..config };
-    assert!(refused(&empty, &mut Mlp::new(24)?).ends_with("expected a checkpoint to go on from, got none"));
+    assert!(
+        matches!(&error, Error::Exists { path } if path.ends_with("step-000000007")),
+        "{error}"
+    );
+    let empty = QATConfig {
+        checkpoint: Some(CheckpointConfig {
+            folder: folder.path().join("none"),
+            every: 0,
+            keep: 1,
+        }),
+        ..config
+    };
+    assert!(
+        refused(&empty, &mut Mlp::new(24)?)
+            .ends_with("expected a checkpoint to go on from, got none")
+    );
     Ok(())
 }
 
@@ -258,18 +410,28 @@ fn damaged_checkpoints_are_refused() -> Result<()> {
     let config = config(folder.path());
     let (outcome, _) = train(&mut Mlp::new(24)?, &config, Some(5), false)?;
     let path = outcome.checkpoint.unwrap();
-    for file in ["model.safetensors", "optimizer.safetensors", "telemetry.safetensors", "state.json"] {
+    for file in [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "telemetry.safetensors",
+        "state.json",
+    ] {
         let good = std::fs::read(path.join(file)).unwrap();
         let mut bad = good.clone();
         let last = bad.len() - 3;
         bad[last] ^= 0x11;
         std::fs::write(path.join(file), &bad).unwrap();
         let mut task = Mlp::new(24)?;
-        let error = train(&mut task, &config, None, true).unwrap_err().to_string();
+        let error = train(&mut task, &config, None, true)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(file), "{file}: {error}");
         for len in [0, 7, good.len() / 2] {
             std::fs::write(path.join(file), &good[..len]).unwrap();
-            assert!(train(&mut task, &config, None, true).is_err(), "{file} of {len} bytes");
+            assert!(
+                train(&mut task, &config, None, true).is_err(),
+                "{file} of {len} bytes"
+            );
         }
         std::fs::write(path.join(file), &good).unwrap();
     }
@@ -283,9 +445,12 @@ fn a_folder_that_cannot_be_written_leaves_earlier_checkpoints() -> Result<()> {
     let config = config(folder.path());
     let checkpoints_of = config.checkpoint.as_ref().unwrap().folder.clone();
     std::fs::create_dir_all(&checkpoints_of).unwrap();
-    // A file where the unfinished folder of step 10 would be: creating it fails as it would on a full disk.
+    // A file where the unfinished folder of step 10 would be: creating it fails as it would on a
+    // full disk.
     std::fs::write(checkpoints_of.join("step-000000010.partial"), b"").unwrap();
-    let error = train(&mut Mlp::new(24)?, &config, None, false).unwrap_err().to_string();
+    let error = train(&mut Mlp::new(24)?, &config, None, false)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("step-000000010.partial"), "{error}");
     std::fs::remove_file(checkpoints_of.join("step-000000010.partial")).ok();
     let (outcome, steps) = train(&mut Mlp::new(24)?, &config, None, true)?;
@@ -300,52 +465,114 @@ fn no_number_stops_with_the_last_good_checkpoint_named() -> Result<()> {
     let mut task = Mlp::new(24)?;
     task.broken = Some(11);
     let error = train(&mut task, &config, None, false).unwrap_err();
-    let Error::Diverged { step: 12, what: "loss", got, checkpoint: Some(path) } = &error else { panic!("{error}") };
+    let Error::Diverged {
+        step: 12,
+        what: "loss",
+        got,
+        checkpoint: Some(path),
+    } = &error
+    else {
+        panic!("{error}")
+    };
     assert!(got.is_nan() && path.ends_with("step-000000010"));
-    assert!(error.to_string().starts_with("step 12: the loss is NaN; the last good checkpoint is "), "{error}");
+    assert!(
+        error
+            .to_string()
+            .starts_with("step 12: the loss is NaN; the last good checkpoint is "),
+        "{error}"
+    );
     let mut task = Mlp::new(24)?;
     task.broken = Some(0);
-    let none = QATConfig { checkpoint: None, ..config };
-    let error = train(&mut task, &none, None, false).unwrap_err().to_string();
-    assert_eq!(error, "step 1: the loss is NaN; no checkpoint was written before");
+    let none = QATConfig {
+        checkpoint: None,
+        ..config
+    };
+    let error = train(&mut task, &none, None, false)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "step 1: the loss is NaN; no checkpoint was written before"
+    );
     Ok(())
 }
 
 #[test]
 fn stops_early_where_nothing_improves() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
-    let stop = EarlyStopping { patience: 2, min_delta: 0.0 };
-    let mut config = QATConfig { evaluate_every: 3, early_stopping: Some(stop), ..config(folder.path()) };
+    let stop = EarlyStopping {
+        patience: 2,
+        min_delta: 0.0,
+    };
+    let mut config = QATConfig {
+        evaluate_every: 3,
+        early_stopping: Some(stop),
+        ..config(folder.path())
+    };
     // Nothing moves, so no evaluation is better than the first.
-    config.optimizer = OptimizerConfig { learning_rate: 0.0, ..OptimizerConfig::default() };
+    config.optimizer = OptimizerConfig {
+        learning_rate: 0.0,
+        ..OptimizerConfig::default()
+    };
     config.progressive = None;
     let (outcome, _) = train(&mut Mlp::new(24)?, &config, None, false)?;
     assert_eq!((outcome.step, outcome.stopped), (9, Stopped::Early));
     let (again, steps) = train(&mut Mlp::new(24)?, &config, None, true)?;
-    assert_eq!((again.step, again.stopped, steps.len()), (9, Stopped::Early, 0));
+    assert_eq!(
+        (again.step, again.stopped, steps.len()),
+        (9, Stopped::Early, 0)
+    );
     Ok(())
 }
 
-/// Two micro-batches are one batch of both; scaled gradients of latent weights are those times the factor.
+/// Two micro-batches are one batch of both; scaled gradients of latent weights are those times the
+/// factor.
 #[test]
 fn accumulation_and_gradient_scaling() -> Result<()> {
-    let sgd =
-        OptimizerConfig { method: Method::Sgd { momentum: 0.0, nesterov: false }, learning_rate: 0.1, weight_decay: 0.0, group: vec![] };
-    let schedule = Schedule { shape: Shape::Constant, ..Schedule::default() };
-    let config = QATConfig { steps: 1, accumulate: 2, gradient_scaling: 0.25, optimizer: sgd, schedule, ..QATConfig::default() };
+    let sgd = OptimizerConfig {
+        method: Method::Sgd {
+            momentum: 0.0,
+            nesterov: false,
+        },
+        learning_rate: 0.1,
+        weight_decay: 0.0,
+        group: vec![],
+    };
+    let schedule = Schedule {
+        shape: Shape::Constant,
+        ..Schedule::default()
+    };
+    let config = QATConfig {
+        steps: 1,
+        accumulate: 2,
+        gradient_scaling: 0.25,
+        optimizer: sgd,
+        schedule,
+        ..QATConfig::default()
+    };
     let mut task = Mlp::new(24)?;
     let mut trainer = QATTrainer::new(config)?;
     let vars = task.vars.clone();
     trainer.prepare(&mut task, &vars)?;
-    let before = ["first.weight", "first.bias"].map(|name| vars.data().lock().unwrap()[name].copy().unwrap());
+    let before = ["first.weight", "first.bias"]
+        .map(|name| vars.data().lock().unwrap()[name].copy().unwrap());
     let both = ((task.error(0)? + task.error(1)?)? / 2.0)?;
     let grads = both.backward()?;
-    let expected = ["first.weight", "first.bias"].map(|name| grads.get(vars.data().lock().unwrap()[name].as_tensor()).unwrap().clone());
+    let expected = ["first.weight", "first.bias"].map(|name| {
+        grads
+            .get(vars.data().lock().unwrap()[name].as_tensor())
+            .unwrap()
+            .clone()
+    });
     trainer.run(&mut task, &mut ())?;
     for (i, factor) in [(0, 0.25), (1, 1.0)] {
         let name = ["first.weight", "first.bias"][i];
         let moved = (&before[i] - vars.data().lock().unwrap()[name].as_tensor())?;
-        let wrong = (moved - (&expected[i] * (0.1 * factor))?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        let wrong = (moved - (&expected[i] * (0.1 * factor))?)?
+            .abs()?
+            .flatten_all()?
+            .max(0)?
+            .to_scalar::<f32>()?;
         // One rounding of weights below 1, and a few of gradients that are smaller still.
         assert!(wrong <= 2.0 * f32::EPSILON, "{name}: {wrong}");
     }
@@ -356,8 +583,15 @@ fn accumulation_and_gradient_scaling() -> Result<()> {
 #[test]
 fn telemetry_by_hand() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
-    let telemetry = TelemetryConfig { every: 1, file: Some(folder.path().join("log.jsonl")) };
-    let mut config = QATConfig { steps: 12, telemetry, ..QATConfig::default() };
+    let telemetry = TelemetryConfig {
+        every: 1,
+        file: Some(folder.path().join("log.jsonl")),
+    };
+    let mut config = QATConfig {
+        steps: 12,
+        telemetry,
+        ..QATConfig::default()
+    };
     config.optimizer.learning_rate = 0.05;
     let mut task = Mlp::new(24)?;
     let vars = task.vars.clone();
@@ -372,13 +606,22 @@ fn telemetry_by_hand() -> Result<()> {
         if let Event::Step(_) = event {
             let w = weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let mean = w.iter().map(|x| f64::from(x.abs())).sum::<f64>() / w.len() as f64;
-            codes.push(w.iter().map(|x| (f64::from(*x) / mean).round_ties_even().clamp(-1.0, 1.0) as i8).collect());
+            codes.push(
+                w.iter()
+                    .map(|x| (f64::from(*x) / mean).round_ties_even().clamp(-1.0, 1.0) as i8)
+                    .collect(),
+            );
         }
         ControlFlow::Continue(())
     };
     trainer.run(&mut task, &mut hear)?;
     let log = read_log(&folder.path().join("log.jsonl"))?;
-    assert_eq!(log.iter().filter(|line| matches!(line, Line::Layer(_))).count(), 24);
+    assert_eq!(
+        log.iter()
+            .filter(|line| matches!(line, Line::Layer(_)))
+            .count(),
+        24
+    );
     assert_eq!(records.len(), 12);
     let (n, mut direction) = (codes[0].len(), vec![0i32; codes[0].len()]);
     let (mut flips, mut turns) = (0, 0);
@@ -394,25 +637,37 @@ fn telemetry_by_hand() -> Result<()> {
         }
         let zeros = codes[t].iter().filter(|&&q| q == 0).count();
         let share = |k: usize| k as f64 / n as f64;
-        assert_eq!((record.flips, record.oscillation, record.dead_zone), (share(flipped), share(turned), share(zeros)), "step {}", t + 1);
+        assert_eq!(
+            (record.flips, record.oscillation, record.dead_zone),
+            (share(flipped), share(turned), share(zeros)),
+            "step {}",
+            t + 1
+        );
         assert!(record.gradient_norm > 0.0 && record.lambda == 1.0 && record.scale > 0.0);
         (flips, turns) = (flips + flipped, turns + turned);
     }
-    assert!(flips > 0 && turns > 0, "{flips} flips, {turns} back: the test would count nothing");
+    assert!(
+        flips > 0 && turns > 0,
+        "{flips} flips, {turns} back: the test would count nothing"
+    );
     Ok(())
 }
 
-/// A recomputed segment has the gradients of the plain graph, bit for bit, for variables inside, before and after it.
+/// A recomputed segment has the gradients of the plain graph, bit for bit, for variables inside,
+/// before and after it.
 #[test]
 fn recomputed_segments_have_the_same_gradients() -> Result<()> {
     let mut task = Mlp::new(24)?;
     let vars = task.vars.clone();
     QATTrainer::new(QATConfig::default())?.prepare(&mut task, &vars)?;
-    let [Linear::Qat(first), Linear::Qat(second)] = &task.layers else { panic!("in training") };
+    let [Linear::Qat(first), Linear::Qat(second)] = &task.layers else {
+        panic!("in training")
+    };
     let (x, y) = task.batch(0)?;
     let loss = |out: Tensor| -> Result<Tensor> { Ok((out - &y)?.sqr()?.mean_all()?) };
     let plain = loss(second.forward(&first.forward(&x)?.relu()?)?)?.backward()?;
-    // x has no gradient: the first segment is reached all the same. The second is one inside another.
+    // x has no gradient: the first segment is reached all the same. The second is one inside
+    // another.
     let (a, b) = (first.clone(), second.clone());
     let hidden = recompute(move |x| a.forward(x)?.relu(), &x)?;
     let outer = move |x: &Tensor| b.forward(x);
@@ -422,8 +677,16 @@ fn recomputed_segments_have_the_same_gradients() -> Result<()> {
     let lean = backward(&lean)?;
     for (name, var) in vars.data().lock().unwrap().iter() {
         let bits = |grads: &candle_core::backprop::GradStore| -> Vec<u32> {
-            let g = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("no gradient of {name}"));
-            g.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect()
+            let g = grads
+                .get(var.as_tensor())
+                .unwrap_or_else(|| panic!("no gradient of {name}"));
+            g.flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+                .iter()
+                .map(|x| x.to_bits())
+                .collect()
         };
         assert_eq!(bits(&plain), bits(&lean), "{name}");
     }
@@ -433,9 +696,13 @@ fn recomputed_segments_have_the_same_gradients() -> Result<()> {
 /// What a segment computes inside is not kept for the backward pass.
 #[test]
 fn recomputed_segments_take_less_memory() -> Result<()> {
-    let weights: Vec<_> =
-        (0..8).map(|i| Tensor::from_vec(numbers(i, 64 * 64), (64, 64), &Device::Cpu)).collect::<candle_core::Result<_>>()?;
-    let weights = weights.iter().map(candle_core::Var::from_tensor).collect::<candle_core::Result<Vec<_>>>()?;
+    let weights: Vec<_> = (0..8)
+        .map(|i| Tensor::from_vec(numbers(i, 64 * 64), (64, 64), &Device::Cpu))
+        .collect::<candle_core::Result<_>>()?;
+    let weights = weights
+        .iter()
+        .map(candle_core::Var::from_tensor)
+        .collect::<candle_core::Result<Vec<_>>>()?;
     let x = Tensor::from_vec(numbers(100, 2048 * 64), (2048, 64), &Device::Cpu)?;
     let deep = |w: &candle_core::Var, x: &Tensor| x.matmul(w)?.tanh()?.sqr()?.tanh()?.sqr()?.tanh();
     let plain = || -> Result<()> {
@@ -466,16 +733,32 @@ fn recomputed_segments_take_less_memory() -> Result<()> {
 fn configurations_survive_toml_and_json() -> Result<()> {
     let mut config = config(Path::new("run"));
     config.early_stopping = Some(EarlyStopping::default());
-    config.optimizer.method = Method::Sgd { momentum: 0.5, nesterov: true };
+    config.optimizer.method = Method::Sgd {
+        momentum: 0.5,
+        nesterov: true,
+    };
     assert_eq!(QATConfig::from_toml(&config.to_toml()?)?, config);
     let text = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<QATConfig>(&text).unwrap(), config);
     let text = "[schedule]\nwarmup = 5\nshape = { midway = 0.5, drop = 0.25 }\n[optimizer]\nmethod = { name = 'adamw', beta2 = 0.95 }";
     let config = QATConfig::from_toml(text)?;
-    assert_eq!(config.schedule.shape, Shape::TwoStage { midway: 0.5, drop: 0.25 });
-    let Method::AdamW(betas) = config.optimizer.method else { panic!("{config:?}") };
+    assert_eq!(
+        config.schedule.shape,
+        Shape::TwoStage {
+            midway: 0.5,
+            drop: 0.25
+        }
+    );
+    let Method::AdamW(betas) = config.optimizer.method else {
+        panic!("{config:?}")
+    };
     assert_eq!((betas.beta1, betas.beta2), (0.9, 0.95));
-    assert!(QATConfig::from_toml("step = 5").unwrap_err().to_string().contains("step"));
+    assert!(
+        QATConfig::from_toml("step = 5")
+            .unwrap_err()
+            .to_string()
+            .contains("step")
+    );
     Ok(())
 }
 
@@ -486,7 +769,10 @@ fn wrong_fields_of_a_configuration_are_named_together() {
         accumulate: 0,
         clip: Some(-1.0),
         gradient_scaling: 0.0,
-        early_stopping: Some(EarlyStopping { patience: 0, min_delta: -1.0 }),
+        early_stopping: Some(EarlyStopping {
+            patience: 0,
+            min_delta: -1.0,
+        }),
         progressive: Some(Progressive::halving(8, 10)),
         ..QATConfig::default()
     };
@@ -494,16 +780,56 @@ fn wrong_fields_of_a_configuration_are_named_together() {
     config.optimizer.learning_rate = f64::INFINITY;
     config.quantization.default.planes = Some(7);
     let error = QATTrainer::new(config).unwrap_err();
-    let Error::Invalid(fields) = &error else { panic!("{error}") };
-    let expected = ["steps", "accumulate", "clip", "gradient_scaling", "early_stopping.patience", "early_stopping.min_delta"];
-    let more = ["early_stopping: ", "progressive: ", "optimizer.learning_rate", "schedule.floor", "quantization.default.planes"];
+    let Error::Invalid(fields) = &error else {
+        panic!("{error}")
+    };
+    let expected = [
+        "steps",
+        "accumulate",
+        "clip",
+        "gradient_scaling",
+        "early_stopping.patience",
+        "early_stopping.min_delta",
+    ];
+    let more = [
+        "early_stopping: ",
+        "progressive: ",
+        "optimizer.learning_rate",
+        "schedule.floor",
+        "quantization.default.planes",
+    ];
     for field in expected.iter().chain(&more) {
-        assert!(fields.iter().any(|f| f.starts_with(field)), "{field}: {error}");
+        assert!(
+            fields.iter().any(|f| f.starts_with(field)),
+            "{field}: {error}"
+        );
     }
     let builder = || QATConfig::builder().steps(100);
-    let error = builder().target_bit_width(4).initial_bit_width(8).build().unwrap_err().to_string();
-    assert!(error.contains("target_bit_width: expected 2, as the scheme has, got 4") && error.contains("initial_bit_width"), "{error}");
-    assert!(builder().progressive_quantization(true).initial_bit_width(5).build().is_err());
-    let both = builder().progressive_quantization(true).progressive(Progressive::halving(4, 10)).build();
-    assert!(both.unwrap_err().to_string().contains("progressive_quantization"));
+    let error = builder()
+        .target_bit_width(4)
+        .initial_bit_width(8)
+        .build()
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("target_bit_width: expected 2, as the scheme has, got 4")
+            && error.contains("initial_bit_width"),
+        "{error}"
+    );
+    assert!(
+        builder()
+            .progressive_quantization(true)
+            .initial_bit_width(5)
+            .build()
+            .is_err()
+    );
+    let both = builder()
+        .progressive_quantization(true)
+        .progressive(Progressive::halving(4, 10))
+        .build();
+    assert!(
+        both.unwrap_err()
+            .to_string()
+            .contains("progressive_quantization")
+    );
 }

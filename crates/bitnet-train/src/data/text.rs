@@ -27,20 +27,33 @@ impl Vocabulary {
     /// # Errors
     /// [`Error::Tokenizer`] if it cannot be read or used.
     pub fn read(path: &Path) -> Result<Self> {
-        let bad = |what: String| Error::Tokenizer { path: path.to_path_buf(), what };
+        let bad = |what: String| Error::Tokenizer {
+            path: path.to_path_buf(),
+            what,
+        };
         let bytes = fs::read(path).map_err(|e| bad(e.to_string()))?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(e.to_string()))?;
+        let mut tokenizer =
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(e.to_string()))?;
         // Limits for training batches are no limits here.
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| bad(e.to_string()))?;
-        Ok(Self::File { path: path.to_path_buf(), tokenizer: Box::new(tokenizer) })
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| bad(e.to_string()))?;
+        Ok(Self::File {
+            path: path.to_path_buf(),
+            tokenizer: Box::new(tokenizer),
+        })
     }
 
     /// Number of tokens: one more than the largest.
     pub fn len(&self) -> usize {
         match self {
             Self::Bytes => 256,
-            Self::File { tokenizer, .. } => tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1),
+            Self::File { tokenizer, .. } => tokenizer
+                .get_vocab(true)
+                .into_values()
+                .max()
+                .map_or(0, |id| id as usize + 1),
         }
     }
 
@@ -58,7 +71,10 @@ impl Vocabulary {
             Self::Bytes => Ok(text.bytes().map(u32::from).collect()),
             Self::File { path, tokenizer } => {
                 let encoding = tokenizer.encode_fast(text, false);
-                let encoding = encoding.map_err(|e| Error::Tokenizer { path: path.clone(), what: e.to_string() })?;
+                let encoding = encoding.map_err(|e| Error::Tokenizer {
+                    path: path.clone(),
+                    what: e.to_string(),
+                })?;
                 Ok(encoding.get_ids().to_vec())
             }
         }
@@ -75,10 +91,18 @@ impl Vocabulary {
                 let config = json!({
                     "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": false, "add_eos_token": false, "clean_up_tokenization_spaces": false,
                 });
-                Ok(vec![("tokenizer.json".into(), text(&byte_tokenizer())), ("tokenizer_config.json".into(), text(&config))])
+                Ok(vec![
+                    ("tokenizer.json".into(), text(&byte_tokenizer())),
+                    ("tokenizer_config.json".into(), text(&config)),
+                ])
             }
             Self::File { path, .. } => {
-                let read = |path: &Path| fs::read(path).map_err(|e| Error::Tokenizer { path: path.to_path_buf(), what: e.to_string() });
+                let read = |path: &Path| {
+                    fs::read(path).map_err(|e| Error::Tokenizer {
+                        path: path.to_path_buf(),
+                        what: e.to_string(),
+                    })
+                };
                 let mut files = vec![("tokenizer.json".into(), read(path)?)];
                 let config = path.with_file_name("tokenizer_config.json");
                 if config.exists() {
@@ -92,8 +116,8 @@ impl Vocabulary {
 
 /// A byte-level BPE without merges whose token b is byte b.
 ///
-/// Byte-level BPE writes each byte as a character that can be seen: those of Latin-1 that can stand for themselves, the others from U+0100 on in order
-/// (the table of GPT-2).
+/// Byte-level BPE writes each byte as a character that can be seen: those of Latin-1 that can stand
+/// for themselves, the others from U+0100 on in order (the table of GPT-2).
 fn byte_tokenizer() -> Value {
     let visible = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut others = 0;
@@ -137,8 +161,9 @@ impl Text {
     /// The tokens of text files; the last `share` of each is held out.
     ///
     /// # Errors
-    /// [`Error::Data`] for a file that is not UTF-8 or empty, [`Error::File`] for one that cannot be read, [`Error::Option`] for a share that is not
-    /// between 0 and 1, as [`Vocabulary::encode`].
+    /// [`Error::Data`] for a file that is not UTF-8 or empty, [`Error::File`] for one that cannot
+    /// be read, [`Error::Option`] for a share that is not between 0 and 1, as
+    /// [`Vocabulary::encode`].
     pub fn read(paths: &[PathBuf], vocabulary: &Vocabulary, share: f64) -> Result<Self> {
         if !(share > 0.0 && share < 1.0) {
             return Err(Error::option("held_out", "a share between 0 and 1", share));
@@ -146,7 +171,10 @@ impl Text {
         if paths.is_empty() {
             return Err(Error::option("text", "at least one file", "none"));
         }
-        let mut all = Self { train: vec![], held_out: vec![] };
+        let mut all = Self {
+            train: vec![],
+            held_out: vec![],
+        };
         for path in paths {
             let tokens = vocabulary.encode(&read(path)?)?;
             let kept = (tokens.len() as f64 * (1.0 - share)).round() as usize;
@@ -163,7 +191,11 @@ impl Text {
     pub fn check(&self, path: &Path, context: usize) -> Result<()> {
         for (what, tokens) in [("to learn from", &self.train), ("held out", &self.held_out)] {
             if tokens.len() <= context {
-                return Err(Error::data(path, format!("more than {context} tokens {what}, the context"), tokens.len()));
+                return Err(Error::data(
+                    path,
+                    format!("more than {context} tokens {what}, the context"),
+                    tokens.len(),
+                ));
             }
         }
         Ok(())
@@ -175,21 +207,40 @@ fn read(path: &Path) -> Result<String> {
     if bytes.is_empty() {
         return Err(Error::data(path, "a text", "an empty file"));
     }
-    String::from_utf8(bytes).map_err(|e| Error::data(path, "UTF-8", format!("other bytes at {}", e.utf8_error().valid_up_to())))
+    String::from_utf8(bytes).map_err(|e| {
+        Error::data(
+            path,
+            "UTF-8",
+            format!("other bytes at {}", e.utf8_error().valid_up_to()),
+        )
+    })
 }
 
-/// Batch number `index`: `size` windows of `context + 1` tokens at random places, as tokens `[size, context]` and those that follow them.
+/// Batch number `index`: `size` windows of `context + 1` tokens at random places, as tokens `[size,
+/// context]` and those that follow them.
 ///
 /// # Errors
 /// None that the tokens could cause.
 ///
 /// # Panics
 /// If there are not more than `context` tokens.
-pub fn batch(tokens: &[u32], seed: u64, index: u64, size: usize, context: usize) -> candle_core::Result<(Tensor, Tensor)> {
+pub fn batch(
+    tokens: &[u32],
+    seed: u64,
+    index: u64,
+    size: usize,
+    context: usize,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let mut random = Random::new(seed, &format!("windows {index}"));
-    let starts: Vec<usize> = (0..size).map(|_| random.below(tokens.len() - context)).collect();
+    let starts: Vec<usize> = (0..size)
+        .map(|_| random.below(tokens.len() - context))
+        .collect();
     let cut = |offset: usize| {
-        let all: Vec<u32> = starts.iter().flat_map(|start| &tokens[start + offset..][..context]).copied().collect();
+        let all: Vec<u32> = starts
+            .iter()
+            .flat_map(|start| &tokens[start + offset..][..context])
+            .copied()
+            .collect();
         Tensor::from_vec(all, (size, context), &Device::Cpu)
     };
     Ok((cut(0)?, cut(1)?))
@@ -206,10 +257,23 @@ mod tests {
         std::fs::write(&path, &Vocabulary::Bytes.files().unwrap()[0].1).unwrap();
         let file = Vocabulary::read(&path).unwrap();
         assert_eq!(file.len(), 256);
-        let text: String = (0u8..128).map(char::from).chain("für élève – 漢字 🙂\r\n\t  two  spaces".chars()).collect();
-        assert_eq!(file.encode(&text).unwrap(), Vocabulary::Bytes.encode(&text).unwrap());
-        let Vocabulary::File { tokenizer, .. } = file else { unreachable!() };
-        assert_eq!(tokenizer.decode(&Vocabulary::Bytes.encode(&text).unwrap(), true).unwrap(), text);
+        let text: String = (0u8..128)
+            .map(char::from)
+            .chain("für élève – 漢字 🙂\r\n\t  two  spaces".chars())
+            .collect();
+        assert_eq!(
+            file.encode(&text).unwrap(),
+            Vocabulary::Bytes.encode(&text).unwrap()
+        );
+        let Vocabulary::File { tokenizer, .. } = file else {
+            unreachable!()
+        };
+        assert_eq!(
+            tokenizer
+                .decode(&Vocabulary::Bytes.encode(&text).unwrap(), true)
+                .unwrap(),
+            text
+        );
     }
 
     #[test]
@@ -226,13 +290,29 @@ mod tests {
         let text = Text::read(&paths, &Vocabulary::Bytes, 0.2).unwrap();
         assert_eq!(text.train, [[97; 8].as_slice(), &[99; 17]].concat());
         assert_eq!(text.held_out, [98, 98, 100, 100, 100, 100]);
-        assert!(text.check(&paths[0], 6).unwrap_err().to_string().contains("more than 6 tokens held out, the context, got 6"));
+        assert!(
+            text.check(&paths[0], 6)
+                .unwrap_err()
+                .to_string()
+                .contains("more than 6 tokens held out, the context, got 6")
+        );
         text.check(&paths[0], 5).unwrap();
-        for (bytes, part) in [(&b""[..], "empty"), (&b"ab\xff"[..], "UTF-8, got other bytes at 2")] {
+        for (bytes, part) in [
+            (&b""[..], "empty"),
+            (&b"ab\xff"[..], "UTF-8, got other bytes at 2"),
+        ] {
             std::fs::write(&paths[0], bytes).unwrap();
-            assert!(Text::read(&paths[..1], &Vocabulary::Bytes, 0.1).unwrap_err().to_string().contains(part));
+            assert!(
+                Text::read(&paths[..1], &Vocabulary::Bytes, 0.1)
+                    .unwrap_err()
+                    .to_string()
+                    .contains(part)
+            );
         }
-        assert!(Text::read(&paths, &Vocabulary::Bytes, 1.0).is_err() && Text::read(&[], &Vocabulary::Bytes, 0.1).is_err());
+        assert!(
+            Text::read(&paths, &Vocabulary::Bytes, 1.0).is_err()
+                && Text::read(&[], &Vocabulary::Bytes, 0.1).is_err()
+        );
     }
 
     #[test]
@@ -241,10 +321,26 @@ mod tests {
         let (x, y) = batch(&tokens, 1, 9, 4, 8).unwrap();
         let (x, y) = (x.to_vec2::<u32>().unwrap(), y.to_vec2::<u32>().unwrap());
         for (x, y) in x.iter().zip(&y) {
-            assert!(x.iter().zip(y).all(|(x, y)| x + 1 == *y) && x.windows(2).all(|w| w[0] + 1 == w[1]));
+            assert!(
+                x.iter().zip(y).all(|(x, y)| x + 1 == *y) && x.windows(2).all(|w| w[0] + 1 == w[1])
+            );
         }
-        assert_eq!(batch(&tokens, 1, 9, 4, 8).unwrap().0.to_vec2::<u32>().unwrap(), x);
-        assert_ne!(batch(&tokens, 1, 10, 4, 8).unwrap().0.to_vec2::<u32>().unwrap(), x);
+        assert_eq!(
+            batch(&tokens, 1, 9, 4, 8)
+                .unwrap()
+                .0
+                .to_vec2::<u32>()
+                .unwrap(),
+            x
+        );
+        assert_ne!(
+            batch(&tokens, 1, 10, 4, 8)
+                .unwrap()
+                .0
+                .to_vec2::<u32>()
+                .unwrap(),
+            x
+        );
         // The last window that fits is the whole text but its first token.
         batch(&tokens, 1, 0, 1, 49).unwrap();
     }

@@ -25,8 +25,9 @@ pub struct CnnConfig {
     pub norm: bool,
 }
 
-/// `x ← max_pool(relu(conv3×3(norm(x)) + b))` for each convolution, then a hidden layer and the logits. Convolutions are `conv.0`, …, with weights
-/// `[out, 3·3·in]` in the order row, column, channel; the others `dense.0` and `dense.1`.
+/// `x ← max_pool(relu(conv3×3(norm(x)) + b))` for each convolution, then a hidden layer and the
+/// logits. Convolutions are `conv.0`, …, with weights `[out, 3·3·in]` in the order row, column,
+/// channel; the others `dense.0` and `dense.1`.
 #[derive(Debug)]
 pub struct Cnn {
     size: (usize, usize),
@@ -39,15 +40,30 @@ impl Cnn {
     /// A network with the variables of `vb`.
     ///
     /// # Errors
-    /// [`Error::Option`] for a size of 0 or one that cannot be halved, and variables of another shape.
+    /// [`Error::Option`] for a size of 0 or one that cannot be halved, and variables of another
+    /// shape.
     pub fn new(config: &CnnConfig, vb: &VarBuilder<'_>) -> Result<Self> {
         let (mut height, mut width, mut inputs) = (config.height, config.width, 1);
-        let norm = |first: bool, name: String, len| if config.norm && !first { gain(&vb.pp(name), len).map(Some) } else { Ok(None) };
+        let norm = |first: bool, name: String, len| {
+            if config.norm && !first {
+                gain(&vb.pp(name), len).map(Some)
+            } else {
+                Ok(None)
+            }
+        };
         let mut convolutions = vec![];
         for (i, &channels) in config.channels.iter().enumerate() {
-            if channels == 0 || !height.is_multiple_of(2) || !width.is_multiple_of(2) || height * width == 0 {
+            if channels == 0
+                || !height.is_multiple_of(2)
+                || !width.is_multiple_of(2)
+                || height * width == 0
+            {
                 let got = format!("{channels} channels of {height} × {width}");
-                return Err(Error::option("model.channels", "channels, of images that can be halved once for each", got));
+                return Err(Error::option(
+                    "model.channels",
+                    "channels, of images that can be halved once for each",
+                    got,
+                ));
             }
             let layer = Linear::new(9 * inputs, channels, true, &vb.pp("conv").pp(i))?;
             convolutions.push((layer, norm(i == 0, format!("norms.{i}"), inputs)?));
@@ -55,14 +71,32 @@ impl Cnn {
         }
         let flat = height * width * inputs;
         if flat == 0 || config.dense == 0 || config.classes == 0 {
-            return Err(Error::option("model.dense", "at least 1 element", config.dense));
+            return Err(Error::option(
+                "model.dense",
+                "at least 1 element",
+                config.dense,
+            ));
         }
         let dense = |i: usize, inputs, outputs| -> Result<_> {
             let layer = Linear::new(inputs, outputs, true, &vb.pp("dense").pp(i))?;
-            Ok((layer, norm(false, format!("norms.{}", config.channels.len() + i), inputs)?))
+            Ok((
+                layer,
+                norm(
+                    false,
+                    format!("norms.{}", config.channels.len() + i),
+                    inputs,
+                )?,
+            ))
         };
-        let dense = [dense(0, flat, config.dense)?, dense(1, config.dense, config.classes)?];
-        Ok(Self { size: (config.height, config.width), convolutions, dense })
+        let dense = [
+            dense(0, flat, config.dense)?,
+            dense(1, config.dense, config.classes)?,
+        ];
+        Ok(Self {
+            size: (config.height, config.width),
+            convolutions,
+            dense,
+        })
     }
 
     /// Logits `[B, classes]` of images `[B, H·W]`.
@@ -72,7 +106,9 @@ impl Cnn {
     pub fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
         let batch = images.dim(0)?;
         let apply = |(layer, norm): &(Linear, Option<Tensor>), x: &Tensor, size: Option<usize>| {
-            let mut x = norm.as_ref().map_or_else(|| Ok(x.clone()), |gain| ops::rms_norm(x, gain, EPS))?;
+            let mut x = norm
+                .as_ref()
+                .map_or_else(|| Ok(x.clone()), |gain| ops::rms_norm(x, gain, EPS))?;
             if let Some(size) = size {
                 x = ops::patches(&x, size)?;
             }
@@ -83,14 +119,30 @@ impl Cnn {
             x = ops::max_pool(&ops::relu(&apply(layer, &x, Some(3))?)?)?;
         }
         let x = x.reshape((batch, ()))?;
-        apply(&self.dense[1], &ops::relu(&apply(&self.dense[0], &x, None)?)?, None)
+        apply(
+            &self.dense[1],
+            &ops::relu(&apply(&self.dense[0], &x, None)?)?,
+            None,
+        )
     }
 }
 
 impl Linears for Cnn {
-    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
-        let layers = self.convolutions.iter_mut().enumerate().map(|(i, layer)| (format!("conv.{i}"), layer));
-        let mut layers = layers.chain(self.dense.iter_mut().enumerate().map(|(i, layer)| (format!("dense.{i}"), layer)));
+    fn visit_linears(
+        &mut self,
+        visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,
+    ) -> bitnet_quant::Result<()> {
+        let layers = self
+            .convolutions
+            .iter_mut()
+            .enumerate()
+            .map(|(i, layer)| (format!("conv.{i}"), layer));
+        let mut layers = layers.chain(
+            self.dense
+                .iter_mut()
+                .enumerate()
+                .map(|(i, layer)| (format!("dense.{i}"), layer)),
+        );
         layers.try_for_each(|(name, (layer, _))| visit(&name, layer))
     }
 }

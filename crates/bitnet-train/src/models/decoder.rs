@@ -1,4 +1,5 @@
-//! The decoders of [`bitnet_inference`], as graphs with gradients: llama, and bitnet with its sub-norms and squared relu.
+//! The decoders of [`bitnet_inference`], as graphs with gradients: llama, and bitnet with its
+//! sub-norms and squared relu.
 
 use super::gain;
 use crate::ops::{self, Angles};
@@ -37,7 +38,16 @@ pub struct DecoderShape {
 impl Default for DecoderShape {
     /// A llama of about a million parameters.
     fn default() -> Self {
-        Self { architecture: "llama".into(), hidden: 128, ffn: 384, layers: 5, heads: 4, kv_heads: 2, rope_theta: 10_000.0, tied: true }
+        Self {
+            architecture: "llama".into(),
+            hidden: 128,
+            ffn: 384,
+            layers: 5,
+            heads: 4,
+            kv_heads: 2,
+            rope_theta: 10_000.0,
+            tied: true,
+        }
     }
 }
 
@@ -50,7 +60,13 @@ impl DecoderShape {
         let (class, activation) = match self.architecture.as_str() {
             "llama" => ("LlamaForCausalLM", "silu"),
             "bitnet" => ("BitNetForCausalLM", "relu2"),
-            other => return Err(Error::option("model.architecture", "llama or bitnet", format!("'{other}'"))),
+            other => {
+                return Err(Error::option(
+                    "model.architecture",
+                    "llama or bitnet",
+                    format!("'{other}'"),
+                ));
+            }
         };
         Ok(json!({
             "architectures": [class],
@@ -98,11 +114,13 @@ struct Layer {
 pub struct Trace {
     /// The residual stream after each layer, `[B, T, hidden]`.
     pub hidden: Vec<Tensor>,
-    /// Queries `[B, T, D]`, keys and values `[B, T, V]` of the last layer, not yet turned by their positions; and a number of heads that divides all.
+    /// Queries `[B, T, D]`, keys and values `[B, T, V]` of the last layer, not yet turned by their
+    /// positions; and a number of heads that divides all.
     pub relations: Option<([Tensor; 3], usize)>,
 }
 
-/// A decoder; the equations are in `bitnet_inference`'s `arch`. Variables have the names of Hugging Face.
+/// A decoder; the equations are in `bitnet_inference`'s `arch`. Variables have the names of Hugging
+/// Face.
 #[derive(Debug)]
 pub struct Decoder {
     config: Config,
@@ -119,35 +137,72 @@ const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const FFN: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 impl Decoder {
-    /// A decoder of this config.json with the variables of `vb`; new ones are drawn as `initializer_range` and the linear layers say. `positions` of
-    /// them can be used at a time.
+    /// A decoder of this config.json with the variables of `vb`; new ones are drawn as
+    /// `initializer_range` and the linear layers say. `positions` of them can be used at a time.
     ///
     /// # Errors
-    /// As [`Config::from_hf`]; [`Error::Option`] for rotary positions that are scaled, or more positions than the model has; variables of another shape.
+    /// As [`Config::from_hf`]; [`Error::Option`] for rotary positions that are scaled, or more
+    /// positions than the model has; variables of another shape.
     pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
         let config = Config::from_hf(path, json)?;
         if config.rope.divisors.is_some() {
-            return Err(Error::option("rope_scaling", "none, in a model to be trained", json["rope_scaling"].to_string()));
+            return Err(Error::option(
+                "rope_scaling",
+                "none, in a model to be trained",
+                json["rope_scaling"].to_string(),
+            ));
         }
         if positions == 0 || positions > config.context {
-            return Err(Error::option("context", format!("1 to {}, the positions of the model", config.context), positions));
+            return Err(Error::option(
+                "context",
+                format!("1 to {}, the positions of the model", config.context),
+                positions,
+            ));
         }
         if !config.head_dim.is_multiple_of(2) {
             return Err(Error::option("head_dim", "an even number", config.head_dim));
         }
-        let deviation = json.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02);
-        let (d, v) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let deviation = json
+            .get("initializer_range")
+            .and_then(Value::as_f64)
+            .unwrap_or(0.02);
+        let (d, v) = (
+            config.heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+        );
         let model = vb.pp("model");
-        let embedding = Init::Randn { mean: 0.0, stdev: deviation };
-        let embedding = model.pp("embed_tokens").get_with_hints((config.vocab, config.hidden), "weight", embedding)?;
+        let embedding = Init::Randn {
+            mean: 0.0,
+            stdev: deviation,
+        };
+        let embedding = model.pp("embed_tokens").get_with_hints(
+            (config.vocab, config.hidden),
+            "weight",
+            embedding,
+        )?;
         let bitnet = config.architecture == Architecture::Bitnet;
         let mut layers = vec![];
         for i in 0..config.layers {
             let vb = model.pp("layers").pp(i);
             let (attention, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
-            let project = |i: usize, inputs, outputs| Linear::new(inputs, outputs, config.attention_bias, &attention.pp(ATTENTION[i]));
-            let feed = |i: usize, inputs, outputs| Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]));
-            let sub_norm = |vb: VarBuilder<'_>, len| if bitnet { gain(&vb, len).map(Some) } else { Ok(None) };
+            let project = |i: usize, inputs, outputs| {
+                Linear::new(
+                    inputs,
+                    outputs,
+                    config.attention_bias,
+                    &attention.pp(ATTENTION[i]),
+                )
+            };
+            let feed = |i: usize, inputs, outputs| {
+                Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]))
+            };
+            let sub_norm = |vb: VarBuilder<'_>, len| {
+                if bitnet {
+                    gain(&vb, len).map(Some)
+                } else {
+                    Ok(None)
+                }
+            };
             layers.push(Layer {
                 attention_norm: gain(&vb.pp("input_layernorm"), config.hidden)?,
                 attention: [
@@ -158,14 +213,34 @@ impl Decoder {
                 ],
                 attention_sub_norm: sub_norm(attention.pp("attn_sub_norm"), d)?,
                 ffn_norm: gain(&vb.pp("post_attention_layernorm"), config.hidden)?,
-                ffn: [feed(0, config.hidden, config.ffn)?, feed(1, config.hidden, config.ffn)?, feed(2, config.ffn, config.hidden)?],
+                ffn: [
+                    feed(0, config.hidden, config.ffn)?,
+                    feed(1, config.hidden, config.ffn)?,
+                    feed(2, config.ffn, config.hidden)?,
+                ],
                 ffn_sub_norm: sub_norm(mlp.pp("ffn_sub_norm"), config.ffn)?,
             });
         }
-        let head = if config.tied { None } else { Some(Linear::new(config.hidden, config.vocab, false, &vb.pp("lm_head"))?) };
+        let head = if config.tied {
+            None
+        } else {
+            Some(Linear::new(
+                config.hidden,
+                config.vocab,
+                false,
+                &vb.pp("lm_head"),
+            )?)
+        };
         let norm = gain(&model.pp("norm"), config.hidden)?;
         let angles = Angles::new(config.rope.theta, config.head_dim, positions);
-        Ok(Self { config, embedding, layers, norm, head, angles })
+        Ok(Self {
+            config,
+            embedding,
+            layers,
+            norm,
+            head,
+            angles,
+        })
     }
 
     /// The facts of the graph.
@@ -193,7 +268,10 @@ impl Decoder {
     fn run(&self, tokens: &Tensor, mut trace: Option<&mut Trace>) -> candle_core::Result<Tensor> {
         let (batch, positions) = tokens.dims2()?;
         let shape = (batch, positions, self.config.hidden);
-        let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?.reshape(shape)?;
+        let mut x = self
+            .embedding
+            .index_select(&tokens.flatten_all()?, 0)?
+            .reshape(shape)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let last = i + 1 == self.layers.len();
             x = (&x + self.attention(layer, &x, trace.as_deref_mut().filter(|_| last))?)?;
@@ -205,7 +283,10 @@ impl Decoder {
         let x = self.rms_norm(&x, &self.norm)?;
         match &self.head {
             Some(head) => head.forward(&x),
-            None => x.reshape(((), self.config.hidden))?.matmul(&self.embedding.t()?)?.reshape((batch, positions, self.config.vocab)),
+            None => x
+                .reshape(((), self.config.hidden))?
+                .matmul(&self.embedding.t()?)?
+                .reshape((batch, positions, self.config.vocab)),
         }
     }
 
@@ -214,9 +295,19 @@ impl Decoder {
     }
 
     /// `o · sub_norm(Attention(rope(q·z), rope(k·z), v·z))`, z = RMS(x).
-    fn attention(&self, layer: &Layer, x: &Tensor, trace: Option<&mut Trace>) -> candle_core::Result<Tensor> {
+    fn attention(
+        &self,
+        layer: &Layer,
+        x: &Tensor,
+        trace: Option<&mut Trace>,
+    ) -> candle_core::Result<Tensor> {
         let (batch, positions, _) = x.dims3()?;
-        let Config { heads, kv_heads, head_dim, .. } = self.config;
+        let Config {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.config;
         let z = self.rms_norm(x, &layer.attention_norm)?;
         let [q, k, v, o] = &layer.attention;
         let [q, k, v] = [q.forward(&z)?, k.forward(&z)?, v.forward(&z)?];
@@ -254,7 +345,10 @@ impl Decoder {
 }
 
 impl Linears for Decoder {
-    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
+    fn visit_linears(
+        &mut self,
+        visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,
+    ) -> bitnet_quant::Result<()> {
         for (i, layer) in self.layers.iter_mut().enumerate() {
             for (name, linear) in ATTENTION.iter().zip(&mut layer.attention) {
                 visit(&format!("model.layers.{i}.self_attn.{name}"), linear)?;
@@ -263,6 +357,8 @@ impl Linears for Decoder {
                 visit(&format!("model.layers.{i}.mlp.{name}"), linear)?;
             }
         }
-        self.head.iter_mut().try_for_each(|head| visit("lm_head", head))
+        self.head
+            .iter_mut()
+            .try_for_each(|head| visit("lm_head", head))
     }
 }

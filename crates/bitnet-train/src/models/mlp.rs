@@ -21,7 +21,8 @@ pub struct MlpConfig {
     pub norm: bool,
 }
 
-/// `x ← relu(W·norm(x) + b)` for each hidden layer, then the logits `W·norm(x) + b`. Layers are `layers.0`, `layers.1`, …, norms `norms.1`, ….
+/// `x ← relu(W·norm(x) + b)` for each hidden layer, then the logits `W·norm(x) + b`. Layers are
+/// `layers.0`, `layers.1`, …, norms `norms.1`, ….
 #[derive(Debug)]
 pub struct Mlp {
     layers: Vec<Linear>,
@@ -35,14 +36,26 @@ impl Mlp {
     /// # Errors
     /// [`Error::Option`] for a size of 0, and variables of another shape.
     pub fn new(config: &MlpConfig, vb: &VarBuilder<'_>) -> Result<Self> {
-        let sizes: Vec<usize> = [config.inputs].into_iter().chain(config.hidden.iter().copied()).chain([config.classes]).collect();
+        let sizes: Vec<usize> = [config.inputs]
+            .into_iter()
+            .chain(config.hidden.iter().copied())
+            .chain([config.classes])
+            .collect();
         if sizes.contains(&0) {
-            return Err(Error::option("model.hidden", "sizes of at least 1", format!("{sizes:?}")));
+            return Err(Error::option(
+                "model.hidden",
+                "sizes of at least 1",
+                format!("{sizes:?}"),
+            ));
         }
         let (mut layers, mut norms) = (vec![], vec![]);
         for (i, size) in sizes.windows(2).enumerate() {
             layers.push(Linear::new(size[0], size[1], true, &vb.pp("layers").pp(i))?);
-            norms.push(if config.norm && i > 0 { Some(gain(&vb.pp("norms").pp(i), size[0])?) } else { None });
+            norms.push(if config.norm && i > 0 {
+                Some(gain(&vb.pp("norms").pp(i), size[0])?)
+            } else {
+                None
+            });
         }
         Ok(Self { layers, norms })
     }
@@ -67,7 +80,13 @@ impl Mlp {
 }
 
 impl Linears for Mlp {
-    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
-        self.layers.iter_mut().enumerate().try_for_each(|(i, layer)| visit(&format!("layers.{i}"), layer))
+    fn visit_linears(
+        &mut self,
+        visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,
+    ) -> bitnet_quant::Result<()> {
+        self.layers
+            .iter_mut()
+            .enumerate()
+            .try_for_each(|(i, layer)| visit(&format!("layers.{i}"), layer))
     }
 }

@@ -65,7 +65,10 @@ impl ImageModel {
 }
 
 impl Linears for ImageModel {
-    fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>) -> bitnet_quant::Result<()> {
+    fn visit_linears(
+        &mut self,
+        visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,
+    ) -> bitnet_quant::Result<()> {
         match self {
             Self::Mlp(mlp) => mlp.visit_linears(visit),
             Self::Cnn(cnn) => cnn.visit_linears(visit),

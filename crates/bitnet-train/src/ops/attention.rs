@@ -7,7 +7,8 @@ use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Cosine and sine of the rotary embedding: pair i of a head turns by `position · theta^(−2i/d)`, pairs being i and i + d/2.
+/// Cosine and sine of the rotary embedding: pair i of a head turns by `position · theta^(−2i/d)`,
+/// pairs being i and i + d/2.
 #[derive(Debug, Clone)]
 pub struct Angles {
     /// `[positions, d/2]`.
@@ -16,16 +17,24 @@ pub struct Angles {
 }
 
 impl Angles {
-    /// Those of `positions` positions for heads of `head_dim` elements, rounded as the inference engine does.
+    /// Those of `positions` positions for heads of `head_dim` elements, rounded as the inference
+    /// engine does.
     pub fn new(theta: f64, head_dim: usize, positions: usize) -> Self {
         let pairs = head_dim / 2;
-        let frequencies: Vec<f32> = (0..pairs).map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64) as f32).collect();
+        let frequencies: Vec<f32> = (0..pairs)
+            .map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64) as f32)
+            .collect();
         let angle = |position: usize, frequency: f32| {
             let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
             (cos as f32, sin as f32)
         };
-        let table = (0..positions).flat_map(|p| frequencies.iter().map(move |&f| angle(p, f))).collect();
-        Self { table: Arc::new(table), pairs }
+        let table = (0..positions)
+            .flat_map(|p| frequencies.iter().map(move |&f| angle(p, f)))
+            .collect();
+        Self {
+            table: Arc::new(table),
+            pairs,
+        }
     }
 
     /// Positions that there are angles for.
@@ -34,21 +43,34 @@ impl Angles {
     }
 }
 
-/// `[B, T, H·D]` to `[B, H, T, D]`, each head turned by the angles of its position if there are any.
+/// `[B, T, H·D]` to `[B, H, T, D]`, each head turned by the angles of its position if there are
+/// any.
 ///
 /// # Errors
 /// For a tensor of another kind or shape, and more positions than there are angles.
 pub fn heads_first(x: &Tensor, heads: usize, angles: Option<&Angles>) -> Result<Tensor> {
     let (batch, positions, width) = x.dims3()?;
     if heads == 0 || !width.is_multiple_of(heads) {
-        return Err(Error::msg(format!("expected {heads} heads to divide {width} elements")));
+        return Err(Error::msg(format!(
+            "expected {heads} heads to divide {width} elements"
+        )));
     }
     let shape = [batch, positions, heads, width / heads];
-    if let Some(angles) = angles.filter(|a| positions > a.positions() || 2 * a.pairs != width / heads) {
+    if let Some(angles) =
+        angles.filter(|a| positions > a.positions() || 2 * a.pairs != width / heads)
+    {
         let (expected, pairs) = (angles.positions(), angles.pairs);
-        return Err(Error::msg(format!("expected at most {expected} positions of heads of {} elements, got {shape:?}", 2 * pairs)));
+        return Err(Error::msg(format!(
+            "expected at most {expected} positions of heads of {} elements, got {shape:?}",
+            2 * pairs
+        )));
     }
-    x.contiguous()?.apply_op1(Move { shape, first: true, angles: angles.cloned(), kernels: Kernels::detect() })
+    x.contiguous()?.apply_op1(Move {
+        shape,
+        first: true,
+        angles: angles.cloned(),
+        kernels: Kernels::detect(),
+    })
 }
 
 /// `[B, H, T, D]` to `[B, T, H·D]`.
@@ -57,7 +79,12 @@ pub fn heads_first(x: &Tensor, heads: usize, angles: Option<&Angles>) -> Result<
 /// For a tensor of another kind or shape.
 pub fn heads_last(x: &Tensor) -> Result<Tensor> {
     let (batch, heads, positions, d) = x.dims4()?;
-    let op = Move { shape: [batch, positions, heads, d], first: false, angles: None, kernels: Kernels::detect() };
+    let op = Move {
+        shape: [batch, positions, heads, d],
+        first: false,
+        angles: None,
+        kernels: Kernels::detect(),
+    };
     x.contiguous()?.apply_op1(op)
 }
 
@@ -75,15 +102,23 @@ impl Move {
     fn forward(&self, x: &[f32]) -> Vec<f32> {
         let [_, positions, heads, d] = self.shape;
         let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(positions * d).enumerate().for_each(|(block, out)| {
-            let (batch, head) = (block / heads, block % heads);
-            for (position, out) in out.chunks_mut(d).enumerate() {
-                out.copy_from_slice(&x[((batch * positions + position) * heads + head) * d..][..d]);
-                if let Some(angles) = &self.angles {
-                    self.kernels.rotate(out, &angles.table[position * angles.pairs..][..angles.pairs], Pairing::Halves);
+        out.par_chunks_mut(positions * d)
+            .enumerate()
+            .for_each(|(block, out)| {
+                let (batch, head) = (block / heads, block % heads);
+                for (position, out) in out.chunks_mut(d).enumerate() {
+                    out.copy_from_slice(
+                        &x[((batch * positions + position) * heads + head) * d..][..d],
+                    );
+                    if let Some(angles) = &self.angles {
+                        self.kernels.rotate(
+                            out,
+                            &angles.table[position * angles.pairs..][..angles.pairs],
+                            Pairing::Halves,
+                        );
+                    }
                 }
-            }
-        });
+            });
         out
     }
 
@@ -91,28 +126,39 @@ impl Move {
     fn backward(&self, x: &[f32]) -> Vec<f32> {
         let [_, positions, heads, d] = self.shape;
         let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(heads * d).enumerate().for_each(|(token, out)| {
-            let (batch, position) = (token / positions, token % positions);
-            for (head, out) in out.chunks_mut(d).enumerate() {
-                let x = &x[((batch * heads + head) * positions + position) * d..][..d];
-                match &self.angles {
-                    None => out.copy_from_slice(x),
-                    Some(angles) => {
-                        let (a, b) = x.split_at(d / 2);
-                        let (out_a, out_b) = out.split_at_mut(d / 2);
-                        for (i, &(cos, sin)) in angles.table[position * angles.pairs..][..angles.pairs].iter().enumerate() {
-                            (out_a[i], out_b[i]) = (a[i] * cos + b[i] * sin, b[i] * cos - a[i] * sin);
+        out.par_chunks_mut(heads * d)
+            .enumerate()
+            .for_each(|(token, out)| {
+                let (batch, position) = (token / positions, token % positions);
+                for (head, out) in out.chunks_mut(d).enumerate() {
+                    let x = &x[((batch * heads + head) * positions + position) * d..][..d];
+                    match &self.angles {
+                        None => out.copy_from_slice(x),
+                        Some(angles) => {
+                            let (a, b) = x.split_at(d / 2);
+                            let (out_a, out_b) = out.split_at_mut(d / 2);
+                            for (i, &(cos, sin)) in angles.table[position * angles.pairs..]
+                                [..angles.pairs]
+                                .iter()
+                                .enumerate()
+                            {
+                                (out_a[i], out_b[i]) =
+                                    (a[i] * cos + b[i] * sin, b[i] * cos - a[i] * sin);
+                            }
                         }
                     }
                 }
-            }
-        });
+            });
         out
     }
 
     fn dims(&self, first: bool) -> Shape {
         let [batch, positions, heads, d] = self.shape;
-        if first { Shape::from((batch, heads, positions, d)) } else { Shape::from((batch, positions, heads * d)) }
+        if first {
+            Shape::from((batch, heads, positions, d))
+        } else {
+            Shape::from((batch, positions, heads * d))
+        }
     }
 }
 
@@ -123,24 +169,40 @@ impl CustomOp1 for Move {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(storage, layout)?;
-        let out = if self.first { self.forward(x) } else { self.backward(x) };
+        let out = if self.first {
+            self.forward(x)
+        } else {
+            self.backward(x)
+        };
         Ok((CpuStorage::F32(out), self.dims(self.first)))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let out = with(grad, |grad| if self.first { self.backward(grad) } else { self.forward(grad) })?;
+        let out = with(grad, |grad| {
+            if self.first {
+                self.backward(grad)
+            } else {
+                self.forward(grad)
+            }
+        })?;
         Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
     }
 }
 
-/// Softmax of `scale · x` over the positions up to a row's own, 0 beyond: x `[…, R, T]`, where row r of R, a multiple of T, stands for position r mod T.
+/// Softmax of `scale · x` over the positions up to a row's own, 0 beyond: x `[…, R, T]`, where row
+/// r of R, a multiple of T, stands for position r mod T.
 ///
 /// # Errors
 /// For a tensor of another kind or shape.
 pub fn causal_softmax(x: &Tensor, scale: f32) -> Result<Tensor> {
-    let (r, t) = (x.dim(candle_core::D::Minus2)?, x.dim(candle_core::D::Minus1)?);
+    let (r, t) = (
+        x.dim(candle_core::D::Minus2)?,
+        x.dim(candle_core::D::Minus1)?,
+    );
     if t == 0 || !r.is_multiple_of(t) {
-        return Err(Error::msg(format!("causal softmax: expected rows for each of {t} positions, got {r}")));
+        return Err(Error::msg(format!(
+            "causal softmax: expected rows for each of {t} positions, got {r}"
+        )));
     }
     x.contiguous()?.apply_op1(CausalSoftmax { scale })
 }
@@ -157,15 +219,19 @@ impl CustomOp1 for CausalSoftmax {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let ((_, t), x) = (rows(layout)?, slice(storage, layout)?);
         let mut out = vec![0.0f32; x.len()];
-        out.par_chunks_mut(t * t).zip(x.par_chunks(t * t)).for_each(|(out, x)| {
-            for (position, (out, x)) in out.chunks_mut(t).zip(x.chunks(t)).enumerate() {
-                let (out, x) = (&mut out[..=position], &x[..=position]);
-                let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                out.iter_mut().zip(x).for_each(|(out, &x)| *out = ((x - max) * self.scale).exp());
-                let inverse = 1.0 / out.iter().sum::<f32>();
-                out.iter_mut().for_each(|p| *p *= inverse);
-            }
-        });
+        out.par_chunks_mut(t * t)
+            .zip(x.par_chunks(t * t))
+            .for_each(|(out, x)| {
+                for (position, (out, x)) in out.chunks_mut(t).zip(x.chunks(t)).enumerate() {
+                    let (out, x) = (&mut out[..=position], &x[..=position]);
+                    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    out.iter_mut()
+                        .zip(x)
+                        .for_each(|(out, &x)| *out = ((x - max) * self.scale).exp());
+                    let inverse = 1.0 / out.iter().sum::<f32>();
+                    out.iter_mut().for_each(|p| *p *= inverse);
+                }
+            });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
@@ -176,13 +242,22 @@ impl CustomOp1 for CausalSoftmax {
         with(p, |p| {
             with(grad, |dp| {
                 let inputs = p.par_chunks(t * t).zip(dp.par_chunks(t * t));
-                dx.par_chunks_mut(t * t).zip(inputs).for_each(|(dx, (p, dp))| {
-                    for (position, (dx, (p, dp))) in dx.chunks_mut(t).zip(p.chunks(t).zip(dp.chunks(t))).enumerate() {
-                        let (dx, p, dp) = (&mut dx[..=position], &p[..=position], &dp[..=position]);
-                        let sum = dot(p, dp);
-                        dx.iter_mut().zip(p.iter().zip(dp)).for_each(|(dx, (p, d))| *dx = self.scale * p * (d - sum));
-                    }
-                });
+                dx.par_chunks_mut(t * t)
+                    .zip(inputs)
+                    .for_each(|(dx, (p, dp))| {
+                        for (position, (dx, (p, dp))) in dx
+                            .chunks_mut(t)
+                            .zip(p.chunks(t).zip(dp.chunks(t)))
+                            .enumerate()
+                        {
+                            let (dx, p, dp) =
+                                (&mut dx[..=position], &p[..=position], &dp[..=position]);
+                            let sum = dot(p, dp);
+                            dx.iter_mut()
+                                .zip(p.iter().zip(dp))
+                                .for_each(|(dx, (p, d))| *dx = self.scale * p * (d - sum));
+                        }
+                    });
             })
         })??;
         Ok(Some(Tensor::from_vec(dx, p.shape(), p.device())?))

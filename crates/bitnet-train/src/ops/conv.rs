@@ -4,7 +4,8 @@ use super::{slice, with};
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// The patches of size × size pixels around each pixel, zeros beyond the border: `[B, H, W, C]` to `[B, H, W, size·size·C]`.
+/// The patches of size × size pixels around each pixel, zeros beyond the border: `[B, H, W, C]` to
+/// `[B, H, W, size·size·C]`.
 ///
 /// A convolution is then a linear layer, and its quantization that of one: a token is a patch.
 ///
@@ -13,9 +14,14 @@ use rayon::prelude::*;
 pub fn patches(x: &Tensor, size: usize) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     if size.is_multiple_of(2) {
-        return Err(Error::msg(format!("patches: expected an odd size, got {size}")));
+        return Err(Error::msg(format!(
+            "patches: expected an odd size, got {size}"
+        )));
     }
-    x.contiguous()?.apply_op1(Patches { shape: [batch, height, width, channels], size })
+    x.contiguous()?.apply_op1(Patches {
+        shape: [batch, height, width, channels],
+        size,
+    })
 }
 
 struct Patches {
@@ -24,7 +30,8 @@ struct Patches {
 }
 
 impl Patches {
-    /// Calls `f` with (index in a patched image, index in an image) of each run of C elements of a patch that lies inside, row by row.
+    /// Calls `f` with (index in a patched image, index in an image) of each run of C elements of a
+    /// patch that lies inside, row by row.
     fn runs(&self, mut f: impl FnMut(usize, usize)) {
         let ([_, height, width, channels], size) = (self.shape, self.size);
         let half = size / 2;
@@ -62,11 +69,18 @@ impl CustomOp1 for Patches {
         let x = slice(storage, layout)?;
         let mut out = vec![0.0; batch * patched];
         if image > 0 {
-            out.par_chunks_mut(patched).zip(x.par_chunks(image)).for_each(|(out, x)| {
-                self.runs(|to, from| out[to..to + channels].copy_from_slice(&x[from..from + channels]));
-            });
+            out.par_chunks_mut(patched)
+                .zip(x.par_chunks(image))
+                .for_each(|(out, x)| {
+                    self.runs(|to, from| {
+                        out[to..to + channels].copy_from_slice(&x[from..from + channels])
+                    });
+                });
         }
-        Ok((CpuStorage::F32(out), Shape::from((batch, height, width, channels * self.size * self.size))))
+        Ok((
+            CpuStorage::F32(out),
+            Shape::from((batch, height, width, channels * self.size * self.size)),
+        ))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -74,25 +88,37 @@ impl CustomOp1 for Patches {
         let mut dx = vec![0.0; x.elem_count()];
         with(grad, |grad| {
             if image > 0 {
-                dx.par_chunks_mut(image).zip(grad.par_chunks(patched)).for_each(|(dx, grad)| {
-                    self.runs(|from, to| dx[to..to + channels].iter_mut().zip(&grad[from..from + channels]).for_each(|(d, g)| *d += g));
-                });
+                dx.par_chunks_mut(image)
+                    .zip(grad.par_chunks(patched))
+                    .for_each(|(dx, grad)| {
+                        self.runs(|from, to| {
+                            dx[to..to + channels]
+                                .iter_mut()
+                                .zip(&grad[from..from + channels])
+                                .for_each(|(d, g)| *d += g)
+                        });
+                    });
             }
         })?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
-/// The largest of each 2 × 2 pixels: `[B, H, W, C]` to `[B, H/2, W/2, C]`. Of equals the first one gets the gradient.
+/// The largest of each 2 × 2 pixels: `[B, H, W, C]` to `[B, H/2, W/2, C]`. Of equals the first one
+/// gets the gradient.
 ///
 /// # Errors
 /// For a tensor of another kind or shape, or odd sizes.
 pub fn max_pool(x: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     if !height.is_multiple_of(2) || !width.is_multiple_of(2) {
-        return Err(Error::msg(format!("pooling: expected even sizes, got {height} × {width}")));
+        return Err(Error::msg(format!(
+            "pooling: expected even sizes, got {height} × {width}"
+        )));
     }
-    x.contiguous()?.apply_op1(MaxPool { shape: [batch, height, width, channels] })
+    x.contiguous()?.apply_op1(MaxPool {
+        shape: [batch, height, width, channels],
+    })
 }
 
 struct MaxPool {
@@ -130,9 +156,14 @@ impl CustomOp1 for MaxPool {
         let image = height * width * channels;
         let mut out = vec![0.0; x.len() / 4];
         if image > 0 {
-            out.par_chunks_mut(image / 4).zip(x.par_chunks(image)).for_each(|(out, x)| self.largest(x, |to, from| out[to] = x[from]));
+            out.par_chunks_mut(image / 4)
+                .zip(x.par_chunks(image))
+                .for_each(|(out, x)| self.largest(x, |to, from| out[to] = x[from]));
         }
-        Ok((CpuStorage::F32(out), Shape::from((batch, height / 2, width / 2, channels))))
+        Ok((
+            CpuStorage::F32(out),
+            Shape::from((batch, height / 2, width / 2, channels)),
+        ))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -142,7 +173,11 @@ impl CustomOp1 for MaxPool {
             with(grad, |grad| {
                 if image > 0 {
                     let inputs = x.par_chunks(image).zip(grad.par_chunks(image / 4));
-                    dx.par_chunks_mut(image).zip(inputs).for_each(|(dx, (x, grad))| self.largest(x, |from, to| dx[to] = grad[from]));
+                    dx.par_chunks_mut(image)
+                        .zip(inputs)
+                        .for_each(|(dx, (x, grad))| {
+                            self.largest(x, |from, to| dx[to] = grad[from])
+                        });
                 }
             })
         })??;

@@ -18,7 +18,13 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// For tensors of another kind, or of different shapes.
 pub fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.contiguous()?.apply_op2(&up.contiguous()?, Gate { silu: true, kernels: Kernels::detect() })
+    gate.contiguous()?.apply_op2(
+        &up.contiguous()?,
+        Gate {
+            silu: true,
+            kernels: Kernels::detect(),
+        },
+    )
 }
 
 /// `max(gate, 0)² · up`: that of b1.58.
@@ -26,7 +32,13 @@ pub fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`silu_gate`].
 pub fn relu2_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.contiguous()?.apply_op2(&up.contiguous()?, Gate { silu: false, kernels: Kernels::detect() })
+    gate.contiguous()?.apply_op2(
+        &up.contiguous()?,
+        Gate {
+            silu: false,
+            kernels: Kernels::detect(),
+        },
+    )
 }
 
 struct Relu;
@@ -37,12 +49,20 @@ impl CustomOp1 for Relu {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = slice(storage, layout)?.iter().map(|&x| if x > 0.0 { x } else { 0.0 }).collect();
+        let out = slice(storage, layout)?
+            .iter()
+            .map(|&x| if x > 0.0 { x } else { 0.0 })
+            .collect();
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let masked = |y: &[f32], dy: &[f32]| -> Vec<f32> { y.iter().zip(dy).map(|(&y, &dy)| if y > 0.0 { dy } else { 0.0 }).collect() };
+        let masked = |y: &[f32], dy: &[f32]| -> Vec<f32> {
+            y.iter()
+                .zip(dy)
+                .map(|(&y, &dy)| if y > 0.0 { dy } else { 0.0 })
+                .collect()
+        };
         let dx = with(y, |y| with(grad, |dy| masked(y, dy)))??;
         Ok(Some(Tensor::from_vec(dx, y.shape(), y.device())?))
     }
@@ -58,33 +78,63 @@ impl CustomOp2 for Gate {
         "gate"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         if l1.shape() != l2.shape() {
-            candle_core::bail!("gate: expected the shape {:?} twice, got {:?}", l1.shape(), l2.shape());
+            candle_core::bail!(
+                "gate: expected the shape {:?} twice, got {:?}",
+                l1.shape(),
+                l2.shape()
+            );
         }
         let (gate, up) = (slice(s1, l1)?, slice(s2, l2)?);
         let mut out = vec![0.0; gate.len()];
         let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
-        out.par_chunks_mut(CHUNK).zip(inputs).for_each(|(out, (gate, up))| {
-            if self.silu { self.kernels.silu_mul(gate, up, out) } else { self.kernels.relu2_mul(gate, up, out) }
-        });
+        out.par_chunks_mut(CHUNK)
+            .zip(inputs)
+            .for_each(|(out, (gate, up))| {
+                if self.silu {
+                    self.kernels.silu_mul(gate, up, out)
+                } else {
+                    self.kernels.relu2_mul(gate, up, out)
+                }
+            });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
-    fn bwd(&self, gate: &Tensor, up: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let mut dgate = vec![0.0; gate.elem_count()];
         let mut dup = vec![0.0; up.elem_count()];
         with(gate, |gate| {
             with(up, |up| {
                 with(grad, |grad| {
                     let out = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
-                    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(grad.par_chunks(CHUNK));
-                    out.zip(inputs).for_each(|((dgate, dup), ((gate, up), dy))| {
-                        for i in 0..gate.len() {
-                            let (value, slope) = if self.silu { silu(gate[i]) } else { relu2(gate[i]) };
-                            (dgate[i], dup[i]) = (dy[i] * up[i] * slope, dy[i] * value);
-                        }
-                    });
+                    let inputs = gate
+                        .par_chunks(CHUNK)
+                        .zip(up.par_chunks(CHUNK))
+                        .zip(grad.par_chunks(CHUNK));
+                    out.zip(inputs)
+                        .for_each(|((dgate, dup), ((gate, up), dy))| {
+                            for i in 0..gate.len() {
+                                let (value, slope) = if self.silu {
+                                    silu(gate[i])
+                                } else {
+                                    relu2(gate[i])
+                                };
+                                (dgate[i], dup[i]) = (dy[i] * up[i] * slope, dy[i] * value);
+                            }
+                        });
                 })
             })
         })???;

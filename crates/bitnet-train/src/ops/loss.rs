@@ -8,7 +8,8 @@ struct CrossEntropy {
     targets: Vec<u32>,
 }
 
-/// `mean over rows of −ln softmax(logits)[target]` in nats; logits `[…, V]`, targets u32 of the shape before V. The result is a scalar.
+/// `mean over rows of −ln softmax(logits)[target]` in nats; logits `[…, V]`, targets u32 of the
+/// shape before V. The result is a scalar.
 ///
 /// Keeps no probabilities: the backward pass computes them again.
 ///
@@ -27,10 +28,15 @@ impl CustomOp1 for CrossEntropy {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, v) = rows(layout)?;
         if n != self.targets.len() || n == 0 {
-            return Err(Error::msg(format!("cross-entropy: expected a target for each of {n} rows, got {}", self.targets.len())));
+            return Err(Error::msg(format!(
+                "cross-entropy: expected a target for each of {n} rows, got {}",
+                self.targets.len()
+            )));
         }
         if let Some(target) = self.targets.iter().find(|&&t| t as usize >= v) {
-            return Err(Error::msg(format!("cross-entropy: expected targets below {v}, got {target}")));
+            return Err(Error::msg(format!(
+                "cross-entropy: expected targets below {v}, got {target}"
+            )));
         }
         let logits = slice(storage, layout)?;
         let losses: Vec<f64> = logits
@@ -51,14 +57,23 @@ impl CustomOp1 for CrossEntropy {
         let factor = grad.to_scalar::<f32>()? / self.targets.len() as f32;
         let mut out = vec![0.0; logits.elem_count()];
         with(logits, |logits| {
-            out.par_chunks_mut(v).zip(logits.par_chunks(v)).zip(&self.targets).for_each(|((out, row), &target)| {
-                let (max, sum) = normalizer(row);
-                let scale = factor / sum;
-                out.iter_mut().zip(row).for_each(|(out, &x)| *out = (x - max).exp() * scale);
-                out[target as usize] -= factor;
-            });
+            out.par_chunks_mut(v)
+                .zip(logits.par_chunks(v))
+                .zip(&self.targets)
+                .for_each(|((out, row), &target)| {
+                    let (max, sum) = normalizer(row);
+                    let scale = factor / sum;
+                    out.iter_mut()
+                        .zip(row)
+                        .for_each(|(out, &x)| *out = (x - max).exp() * scale);
+                    out[target as usize] -= factor;
+                });
         })?;
-        Ok(Some(Tensor::from_vec(out, logits.shape(), logits.device())?))
+        Ok(Some(Tensor::from_vec(
+            out,
+            logits.shape(),
+            logits.device(),
+        )?))
     }
 }
 

@@ -1,8 +1,9 @@
 //! Operations of models with their gradients, each one pass over its tensors.
 //!
-//! candle composes these of many operations, each with a tensor to keep and two passes more in the backward one; its fused ones (`rms_norm`,
-//! `softmax_last_dim`, `rope`) have no gradient at all, and its `relu` lets the gradient through at 0. All of these take f32 on the CPU, and their results do
-//! not depend on the number of threads.
+//! candle composes these of many operations, each with a tensor to keep and two passes more in the
+//! backward one; its fused ones (`rms_norm`, `softmax_last_dim`, `rope`) have no gradient at all,
+//! and its `relu` lets the gradient through at 0. All of these take f32 on the CPU, and their
+//! results do not depend on the number of threads.
 
 mod attention;
 mod conv;
@@ -23,7 +24,9 @@ const CHUNK: usize = 1 << 13;
 
 /// The elements of a contiguous f32 storage.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| Error::msg("expected a contiguous tensor"))?;
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| Error::msg("expected a contiguous tensor"))?;
     match storage {
         CpuStorage::F32(all) => Ok(&all[start..end]),
         _ => Err(Error::msg("expected an f32 tensor")),
@@ -57,6 +60,8 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 fn rows(layout: &Layout) -> Result<(usize, usize)> {
     match layout.dims() {
         [rest @ .., k] if *k > 0 => Ok((rest.iter().product(), *k)),
-        dims => Err(Error::msg(format!("expected rows of at least one element, got shape {dims:?}"))),
+        dims => Err(Error::msg(format!(
+            "expected rows of at least one element, got shape {dims:?}"
+        ))),
     }
 }

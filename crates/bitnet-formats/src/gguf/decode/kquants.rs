@@ -1,8 +1,11 @@
-//! Super-blocks of 256 values: sub-blocks have integer scales, which f16 numbers of the super-block multiply.
+//! Super-blocks of 256 values: sub-blocks have integer scales, which f16 numbers of the super-block
+//! multiply.
 //!
-//! The codes of 128 values (Q2_K, Q3_K and the high bits of Q6_K) lie in 32 bytes: value `32·s + l` in bits `2s` and `2s + 1` of byte
-//! `l`. Those of 64 values (Q4_K, Q5_K) lie in 32 bytes: value `l` in the low half of byte `l`, value `32 + l` in the high half.
-//! The low four bits of 128 values in Q6_K lie in 64 bytes: value `l` in the low half of byte `l`, value `64 + l` in the high half.
+//! The codes of 128 values (Q2_K, Q3_K and the high bits of Q6_K) lie in 32 bytes: value `32·s + l`
+//! in bits `2s` and `2s + 1` of byte `l`. Those of 64 values (Q4_K, Q5_K) lie in 32 bytes: value
+//! `l` in the low half of byte `l`, value `32 + l` in the high half. The low four bits of 128
+//! values in Q6_K lie in 64 bytes: value `l` in the low half of byte `l`, value `64 + l` in the
+//! high half.
 //!
 //! | type | bytes | sub-block | value |
 //! |---|---|---|---|
@@ -12,11 +15,13 @@
 //! | Q5_K | f16 d, f16 m, sc\[12\], qh\[32\], qs\[128\] | 32 | (d·sc)·q − (m·mn) |
 //! | Q6_K | ql\[128\], qh\[64\], i8 sc\[16\], f16 d | 16 | (d·sc)·(q − 32) |
 //!
-//! - Q3_K: bit `i` of `hmask[l]` belongs to value `32i + l`. The low four bits of the sixteen 6-bit scales are the low halves of
-//!   `sc[0..8]`, then their high halves; the upper two bits of scale `i` are bits `2(i / 4)` and above of `sc[8 + i % 4]`.
-//! - Q4_K and Q5_K have eight 6-bit scales `sc` and eight 6-bit minima `mn` in twelve bytes. For i < 4 the low six bits of byte `i` are
-//!   `sc[i]`, of byte `4 + i` `mn[i]`; byte `8 + i` has the low four bits of `sc[4 + i]` and of `mn[4 + i]` (low and high half), whose
-//!   upper two bits are those of byte `i` and of byte `4 + i`.
+//! - Q3_K: bit `i` of `hmask[l]` belongs to value `32i + l`. The low four bits of the sixteen 6-bit
+//!   scales are the low halves of `sc[0..8]`, then their high halves; the upper two bits of scale
+//!   `i` are bits `2(i / 4)` and above of `sc[8 + i % 4]`.
+//! - Q4_K and Q5_K have eight 6-bit scales `sc` and eight 6-bit minima `mn` in twelve bytes. For i
+//!   < 4 the low six bits of byte `i` are `sc[i]`, of byte `4 + i` `mn[i]`; byte `8 + i` has the
+//!   low four bits of `sc[4 + i]` and of `mn[4 + i]` (low and high half), whose upper two bits are
+//!   those of byte `i` and of byte `4 + i`.
 //! - Q5_K: bit `i` of `qh[l]` is the fifth bit of value `32i + l`.
 
 use super::{for_blocks, half_at};
@@ -65,7 +70,10 @@ pub(super) fn scale_min<const B: usize>(b: &[u8; B], at: usize, i: usize) -> (u8
         (b[at + i] & 63, b[at + 4 + i] & 63)
     } else {
         let low = b[at + 4 + i];
-        (low & 15 | (b[at + i - 4] >> 6) << 4, low >> 4 | (b[at + i] >> 6) << 4)
+        (
+            low & 15 | (b[at + i - 4] >> 6) << 4,
+            low >> 4 | (b[at + i] >> 6) << 4,
+        )
     }
 }
 

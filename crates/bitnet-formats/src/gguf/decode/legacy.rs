@@ -1,7 +1,8 @@
 //! Blocks of 32 values with one scale, or a scale and a minimum.
 //!
-//! In the 4-bit and 5-bit types byte `j` of `qs` holds the low four bits of value `j` in its low half and those of value `16 + j` in its
-//! high half; bit `j` of the little-endian u32 `qh` is the fifth bit of value `j`.
+//! In the 4-bit and 5-bit types byte `j` of `qs` holds the low four bits of value `j` in its low
+//! half and those of value `16 + j` in its high half; bit `j` of the little-endian u32 `qh` is the
+//! fifth bit of value `j`.
 //!
 //! | type | bytes | value |
 //! |---|---|---|

@@ -1,8 +1,9 @@
 //! Tensor bytes to floats.
 //!
-//! Every decoder performs the f32 operations of ggml's reference in the same order, without fused multiply-add, so that the results are
-//! bit for bit the same. NaN and infinite scales decode to what the arithmetic gives. `value` below is the float, `d` and `m` are f16
-//! numbers widened to f32, `q` is an integer.
+//! Every decoder performs the f32 operations of ggml's reference in the same order, without fused
+//! multiply-add, so that the results are bit for bit the same. NaN and infinite scales decode to
+//! what the arithmetic gives. `value` below is the float, `d` and `m` are f16 numbers widened to
+//! f32, `q` is an integer.
 
 mod integers;
 mod kquants;
@@ -50,19 +51,24 @@ pub fn has_decoder(ggml_type: GgmlType) -> bool {
     decoder(ggml_type).is_some()
 }
 
-/// Decodes `out.len()` values, a whole number of blocks: a tensor, some of its rows, or part of a row.
+/// Decodes `out.len()` values, a whole number of blocks: a tensor, some of its rows, or part of a
+/// row.
 ///
 /// F64 and the integers are rounded to the nearest f32.
 ///
 /// # Errors
-/// [`Error::NoDecoder`] for a type that is known by size only, [`Error::RowLength`] if `out` is not a whole number of blocks,
-/// [`Error::Length`] if `bytes` does not hold exactly that many.
+/// [`Error::NoDecoder`] for a type that is known by size only, [`Error::RowLength`] if `out` is not
+/// a whole number of blocks, [`Error::Length`] if `bytes` does not hold exactly that many.
 pub fn decode(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     let decoder = decoder(ggml_type).ok_or(Error::NoDecoder { ggml_type })?;
     // No type with a decoder has anything but blocks in its rows.
     let expected = ggml_type.row_bytes(out.len())?;
     if bytes.len() != expected {
-        return Err(Error::Length { ggml_type, expected: expected as u64, got: bytes.len() as u64 });
+        return Err(Error::Length {
+            ggml_type,
+            expected: expected as u64,
+            got: bytes.len() as u64,
+        });
     }
     decoder(bytes, out);
     Ok(())
@@ -70,7 +76,11 @@ pub fn decode(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result<()> 
 
 /// Calls `block` with each block of `B` bytes and its `N` floats.
 #[inline(always)]
-fn for_blocks<const B: usize, const N: usize>(bytes: &[u8], out: &mut [f32], block: impl Fn(&[u8; B], &mut [f32; N])) {
+fn for_blocks<const B: usize, const N: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    block: impl Fn(&[u8; B], &mut [f32; N]),
+) {
     for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
         block(bytes, out);
     }

@@ -7,12 +7,16 @@ pub(super) fn f32(bytes: &[u8], out: &mut [f32]) {
 }
 
 pub(super) fn f16(bytes: &[u8], out: &mut [f32]) {
-    for_blocks(bytes, out, |b, [out]| *out = half::f16::from_le_bytes(*b).to_f32());
+    for_blocks(bytes, out, |b, [out]| {
+        *out = half::f16::from_le_bytes(*b).to_f32()
+    });
 }
 
 pub(super) fn bf16(bytes: &[u8], out: &mut [f32]) {
     // Not half's conversion, which would set the quiet bit of a NaN.
-    for_blocks(bytes, out, |b, [out]| *out = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+    for_blocks(bytes, out, |b, [out]| {
+        *out = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)
+    });
 }
 
 pub(super) fn f64(bytes: &[u8], out: &mut [f32]) {

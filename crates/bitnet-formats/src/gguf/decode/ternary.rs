@@ -7,10 +7,12 @@
 //! | Q1_0 | 128 | f16 d, qs\[16\] | d where the bit is set, else −d |
 //! | Q2_0 | 64 | f16 d, qs\[16\] | d·(q − 1) |
 //!
-//! - TQ1_0: a byte is a fraction of 256 whose base-3 digits are the codes, the most significant first: digit `n` is the integer part of
-//!   3·((byte·3ⁿ mod 256) / 256). Digits 0 to 4 of `qs[m]`, m < 32, are values `m + 32n`; those of `qs[32 + m]`, m < 16, are values
-//!   `160 + m + 16n`; digits 0 to 3 of `qh[j]` are values `240 + j + 4n`.
-//! - TQ2_0: for each half of `qs`, bits `2n` and `2n + 1` of byte `m` are value `32n + m` of the 128 values of that half.
+//! - TQ1_0: a byte is a fraction of 256 whose base-3 digits are the codes, the most significant
+//!   first: digit `n` is the integer part of 3·((byte·3ⁿ mod 256) / 256). Digits 0 to 4 of `qs[m]`,
+//!   m < 32, are values `m + 32n`; those of `qs[32 + m]`, m < 16, are values `160 + m + 16n`;
+//!   digits 0 to 3 of `qh[j]` are values `240 + j + 4n`.
+//! - TQ2_0: for each half of `qs`, bits `2n` and `2n + 1` of byte `m` are value `32n + m` of the
+//!   128 values of that half.
 //! - Q1_0 and Q2_0 go through a byte from its lowest bit, byte after byte.
 //!
 //! A two-bit code of 3 does not occur in ternary data; it decodes to 2·d like in ggml.
