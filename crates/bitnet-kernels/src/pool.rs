@@ -44,22 +44,22 @@ const INSIDE: u64 = OPEN - 1;
 /// the pool, so nested use cannot deadlock.
 #[derive(Debug)]
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolState>,
     workers: Vec<JoinHandle<()>>,
 }
 
 /// A closure `Fn(usize)` without its type.
 #[derive(Debug, Clone, Copy)]
-struct Job {
+struct PoolJob {
     closure: *const (),
     call: unsafe fn(*const (), usize),
     parts: usize,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PoolState {
     state: AtomicU64,
-    job: UnsafeCell<Job>,
+    job: UnsafeCell<PoolJob>,
     /// The next part that nobody has taken.
     next: AtomicUsize,
     /// Whether some caller has the workers.
@@ -75,9 +75,9 @@ struct Shared {
 // SAFETY: `job` is written by the holder of `taken` while the gate is closed and nobody is inside,
 // and read by those inside: the state's release and acquire order the two. The closure it points to
 // is `Sync` (`Pool::run` demands it) and outlives its job (`run` waits).
-unsafe impl Sync for Shared {}
+unsafe impl Sync for PoolState {}
 // SAFETY: as above; nothing in it belongs to a thread.
-unsafe impl Send for Shared {}
+unsafe impl Send for PoolState {}
 
 /// # Safety
 /// `closure` points to a live `F`.
@@ -86,9 +86,9 @@ unsafe fn call<F: Fn(usize)>(closure: *const (), part: usize) {
     unsafe { (*closure.cast::<F>())(part) }
 }
 
-impl Shared {
+impl PoolState {
     /// Takes parts until none is left, and keeps the first panic.
-    fn work(&self, job: Job) {
+    fn work(&self, job: PoolJob) {
         loop {
             let part = self.next.fetch_add(1, Ordering::Relaxed);
             if part >= job.parts {
@@ -186,12 +186,12 @@ impl Pool {
 
     /// The caller's thread alone.
     pub fn single() -> Self {
-        let nothing = Job {
+        let nothing = PoolJob {
             closure: std::ptr::null(),
             call: call::<fn(usize)>,
             parts: 0,
         };
-        let shared = Shared {
+        let shared = PoolState {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(nothing),
             next: AtomicUsize::new(0),
@@ -224,7 +224,7 @@ impl Pool {
         if parts <= 1 || self.workers.is_empty() || shared.taken.swap(true, Ordering::Acquire) {
             return (0..parts).for_each(each);
         }
-        let job = Job {
+        let job = PoolJob {
             closure: (&raw const each).cast(),
             call: call::<F>,
             parts,

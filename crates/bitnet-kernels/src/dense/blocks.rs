@@ -10,12 +10,15 @@
 //! panels: one token reads one stream of codes, and a much shorter one of scales, `[panels, groups,
 //! 4]`.
 
-use super::lanes::Lanes;
-use super::matrix::{f16_to_f32, zeros};
-use super::{BLOCK, LANES};
-use crate::lines::{Line, Lines};
-use crate::{Error, Pool};
+use super::lanes::{LANES, Lanes, f16_to_f32};
+use crate::error::Error;
+use crate::lines::{CacheLine, Lines, zeros};
+use crate::parallel::lock;
+use crate::pool::Pool;
 use std::sync::{Mutex, PoisonError};
+
+/// Columns of a block that has one binary16 scale.
+pub const BLOCK: usize = 32;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 4;
@@ -23,12 +26,12 @@ pub(super) const PANEL: usize = 4;
 pub(super) const RUN: usize = LANES;
 /// Columns under one outer scale of [`ScaleType::Nested`].
 pub const SUPER: usize = 256;
-/// Codes that are laid out at once.
+/// BlockCodes that are laid out at once.
 const STRIP: usize = 1 << 16;
 
 /// What codes are, one byte each where they are handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Codes {
+pub enum BlockCodes {
     /// 0, 1 and 2 for −1, 0 and 1, held in 2 bits.
     Trits,
     /// 0 … 15, held in 4 bits; 8 is subtracted where there are no minima.
@@ -37,7 +40,7 @@ pub enum Codes {
     Int8,
 }
 
-impl Codes {
+impl BlockCodes {
     /// Bits of a code.
     pub const fn bits(self) -> usize {
         match self {
@@ -74,7 +77,7 @@ pub enum ScaleType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockType {
     /// The codes.
-    pub codes: Codes,
+    pub codes: BlockCodes,
     /// Their scales.
     pub scales: ScaleType,
     /// Whether each group has a minimum as well, of the scale's type.
@@ -84,13 +87,13 @@ pub struct BlockType {
 impl BlockType {
     /// `s · (code − 8)`, s a binary16 for each 32 columns: Q4_0.
     pub const INT4: Self = Self {
-        codes: Codes::Int4,
+        codes: BlockCodes::Int4,
         scales: ScaleType::F16,
         minimum: false,
     };
     /// `s · value`, s a binary16 for each 32 columns: Q8_0.
     pub const INT8: Self = Self {
-        codes: Codes::Int8,
+        codes: BlockCodes::Int8,
         scales: ScaleType::F16,
         minimum: false,
     };
@@ -127,15 +130,15 @@ impl BlockType {
     /// What is subtracted from a code.
     pub(super) fn offset(self) -> u8 {
         match (self.codes, self.minimum) {
-            (Codes::Trits, _) => 1,
-            (Codes::Int4, false) => 8,
-            (Codes::Int4, true) | (Codes::Int8, _) => 0,
+            (BlockCodes::Trits, _) => 1,
+            (BlockCodes::Int4, false) => 8,
+            (BlockCodes::Int4, true) | (BlockCodes::Int8, _) => 0,
         }
     }
 
     /// The weight of a code, rounded once.
     fn weight(self, code: u8, scale: f32, minimum: f32) -> f32 {
-        let value = if self.codes == Codes::Int8 {
+        let value = if self.codes == BlockCodes::Int8 {
             f32::from(code.cast_signed())
         } else {
             f32::from(code) - f32::from(self.offset())
@@ -150,7 +153,7 @@ impl BlockType {
 
 /// Whatever scales and minima are made of; what a type does not have is empty.
 #[derive(Debug, Clone, Default)]
-struct Parts {
+struct BlockScales {
     /// f32, one for a group.
     floats: Vec<f32>,
     /// binary16: scales and minima, one for a group, or for [`SUPER`] columns if nested.
@@ -159,15 +162,15 @@ struct Parts {
     factors: [Vec<i8>; 2],
 }
 
-/// Lengths of [`Parts`] for `rows` rows.
+/// ScaleLengths of [`BlockScales`] for `rows` rows.
 #[derive(Debug, Clone, Copy)]
-struct Lengths {
+struct ScaleLengths {
     floats: usize,
     halves: [usize; 2],
     factors: [usize; 2],
 }
 
-impl Lengths {
+impl ScaleLengths {
     fn new(kind: BlockType, groups: usize, supers: usize, rows: usize) -> Self {
         let [floats, halves, factors] = match kind.scales {
             ScaleType::F32 { .. } => [groups, 0, 0],
@@ -183,9 +186,9 @@ impl Lengths {
     }
 
     /// Zeros, and `more` of them after the end of what there is.
-    fn zeros(self, more: usize) -> Parts {
+    fn zeros(self, more: usize) -> BlockScales {
         let with = |n: usize| if n > 0 { n + more } else { 0 };
-        Parts {
+        BlockScales {
             floats: zeros(with(self.floats)),
             halves: self.halves.map(|n| zeros(with(n))),
             factors: self.factors.map(|n| zeros(with(n))),
@@ -196,7 +199,7 @@ impl Lengths {
 /// One row to be filled. What the type does not have is empty.
 #[derive(Debug)]
 pub struct BlockRow<'a> {
-    /// A byte for each column: see [`Codes`].
+    /// A byte for each column: see [`BlockCodes`].
     pub codes: &'a mut [u8],
     /// One scale for each group: [`ScaleType::F32`].
     pub floats: &'a mut [f32],
@@ -209,22 +212,22 @@ pub struct BlockRow<'a> {
 
 /// Rows to be filled, next to one another.
 #[derive(Debug)]
-pub struct Strip {
+pub struct BlockStrip {
     kind: BlockType,
     rows: usize,
     cols: usize,
-    /// Codes of a row with the padding of its last line.
+    /// BlockCodes of a row with the padding of its last line.
     stride: usize,
     codes: Vec<u8>,
-    parts: Parts,
+    parts: BlockScales,
     /// Those of one row.
-    lengths: Lengths,
+    lengths: ScaleLengths,
 }
 
-impl Strip {
+impl BlockStrip {
     fn new(blocks: &Blocks, rows: usize) -> Self {
         let (kind, stride) = (blocks.kind, blocks.lines * blocks.kind.codes.line());
-        let lengths = |rows| Lengths::new(kind, blocks.groups, blocks.supers, rows);
+        let lengths = |rows| ScaleLengths::new(kind, blocks.groups, blocks.supers, rows);
         let codes = vec![kind.offset(); rows * stride];
         Self {
             kind,
@@ -301,7 +304,7 @@ impl Strip {
     }
 }
 
-impl Parts {
+impl BlockScales {
     /// Scale and minimum whose parts are at these places.
     fn pair(&self, float: usize, half: usize, factor: usize) -> (f32, f32) {
         let one = |which: usize| {
@@ -332,7 +335,7 @@ pub struct Blocks {
     /// `[panels, lines]`, and one more that loads may reach into.
     codes: Lines,
     /// `[panels, groups, 4]` or `[panels, supers, 4]`, and a run more.
-    parts: Parts,
+    parts: BlockScales,
 }
 
 impl Blocks {
@@ -340,7 +343,7 @@ impl Blocks {
     /// number of its first row; what it leaves is 0.
     ///
     /// ```
-    /// use bitnet_kernels::{Error, Pool, dense::{Blocks, BlockType, Matrix}};
+    /// use bitnet_kernels::{Error, Pool, dense::{BlockType, Blocks, DenseMatrix}};
     /// let blocks = Blocks::new(&Pool::single(), 2, 3, BlockType::INT4, |first, strip| {
     ///     for i in 0..strip.rows() {
     ///         let row = strip.row(i);
@@ -351,7 +354,7 @@ impl Blocks {
     ///     Ok::<(), Error>(())
     /// })?;
     /// let mut row = [0.0; 3];
-    /// Matrix::from(blocks).row_into(1, &mut row);
+    /// DenseMatrix::from(blocks).row_into(1, &mut row);
     /// assert_eq!(row, [-4.0, 0.0, 3.5]);
     /// # Ok::<(), Error>(())
     /// ```
@@ -364,7 +367,7 @@ impl Blocks {
         rows: usize,
         cols: usize,
         kind: BlockType,
-        fill: impl Fn(usize, &mut Strip) -> Result<(), E> + Sync,
+        fill: impl Fn(usize, &mut BlockStrip) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         kind.check(cols)?;
         let (lines, groups, supers) = (
@@ -375,7 +378,7 @@ impl Blocks {
         let panels = rows.div_ceil(PANEL);
         let Some(total) = panels
             .checked_mul(lines)
-            .filter(|n| n.checked_mul(2 * size_of::<Line>()).is_some())
+            .filter(|n| n.checked_mul(2 * size_of::<CacheLine>()).is_some())
         else {
             return Err(Error::from(bitnet_core::Error::Length {
                 what: "weights",
@@ -384,8 +387,8 @@ impl Blocks {
             })
             .into());
         };
-        let mut codes = Lines::filled_on(pool, Line([0; 64]), total + 1);
-        let mut parts = Lengths::new(kind, groups, supers, panels * PANEL).zeros(PANEL * RUN);
+        let mut codes = Lines::filled_on(pool, CacheLine([0; 64]), total + 1);
+        let mut parts = ScaleLengths::new(kind, groups, supers, panels * PANEL).zeros(PANEL * RUN);
         let empty = Self {
             rows,
             cols,
@@ -393,11 +396,11 @@ impl Blocks {
             lines,
             groups,
             supers,
-            codes: Lines::filled(Line([0; 64]), 0),
-            parts: Parts::default(),
+            codes: Lines::filled(CacheLine([0; 64]), 0),
+            parts: BlockScales::default(),
         };
         let strip_panels = (STRIP / cols.max(1) / PANEL).max(1);
-        let lengths = Lengths::new(kind, groups, supers, strip_panels * PANEL);
+        let lengths = ScaleLengths::new(kind, groups, supers, strip_panels * PANEL);
         let strips = panels.div_ceil(strip_panels);
         let failed = Mutex::new(None::<(usize, E)>);
         let [scales, minima] = &mut parts.halves;
@@ -418,25 +421,25 @@ impl Blocks {
         pool.for_chunks(&mut pieces, 1, |number, piece| {
             let (((codes, floats), (scales, minima)), (factors, minimum_factors)) = &mut piece[0];
             let first = number * strip_panels * PANEL;
-            let mut strip = Strip::new(&empty, (rows - first).min(strip_panels * PANEL));
+            let mut strip = BlockStrip::new(&empty, (rows - first).min(strip_panels * PANEL));
             if let Err(error) = fill(first, &mut strip) {
-                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut failed = lock(&failed);
                 if failed.as_ref().is_none_or(|(n, _)| number < *n) {
                     *failed = Some((number, error));
                 }
                 return;
             }
-            lay_out(&strip, codes);
-            let Parts {
+            prepack(&strip, codes);
+            let BlockScales {
                 floats: from,
                 halves: [from_scales, from_minima],
                 factors: [from_factors, from_minimum_factors],
             } = &strip.parts;
-            turn(from, strip.rows, floats);
-            turn(from_scales, strip.rows, scales);
-            turn(from_minima, strip.rows, minima);
-            turn(from_factors, strip.rows, factors);
-            turn(from_minimum_factors, strip.rows, minimum_factors);
+            transpose(from, strip.rows, floats);
+            transpose(from_scales, strip.rows, scales);
+            transpose(from_minima, strip.rows, minima);
+            transpose(from_factors, strip.rows, factors);
+            transpose(from_minimum_factors, strip.rows, minimum_factors);
         });
         drop(pieces);
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -466,7 +469,7 @@ impl Blocks {
 
     /// Bytes of codes, scales and minima.
     pub fn bytes(&self) -> usize {
-        let Parts {
+        let BlockScales {
             floats,
             halves,
             factors,
@@ -539,18 +542,16 @@ impl Blocks {
     }
 
     /// Where the codes of a panel begin. Three bytes after the last one's can be read.
-    pub(super) fn place(&self, panel: usize) -> *const u8 {
+    pub(super) fn panel_start(&self, panel: usize) -> *const u8 {
         Lines::bytes(&self.codes[panel * self.lines..]).as_ptr()
     }
 
     /// Scales and minima of [`RUN`] groups of a panel from `first` on, `[groups, 4]`. Those after
     /// the last group are anything.
-    ///
-    /// # Safety
-    /// The machine has the instruction set of `L`.
     #[inline(always)]
-    pub(super) unsafe fn widen<L: Lanes>(
+    pub(super) fn widen<L: Lanes>(
         &self,
+        lanes: L,
         panel: usize,
         first: usize,
         to: &mut [[f32; PANEL * RUN]; 2],
@@ -562,11 +563,9 @@ impl Blocks {
             ScaleType::F16 => {
                 for (halves, to) in self.parts.halves.iter().zip(to).take(kinds) {
                     let halves = &halves[at..][..PANEL * RUN];
-                    // SAFETY: the caller's.
-                    unsafe { ask_after::<L, _>(halves) };
+                    prefetch_after(lanes, halves);
                     for (halves, to) in halves.as_chunks().0.iter().zip(to.as_chunks_mut().0) {
-                        // SAFETY: the caller's.
-                        unsafe { L::f16(halves).store(to) };
+                        lanes.store(lanes.f16(halves), to);
                     }
                 }
             }
@@ -581,8 +580,7 @@ impl Blocks {
                 {
                     let (halves, factors) =
                         (halves.as_chunks::<PANEL>().0, &factors[at..][..PANEL * RUN]);
-                    // SAFETY: the caller's.
-                    unsafe { ask_after::<L, _>(factors) };
+                    prefetch_after(lanes, factors);
                     for (i, (factors, to)) in factors
                         .as_chunks()
                         .0
@@ -595,8 +593,8 @@ impl Blocks {
                             LANES / PANEL];
                         let mut outer_of_lanes = [0; LANES];
                         outer_of_lanes.copy_from_slice(outer.as_flattened());
-                        // SAFETY: the caller's.
-                        unsafe { L::i8(factors).times(L::f16(&outer_of_lanes)).store(to) };
+                        let weights = lanes.times(lanes.i8(factors), lanes.f16(&outer_of_lanes));
+                        lanes.store(weights, to);
                     }
                 }
             }
@@ -604,18 +602,14 @@ impl Blocks {
     }
 }
 
-/// Asks for what follows these scales at some distance: so many come with the codes of
-/// [`panels`](super::panels) that are asked for.
-///
-/// # Safety
-/// The machine has the instruction set of `L`.
+/// Prefetches beyond these scales, as far as [`panels`](super::panels) prefetches beyond their
+/// codes.
 #[inline(always)]
-unsafe fn ask_after<L: Lanes, T>(scales: &[T]) {
+fn prefetch_after<L: Lanes, T>(lanes: L, scales: &[T]) {
     const AHEAD: usize = 1 << 10;
     let begin = scales.as_ptr().cast::<u8>();
     for line in 0..size_of_val(scales).div_ceil(64) {
-        // SAFETY: the caller's.
-        unsafe { L::ask::<true>(begin.wrapping_add(AHEAD + 64 * line)) };
+        lanes.prefetch::<true>(begin.wrapping_add(AHEAD + 64 * line));
     }
 }
 
@@ -631,7 +625,7 @@ fn pieces<T>(all: &mut [T], len: usize, count: usize) -> impl Iterator<Item = &m
 }
 
 /// `[rows, n]` to `[panels, n, 4]`.
-fn turn<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
+fn transpose<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
     let n = from.len() / rows.max(1);
     for (row, from) in from.chunks_exact(n.max(1)).enumerate() {
         let to = &mut to[row / PANEL * n * PANEL + row % PANEL..];
@@ -642,7 +636,7 @@ fn turn<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
 }
 
 /// The codes of a strip in lines.
-fn lay_out(strip: &Strip, lines: &mut [Line]) {
+fn prepack(strip: &BlockStrip, lines: &mut [CacheLine]) {
     let rows = |panel: usize| -> [&[u8]; PANEL] {
         // Missing rows repeat the last one.
         std::array::from_fn(|r| {
@@ -657,9 +651,9 @@ fn lay_out(strip: &Strip, lines: &mut [Line]) {
     {
         let rows = rows(panel);
         match strip.kind.codes {
-            Codes::Trits => interleave::<4>(rows, lines),
-            Codes::Int4 => interleave::<2>(rows, lines),
-            Codes::Int8 => {
+            BlockCodes::Trits => interleave::<4>(rows, lines),
+            BlockCodes::Int4 => interleave::<2>(rows, lines),
+            BlockCodes::Int8 => {
                 for (r, row) in rows.into_iter().enumerate() {
                     row.as_chunks::<LANES>()
                         .0
@@ -673,7 +667,7 @@ fn lay_out(strip: &Strip, lines: &mut [Line]) {
 }
 
 /// Byte `4j + r` gets the codes of lane j of row r in F steps.
-fn interleave<const F: usize>(rows: [&[u8]; PANEL], lines: &mut [Line]) {
+fn interleave<const F: usize>(rows: [&[u8]; PANEL], lines: &mut [CacheLine]) {
     let bits = 8 / F;
     for (i, line) in lines.iter_mut().enumerate() {
         let mut bytes = [[0u8; LANES]; PANEL];

@@ -2,8 +2,8 @@
 //! measuring others as shares of them.
 //!
 //! ```
-//! use bitnet_kernels::machine::{Instruction, Memory, Pages, read};
-//! let memory = Memory::new(1 << 20, Pages::Huge);
+//! use bitnet_kernels::machine::{Instruction, WordBuffer, Pages, read};
+//! let memory = WordBuffer::new(1 << 20, Pages::Huge);
 //! let begin = std::time::Instant::now();
 //! let sum = read(memory.words());
 //! println!("{} bytes in {:?} ({sum})", memory.bytes(), begin.elapsed());
@@ -16,10 +16,10 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use crate::lines::Line;
+use crate::lines::CacheLine;
 use std::fmt;
 
-/// Size of the pages under a [`Memory`].
+/// Size of the pages under a [`WordBuffer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
     /// Huge ones where the system grants them, as under prepacked weights.
@@ -30,18 +30,18 @@ pub enum Pages {
 
 /// Words that begin at a cache line and have been written, so that their pages are there.
 #[derive(Debug)]
-pub struct Memory(Vec<Line>);
+pub struct WordBuffer(Vec<CacheLine>);
 
-impl Memory {
+impl WordBuffer {
     /// `bytes`, rounded up to cache lines, of mixed bits.
     pub fn new(bytes: usize, pages: Pages) -> Self {
-        let len = bytes.div_ceil(size_of::<Line>());
-        let mut lines: Vec<Line> = Vec::with_capacity(len);
+        let len = bytes.div_ceil(size_of::<CacheLine>());
+        let mut lines: Vec<CacheLine> = Vec::with_capacity(len);
         #[cfg(target_os = "linux")]
         {
             let begin = lines.as_ptr() as usize;
             let first = begin.next_multiple_of(4096);
-            let bytes = (begin + len * size_of::<Line>()).saturating_sub(first) / 4096 * 4096;
+            let bytes = (begin + len * size_of::<CacheLine>()).saturating_sub(first) / 4096 * 4096;
             let advice = if pages == Pages::Huge {
                 libc::MADV_HUGEPAGE
             } else {
@@ -54,7 +54,9 @@ impl Memory {
         #[cfg(not(target_os = "linux"))]
         let _ = pages;
         let word = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        lines.extend((0..len).map(|i| Line::from_words(std::array::from_fn(|j| word(8 * i + j)))));
+        lines.extend(
+            (0..len).map(|i| CacheLine::from_words(std::array::from_fn(|j| word(8 * i + j)))),
+        );
         Self(lines)
     }
 
@@ -65,13 +67,13 @@ impl Memory {
 
     /// All of it.
     pub fn words(&self) -> &[u64] {
-        // SAFETY: a `Line` is 8 words without padding, aligned to more than a word needs.
+        // SAFETY: a `CacheLine` is 8 words without padding, aligned to more than a word needs.
         unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), 8 * self.0.len()) }
     }
 
     /// All of it.
     pub fn words_mut(&mut self) -> &mut [u64] {
-        // SAFETY: as in `words`, and borrowed mutably; every pattern of bits is a `Line`.
+        // SAFETY: as in `words`, and borrowed mutably; every pattern of bits is a `CacheLine`.
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), 8 * self.0.len()) }
     }
 }
@@ -104,8 +106,8 @@ pub fn write(words: &mut [u64], word: u64) {
 pub fn stream(words: &mut [u64], word: u64) {
     #[cfg(target_arch = "x86_64")]
     {
-        // SAFETY: every pattern of bits is a `Line`, and `align_to_mut` sees to its alignment.
-        let (head, lines, tail) = unsafe { words.align_to_mut::<Line>() };
+        // SAFETY: every pattern of bits is a `CacheLine`, and `align_to_mut` sees to its alignment.
+        let (head, lines, tail) = unsafe { words.align_to_mut::<CacheLine>() };
         head.fill(word);
         tail.fill(word);
         if is_x86_feature_detected!("avx512f") {
@@ -240,7 +242,7 @@ mod tests {
     fn memory_is_read_and_written_whole() {
         for pages in [Pages::Huge, Pages::Small] {
             for bytes in [0, 1, 64, 4096, 5_000_001] {
-                let mut memory = Memory::new(bytes, pages);
+                let mut memory = WordBuffer::new(bytes, pages);
                 assert_eq!(memory.bytes(), bytes.next_multiple_of(64));
                 // Lengths and beginnings that no loop divides.
                 for cut in [0, 1, 7, 9, 65] {

@@ -1,6 +1,6 @@
 //! The loops of [`super`] for x86-64.
 
-use crate::lines::Line;
+use crate::lines::CacheLine;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -36,7 +36,7 @@ pub(super) fn write_512(words: &mut [u64], word: u64) {
     rest.fill(word);
 }
 
-pub(super) fn stream_128(lines: &mut [Line], word: u64) {
+pub(super) fn stream_128(lines: &mut [CacheLine], word: u64) {
     // SAFETY: SSE2 is part of x86-64; each line has room for four vectors and is aligned to more
     // than they need.
     unsafe {
@@ -52,7 +52,7 @@ pub(super) fn stream_128(lines: &mut [Line], word: u64) {
 }
 
 #[target_feature(enable = "avx512f")]
-pub(super) fn stream_512(lines: &mut [Line], word: u64) {
+pub(super) fn stream_512(lines: &mut [CacheLine], word: u64) {
     let value = _mm512_set1_epi64(word.cast_signed());
     for line in lines {
         // SAFETY: a line is one vector and aligned like one.

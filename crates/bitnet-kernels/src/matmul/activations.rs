@@ -1,79 +1,45 @@
-//! Activations, laid out for the weights that they will meet.
+//! PrepackedActivations, laid out for the weights that they will meet.
 
-use super::Prepacked;
+use super::prepacked::Prepacked;
+use super::shape::PaddedShape;
 use super::tiles::Columns;
+use crate::error::Error;
+use crate::kernels::Kernels;
+use crate::parallel::lock;
+use crate::pool::Pool;
 use crate::stream::quantize_token;
-use crate::{Error, Kernels, Pool};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
 
-/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the
+/// PrepackedActivations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the
 /// steps of the weights it will meet.
 ///
 /// Weights of the same number of columns whose scales do not go by groups take the same
 /// activations, whatever their precision.
 #[derive(Debug, Clone)]
-pub struct Activations {
+pub struct PrepackedActivations {
     rows: usize,
-    shape: Shape,
-    data: Data,
+    shape: PaddedShape,
+    data: ActivationData,
     /// What the next quantization writes into: these stay as they are until it has succeeded.
-    spare: Quantized,
+    spare: Int8Buffer,
     /// One token before it is laid out.
     token: activation::Activations,
 }
 
-/// How the columns of a row are laid out: groups, each padded to whole steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
-    pub(crate) cols: usize,
-    /// Columns of a scale group of the weights.
-    pub(crate) group: usize,
-    /// The same with its padding.
-    pub(crate) padded: usize,
-}
-
-impl Shape {
-    /// For `cols` columns in groups of `group`, `step` columns to a step.
-    pub(crate) fn new(cols: usize, group: usize, step: usize) -> Self {
-        // One group is padded so that it fits steps of 4, 8, 16, 20 and 32 columns.
-        let step = if group < cols { step } else { 160 };
-        Self {
-            cols,
-            group,
-            padded: group.next_multiple_of(step),
-        }
-    }
-
-    pub(crate) fn groups(&self) -> usize {
-        self.cols.div_ceil(self.group)
-    }
-
-    fn stride(&self) -> usize {
-        self.groups() * self.padded
-    }
-
-    /// Writes one row of `from` into its place, and leaves the padding.
-    fn lay_out<T: Copy>(&self, from: &[T], to: &mut [T]) {
-        for (from, to) in from.chunks(self.group).zip(to.chunks_mut(self.padded)) {
-            to[..from.len()].copy_from_slice(from);
-        }
-    }
-}
-
 #[derive(Debug, Clone)]
-enum Data {
-    Integers(Quantized),
+enum ActivationData {
+    Integers(Int8Buffer),
     /// `[M, stride]`; padding is 0.
     Floats(Vec<f32>),
 }
 
 /// int8 values of some tokens.
 #[derive(Debug, Clone, Default)]
-struct Quantized {
-    shape: Option<Shape>,
+struct Int8Buffer {
+    shape: Option<PaddedShape>,
     /// `[M, stride]`; padding is 0.
     values: Vec<i8>,
     /// `[M]`.
@@ -82,9 +48,9 @@ struct Quantized {
     sums: Vec<i32>,
 }
 
-impl Quantized {
+impl Int8Buffer {
     /// Room for `rows` tokens, with zeros as padding.
-    fn prepare(&mut self, rows: usize, shape: Shape) {
+    fn prepare(&mut self, rows: usize, shape: PaddedShape) {
         // Values of one shape never touch its padding.
         if self.shape.replace(shape) != Some(shape) {
             self.values.clear();
@@ -95,7 +61,7 @@ impl Quantized {
     }
 
     /// Memory for as much, so that the next quantization allocates nothing.
-    fn reserve(&mut self, rows: usize, shape: Shape) {
+    fn reserve(&mut self, rows: usize, shape: PaddedShape) {
         self.values
             .reserve((rows * shape.stride()).saturating_sub(self.values.len()));
         self.scales.reserve(rows.saturating_sub(self.scales.len()));
@@ -104,7 +70,7 @@ impl Quantized {
     }
 
     /// The place of one token.
-    fn token(&mut self, token: usize, shape: Shape) -> (&mut [i8], &mut f32, &mut [i32]) {
+    fn token(&mut self, token: usize, shape: PaddedShape) -> (&mut [i8], &mut f32, &mut [i32]) {
         let (stride, groups) = (shape.stride(), shape.groups());
         (
             &mut self.values[token * stride..][..stride],
@@ -114,9 +80,9 @@ impl Quantized {
     }
 
     /// Lays out the values of one token.
-    fn put(&mut self, token: usize, shape: Shape, from: &[i8], from_scale: f32) {
+    fn put(&mut self, token: usize, shape: PaddedShape, from: &[i8], from_scale: f32) {
         let (values, scale, sums) = self.token(token, shape);
-        shape.lay_out(from, values);
+        shape.copy_row(from, values);
         *scale = from_scale;
         for (sum, x) in sums.iter_mut().zip(from.chunks(shape.group)) {
             *sum = x.iter().map(|&v| i32::from(v)).sum();
@@ -133,7 +99,7 @@ fn length(expected: usize, got: usize) -> Error {
     .into()
 }
 
-impl Activations {
+impl PrepackedActivations {
     /// Quantizes `x`, `[M, K]` row-major, to int8 with one absmax scale for each token, for a
     /// product with `w`.
     ///
@@ -155,7 +121,7 @@ impl Activations {
         if rows.checked_mul(shape.cols) != Some(values.len()) {
             return Err(length(rows.saturating_mul(shape.cols), values.len()));
         }
-        let mut data = Quantized::default();
+        let mut data = Int8Buffer::default();
         data.prepare(rows, shape);
         for (token, &scale) in scales.iter().enumerate() {
             data.put(
@@ -165,15 +131,15 @@ impl Activations {
                 scale,
             );
         }
-        Ok(Self::of(rows, shape, Data::Integers(data)))
+        Ok(Self::with_data(rows, shape, ActivationData::Integers(data)))
     }
 
-    fn of(rows: usize, shape: Shape, data: Data) -> Self {
+    fn with_data(rows: usize, shape: PaddedShape, data: ActivationData) -> Self {
         Self {
             rows,
             shape,
             data,
-            spare: Quantized::default(),
+            spare: Int8Buffer::default(),
             token: activation::Activations {
                 values: vec![],
                 scales: vec![],
@@ -206,25 +172,25 @@ impl Activations {
             .chunks(shape.cols.max(1))
             .zip(values.chunks_mut(shape.stride().max(1)))
         {
-            shape.lay_out(x, to);
+            shape.copy_row(x, to);
         }
-        Ok(Self::of(rows, shape, Data::Floats(values)))
+        Ok(Self::with_data(rows, shape, ActivationData::Floats(values)))
     }
 
     /// Quantizes other activations in place of these, for weights that took these. Allocates only
     /// where there are more tokens than ever, twice as much as they take: two buffers take turns.
     ///
     /// # Errors
-    /// As [`Activations::quantize`]; these are then as they were.
+    /// As [`PrepackedActivations::quantize`]; these are then as they were.
     pub fn requantize(&mut self, kernels: &Kernels, x: &[f32]) -> Result<(), Error> {
         self.requantize_in(kernels, self.shape, x, ActivationMethod::Int8)
     }
 
     /// Quantizes `rows` tokens for any weights, on the pool: `fill(token, x)` writes the K elements
-    /// of a token, which nobody else gets to see. As [`Activations::requantize`] otherwise.
+    /// of a token, which nobody else gets to see. As [`PrepackedActivations::requantize`] otherwise.
     ///
     /// # Errors
-    /// As [`Activations::quantize`], of the first such token; these are then as they were.
+    /// As [`PrepackedActivations::quantize`], of the first such token; these are then as they were.
     pub fn requantize_rows(
         &mut self,
         kernels: &Kernels,
@@ -238,7 +204,7 @@ impl Activations {
         }
         let (shape, failed) = (w.shape(), Mutex::new(None));
         self.spare.prepare(rows, shape);
-        let Quantized {
+        let Int8Buffer {
             values,
             scales,
             sums,
@@ -255,7 +221,7 @@ impl Activations {
                 match quantize_token(*kernels, &row, shape.group, shape.padded, values, sums) {
                     Ok(found) => scale[0] = found,
                     Err(e) => {
-                        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                        let mut failed = lock(&failed);
                         if failed.as_ref().is_none_or(|(first, _)| token < *first) {
                             *failed = Some((token, e));
                         }
@@ -276,7 +242,7 @@ impl Activations {
     /// The same by any method and for any weights.
     ///
     /// # Errors
-    /// As [`Activations::quantize`]; these are then as they were.
+    /// As [`PrepackedActivations::quantize`]; these are then as they were.
     pub fn requantize_for(
         &mut self,
         kernels: &Kernels,
@@ -290,7 +256,7 @@ impl Activations {
     fn requantize_in(
         &mut self,
         kernels: &Kernels,
-        shape: Shape,
+        shape: PaddedShape,
         x: &[f32],
         method: ActivationMethod,
     ) -> Result<(), Error> {
@@ -316,14 +282,14 @@ impl Activations {
     }
 
     /// What is in `spare` is what these are from now on.
-    fn adopt(&mut self, rows: usize, shape: Shape) {
+    fn adopt(&mut self, rows: usize, shape: PaddedShape) {
         (self.rows, self.shape) = (rows, shape);
         self.spare = match std::mem::replace(
             &mut self.data,
-            Data::Integers(std::mem::take(&mut self.spare)),
+            ActivationData::Integers(std::mem::take(&mut self.spare)),
         ) {
-            Data::Integers(before) => before,
-            Data::Floats(_) => Quantized::default(),
+            ActivationData::Integers(before) => before,
+            ActivationData::Floats(_) => Int8Buffer::default(),
         };
         self.spare.reserve(rows, shape);
     }
@@ -335,7 +301,8 @@ impl Activations {
 
     /// Whether a product with `w` can take these.
     pub fn fits(&self, w: &Prepacked) -> bool {
-        self.shape == w.shape() && (w.takes_floats() || matches!(self.data, Data::Integers(_)))
+        self.shape == w.shape()
+            && (w.takes_floats() || matches!(self.data, ActivationData::Integers(_)))
     }
 
     /// Panics unless these fit `w`.
@@ -354,28 +321,28 @@ impl Activations {
     }
 
     /// The int8 ones.
-    pub(crate) fn integers(&self) -> Option<Integers<'_>> {
+    pub(crate) fn integers(&self) -> Option<Int8Activations<'_>> {
         match &self.data {
-            Data::Integers(Quantized {
+            ActivationData::Integers(Int8Buffer {
                 values,
                 scales,
                 sums,
                 ..
-            }) => Some(Integers {
+            }) => Some(Int8Activations {
                 shape: self.shape,
                 values,
                 scales,
                 sums,
             }),
-            Data::Floats(_) => None,
+            ActivationData::Floats(_) => None,
         }
     }
 
     /// The laid out floats of one token, if these are floats.
     pub(crate) fn token(&self, token: usize) -> Option<&[f32]> {
         match &self.data {
-            Data::Integers(_) => None,
-            Data::Floats(values) => {
+            ActivationData::Integers(_) => None,
+            ActivationData::Floats(values) => {
                 Some(&values[token * self.shape.stride()..][..self.shape.stride()])
             }
         }
@@ -383,7 +350,7 @@ impl Activations {
 }
 
 /// An error about one token, its place among all of them.
-fn placed(error: bitnet_core::Error, token: usize, shape: Shape) -> bitnet_core::Error {
+fn placed(error: bitnet_core::Error, token: usize, shape: PaddedShape) -> bitnet_core::Error {
     match error {
         bitnet_core::Error::NotFinite { index, value } => bitnet_core::Error::NotFinite {
             index: token * shape.cols + index,
@@ -403,14 +370,14 @@ fn whole_rows(len: usize, cols: usize) -> Result<usize, Error> {
 
 /// int8 activations.
 #[derive(Clone, Copy)]
-pub(crate) struct Integers<'a> {
-    shape: Shape,
+pub(crate) struct Int8Activations<'a> {
+    shape: PaddedShape,
     values: &'a [i8],
     scales: &'a [f32],
     sums: &'a [i32],
 }
 
-impl<'a> Integers<'a> {
+impl<'a> Int8Activations<'a> {
     pub(crate) fn scale(&self, token: usize) -> f32 {
         self.scales[token]
     }
@@ -420,7 +387,7 @@ impl<'a> Integers<'a> {
     }
 
     /// Every token from `token` on, from column `column` of `group` on.
-    pub(crate) fn from(&self, token: usize, group: usize, column: usize) -> Columns<'a> {
+    pub(crate) fn columns(&self, token: usize, group: usize, column: usize) -> Columns<'a> {
         let stride = self.shape.stride();
         Columns {
             values: &self.values[token * stride + group * self.shape.padded + column..],

@@ -39,30 +39,30 @@
 //! bits alone. With VBMI each table is one instruction.
 
 mod activations;
-mod coding;
-mod drive;
-mod float;
-mod lay;
+pub(crate) mod coding;
+pub(crate) mod float;
 #[cfg(target_arch = "aarch64")]
-mod neon;
+pub(crate) mod neon;
+mod prepack;
+pub(crate) mod prepack_loops;
 mod prepacked;
+mod products;
+pub(crate) mod shape;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-mod simd128;
+pub(crate) mod simd128;
 mod stream;
-mod tiles;
+pub(crate) mod tiles;
 mod trits;
+#[cfg(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    all(target_arch = "wasm32", target_feature = "simd128")
+))]
 mod vector;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(crate) mod x86;
 
-pub use activations::Activations;
-pub use prepacked::{Parts, Prepacked};
-pub use stream::Stream;
-
-/// Rows of a panel.
-pub const PANEL: usize = 64;
-/// Most columns of a matrix; int8 has fewer, see [`Prepacked::new`].
-pub const MAX_COLS: usize = 1 << 22;
-
-/// Bytes of a step.
-pub(crate) const STEP_BYTES: usize = 4 * PANEL;
+pub use activations::PrepackedActivations;
+pub use coding::{MAX_COLS, Stream};
+pub use prepacked::{MatrixParameters, Prepacked};
+pub use shape::PANEL;

@@ -1,6 +1,6 @@
 //! Five trits in a byte: see the module above.
 
-use super::STEP_BYTES;
+use super::shape::STEP_BYTES;
 
 /// Set in a byte whose trits are turned round.
 const TURNED: u8 = 0x80;

@@ -2,21 +2,11 @@
 //! registers give each register every fourth byte. What a wide loop leaves over goes to the plain
 //! one.
 
-use super::loops::Loops;
 use super::plain;
 use std::arch::aarch64::*;
 
-pub(super) const fn neon(loops: Loops) -> Loops {
-    Loops {
-        pack_two_bit,
-        unpack_two_bit,
-        unpack_two_bit_streamed: unpack_two_bit,
-        ..loops
-    }
-}
-
 #[target_feature(enable = "neon")]
-fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+pub(crate) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<64>();
     let (body, end) = out.split_at_mut(16 * blocks.len());
     let bias_all = vdupq_n_u8(bias.cast_unsigned());
@@ -36,7 +26,7 @@ fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "neon")]
-fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+pub(crate) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     let (blocks, tail) = values.as_chunks_mut::<64>();
     let (body, end) = bytes.split_at(16 * blocks.len());
     let (bias_all, mask) = (vdupq_n_u8(bias.cast_unsigned()), vdupq_n_u8(3));

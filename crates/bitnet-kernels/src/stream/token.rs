@@ -1,6 +1,6 @@
 //! Activations of one token to int8.
 
-use crate::Kernels;
+use crate::kernels::Kernels;
 use bitnet_core::{Error, Result};
 
 /// Quantizes one token to int8 as [`bitnet_core::activation`] does (absmax, ties to even) and
@@ -59,9 +59,7 @@ pub fn quantize_token(
         .saturating_mul(stride)
         .saturating_add(x.len() - groups.saturating_sub(1) * group);
     check("int8 activations", end, out.len(), out.len() >= end)?;
-    let loops = kernels.loops();
-    // SAFETY: the loops come from `Kernels::loops`.
-    let max = f32::from_bits(unsafe { (loops.absmax)(x) });
+    let max = f32::from_bits(kernels.table.absmax(x));
     if !max.is_finite() {
         let index = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
         return Err(Error::NotFinite {
@@ -71,8 +69,8 @@ pub fn quantize_token(
     }
     let max = max.max(1e-5);
     for (g, (x, sum)) in x.chunks(group).zip(sums).enumerate() {
-        // SAFETY: as above.
-        *sum = unsafe { (loops.int8)(x, 127.0 / max, &mut out[g * stride..][..x.len()]) };
+        let out = &mut out[g * stride..][..x.len()];
+        *sum = kernels.table.round_to_int8(x, 127.0 / max, out);
     }
     Ok(max / 127.0)
 }

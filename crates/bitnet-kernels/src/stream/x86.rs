@@ -1,49 +1,9 @@
 //! Loops for x86-64 where compiling the plain ones is not enough. What a wide loop leaves over goes
 //! to the plain one.
 
-use super::loops::Loops;
 use super::plain;
 use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
 use std::arch::x86_64::*;
-
-pub(super) const fn avx2(loops: Loops) -> Loops {
-    Loops {
-        pack_two_bit: pack_two_bit_256,
-        ..loops
-    }
-}
-
-pub(super) fn avx512(loops: Loops) -> Loops {
-    // Every such processor has `pdep`, but nothing says that it must.
-    let loops = match is_x86_feature_detected!("bmi2") {
-        true => Loops {
-            encode_two_bit: encode_two_bit_512,
-            encode_two_bit_and_size: encode_two_bit_and_size_512,
-            ..loops
-        },
-        false => loops,
-    };
-    Loops {
-        pack_two_bit: pack_two_bit_512,
-        absmax: absmax_512,
-        int8: int8_512,
-        scale_streamed: scale_streamed_512,
-        magnitudes: magnitudes_512,
-        magnitudes_each: magnitudes_each_512,
-        inside: inside_512,
-        ..loops
-    }
-}
-
-pub(super) const fn vbmi(loops: Loops) -> Loops {
-    Loops {
-        unpack_two_bit: unpack_two_bit_vbmi,
-        unpack_two_bit_streamed,
-        pack_base3: pack_base3_vbmi,
-        unpack_base3: unpack_base3_vbmi,
-        ..loops
-    }
-}
 
 /// 64 bytes that a formula gives.
 macro_rules! table {
@@ -72,7 +32,7 @@ fn bytes<const N: usize>(from: &[i8; N]) -> &[u8; N] {
 }
 
 #[target_feature(enable = "avx2")]
-fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+pub(crate) fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<128>();
     let (body, end) = out.split_at_mut(32 * blocks.len());
     let mut most = _mm256_setzero_si256();
@@ -100,7 +60,7 @@ fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+pub(crate) fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<256>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
     let mut most = _mm512_setzero_si512();
@@ -131,12 +91,12 @@ fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_vbmi(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+pub(crate) fn unpack_two_bit_vbmi(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     unpack_two_bit_aligned::<false>(bytes, bias, top, values)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_streamed(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+pub(crate) fn unpack_two_bit_streamed(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     let ok = unpack_two_bit_aligned::<true>(bytes, bias, top, values);
     _mm_sfence();
     ok
@@ -217,7 +177,7 @@ fn unpack_two_bit_wide<const STREAMED: bool>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
+pub(crate) fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<320>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
     // Byte 8g + i of a register is digit i of group g, bytes 5 … 7 are 0. The last register is read
@@ -269,7 +229,7 @@ fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
+pub(crate) fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
     // The first four digits of bytes 0 … 121 as two-bit fields. Byte 242 − b has the digits 2 − d.
     const FIELDS: [[u8; 64]; 2] = [table!(i, fields(i)), table!(i, fields(i + 64))];
     const fn fields(byte: usize) -> u8 {
@@ -343,11 +303,11 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,bmi2")]
-fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
+pub(crate) fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     let (blocks, tail) = w.as_chunks::<32>();
     let (body, end) = out.split_at_mut(8 * blocks.len());
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<8>().0) {
-        block.as_chunks::<16>().0.iter().for_each(fetch);
+        block.as_chunks::<16>().0.iter().for_each(prefetch);
         *out = encode_32(block, cuts);
     }
     if !tail.is_empty() {
@@ -357,7 +317,12 @@ fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
 
 /// The sums of `next` wait for one another and leave room for the codes of `w`.
 #[target_feature(enable = "avx512f,bmi2")]
-fn encode_two_bit_and_size_512(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f32]) -> Magnitudes {
+pub(crate) fn encode_two_bit_and_measure_512(
+    w: &[f32],
+    cuts: Cuts,
+    out: &mut [u8],
+    next: &[f32],
+) -> Magnitudes {
     if w.len() != next.len() {
         encode_two_bit_512(w, cuts, out);
         return magnitudes_512(next);
@@ -372,7 +337,7 @@ fn encode_two_bit_and_size_512(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f3
         .zip(next_blocks)
     {
         for line in next.as_chunks::<16>().0 {
-            fetch(line);
+            prefetch(line);
             sizes.add(line);
         }
         *out = encode_32(block, cuts);
@@ -401,7 +366,7 @@ fn encode_32(w: &[f32; 32], cuts: Cuts) -> [u8; 8] {
 }
 
 #[target_feature(enable = "avx512f")]
-fn absmax_512(x: &[f32]) -> u32 {
+pub(crate) fn absmax_512(x: &[f32]) -> u32 {
     let mut most = [_mm512_setzero_si512(); 4];
     let (blocks, tail) = x.as_chunks::<64>();
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
@@ -420,7 +385,7 @@ fn absmax_512(x: &[f32]) -> u32 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
+pub(crate) fn round_to_int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
     let (blocks, tail) = x.as_chunks::<64>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
     let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -443,11 +408,11 @@ fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
         // SAFETY: 64 bytes; the write needs no alignment.
         unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), q) };
     }
-    _mm512_reduce_add_epi32(sums) + plain::int8(tail, inverse, end)
+    _mm512_reduce_add_epi32(sums) + plain::round_to_int8(tail, inverse, end)
 }
 
 #[target_feature(enable = "avx512f")]
-fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+pub(crate) fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
     let (blocks, tail) = w.as_chunks::<16>();
     let sign = _mm512_set1_epi32(if key == Key::Magnitude {
         0x7fff_ffff
@@ -567,30 +532,30 @@ impl Sizes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn magnitudes_512(w: &[f32]) -> Magnitudes {
+pub(crate) fn magnitudes_512(w: &[f32]) -> Magnitudes {
     let mut sizes = Sizes::new();
     let (blocks, tail) = w.as_chunks::<16>();
     for block in blocks {
-        fetch(block);
+        prefetch(block);
         sizes.add(block);
     }
     sizes.finish(w, w.len() - tail.len())
 }
 
 #[target_feature(enable = "avx512f")]
-fn magnitudes_each_512(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+pub(crate) fn magnitudes_each_512(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
     for w in w.chunks(width) {
         out.push(magnitudes_512(w));
     }
 }
 
-/// How far ahead of its use a line is asked for, in bytes: into L2 first, into L1 later. A single
-/// core's loads alone do not keep memory busy.
+/// Bytes by which prefetches are ahead of a line: into L2 first, into L1 later. A single core's
+/// loads alone do not keep memory busy.
 const AHEAD: (usize, usize) = (12 << 10, 3 << 10);
 
-/// Asks for the lines that come [`AHEAD`] of `w`; what lies beyond the matrix is only a hint.
+/// Prefetches the lines [`AHEAD`] of `w`; the addresses may be out of bounds.
 #[inline(always)]
-fn fetch(w: &[f32; 16]) {
+fn prefetch(w: &[f32; 16]) {
     let at = w.as_ptr().cast::<i8>();
     // SAFETY: a prefetch touches no memory, whatever its address.
     unsafe {
@@ -600,7 +565,7 @@ fn fetch(w: &[f32; 16]) {
 }
 
 #[target_feature(enable = "avx512f")]
-fn scale_streamed_512(values: &[i8], scale: f32, out: &mut [f32]) {
+pub(crate) fn scale_streamed_512(values: &[i8], scale: f32, out: &mut [f32]) {
     if !out.as_ptr().cast::<__m512>().is_aligned() {
         return plain::scale(values, scale, out);
     }
