@@ -2,7 +2,7 @@
 
 use crate::measure::Timed;
 use crate::results::{Cache, Facts, Unit};
-use bitnet_kernels::machine::{Instruction, Memory, Pages, read, stream, write};
+use bitnet_kernels::machine::{Instruction, WordBuffer, Pages, read, stream, write};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::cell::OnceCell;
 use std::fmt;
@@ -92,8 +92,8 @@ pub struct Machine {
     pool: Arc<Pool>,
     working_set: usize,
     l2: usize,
-    large: OnceCell<Memory>,
-    written: OnceCell<Vec<Mutex<Memory>>>,
+    large: OnceCell<WordBuffer>,
+    written: OnceCell<Vec<Mutex<WordBuffer>>>,
 }
 
 impl Machine {
@@ -134,10 +134,10 @@ impl Machine {
         match ceiling {
             Ceiling::MemoryRead => self.reading(
                 self.large
-                    .get_or_init(|| Memory::new(self.working_set, Pages::Huge)),
+                    .get_or_init(|| WordBuffer::new(self.working_set, Pages::Huge)),
             ),
             Ceiling::MemoryReadSmallPages => {
-                self.reading(Box::new(Memory::new(self.working_set, Pages::Small)))
+                self.reading(Box::new(WordBuffer::new(self.working_set, Pages::Small)))
             }
             Ceiling::MemoryStream => self.writing(self.written(), stream),
             Ceiling::MemoryWrite => self.writing(self.written(), write),
@@ -157,7 +157,7 @@ impl Machine {
     }
 
     /// Reads a part of the memory in each call, and the next in the next.
-    fn reading<'a>(&'a self, memory: impl Deref<Target = Memory> + 'a) -> Timed<'a> {
+    fn reading<'a>(&'a self, memory: impl Deref<Target = WordBuffer> + 'a) -> Timed<'a> {
         let (threads, words) = (self.pool.threads(), memory.words().len() / CALLS);
         let mut call = 0;
         let read = move || {
@@ -181,7 +181,7 @@ impl Machine {
         const TIMES: usize = 16;
         let threads = self.pool.threads();
         let parts: Vec<_> = (0..threads)
-            .map(|_| Mutex::new(Memory::new(self.in_l2(), Pages::Huge)))
+            .map(|_| Mutex::new(WordBuffer::new(self.in_l2(), Pages::Huge)))
             .collect();
         let amount = (TIMES * threads * locked(&parts[0]).bytes()) as f64;
         let call = move || {
@@ -196,16 +196,16 @@ impl Machine {
         }
     }
 
-    fn written(&self) -> &[Mutex<Memory>] {
+    fn written(&self) -> &[Mutex<WordBuffer>] {
         let parts = CALLS * self.pool.threads();
         self.written.get_or_init(|| {
             (0..parts)
-                .map(|_| Mutex::new(Memory::new(self.working_set / parts, Pages::Huge)))
+                .map(|_| Mutex::new(WordBuffer::new(self.working_set / parts, Pages::Huge)))
                 .collect()
         })
     }
 
-    fn writing<'a>(&'a self, parts: &'a [Mutex<Memory>], fill: fn(&mut [u64], u64)) -> Timed<'a> {
+    fn writing<'a>(&'a self, parts: &'a [Mutex<WordBuffer>], fill: fn(&mut [u64], u64)) -> Timed<'a> {
         let threads = self.pool.threads();
         let mut at = 0;
         let call = move || {

@@ -4,7 +4,7 @@
 use crate::Result;
 use bitnet_formats::arch::{self, Architecture, HfConfig};
 use bitnet_formats::{Error, Kind, Source, document};
-use bitnet_kernels::dense::Pairing;
+use bitnet_kernels::dense::RotaryPairing;
 use serde_json::Value;
 use std::path::Path;
 
@@ -25,7 +25,7 @@ pub struct Rope {
     pub theta: f64,
     /// Which elements make a pair. Hugging Face folders: halves. GGUF: adjacent ones in `llama`,
     /// halves in `bitnet`.
-    pub pairing: Pairing,
+    pub pairing: RotaryPairing,
     /// Divisors of the frequencies, d/2 of them; none means 1.
     pub divisors: Option<Vec<f32>>,
 }
@@ -174,7 +174,7 @@ impl Config {
             },
             rope: Rope {
                 theta: rope.theta,
-                pairing: Pairing::Halves,
+                pairing: RotaryPairing::Halves,
                 divisors,
             },
             tied: config.flag("tie_word_embeddings")?,
@@ -214,8 +214,8 @@ impl Config {
         };
         let mut config = Self::from_hf(path, &arch::hf_config(path, &source.gguf, &shape)?)?;
         config.rope.pairing = match config.architecture {
-            Architecture::Llama => Pairing::Adjacent,
-            Architecture::Bitnet => Pairing::Halves,
+            Architecture::Llama => RotaryPairing::Adjacent,
+            Architecture::Bitnet => RotaryPairing::Halves,
         };
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
             let mut divisors = vec![0.0; source.stored[stored].elements()];

@@ -4,8 +4,8 @@
 //! for each token, and multiplies integers. Every other layer multiplies floats.
 
 use crate::Result;
-use bitnet_kernels::dense::Matrix;
-use bitnet_kernels::matmul::{Activations, Prepacked};
+use bitnet_kernels::dense::DenseMatrix;
+use bitnet_kernels::matmul::{PrepackedActivations, Prepacked};
 use bitnet_kernels::{Kernels, Pool};
 
 /// What every step of a graph computes with.
@@ -21,7 +21,7 @@ pub(crate) enum Weights {
     /// Ternary weights with int8 activations.
     Ternary(Prepacked),
     /// Anything with float activations.
-    Dense(Matrix),
+    Dense(DenseMatrix),
 }
 
 /// `y = x · Wᵀ + bias`.
@@ -36,7 +36,7 @@ pub(crate) struct Linear {
 #[derive(Debug, Default)]
 pub(crate) struct Input {
     floats: Vec<f32>,
-    quantized: Option<Activations>,
+    quantized: Option<PrepackedActivations>,
     /// Whether `quantized` is the input of now; if not, it is room for another.
     fresh: bool,
 }
@@ -87,13 +87,13 @@ impl Input {
         Ok(())
     }
 
-    /// Activations for these weights, or room for them.
-    fn room(&mut self, w: &Prepacked) -> Result<Activations> {
+    /// PrepackedActivations for these weights, or room for them.
+    fn room(&mut self, w: &Prepacked) -> Result<PrepackedActivations> {
         match self.quantized.take() {
             Some(same) if same.fits(w) => Ok(same),
             _ => {
                 self.fresh = false;
-                Ok(Activations::from_values(&[], &[], w)?)
+                Ok(PrepackedActivations::from_values(&[], &[], w)?)
             }
         }
     }

@@ -9,8 +9,8 @@ use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::{self, Architecture};
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, Kind, Quantized, Scales, Source, StoredType, Tensor};
-use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, quantize_int4, quantize_int8, zeros};
-use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
+use bitnet_kernels::dense::{BlockType, Blocks, DenseData, DenseMatrix, quantize_int4, quantize_int8, zeros};
+use bitnet_kernels::matmul::{MatrixParameters, Prepacked, Stream};
 use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
@@ -112,7 +112,7 @@ pub(crate) trait Provider: Sync {
     /// A linear layer `(rows, cols)`.
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear>;
     /// The embedding or the output matrix.
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix>;
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix>;
 }
 
 /// Takes weights from a checkpoint.
@@ -227,7 +227,7 @@ impl Provider for Loader<'_> {
                     .enumerate()
                     .for_each(|(row, out)| matrix.row_into(row, out));
                 all.iter_mut().for_each(|w| *w *= multiplier);
-                matrix = Matrix::new(rows, cols, Data::F32(all))
+                matrix = DenseMatrix::new(rows, cols, DenseData::F32(all))
                     .map_err(|source| matrix_error(path, tensor, source))?;
             }
             Weights::Dense(matrix)
@@ -235,7 +235,7 @@ impl Provider for Loader<'_> {
         Ok(Linear { weights, bias })
     }
 
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
         let (tensor, path) = self.tensor(&format!("{module}.weight"), &[rows, cols])?;
         self.dense(tensor, path, rows, cols, 1)
     }
@@ -423,7 +423,7 @@ impl Loader<'_> {
         self.source.read_all_into(q.packed, &mut bytes)?;
         let (Machine { kernels, pool }, parts) = (
             self.machine,
-            Parts {
+            MatrixParameters {
                 spec: &q.spec,
                 scales: &scales,
                 zero_points: &[],
@@ -531,7 +531,7 @@ impl Loader<'_> {
         rows: usize,
         cols: usize,
         part: usize,
-    ) -> Result<Matrix> {
+    ) -> Result<DenseMatrix> {
         let (choice, pool) = (self.floats[part], &self.machine.pool);
         // Blocks of GGUF are taken as they are, whatever else a recipe in the file says of them.
         let stored = match &tensor.content {
@@ -593,11 +593,11 @@ impl Loader<'_> {
         let lost =
             |loss: Loss| self.losses.lock().unwrap_or_else(PoisonError::into_inner)[part].add(loss);
         let data = match (choice, exact.as_str()) {
-            (FloatType::Exact, "F16") => Data::F16(self.halves(tensor, path, rows, cols, 0x7c00)?),
+            (FloatType::Exact, "F16") => DenseData::F16(self.halves(tensor, path, rows, cols, 0x7c00)?),
             (FloatType::Exact, "BF16") => {
-                Data::Bf16(self.halves(tensor, path, rows, cols, 0x7f80)?)
+                DenseData::Bf16(self.halves(tensor, path, rows, cols, 0x7f80)?)
             }
-            (FloatType::Bf16, _) => Data::Bf16(self.strips(rows, cols, |first, out| {
+            (FloatType::Bf16, _) => DenseData::Bf16(self.strips(rows, cols, |first, out| {
                 let w = floats(first, out.len())?;
                 out.iter_mut()
                     .zip(&w)
@@ -608,7 +608,7 @@ impl Loader<'_> {
                 ));
                 Ok(())
             })?),
-            (FloatType::Exact, _) => Data::F32(self.strips(rows, cols, |first, out| {
+            (FloatType::Exact, _) => DenseData::F32(self.strips(rows, cols, |first, out| {
                 floats(first, out.len()).map(|w| out.copy_from_slice(&w))
             })?),
             (FloatType::Int8 | FloatType::Int4, _) => {
@@ -617,7 +617,7 @@ impl Loader<'_> {
                 } else {
                     BlockType::INT4
                 };
-                Data::Blocks(Blocks::new(pool, rows, cols, kind, |first, strip| {
+                DenseData::Blocks(Blocks::new(pool, rows, cols, kind, |first, strip| {
                     let w = floats(first, strip.rows() * cols)?;
                     let (mut loss, mut rounded) = (Loss::default(), vec![0.0; cols]);
                     for (i, w) in w.chunks_exact(cols.max(1)).enumerate() {
@@ -635,7 +635,7 @@ impl Loader<'_> {
                 })?)
             }
         };
-        Matrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source))
+        DenseMatrix::new(rows, cols, data).map_err(|source| matrix_error(path, tensor, source))
     }
 
     /// 16-bit floats as they are stored. All bits of `special` are set in those that are no finite

@@ -11,7 +11,7 @@ use crate::{Config, Error, Result};
 use bitnet_formats::Source;
 use bitnet_formats::arch::Architecture;
 use bitnet_formats::source::OpenOptions;
-use bitnet_kernels::dense::Matrix;
+use bitnet_kernels::dense::DenseMatrix;
 use bitnet_kernels::{Kernels, Pool};
 use std::path::Path;
 use std::sync::PoisonError;
@@ -66,9 +66,9 @@ pub struct Model {
     config: Config,
     machine: Machine,
     /// `(vocab, hidden)`.
-    embedding: Matrix,
+    embedding: DenseMatrix,
     /// `(vocab, hidden)`; none where it is the embedding.
-    head: Option<Matrix>,
+    head: Option<DenseMatrix>,
     norm: Norm,
     layers: Vec<Layer>,
     /// Radians for each position, of the pairs of a head.
@@ -186,8 +186,8 @@ impl Model {
     fn new(
         config: Config,
         machine: Machine,
-        embedding: Matrix,
-        head: Option<Matrix>,
+        embedding: DenseMatrix,
+        head: Option<DenseMatrix>,
         norm: Norm,
         layers: Vec<Layer>,
     ) -> Self {
@@ -254,7 +254,7 @@ impl Model {
             .flat_map(Layer::linears)
             .map(|l| l.bytes())
             .sum();
-        linear + self.embedding.bytes() + self.head.as_ref().map_or(0, Matrix::bytes)
+        linear + self.embedding.bytes() + self.head.as_ref().map_or(0, DenseMatrix::bytes)
     }
 
     /// Bytes of the weights that a decoded token reads: all but the embedding, where it is not the
@@ -367,7 +367,7 @@ impl Model {
     }
 }
 
-type Parts = (Matrix, Option<Matrix>, Norm, Vec<Layer>);
+type Parts = (DenseMatrix, Option<DenseMatrix>, Norm, Vec<Layer>);
 
 /// All weights, layers side by side on the threads of the pool.
 fn weights(provider: &dyn Provider, machine: &Machine) -> Result<Parts> {

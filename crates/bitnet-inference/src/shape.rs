@@ -8,7 +8,7 @@ use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::Architecture;
 use bitnet_kernels::dense::{
-    BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros,
+    BlockType, Blocks, DenseData, DenseMatrix, RotaryPairing, quantize_int4, quantize_int8, zeros,
 };
 use bitnet_kernels::matmul::Prepacked;
 
@@ -43,7 +43,7 @@ impl Config {
             activation,
             rope: Rope {
                 theta,
-                pairing: Pairing::Halves,
+                pairing: RotaryPairing::Halves,
                 divisors: None,
             },
             tied,
@@ -122,7 +122,7 @@ impl Provider for MadeUp<'_> {
         })
     }
 
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
         let pool = &self.machine.pool;
         // The sum of four uniform numbers, each a quarter of 64 bits.
         let fill = |row: usize, out: &mut [f32]| {
@@ -136,7 +136,7 @@ impl Provider for MadeUp<'_> {
         let data = match self.embedding {
             FloatType::Int8 | FloatType::Int4 => {
                 let int8 = self.embedding == FloatType::Int8;
-                Data::Blocks(Blocks::new(
+                DenseData::Blocks(Blocks::new(
                     pool,
                     rows,
                     cols,
@@ -169,9 +169,9 @@ impl Provider for MadeUp<'_> {
                         .zip(&floats)
                         .for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
                 });
-                Data::Bf16(all)
+                DenseData::Bf16(all)
             }
         };
-        Ok(Matrix::new(rows, cols, data)?)
+        Ok(DenseMatrix::new(rows, cols, data)?)
     }
 }

@@ -5,8 +5,8 @@
 //! thread and the widest instruction set.
 
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
-use bitnet_kernels::machine::{self, Instruction, Memory, Pages};
-use bitnet_kernels::matmul::{Activations, Prepacked};
+use bitnet_kernels::machine::{self, Instruction, Pages, WordBuffer};
+use bitnet_kernels::matmul::{Prepacked, PrepackedActivations};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -79,11 +79,11 @@ fn matrix(rows: usize, cols: usize) -> Matrix {
     }
 }
 
-fn activations(w: &Prepacked, tokens: usize) -> Activations {
+fn activations(w: &Prepacked, tokens: usize) -> PrepackedActivations {
     let values: Vec<i8> = (0..tokens * w.cols())
         .map(|i| ((i * 2_654_435_761) >> 9) as i8)
         .collect();
-    Activations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
+    PrepackedActivations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
 }
 
 /// Reads of `data` on the pool, a sixteenth of the cold bytes at most in a call, each call where
@@ -155,8 +155,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
 
     let (cold, warm) = (
-        Memory::new(COLD_BYTES, Pages::Huge),
-        Memory::new(threads << 19, Pages::Huge),
+        WordBuffer::new(COLD_BYTES, Pages::Huge),
+        WordBuffer::new(threads << 19, Pages::Huge),
     );
     println!("\nG weights/s, share of the bytes read in GB/s");
     for (rows, cols) in [(6912, 2560), (2560, 6912), (4096, 14336), (1024, 2560)] {

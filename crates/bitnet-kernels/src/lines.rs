@@ -21,16 +21,16 @@ impl CacheLine {
 /// A huge page of x86-64 and of aarch64 with 4 KiB pages.
 const HUGE: usize = 2 << 20;
 
-/// A fixed number of lines. From the size of a huge page on they begin at one, and huge pages are
-/// asked for.
+/// A fixed number of lines. From the size of a huge page on they begin at one, and the system is
+/// asked for huge pages.
 pub(crate) struct Lines {
     data: NonNull<CacheLine>,
     len: usize,
 }
 
-// SAFETY: the lines are owned, like those of a `Vec<CacheLine>`.
+// SAFETY: the lines are owned, like those of a `Vec<CacheLine>`, and belong to no thread.
 unsafe impl Send for Lines {}
-// SAFETY: as above; shared access only reads.
+// SAFETY: the lines are owned, like those of a `Vec<CacheLine>`; shared access only reads.
 unsafe impl Sync for Lines {}
 
 impl Lines {
@@ -67,15 +67,12 @@ impl Lines {
             };
         }
         let layout = Self::layout(len);
-        // SAFETY: the layout has a size other than 0.
+        // SAFETY: `len` is not 0, so that the layout has a size.
         let Some(data) = NonNull::new(unsafe { alloc(layout) }) else {
             handle_alloc_error(layout)
         };
-        #[cfg(target_os = "linux")]
         if layout.align() == HUGE {
-            // SAFETY: advice about an allocation of ours changes no byte of it. Where it is
-            // refused, pages stay small, which is the fallback.
-            unsafe { libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
+            advise_pages(data.as_ptr(), layout.size(), Pages::Huge);
         }
         let lines = Self {
             data: data.cast(),
@@ -86,8 +83,8 @@ impl Lines {
             // `lines` is shared as a whole: it may go to other threads, its pointer may not.
             let lines = &lines;
             for i in part * len / parts..(part + 1) * len / parts {
-                // SAFETY: the allocation has room for `len` lines and is aligned for them; parts
-                // write different ones, and nothing reads them meanwhile.
+                // SAFETY: i < len, for which `layout` was allocated and aligned; parts write
+                // different lines, and nothing reads them before `Pool::run` returns.
                 unsafe { lines.data.add(i).write(line) };
             }
         });
@@ -96,22 +93,47 @@ impl Lines {
 
     /// The bytes of `lines`.
     pub(crate) fn bytes(lines: &[CacheLine]) -> &[u8] {
-        // SAFETY: a `CacheLine` is 64 bytes without padding, so these are `64 · len` initialised bytes.
+        // SAFETY: a `CacheLine` is 64 bytes without padding (`repr(C)`), so the slice is that number
+        // of initialised bytes.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
     }
+}
+
+/// Size of the pages under memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Huge ones where the system grants them, as under prepacked weights.
+    Huge,
+    /// The smallest, as under a plain `Vec` where huge pages are for those who ask.
+    Small,
+}
+
+/// Asks the system for pages of a size under the whole 4 KiB pages of `bytes` bytes at `data`. A
+/// refusal leaves its default.
+pub(crate) fn advise_pages<T>(data: *const T, bytes: usize, pages: Pages) {
+    #[cfg(target_os = "linux")]
+    {
+        let begin = (data as usize).next_multiple_of(4096);
+        let len = (data as usize + bytes).saturating_sub(begin) / 4096 * 4096;
+        let advice = match pages {
+            Pages::Huge => libc::MADV_HUGEPAGE,
+            Pages::Small => libc::MADV_NOHUGEPAGE,
+        };
+        // SAFETY: both advices are about the size of pages: they change no byte of any memory, and
+        // of an address without memory they return an error.
+        unsafe { libc::madvise(begin as *mut libc::c_void, len, advice) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (data, bytes, pages);
 }
 
 /// `len` zeros, on huge pages where the system grants them: for weights, which are read as one
 /// stream.
 pub fn zeros<T: Copy + Default>(len: usize) -> Vec<T> {
     let zeros = vec![T::default(); len];
-    #[cfg(target_os = "linux")]
-    if size_of_val(zeros.as_slice()) >= 4 << 20 {
-        let begin = (zeros.as_ptr() as usize).next_multiple_of(4096);
-        let bytes = (zeros.as_ptr() as usize + size_of_val(zeros.as_slice()) - begin) / 4096 * 4096;
-        // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a
-        // refusal leaves the system's default.
-        unsafe { libc::madvise(begin as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE) };
+    let bytes = size_of_val(zeros.as_slice());
+    if bytes >= 2 * HUGE {
+        advise_pages(zeros.as_ptr(), bytes, Pages::Huge);
     }
     zeros
 }
@@ -126,7 +148,7 @@ impl Deref for Lines {
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [CacheLine] {
-        // SAFETY: as in `deref`, and borrowed mutably.
+        // SAFETY: `filled` initialised `len` lines there, which this value owns and borrows mutably.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
     }
 }

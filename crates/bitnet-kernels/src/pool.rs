@@ -76,13 +76,14 @@ struct PoolState {
 // and read by those inside: the state's release and acquire order the two. The closure it points to
 // is `Sync` (`Pool::run` demands it) and outlives its job (`run` waits).
 unsafe impl Sync for PoolState {}
-// SAFETY: as above; nothing in it belongs to a thread.
+// SAFETY: nothing in it belongs to a thread; `job` points to a closure that is `Sync`, as `Pool::run`
+// demands.
 unsafe impl Send for PoolState {}
 
 /// # Safety
 /// `closure` points to a live `F`.
 unsafe fn call<F: Fn(usize)>(closure: *const (), part: usize) {
-    // SAFETY: the caller's.
+    // SAFETY: the function's contract: a live `F` is there.
     unsafe { (*closure.cast::<F>())(part) }
 }
 
@@ -94,8 +95,8 @@ impl PoolState {
             if part >= job.parts {
                 return;
             }
-            // SAFETY: `job` is the current one, whose closure lives until `run` has seen this
-            // thread outside.
+            // SAFETY: `Pool::run` made `job` of its closure and the matching `call`, and returns only
+            // after it has seen this thread outside: the closure lives.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| unsafe {
                 (job.call)(job.closure, part)
             })) {
@@ -121,7 +122,8 @@ impl PoolState {
                     .is_ok()
             {
                 seen = state >> 32;
-                // SAFETY: this thread is inside, so nobody writes the job.
+                // SAFETY: the compare-exchange above put this thread inside while the gate was open, and
+                // `Pool::run` writes the job only while the gate is closed and nobody is inside.
                 self.work(unsafe { *self.job.get() });
                 self.state.fetch_sub(1, Ordering::Release);
             }

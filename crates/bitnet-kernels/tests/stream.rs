@@ -7,7 +7,7 @@ use bitnet_core::pack::{by_name, layouts};
 use bitnet_core::scheme::{Rounding, ScaleRule, Scheme, Threshold};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, quantize};
 use bitnet_kernels::stream::{
-    Weights, dequantize, pack, quantize as quantize_packed, quantize_token, unpack,
+    FloatWeights, dequantize, pack, quantize as quantize_packed, quantize_token, unpack,
 };
 use bitnet_kernels::{Isa, Kernels, Pool};
 use half::{bf16, f16};
@@ -394,7 +394,7 @@ fn nothing_is_nothing() {
                 let packed = quantize_packed(
                     kernels,
                     pool,
-                    Weights::F32(&[]),
+                    FloatWeights::F32(&[]),
                     rows,
                     cols,
                     &scheme,
@@ -423,7 +423,7 @@ fn nothing_is_nothing() {
 }
 
 fn check_quantize(
-    w: Weights<'_>,
+    w: FloatWeights<'_>,
     f32s: &[f32],
     shape: (usize, usize),
     scheme: &Scheme,
@@ -510,9 +510,16 @@ fn quantize_and_pack_is_quantize_then_pack() {
                 for dtype in [ScaleDtype::F32, ScaleDtype::F16] {
                     let scheme = scheme.with_granularity(granularity).with_scale_dtype(dtype);
                     everywhere(|kernels, pool| {
-                        check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool)?;
                         check_quantize(
-                            Weights::F16(&halves),
+                            FloatWeights::F32(&w),
+                            &w,
+                            (rows, cols),
+                            &scheme,
+                            kernels,
+                            pool,
+                        )?;
+                        check_quantize(
+                            FloatWeights::F16(&halves),
                             &wide_halves,
                             (rows, cols),
                             &scheme,
@@ -520,7 +527,7 @@ fn quantize_and_pack_is_quantize_then_pack() {
                             pool,
                         )?;
                         check_quantize(
-                            Weights::Bf16(&brains),
+                            FloatWeights::Bf16(&brains),
                             &wide_brains,
                             (rows, cols),
                             &scheme,
@@ -547,7 +554,14 @@ fn a_large_tensor_has_the_scale_of_core() {
     for threshold in [Threshold::Absmean, Threshold::Median, Threshold::Optimal] {
         let scheme = Scheme::ternary(threshold);
         everywhere(|kernels, pool| {
-            check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool)
+            check_quantize(
+                FloatWeights::F32(&w),
+                &w,
+                (rows, cols),
+                &scheme,
+                kernels,
+                pool,
+            )
         });
     }
 }
@@ -567,9 +581,16 @@ fn ternary_in_the_same_ternary_out() {
             let w: Vec<f32> = trits.iter().map(|&t| f32::from(t) * 0.037).collect();
             everywhere(|kernels, pool| {
                 let layout = by_name("two-bit").expect("a layout");
-                let packed =
-                    quantize_packed(kernels, pool, Weights::F32(&w), rows, cols, &scheme, layout)
-                        .map_err(|e| e.to_string())?;
+                let packed = quantize_packed(
+                    kernels,
+                    pool,
+                    FloatWeights::F32(&w),
+                    rows,
+                    cols,
+                    &scheme,
+                    layout,
+                )
+                .map_err(|e| e.to_string())?;
                 let mut values = vec![9; w.len()];
                 unpack(
                     kernels,
@@ -610,7 +631,7 @@ fn a_weight_that_is_not_finite_is_an_error_wherever_it_is() {
                         match quantize_packed(
                             kernels,
                             pool,
-                            Weights::F32(&w),
+                            FloatWeights::F32(&w),
                             rows,
                             cols,
                             &scheme,
@@ -644,8 +665,8 @@ fn every_half_is_widened_exactly() {
     let expected_brains: Vec<f32> = brains.iter().map(|h| h.to_f32()).collect();
     everywhere(|kernels, pool| {
         for (w, expected) in [
-            (Weights::F16(&halves), &expected_halves),
-            (Weights::Bf16(&brains), &expected_brains),
+            (FloatWeights::F16(&halves), &expected_halves),
+            (FloatWeights::Bf16(&brains), &expected_brains),
         ] {
             let got = quantize_packed(kernels, pool, w, 1, w.len(), &scheme, layout)
                 .map_err(|e| e.to_string())?;
@@ -664,7 +685,7 @@ fn every_half_is_widened_exactly() {
         for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
             let w = [f16::ONE, bad];
             if !matches!(
-                quantize_packed(kernels, pool, Weights::F16(&w), 1, 2, &scheme, layout),
+                quantize_packed(kernels, pool, FloatWeights::F16(&w), 1, 2, &scheme, layout),
                 Err(Error::NotFinite { index: 1, .. })
             ) {
                 return Err(format!("{bad} passes"));
@@ -782,7 +803,7 @@ proptest! {
         for threshold in [Threshold::Absmean, Threshold::Optimal] {
             for granularity in [Granularity::Tensor, Granularity::Group(g)] {
                 let scheme = Scheme::ternary(threshold).with_granularity(granularity);
-                everywhere(|kernels, pool| check_quantize(Weights::F32(w), w, (rows, cols), &scheme, kernels, pool));
+                everywhere(|kernels, pool| check_quantize(FloatWeights::F32(w), w, (rows, cols), &scheme, kernels, pool));
             }
         }
     }

@@ -7,7 +7,7 @@ use crate::results::Unit;
 use anyhow::Result;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::Instruction;
-use bitnet_kernels::matmul::{Activations, Prepacked, Stream};
+use bitnet_kernels::matmul::{PrepackedActivations, Prepacked, Stream};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::sync::Arc;
 
@@ -173,7 +173,7 @@ fn case(
 /// Weights in the kernel layout, and the activations that they meet.
 struct Laid {
     copies: Vec<Prepacked>,
-    x: Activations,
+    x: PrepackedActivations,
     reference: Reference,
     /// What limits a product, besides what multiplies.
     reading: Option<Limit>,
@@ -203,7 +203,7 @@ impl Laid {
             spec,
         };
         let packed = Prepacked::with_stream(&matrix, stream, &product.pool)?;
-        let x = Activations::from_values(
+        let x = PrepackedActivations::from_values(
             &product.activations,
             &vec![SCALES[1]; product.tokens],
             &packed,
@@ -255,7 +255,7 @@ impl Laid {
             let w = &laid.copies[*at];
             match &activations {
                 Some(x) => {
-                    let x = Activations::quantize(&kernels, x, w)
+                    let x = PrepackedActivations::quantize(&kernels, x, w)
                         .expect("finite activations of whole rows");
                     kernels.matmul(&pool, w, &x, None, y);
                 }
@@ -335,7 +335,7 @@ fn others(product: &Arc<Product>) -> Result<Vec<Contender>> {
         ));
     }
     let mut laid = Laid::new(product, Precision::Ternary, 1, Stream::TwoBit)?;
-    laid.x = Activations::floats(&product.float_activations(), &laid.copies[0])?;
+    laid.x = PrepackedActivations::floats(&product.float_activations(), &laid.copies[0])?;
     // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
     let error = (product.shape.k + 3) as f64 * f64::from(f32::EPSILON);
     laid.reference = Reference::of_floats(product, &product.float_weights(), error, 0.0);

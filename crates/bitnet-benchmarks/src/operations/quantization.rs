@@ -8,12 +8,12 @@ use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
 use bitnet_core::scheme::{Rounding, Threshold};
 use bitnet_core::{Granularity, Scheme, pack};
-use bitnet_kernels::stream::{self, Weights, quantize_token};
+use bitnet_kernels::stream::{self, FloatWeights, quantize_token};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Columns of the weights.
 const COLS: usize = 4096;
-/// Weights that are quantized in a call, 64 MiB of them.
+/// FloatWeights that are quantized in a call, 64 MiB of them.
 const MATRIX: usize = 4096 * COLS;
 /// Activations of a token.
 const TOKEN: usize = 2560;
@@ -61,7 +61,7 @@ pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
         .collect()
 }
 
-/// Weights from memory to packed codes; the data is read `passes` times.
+/// FloatWeights from memory to packed codes; the data is read `passes` times.
 fn ternary_case(
     name: &str,
     scheme: Scheme,
@@ -92,14 +92,14 @@ fn ternary_case(
             Arc::clone(machine.pool()),
         );
         let call =
-            move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::Packed>>)| {
-                let w = Weights::F32(&data[*at..][..rows * COLS]);
+            move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::PackedMatrix>>)| {
+                let w = FloatWeights::F32(&data[*at..][..rows * COLS]);
                 *packed = Some(stream::quantize(
                     kernels, &pool, w, rows, COLS, &scheme, layout,
                 ));
                 *at = (*at + rows * COLS) % data.len();
             };
-        let check = move |(_, packed): &(usize, Option<bitnet_core::Result<stream::Packed>>)| {
+        let check = move |(_, packed): &(usize, Option<bitnet_core::Result<stream::PackedMatrix>>)| {
             let packed = packed
                 .as_ref()
                 .ok_or("no result")?

@@ -5,7 +5,7 @@ use crate::print::{Output, Table, bytes};
 use crate::{Answer, job};
 use bitnet_inference::{Config, Error, Model};
 use bitnet_kernels::Pool;
-use bitnet_kernels::machine::{Instruction, Memory, Pages, read};
+use bitnet_kernels::machine::{Instruction, WordBuffer, Pages, read};
 use serde_json::{Value, json};
 use std::fs;
 use std::hint::black_box;
@@ -163,7 +163,7 @@ pub(crate) fn run(args: &BenchArgs, out: &mut Output) -> anyhow::Result<Answer> 
 /// What the machine does at most on as many threads, measured in the turns of the model.
 struct Ceilings {
     pool: Pool,
-    memory: Memory,
+    memory: WordBuffer,
     instruction: Option<Instruction>,
     /// Bytes and multiply-adds per second.
     read: Vec<f64>,
@@ -178,7 +178,7 @@ impl Ceilings {
         let instruction = Instruction::all().find(|i| i.is_int8());
         Ok(Self {
             pool: Pool::new(threads)?,
-            memory: Memory::new(touched, Pages::Huge),
+            memory: WordBuffer::new(touched, Pages::Huge),
             instruction,
             read: vec![],
             products: vec![],

@@ -151,7 +151,7 @@ impl BlockType {
     }
 }
 
-/// Whatever scales and minima are made of; what a type does not have is empty.
+/// What scales and minima are made of; what a type does not have is empty.
 #[derive(Debug, Clone, Default)]
 struct BlockScales {
     /// f32, one for a group.
@@ -219,7 +219,7 @@ pub struct BlockStrip {
     /// BlockCodes of a row with the padding of its last line.
     stride: usize,
     codes: Vec<u8>,
-    parts: BlockScales,
+    scales: BlockScales,
     /// Those of one row.
     lengths: ScaleLengths,
 }
@@ -235,7 +235,7 @@ impl BlockStrip {
             cols: blocks.cols,
             stride,
             codes,
-            parts: lengths(rows).zeros(0),
+            scales: lengths(rows).zeros(0),
             lengths: lengths(1),
         }
     }
@@ -254,18 +254,18 @@ impl BlockStrip {
             &mut all[i * n..(i + 1) * n]
         }
         assert!(i < self.rows, "row {i} of {}", self.rows);
-        let [scales, minima] = &mut self.parts.halves;
-        let [factors, minimum_factors] = &mut self.parts.factors;
+        let [halves, half_minima] = &mut self.scales.halves;
+        let [factors, factor_minima] = &mut self.scales.factors;
         BlockRow {
             codes: &mut self.codes[i * self.stride..][..self.cols],
-            floats: part(&mut self.parts.floats, i, self.lengths.floats),
+            floats: part(&mut self.scales.floats, i, self.lengths.floats),
             halves: [
-                part(scales, i, self.lengths.halves[0]),
-                part(minima, i, self.lengths.halves[1]),
+                part(halves, i, self.lengths.halves[0]),
+                part(half_minima, i, self.lengths.halves[1]),
             ],
             factors: [
                 part(factors, i, self.lengths.factors[0]),
-                part(minimum_factors, i, self.lengths.factors[1]),
+                part(factor_minima, i, self.lengths.factors[1]),
             ],
         }
     }
@@ -293,7 +293,7 @@ impl BlockStrip {
                     },
                 i * of.factors[0] + g,
             );
-            let (scale, minimum) = self.parts.pair(i * of.floats + g, halves.0, halves.1);
+            let (scale, minimum) = self.scales.pair(i * of.floats + g, halves.0, halves.1);
             for (out, &code) in out
                 .iter_mut()
                 .zip(&self.codes[i * self.stride + g * group..])
@@ -305,7 +305,7 @@ impl BlockStrip {
 }
 
 impl BlockScales {
-    /// Scale and minimum whose parts are at these places.
+    /// Scale and minimum made of the numbers at these places.
     fn pair(&self, float: usize, half: usize, factor: usize) -> (f32, f32) {
         let one = |which: usize| {
             let half = self.halves[which].get(half).map(|&bits| f16_to_f32(bits));
@@ -335,7 +335,7 @@ pub struct Blocks {
     /// `[panels, lines]`, and one more that loads may reach into.
     codes: Lines,
     /// `[panels, groups, 4]` or `[panels, supers, 4]`, and a run more.
-    parts: BlockScales,
+    scales: BlockScales,
 }
 
 impl Blocks {
@@ -388,7 +388,8 @@ impl Blocks {
             .into());
         };
         let mut codes = Lines::filled_on(pool, CacheLine([0; 64]), total + 1);
-        let mut parts = ScaleLengths::new(kind, groups, supers, panels * PANEL).zeros(PANEL * RUN);
+        let all_rows = panels * PANEL;
+        let mut scales = ScaleLengths::new(kind, groups, supers, all_rows).zeros(PANEL * RUN);
         let empty = Self {
             rows,
             cols,
@@ -397,56 +398,37 @@ impl Blocks {
             groups,
             supers,
             codes: Lines::filled(CacheLine([0; 64]), 0),
-            parts: BlockScales::default(),
+            scales: BlockScales::default(),
         };
         let strip_panels = (STRIP / cols.max(1) / PANEL).max(1);
-        let lengths = ScaleLengths::new(kind, groups, supers, strip_panels * PANEL);
-        let strips = panels.div_ceil(strip_panels);
+        let strip_rows = strip_panels * PANEL;
+        let mut places = StripPlace::cut(
+            &mut codes[..total],
+            strip_panels * lines,
+            &mut scales,
+            ScaleLengths::new(kind, groups, supers, strip_rows),
+            panels.div_ceil(strip_panels),
+        );
         let failed = Mutex::new(None::<(usize, E)>);
-        let [scales, minima] = &mut parts.halves;
-        let [factors, minimum_factors] = &mut parts.factors;
-        let mut pieces: Vec<_> = pieces(&mut codes[..total], strip_panels * lines, strips)
-            .zip(pieces(&mut parts.floats, lengths.floats, strips))
-            .zip(pieces(scales, lengths.halves[0], strips).zip(pieces(
-                minima,
-                lengths.halves[1],
-                strips,
-            )))
-            .zip(pieces(factors, lengths.factors[0], strips).zip(pieces(
-                minimum_factors,
-                lengths.factors[1],
-                strips,
-            )))
-            .collect();
-        pool.for_chunks(&mut pieces, 1, |number, piece| {
-            let (((codes, floats), (scales, minima)), (factors, minimum_factors)) = &mut piece[0];
-            let first = number * strip_panels * PANEL;
-            let mut strip = BlockStrip::new(&empty, (rows - first).min(strip_panels * PANEL));
-            if let Err(error) = fill(first, &mut strip) {
-                let mut failed = lock(&failed);
-                if failed.as_ref().is_none_or(|(n, _)| number < *n) {
-                    *failed = Some((number, error));
+        pool.for_chunks(&mut places, 1, |number, place| {
+            let first = number * strip_rows;
+            let mut strip = BlockStrip::new(&empty, (rows - first).min(strip_rows));
+            match fill(first, &mut strip) {
+                Ok(()) => place[0].prepack(&strip),
+                Err(error) => {
+                    let mut failed = lock(&failed);
+                    if failed.as_ref().is_none_or(|(n, _)| number < *n) {
+                        *failed = Some((number, error));
+                    }
                 }
-                return;
             }
-            prepack(&strip, codes);
-            let BlockScales {
-                floats: from,
-                halves: [from_scales, from_minima],
-                factors: [from_factors, from_minimum_factors],
-            } = &strip.parts;
-            transpose(from, strip.rows, floats);
-            transpose(from_scales, strip.rows, scales);
-            transpose(from_minima, strip.rows, minima);
-            transpose(from_factors, strip.rows, factors);
-            transpose(from_minimum_factors, strip.rows, minimum_factors);
         });
-        drop(pieces);
+        drop(places);
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some((_, error)) => Err(error),
             None => Ok(Self {
                 codes,
-                parts,
+                scales,
                 ..empty
             }),
         }
@@ -473,7 +455,7 @@ impl Blocks {
             floats,
             halves,
             factors,
-        } = &self.parts;
+        } = &self.scales;
         let halves: usize = halves.iter().map(Vec::len).sum();
         let factors: usize = factors.iter().map(Vec::len).sum();
         size_of_val(&*self.codes) + 4 * floats.len() + 2 * halves + factors
@@ -513,7 +495,7 @@ impl Blocks {
             } else {
                 at
             };
-            let (scale, minimum) = self.parts.pair(at, half, at);
+            let (scale, minimum) = self.scales.pair(at, half, at);
             for (step, out) in out.chunks_mut(LANES).enumerate() {
                 for (j, out) in out.iter_mut().enumerate() {
                     let byte = line.0[if bits == 8 {
@@ -559,9 +541,11 @@ impl Blocks {
         let at = (panel * self.groups + first) * PANEL;
         let kinds = 1 + usize::from(self.kind.minimum);
         match self.kind.scales {
-            ScaleType::F32 { .. } => to[0].copy_from_slice(&self.parts.floats[at..][..PANEL * RUN]),
+            ScaleType::F32 { .. } => {
+                to[0].copy_from_slice(&self.scales.floats[at..][..PANEL * RUN])
+            }
             ScaleType::F16 => {
-                for (halves, to) in self.parts.halves.iter().zip(to).take(kinds) {
+                for (halves, to) in self.scales.halves.iter().zip(to).take(kinds) {
                     let halves = &halves[at..][..PANEL * RUN];
                     prefetch_after(lanes, halves);
                     for (halves, to) in halves.as_chunks().0.iter().zip(to.as_chunks_mut().0) {
@@ -571,10 +555,10 @@ impl Blocks {
             }
             ScaleType::Nested { group } => {
                 for ((halves, factors), to) in self
-                    .parts
+                    .scales
                     .halves
                     .iter()
-                    .zip(&self.parts.factors)
+                    .zip(&self.scales.factors)
                     .zip(to)
                     .take(kinds)
                 {
@@ -613,6 +597,54 @@ fn prefetch_after<L: Lanes, T>(lanes: L, scales: &[T]) {
     }
 }
 
+/// Where the codes and scales of a strip go.
+struct StripPlace<'a> {
+    codes: &'a mut [CacheLine],
+    floats: &'a mut [f32],
+    halves: [&'a mut [u16]; 2],
+    factors: [&'a mut [i8]; 2],
+}
+
+impl<'a> StripPlace<'a> {
+    /// The places of `count` strips, `lines` lines and `lengths` scales in each.
+    fn cut(
+        codes: &'a mut [CacheLine],
+        lines: usize,
+        scales: &'a mut BlockScales,
+        lengths: ScaleLengths,
+        count: usize,
+    ) -> Vec<Self> {
+        let [halves, half_minima] = &mut scales.halves;
+        let [factors, factor_minima] = &mut scales.factors;
+        let mut codes = pieces(codes, lines, count);
+        let mut floats = pieces(&mut scales.floats, lengths.floats, count);
+        let mut halves = pieces(halves, lengths.halves[0], count);
+        let mut half_minima = pieces(half_minima, lengths.halves[1], count);
+        let mut factors = pieces(factors, lengths.factors[0], count);
+        let mut factor_minima = pieces(factor_minima, lengths.factors[1], count);
+        std::iter::from_fn(|| {
+            Some(Self {
+                codes: codes.next()?,
+                floats: floats.next()?,
+                halves: [halves.next()?, half_minima.next()?],
+                factors: [factors.next()?, factor_minima.next()?],
+            })
+        })
+        .collect()
+    }
+
+    fn prepack(&mut self, strip: &BlockStrip) {
+        prepack_codes(strip, self.codes);
+        transpose(&strip.scales.floats, strip.rows, self.floats);
+        for (from, to) in strip.scales.halves.iter().zip(&mut self.halves) {
+            transpose(from, strip.rows, to);
+        }
+        for (from, to) in strip.scales.factors.iter().zip(&mut self.factors) {
+            transpose(from, strip.rows, to);
+        }
+    }
+}
+
 /// `count` pieces of `len` elements, the last ones shorter or empty.
 fn pieces<T>(all: &mut [T], len: usize, count: usize) -> impl Iterator<Item = &mut [T]> {
     let mut rest = all;
@@ -636,7 +668,7 @@ fn transpose<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
 }
 
 /// The codes of a strip in lines.
-fn prepack(strip: &BlockStrip, lines: &mut [CacheLine]) {
+fn prepack_codes(strip: &BlockStrip, lines: &mut [CacheLine]) {
     let rows = |panel: usize| -> [&[u8]; PANEL] {
         // Missing rows repeat the last one.
         std::array::from_fn(|r| {

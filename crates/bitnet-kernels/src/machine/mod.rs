@@ -16,17 +16,10 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use crate::lines::CacheLine;
+use crate::lines::{CacheLine, advise_pages};
 use std::fmt;
 
-/// Size of the pages under a [`WordBuffer`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pages {
-    /// Huge ones where the system grants them, as under prepacked weights.
-    Huge,
-    /// The smallest, as under a plain `Vec` where huge pages are for those who ask.
-    Small,
-}
+pub use crate::lines::Pages;
 
 /// Words that begin at a cache line and have been written, so that their pages are there.
 #[derive(Debug)]
@@ -37,22 +30,7 @@ impl WordBuffer {
     pub fn new(bytes: usize, pages: Pages) -> Self {
         let len = bytes.div_ceil(size_of::<CacheLine>());
         let mut lines: Vec<CacheLine> = Vec::with_capacity(len);
-        #[cfg(target_os = "linux")]
-        {
-            let begin = lines.as_ptr() as usize;
-            let first = begin.next_multiple_of(4096);
-            let bytes = (begin + len * size_of::<CacheLine>()).saturating_sub(first) / 4096 * 4096;
-            let advice = if pages == Pages::Huge {
-                libc::MADV_HUGEPAGE
-            } else {
-                libc::MADV_NOHUGEPAGE
-            };
-            // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a
-            // refusal leaves the system's default.
-            unsafe { libc::madvise(first as *mut libc::c_void, bytes, advice) };
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = pages;
+        advise_pages(lines.as_ptr(), len * size_of::<CacheLine>(), pages);
         let word = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         lines.extend(
             (0..len).map(|i| CacheLine::from_words(std::array::from_fn(|j| word(8 * i + j)))),
@@ -65,15 +43,16 @@ impl WordBuffer {
         size_of_val(self.0.as_slice())
     }
 
-    /// All of it.
+    /// All words.
     pub fn words(&self) -> &[u64] {
         // SAFETY: a `CacheLine` is 8 words without padding, aligned to more than a word needs.
         unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), 8 * self.0.len()) }
     }
 
-    /// All of it.
+    /// All words.
     pub fn words_mut(&mut self) -> &mut [u64] {
-        // SAFETY: as in `words`, and borrowed mutably; every pattern of bits is a `CacheLine`.
+        // SAFETY: a `CacheLine` is 8 words without padding, aligned to more than a word needs, and
+        // every pattern of bits is one; the words are borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), 8 * self.0.len()) }
     }
 }
@@ -82,10 +61,10 @@ impl WordBuffer {
 pub fn read(words: &[u64]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the feature was found on the line above.
+        // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
         return unsafe { x86::read_512(words) };
     } else if is_x86_feature_detected!("avx2") {
-        // SAFETY: the feature was found on the line above.
+        // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
         return unsafe { x86::read_256(words) };
     }
     words.iter().fold(0, |sum, &word| sum.wrapping_add(word))
@@ -95,7 +74,7 @@ pub fn read(words: &[u64]) -> u64 {
 pub fn write(words: &mut [u64], word: u64) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the feature was found on the line above.
+        // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
         return unsafe { x86::write_512(words, word) };
     }
     words.fill(word);
@@ -111,7 +90,7 @@ pub fn stream(words: &mut [u64], word: u64) {
         head.fill(word);
         tail.fill(word);
         if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was found on the line above.
+            // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
             unsafe { x86::stream_512(lines, word) };
         } else {
             x86::stream_128(lines, word);
@@ -203,7 +182,7 @@ impl Instruction {
     pub fn run(self, rounds: usize) {
         assert!(self.is_available(), "this machine does not run {self}");
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the features of each were found on the line above.
+        // SAFETY: `is_available` found the features of the instruction: the assertion above.
         unsafe {
             match self {
                 Self::Dpbusd512 => x86::dpbusd_512(rounds),

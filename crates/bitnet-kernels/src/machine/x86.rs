@@ -10,7 +10,7 @@ pub(super) fn read_512(words: &[u64]) -> u64 {
     let (blocks, rest) = words.as_chunks::<64>();
     for block in blocks {
         for (sum, words) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
-            // SAFETY: eight words; the read needs no alignment.
+            // SAFETY: `words` is a chunk of eight words; the read needs no alignment.
             *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(words.as_ptr().cast()) });
         }
     }
@@ -30,7 +30,7 @@ pub(super) fn write_512(words: &mut [u64], word: u64) {
     let value = _mm512_set1_epi64(word.cast_signed());
     let (eights, rest) = words.as_chunks_mut::<8>();
     for words in eights {
-        // SAFETY: eight words; the write needs no alignment.
+        // SAFETY: `words` is a chunk of eight words; the write needs no alignment.
         unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), value) };
     }
     rest.fill(word);

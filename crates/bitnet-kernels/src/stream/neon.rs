@@ -12,14 +12,14 @@ pub(crate) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> 
     let bias_all = vdupq_n_u8(bias.cast_unsigned());
     let mut most = vdupq_n_u8(0);
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<16>().0) {
-        // SAFETY: 64 bytes; the read needs no alignment.
+        // SAFETY: `block` is a chunk of 64 bytes; the read needs no alignment.
         let v = unsafe { vld4q_u8(block.as_ptr().cast()) };
         let (a, b) = (vaddq_u8(v.0, bias_all), vaddq_u8(v.1, bias_all));
         let (c, d) = (vaddq_u8(v.2, bias_all), vaddq_u8(v.3, bias_all));
         most = vmaxq_u8(most, vmaxq_u8(vmaxq_u8(a, b), vmaxq_u8(c, d)));
         // Each keeps the low bits of what is there and puts its own above them.
         let packed = vsliq_n_u8::<6>(vsliq_n_u8::<4>(vsliq_n_u8::<2>(a, b), c), d);
-        // SAFETY: 16 bytes; the write needs no alignment.
+        // SAFETY: `out` is a chunk of 16 bytes; the write needs no alignment.
         unsafe { vst1q_u8(out.as_mut_ptr(), packed) };
     }
     plain::pack_two_bit(tail, bias, top, end) && vmaxvq_u8(most) <= top
@@ -32,7 +32,7 @@ pub(crate) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8])
     let (bias_all, mask) = (vdupq_n_u8(bias.cast_unsigned()), vdupq_n_u8(3));
     let mut threes = vdupq_n_u8(0);
     for (bytes, out) in body.as_chunks::<16>().0.iter().zip(blocks) {
-        // SAFETY: 16 bytes; the read needs no alignment.
+        // SAFETY: `bytes` is a chunk of 16; the read needs no alignment.
         let x = unsafe { vld1q_u8(bytes.as_ptr()) };
         threes = vorrq_u8(threes, vandq_u8(x, vshrq_n_u8::<1>(x)));
         let values = uint8x16x4_t(
@@ -41,7 +41,7 @@ pub(crate) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8])
             vsubq_u8(vandq_u8(vshrq_n_u8::<4>(x), mask), bias_all),
             vsubq_u8(vshrq_n_u8::<6>(x), bias_all),
         );
-        // SAFETY: 64 bytes; the write needs no alignment.
+        // SAFETY: `out` is a chunk of 64 bytes; the write needs no alignment.
         unsafe { vst4q_u8(out.as_mut_ptr().cast(), values) };
     }
     let ok = top == 3 || vmaxvq_u8(vandq_u8(threes, vdupq_n_u8(0x55))) == 0;

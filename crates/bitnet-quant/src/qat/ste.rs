@@ -140,7 +140,7 @@ pub(super) const LEAST_SCALE: f32 = 1e-8;
 #[derive(Debug, Clone)]
 pub(super) enum Codes {
     /// One plane of trits, four to a byte.
-    TwoBit(stream::Packed),
+    TwoBit(stream::PackedMatrix),
     /// Anything else, a byte for each value.
     Values(Matrix),
 }
@@ -371,7 +371,7 @@ impl Quantizer {
                 &scales,
                 &mut bytes,
             )?;
-            return Ok(Codes::TwoBit(stream::Packed {
+            return Ok(Codes::TwoBit(stream::PackedMatrix {
                 spec,
                 bytes,
                 scales,
@@ -383,7 +383,7 @@ impl Quantizer {
             return Ok(Codes::TwoBit(stream::quantize(
                 kernels,
                 pool,
-                stream::Weights::F32(w),
+                stream::FloatWeights::F32(w),
                 shape.0,
                 shape.1,
                 &self.scheme,
@@ -725,7 +725,7 @@ impl Codes {
     fn values(&self, runtime: &Runtime) -> Result<Cow<'_, [i8]>> {
         match self {
             Self::Values(matrix) => Ok(Cow::Borrowed(&matrix.values)),
-            Self::TwoBit(stream::Packed { spec, bytes, .. }) => {
+            Self::TwoBit(stream::PackedMatrix { spec, bytes, .. }) => {
                 let mut values = vec![0; spec.values_len()];
                 stream::unpack(
                     runtime.machine.kernels,

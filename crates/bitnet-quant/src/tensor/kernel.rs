@@ -13,14 +13,14 @@ use std::sync::{Mutex, PoisonError};
 
 /// Laid out activations that are used again.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch(Mutex<Vec<matmul::Activations>>);
+pub(crate) struct Scratch(Mutex<Vec<matmul::PrepackedActivations>>);
 
 impl Scratch {
-    fn take(&self) -> Option<matmul::Activations> {
+    fn take(&self) -> Option<matmul::PrepackedActivations> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 
-    fn put(&self, activations: matmul::Activations) {
+    fn put(&self, activations: matmul::PrepackedActivations) {
         self.0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -56,17 +56,17 @@ impl Packed {
     /// As [`Packed::new`].
     #[cfg(feature = "qat")]
     pub(crate) fn from_wire(
-        packed: &stream::Packed,
+        packed: &stream::PackedMatrix,
         layout: &dyn Layout,
         runtime: &Runtime,
     ) -> Result<Self> {
-        let stream::Packed {
+        let stream::PackedMatrix {
             spec,
             bytes,
             scales,
             zero_points,
         } = packed;
-        let parts = matmul::Parts {
+        let parts = matmul::MatrixParameters {
             spec,
             scales,
             zero_points,
@@ -108,12 +108,12 @@ impl Packed {
     ) -> Result<()> {
         let (kernels, pool, w) = (runtime.machine.kernels, &runtime.pool, &self.weights);
         let Some(method) = activations.method() else {
-            kernels.matmul(pool, w, &matmul::Activations::floats(x, w)?, bias, out);
+            kernels.matmul(pool, w, &matmul::PrepackedActivations::floats(x, w)?, bias, out);
             return Ok(());
         };
         let mut acts = match runtime.scratch.take() {
             Some(acts) => acts,
-            None => matmul::Activations::from_values(&[], &[], w)?,
+            None => matmul::PrepackedActivations::from_values(&[], &[], w)?,
         };
         let done = acts.requantize_for(&kernels, w, x, method);
         if done.is_ok() {
@@ -136,7 +136,7 @@ impl Packed {
             let mut one_hot = vec![0i8; tokens * cols];
             (0..tokens).for_each(|t| one_hot[t * cols + first + t] = 1);
             let acts =
-                matmul::Activations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
+                matmul::PrepackedActivations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
             let sums = &mut sums[..spec.planes * tokens * rows];
             runtime
                 .machine
