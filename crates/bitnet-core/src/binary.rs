@@ -3,6 +3,7 @@
 use crate::granule::{Granule, Importance};
 use crate::ops::{Above, Key, Moments, Ops};
 use crate::quantize::{Coder, Fitted};
+use crate::random::nth;
 use crate::scheme::{BinarySplit, ScaleStorage};
 use crate::ternary::best_cut;
 use crate::{Error, Result};
@@ -90,11 +91,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     })
 }
 
-/// A uniform number in [0, 1) for position `index`: splitmix64 of seed and position, so that order
-/// and threads do not matter.
+/// A uniform number in [0, 1) for position `index`, so that order and threads do not matter.
 pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
-    let mut x = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((x ^ (x >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+    (nth(seed, index) >> 40) as f32 / (1u32 << 24) as f32
 }

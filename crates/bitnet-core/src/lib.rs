@@ -28,6 +28,7 @@ pub mod mixed_precision;
 pub mod ops;
 pub mod pack;
 pub mod quantize;
+pub mod random;
 pub mod scheme;
 pub mod stats;
 
