@@ -16,7 +16,6 @@
 mod affine;
 mod binary;
 mod error;
-mod names;
 mod planes;
 mod ternary;
 
@@ -25,6 +24,7 @@ pub mod codes;
 pub mod granule;
 pub mod memory;
 pub mod mixed_precision;
+pub mod names;
 pub mod ops;
 pub mod pack;
 pub mod quantize;

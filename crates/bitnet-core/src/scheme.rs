@@ -1,11 +1,8 @@
 //! What to quantize to and how: plain, serialisable data that every crate above shares.
 
 use crate::codes::ZeroPoints;
-use crate::names::{as_string, named};
-use crate::{Error, MatrixSpec, Result};
+use crate::{Error, MatrixSpec, Result, named};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
 
 /// Alphabet of the quantized values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,36 +84,11 @@ pub enum Granularity {
     Group(usize),
 }
 
-impl fmt::Display for Granularity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tensor => f.pad("tensor"),
-            Self::Channel => f.pad("channel"),
-            Self::Group(g) => f.pad(&format!("group:{g}")),
-        }
-    }
-}
-
-impl FromStr for Granularity {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let unknown = || Error::UnknownName {
-            what: "granularity",
-            got: s.into(),
-            expected: "tensor, channel, group:N with N ≥ 1".into(),
-        };
-        match s {
-            "tensor" => Ok(Self::Tensor),
-            "channel" => Ok(Self::Channel),
-            _ => match s.strip_prefix("group:").and_then(|g| g.parse().ok()) {
-                Some(g) if g > 0 => Ok(Self::Group(g)),
-                _ => Err(unknown()),
-            },
-        }
-    }
-}
-
-as_string!(Granularity);
+named!(
+    Granularity, "granularity",
+    { Tensor = "tensor", Channel = "channel" },
+    { Group { 0: usize } = "group": "N with N ≥ 1" if |&g| g > 0 }
+);
 
 /// How a scale is stored. Codes are chosen knowing the scale after this rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -217,42 +189,17 @@ pub enum Threshold {
     Factor(f32),
 }
 
-impl fmt::Display for Threshold {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Absmean => f.pad("absmean"),
-            Self::Mean => f.pad("mean"),
-            Self::Median => f.pad("median"),
-            Self::Adaptive => f.pad("adaptive"),
-            Self::Optimal => f.pad("optimal"),
-            Self::Factor(factor) => f.pad(&format!("factor:{factor}")),
-        }
-    }
-}
-
-impl FromStr for Threshold {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "absmean" => Ok(Self::Absmean),
-            "mean" => Ok(Self::Mean),
-            "median" => Ok(Self::Median),
-            "adaptive" => Ok(Self::Adaptive),
-            "optimal" => Ok(Self::Optimal),
-            _ => s
-                .strip_prefix("factor:")
-                .and_then(|x| x.parse().ok())
-                .map(Self::Factor)
-                .ok_or_else(|| Error::UnknownName {
-                    what: "threshold",
-                    got: s.into(),
-                    expected: "absmean, mean, median, adaptive, optimal, factor:X".into(),
-                }),
-        }
-    }
-}
-
-as_string!(Threshold);
+named!(
+    Threshold, "threshold",
+    {
+        Absmean = "absmean",
+        Mean = "mean",
+        Median = "median",
+        Adaptive = "adaptive",
+        Optimal = "optimal",
+    },
+    { Factor { 0: f32 } = "factor": "X" }
+);
 
 /// Where the scale of a ternary granule comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -444,36 +391,11 @@ pub enum Clip {
     Search,
 }
 
-impl fmt::Display for Clip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => f.pad("none"),
-            Self::Rms(times) => f.pad(&format!("rms:{times}")),
-            Self::Search => f.pad("search"),
-        }
-    }
-}
-
-impl FromStr for Clip {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "none" => Ok(Self::None),
-            "search" => Ok(Self::Search),
-            _ => s
-                .strip_prefix("rms:")
-                .and_then(|x| x.parse().ok())
-                .map(Self::Rms)
-                .ok_or_else(|| Error::UnknownName {
-                    what: "clip",
-                    got: s.into(),
-                    expected: "none, search, rms:X".into(),
-                }),
-        }
-    }
-}
-
-as_string!(Clip);
+named!(
+    Clip, "clip",
+    { None = "none", Search = "search" },
+    { Rms { 0: f32 } = "rms": "X" }
+);
 
 /// What to quantize to, and by which rule.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

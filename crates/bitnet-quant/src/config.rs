@@ -6,12 +6,10 @@ use crate::recipe::{Choices, Recipe, Rule, Target, VERSION, compile};
 use crate::{Error, Result};
 use bitnet_core::activation::ActivationMethod;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, ScaleRule, Threshold};
-use bitnet_core::{Granularity, Precision, ScaleDtype};
+use bitnet_core::{Granularity, Precision, ScaleDtype, named};
 use bitnet_formats::output::AUTO;
 use bitnet_kernels::{Isa, Kernels};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
 
 /// The library's name for [`Recipe`]: one serialisable, versioned type for the library, the command
 /// line and files.
@@ -292,26 +290,6 @@ pub enum ConfigurationPreset {
 }
 
 impl ConfigurationPreset {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::BitNetOptimized,
-        Self::PerformanceOptimized,
-        Self::AccuracyOptimized,
-        Self::MemoryOptimized,
-        Self::Balanced,
-    ];
-
-    /// The name on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::BitNetOptimized => "bitnet",
-            Self::PerformanceOptimized => "performance",
-            Self::AccuracyOptimized => "accuracy",
-            Self::MemoryOptimized => "memory",
-            Self::Balanced => "balanced",
-        }
-    }
-
     /// What it consists of, for people.
     pub const fn summary(self) -> &'static str {
         match self {
@@ -429,25 +407,13 @@ impl ConfigurationPreset {
     }
 }
 
-impl fmt::Display for ConfigurationPreset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for ConfigurationPreset {
-    type Err = bitnet_core::Error;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|p| p.name() == s)
-            .ok_or_else(|| bitnet_core::Error::UnknownName {
-                what: "preset",
-                got: s.into(),
-                expected: Self::ALL.map(Self::name).join(", "),
-            })
-    }
-}
+named!(ConfigurationPreset, "preset", {
+    BitNetOptimized = "bitnet",
+    PerformanceOptimized = "performance",
+    AccuracyOptimized = "accuracy",
+    MemoryOptimized = "memory",
+    Balanced = "balanced",
+});
 
 /// Builds a [`QuantizationConfig`]. A setter replaces what an earlier one said; two setters that
 /// contradict each other are an error of [`build`](Self::build).
@@ -719,7 +685,10 @@ mod tests {
 
     #[test]
     fn presets_are_valid_distinct_and_survive_toml_and_json() {
-        let all = ConfigurationPreset::ALL.map(|p| p.build().unwrap());
+        let all = ConfigurationPreset::ALL
+            .iter()
+            .map(|p| p.build().unwrap())
+            .collect::<Vec<_>>();
         for (i, config) in all.iter().enumerate() {
             config.validate().unwrap();
             assert_eq!(

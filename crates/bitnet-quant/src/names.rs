@@ -5,6 +5,7 @@ use crate::config::{QuantizationConfig, QuantizationConfigBuilder};
 use crate::recipe::{Choices, Target};
 use crate::{Error, Result};
 use bitnet_core::Precision;
+use bitnet_core::pack;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, ScaleRule, Scheme, Threshold};
 use bitnet_formats::output::AUTO;
 
@@ -112,8 +113,8 @@ pub enum OptimizationLevel {
 impl OptimizationLevel {
     fn layout(self, precision: Precision) -> &'static str {
         match self {
-            Self::None => "i8",
-            Self::Basic => PackingConfig::bitnet().layout_for(precision),
+            Self::None => pack::plain(Precision::Int8).name(),
+            Self::Basic => pack::plain(precision).name(),
             Self::Aggressive => AUTO,
         }
     }
@@ -133,17 +134,6 @@ impl PackingConfig {
     pub const fn max_compression() -> Self {
         Self(OptimizationLevel::Aggressive)
     }
-
-    pub(crate) fn layout_for(self, precision: Precision) -> &'static str {
-        match (self.0, precision) {
-            (OptimizationLevel::Basic, Precision::Binary) => "one-bit",
-            (OptimizationLevel::Basic, Precision::Ternary | Precision::Int2) => "two-bit",
-            (OptimizationLevel::Basic, Precision::Int3) => "three-bit",
-            (OptimizationLevel::Basic, Precision::Int4) => "four-bit",
-            (OptimizationLevel::Basic, Precision::Int8) => "i8",
-            (level, precision) => level.layout(precision),
-        }
-    }
 }
 
 impl QuantizationConfigBuilder {
@@ -154,8 +144,7 @@ impl QuantizationConfigBuilder {
 
     /// The layout of packed weights. Say the precision first.
     pub fn packing(self, packing: PackingConfig) -> Self {
-        let layout = packing.layout_for(self.weight_precision());
-        self.layout(layout)
+        self.optimization_level(packing.0)
     }
 
     /// How much work packing may take. Say the precision first.

@@ -511,7 +511,9 @@ impl<'a> Builder<'a> {
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
-                let ggml = ggml_type_of(layout_name)
+                let ggml = pack
+                    .layout
+                    .and_then(ggml_type_of)
                     .map(StoredType::Ggml)
                     .unwrap_or(StoredType::U8);
                 (name.clone(), tensor.shape.clone(), ggml)

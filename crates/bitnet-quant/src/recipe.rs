@@ -8,7 +8,7 @@ use crate::{Error, Result};
 use bitnet_core::scheme::{
     BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold,
 };
-use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
+use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme, as_string, named};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Source, Tensor};
 use globset::{GlobBuilder, GlobMatcher};
@@ -20,8 +20,7 @@ use std::str::FromStr;
 pub const VERSION: u32 = 1;
 
 /// The container to be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
     /// safetensors with packed uint8 tensors and scales: one file, or a folder if the path has no
     /// ending.
@@ -33,21 +32,11 @@ pub enum Format {
     Gguf,
 }
 
-impl FromStr for Format {
-    type Err = bitnet_core::Error;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        match s {
-            "safetensors" => Ok(Self::Safetensors),
-            "hf-bitnet" => Ok(Self::HfBitnet),
-            "gguf" => Ok(Self::Gguf),
-            _ => Err(bitnet_core::Error::UnknownName {
-                what: "format",
-                got: s.into(),
-                expected: "safetensors, hf-bitnet, gguf".into(),
-            }),
-        }
-    }
-}
+named!(Format, "format", {
+    Safetensors = "safetensors",
+    HfBitnet = "hf-bitnet",
+    Gguf = "gguf",
+});
 
 /// What a tensor becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,24 +71,18 @@ impl FromStr for Target {
             .map_err(|_: bitnet_core::Error| bitnet_core::Error::UnknownName {
                 what: "precision",
                 got: s.into(),
-                expected: "binary, ternary, int2, int3, int4, int8, f32, f16, bf16, keep".into(),
+                expected: Precision::ALL
+                    .iter()
+                    .map(|precision| precision.name())
+                    .chain(ScaleDtype::ALL.iter().map(|dtype| dtype.name()))
+                    .chain(["keep"])
+                    .collect::<Vec<_>>()
+                    .join(", "),
             })
     }
 }
 
-impl Serialize for Target {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Target {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
+as_string!(Target);
 
 /// Choices for one tensor; what is absent is inherited, at last from the defaults of precision and
 /// format.
@@ -353,6 +336,28 @@ pub struct Rule {
     /// The choices, over those of the recipe.
     #[serde(flatten)]
     pub choices: Choices,
+}
+
+impl FromStr for Rule {
+    type Err = bitnet_core::Error;
+
+    /// `GLOB=PRECISION`.
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let (glob, precision) =
+            s.rsplit_once('=')
+                .ok_or_else(|| bitnet_core::Error::UnknownName {
+                    what: "rule",
+                    got: s.into(),
+                    expected: "GLOB=PRECISION".into(),
+                })?;
+        Ok(Self {
+            glob: glob.into(),
+            choices: Choices {
+                precision: Some(precision.parse()?),
+                ..Choices::default()
+            },
+        })
+    }
 }
 
 impl<'de> Deserialize<'de> for Rule {

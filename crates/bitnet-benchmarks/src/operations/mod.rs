@@ -11,15 +11,14 @@ pub use rivals::threads as rival_threads;
 use crate::machine::{Ceiling, Machine};
 use crate::results::Unit;
 use anyhow::{Result, bail};
+use bitnet_core::named;
 use bitnet_core::random::nth;
 use bitnet_kernels::Kernels;
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 /// A group of operations, by the name that `--operations` takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
     /// Floats to values, packed or not.
     Quantization,
@@ -33,39 +32,13 @@ pub enum Group {
     Gemm,
 }
 
-impl Group {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Quantization,
-        Self::Packing,
-        Self::Simd,
-        Self::Gemv,
-        Self::Gemm,
-    ];
-}
-
-impl fmt::Display for Group {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Quantization => "quantization",
-            Self::Packing => "packing",
-            Self::Simd => "simd",
-            Self::Gemv => "gemv",
-            Self::Gemm => "gemm",
-        })
-    }
-}
-
-impl FromStr for Group {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        let names = || Self::ALL.map(|g| g.to_string()).join(", ");
-        Self::ALL
-            .into_iter()
-            .find(|g| g.to_string() == s)
-            .ok_or_else(|| format!("unknown operation '{s}', expected {}", names()))
-    }
-}
+named!(Group, "operation", {
+    Quantization = "quantization",
+    Packing = "packing",
+    Simd = "simd",
+    Gemv = "gemv",
+    Gemm = "gemm",
+});
 
 /// N × K: out_features × in_features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,6 @@ use super::{check_device, matrix_shape, with_floats};
 use crate::calibration::{Calibration, importance};
 use crate::config::{QuantizationConfig, Search};
 use crate::control::{PrecisionAdjustment, PrecisionControlConfig, PrecisionController};
-use crate::names::PackingConfig;
 use crate::recipe::{Choices, Format, Target};
 use crate::search::{self, Candidate};
 use crate::{Error, Result, matrix};
@@ -274,9 +273,7 @@ impl MixedPrecisionQuantizer {
         let mut quantized = quantize_tensor(&self.runtime, weights, &scheme, None)?;
         quantized.pack_with(match choices.layout.as_deref() {
             Some(name) => layout_named(name)?,
-            None => Some(pack::by_name(
-                PackingConfig::bitnet().layout_for(precision),
-            )?),
+            None => Some(pack::plain(precision)),
         })?;
         Ok(quantized)
     }
@@ -370,8 +367,7 @@ impl MixedPrecisionQuantizer {
                         };
                         let quantized = matrix::quantize(kernels, w, shape, &scheme, h.as_deref())?;
                         let spec = &quantized.spec;
-                        let layout =
-                            pack::by_name(PackingConfig::bitnet().layout_for(spec.precision))?;
+                        let layout = pack::plain(spec.precision);
                         let zero = if spec.zero_points == ZeroPoints::None {
                             0
                         } else {
