@@ -15,8 +15,13 @@
 
 mod affine;
 mod binary;
+mod cut;
 mod error;
+mod fitted;
+mod levels;
 mod planes;
+mod precision;
+mod scales;
 mod ternary;
 
 pub mod activation;
@@ -34,4 +39,6 @@ pub mod stats;
 
 pub use codes::{Matrix, MatrixSpec, ZeroPoints};
 pub use error::{Error, Result};
-pub use scheme::{Granularity, Precision, ScaleDtype, Scheme};
+pub use precision::{Granularity, Precision};
+pub use scales::{ScaleDtype, ScaleForm, ScaleStorage};
+pub use scheme::Scheme;

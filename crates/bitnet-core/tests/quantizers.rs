@@ -3,11 +3,9 @@
 use bitnet_core::ops::{Cuts, Scalar, Uniform};
 use bitnet_core::quantize::quantize;
 use bitnet_core::random::Random;
-use bitnet_core::scheme::{
-    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold,
-};
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Threshold};
 use bitnet_core::stats::ErrorStats;
-use bitnet_core::{Error, Granularity, Matrix, ScaleDtype, Scheme};
+use bitnet_core::{Error, Granularity, Matrix, ScaleDtype, ScaleForm, Scheme};
 use proptest::prelude::*;
 
 const SAMPLES: usize = 1 << 20;

@@ -5,10 +5,8 @@
 use crate::config::{Activations, Compute, Search};
 use crate::control::PrecisionControlConfig;
 use crate::{Error, Result};
-use bitnet_core::scheme::{
-    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold,
-};
-use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme, as_string, named};
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Threshold};
+use bitnet_core::{Granularity, Precision, ScaleDtype, ScaleForm, Scheme, as_string, named};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Source, Tensor};
 use globset::{GlobBuilder, GlobMatcher};

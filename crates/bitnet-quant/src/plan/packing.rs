@@ -4,8 +4,7 @@ use super::{Builder, Pack};
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, Origin};
-use bitnet_core::scheme::ScaleForm;
-use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Scales, StoredType, output};
 
