@@ -260,8 +260,8 @@ impl<'a> Job<'a> {
 #[derive(Debug, Clone, Copy)]
 enum Naming {
     Same,
-    ToGguf(Architecture, HeadCounts),
-    ToHf(Architecture, HeadCounts),
+    ToGguf(&'static Architecture, HeadCounts),
+    ToHf(&'static Architecture, HeadCounts),
 }
 
 pub(crate) struct Builder<'a> {

@@ -41,8 +41,8 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
         Some(extra) => Err(bitnet_formats::Error::tensor(
             &source.path,
             &extra.name,
-            "no tensor, for it has no place in the model",
-            "one",
+            "only tensors that the model's training graph has",
+            "one without a place in it",
         )
         .into()),
         None => Ok(()),

@@ -21,6 +21,7 @@ use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
 use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
+use bitnet_formats::arch::Architecture;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
@@ -602,7 +603,9 @@ impl Trained {
     /// config.json of the latent weights: where transformers can, it makes them ternary in each
     /// forward pass.
     fn config_json(&self, mut json: Value) -> Value {
-        let decoder = matches!(json["model_type"].as_str(), Some("llama" | "bitnet"));
+        let decoder = json["model_type"]
+            .as_str()
+            .is_some_and(|name| Architecture::by_name(name).is_some());
         if self.online
             && decoder
             && let Some(object) = json.as_object_mut()
