@@ -6,7 +6,7 @@ use crate::run::Norm;
 use crate::{Config, Error, Result};
 use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, MatrixSpec, Precision, named};
-use bitnet_formats::arch::{self, Architecture};
+use bitnet_formats::arch;
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, Kind, Quantized, Scales, Source, StoredType, Tensor};
 use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, quantize_int4, quantize_int8, zeros};
@@ -295,7 +295,10 @@ impl Loader<'_> {
 
     fn stored_name(&self, hf_name: &str) -> String {
         match self.source.kind {
-            Kind::Gguf => arch::gguf_name(hf_name).unwrap_or_else(|| hf_name.into()),
+            Kind::Gguf => {
+                let name = self.config.architecture.gguf_tensor(hf_name);
+                name.unwrap_or_else(|| hf_name.into())
+            }
             Kind::Safetensors | Kind::Folder => hf_name.into(),
         }
     }
@@ -681,10 +684,7 @@ impl Loader<'_> {
                     .stored()
                     .first()
                     .map_or(self.source.path.as_path(), |&i| self.source.file_of(i));
-                let graph = match self.config.architecture {
-                    Architecture::Llama => "llama",
-                    Architecture::Bitnet => "bitnet",
-                };
+                let graph = self.config.architecture.name;
                 let got = format!("one that it has no place for, of shape {:?}", tensor.shape);
                 return Err(bitnet_formats::Error::tensor(
                     path,

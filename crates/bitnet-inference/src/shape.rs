@@ -6,7 +6,7 @@ use crate::run::Norm;
 use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::{BITNET, DecoderGraph, LLAMA};
 use bitnet_kernels::dense::{
     BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros,
 };
@@ -19,6 +19,7 @@ impl Config {
     /// [`Error::Option`] for another name.
     pub fn shape(name: &str) -> Result<Self> {
         let config = |architecture,
+                      graph,
                       activation,
                       hidden,
                       ffn,
@@ -31,6 +32,7 @@ impl Config {
                       theta,
                       tied| Self {
             architecture,
+            graph,
             hidden,
             ffn,
             layers,
@@ -53,16 +55,16 @@ impl Config {
             eos: vec![],
         };
         use Activation::{Relu2, Silu};
-        use Architecture::{Bitnet, Llama};
+        use DecoderGraph::{Bitnet, Llama};
         match name {
             "bitnet-2b-4t" => Ok(config(
-                Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
+                &BITNET, Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
             )),
             "llama3-8b" => Ok(config(
-                Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
+                &LLAMA, Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
             )),
             "tiny" => Ok(config(
-                Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
+                &BITNET, Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
             )),
             _ => Err(Error::Option {
                 option: "shape",

@@ -80,6 +80,7 @@ impl LmWork {
             ),
         };
         let facts = bitnet_inference::Config::from_hf(&json_path, &json)?;
+        facts.architecture.training_graph(&json_path)?;
         if vocabulary.len() > facts.vocab {
             let path = data
                 .tokenizer

@@ -265,6 +265,47 @@ fn slopes_of_the_decoders_are_those_of_differences() {
     }
 }
 
+/// A qwen3 is a llama with norms of q and k: trained as llama it would lose them.
+#[test]
+fn a_model_without_a_training_graph_is_refused() {
+    let json = DecoderShape::default().config_json(11, 6).unwrap();
+    let mut qwen3 = json.clone();
+    qwen3["model_type"] = "qwen3".into();
+    let path = Path::new("config.json");
+    let error = Decoder::new(path, &qwen3, 6, &variables(&VarMap::new(), 2)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "config.json: model_type: expected 'llama' or 'bitnet', got \"qwen3\""
+    );
+    let shape = DecoderShape {
+        architecture: "qwen3".into(),
+        ..Default::default()
+    };
+    let message = shape.config_json(11, 6).unwrap_err().to_string();
+    assert!(
+        message.contains("expected llama or bitnet, got 'qwen3'"),
+        "{message}"
+    );
+
+    let vars = VarMap::new();
+    Decoder::new(path, &json, 6, &variables(&vars, 2)).unwrap();
+    let mut tensors = folder::tensors(&vars);
+    let name = "model.layers.0.self_attn.q_norm.weight";
+    let norm = Tensor::ones(32, candle_core::DType::F32, &Device::Cpu).unwrap();
+    tensors.insert(name.into(), norm);
+    let dir = tempfile::tempdir().unwrap();
+    let written = dir.path().join("model");
+    folder::save(&written, &tensors, &json, &[]).unwrap();
+    let message = folder::load(&vars, &Source::open(&written).unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains(name) && message.contains("training graph"),
+        "{message}"
+    );
+    assert_eq!(message.lines().count(), 1);
+}
+
 #[test]
 fn slopes_of_the_image_models_are_those_of_differences() {
     let mlp = ImageShape::Mlp(MlpConfig {
