@@ -2,9 +2,7 @@
 
 use crate::{Error, Result};
 use bitnet_core::pack;
-use bitnet_core::scheme::{
-    BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Threshold,
-};
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, Precision, ScaleDtype, ScaleForm, Scheme, as_string};
 use bitnet_formats::output::AUTO;
 use serde::{Deserialize, Serialize};

@@ -2,8 +2,8 @@
 //! the search of [`crate::search`].
 
 use crate::calibration::{Calibration, importance};
-use crate::recipe::{Choices, Format, Target};
 use crate::recipe::PrecisionControlConfig;
+use crate::recipe::{Choices, Format, Target};
 use crate::search::{self, Candidate};
 use crate::spec::{PrecisionAdjustment, PrecisionController};
 use crate::tensor::quantizer::{
