@@ -32,15 +32,15 @@ mod linear;
 mod load;
 mod model;
 pub mod perplexity;
-mod random;
 mod run;
 mod sample;
 mod shape;
 mod tokenizer;
 
+pub use bitnet_formats::arch::Activation;
 pub use cache::{CacheType, KvCache};
 pub use chat::Message;
-pub use config::{Activation, Config, Rope};
+pub use config::{Config, Rope};
 pub use error::{Error, Result};
 pub use generate::{Finish, GenerateOptions, Generation, Session, Timings, Token};
 pub use load::{ActivationType, FloatType};

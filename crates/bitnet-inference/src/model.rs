@@ -9,7 +9,6 @@ use crate::shape::MadeUp;
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_formats::Source;
-use bitnet_formats::arch::Architecture;
 use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::DenseMatrix;
 use bitnet_kernels::{Kernels, Pool};
@@ -102,8 +101,7 @@ impl Model {
             .document
             .as_ref()
             .is_some_and(|d| d.recipe["activations"] == "int8");
-        let trained =
-            config.architecture == Architecture::Bitnet || source.bitnet.is_some() || recipe;
+        let trained = config.architecture.int8_activations || source.bitnet.is_some() || recipe;
         let int8 = match options.activations {
             ActivationType::Auto => trained,
             ActivationType::Int8 => true,

@@ -1,8 +1,8 @@
 //! The steps that graphs are made of, over all tokens of a batch, and their buffers.
 
 use crate::cache::KvCache;
-use crate::config::{Activation, Config};
 use crate::linear::{Input, Linear, Machine};
+use crate::{Activation, Config};
 use crate::{Error, Result};
 use bitnet_kernels::dense::{Attention, Heads};
 

@@ -54,6 +54,7 @@ mod cases {
     use crate::pool::Pool;
     use crate::update::{Adam, Decay, Sgd};
     use bitnet_core::ops::{Cuts, Key, Uniform};
+    use bitnet_core::random::nth;
     use bitnet_core::scheme::Rounding;
     use half::{bf16, f16};
     use std::fmt::Write;
@@ -70,9 +71,9 @@ mod cases {
         Coding::Trits,
     ];
 
+    /// Random bits that depend on `i` alone.
     fn mix(i: usize) -> u64 {
-        let x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20
+        nth(i as u64, 0)
     }
 
     fn bytes(n: usize) -> Vec<u8> {

@@ -16,11 +16,12 @@
 //! same weights.
 
 use crate::config::{Distillation, RunConfig, Teacher};
-use crate::random::variables;
+use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
 use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
+use bitnet_formats::arch::Architecture;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
@@ -177,8 +178,8 @@ impl Report {
 /// Trains, packs and measures. `document` is the configuration as run.toml shall hold it.
 ///
 /// # Errors
-/// [`bitnet_quant::Error::Exists`] for a folder that is there, unless the run is to go on;
-/// [`bitnet_quant::Error::Interrupted`] where the observer stopped it; what settings, data,
+/// [`bitnet_quant::CheckpointError::Exists`] for a folder that is there, unless the run is to go on;
+/// [`bitnet_quant::CheckpointError::Interrupted`] where the observer stopped it; what settings, data,
 /// training and files can fail with, most of it before the first step.
 pub fn run<W: Work>(
     work: &W,
@@ -288,7 +289,7 @@ impl<W: Work> Runner<'_, W> {
         let toml = self.out.join("run.toml");
         match (self.out.exists(), self.place.resume) {
             (true, false) => {
-                return Err(bitnet_quant::Error::Exists {
+                return Err(bitnet_quant::CheckpointError::Exists {
                     path: self.out.to_path_buf(),
                 }
                 .into());
@@ -452,7 +453,9 @@ impl<W: Work> Runner<'_, W> {
             trainer.run(task, &mut callback)?
         };
         match (outcome.stopped, outcome.kept) {
-            (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
+            (Stopped::Interrupted, _) | (_, None) => {
+                Err(bitnet_quant::CheckpointError::Interrupted.into())
+            }
             (_, Some(kept)) => Ok((kept, outcome.seconds)),
         }
     }
@@ -602,7 +605,9 @@ impl Trained {
     /// config.json of the latent weights: where transformers can, it makes them ternary in each
     /// forward pass.
     fn config_json(&self, mut json: Value) -> Value {
-        let decoder = matches!(json["model_type"].as_str(), Some("llama" | "bitnet"));
+        let decoder = json["model_type"]
+            .as_str()
+            .is_some_and(|name| Architecture::by_name(name).is_some());
         if self.online
             && decoder
             && let Some(object) = json.as_object_mut()

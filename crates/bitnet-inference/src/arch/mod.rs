@@ -7,7 +7,7 @@ use crate::Result;
 use crate::linear::Linear;
 use crate::load::Provider;
 use crate::run::Run;
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::DecoderGraph;
 
 /// A layer of one of the graphs.
 #[derive(Debug)]
@@ -18,9 +18,9 @@ pub(crate) enum Layer {
 
 impl Layer {
     pub(crate) fn load(provider: &dyn Provider, layer: usize) -> Result<Self> {
-        Ok(match provider.config().architecture {
-            Architecture::Llama => Self::Llama(llama::Layer::load(provider, layer)?),
-            Architecture::Bitnet => Self::Bitnet(bitnet::Layer::load(provider, layer)?),
+        Ok(match provider.config().graph {
+            DecoderGraph::Llama => Self::Llama(llama::Layer::load(provider, layer)?),
+            DecoderGraph::Bitnet => Self::Bitnet(bitnet::Layer::load(provider, layer)?),
         })
     }
 

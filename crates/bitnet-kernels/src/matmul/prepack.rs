@@ -10,7 +10,7 @@ use crate::kernels::Kernels;
 use crate::lines::{CacheLine, Lines};
 use crate::parallel::lock;
 use crate::pool::Pool;
-use bitnet_core::pack::Layout;
+use bitnet_core::pack::{FastPath, Layout};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ZeroPoints};
 use std::sync::{Mutex, PoisonError};
 
@@ -122,7 +122,8 @@ impl Prepacked {
         layout.check(spec)?;
         let whole = bytes.len() == layout.packed_len(spec).bound();
         // Row r and those a quarter of the matrix further on share bytes: a strip is four panels.
-        if layout.name() == "hf-bitnet" && spec.rows.is_multiple_of(4 * PANEL) && whole {
+        let quarters = layout.fast_path() == Some(FastPath::QuarterRows);
+        if quarters && spec.rows.is_multiple_of(4 * PANEL) && whole {
             return Self::from_quarters(unpack, parameters, bytes, stream, pool);
         }
         let panels_are_chunks = layout

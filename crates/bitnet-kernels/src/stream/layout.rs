@@ -4,7 +4,7 @@ use super::plain;
 use crate::kernels::Kernels;
 use crate::parallel::lock;
 use crate::pool::Pool;
-use bitnet_core::pack::Layout;
+use bitnet_core::pack::{FastPath, Layout};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, Result, ZeroPoints};
 use half::f16;
 use std::sync::Mutex;
@@ -30,11 +30,11 @@ pub(super) enum DenseLayout {
 
 impl DenseLayout {
     /// `None` where the layout is another one.
-    pub(super) fn of(layout: &dyn Layout, spec: &MatrixSpec) -> Option<Self> {
-        match (layout.name(), spec.precision) {
-            ("two-bit", Precision::Ternary) => Some(Self::TwoBit { bias: 1, top: 2 }),
-            ("two-bit", Precision::Int2) => Some(Self::TwoBit { bias: 2, top: 3 }),
-            ("base-3", Precision::Ternary) => Some(Self::Base3),
+    pub(super) fn new(layout: &dyn Layout, spec: &MatrixSpec) -> Option<Self> {
+        match (layout.fast_path()?, spec.precision) {
+            (FastPath::TwoBit, Precision::Ternary) => Some(Self::TwoBit { bias: 1, top: 2 }),
+            (FastPath::TwoBit, Precision::Int2) => Some(Self::TwoBit { bias: 2, top: 3 }),
+            (FastPath::BaseThree, Precision::Ternary) => Some(Self::Base3),
             _ => None,
         }
     }
@@ -105,7 +105,7 @@ pub fn pack(
     scales: &[f32],
     out: &mut Vec<u8>,
 ) -> Result<()> {
-    let Some(dense) = DenseLayout::of(layout, spec).filter(|_| !values.is_empty()) else {
+    let Some(dense) = DenseLayout::new(layout, spec).filter(|_| !values.is_empty()) else {
         return layout.pack_into(spec, values, scales, out);
     };
     layout.check(spec)?;
@@ -157,9 +157,11 @@ pub fn unpack(
             pool,
             spec,
         };
-        let done = match DenseLayout::of(layout, spec) {
+        let done = match DenseLayout::new(layout, spec) {
             Some(dense) => job.dense(dense, bytes, values).then_some(None),
-            None => job.foreign(layout.name(), bytes, values),
+            None => layout
+                .fast_path()
+                .and_then(|path| job.foreign(path, bytes, values)),
         };
         if let Some(scales) = done {
             return Ok(scales);
@@ -249,22 +251,23 @@ impl UnpackJob<'_> {
 
     /// The scales if there are any; `None` for a layout without a loop of its own, and for bytes
     /// that no writer makes.
-    fn foreign(&self, name: &str, bytes: &[u8], values: &mut [i8]) -> Option<Option<Vec<f32>>> {
-        match name {
-            "hf-bitnet" if self.spec.rows.is_multiple_of(4) => {
+    fn foreign(&self, path: FastPath, bytes: &[u8], values: &mut [i8]) -> Option<Option<Vec<f32>>> {
+        match path {
+            FastPath::QuarterRows if self.spec.rows.is_multiple_of(4) => {
                 self.quads(bytes, LOW_FIRST, values).then_some(None)
             }
-            "i2_s" | "i2_s-g64" | "i2_s-x4" => {
+            FastPath::GroupQuarters(_) | FastPath::FourRows => {
                 let (codes, trailer) = bytes.split_at(values.len() / 4);
-                let done = match name {
-                    "i2_s" => self.all(
+                let done = match path {
+                    FastPath::GroupQuarters(128) => self.all(
                         codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
                         |(b, v)| self.kernels.table.unpack_quads_32(b, HIGH_FIRST, v),
                     ),
-                    "i2_s-g64" => self.all(
+                    FastPath::GroupQuarters(64) => self.all(
                         codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
                         |(b, v)| self.kernels.table.unpack_quads_16(b, HIGH_FIRST, v),
                     ),
+                    FastPath::GroupQuarters(_) => return None,
                     _ => {
                         let cols = self.spec.cols;
                         codes
@@ -278,10 +281,10 @@ impl UnpackJob<'_> {
                     && self.spec.scale_dtype.round(scale).to_bits() == scale.to_bits();
                 (done && stored).then(|| Some(vec![scale]))
             }
-            "tq1_0" => self.blocks::<54>(52, bytes, values, |b, v| {
+            FastPath::Tq1 => self.blocks::<54>(52, bytes, values, |b, v| {
                 self.kernels.table.unpack_tq1(b, v)
             }),
-            "tq2_0" => self.blocks::<66>(64, bytes, values, |b, v| {
+            FastPath::Tq2 => self.blocks::<66>(64, bytes, values, |b, v| {
                 self.kernels.table.unpack_tq2(b, v)
             }),
             _ => None,
@@ -391,7 +394,7 @@ pub fn dequantize(
         return layout.unpack(spec, bytes).map(drop);
     }
     let right = spec.planes == 1 && bytes.len() == layout.packed_len(spec).bound();
-    if let Some(dense) = DenseLayout::of(layout, spec).filter(|_| right) {
+    if let Some(dense) = DenseLayout::new(layout, spec).filter(|_| right) {
         let job = UnpackJob {
             kernels,
             pool,

@@ -206,7 +206,7 @@ pub fn quantize_into(
         _ => None,
     };
     let ternary = matches!(scheme.method, Method::Ternary { planes: 1, .. });
-    match DenseLayout::of(layout, &spec) {
+    match DenseLayout::new(layout, &spec) {
         Some(dense) if ternary => job.fused(dense, fitted.as_ref(), out)?,
         _ => (out.bytes, out.scales, out.zero_points) = job.by_values(fitted.as_ref())?,
     }

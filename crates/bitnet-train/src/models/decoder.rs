@@ -4,7 +4,7 @@
 use super::gain;
 use crate::ops::{self, Angles};
 use crate::{Error, Result};
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph};
 use bitnet_inference::{Activation, Config};
 use bitnet_quant::qat::{Linear, Linears};
 use candle_core::{Module, Tensor};
@@ -57,20 +57,20 @@ impl DecoderShape {
     /// # Errors
     /// [`Error::Option`] for an architecture that there is no graph for.
     pub fn config_json(&self, vocabulary: usize, context: usize) -> Result<Value> {
-        let (class, activation) = match self.architecture.as_str() {
-            "llama" => ("LlamaForCausalLM", "silu"),
-            "bitnet" => ("BitNetForCausalLM", "relu2"),
-            other => {
-                return Err(Error::option(
-                    "model.architecture",
-                    "llama or bitnet",
-                    format!("'{other}'"),
-                ));
-            }
+        let Some(architecture) =
+            Architecture::by_name(&self.architecture).filter(|a| a.training.is_some())
+        else {
+            let trained = ARCHITECTURES.into_iter().filter(|a| a.training.is_some());
+            let names: Vec<&str> = trained.map(|a| a.name).collect();
+            return Err(Error::option(
+                "model.architecture",
+                names.join(" or "),
+                format!("'{}'", self.architecture),
+            ));
         };
         Ok(json!({
-            "architectures": [class],
-            "model_type": self.architecture,
+            "architectures": [architecture.hf_class],
+            "model_type": architecture.name,
             "hidden_size": self.hidden,
             "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers,
@@ -79,7 +79,7 @@ impl DecoderShape {
             "head_dim": self.hidden / self.heads.max(1),
             "vocab_size": vocabulary,
             "max_position_embeddings": context,
-            "hidden_act": activation,
+            "hidden_act": architecture.new_activation.name(),
             "rms_norm_eps": 1e-6,
             "rope_theta": self.rope_theta,
             "rope_scaling": null,
@@ -141,7 +141,7 @@ impl Decoder {
     /// `initializer_range` and the linear layers say. `positions` of them can be used at a time.
     ///
     /// # Errors
-    /// As [`Config::from_hf`]; [`Error::Option`] for rotary positions that are scaled, or more
+    /// As [`Config::from_hf`] and [`Architecture::training_graph`]; [`Error::Option`] for rotary positions that are scaled, or more
     /// positions than the model has; variables of another shape.
     pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
         let config = Config::from_hf(path, json)?;
@@ -180,7 +180,10 @@ impl Decoder {
             "weight",
             embedding,
         )?;
-        let bitnet = config.architecture == Architecture::Bitnet;
+        let sub_norms = match config.architecture.training_graph(path)? {
+            DecoderGraph::Llama => false,
+            DecoderGraph::Bitnet => true,
+        };
         let mut layers = vec![];
         for i in 0..config.layers {
             let vb = model.pp("layers").pp(i);
@@ -197,7 +200,7 @@ impl Decoder {
                 Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]))
             };
             let sub_norm = |vb: VarBuilder<'_>, len| {
-                if bitnet {
+                if sub_norms {
                     gain(&vb, len).map(Some)
                 } else {
                     Ok(None)
