@@ -28,7 +28,7 @@ fn median(mut all: Vec<f64>) -> f64 {
 
 fn main() -> Result<(), bitnet_kernels::Error> {
     let (kernels, pool) = (Kernels::from_env()?, Pool::single());
-    // Rows may be fewer: what is in the caches then is bound by arithmetic.
+    // With fewer rows the matrix is in the caches, and arithmetic is the bound.
     let (rows, cols) = (
         std::env::args()
             .nth(1)

@@ -128,8 +128,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => Kernels::detect(),
     };
     let pool = Pool::new(threads)?;
-    // A part ends when every thread has one, so that the caller cannot do them all before a worker
-    // has come.
+    // A part ends when every thread has one, so that the caller cannot run them all before a worker
+    // begins.
     let fork = || {
         let here = AtomicUsize::new(0);
         pool.run(threads, |_| {

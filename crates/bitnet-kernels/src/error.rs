@@ -22,7 +22,7 @@ pub enum Error {
     /// The machine does not have it.
     #[error("this machine does not run {isa}")]
     Unavailable {
-        /// The instruction set asked for.
+        /// The instruction set.
         isa: Isa,
     },
 }

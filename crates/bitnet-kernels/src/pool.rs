@@ -10,7 +10,7 @@
 //! worker:  where OPEN and the epoch is new: count itself in (one compare-exchange), take parts, count itself out
 //! ```
 //!
-//! The job is written only while the gate is closed and nobody is inside, and read only by those
+//! The job is written only while the gate is closed and no worker is inside, and read only by workers
 //! inside.
 
 use std::any::Any;
@@ -28,7 +28,7 @@ const OPEN: u64 = 1 << 31;
 /// Workers inside.
 const INSIDE: u64 = OPEN - 1;
 
-/// A fixed number of threads, the caller's among them.
+/// A fixed number of threads, including the caller's.
 ///
 /// ```
 /// use bitnet_kernels::Pool;
@@ -60,7 +60,7 @@ struct PoolJob {
 struct PoolState {
     state: AtomicU64,
     job: UnsafeCell<PoolJob>,
-    /// The next part that nobody has taken.
+    /// The next part to take.
     next: AtomicUsize,
     /// Whether some caller has the workers.
     taken: AtomicBool,
@@ -68,7 +68,7 @@ struct PoolState {
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
     wake: Condvar,
-    /// What the first part that panicked panicked with.
+    /// The payload of the first panic of a part.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -109,7 +109,7 @@ impl PoolState {
         }
     }
 
-    /// What a worker does.
+    /// The loop of a worker.
     fn serve(&self) {
         let mut seen = 0;
         while self.wait(seen) {
@@ -170,10 +170,10 @@ impl PoolState {
 }
 
 impl Pool {
-    /// `threads` threads: the caller of [`Pool::run`] and `threads − 1` workers. 0 is taken for 1.
+    /// `threads` threads: the caller of [`Pool::run`] and `threads − 1` workers. 0 means 1.
     ///
     /// # Errors
-    /// What the system says if it does not start a thread; those started are ended.
+    /// The system's error if it does not start a thread; threads that were started end.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let mut pool = Self::single();
         for i in 1..threads {
@@ -210,7 +210,7 @@ impl Pool {
         }
     }
 
-    /// Threads, the caller's among them.
+    /// Number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }

@@ -288,8 +288,8 @@ macro_rules! table {
                 $(#[$doc])*
                 #[inline(always)]
                 pub(crate) fn $name(&self, $($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: a kernel asks for nothing but the features of its instruction set:
-                    // `Table::of` was called where `Isa::is_available` had found them all.
+                    // SAFETY: a kernel needs the features of its instruction set and nothing else;
+                    // `Kernels::new` called `Table::of` after `Isa::is_available` found them all.
                     unsafe { (self.$name)($($arg),*) }
                 }
             )*

@@ -212,8 +212,7 @@ fn check(kind: Kind, w: &Matrix, x: &[i8], tokens: usize, pools: &[Pool]) {
     }
 }
 
-/// Whether this machine is an emulated one, by `scripts/cross-test`: sizes and numbers of cases are
-/// then what it can take.
+/// Whether `scripts/cross-test` emulates this machine: sizes and numbers of cases are then small.
 fn emulated() -> bool {
     std::env::var_os("BITNET_EMULATED").is_some()
 }

@@ -19,8 +19,7 @@ const COLS: [usize; 22] = [
     1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 257, 319, 320, 321, 1281, 2563,
 ];
 
-/// Whether this machine is an emulated one, by `scripts/cross-test`: sizes are then what it can
-/// take.
+/// Whether `scripts/cross-test` emulates this machine: sizes are then small.
 fn emulated() -> bool {
     std::env::var_os("BITNET_EMULATED").is_some()
 }

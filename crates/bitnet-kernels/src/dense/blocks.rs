@@ -26,10 +26,10 @@ pub(super) const PANEL: usize = 4;
 pub(super) const RUN: usize = LANES;
 /// Columns under one outer scale of [`ScaleType::Nested`].
 pub const SUPER: usize = 256;
-/// BlockCodes that are laid out at once.
+/// Codes that are prepacked at once.
 const STRIP: usize = 1 << 16;
 
-/// What codes are, one byte each where they are handed over.
+/// The codes of a block type; a row to be filled has one byte for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockCodes {
     /// 0, 1 and 2 for −1, 0 and 1, held in 2 bits.
@@ -56,7 +56,7 @@ impl BlockCodes {
     }
 }
 
-/// What multiplies the codes of a group of columns.
+/// The scale of the codes of a group of columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleType {
     /// An f32 for `group` columns, or for a row where that is shorter.
@@ -127,7 +127,7 @@ impl BlockType {
         .into())
     }
 
-    /// What is subtracted from a code.
+    /// The offset that is subtracted from a code.
     pub(super) fn offset(self) -> u8 {
         match (self.codes, self.minimum) {
             (BlockCodes::Trits, _) => 1,
@@ -151,14 +151,14 @@ impl BlockType {
     }
 }
 
-/// What scales and minima are made of; what a type does not have is empty.
+/// Numbers that scales and minima are made of; vectors that the type does not need are empty.
 #[derive(Debug, Clone, Default)]
 struct BlockScales {
     /// f32, one for a group.
     floats: Vec<f32>,
     /// binary16: scales and minima, one for a group, or for [`SUPER`] columns if nested.
     halves: [Vec<u16>; 2],
-    /// What they are multiplied by, one for a group.
+    /// The integers that multiply nested halves, one for a group.
     factors: [Vec<i8>; 2],
 }
 
@@ -196,7 +196,7 @@ impl ScaleLengths {
     }
 }
 
-/// One row to be filled. What the type does not have is empty.
+/// One row to be filled. Slices that the type does not need are empty.
 #[derive(Debug)]
 pub struct BlockRow<'a> {
     /// A byte for each column: see [`BlockCodes`].
@@ -322,7 +322,7 @@ impl BlockScales {
     }
 }
 
-/// Weights `(N, K)` in blocks of small integers. What is handed over comes back bit for bit.
+/// Weights `(N, K)` in blocks of small integers. [`Blocks::row_into`] returns the exact weights.
 #[derive(Debug, Clone)]
 pub struct Blocks {
     rows: usize,
@@ -340,7 +340,7 @@ pub struct Blocks {
 
 impl Blocks {
     /// A matrix of N rows and K columns. `fill` is called on any thread for each strip, with the
-    /// number of its first row; what it leaves is 0.
+    /// number of its first row; weights that it does not set are 0.
     ///
     /// ```
     /// use bitnet_kernels::{Error, Pool, dense::{BlockType, Blocks, DenseMatrix}};

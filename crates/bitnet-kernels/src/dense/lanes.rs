@@ -46,7 +46,7 @@ pub(crate) unsafe trait Lanes: Copy {
     type Floats: Copy;
     /// The codes of a row in a line.
     type Codes: Copy;
-    /// What turns codes into weights.
+    /// Scale and minimum, prepared for turning codes into weights.
     type Table: Copy;
     /// Rows of a register tile of a product.
     const TILE_ROWS: usize;

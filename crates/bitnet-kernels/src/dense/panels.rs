@@ -90,7 +90,7 @@ fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
     }
     // Groups all of whose lines are full; there is at most one after them.
     let whole = full.checked_div(group_lines).unwrap_or(0);
-    // Without minima, what is added changes nothing, not even the sign of a zero.
+    // Without minima −0 is added, which changes nothing, not even the sign of a zero.
     let mut wide = [[0.0; PANEL * RUN], [-0.0; PANEL * RUN]];
     let mut totals = [[0.0; R]; T];
     // SAFETY: `at` goes through the lines of the panel, after which `Blocks` keeps one more. The
@@ -152,7 +152,7 @@ fn tile<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
     totals
 }
 
-/// The tables of R rows for a group of those that are widened.
+/// The tables of R rows for one of the widened groups.
 #[inline(always)]
 fn tables<L: Lanes, const BITS: usize, const R: usize>(
     lanes: L,
@@ -169,7 +169,7 @@ fn tables<L: Lanes, const BITS: usize, const R: usize>(
     tables
 }
 
-/// Adds some steps of a line, at most those that it has.
+/// Adds the first `steps` steps of a line.
 ///
 /// # Safety
 /// `from + R` is at most 4, 67 bytes at `line` are readable, and `steps` steps of activations at
@@ -185,7 +185,7 @@ unsafe fn add_line<L: Lanes, const BITS: usize, const R: usize, const T: usize>(
     sums: &mut [[L::Floats; R]; T],
 ) {
     for r in 0..R {
-        // SAFETY: the function's contract: row and bytes are those that `codes` asks for.
+        // SAFETY: the function's contract: the row is below 4, and 67 bytes are readable.
         let codes = unsafe { lanes.codes::<BITS>(line, from + r) };
         for step in 0..steps {
             let weights = lanes.weights::<BITS>(codes, step, tables[r]);

@@ -1,5 +1,5 @@
-//! What the machine can do at most: loops that only read, only write or only multiply, for
-//! measuring others as shares of them.
+//! Ceilings of the machine: loops that only read, only write or only multiply. Other loops are
+//! measured as shares of them.
 //!
 //! ```
 //! use bitnet_kernels::machine::{Instruction, WordBuffer, Pages, read};
@@ -57,7 +57,7 @@ impl WordBuffer {
     }
 }
 
-/// Σ of the words modulo 2⁶⁴, as fast as memory gives them.
+/// Sum of the words modulo 2⁶⁴: a loop that only reads.
 pub fn read(words: &[u64]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {

@@ -1,4 +1,4 @@
-//! PrepackedActivations, laid out for the weights that they will meet.
+//! Activations, prepacked for the weights of a product.
 
 use super::prepacked::Prepacked;
 use super::shape::PaddedShape;
@@ -13,19 +13,19 @@ use bitnet_core::scheme::Rounding;
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
 
-/// PrepackedActivations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the
-/// steps of the weights it will meet.
+/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row is padded to the steps
+/// of the weights.
 ///
-/// Weights of the same number of columns whose scales do not go by groups take the same
-/// activations, whatever their precision.
+/// Weights of the same number of columns without scale groups take the same activations, in any
+/// precision.
 #[derive(Debug, Clone)]
 pub struct PrepackedActivations {
     rows: usize,
     shape: PaddedShape,
     data: ActivationData,
-    /// What the next quantization writes into: these stay as they are until it has succeeded.
+    /// The buffer of the next quantization; `data` is unchanged until it has succeeded.
     spare: Int8Buffer,
-    /// One token before it is laid out.
+    /// One token before it is prepacked.
     token: activation::Activations,
 }
 
@@ -49,7 +49,7 @@ struct Int8Buffer {
 }
 
 impl Int8Buffer {
-    /// Room for `rows` tokens, with zeros as padding.
+    /// Makes place for `rows` tokens, with zeros as padding.
     fn prepare(&mut self, rows: usize, shape: PaddedShape) {
         // Values of one shape never touch its padding.
         if self.shape.replace(shape) != Some(shape) {
@@ -60,7 +60,7 @@ impl Int8Buffer {
         self.sums.resize(rows * shape.groups(), 0);
     }
 
-    /// Memory for as much, so that the next quantization allocates nothing.
+    /// Reserves memory for `rows` tokens, so that the next quantization allocates nothing.
     fn reserve(&mut self, rows: usize, shape: PaddedShape) {
         self.values
             .reserve((rows * shape.stride()).saturating_sub(self.values.len()));
@@ -177,20 +177,21 @@ impl PrepackedActivations {
         Ok(Self::with_data(rows, shape, ActivationData::Floats(values)))
     }
 
-    /// Quantizes other activations in place of these, for weights that took these. Allocates only
-    /// where there are more tokens than ever, twice as much as they take: two buffers take turns.
+    /// Replaces the activations by quantized ones for the same weights. Allocates only for more
+    /// tokens than ever before, for two buffers: the old values stay until the new ones are there.
     ///
     /// # Errors
-    /// As [`PrepackedActivations::quantize`]; these are then as they were.
+    /// Those of [`PrepackedActivations::quantize`]; the old activations stay.
     pub fn requantize(&mut self, kernels: &Kernels, x: &[f32]) -> Result<(), Error> {
         self.requantize_in(kernels, self.shape, x, ActivationMethod::Int8)
     }
 
-    /// Quantizes `rows` tokens for any weights, on the pool: `fill(token, x)` writes the K elements
-    /// of a token, which nobody else gets to see. As [`PrepackedActivations::requantize`] otherwise.
+    /// [`PrepackedActivations::requantize`] of `rows` tokens for any weights, on the pool.
+    /// `fill(token, x)` writes the K elements of a token into a buffer of the thread.
     ///
     /// # Errors
-    /// As [`PrepackedActivations::quantize`], of the first such token; these are then as they were.
+    /// Those of [`PrepackedActivations::quantize`], for the first token that has one; the old
+    /// activations stay.
     pub fn requantize_rows(
         &mut self,
         kernels: &Kernels,
@@ -239,10 +240,10 @@ impl PrepackedActivations {
         }
     }
 
-    /// The same by any method and for any weights.
+    /// [`PrepackedActivations::requantize`] by any method and for any weights.
     ///
     /// # Errors
-    /// As [`PrepackedActivations::quantize`]; these are then as they were.
+    /// Those of [`PrepackedActivations::quantize`]; the old activations stay.
     pub fn requantize_for(
         &mut self,
         kernels: &Kernels,
@@ -281,7 +282,7 @@ impl PrepackedActivations {
         Ok(())
     }
 
-    /// What is in `spare` is what these are from now on.
+    /// Swaps `data` and `spare`, after a quantization.
     fn adopt(&mut self, rows: usize, shape: PaddedShape) {
         (self.rows, self.shape) = (rows, shape);
         self.spare = match std::mem::replace(
@@ -310,7 +311,8 @@ impl PrepackedActivations {
         let (here, there) = (self.shape, w.shape());
         assert!(
             self.fits(w),
-            "activations laid out for {} columns in groups of {} ({}), weights have {} in groups of {} ({})",
+            "activations prepacked for {} columns in groups of {} ({}), weights have {} in groups of \
+             {} ({})",
             here.cols,
             here.group,
             here.padded,
@@ -338,7 +340,7 @@ impl PrepackedActivations {
         }
     }
 
-    /// The laid out floats of one token, if these are floats.
+    /// The prepacked floats of one token, if these are floats.
     pub(crate) fn token(&self, token: usize) -> Option<&[f32]> {
         match &self.data {
             ActivationData::Integers(_) => None,

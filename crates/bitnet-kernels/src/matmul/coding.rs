@@ -32,7 +32,7 @@ pub(crate) enum Coding {
     Trits,
 }
 
-/// What a code stands for: `value = factor · code − offset`, in `−low ..= high`.
+/// The values of codes: `value = factor · code − offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CodeValues {
     pub(crate) offset: i32,
@@ -77,8 +77,8 @@ impl CodeValues {
         }
     }
 
-    /// Most columns whose sums an i32 holds, whatever the values and activations are. On the way to
-    /// a sum 32-bit accumulators may wrap; the sum itself does not.
+    /// The largest number of columns whose sum fits i32 for all values and activations. Accumulators
+    /// may wrap on the way to the sum; the sum itself does not.
     pub(crate) const fn max_cols(self, zero_points: ZeroPoints) -> usize {
         // |v − z|: the zero point is a value too.
         let most = if matches!(zero_points, ZeroPoints::I8) {
@@ -153,8 +153,8 @@ impl Coding {
     }
 }
 
-/// Whole steps of 256 bytes, a code in each byte, times 2 where the coding is binary: what is left
-/// to subtract is the offset.
+/// Unpacks whole steps of 256 bytes to a code in each byte, times 2 where the coding is binary, so
+/// that a value is the byte minus the offset.
 #[inline(always)]
 pub(crate) fn unpack(coding: Coding, weights: &[u8], out: &mut [u8]) {
     match coding {

@@ -99,7 +99,7 @@ impl Prepacked {
     /// ```
     ///
     /// # Errors
-    /// What the layout finds wrong with the bytes, and those of [`Prepacked::new`].
+    /// The layout's error for the bytes, and the errors of [`Prepacked::new`].
     pub fn from_wire(
         kernels: &Kernels,
         pool: &Pool,
@@ -163,7 +163,7 @@ impl Prepacked {
         let mut inside = vec![];
         let panels = spec.rows.div_ceil(PANEL);
         if layout.stores_scales() {
-            // The scales come first: what they are decides how the columns are grouped.
+            // The scales come first: they decide how the columns are grouped.
             let found: Vec<_> = (0..panels).map(|_| Mutex::new(Ok(vec![]))).collect();
             pool.run(panels, |panel| {
                 let (spec, bytes) = strip(panel);
@@ -444,8 +444,8 @@ fn check_parameters(parameters: MatrixParameters<'_>) -> Result<(), Error> {
     }
 }
 
-/// Scales and zero points of a matrix, by panels. Groups that share both are one: that is what an
-/// f16 scale in every block of a per-tensor matrix comes to.
+/// Scales and zero points of a matrix, by panels. Groups that share both are merged, as those of a
+/// per-tensor matrix with an f16 scale in every block.
 struct Granules<'a> {
     parameters: MatrixParameters<'a>,
     /// Granularity after groups were merged.

@@ -187,7 +187,7 @@ impl Prepacked {
         }
     }
 
-    /// What the sums of a panel and a group begin with, where Σ x of the group is `x`.
+    /// The initial sums `−(offset + z) · Σ x` of a panel and a group; `x` is Σ x of the group.
     pub(crate) fn start(&self, panel: usize, group: usize, x: i32) -> [i32; PANEL] {
         let offset = CodeValues::new(self.precision).offset;
         match &self.zeros {

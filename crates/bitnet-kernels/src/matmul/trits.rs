@@ -4,7 +4,7 @@ use super::shape::STEP_BYTES;
 
 /// Set in a byte whose trits are turned round.
 const TURNED: u8 = 0x80;
-/// Numbers modulo 64 below this have +1 as their fifth trit: room for 82, of 81 there are.
+/// Numbers modulo 64 below this have +1 as their fifth trit: 82 numbers, 81 of them used.
 const WITH_FIFTH: usize = 41;
 
 const TABLES: Tables = Tables::new();

@@ -14,18 +14,18 @@ use super::shape::{PANEL, STEP_BYTES};
 use super::tiles::{Columns, PanelSums, TOKENS};
 use std::hint::black_box;
 
-/// What a code times an activation adds to a 16-bit sum at most, for each unit of the code.
+/// The largest |activation|.
 const ACTIVATION: usize = 128;
 
 /// The registers of an instruction set.
 ///
 /// # Safety
 /// Every unsafe function is called only where the machine has the instruction set, and with pointers
-/// to what its documentation says. An implementor asks for nothing beside that.
+/// to the bytes or sums that its documentation names. An implementor needs nothing else.
 pub(crate) unsafe trait Vector {
     /// [`Vector::ROWS`] rows of four bytes: codes, or four activations for each row.
     type Bytes: Copy;
-    /// PanelSums of products of as many rows.
+    /// Sums of products of [`Vector::ROWS`] rows.
     type Sum: Copy;
     /// Rows of a register.
     const ROWS: usize;
@@ -42,8 +42,7 @@ pub(crate) unsafe trait Vector {
     /// Four bytes for each row.
     unsafe fn splat(four: i32) -> Self::Bytes;
     unsafe fn and(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
-    /// Shifts down by 1, 2, 4 or 8 bits; what comes into a byte from its neighbour is masked away
-    /// later.
+    /// Shifts down by 1, 2, 4 or 8 bits; bits that come from the next byte are masked away later.
     unsafe fn down(codes: Self::Bytes, bits: usize) -> Self::Bytes;
     unsafe fn zero() -> Self::Sum;
     /// `sum[r] + Σ_{b < 4} codes[4r + b] · x[4r + b]`, codes unsigned, x signed.
@@ -321,7 +320,7 @@ macro_rules! vector_functions {
             #[inline(always)]
             unsafe fn $name($($argument: $type),*) $(-> $result)? {
                 // SAFETY: the contract of `Vector`: the machine has the intrinsics, and pointers
-                // are to what its documentation says. Loads and stores need no alignment.
+                // are to the bytes or sums that it names. Loads and stores need no alignment.
                 unsafe { $body }
             }
         )*

@@ -1,6 +1,6 @@
 //! Loops for aarch64 where compiling the plain ones is not enough: its loads and stores of four
-//! registers give each register every fourth byte. What a wide loop leaves over goes to the plain
-//! one.
+//! registers give each register every fourth byte. The rest after whole registers goes to the plain
+//! loop.
 
 use super::plain;
 use std::arch::aarch64::*;
@@ -17,7 +17,7 @@ pub(crate) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> 
         let (a, b) = (vaddq_u8(v.0, bias_all), vaddq_u8(v.1, bias_all));
         let (c, d) = (vaddq_u8(v.2, bias_all), vaddq_u8(v.3, bias_all));
         most = vmaxq_u8(most, vmaxq_u8(vmaxq_u8(a, b), vmaxq_u8(c, d)));
-        // Each keeps the low bits of what is there and puts its own above them.
+        // Each keeps the low bits of its first argument and puts the second above them.
         let packed = vsliq_n_u8::<6>(vsliq_n_u8::<4>(vsliq_n_u8::<2>(a, b), c), d);
         // SAFETY: `out` is a chunk of 16 bytes; the write needs no alignment.
         unsafe { vst1q_u8(out.as_mut_ptr(), packed) };

@@ -1,16 +1,14 @@
 //! The loops in plain Rust, compiled for each instruction set.
 //!
-//! A packer returns whether every value was in the alphabet, an unpacker whether the bytes are what
-//! a writer makes. After `false` the output means nothing, and the caller asks the layout in core
-//! for the error.
+//! A packer returns whether every value was in the alphabet, an unpacker whether a writer makes such
+//! bytes. After `false` the output means nothing, and the layout in core returns the error.
 
 use bitnet_core::ops::{self, Cuts, Magnitudes};
 
 /// Values that are encoded to bytes before they are packed: whole bytes of two-bit and of base-3.
 pub(crate) const BLOCK: usize = 1280;
 
-/// Two-bit codes `value + bias`, of which `top` is the largest, four a byte, the first in the low
-/// bits.
+/// Two-bit codes `value + bias`, at most `top`, four a byte, the first in the low bits.
 #[inline(always)]
 pub(crate) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let code = |v: i8| v.wrapping_add(bias).cast_unsigned();
@@ -159,7 +157,7 @@ pub(crate) fn unpack_quad_blocks<const N: usize>(
         })
 }
 
-/// Blocks of tq2_0 but their scales.
+/// Blocks of tq2_0 without their scales.
 #[inline(always)]
 pub(crate) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool {
     blocks.iter().zip(values).fold(true, |ok, (block, values)| {
@@ -167,7 +165,7 @@ pub(crate) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool 
     })
 }
 
-/// Blocks of tq1_0 but their scales.
+/// Blocks of tq1_0 without their scales.
 #[inline(always)]
 pub(crate) fn unpack_tq1(blocks: &[[u8; 54]], values: &mut [[i8; 256]]) -> bool {
     blocks.iter().zip(values).fold(true, |ok, (block, values)| {
@@ -244,7 +242,7 @@ pub(crate) fn scale(values: &[i8], scale: f32, out: &mut [f32]) {
     }
 }
 
-/// Bits of max |x|; from those of infinity on, where a number is not finite.
+/// Bits of max |x|; if a number is not finite, at least the bits of infinity.
 #[inline(always)]
 pub(crate) fn absmax(x: &[f32]) -> u32 {
     x.iter()
@@ -265,7 +263,7 @@ pub(crate) fn round_to_int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
     sum
 }
 
-/// f16 to f32, exactly; what is not finite stays so.
+/// f16 to f32, exactly; infinities and NaN stay.
 #[inline(always)]
 pub(crate) fn widen_f16(from: &[half::f16], to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {

@@ -66,9 +66,9 @@ impl<'a> FloatWeights<'a> {
 /// A quantized matrix in a wire layout.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PackedMatrix {
-    /// What the bytes hold.
+    /// Shape and conventions of the matrix.
     pub spec: MatrixSpec,
-    /// The matrix in the layout that was asked for.
+    /// The matrix in the wire layout.
     pub bytes: Vec<u8>,
     /// Scales, as [`bitnet_core::Matrix`] has them, whether the layout holds them or not.
     pub scales: Vec<f32>,
@@ -93,7 +93,7 @@ impl Granule for MatrixGranule<'_> {
     ) -> Result<T> {
         let strips = self.weights.len().div_ceil(STRIP).max(1);
         let mut all = None;
-        // A few strips for each thread at a time, so that what is joined does not pile up.
+        // A few strips for each thread at a time, so that few results wait to be joined.
         let window = 4 * self.pool.threads();
         for first in (0..strips).step_by(window) {
             let parts: Vec<Mutex<Option<T>>> = (first..strips.min(first + window))

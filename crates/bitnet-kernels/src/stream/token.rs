@@ -10,9 +10,9 @@ use bitnet_core::{Error, Result};
 /// m = max(max|x|, 1e-5),   q = clip(round(x · (127 / m)), −128, 127),   scale = m / 127
 /// ```
 ///
-/// Columns go in groups of `group`, the last of which may be shorter. Group `g` is written to `out`
-/// from `g · stride` on and its `Σ q` to `sums[g]`; what lies between two groups is left as it is.
-/// One group and `stride = x.len()` write the token as it is.
+/// Columns are cut into groups of `group`; the last one may be shorter. Group `g` is written to `out`
+/// from `g · stride` on and its `Σ q` to `sums[g]`; the elements between two groups do not change.
+/// One group and `stride = x.len()` write the token without gaps.
 ///
 /// ```
 /// use bitnet_kernels::{Kernels, stream::quantize_token};

@@ -1,5 +1,5 @@
-//! Loops for x86-64 where compiling the plain ones is not enough. What a wide loop leaves over goes
-//! to the plain one.
+//! Loops for x86-64 where compiling the plain ones is not enough. The rest after whole registers goes
+//! to the plain loop.
 
 use super::plain;
 use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
@@ -315,7 +315,7 @@ pub(crate) fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     }
 }
 
-/// The sums of `next` wait for one another and leave room for the codes of `w`.
+/// Additions for `next` wait for one another; meanwhile the codes of `w` are made.
 #[target_feature(enable = "avx512f,bmi2")]
 pub(crate) fn encode_two_bit_and_measure_512(
     w: &[f32],
@@ -480,7 +480,7 @@ impl Sizes {
         self.most[i] = _mm512_max_pd(self.most[i], a);
     }
 
-    /// The magnitudes of `w`, of which `done` weights, a multiple of 16, were added.
+    /// The magnitudes of `w`, whose first `done` weights, a multiple of 16, were added.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn finish(mut self, w: &[f32], done: usize) -> Magnitudes {

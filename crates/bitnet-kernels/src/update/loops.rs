@@ -2,7 +2,7 @@
 
 use bitnet_core::ops::LANES;
 
-/// What every element of a tensor's gradient and weight is multiplied with.
+/// Factors of gradient and weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Decay {
     /// Of the gradient: clipping, accumulation.
@@ -16,7 +16,7 @@ pub struct Decay {
 /// Gradient descent with momentum.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sgd {
-    /// What is done to gradient and weight first.
+    /// Applied to gradient and weight first.
     pub decay: Decay,
     /// Learning rate.
     pub rate: f32,
@@ -29,7 +29,7 @@ pub struct Sgd {
 /// Adam and AdamW; the bias corrections are in `rate` and `root`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adam {
-    /// What is done to gradient and weight first.
+    /// Applied to gradient and weight first.
     pub decay: Decay,
     /// Learning rate / (1 − β₁ᵗ).
     pub rate: f32,
