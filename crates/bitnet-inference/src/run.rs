@@ -4,7 +4,7 @@ use crate::cache::KvCache;
 use crate::linear::{Input, Linear, Machine};
 use crate::{Activation, Config};
 use crate::{Error, Result};
-use bitnet_kernels::dense::{Attention, Heads};
+use bitnet_kernels::dense::{Attention, TokenHeads};
 
 /// Tokens of a long batch whose attention is computed together.
 const TOGETHER: usize = 16;
@@ -148,7 +148,7 @@ impl Run<'_, '_> {
                 for run in places.chunk_by(|a, b| a.0 == b.0) {
                     for head in 0..config.kv_heads {
                         let (at, start) = (
-                            Heads {
+                            TokenHeads {
                                 tokens: run.len(),
                                 width: group * d,
                                 stride: width,

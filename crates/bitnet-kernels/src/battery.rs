@@ -1,20 +1,20 @@
 //! Every kernel on every instruction set of the machine: what the scalar kernel does, bit for bit.
 //!
-//! [`cases`] has a function for each kernel of [`for_kernels`]: it calls the kernel on inputs around
-//! the lengths of its blocks and returns everything that the kernel wrote. A kernel without one does
-//! not compile. That the scalar kernels are right is up to the tests of the crate.
+//! [`cases`] has a function for each kernel of [`for_kernels`]: it calls the kernel on inputs
+//! around the lengths of its blocks and returns everything that the kernel wrote. A kernel without
+//! one does not compile. That the scalar kernels are right is up to the tests of the crate.
 
 use crate::kernels::Kernels;
 use crate::table::{Table, for_kernels};
 
-type Case = fn(&Table) -> String;
+type KernelCase = fn(&Table) -> String;
 
 macro_rules! cases_of_kernels {
     ({} $(
         $(#[$doc:meta])*
         fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block
     )*) => {
-        const CASES: &[(&str, Case)] = &[$((stringify!($name), cases::$name)),*];
+        const CASES: &[(&str, KernelCase)] = &[$((stringify!($name), cases::$name)),*];
     };
 }
 for_kernels!(cases_of_kernels);
@@ -43,7 +43,7 @@ mod cases {
     use super::Table;
     use crate::dense::{
         Attention, AttentionScratch, BlockRow, BlockStrip, BlockType, Blocks, Cached, DenseData,
-        DenseMatrix, Heads, RotaryPairing, quantize_int4, quantize_int8,
+        DenseMatrix, RotaryPairing, TokenHeads, quantize_int4, quantize_int8,
     };
     use crate::error::Error;
     use crate::matmul::coding::Coding;
@@ -588,7 +588,7 @@ mod cases {
         for (positions, head_dim, heads, tokens) in [(3, 16, 1, 2), (70, 24, 3, 6), (66, 64, 5, 3)]
         {
             let width = heads * head_dim;
-            let at = Heads {
+            let at = TokenHeads {
                 tokens,
                 width,
                 stride: width + 8,

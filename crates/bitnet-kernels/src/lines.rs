@@ -93,8 +93,8 @@ impl Lines {
 
     /// The bytes of `lines`.
     pub(crate) fn bytes(lines: &[CacheLine]) -> &[u8] {
-        // SAFETY: a `CacheLine` is 64 bytes without padding (`repr(C)`), so the slice is that number
-        // of initialised bytes.
+        // SAFETY: a `CacheLine` is 64 bytes without padding (`repr(C)`), so the slice is that
+        // number of initialised bytes.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
     }
 }
@@ -148,7 +148,8 @@ impl Deref for Lines {
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [CacheLine] {
-        // SAFETY: `filled` initialised `len` lines there, which this value owns and borrows mutably.
+        // SAFETY: `filled` initialised `len` lines there, which this value owns and borrows
+        // mutably.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
     }
 }

@@ -10,8 +10,8 @@
 //! worker:  where OPEN and the epoch is new: count itself in (one compare-exchange), take parts, count itself out
 //! ```
 //!
-//! The job is written only while the gate is closed and no worker is inside, and read only by workers
-//! inside.
+//! The job is written only while the gate is closed and no worker is inside, and read only by
+//! workers inside.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -76,8 +76,8 @@ struct PoolState {
 // and read by those inside: the state's release and acquire order the two. The closure it points to
 // is `Sync` (`Pool::run` demands it) and outlives its job (`run` waits).
 unsafe impl Sync for PoolState {}
-// SAFETY: nothing in it belongs to a thread; `job` points to a closure that is `Sync`, as `Pool::run`
-// demands.
+// SAFETY: nothing in it belongs to a thread; `job` points to a closure that is `Sync`, as
+// `Pool::run` demands.
 unsafe impl Send for PoolState {}
 
 /// # Safety
@@ -95,8 +95,8 @@ impl PoolState {
             if part >= job.parts {
                 return;
             }
-            // SAFETY: `Pool::run` made `job` of its closure and the matching `call`, and returns only
-            // after it has seen this thread outside: the closure lives.
+            // SAFETY: `Pool::run` made `job` of its closure and the matching `call`, and returns
+            // only after it has seen this thread outside: the closure lives.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| unsafe {
                 (job.call)(job.closure, part)
             })) {
@@ -122,8 +122,9 @@ impl PoolState {
                     .is_ok()
             {
                 seen = state >> 32;
-                // SAFETY: the compare-exchange above put this thread inside while the gate was open, and
-                // `Pool::run` writes the job only while the gate is closed and nobody is inside.
+                // SAFETY: the compare-exchange above put this thread inside while the gate was
+                // open, and `Pool::run` writes the job only while the gate is closed and nobody is
+                // inside.
                 self.work(unsafe { *self.job.get() });
                 self.state.fetch_sub(1, Ordering::Release);
             }

@@ -6,7 +6,7 @@
 //! declared kernel to the bits of its scalar form, and does not compile without a case for it.
 
 use crate::dense::lanes::{self, Lanes};
-use crate::dense::{Attention, AttentionScratch, DenseMatrix, Heads, RotaryPairing};
+use crate::dense::{Attention, AttentionScratch, DenseMatrix, RotaryPairing, TokenHeads};
 use crate::dense::{attention, attention_run, elementwise, product};
 use crate::isa::{Isa, for_instruction_sets};
 use crate::matmul::coding::{self, Coding};
@@ -191,7 +191,7 @@ macro_rules! for_kernels {
             /// [`attention_run::attend_run`].
             fn attend_run(
                 a: &Attention<'_>,
-                at: Heads,
+                at: TokenHeads,
                 q: &[f32],
                 out: &mut [f32],
                 scratch: &mut AttentionScratch,

@@ -4,7 +4,8 @@
 use bitnet_core::random::Random;
 use bitnet_kernels::dense::{
     Attention, BLOCK, BlockCodes, BlockRow, BlockStrip, BlockType, Blocks, Cached, DenseData,
-    DenseMatrix, Heads, RotaryPairing, SUPER, ScaleType, f16_to_f32, quantize_int4, quantize_int8,
+    DenseMatrix, RotaryPairing, SUPER, ScaleType, TokenHeads, f16_to_f32, quantize_int4,
+    quantize_int8,
 };
 use bitnet_kernels::{Error, Kernels, Pool};
 use std::sync::Mutex;
@@ -549,7 +550,7 @@ fn attention_of_a_run_is_that_of_its_tokens() {
             let mut out = vec![f32::NAN; tokens * stride];
             kernels.attend_run(
                 &attention(len),
-                Heads {
+                TokenHeads {
                     tokens,
                     width,
                     stride,

@@ -167,8 +167,8 @@ pub(super) fn multiply(scores: &mut [f32], scales: &[f32]) {
         .for_each(|(s, scale)| *s *= scale);
 }
 
-/// Replaces scores by `exp(score − top)` with the largest score so far as `top`, adds them to `sum`,
-/// and returns the factor by which earlier sums and outputs shrink.
+/// Replaces scores by `exp(score − top)` with the largest score so far as `top`, adds them to
+/// `sum`, and returns the factor by which earlier sums and outputs shrink.
 #[inline(always)]
 pub(super) fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
     let steps = scores.as_chunks_mut::<LANES>().0;

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 /// Where the heads of tokens lie: those of token t are `width` elements from `t · stride` on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
+pub struct TokenHeads {
     /// How many tokens.
     pub tokens: usize,
     /// Elements of the heads that share one key and value head.
@@ -17,7 +17,7 @@ pub struct Heads {
     pub stride: usize,
 }
 
-impl Heads {
+impl TokenHeads {
     pub(super) fn check(&self, q: &[f32], out: &[f32]) {
         let end = self
             .tokens
@@ -49,7 +49,7 @@ pub(crate) struct AttentionScratch {
 pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
     lanes: L,
     a: &Attention<'_>,
-    at: Heads,
+    at: TokenHeads,
     q: &[f32],
     out: &mut [f32],
     scratch: &mut AttentionScratch,
@@ -72,55 +72,20 @@ pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
             if token == from {
                 widen(lanes, a.keys, block.clone(), cols, &mut scratch.block);
             }
-            let keys = Floats {
-                all: &scratch.block,
-                cols,
-            };
-            let count = seen(token);
-            let scores = &mut scratch.scores[token * heads..][..heads];
-            for (q, scores) in q[at.range(token)]
-                .chunks(G * cols)
-                .zip(scores.chunks_mut(G))
-            {
-                match scores.len().min(G) {
-                    1 => score::<L, 1>(lanes, keys, count, q, scores),
-                    2 => score::<L, 2>(lanes, keys, count, q, scores),
-                    3 => score::<L, 3>(lanes, keys, count, q, scores),
-                    _ => score::<L, G>(lanes, keys, count, q, scores),
-                }
-            }
-            let out = out[at.range(token)].chunks_exact_mut(cols);
-            for ((scores, (top, sum)), out) in scores
-                .iter_mut()
-                .zip(&mut scratch.tops[token * heads..])
-                .zip(out)
-            {
-                if let Cached::Int8(_, scales) = a.keys {
-                    multiply(&mut scores[..count], &scales[first..]);
-                }
-                scores[..count].iter_mut().for_each(|s| *s *= a.scale);
-                scores[count..].fill(f32::NEG_INFINITY);
-                let shrink = softmax(scores, top, sum);
-                out.iter_mut().for_each(|o| *o *= shrink);
-                if let Cached::Int8(_, scales) = a.values {
-                    multiply(&mut scores[..count], &scales[first..]);
-                }
-            }
+            let (q, out) = (&q[at.range(token)], &mut out[at.range(token)]);
+            score_token::<L, G>(lanes, a, scratch, token * heads, first, seen(token), q, out);
         }
         for token in from..at.tokens {
             if token == from {
                 widen(lanes, a.values, block.clone(), cols, &mut scratch.block);
             }
-            let (values, count) = (
-                Floats {
-                    all: &scratch.block,
-                    cols,
-                },
-                seen(token),
-            );
+            let values = Floats {
+                all: &scratch.block,
+                cols,
+            };
             let scores = &scratch.scores[token * heads..][..heads];
-            let out = out[at.range(token)].chunks_mut(G * cols);
-            for (scores, out) in scores.chunks(G).zip(out) {
+            let (count, out) = (seen(token), &mut out[at.range(token)]);
+            for (scores, out) in scores.chunks(G).zip(out.chunks_mut(G * cols)) {
                 match scores.len().min(G) {
                     1 => add_values::<L, S, 1>(lanes, values, count, scores, out),
                     2 => add_values::<L, S, 2>(lanes, values, count, scores, out),
@@ -136,6 +101,53 @@ pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
             .zip(&scratch.tops[token * heads..])
         {
             out.iter_mut().for_each(|o| *o /= sum);
+        }
+    }
+}
+
+/// The weights of one token's heads over the first `count` positions of the block that begins at
+/// position `first`; its outputs so far shrink as the softmax of the new scores says. `head` is the
+/// index of its first head in the buffers.
+#[inline(always)]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one loop, taken out of its function"
+)]
+fn score_token<L: Lanes, const G: usize>(
+    lanes: L,
+    a: &Attention<'_>,
+    scratch: &mut AttentionScratch,
+    head: usize,
+    first: usize,
+    count: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let cols = a.head_dim;
+    let keys = Floats {
+        all: &scratch.block,
+        cols,
+    };
+    let scores = &mut scratch.scores[head..][..q.len() / cols];
+    for (q, scores) in q.chunks(G * cols).zip(scores.chunks_mut(G)) {
+        match scores.len().min(G) {
+            1 => score::<L, 1>(lanes, keys, count, q, scores),
+            2 => score::<L, 2>(lanes, keys, count, q, scores),
+            3 => score::<L, 3>(lanes, keys, count, q, scores),
+            _ => score::<L, G>(lanes, keys, count, q, scores),
+        }
+    }
+    let out = out.chunks_exact_mut(cols);
+    for ((scores, (top, sum)), out) in scores.iter_mut().zip(&mut scratch.tops[head..]).zip(out) {
+        if let Cached::Int8(_, scales) = a.keys {
+            multiply(&mut scores[..count], &scales[first..]);
+        }
+        scores[..count].iter_mut().for_each(|s| *s *= a.scale);
+        scores[count..].fill(f32::NEG_INFINITY);
+        let shrink = softmax(scores, top, sum);
+        out.iter_mut().for_each(|o| *o *= shrink);
+        if let Cached::Int8(_, scales) = a.values {
+            multiply(&mut scores[..count], &scales[first..]);
         }
     }
 }

@@ -118,7 +118,8 @@ impl BlockType {
             return Ok(());
         }
         let why = format!(
-            "{self:?} of {cols} columns: groups of whole {line} columns, nested ones of 16 or 32, and minima that are no f32"
+            "{self:?} of {cols} columns: groups of whole {line} columns, nested ones of 16 or 32, and \
+             minima that are no f32"
         );
         Err(bitnet_core::Error::Unsupported {
             layout: "blocks",

@@ -242,7 +242,8 @@ macro_rules! registers {
         $registers:ident needs $features:literal {
             $(type $type:ident = $is:ty;)*
             $(const $const:ident: usize = $value:literal;)*
-            unsafe fn codes<const BITS: usize>($line:ident: *const u8, $row:ident: usize) $codes:block
+            unsafe fn codes<const BITS: usize>($line:ident: *const u8, $row:ident: usize)
+                $codes:block
             $(
                 $(#[doc = $function_doc:literal])*
                 fn $function:ident $(<const $generic:ident: $generic_type:ty>)?
@@ -275,8 +276,9 @@ macro_rules! registers {
                 $line: *const u8,
                 $row: usize,
             ) -> Self::Codes {
-                // SAFETY: `self` proves that the machine has the intrinsics. The function's contract
-                // has 67 readable bytes at the line, and the loads end with the 67th at most.
+                // SAFETY: `self` proves that the machine has the intrinsics. The function's
+                // contract has 67 readable bytes at the line, and the loads end with the 67th at
+                // most.
                 unsafe { $codes }
             }
 

@@ -1,8 +1,10 @@
 //! Products with float activations, attention over a cache, and the elementwise steps between them.
 //!
 //! ```text
-//! Y[M, N] = X[M, K] · Wᵀ (+ bias)      W in f32, f16, bf16 or blocks of integers: see [`DenseData`] and [`Blocks`]
+//! Y[M, N] = X[M, K] · Wᵀ (+ bias)
 //! ```
+//!
+//! W is in f32, f16, bf16 ([`DenseData`]) or in blocks of integers ([`Blocks`]).
 //!
 //! Every loop is written once, over 16 lanes or plain Rust, and compiled for each instruction set.
 //! A sum runs over [`LANES`] strided partial sums with fused multiply-adds, which are then added in
@@ -24,7 +26,7 @@ mod tile;
 pub use crate::lines::zeros;
 pub use attention::{Attention, Cached};
 pub(crate) use attention_run::AttentionScratch;
-pub use attention_run::Heads;
+pub use attention_run::TokenHeads;
 pub use bitnet_core::ops::LANES;
 pub use blocks::{
     BLOCK, BlockCodes, BlockRow, BlockStrip, BlockType, Blocks, SUPER, ScaleType, quantize_int4,

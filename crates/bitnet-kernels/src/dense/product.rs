@@ -46,7 +46,8 @@ fn sweep<'a, L: Lanes, W: RowSource<'a>, const R: usize, const T: usize>(
         for (r, tile_row) in tile_rows.iter_mut().enumerate() {
             *tile_row = w.row(row + r.min(count - 1));
         }
-        // The rows of a tile lie side by side: a tile reads and prefetches the same number of bytes.
+        // The rows of a tile lie side by side: a tile reads and prefetches the same number of
+        // bytes.
         let (place, bytes) = w.place(row);
         let ahead = (place.wrapping_add(R * bytes + AHEAD), R * W::STEP);
         let mut token = 0;

@@ -1,7 +1,7 @@
 //! The methods of [`Kernels`] for products of floats and the steps between them.
 
 use super::attention::Attention;
-use super::attention_run::{AttentionScratch, Heads};
+use super::attention_run::{AttentionScratch, TokenHeads};
 use super::elementwise::RotaryPairing;
 use super::matrix::DenseMatrix;
 use crate::kernels::Kernels;
@@ -81,7 +81,13 @@ impl Kernels {
     /// # Panics
     /// If `q` and `out` do not hold these heads, all of them whole, or the cache holds fewer
     /// positions than the last token sees.
-    pub fn attend_run(&self, attention: &Attention<'_>, at: Heads, q: &[f32], out: &mut [f32]) {
+    pub fn attend_run(
+        &self,
+        attention: &Attention<'_>,
+        at: TokenHeads,
+        q: &[f32],
+        out: &mut [f32],
+    ) {
         thread_local! {
             static SCRATCH: Cell<AttentionScratch> = Cell::default();
         }

@@ -65,7 +65,10 @@ pub(super) fn stream_512(lines: &mut [CacheLine], word: u64) {
 /// registers hold. It is written as assembly because a compiler would see that all products are
 /// alike.
 macro_rules! peak {
-    ($name:ident, $features:literal, $sums:literal, $zero:ident, $class:ident, [$($line:literal),+] $(, $product:ident)?) => {
+    (
+        $name:ident, $features:literal, $sums:literal, $zero:ident, $class:ident,
+        [$($line:literal),+] $(, $product:ident)?
+    ) => {
         #[target_feature(enable = $features)]
         pub(super) fn $name(rounds: usize) {
             let (mut sums, a, b) = ([$zero(); $sums], $zero(), $zero());

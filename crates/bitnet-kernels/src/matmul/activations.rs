@@ -13,8 +13,8 @@ use bitnet_core::scheme::Rounding;
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
 
-/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row is padded to the steps
-/// of the weights.
+/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row is padded to the
+/// steps of the weights.
 ///
 /// Weights of the same number of columns without scale groups take the same activations, in any
 /// precision.
@@ -311,8 +311,8 @@ impl PrepackedActivations {
         let (here, there) = (self.shape, w.shape());
         assert!(
             self.fits(w),
-            "activations prepacked for {} columns in groups of {} ({}), weights have {} in groups of \
-             {} ({})",
+            "activations prepacked for {} columns in groups of {} ({}), weights have {} in groups \
+             of {} ({})",
             here.cols,
             here.group,
             here.padded,

@@ -77,8 +77,8 @@ impl CodeValues {
         }
     }
 
-    /// The largest number of columns whose sum fits i32 for all values and activations. Accumulators
-    /// may wrap on the way to the sum; the sum itself does not.
+    /// The largest number of columns whose sum fits i32 for all values and activations.
+    /// Accumulators may wrap on the way to the sum; the sum itself does not.
     pub(crate) const fn max_cols(self, zero_points: ZeroPoints) -> usize {
         // |v − z|: the zero point is a value too.
         let most = if matches!(zero_points, ZeroPoints::I8) {

@@ -39,8 +39,8 @@ macro_rules! bytes {
 /// The machine has NEON; `sums` points to four sums.
 #[inline(always)]
 unsafe fn add(sum: int32x4_t, up: u32, down: u32, sums: *mut i32) {
-    // SAFETY: the function's contract: the machine has NEON, and four sums are there; neither access
-    // needs alignment.
+    // SAFETY: the function's contract: the machine has NEON, and four sums are there; neither
+    // access needs alignment.
     unsafe {
         let left = vshlq_s32(sum, vdupq_n_s32(up.cast_signed()));
         let total = vshlq_s32(left, vdupq_n_s32(-down.cast_signed()));

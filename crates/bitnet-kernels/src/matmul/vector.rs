@@ -20,8 +20,8 @@ const ACTIVATION: usize = 128;
 /// The registers of an instruction set.
 ///
 /// # Safety
-/// Every unsafe function is called only where the machine has the instruction set, and with pointers
-/// to the bytes or sums that its documentation names. An implementor needs nothing else.
+/// Every unsafe function is called only where the machine has the instruction set, and with
+/// pointers to the bytes or sums that its documentation names. An implementor needs nothing else.
 pub(crate) unsafe trait Vector {
     /// [`Vector::ROWS`] rows of four bytes: codes, or four activations for each row.
     type Bytes: Copy;
@@ -202,8 +202,8 @@ unsafe fn add_quad<V: Vector, const R: usize, const T: usize>(
 /// The same from steps that are unpacked to a code in each byte, none above `most`.
 ///
 /// # Safety
-/// The machine has V and multiplies codes up to `most`; [`Columns::check`] passed for the columns of
-/// `codes` and T tokens.
+/// The machine has V and multiplies codes up to `most`; [`Columns::check`] passed for the columns
+/// of `codes` and T tokens.
 #[inline(always)]
 pub(crate) unsafe fn unpacked_sums<V: Vector, const R: usize, const T: usize>(
     codes: &[u8],
@@ -214,7 +214,8 @@ pub(crate) unsafe fn unpacked_sums<V: Vector, const R: usize, const T: usize>(
     const { assert!(R * V::ROWS <= PANEL && T <= TOKENS) };
     let held = V::max_products(most);
     // SAFETY: the function's contract: the machine has V, and `Columns::check` found four columns
-    // for each STEP_BYTES of `codes` in T rows of `x`. Loads are inside those, sums inside a panel's.
+    // for each STEP_BYTES of `codes` in T rows of `x`. Loads are inside those, sums inside a
+    // panel's.
     unsafe {
         for (block, codes) in codes.chunks(held.saturating_mul(STEP_BYTES)).enumerate() {
             for part in 0..PANEL / (R * V::ROWS) {
@@ -266,7 +267,8 @@ pub(crate) unsafe fn halved_sums<V: Vector, const R: usize, const T: usize>(
     const { assert!(R * V::ROWS <= PANEL && T <= TOKENS) };
     let held = V::max_products(15);
     // SAFETY: the function's contract: the machine has V, and `Columns::check` found four columns
-    // for each STEP_BYTES of `codes` in T rows of `x`. Loads are inside those, sums inside a panel's.
+    // for each STEP_BYTES of `codes` in T rows of `x`. Loads are inside those, sums inside a
+    // panel's.
     unsafe {
         let mask = V::fill(15);
         for (block, codes) in codes.chunks(held.saturating_mul(STEP_BYTES)).enumerate() {

@@ -1,7 +1,7 @@
 //! The loops in plain Rust, compiled for each instruction set.
 //!
-//! A packer returns whether every value was in the alphabet, an unpacker whether a writer makes such
-//! bytes. After `false` the output means nothing, and the layout in core returns the error.
+//! A packer returns whether every value was in the alphabet, an unpacker whether a writer makes
+//! such bytes. After `false` the output means nothing, and the layout in core returns the error.
 
 use bitnet_core::ops::{self, Cuts, Magnitudes};
 

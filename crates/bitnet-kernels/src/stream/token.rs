@@ -10,14 +10,15 @@ use bitnet_core::{Error, Result};
 /// m = max(max|x|, 1e-5),   q = clip(round(x · (127 / m)), −128, 127),   scale = m / 127
 /// ```
 ///
-/// Columns are cut into groups of `group`; the last one may be shorter. Group `g` is written to `out`
-/// from `g · stride` on and its `Σ q` to `sums[g]`; the elements between two groups do not change.
-/// One group and `stride = x.len()` write the token without gaps.
+/// Columns are cut into groups of `group`; the last one may be shorter. Group `g` is written to
+/// `out` from `g · stride` on and its `Σ q` to `sums[g]`; the elements between two groups do not
+/// change. One group and `stride = x.len()` write the token without gaps.
 ///
 /// ```
 /// use bitnet_kernels::{Kernels, stream::quantize_token};
 /// let (mut q, mut sums) = ([0; 5], [0; 2]);
-/// let scale = quantize_token(Kernels::detect(), &[1.0, -0.5, 0.25, 0.0], 2, 3, &mut q, &mut sums)?;
+/// let x = [1.0, -0.5, 0.25, 0.0];
+/// let scale = quantize_token(Kernels::detect(), &x, 2, 3, &mut q, &mut sums)?;
 /// assert_eq!((scale, q, sums), (1.0 / 127.0, [127, -64, 0, 32, 0], [63, 32]));
 /// # Ok::<(), bitnet_core::Error>(())
 /// ```

@@ -1,5 +1,5 @@
-//! Loops for x86-64 where compiling the plain ones is not enough. The rest after whole registers goes
-//! to the plain loop.
+//! Loops for x86-64 where compiling the plain ones is not enough. The rest after whole registers
+//! goes to the plain loop.
 
 use super::plain;
 use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
@@ -432,9 +432,8 @@ pub(crate) fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec
         if out.capacity() - out.len() < 16 {
             out.reserve(out.len().max(w.len() / 4 + 16));
         }
-        // No branch on the keys: it would be mispredicted for many.
-        // SAFETY: `reserve` above made room for 16 numbers after `out.len()`; the length grows by those
-        // of them that were kept.
+        // No branch on the keys: it would be mispredicted for many. SAFETY: `reserve` above made
+        // room for 16 numbers after `out.len()`; the length grows by those of them that were kept.
         unsafe {
             _mm512_storeu_ps(
                 out.as_mut_ptr().add(out.len()),

@@ -22,7 +22,8 @@ impl Kernels {
     ///
     /// ```
     /// use bitnet_kernels::{Kernels, update::{Decay, Sgd}};
-    /// let step = Sgd { decay: Decay { scale: 1.0, coupled: 0.0, decay: 1.0 }, rate: 0.5, momentum: 0.9, nesterov: false };
+    /// let decay = Decay { scale: 1.0, coupled: 0.0, decay: 1.0 };
+    /// let step = Sgd { decay, rate: 0.5, momentum: 0.9, nesterov: false };
     /// let (mut w, mut velocity) = ([1.0], [0.0]);
     /// Kernels::detect().sgd(&mut w, &[0.5], &mut velocity, &step);
     /// assert_eq!((w, velocity), ([0.75], [0.5]));
