@@ -10,7 +10,9 @@ use bitnet_quant::qat::{
     Linears, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare,
 };
 use bitnet_train::folder;
-use bitnet_train::models::{CnnConfig, Decoder, DecoderShape, ImageModel, ImageShape, MlpConfig};
+use bitnet_train::models::{
+    CnnConfig, DecoderModel, DecoderShape, ImageModel, ImageShape, MlpConfig,
+};
 use bitnet_train::ops::cross_entropy;
 use bitnet_train::random::{Random, variables};
 use candle_core::{Device, Tensor};
@@ -29,7 +31,7 @@ const STEPS: usize = 4;
 /// A model with one batch.
 enum Case {
     Image(ImageModel, Tensor, Tensor),
-    Text(Box<Decoder>, Tensor, Tensor),
+    Text(Box<DecoderModel>, Tensor, Tensor),
 }
 
 impl Case {
@@ -80,7 +82,7 @@ impl Case {
                 };
                 let shape = if name == "decoder-1m" { small } else { large };
                 let (batch, context) = (16, 128);
-                let decoder = Decoder::new(
+                let decoder = DecoderModel::new(
                     Path::new(name),
                     &shape.config_json(256, context)?,
                     context,

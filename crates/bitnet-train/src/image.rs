@@ -2,11 +2,12 @@
 
 use crate::config::{Distillation, ImageConfig, Network};
 use crate::data::Images;
-use crate::data::images::Order;
+use crate::data::images::EpochOrder;
 use crate::distill;
 use crate::models::{CnnConfig, ImageModel, ImageShape, MlpConfig};
 use crate::random::variables;
-use crate::run::{Work, restore, state};
+use crate::run::Workload;
+use crate::run::resume::{check_task_state, task_state};
 use crate::{Error, Result, folder, ops};
 use bitnet_formats::Content;
 use bitnet_quant::qat::{Linear, Linears, Task};
@@ -21,7 +22,7 @@ const MEASURED: usize = 500;
 
 /// The images of a run, and the shape of its model.
 #[derive(Debug)]
-pub struct ImageWork {
+pub struct ImageWorkload {
     shape: ImageShape,
     json: Value,
     train: Images,
@@ -35,7 +36,7 @@ pub struct ImageWork {
     quantization: QuantizationConfig,
 }
 
-impl ImageWork {
+impl ImageWorkload {
     /// Reads the images.
     ///
     /// # Errors
@@ -124,7 +125,7 @@ impl ImageWork {
     }
 }
 
-impl Work for ImageWork {
+impl Workload for ImageWorkload {
     type Model = ImageModel;
 
     fn metric(&self) -> &'static str {
@@ -135,7 +136,7 @@ impl Work for ImageWork {
         ImageModel::new(&self.shape, vb)
     }
 
-    fn begin(&self, _: &VarMap) -> Result<()> {
+    fn load_initial(&self, _: &VarMap) -> Result<()> {
         Ok(())
     }
 
@@ -147,18 +148,18 @@ impl Work for ImageWork {
         Ok(vec![])
     }
 
-    fn task<'w>(
-        &'w self,
+    fn task<'t>(
+        &'t self,
         model: ImageModel,
         vars: VarMap,
         teacher: Option<ImageModel>,
-    ) -> Box<dyn Task + 'w> {
+    ) -> Box<dyn Task + 't> {
         Box::new(ImageTask {
-            work: self,
+            workload: self,
             model,
             vars,
             teacher,
-            order: Order::new(self.seed, self.train.len()),
+            order: EpochOrder::new(self.seed, self.train.len()),
         })
     }
 
@@ -216,12 +217,12 @@ impl Work for ImageWork {
     }
 }
 
-struct ImageTask<'w> {
-    work: &'w ImageWork,
+struct ImageTask<'t> {
+    workload: &'t ImageWorkload,
     model: ImageModel,
     vars: VarMap,
     teacher: Option<ImageModel>,
-    order: Order,
+    order: EpochOrder,
 }
 
 impl Task for ImageTask<'_> {
@@ -230,9 +231,11 @@ impl Task for ImageTask<'_> {
     }
 
     fn loss(&mut self, step: u64, micro: u64) -> bitnet_quant::Result<Tensor> {
-        let work = self.work;
-        let indices = self.order.batch(step * work.accumulate + micro, work.batch);
-        let (images, labels) = work.train.batch(&indices, work.moments)?;
+        let workload = self.workload;
+        let indices = self
+            .order
+            .batch(step * workload.accumulate + micro, workload.batch);
+        let (images, labels) = workload.train.batch(&indices, workload.moments)?;
         let logits = self.model.forward(&images)?;
         let loss = ops::cross_entropy(&logits, &labels)?;
         match &self.teacher {
@@ -241,13 +244,13 @@ impl Task for ImageTask<'_> {
                 loss,
                 &logits,
                 &teacher.forward(&images)?,
-                &work.distillation,
+                &workload.distillation,
             ),
         }
     }
 
     fn evaluate(&mut self) -> bitnet_quant::Result<f64> {
-        Ok(self.work.error(&self.model)?)
+        Ok(self.workload.error(&self.model)?)
     }
 
     fn linears(&mut self) -> Option<&mut dyn Linears> {
@@ -255,21 +258,21 @@ impl Task for ImageTask<'_> {
     }
 
     fn state(&self) -> Value {
-        let work = self.work;
-        state(
-            work.seed,
-            work.batch,
-            &work.distillation,
+        let workload = self.workload;
+        task_state(
+            workload.seed,
+            workload.batch,
+            &workload.distillation,
             self.teacher.is_some(),
-            work.train.checksum(),
+            workload.train.checksum(),
         )
     }
 
     fn restore(&mut self, state: &Value) -> bitnet_quant::Result<()> {
-        restore(state, &self.state())
+        check_task_state(state, &self.state())
     }
 
     fn batch(&self) -> (u64, &'static str) {
-        (self.work.batch as u64, "images")
+        (self.workload.batch as u64, "images")
     }
 }

@@ -15,5 +15,5 @@ pub mod random;
 pub mod run;
 
 pub use error::{Error, Result};
-pub use image::ImageWork;
-pub use lm::LmWork;
+pub use image::ImageWorkload;
+pub use lm::LmWorkload;

@@ -4,7 +4,7 @@ use bitnet_quant::QuantizationConfig;
 use bitnet_quant::qat::{
     Betas, Method, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare,
 };
-use bitnet_train::models::{Decoder, DecoderShape};
+use bitnet_train::models::{DecoderModel, DecoderShape};
 use bitnet_train::ops::cross_entropy;
 use bitnet_train::random::variables;
 use candle_core::{Device, Tensor};
@@ -55,7 +55,7 @@ fn ten_steps_of_decoders_are_those_of_torch() {
         let (x, targets) = (tokens(&case["tokens"]), tokens(&case["targets"]));
         let vars = VarMap::new();
         let json = shape.config_json(size("vocab"), x.dim(1).unwrap()).unwrap();
-        let mut decoder = Decoder::new(
+        let mut decoder = DecoderModel::new(
             "golden".as_ref(),
             &json,
             x.dim(1).unwrap(),

@@ -157,14 +157,14 @@ fn find(folder: &Path, name: &str) -> Result<PathBuf> {
 /// Which examples a step takes: each epoch in an order of its own, and every batch full, so that a
 /// batch may end one epoch and begin the next.
 #[derive(Debug, Clone)]
-pub struct Order {
+pub struct EpochOrder {
     seed: u64,
     len: usize,
     /// The epoch whose order is at hand.
     epoch: Option<(u64, Vec<u32>)>,
 }
 
-impl Order {
+impl EpochOrder {
     /// The order of `len` examples, at least one, under a seed.
     pub fn new(seed: u64, len: usize) -> Self {
         Self {
@@ -249,14 +249,14 @@ mod tests {
 
     #[test]
     fn batches_do_not_depend_on_what_was_asked_before_and_cover_each_epoch() {
-        let mut order = Order::new(3, 10);
+        let mut order = EpochOrder::new(3, 10);
         let all: Vec<Vec<u32>> = (0..5).map(|i| order.batch(i, 4)).collect();
-        assert_eq!(Order::new(3, 10).batch(3, 4), all[3]);
+        assert_eq!(EpochOrder::new(3, 10).batch(3, 4), all[3]);
         for epoch in all.concat().chunks(10) {
             let mut sorted = epoch.to_vec();
             sorted.sort_unstable();
             assert_eq!(sorted, (0..10).collect::<Vec<u32>>());
         }
-        assert_ne!(Order::new(4, 10).batch(0, 4), all[0]);
+        assert_ne!(EpochOrder::new(4, 10).batch(0, 4), all[0]);
     }
 }

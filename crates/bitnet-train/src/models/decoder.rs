@@ -94,7 +94,7 @@ impl DecoderShape {
 
 /// Weights of a layer; D = heads · head_dim, V = kv_heads · head_dim.
 #[derive(Debug)]
-struct Layer {
+struct DecoderLayer {
     /// `[hidden]`.
     attention_norm: Tensor,
     /// Q `(D, hidden)`, K and V `(V, hidden)`, O `(hidden, D)`.
@@ -122,11 +122,11 @@ pub struct Trace {
 /// A decoder; the equations are in `bitnet_inference`'s `arch`. Variables have the names of Hugging
 /// Face.
 #[derive(Debug)]
-pub struct Decoder {
+pub struct DecoderModel {
     config: Config,
     /// `(vocab, hidden)`.
     embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<DecoderLayer>,
     norm: Tensor,
     /// `(vocab, hidden)`; none where it is the embedding.
     head: Option<Linear>,
@@ -136,7 +136,7 @@ pub struct Decoder {
 const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const FFN: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
-impl Decoder {
+impl DecoderModel {
     /// A decoder of this config.json with the variables of `vb`; new ones are drawn as
     /// `initializer_range` and the linear layers say. `positions` of them can be used at a time.
     ///
@@ -203,7 +203,7 @@ impl Decoder {
                     Ok(None)
                 }
             };
-            layers.push(Layer {
+            layers.push(DecoderLayer {
                 attention_norm: gain(&vb.pp("input_layernorm"), config.hidden)?,
                 attention: [
                     project(0, config.hidden, d)?,
@@ -256,7 +256,7 @@ impl Decoder {
         self.run(tokens, None)
     }
 
-    /// [`Decoder::forward`], with what it went through.
+    /// [`DecoderModel::forward`], with what it went through.
     ///
     /// # Errors
     /// As there.
@@ -297,7 +297,7 @@ impl Decoder {
     /// `o · sub_norm(Attention(rope(q·z), rope(k·z), v·z))`, z = RMS(x).
     fn attention(
         &self,
-        layer: &Layer,
+        layer: &DecoderLayer,
         x: &Tensor,
         trace: Option<&mut Trace>,
     ) -> candle_core::Result<Tensor> {
@@ -329,7 +329,7 @@ impl Decoder {
     }
 
     /// `down · sub_norm(f(gate·z) ⊙ up·z)`, z = RMS(x).
-    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn feed_forward(&self, layer: &DecoderLayer, x: &Tensor) -> candle_core::Result<Tensor> {
         let z = self.rms_norm(x, &layer.ffn_norm)?;
         let [gate, up, down] = &layer.ffn;
         let (gate, up) = (gate.forward(&z)?, up.forward(&z)?);
@@ -344,7 +344,7 @@ impl Decoder {
     }
 }
 
-impl Linears for Decoder {
+impl Linears for DecoderModel {
     fn visit_linears(
         &mut self,
         visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,

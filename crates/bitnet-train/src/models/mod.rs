@@ -5,7 +5,7 @@ mod decoder;
 mod mlp;
 
 pub use cnn::{Cnn, CnnConfig};
-pub use decoder::{Decoder, DecoderShape, Trace};
+pub use decoder::{DecoderModel, DecoderShape, Trace};
 pub use mlp::{Mlp, MlpConfig};
 
 use bitnet_quant::qat::{Linear, Linears};
