@@ -1,4 +1,4 @@
-//! Classifiers of images: what a run does with them.
+//! The workload of image classifiers.
 
 use crate::config::{Distillation, ImageConfig, Network};
 use crate::data::Images;
@@ -17,17 +17,17 @@ use candle_nn::{VarBuilder, VarMap};
 use serde_json::Value;
 use std::path::Path;
 
-/// Images that are measured at a time.
+/// Number of images per evaluation batch.
 const MEASURED: usize = 500;
 
-/// The images of a run, and the shape of its model.
+/// Image classification: the images of a run and the shape of its model.
 #[derive(Debug)]
 pub struct ImageWorkload {
     shape: ImageShape,
     json: Value,
     train: Images,
     test: Images,
-    /// Mean and deviation of the pixels that are learnt from.
+    /// Mean and standard deviation of the training pixels.
     moments: (f64, f64),
     batch: usize,
     seed: u64,
@@ -41,7 +41,7 @@ impl ImageWorkload {
     ///
     /// # Errors
     /// As [`Images::read`]; [`Error::Data`] for test images of another size, [`Error::Option`] for
-    /// a shape that means nothing.
+    /// an invalid shape.
     pub fn new(config: &ImageConfig) -> Result<Self> {
         config.run.validate()?;
         let (folder, classes) = (&config.data.folder, config.data.classes);
@@ -63,7 +63,7 @@ impl ImageWorkload {
         if test.size() != (height, width) {
             return Err(Error::data(
                 folder,
-                format!("test images of {height} × {width} pixels, as those to learn from"),
+                format!("test images of {height} × {width} pixels, as for training"),
                 format!("{:?}", test.size()),
             ));
         }
@@ -108,7 +108,7 @@ impl ImageWorkload {
         })
     }
 
-    /// Share of the test images whose likeliest class is another one than theirs.
+    /// Share of the test images that the model classifies wrongly.
     fn error(&self, model: &ImageModel) -> candle_core::Result<f64> {
         let all: Vec<u32> = (0..self.test.len() as u32).collect();
         let mut wrong = 0;
@@ -191,7 +191,7 @@ impl Workload for ImageWorkload {
         ImageModel::new(&model, &folder::constants(&vars))
     }
 
-    /// Runs the layers of a folder as they are there: packed ones in integers.
+    /// Runs the layers of a folder, packed layers in integers.
     fn measure(&self, path: &Path) -> Result<f64> {
         let source = Source::open(path)?;
         let vars = VarMap::new();

@@ -1,4 +1,4 @@
-//! Language models: what a run does with them.
+//! The workload of language models.
 
 use crate::config::{Distillation, LmConfig};
 use crate::data::{Text, Vocabulary, text};
@@ -18,26 +18,26 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Tokens that are measured at a time.
+/// Number of tokens per evaluation batch.
 const MEASURED: usize = 4096;
 
-/// The text of a run, and the shape of its model.
+/// Language modelling: the text of a run and the shape of its model.
 #[derive(Debug)]
 pub struct LmWorkload {
     json: Value,
-    /// config.json, for messages.
+    /// Path of config.json, for messages.
     json_path: PathBuf,
     from: Option<Source>,
     vocabulary: Vocabulary,
     train: Vec<u32>,
-    /// Whole windows.
+    /// The windows to measure on.
     measured: Vec<u32>,
     context: usize,
     batch: usize,
     seed: u64,
     accumulate: u64,
     distillation: Distillation,
-    /// What the inputs of packed layers are.
+    /// Type of the inputs of packed layers.
     activations: ActivationType,
 }
 
@@ -46,8 +46,8 @@ impl LmWorkload {
     ///
     /// # Errors
     /// As [`Source::open`], [`Vocabulary::read`] and [`Text::read`]; [`Error::Tokenizer`] for a
-    /// vocabulary with tokens that the model has not, [`Error::Data`] for a text that is too short,
-    /// [`Error::Option`] for a shape or context that means nothing.
+    /// vocabulary larger than the model's, [`Error::Data`] for a text that is too short,
+    /// [`Error::Option`] for an invalid shape or context.
     pub fn new(config: &LmConfig) -> Result<Self> {
         config.run.validate()?;
         let (data, model, context) = (&config.data, &config.model, config.model.context);
@@ -128,7 +128,7 @@ impl LmWorkload {
         DecoderModel::new(&self.json_path, &self.json, self.context, vb)
     }
 
-    /// Mean of −ln p over all tokens of the windows but the first of each, in nats.
+    /// Mean of −ln p in nats over the tokens of the windows, without the first of each.
     fn loss(&self, decoder: &DecoderModel) -> candle_core::Result<f64> {
         let (mut sum, mut count, context) = (0.0, 0, self.context);
         for part in self.measured.chunks(MEASURED.div_ceil(context) * context) {
@@ -148,8 +148,8 @@ fn checksum(tokens: &[u32]) -> u64 {
     xxh3_64(&bytes)
 }
 
-/// Whole windows of a text, at most so many tokens if that is not 0, at equal distances; at least
-/// one.
+/// Whole windows of a text at equal distances: at most `most` tokens unless that is 0, and at least
+/// one window.
 fn windows(tokens: &[u32], context: usize, most: usize) -> Vec<u32> {
     let all = tokens.len() / context;
     let taken = if most == 0 {
@@ -182,7 +182,7 @@ impl Workload for LmWorkload {
 
     fn config_json(&self) -> Value {
         let mut json = self.json.clone();
-        // What is written is f32, whatever it was read from.
+        // The weights are written in f32.
         for key in ["torch_dtype", "dtype"] {
             if let Some(dtype) = json.get_mut(key) {
                 *dtype = "float32".into();
@@ -245,7 +245,7 @@ impl Workload for LmWorkload {
         DecoderModel::new(&json_path, &json, self.context, &folder::constants(&vars))
     }
 
-    /// By the inference engine, whatever is in the folder.
+    /// Measures with the inference engine.
     fn measure(&self, path: &Path) -> Result<f64> {
         let model = Model::load_with(
             path,

@@ -1,4 +1,4 @@
-//! Models against the inference engine, against finite differences, and in what they accept.
+//! Models against the inference engine and difference quotients, and their rejection of bad input.
 
 use bitnet_inference::{CacheType, ForwardBuffers, ForwardStep, Model, WantedLogits};
 use bitnet_quant::Source;
@@ -223,7 +223,7 @@ fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
         }
         f64::from(loss().to_scalar::<f32>().unwrap())
     };
-    // Small beside the embedding's deviation of 0.02, and large beside the rounding of a loss of 2.
+    // Small against the embedding's deviation of 0.02, large against the rounding of a loss of 2.
     let h = 1e-4;
     let difference = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
     assert!(

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! OUT/run.toml               the configuration
-//! OUT/full/                  the twin: config.json, model.safetensors, tokenizer; `self` as teacher
+//! OUT/full/                  the twin: config.json, model.safetensors, tokenizer
 //! OUT/latent/                the latent weights of the quantized model, in the same format
 //! OUT/packed[.gguf]          the quantized model
 //! OUT/checkpoints/PHASE/     the newest checkpoints of a training
