@@ -127,7 +127,7 @@ impl SelectionArgs {
             &[4, 16, 128, 512]
         };
         CaseSelection {
-            groups: given_or(&self.operations, &OperationGroup::ALL),
+            groups: given_or(&self.operations, OperationGroup::ALL),
             gemv: given_or(&self.shapes, if self.quick { &gemv[..2] } else { &gemv }),
             gemm: given_or(&self.shapes, &gemv[..1]),
             tokens: given_or(&self.tokens, tokens)

@@ -1,12 +1,11 @@
 //! Which operations to measure, and on which shapes.
 
-use serde::{Deserialize, Serialize};
+use bitnet_core::named;
 use std::fmt;
 use std::str::FromStr;
 
 /// A group of operations, by the name that `--operations` takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OperationGroup {
     /// Floats to values, packed or not.
     Quantization,
@@ -20,39 +19,13 @@ pub enum OperationGroup {
     Gemm,
 }
 
-impl OperationGroup {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Quantization,
-        Self::Packing,
-        Self::Simd,
-        Self::Gemv,
-        Self::Gemm,
-    ];
-}
-
-impl fmt::Display for OperationGroup {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Quantization => "quantization",
-            Self::Packing => "packing",
-            Self::Simd => "simd",
-            Self::Gemv => "gemv",
-            Self::Gemm => "gemm",
-        })
-    }
-}
-
-impl FromStr for OperationGroup {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        let names = || Self::ALL.map(|g| g.to_string()).join(", ");
-        Self::ALL
-            .into_iter()
-            .find(|g| g.to_string() == s)
-            .ok_or_else(|| format!("unknown operation '{s}', expected {}", names()))
-    }
-}
+named!(OperationGroup, "operation", {
+    Quantization = "quantization",
+    Packing = "packing",
+    Simd = "simd",
+    Gemv = "gemv",
+    Gemm = "gemm",
+});
 
 /// Shape of a weight matrix, N × K: out_features × in_features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

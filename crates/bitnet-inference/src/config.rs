@@ -2,20 +2,11 @@
 //! supports is an error.
 
 use crate::Result;
-use bitnet_formats::arch::{self, Architecture, HfConfig};
+use bitnet_formats::arch::{self, Activation, Architecture, DecoderGraph, HfConfig};
 use bitnet_formats::{Error, Kind, Source, document};
 use bitnet_kernels::dense::Pairing;
 use serde_json::Value;
 use std::path::Path;
-
-/// The activation function of the feed-forward gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + e^−x)`.
-    Silu,
-    /// `max(x, 0)²`.
-    Relu2,
-}
 
 /// Rotary position embedding: pair i of a head with d elements rotates by
 /// `position · theta^(−2i/d) / divisor_i`.
@@ -23,8 +14,7 @@ pub enum Activation {
 pub struct Rope {
     /// The base.
     pub theta: f64,
-    /// Which elements form a pair. Hugging Face folders: halves. GGUF: adjacent elements in
-    /// `llama`, halves in `bitnet`.
+    /// Which elements form a pair. Hugging Face folders: halves. GGUF: as the architecture says.
     pub pairing: Pairing,
     /// Divisors of the d/2 frequencies; none means 1.
     pub divisors: Option<Vec<f32>>,
@@ -44,8 +34,10 @@ impl Rope {
 /// The config of a model: the architecture and sizes of its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The graph.
-    pub architecture: Architecture,
+    /// The description of the architecture.
+    pub architecture: &'static Architecture,
+    /// The equations of the layers.
+    pub graph: DecoderGraph,
     /// Elements of the residual stream.
     pub hidden: usize,
     /// Elements of the feed-forward product.
@@ -104,16 +96,8 @@ impl Config {
     /// # Errors
     /// As [`Config::read`].
     pub fn from_hf(path: &Path, value: &Value) -> Result<Self> {
-        let architecture = Architecture::from_hf_config(value).map_err(|_| {
-            Error::config(
-                path,
-                "model_type",
-                "'llama' or 'bitnet'",
-                value
-                    .get("model_type")
-                    .map_or("none".into(), Value::to_string),
-            )
-        })?;
+        let architecture = Architecture::from_hf_config(path, value)?;
+        let graph = architecture.inference_graph(path)?;
         let config = HfConfig { path, value };
         let (hidden, heads) = (
             config.size("hidden_size")?,
@@ -142,7 +126,7 @@ impl Config {
                 )
                 .into());
         }
-        if architecture == Architecture::Bitnet && heads * head_dim != hidden {
+        if architecture.heads_fill_hidden && heads * head_dim != hidden {
             return Err(config
                 .bad(
                     "head_dim",
@@ -156,8 +140,10 @@ impl Config {
         let divisors = rope
             .freqs
             .or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
+        let default_eps = architecture.hf_defaults.map(|d| d.rms_norm_eps);
         let read = Self {
             architecture,
+            graph,
             hidden,
             ffn: config.size("intermediate_size")?,
             layers: config.size("num_hidden_layers")?,
@@ -166,11 +152,8 @@ impl Config {
             head_dim,
             vocab: config.size("vocab_size")?,
             context: config.size("max_position_embeddings")?,
-            norm_eps: config.float_or("rms_norm_eps", architecture, 1e-6)? as f32,
-            activation: match arch::activation(&config, architecture)? {
-                "relu2" => Activation::Relu2,
-                _ => Activation::Silu,
-            },
+            norm_eps: config.float_or("rms_norm_eps", default_eps)? as f32,
+            activation: architecture.activation(&config)?,
             rope: Rope {
                 theta: rope.theta,
                 pairing: Pairing::Halves,
@@ -190,15 +173,13 @@ impl Config {
     fn from_gguf(source: &Source) -> Result<Self> {
         let path = &source.path;
         for (key, value) in &source.gguf {
-            let known = |key: &str| KNOWN_GGUF_KEYS.contains(&key);
-            if let Some((prefix, key)) = key.split_once('.')
-                && matches!(prefix, "llama" | "bitnet" | "bitnet-b1" | "bitnet-25")
-                && !known(key.strip_prefix("58.").unwrap_or(key))
-                && format!("{prefix}.{key}") != document::KEY
+            if let Some((architecture, rest)) = arch::strip_prefix(key)
+                && !architecture.gguf_keys.contains(&rest)
+                && key != document::KEY
             {
                 return Err(Error::config(
                     path,
-                    format!("{prefix}.{key}"),
+                    key,
                     "a key that this engine's graph follows",
                     value.preview(80),
                 )
@@ -212,10 +193,9 @@ impl Config {
                 .map(|i| source.stored[i].shape.clone())
         };
         let mut config = Self::from_hf(path, &arch::hf_config(path, &source.gguf, &shape)?)?;
-        config.rope.pairing = match config.architecture {
-            Architecture::Llama => Pairing::Adjacent,
-            Architecture::Bitnet => Pairing::Halves,
-        };
+        if config.architecture.gguf_adjacent_pairs {
+            config.rope.pairing = Pairing::Adjacent;
+        }
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
             let mut divisors = vec![0.0; source.stored[stored].elements()];
             source.read_floats(stored, 0..divisors.len(), &mut vec![], &mut divisors)?;
@@ -272,30 +252,6 @@ impl Config {
         Ok(())
     }
 }
-
-/// Keys after the architecture prefix that the graph supports or that do not concern it.
-const KNOWN_GGUF_KEYS: [&str; 20] = [
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "vocab_size",
-    "hidden_activation",
-    "tensor_data_layout",
-    "attention.causal",
-    "tie_word_embeddings",
-];
 
 /// The tokens of a key that holds one token or a list.
 fn tokens(config: &HfConfig<'_>, key: &str) -> Result<Vec<u32>> {

@@ -1,9 +1,8 @@
 //! The operations that graphs consist of, over all tokens of a batch, and their buffers.
 
 use crate::cache::KvCache;
-use crate::config::{Activation, Config};
 use crate::linear::{LayerInput, LinearLayer, Runtime};
-use crate::{Error, Result};
+use crate::{Activation, Config, Error, Result};
 use bitnet_kernels::dense::{Attention, Heads};
 
 /// Tokens of a long batch whose attention one task computes.

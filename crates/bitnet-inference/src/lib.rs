@@ -36,14 +36,14 @@ mod linear;
 mod load;
 mod model;
 pub mod perplexity;
-mod random;
 mod sample;
 mod synthetic;
 mod tokenizer;
 
+pub use bitnet_formats::arch::Activation;
 pub use cache::{CacheType, KvCache};
 pub use chat::ChatMessage;
-pub use config::{Activation, Config, Rope};
+pub use config::{Config, Rope};
 pub use error::{Error, Result};
 pub use forward::{ForwardBuffers, ForwardStep, WantedLogits};
 pub use generate::{Finish, GenerateOptions, Generation, Session, Timings, Token};

@@ -9,7 +9,6 @@ use crate::synthetic::SyntheticWeights;
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_formats::Source;
-use bitnet_formats::arch::Architecture;
 use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::Matrix;
 use bitnet_kernels::{Kernels, Pool};
@@ -404,7 +403,7 @@ impl Model {
 /// Whether the checkpoint says that its ternary layers were trained with int8 activations.
 fn trained_with_int8(source: &Source, config: &Config) -> bool {
     let recipe = source.document.as_ref();
-    config.architecture == Architecture::Bitnet
+    config.architecture.int8_activations
         || source.bitnet.is_some()
         || recipe.is_some_and(|d| d.recipe["activations"] == "int8")
 }

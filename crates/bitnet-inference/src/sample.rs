@@ -1,7 +1,7 @@
 //! Sampling: the choice of the next token.
 
-use crate::random::Random;
 use crate::{Error, Result};
+use bitnet_core::random::Random;
 
 /// Options of sampling. The steps apply in this order, as in Hugging Face transformers:
 /// repetition penalty, temperature, top-k, top-p, min-p.

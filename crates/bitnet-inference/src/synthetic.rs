@@ -4,10 +4,10 @@
 use crate::forward::RmsNorm;
 use crate::linear::{LinearLayer, LinearWeights, Runtime};
 use crate::load::{FloatType, WeightProvider};
-use crate::random::Random;
 use crate::{Activation, Config, Error, Result, Rope};
+use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::{BITNET, DecoderGraph, LLAMA};
 use bitnet_kernels::dense::{
     BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros,
 };
@@ -20,6 +20,7 @@ impl Config {
     /// [`Error::Option`] for another name.
     pub fn shape(name: &str) -> Result<Self> {
         let config = |architecture,
+                      graph,
                       activation,
                       hidden,
                       ffn,
@@ -32,6 +33,7 @@ impl Config {
                       theta,
                       tied| Self {
             architecture,
+            graph,
             hidden,
             ffn,
             layers,
@@ -54,16 +56,16 @@ impl Config {
             eos: vec![],
         };
         use Activation::{Relu2, Silu};
-        use Architecture::{Bitnet, Llama};
+        use DecoderGraph::{Bitnet, Llama};
         match name {
             "bitnet-2b-4t" => Ok(config(
-                Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
+                &BITNET, Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
             )),
             "llama3-8b" => Ok(config(
-                Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
+                &LLAMA, Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
             )),
             "tiny" => Ok(config(
-                Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
+                &BITNET, Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
             )),
             _ => Err(Error::Option {
                 option: "shape",
@@ -103,7 +105,7 @@ impl WeightProvider for SyntheticWeights<'_> {
         // Ten trits from 64 bits: thresholds on six bits each.
         let mut values = vec![0i8; rows * cols];
         for chunk in values.chunks_mut(10) {
-            let mut bits = random.next();
+            let mut bits = random.bits();
             for v in chunk {
                 *v = i8::from(bits & 63 < 19) - i8::from(bits & 63 >= 45);
                 bits >>= 6;
@@ -129,7 +131,7 @@ impl WeightProvider for SyntheticWeights<'_> {
         let fill = |row: usize, out: &mut [f32]| {
             let mut random = Random::new(seed(module) ^ row as u64);
             for w in out {
-                let bits = random.next();
+                let bits = random.bits();
                 let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
                 *w = (sum as f32 / 65536.0 - 2.0) * 0.05;
             }

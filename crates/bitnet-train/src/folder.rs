@@ -41,8 +41,8 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
         Some(extra) => Err(bitnet_formats::Error::tensor(
             &source.path,
             &extra.name,
-            "no tensor, for it has no place in the model",
-            "one",
+            "only tensors that the model's training graph has",
+            "one without a place in it",
         )
         .into()),
         None => Ok(()),
@@ -97,7 +97,7 @@ pub fn save(
     files: &[(String, Vec<u8>)],
 ) -> Result<()> {
     if path.exists() {
-        return Err(bitnet_quant::Error::Exists {
+        return Err(bitnet_quant::CheckpointError::Exists {
             path: path.to_path_buf(),
         }
         .into());

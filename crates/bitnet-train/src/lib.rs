@@ -22,8 +22,8 @@ pub mod data;
 pub mod folder;
 pub mod models;
 pub mod ops;
-pub mod random;
 pub mod run;
+pub mod variables;
 
 pub use error::{Error, Result};
 pub use image::ImageWorkload;

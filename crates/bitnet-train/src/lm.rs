@@ -3,9 +3,9 @@
 use crate::config::{Distillation, LmConfig};
 use crate::data::{Text, Vocabulary, text};
 use crate::models::DecoderModel;
-use crate::random::variables;
 use crate::run::Workload;
 use crate::run::resume::{check_task_state, task_state};
+use crate::variables::variables;
 use crate::{Error, Result, distill, folder, ops};
 use bitnet_inference::perplexity::{Windows, perplexity};
 use bitnet_inference::{ActivationType, CacheType, LoadOptions, Model};
@@ -81,6 +81,7 @@ impl LmWorkload {
             ),
         };
         let facts = bitnet_inference::Config::from_hf(&json_path, &json)?;
+        facts.architecture.training_graph(&json_path)?;
         if vocabulary.len() > facts.vocab {
             let path = data
                 .tokenizer

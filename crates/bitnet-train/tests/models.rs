@@ -8,7 +8,7 @@ use bitnet_train::models::{
     Cnn, CnnConfig, DecoderModel, DecoderShape, ImageModel, ImageShape, Mlp, MlpConfig,
 };
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::{Random, variables};
+use bitnet_train::variables::{stream, variables};
 use candle_core::{Device, Tensor};
 use candle_nn::VarMap;
 use std::path::Path;
@@ -177,7 +177,7 @@ fn a_checkpoint_of_another_shape_or_with_other_tensors_is_refused() {
 /// The derivative along a random direction of all variables is that of the difference quotient.
 fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
     let gradients = loss().backward().unwrap();
-    let mut random = Random::new(3, "direction");
+    let mut random = stream(3, "direction");
     let (mut slope, mut directions) = (0.0, vec![]);
     let mut all: Vec<_> = vars
         .data()
@@ -267,6 +267,47 @@ fn slopes_of_the_decoders_are_those_of_differences() {
     }
 }
 
+/// A qwen3 is a llama with norms of q and k: trained as llama it would lose them.
+#[test]
+fn a_model_without_a_training_graph_is_refused() {
+    let json = DecoderShape::default().config_json(11, 6).unwrap();
+    let mut qwen3 = json.clone();
+    qwen3["model_type"] = "qwen3".into();
+    let path = Path::new("config.json");
+    let error = DecoderModel::new(path, &qwen3, 6, &variables(&VarMap::new(), 2)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "config.json: model_type: expected 'llama' or 'bitnet', got \"qwen3\""
+    );
+    let shape = DecoderShape {
+        architecture: "qwen3".into(),
+        ..Default::default()
+    };
+    let message = shape.config_json(11, 6).unwrap_err().to_string();
+    assert!(
+        message.contains("expected llama or bitnet, got 'qwen3'"),
+        "{message}"
+    );
+
+    let vars = VarMap::new();
+    DecoderModel::new(path, &json, 6, &variables(&vars, 2)).unwrap();
+    let mut tensors = folder::tensors(&vars);
+    let name = "model.layers.0.self_attn.q_norm.weight";
+    let norm = Tensor::ones(32, candle_core::DType::F32, &Device::Cpu).unwrap();
+    tensors.insert(name.into(), norm);
+    let dir = tempfile::tempdir().unwrap();
+    let written = dir.path().join("model");
+    folder::save(&written, &tensors, &json, &[]).unwrap();
+    let message = folder::load(&vars, &Source::open(&written).unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains(name) && message.contains("training graph"),
+        "{message}"
+    );
+    assert_eq!(message.lines().count(), 1);
+}
+
 #[test]
 fn slopes_of_the_image_models_are_those_of_differences() {
     let mlp = ImageShape::Mlp(MlpConfig {
@@ -286,7 +327,7 @@ fn slopes_of_the_image_models_are_those_of_differences() {
     for shape in [mlp, cnn] {
         let vars = VarMap::new();
         let model = ImageModel::new(&shape, &variables(&vars, 2)).unwrap();
-        let mut random = Random::new(1, "images");
+        let mut random = stream(1, "images");
         let images: Vec<f32> = (0..7 * 64).map(|_| random.normal() as f32).collect();
         let images = Tensor::from_vec(images, (7, 64), &Device::Cpu).unwrap();
         let labels = Tensor::new(&[0u32, 1, 2, 3, 4, 0, 2], &Device::Cpu).unwrap();

@@ -1,20 +1,13 @@
 //! Inputs that several operations share, and the comparison of their results.
 
 use crate::selection::Rivals;
+use bitnet_core::random::nth;
 use bitnet_kernels::Kernels;
 use std::fmt;
 
-/// Pseudorandom bits of `i` (the finaliser of splitmix64).
-pub(super) fn mix(i: usize) -> u64 {
-    let i = (i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let i = (i ^ (i >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let i = (i ^ (i >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    i ^ (i >> 31)
-}
-
 /// `n` trits, uniformly distributed.
 pub(super) fn trits(n: usize) -> Vec<i8> {
-    (0..n).map(|i| (mix(i) % 3) as i8 - 1).collect()
+    (0..n).map(|i| (nth(i as u64, 0) % 3) as i8 - 1).collect()
 }
 
 /// `n` weights distributed like those of a layer: sums of four uniform numbers, standard deviation
@@ -22,7 +15,7 @@ pub(super) fn trits(n: usize) -> Vec<i8> {
 pub(super) fn weights(n: usize) -> Vec<f32> {
     let uniform = |bits: u64| (bits & 0xffff) as f32 / 65_535.0 - 0.5;
     let sum = |x: u64| uniform(x) + uniform(x >> 16) + uniform(x >> 32) + uniform(x >> 48);
-    (0..n).map(|i| sum(mix(i)) * 0.034_641).collect()
+    (0..n).map(|i| sum(nth(i as u64, 0)) * 0.034_641).collect()
 }
 
 /// Our kernels, widest first; without rivals the widest alone.

@@ -1,6 +1,6 @@
 //! Matrix products: ternary weights with int8 activations (W1.58A8), other weights, and rivals.
 
-use super::data::{kernels, mix, trits};
+use super::data::{kernels, trits};
 use super::product::{ProductInputs, Reference, SCALES};
 use super::rivals::{self, FROM_FLOATS};
 use crate::case::{Case, Contender, Limit, PlannedCase};
@@ -9,6 +9,7 @@ use crate::results::RateUnit;
 use crate::selection::{OperationGroup, Rivals, WeightShape};
 use crate::testbed::Testbed;
 use anyhow::Result;
+use bitnet_core::random::nth;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::Instruction;
 use bitnet_kernels::matmul::{Activations, Prepacked, Stream};
@@ -69,7 +70,7 @@ fn case(
         if i.is_multiple_of(k) {
             127
         } else {
-            ((mix(i) % 255) as i16 - 127) as i8
+            ((nth(i as u64, 0) % 255) as i16 - 127) as i8
         }
     };
     let product = Arc::new(ProductInputs {
@@ -225,7 +226,7 @@ fn values(precision: Precision, n: usize) -> Vec<i8> {
     let step = if precision == Precision::Binary { 2 } else { 1 };
     let count = (i16::from(high) - i16::from(low)) / step + 1;
     (0..n)
-        .map(|i| (i16::from(low) + step * (mix(i) % count as u64) as i16) as i8)
+        .map(|i| (i16::from(low) + step * (nth(i as u64, 0) % count as u64) as i16) as i8)
         .collect()
 }
 

@@ -8,7 +8,7 @@ use crate::forward::ForwardPass;
 use crate::linear::LinearLayer;
 use crate::load::WeightProvider;
 use bitnet::BitnetLayer;
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::DecoderGraph;
 use llama::LlamaLayer;
 
 /// A layer of one of the graphs.
@@ -20,9 +20,9 @@ pub(crate) enum GraphLayer {
 
 impl GraphLayer {
     pub(crate) fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
-        Ok(match provider.config().architecture {
-            Architecture::Llama => Self::Llama(LlamaLayer::load(provider, layer)?),
-            Architecture::Bitnet => Self::Bitnet(BitnetLayer::load(provider, layer)?),
+        Ok(match provider.config().graph {
+            DecoderGraph::Llama => Self::Llama(LlamaLayer::load(provider, layer)?),
+            DecoderGraph::Bitnet => Self::Bitnet(BitnetLayer::load(provider, layer)?),
         })
     }
 

@@ -1,9 +1,7 @@
 //! How the weights of a model are held in memory, and what they are multiplied with.
 
-use crate::{Error, Result};
+use bitnet_core::named;
 use bitnet_kernels::dense::BlockType;
-use std::fmt;
-use std::str::FromStr;
 
 /// Type of the inputs of ternary layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -18,21 +16,11 @@ pub enum ActivationType {
     Float,
 }
 
-impl FromStr for ActivationType {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "auto" => Ok(Self::Auto),
-            "int8" => Ok(Self::Int8),
-            "float" => Ok(Self::Float),
-            _ => Err(Error::Option {
-                option: "activations",
-                expected: "auto, int8 or float",
-                got: format!("'{s}'"),
-            }),
-        }
-    }
-}
+named!(ActivationType, "activations", {
+    Auto = "auto",
+    Int8 = "int8",
+    Float = "float",
+});
 
 /// Type in memory of weights with float activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -64,30 +52,9 @@ impl FloatType {
     }
 }
 
-impl fmt::Display for FloatType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Exact => "exact",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-        })
-    }
-}
-
-impl FromStr for FloatType {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "exact" => Ok(Self::Exact),
-            "bf16" => Ok(Self::Bf16),
-            "int8" => Ok(Self::Int8),
-            "int4" => Ok(Self::Int4),
-            _ => Err(Error::Option {
-                option: "type of weights",
-                expected: "exact, bf16, int8 or int4",
-                got: format!("'{s}'"),
-            }),
-        }
-    }
-}
+named!(FloatType, "type of weights", {
+    Exact = "exact",
+    Bf16 = "bf16",
+    Int8 = "int8",
+    Int4 = "int4",
+});

@@ -4,7 +4,7 @@ use super::options::FloatType;
 use super::rounding::RoundingError;
 use crate::linear::Runtime;
 use crate::{Config, Error, Result};
-use bitnet_formats::arch::{self, Architecture};
+use bitnet_formats::arch;
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use std::collections::HashSet;
 use std::path::Path;
@@ -115,7 +115,10 @@ impl<'a> CheckpointLoader<'a> {
 
     fn stored_name(&self, hf_name: &str) -> String {
         match self.source.kind {
-            Kind::Gguf => arch::gguf_name(hf_name).unwrap_or_else(|| hf_name.into()),
+            Kind::Gguf => {
+                let name = self.config.architecture.gguf_tensor(hf_name);
+                name.unwrap_or_else(|| hf_name.into())
+            }
             Kind::Safetensors | Kind::Folder => hf_name.into(),
         }
     }
@@ -182,10 +185,7 @@ impl<'a> CheckpointLoader<'a> {
                 tensor,
                 path: self.file_of(tensor),
             };
-            let graph = match self.config.architecture {
-                Architecture::Llama => "llama",
-                Architecture::Bitnet => "bitnet",
-            };
+            let graph = self.config.architecture.name;
             return Err(found.error(
                 format!("a tensor of the {graph} graph with this config"),
                 format!("one that it has no place for, of shape {:?}", tensor.shape),

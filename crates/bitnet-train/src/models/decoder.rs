@@ -4,7 +4,7 @@
 use super::gain;
 use crate::ops::{self, Angles};
 use crate::{Error, Result};
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph};
 use bitnet_inference::{Activation, Config};
 use bitnet_quant::qat::{Linear, Linears};
 use candle_core::{Module, Tensor};
@@ -57,20 +57,20 @@ impl DecoderShape {
     /// # Errors
     /// [`Error::Option`] for an architecture without a graph.
     pub fn config_json(&self, vocabulary: usize, context: usize) -> Result<Value> {
-        let (class, activation) = match self.architecture.as_str() {
-            "llama" => ("LlamaForCausalLM", "silu"),
-            "bitnet" => ("BitNetForCausalLM", "relu2"),
-            other => {
-                return Err(Error::option(
-                    "model.architecture",
-                    "llama or bitnet",
-                    format!("'{other}'"),
-                ));
-            }
+        let Some(architecture) =
+            Architecture::by_name(&self.architecture).filter(|a| a.training.is_some())
+        else {
+            let trained = ARCHITECTURES.into_iter().filter(|a| a.training.is_some());
+            let names: Vec<&str> = trained.map(|a| a.name).collect();
+            return Err(Error::option(
+                "model.architecture",
+                names.join(" or "),
+                format!("'{}'", self.architecture),
+            ));
         };
         Ok(json!({
-            "architectures": [class],
-            "model_type": self.architecture,
+            "architectures": [architecture.hf_class],
+            "model_type": architecture.name,
             "hidden_size": self.hidden,
             "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers,
@@ -79,7 +79,7 @@ impl DecoderShape {
             "head_dim": self.hidden / self.heads.max(1),
             "vocab_size": vocabulary,
             "max_position_embeddings": context,
-            "hidden_act": activation,
+            "hidden_act": architecture.new_activation.name(),
             "rms_norm_eps": 1e-6,
             "rope_theta": self.rope_theta,
             "rope_scaling": null,
@@ -137,7 +137,7 @@ const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const FFN: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 impl DecoderLayer {
-    fn new(config: &Config, vb: &VarBuilder<'_>) -> Result<Self> {
+    fn new(config: &Config, graph: DecoderGraph, vb: &VarBuilder<'_>) -> Result<Self> {
         let (hidden, ffn) = (config.hidden, config.ffn);
         let (d, v) = (
             config.heads * config.head_dim,
@@ -151,9 +151,9 @@ impl DecoderLayer {
         let feed = |i: usize, inputs, outputs| {
             Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]))
         };
-        let sub_norm = |vb: VarBuilder<'_>, len| match config.architecture {
-            Architecture::Bitnet => gain(&vb, len).map(Some),
-            Architecture::Llama => Ok(None),
+        let sub_norm = |vb: VarBuilder<'_>, len| match graph {
+            DecoderGraph::Bitnet => gain(&vb, len).map(Some),
+            DecoderGraph::Llama => Ok(None),
         };
         Ok(Self {
             attention_norm: gain(&vb.pp("input_layernorm"), hidden)?,
@@ -180,10 +180,11 @@ impl DecoderModel {
     /// New embeddings are drawn with the deviation `initializer_range`.
     ///
     /// # Errors
-    /// As [`Config::from_hf`]; [`Error::Option`] for scaled rotary positions or more positions than
-    /// the model has; variables of another shape.
+    /// As [`Config::from_hf`] and [`Architecture::training_graph`]; [`Error::Option`] for scaled
+    /// rotary positions or more positions than the model has; variables of another shape.
     pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
         let config = Config::from_hf(path, json)?;
+        let graph = config.architecture.training_graph(path)?;
         check_trainable(&config, json, positions)?;
         let deviation = json
             .get("initializer_range")
@@ -198,7 +199,7 @@ impl DecoderModel {
                 stdev: deviation,
             },
         )?;
-        let layers = (0..config.layers).map(|i| DecoderLayer::new(&config, &layers.pp(i)));
+        let layers = (0..config.layers).map(|i| DecoderLayer::new(&config, graph, &layers.pp(i)));
         let layers = layers.collect::<Result<_>>()?;
         let norm = gain(&model.pp("norm"), config.hidden)?;
         let head = if config.tied {

@@ -38,8 +38,8 @@ use trained::TrainedLayers;
 /// Trains, packs and measures. `document` is the text of run.toml.
 ///
 /// # Errors
-/// [`bitnet_quant::Error::Exists`] for an existing folder, unless the run resumes;
-/// [`bitnet_quant::Error::Interrupted`] if the observer stopped it; errors of settings, data,
+/// [`bitnet_quant::CheckpointError::Exists`] for an existing folder, unless the run resumes;
+/// [`bitnet_quant::CheckpointError::Interrupted`] if the observer stopped it; errors of settings, data,
 /// training and files, most of them before the first step.
 pub fn run<W: Workload>(
     workload: &W,

@@ -4,7 +4,7 @@ use super::files::{remove, write};
 use super::trained::TrainedLayers;
 use super::workload::{Phase, RunObserver, Workload};
 use crate::config::{RunConfig, Teacher};
-use crate::random::variables;
+use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::Matrix;
 use bitnet_quant::checkpoint::{self, Existing, Options};
@@ -50,7 +50,7 @@ impl<W: Workload> Runner<'_, W> {
         let toml = out.join("run.toml");
         match (out.exists(), self.output.resume) {
             (true, false) => {
-                return Err(bitnet_quant::Error::Exists { path: out.clone() }.into());
+                return Err(bitnet_quant::CheckpointError::Exists { path: out.clone() }.into());
             }
             (true, true) if !toml.exists() => {
                 return Err(Error::data(
@@ -233,7 +233,9 @@ impl<W: Workload> Runner<'_, W> {
             trainer.run(task, &mut callback)?
         };
         match (outcome.stopped, outcome.kept) {
-            (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
+            (Stopped::Interrupted, _) | (_, None) => {
+                Err(bitnet_quant::CheckpointError::Interrupted.into())
+            }
             (_, Some(kept)) => Ok((kept, outcome.seconds)),
         }
     }

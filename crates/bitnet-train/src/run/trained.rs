@@ -4,6 +4,7 @@ use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
 use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
+use bitnet_formats::arch::Architecture;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::qat::{Linear, Linears};
 use bitnet_quant::{Activations, Source};
@@ -85,7 +86,9 @@ impl TrainedLayers {
     /// config.json of the latent weights. If transformers can, the config makes it quantize them in
     /// each forward pass.
     pub(super) fn config_json(&self, mut json: Value) -> Value {
-        let decoder = matches!(json["model_type"].as_str(), Some("llama" | "bitnet"));
+        let decoder = json["model_type"]
+            .as_str()
+            .is_some_and(|name| Architecture::by_name(name).is_some());
         if self.online
             && decoder
             && let Some(object) = json.as_object_mut()
