@@ -11,6 +11,7 @@ pub mod data;
 pub mod folder;
 pub mod models;
 pub mod ops;
+pub mod plot;
 pub mod random;
 pub mod run;
 

@@ -17,7 +17,7 @@
 
 use crate::config::{Distillation, RunConfig, Teacher};
 use crate::random::variables;
-use crate::{Error, Result, folder};
+use crate::{Error, Result, folder, plot};
 use bitnet_core::scheme::{Method, Threshold};
 use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
@@ -25,7 +25,7 @@ use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
     CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
-    checkpoints, plot, read_log,
+    checkpoints, read_log,
 };
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Activations, Job, Source};
@@ -468,7 +468,7 @@ impl<W: Work> Runner<'_, W> {
         let log = read_log(&self.log(Phase::Quantized))?;
         ["training.svg", "training.png"]
             .into_iter()
-            .try_for_each(|name| Ok(plot::save(&log, &self.out.join(name))?))
+            .try_for_each(|name| plot::save(&log, &self.out.join(name)))
     }
 
     fn packed(&self, name: &str) -> PathBuf {
