@@ -44,7 +44,7 @@ impl Comparison {
     /// Error sums over all tensors, or over those that are quantized.
     pub fn total(&self, only_quantized: Scope) -> ErrorStats {
         self.scoped(only_quantized)
-            .fold(ErrorStats::default(), |sum, t| sum.then(t.error))
+            .fold(ErrorStats::default(), |sum, t| sum.merge(t.error))
     }
 
     /// Bits per weight over all tensors, or over those that are quantized.
@@ -120,7 +120,7 @@ pub fn compare(
                         })
                         .collect();
                     for part in parts {
-                        error = error.then(part?);
+                        error = error.merge(part?);
                     }
                 }
                 Ok(error)
@@ -155,7 +155,7 @@ struct Pairing<'a> {
     original: &'a Source,
     quantized: &'a Source,
     /// Architecture and heads, if one is a GGUF with ggml's names and the other is not.
-    model: Option<(Architecture, HeadCounts)>,
+    model: Option<(&'static Architecture, HeadCounts)>,
 }
 
 /// The counterpart of a tensor and, for each of its rows, the row there.
@@ -199,13 +199,13 @@ impl<'a> Pairing<'a> {
             }
             let rows = tensor.shape.first().copied().unwrap_or(0);
             if self.original.kind == Kind::Gguf {
-                name = arch::hf_name(&tensor.name);
+                name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
-                    order = arch::row_order(architecture, heads, hf, rows)?;
+                    order = architecture.gguf_rows(heads, hf, rows)?;
                 }
             } else {
-                name = arch::gguf_name(&tensor.name);
-                order = arch::hf_row_order(architecture, heads, &tensor.name, rows)?;
+                name = architecture.gguf_tensor(&tensor.name);
+                order = architecture.hf_rows(heads, &tensor.name, rows)?;
             }
         }
         match name.as_deref().and_then(|name| self.quantized.find(name)) {

@@ -149,16 +149,14 @@ impl Builder<'_> {
         Ok(Some(match self.naming {
             Naming::Same => (tensor.name.clone(), None),
             Naming::ToGguf(architecture, heads) => {
-                let name = arch::gguf_name(&tensor.name).ok_or_else(|| unknown("GGUF"))?;
-                (
-                    name,
-                    arch::row_order(architecture, heads, &tensor.name, rows)?,
-                )
+                let name = architecture.gguf_tensor(&tensor.name);
+                let order = architecture.gguf_rows(heads, &tensor.name, rows);
+                (name.ok_or_else(|| unknown("GGUF"))?, order?)
             }
             Naming::ToHf(architecture, heads) => {
-                let name =
-                    arch::hf_name(&tensor.name).ok_or_else(|| unknown("a Hugging Face folder"))?;
-                let order = arch::hf_row_order(architecture, heads, &name, rows)?;
+                let name = architecture.hf_tensor(&tensor.name);
+                let name = name.ok_or_else(|| unknown("a Hugging Face folder"))?;
+                let order = architecture.hf_rows(heads, &name, rows)?;
                 (name, order)
             }
         }))
