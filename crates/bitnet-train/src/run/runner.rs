@@ -4,13 +4,14 @@ use super::files::{remove, write};
 use super::trained::TrainedLayers;
 use super::workload::{Phase, RunObserver, Workload};
 use crate::config::{RunConfig, Teacher};
+use crate::plot;
 use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::Matrix;
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
     CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
-    checkpoints, plot, read_log,
+    checkpoints, read_log,
 };
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Job, Source};
@@ -252,7 +253,7 @@ impl<W: Workload> Runner<'_, W> {
         let log = read_log(&self.log(Phase::Quantized))?;
         ["training.svg", "training.png"]
             .into_iter()
-            .try_for_each(|name| Ok(plot::save(&log, &self.output.out.join(name))?))
+            .try_for_each(|name| plot::save(&log, &self.output.out.join(name)))
     }
 
     /// Path of a packed model by name.
