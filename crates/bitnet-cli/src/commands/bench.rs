@@ -5,7 +5,7 @@ use crate::print::{Output, Table, bytes};
 use crate::{Answer, job};
 use bitnet_inference::{Config, Error, Model};
 use bitnet_kernels::Pool;
-use bitnet_kernels::machine::{Instruction, WordBuffer, Pages, read};
+use bitnet_kernels::machine::{Instruction, Pages, WordBuffer, read};
 use serde_json::{Value, json};
 use std::fs;
 use std::hint::black_box;
@@ -21,8 +21,8 @@ pub(crate) fn run(args: &BenchArgs, out: &mut Output) -> anyhow::Result<Answer> 
             Model::load_with(path, &options)?,
         ),
         (None, Some(shape)) => (
-            format!("{shape}, made-up weights"),
-            Model::made_up(Config::shape(shape)?, &options)?,
+            format!("{shape}, synthetic weights"),
+            Model::synthetic(Config::shape(shape)?, &options)?,
         ),
         (None, None) => anyhow::bail!("a model or --shape"),
     };

@@ -9,6 +9,7 @@ use crate::tensor::kernel::Packed;
 use crate::tensor::runtime::Runtime;
 use crate::{Error, Result};
 use bitnet_checkpoint::matrix;
+use bitnet_core::ops::LANES;
 use bitnet_core::ops::{Cuts, Ops, Uniform};
 use bitnet_core::scheme::{BinarySplit, Mapping, Method, Scheme};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ZeroPoints, named, pack};
@@ -152,8 +153,6 @@ impl Staircase {
         }
     }
 }
-
-const LANES: usize = 16;
 
 /// `Σ g·q` and `Σ g·w` over the weights from `range.0` to `range.1`.
 fn scale_sums(grad: &[f32], w: &[f32], q: &[i8], range: (f32, f32)) -> (f64, f64) {

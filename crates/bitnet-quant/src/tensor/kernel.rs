@@ -108,7 +108,13 @@ impl Packed {
     ) -> Result<()> {
         let (kernels, pool, w) = (runtime.machine.kernels, &runtime.pool, &self.weights);
         let Some(method) = activations.method() else {
-            kernels.matmul(pool, w, &matmul::PrepackedActivations::floats(x, w)?, bias, out);
+            kernels.matmul(
+                pool,
+                w,
+                &matmul::PrepackedActivations::floats(x, w)?,
+                bias,
+                out,
+            );
             return Ok(());
         };
         let mut acts = match runtime.scratch.take() {
@@ -135,8 +141,11 @@ impl Packed {
             let tokens = TOKENS.min(cols - first);
             let mut one_hot = vec![0i8; tokens * cols];
             (0..tokens).for_each(|t| one_hot[t * cols + first + t] = 1);
-            let acts =
-                matmul::PrepackedActivations::from_values(&one_hot, &vec![1.0; tokens], &self.weights)?;
+            let acts = matmul::PrepackedActivations::from_values(
+                &one_hot,
+                &vec![1.0; tokens],
+                &self.weights,
+            )?;
             let sums = &mut sums[..spec.planes * tokens * rows];
             runtime
                 .machine
