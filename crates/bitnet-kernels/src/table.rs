@@ -299,6 +299,7 @@ macro_rules! table {
 for_kernels!(table);
 
 /// A function with the features of an instruction set.
+#[allow(unused_macro_rules, reason = "the target decides which of them are used")]
 macro_rules! compiled_kernel {
     ([baseline] $($function:tt)*) => { $($function)* };
     ([$detection:ident $($feature:tt)*] $($function:tt)*) => {

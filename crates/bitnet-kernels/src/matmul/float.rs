@@ -61,6 +61,7 @@ pub(crate) fn tables(x: &[f32], out: &mut [f32]) {
 
 /// Adds the sums as they are defined.
 pub(crate) fn table_sums(weights: &[u8], x: FloatTables<'_>, sums: &mut FloatSums) {
+    x.check(weights);
     for (step, tables) in weights
         .as_chunks::<STEP_BYTES>()
         .0

@@ -94,6 +94,7 @@ pub(crate) fn unpack_and_sum(
 
 /// `sums[t][r] += Σ_k code[r, k] · x[t, k]` from bytes that [`unpack`] made, none above the number.
 pub(crate) fn unpacked_sums(_: usize, codes: &[u8], x: Columns<'_>, sums: &mut [PanelSums]) {
+    x.check(codes.len() / STEP_BYTES * 4, sums.len());
     for (token, sums) in sums.iter_mut().enumerate() {
         let x = x.values[token * x.stride..].as_chunks().0;
         for (codes, x) in codes.as_chunks::<STEP_BYTES>().0.iter().zip(x) {

@@ -67,6 +67,7 @@ const _: () = assert!(
 );
 
 /// How many sums of four products a 32-bit sum holds when codes are ≤ `most`.
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) const fn max_quads(most: usize) -> usize {
     i32::MAX as usize / (4 * ACTIVATION * most)
 }
