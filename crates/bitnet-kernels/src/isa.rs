@@ -48,7 +48,10 @@ macro_rules! for_instruction_sets {
 pub(crate) use for_instruction_sets;
 
 /// Whether the machine has every feature of a list.
-#[allow(unused_macro_rules, reason = "the target decides which of them are used")]
+#[allow(
+    unused_macro_rules,
+    reason = "the target decides which of them are used"
+)]
 macro_rules! detected {
     (baseline) => { true };
     (x86 $($feature:tt)*) => { true $(&& std::arch::is_x86_feature_detected!($feature))* };

@@ -22,8 +22,8 @@ use half::{bf16, f16};
 
 /// Calls a macro with every kernel: documentation, signature and plain loop.
 ///
-/// `REGISTERS` is the proof that the machine has the registers of [`Lanes`] for which the loop is
-/// compiled.
+/// In a loop, `REGISTERS` is the proof that the machine has the registers of [`Lanes`] for which
+/// the loop is compiled, `ROWS` and `TOKENS` are the tile that they hold.
 macro_rules! for_kernels {
     ($then:ident $($context:tt)*) => {
         $then! {
@@ -299,7 +299,10 @@ macro_rules! table {
 for_kernels!(table);
 
 /// A function with the features of an instruction set.
-#[allow(unused_macro_rules, reason = "the target decides which of them are used")]
+#[allow(
+    unused_macro_rules,
+    reason = "the target decides which of them are used"
+)]
 macro_rules! compiled_kernel {
     ([baseline] $($function:tt)*) => { $($function)* };
     ([$detection:ident $($feature:tt)*] $($function:tt)*) => {

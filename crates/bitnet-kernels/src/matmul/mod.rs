@@ -14,7 +14,7 @@
 //!
 //! Rows go in panels of [`PANEL`] = 64. A panel is a run of steps, a step is 256 bytes: lane r (4
 //! bytes) belongs to row r of the panel, and field f of its byte b to column 4f + b of the step.
-//! How many fields a byte has, the [`Stream`] and the precision say:
+//! [`Stream`] and precision decide how many fields a byte has:
 //!
 //! ```text
 //! weights         fields   columns of a step   code              value
@@ -33,10 +33,10 @@
 //!
 //! # Five trits in a byte
 //!
-//! Bit 7 turns all five trits round. The other seven bits are the number of one of the 122 patterns
-//! whose fifth trit is +1, or 0 and then the last of the others that is not 0 is +1. A table of 128
-//! bytes gives the first four as codes `t + 1` in 2-bit fields; the fifth depends on the lower six
-//! bits alone. With VBMI each table is one instruction.
+//! Bit 7 negates all five trits. The other seven bits number the 122 patterns that are all 0 or
+//! whose last trit other than 0 is +1. A table of 128 bytes gives the first four as codes `t + 1`
+//! in 2-bit fields; the fifth depends on the lower six bits alone. With VBMI each table is one
+//! instruction.
 
 mod activations;
 pub(crate) mod coding;
