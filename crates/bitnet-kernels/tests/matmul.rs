@@ -608,7 +608,7 @@ fn operands_that_do_not_fit_are_refused() {
     for kernels in Kernels::all() {
         assert!(
             panics(&|| kernels.matmul_sums(&pool, &whole, &other, &mut [0; 4])),
-            "laid out for groups of 8"
+            "prepacked for groups of 8"
         );
         assert!(
             panics(&|| kernels.matmul_sums(&pool, &whole, &good, &mut [0; 3])),
@@ -626,7 +626,7 @@ fn operands_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn activations_are_laid_out_anew_in_the_same_memory() {
+fn activations_are_prepacked_again_in_the_same_memory() {
     let pool = Pool::single();
     let w = Prepacked::new(
         &matrix(kinds()[0], 70, 100, Granularity::Group(24), 0),
