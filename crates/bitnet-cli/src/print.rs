@@ -2,7 +2,26 @@
 
 use std::io::{self, Write};
 
-/// Collects what a command prints; nothing is printed twice, and nothing half.
+/// What a command that ran to its end answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// Done, or yes.
+    Yes,
+    /// A gate failed, or the file is damaged.
+    No,
+}
+
+/// A note on stderr. Where stderr cannot be written, the note is lost and nothing else happens.
+pub(crate) fn note(text: impl AsRef<str>) {
+    stderr_line(format!("note: {}", printable(text.as_ref())));
+}
+
+/// A line on stderr, if it can be written.
+pub(crate) fn stderr_line(line: impl AsRef<str>) {
+    let _ = writeln!(io::stderr(), "{}", line.as_ref());
+}
+
+/// Collects what a command prints, so that a command that fails prints nothing.
 pub(crate) struct Output {
     json: bool,
     text: String,
@@ -24,8 +43,8 @@ impl Output {
         self.text.push('\n');
     }
 
-    /// Text of a model for people, at once: not escaped but for control characters other than line
-    /// feeds and tabs.
+    /// Prints the text of a model at once. Of control characters only line feeds and tabs are
+    /// printed as they are.
     pub(crate) fn stream(&mut self, text: &str) -> io::Result<()> {
         if self.json {
             return Ok(());
@@ -52,6 +71,13 @@ impl Output {
     /// The document for programs.
     pub(crate) fn document(&mut self, document: serde_json::Value) {
         self.document = Some(document);
+    }
+
+    /// Bytes as they are, for people and programs alike.
+    pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        out.write_all(bytes)?;
+        out.flush()
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {

@@ -1,22 +1,19 @@
 //! `bitnet perplexity`: how well a model predicts a text.
 
-use crate::job::Bar;
-use crate::model::PerplexityArgs;
-use crate::print::Output;
-use crate::{Answer, job};
+use crate::args::model::PerplexityArgs;
+use crate::print::{Answer, Output};
+use crate::progress::{TokenBar, interrupt};
 use bitnet_inference::perplexity::{Mean, Perplexity, Windows, compare, perplexity};
-use bitnet_quant::checkpoint::Progress;
 use serde_json::{Value, json};
-use std::cell::Cell;
 
 pub(crate) fn run(args: &PerplexityArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let text = std::fs::read_to_string(&args.text)
         .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", args.text.display()))?;
-    let model = args.load.load(&args.model)?;
+    let model = args.load.load(&args.model, &args.quiet)?;
     let reference = args
         .reference
         .as_ref()
-        .map(|path| args.load.load(path))
+        .map(|path| args.load.load(path, &args.quiet))
         .transpose()?;
     let mut tokens = model.tokenizer()?.encode(&text, true)?;
     if let Some(reference) = &reference {
@@ -54,12 +51,9 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut Output) -> anyhow::Result<Ans
         stride,
         cache: args.load.cache,
     };
-    let bar = Bar::new(tokens.len() as u64, args.quiet);
-    let done = Cell::new(0);
-    let progress = |at: usize, _: usize| {
-        bar.advance(at.saturating_sub(done.replace(done.get().max(at))) as u64)
-    };
-    let interrupt = job::interrupt();
+    let bar = TokenBar::new(tokens.len(), args.quiet.quiet);
+    let progress = |done: usize, _: usize| bar.set(done);
+    let interrupt = interrupt();
     let mut document = json!({"tokens": tokens.len(), "context": context, "stride": stride});
     let say = |out: &mut Output, name: &str, p: &Perplexity| {
         let line = format!(

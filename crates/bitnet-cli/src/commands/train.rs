@@ -1,20 +1,17 @@
 //! `bitnet train`: models whose weights learn to be quantized.
 
-use crate::print::{Output, bytes, percent};
-use crate::train::{CommonArgs, TrainArgs, What, document};
-use crate::{Answer, job};
-use bitnet_quant::qat::{Event, QATConfig};
+use crate::args::train::{CommonArgs, ModelKind, TrainArgs, document};
+use crate::print::{Answer, Output, bytes, percent};
+use crate::training_bar::TrainingBar;
+use bitnet_quant::qat::QATConfig;
 use bitnet_train::config::RunConfig;
-use bitnet_train::run::{Observer, Phase, Report, Work, run as run_work};
+use bitnet_train::run::{Report, Work, run as run_work};
 use bitnet_train::{Error, ImageWork, LmWork};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use std::ops::ControlFlow;
-use std::sync::atomic::Ordering;
 
 pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let (report, say): (Report, fn(f64) -> String) = match &args.what {
-        What::Image(args) => {
+        ModelKind::Image(args) => {
             let config = args.configuration()?;
             let work = ImageWork::new(&config)?;
             (
@@ -28,7 +25,7 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
                 |error| format!("accuracy {}", percent(1.0 - error)),
             )
         }
-        What::Lm(args) => {
+        ModelKind::Lm(args) => {
             let config = args.configuration()?;
             let work = LmWork::new(&config)?;
             (
@@ -54,22 +51,18 @@ fn train<W: Work>(
     document: &str,
     args: &CommonArgs,
 ) -> anyhow::Result<Report> {
-    let mut watch = Watch {
-        bar: None,
-        quiet: args.quiet,
-        metric: work.metric(),
-    };
+    let mut watch = TrainingBar::new(args.quiet.quiet, work.metric());
     run_work(work, run, training, document, &args.place(), &mut watch).map_err(
         |error| match error {
             Error::Quant(bitnet_quant::Error::Exists { path }) if path == args.out => {
                 anyhow::anyhow!(
-                    "{} exists already; --resume goes on with the run in it",
+                    "{} exists already; --resume resumes the run in it",
                     path.display()
                 )
             }
             Error::Quant(interrupted @ bitnet_quant::Error::Interrupted) => {
                 anyhow::Error::new(interrupted)
-                    .context("interrupted; the same command with --resume goes on from here")
+                    .context("interrupted; the same command with --resume continues from here")
             }
             other => other.into(),
         },
@@ -95,7 +88,7 @@ fn print(report: &Report, say: fn(f64) -> String, out: &mut Output) {
     }
     if let Some(share) = report.recovered() {
         out.line(format!(
-            "{:<26}{} of what quantization after training loses",
+            "{:<26}{} of the loss of quantization after training",
             "recovered",
             percent(share)
         ));
@@ -113,65 +106,4 @@ fn print(report: &Report, say: fn(f64) -> String, out: &mut Output) {
     let mut document = json!(report);
     document["recovered"] = json!(report.recovered());
     out.document(document);
-}
-
-/// A bar for each training on stderr, and Ctrl-C.
-struct Watch {
-    bar: Option<ProgressBar>,
-    quiet: bool,
-    metric: &'static str,
-}
-
-impl Observer for Watch {
-    fn on(&mut self, phase: Phase, event: &Event<'_>) -> ControlFlow<()> {
-        match event {
-            Event::Begin { step, steps } => {
-                let target = if self.quiet {
-                    ProgressDrawTarget::hidden()
-                } else {
-                    ProgressDrawTarget::stderr()
-                };
-                let bar = ProgressBar::with_draw_target(Some(*steps), target).with_position(*step);
-                let style = ProgressStyle::with_template(
-                    "{prefix} {bar:30} {pos}/{len}  {eta} left  {wide_msg}",
-                );
-                bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-                bar.set_prefix(match phase {
-                    Phase::Twin => "full precision",
-                    Phase::Quantized => "quantized",
-                });
-                // So that what went before a resume does not count as speed.
-                bar.reset_eta();
-                self.bar = Some(bar);
-            }
-            Event::Step(step) => {
-                if let Some(bar) = &self.bar {
-                    bar.set_position(step.step);
-                    bar.set_message(format!(
-                        "loss {:.4}  {:.0}/s",
-                        step.loss,
-                        step.units as f64 / step.seconds.max(1e-9)
-                    ));
-                }
-            }
-            Event::Evaluated(evaluation) => {
-                if let Some(bar) = &self.bar {
-                    bar.suspend(|| {
-                        if !self.quiet {
-                            eprintln!(
-                                "step {}: {} {:.4}",
-                                evaluation.step, self.metric, evaluation.value
-                            );
-                        }
-                    });
-                }
-            }
-            _ => {}
-        }
-        if job::interrupt().load(Ordering::Relaxed) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    }
 }

@@ -1,8 +1,7 @@
 //! `bitnet verify`
 
-use crate::Answer;
-use crate::args::VerifyArgs;
-use crate::print::{Output, bytes};
+use crate::args::checkpoint::VerifyArgs;
+use crate::print::{Answer, Output, bytes};
 use bitnet_formats::document::KEY;
 use bitnet_quant::verify::{Damage, Verification, verify};
 use serde_json::json;
@@ -23,8 +22,7 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
     let result = match args.input.open() {
         Ok(source) => verify(&source)?,
         Err(error @ bitnet_formats::Error::Io { .. }) => return Err(error.into()),
-        // A file of ours whose header does not hold together is damaged; anything else is no file
-        // for this command.
+        // A file of ours with a broken header is damaged; any other file is bad input.
         Err(error) if !carries_document(&args.input.input) => return Err(error.into()),
         Err(error) => Verification {
             checked: 0,
@@ -35,8 +33,10 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
             }],
         },
     };
-    for damage in &result.damage {
-        out.line(format!("damaged: {}: {}", damage.part, damage.what));
+    if !args.quiet.quiet {
+        for damage in &result.damage {
+            out.line(format!("damaged: {}: {}", part(damage), damage.what));
+        }
     }
     let path = args.input.input.display();
     match result.damage.len() {
@@ -62,4 +62,13 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
     } else {
         Answer::No
     })
+}
+
+/// The damaged part in words.
+fn part(damage: &Damage) -> &str {
+    match damage.part.as_str() {
+        "document" => "recipe and checksums",
+        "metadata" => "metadata of the container",
+        name => name,
+    }
 }
