@@ -2,14 +2,16 @@
 
 use crate::report;
 use anyhow::Context;
+use bitnet_checkpoint::compare::{Scope, compare};
+use bitnet_checkpoint::job::{self, Existing, Options};
+use bitnet_checkpoint::verify::verify;
+use bitnet_checkpoint::{Job, Recipe, Source};
 use bitnet_core::stats::ErrorStats;
-use bitnet_inference::perplexity::{Comparison, Mean, Windows, compare as compare_models};
+use bitnet_inference::perplexity::{
+    Mean, PerplexityComparison, Windows, compare as compare_models,
+};
 use bitnet_inference::{CacheType, GenerateOptions, LoadOptions, Model};
 use bitnet_kernels::Kernels;
-use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::compare::{Scope, compare};
-use bitnet_quant::verify::verify;
-use bitnet_quant::{Job, Recipe, Source};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -143,7 +145,7 @@ pub(crate) struct Measured {
     /// Whether the written file passes `verify`.
     pub(crate) whole: bool,
     /// On the held-out text, with the original as the reference.
-    pub(crate) text: Comparison,
+    pub(crate) text: PerplexityComparison,
 }
 
 impl Original {
@@ -185,7 +187,7 @@ impl Original {
             interrupt: &AtomicBool::new(false),
             existing: Existing::Refuse,
         };
-        let summary = checkpoint::run(&plan, &target, &options)?;
+        let summary = job::run(&plan, &target, &options)?;
         let written = Source::open(&target)?;
         let comparison = compare(&self.source, &written, &())?;
         let error = comparison.total(Scope::Quantized);
@@ -209,7 +211,7 @@ impl Original {
     }
 
     /// Has a model and the original predict the held-out text.
-    fn read(&self, model: &Model) -> anyhow::Result<Comparison> {
+    fn read(&self, model: &Model) -> anyhow::Result<PerplexityComparison> {
         let context = self.model.config().context;
         let windows = Windows {
             context,

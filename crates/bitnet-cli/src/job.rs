@@ -4,8 +4,9 @@ use crate::args::checkpoint::JobArgs;
 use crate::print::Output;
 use crate::progress::{ByteBar, interrupt};
 use crate::report;
-use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::{Compute, Error, Job, Source};
+use bitnet_checkpoint::job::{self, Existing, Options};
+use bitnet_checkpoint::recipe::Compute;
+use bitnet_checkpoint::{Error, Job, Source};
 
 /// Calls `f` with a progress bar over `total` bytes, Ctrl-C, and the threads and kernels that flags
 /// and configuration ask for.
@@ -13,7 +14,7 @@ pub(crate) fn with_options<T>(
     args: &JobArgs,
     compute: &Compute,
     total: u64,
-    f: impl FnOnce(&Options<'_>) -> bitnet_quant::Result<T>,
+    f: impl FnOnce(&Options<'_>) -> bitnet_checkpoint::Result<T>,
 ) -> anyhow::Result<T> {
     let bar = ByteBar::new(total, args.quiet.quiet);
     let threads = match args.threads {
@@ -46,7 +47,7 @@ pub(crate) fn run(
     out: &mut Output,
 ) -> anyhow::Result<()> {
     let summary = with_options(args, compute, job.input_bytes(), |options| {
-        checkpoint::run(job, &args.out, options)
+        job::run(job, &args.out, options)
     })?;
     let input_bytes = source.files.iter().map(|f| f.len).sum();
     report::print(&summary, &job.notes, input_bytes, args, out);

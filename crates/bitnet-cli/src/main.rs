@@ -85,11 +85,13 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 
 /// One line on stderr, and the exit status.
 fn fail(error: &anyhow::Error) -> ExitCode {
-    let interrupted = matches!(error.downcast_ref(), Some(bitnet_quant::Error::Interrupted))
-        || matches!(
-            error.downcast_ref(),
-            Some(bitnet_inference::Error::Interrupted)
-        );
+    let interrupted = matches!(
+        error.downcast_ref(),
+        Some(bitnet_checkpoint::Error::Interrupted)
+    ) || matches!(
+        error.downcast_ref(),
+        Some(bitnet_inference::Error::Interrupted)
+    );
     // The messages of the crates hold their causes already; a chain would say everything twice.
     // An error of the system has no words of its own around it.
     let cause = match error.downcast_ref::<io::Error>() {

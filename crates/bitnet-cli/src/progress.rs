@@ -1,6 +1,6 @@
 //! Progress on stderr, and Ctrl-C.
 
-use bitnet_quant::checkpoint::Progress;
+use bitnet_checkpoint::job::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};

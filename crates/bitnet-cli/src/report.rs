@@ -2,8 +2,8 @@
 
 use crate::args::checkpoint::JobArgs;
 use crate::print::{Output, Table, bytes, decibels};
+use bitnet_checkpoint::job::{Summary, TensorReport};
 use bitnet_core::stats::ErrorStats;
-use bitnet_quant::checkpoint::{Summary, TensorReport};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -30,7 +30,7 @@ pub(crate) fn totals(tensors: &[TensorReport], file_bytes: u64) -> Totals {
         error: quantized
             .iter()
             .filter_map(|t| t.error)
-            .fold(ErrorStats::default(), ErrorStats::then),
+            .fold(ErrorStats::default(), ErrorStats::merge),
         quantized: quantized.len(),
         quantized_bits: bits(
             quantized.iter().map(|t| t.bytes).sum(),

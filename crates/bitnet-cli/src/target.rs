@@ -1,7 +1,7 @@
 //! What `--out` names: the container by its ending, and endings that no container has.
 
 use anyhow::bail;
-use bitnet_quant::recipe::Format;
+use bitnet_checkpoint::recipe::Format;
 use std::path::{MAIN_SEPARATOR, Path};
 
 /// The container to write: the one of the flag, or by the ending of the output's name.

@@ -3,7 +3,7 @@
 use crate::print::stderr_line;
 use crate::progress::{bar, interrupt};
 use bitnet_quant::qat::Event;
-use bitnet_train::run::{Observer, Phase};
+use bitnet_train::run::{Phase, RunObserver};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
@@ -38,7 +38,7 @@ impl TrainingBar {
     }
 }
 
-impl Observer for TrainingBar {
+impl RunObserver for TrainingBar {
     fn on(&mut self, phase: Phase, event: &Event<'_>) -> ControlFlow<()> {
         match (event, &self.bar) {
             (Event::Begin { step, steps }, _) => self.begin(phase, *step, *steps),

@@ -1,12 +1,14 @@
 //! Flags of the commands that read and write checkpoints.
 
 use super::names::{layout, name, rule};
+use bitnet_checkpoint::recipe::Preset;
+use bitnet_checkpoint::recipe::{Choices, Format, Rule, Target};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
-use bitnet_core::{Granularity, ScaleDtype};
+use bitnet_core::{Granularity, ScaleDtype, pack};
+use bitnet_formats::gguf::GgmlType;
 use bitnet_formats::hf::LinearClass;
-use bitnet_quant::ConfigurationPreset;
-use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use std::path::PathBuf;
 
 /// The checkpoint to read.
@@ -20,12 +22,18 @@ pub(crate) struct InputArgs {
     pub(crate) open: OpenArgs,
 }
 
+/// The layouts that an I2_S tensor may have.
+fn i2s_orders() -> PossibleValuesParser {
+    let layouts = pack::of_ggml_type(GgmlType::I2S.id());
+    layouts.map(|layout| layout.name()).into()
+}
+
 /// What a file may not say of itself.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Reading")]
 pub(crate) struct OpenArgs {
     /// Order of the codes in I2_S tensors of another program, whose files do not say it
-    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
+    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = i2s_orders())]
     pub(crate) i2s_order: String,
 }
 
@@ -152,8 +160,8 @@ pub(crate) struct RecipeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Built-in configuration for a purpose
-    #[arg(long, value_name = "NAME", conflicts_with = "config", value_parser = name::<ConfigurationPreset>())]
-    pub(crate) preset: Option<ConfigurationPreset>,
+    #[arg(long, value_name = "NAME", conflicts_with = "config", value_parser = name::<Preset>())]
+    pub(crate) preset: Option<Preset>,
 }
 
 /// The fields of [`Choices`] as flags.

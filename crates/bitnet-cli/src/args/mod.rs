@@ -60,7 +60,7 @@ pub(crate) enum Command {
     /// Measure how well a model predicts a text, and how far it is from a reference
     #[command(after_help = examples::PERPLEXITY)]
     Perplexity(PerplexityArgs),
-    /// Measure speed, load time and memory of a model, or of a shape with made-up weights
+    /// Measure speed, load time and memory of a model, or of a shape with synthetic weights
     #[command(after_help = examples::BENCH)]
     Bench(BenchArgs),
     /// Train a model with quantized weights, and pack it

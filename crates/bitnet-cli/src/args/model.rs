@@ -210,7 +210,7 @@ pub(crate) struct BenchArgs {
     /// The model: a folder with config.json, or a .gguf
     #[arg(required_unless_present = "shape", conflicts_with = "shape")]
     pub(crate) model: Option<PathBuf>,
-    /// Shape of a model with made-up weights
+    /// Shape of a model with synthetic weights
     #[arg(long, value_name = "NAME", value_parser = shape())]
     pub(crate) shape: Option<String>,
     /// Tokens of the prompt
@@ -226,7 +226,7 @@ pub(crate) struct BenchArgs {
     pub(crate) load: LoadArgs,
 }
 
-/// The parser of shapes with made-up weights.
+/// The parser of shapes with synthetic weights.
 pub(crate) fn shape() -> NameParser<String> {
     NameParser::new(|s| match Config::shape(s) {
         Ok(_) => Ok(s.into()),

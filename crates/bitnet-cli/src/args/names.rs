@@ -1,7 +1,7 @@
 //! Values that are names: what the library says of an unknown one, and the name that was meant.
 
+use bitnet_checkpoint::recipe::{Rule, Target};
 use bitnet_core::pack;
-use bitnet_quant::recipe::{Choices, Rule, Target};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command, Error};
@@ -39,19 +39,7 @@ pub(crate) fn layout() -> NameParser<String> {
 /// The parser of `GLOB=PRECISION`.
 pub(crate) fn rule() -> NameParser<Rule> {
     NameParser {
-        parse: |s| {
-            let (glob, precision) = s.rsplit_once('=').ok_or("expected GLOB=PRECISION")?;
-            let precision = precision
-                .parse()
-                .map_err(|e: bitnet_core::Error| e.to_string())?;
-            Ok(Rule {
-                glob: glob.into(),
-                choices: Choices {
-                    precision: Some(precision),
-                    ..Choices::default()
-                },
-            })
-        },
+        parse: |s| s.parse().map_err(|e| format!("{e}")),
         names: name::<Target>().names,
     }
 }
@@ -123,12 +111,12 @@ impl<T: Clone + Send + Sync + 'static> TypedValueParser for NameParser<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet_checkpoint::recipe::Format;
+    use bitnet_checkpoint::recipe::Preset;
     use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
     use bitnet_core::{Granularity, ScaleDtype};
     use bitnet_formats::hf::LinearClass;
     use bitnet_inference::{ActivationType, CacheType, FloatType};
-    use bitnet_quant::ConfigurationPreset;
-    use bitnet_quant::recipe::Format;
 
     fn check<T>(parser: &NameParser<T>, count: usize) {
         assert!(parser.names.len() >= count, "{:?}", parser.names);
@@ -156,7 +144,7 @@ mod tests {
         check(&name::<Rounding>(), 3);
         check(&name::<Format>(), 3);
         check(&name::<LinearClass>(), 2);
-        check(&name::<ConfigurationPreset>(), 5);
+        check(&name::<Preset>(), 5);
         check(&name::<ActivationType>(), 3);
         check(&name::<FloatType>(), 4);
         check(&name::<CacheType>(), 3);

@@ -3,13 +3,13 @@
 use super::checkpoint::QuietArgs;
 use super::examples;
 use super::names::{NameParser, name, rule};
+use bitnet_checkpoint::recipe::{Activations, Choices, Format, Recipe, Rule, Target};
 use bitnet_core::Granularity;
 use bitnet_core::scheme::Threshold;
 use bitnet_quant::qat::{EarlyStopping, Progressive, QATConfig, StraightThroughEstimator};
-use bitnet_quant::recipe::{Choices, Format, Rule, Target};
-use bitnet_quant::{Activations, QuantizationConfig};
+
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
-use bitnet_train::run::Place;
+use bitnet_train::run::RunOutput;
 use clap::{Args, Subcommand};
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
@@ -285,8 +285,8 @@ impl CommonArgs {
         self.precision.apply(&mut training.quantization);
     }
 
-    pub(crate) fn place(&self) -> Place {
-        Place {
+    pub(crate) fn output(&self) -> RunOutput {
+        RunOutput {
             out: self.out.clone(),
             resume: self.resume,
             every: self.checkpoints.every,
@@ -322,7 +322,7 @@ impl MethodArgs {
 }
 
 impl PrecisionArgs {
-    fn apply(&self, recipe: &mut QuantizationConfig) {
+    fn apply(&self, recipe: &mut Recipe) {
         set(&mut recipe.format, self.format);
         recipe.activations = self.activations.or(recipe.activations);
         // With --resume the run's own configuration has them already.

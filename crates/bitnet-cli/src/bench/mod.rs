@@ -41,8 +41,8 @@ pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result
     let (name, model) = match (&args.model, &args.shape) {
         (Some(path), _) => (path.display().to_string(), Model::load_with(path, options)?),
         (None, Some(shape)) => (
-            format!("{shape}, made-up weights"),
-            Model::made_up(Config::shape(shape)?, options)?,
+            format!("{shape}, synthetic weights"),
+            Model::synthetic(Config::shape(shape)?, options)?,
         ),
         (None, None) => anyhow::bail!("expected a model or --shape, got none"),
     };
@@ -104,7 +104,7 @@ fn repeat(
     session: &mut Session<'_>,
 ) -> anyhow::Result<(f64, f64)> {
     let vocab = model.config().vocab as u32;
-    // Any tokens do: the work depends on their number.
+    // Any tokens do: the time depends on their number.
     let tokens: Vec<u32> = (0..args.prompt)
         .map(|i| i.wrapping_mul(2_654_435_761) % vocab)
         .collect();

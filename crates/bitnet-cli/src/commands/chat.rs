@@ -5,7 +5,7 @@ use crate::args::model::ChatArgs;
 use crate::generation::{finish_name, speed, speed_json};
 use crate::print::{Answer, Output, note, stderr_line};
 use anyhow::Context;
-use bitnet_inference::{Finish, Generation, Message};
+use bitnet_inference::{ChatMessage, Finish, Generation};
 use serde_json::json;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,14 +29,14 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let mut session = model.session(context, args.load.cache)?;
     catch_interrupts()?;
     let system = args.system.as_ref();
-    let mut messages: Vec<Message> = system
-        .map(|text| Message::new("system", text))
+    let mut messages: Vec<ChatMessage> = system
+        .map(|text| ChatMessage::new("system", text))
         .into_iter()
         .collect();
     let mut turns = vec![];
     let terminal = std::io::stdin().is_terminal();
     while let Some(line) = read_message(terminal, out)? {
-        messages.push(Message::new("user", &line));
+        messages.push(ChatMessage::new("user", &line));
         let tokens = model.chat_tokens(&messages)?;
         if tokens.len() >= context {
             messages.pop();
@@ -69,7 +69,7 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
             "finish": finish_name(finish),
             "speed": speed_json(&timings),
         }));
-        messages.push(Message::new("assistant", text));
+        messages.push(ChatMessage::new("assistant", text));
     }
     if terminal {
         stderr_line("");

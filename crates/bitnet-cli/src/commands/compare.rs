@@ -3,8 +3,8 @@
 use crate::args::checkpoint::{CompareArgs, GateArgs};
 use crate::print::{Answer, Output, Table, decibels, percent, scientific};
 use crate::progress::ByteBar;
+use bitnet_checkpoint::compare::{Comparison, Scope, compare};
 use bitnet_core::stats::ErrorStats;
-use bitnet_quant::compare::{Comparison, Scope, compare};
 use serde_json::{Value, json};
 
 pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer> {

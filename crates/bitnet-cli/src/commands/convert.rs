@@ -3,7 +3,8 @@
 use crate::args::checkpoint::ConvertArgs;
 use crate::print::{Answer, Output};
 use crate::{job, target};
-use bitnet_quant::{Compute, Job};
+use bitnet_checkpoint::Job;
+use bitnet_checkpoint::recipe::Compute;
 
 pub(crate) fn run(args: &ConvertArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let container = &args.container;

@@ -3,7 +3,8 @@
 use crate::args::checkpoint::DequantizeArgs;
 use crate::print::{Answer, Output};
 use crate::{job, target};
-use bitnet_quant::{Compute, Job};
+use bitnet_checkpoint::Job;
+use bitnet_checkpoint::recipe::Compute;
 
 pub(crate) fn run(args: &DequantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
     target::format(None, &args.job.out)?;

@@ -2,8 +2,8 @@
 
 use crate::args::checkpoint::InspectArgs;
 use crate::print::{Answer, Output, Table, bytes, shape};
+use bitnet_checkpoint::inspect::{Finding, TensorInfo, lint, tensors};
 use bitnet_kernels::Kernels;
-use bitnet_quant::inspect::{Finding, TensorInfo, lint, tensors};
 use serde_json::{Value, json};
 
 pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {

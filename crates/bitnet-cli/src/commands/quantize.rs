@@ -3,8 +3,9 @@
 use crate::args::checkpoint::QuantizeArgs;
 use crate::print::{Answer, Output};
 use crate::{job, target};
-use bitnet_quant::calibration::Calibration;
-use bitnet_quant::{Job, QuantizationConfig, Search, search};
+use bitnet_checkpoint::calibration::Calibration;
+use bitnet_checkpoint::recipe::{Recipe, Search};
+use bitnet_checkpoint::{Job, search};
 use std::path::Path;
 
 pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
@@ -37,11 +38,11 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
 }
 
 /// The configuration of file or preset, with the flags over it.
-fn recipe(args: &QuantizeArgs) -> anyhow::Result<QuantizationConfig> {
+fn recipe(args: &QuantizeArgs) -> anyhow::Result<Recipe> {
     let mut recipe = match (&args.recipe.config, args.recipe.preset) {
         (Some(path), _) => read(path)?,
         (None, Some(preset)) => preset.build()?,
-        (None, None) => QuantizationConfig::default(),
+        (None, None) => Recipe::default(),
     };
     let format = target::format(args.container.format, &args.job.out)?;
     if args.recipe.config.is_none() || args.container.format.is_some() {
@@ -66,14 +67,14 @@ fn recipe(args: &QuantizeArgs) -> anyhow::Result<QuantizationConfig> {
     Ok(recipe)
 }
 
-fn read(path: &Path) -> anyhow::Result<QuantizationConfig> {
+fn read(path: &Path) -> anyhow::Result<Recipe> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
     let json = path.extension().is_some_and(|e| e == "json");
     let config = if json {
-        QuantizationConfig::from_json(&text)
+        Recipe::from_json(&text)
     } else {
-        QuantizationConfig::from_toml(&text)
+        Recipe::from_toml(&text)
     };
     config.map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

@@ -5,7 +5,7 @@ use crate::generation::{finish_name, speed, speed_json};
 use crate::print::{Answer, Output, note, stderr_line};
 use crate::progress::interrupt;
 use anyhow::Context;
-use bitnet_inference::{Error, Finish, Message};
+use bitnet_inference::{ChatMessage, Error, Finish};
 use serde_json::json;
 use std::io::Read;
 use std::sync::atomic::Ordering;
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
     };
     let model = args.load.load(&args.model, &args.quiet)?;
     let tokens = if args.chat {
-        model.chat_tokens(&[Message::new("user", prompt)])?
+        model.chat_tokens(&[ChatMessage::new("user", prompt)])?
     } else {
         model.tokenizer()?.encode(&prompt, true)?
     };

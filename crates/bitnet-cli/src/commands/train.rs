@@ -3,20 +3,22 @@
 use crate::args::train::{CommonArgs, ModelKind, TrainArgs, document};
 use crate::print::{Answer, Output, bytes, percent};
 use crate::training_bar::TrainingBar;
+use bitnet_checkpoint::Error as CheckpointError;
+use bitnet_quant::Error as QuantError;
 use bitnet_quant::qat::QATConfig;
 use bitnet_train::config::RunConfig;
-use bitnet_train::run::{Report, Work, run as run_work};
-use bitnet_train::{Error, ImageWork, LmWork};
+use bitnet_train::run::{RunReport, Workload, run as run_workload};
+use bitnet_train::{Error, ImageWorkload, LmWorkload};
 use serde_json::json;
 
 pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let (report, say): (Report, fn(f64) -> String) = match &args.what {
+    let (report, say): (RunReport, fn(f64) -> String) = match &args.what {
         ModelKind::Image(args) => {
             let config = args.configuration()?;
-            let work = ImageWork::new(&config)?;
+            let workload = ImageWorkload::new(&config)?;
             (
                 train(
-                    &work,
+                    &workload,
                     &config.run,
                     &config.training,
                     &document(&config)?,
@@ -27,10 +29,10 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
         }
         ModelKind::Lm(args) => {
             let config = args.configuration()?;
-            let work = LmWork::new(&config)?;
+            let workload = LmWorkload::new(&config)?;
             (
                 train(
-                    &work,
+                    &workload,
                     &config.run,
                     &config.training,
                     &document(&config)?,
@@ -44,32 +46,40 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
     Ok(Answer::Yes)
 }
 
-fn train<W: Work>(
-    work: &W,
+fn train<W: Workload>(
+    workload: &W,
     run: &RunConfig,
     training: &QATConfig,
     document: &str,
     args: &CommonArgs,
-) -> anyhow::Result<Report> {
-    let mut watch = TrainingBar::new(args.quiet.quiet, work.metric());
-    run_work(work, run, training, document, &args.place(), &mut watch).map_err(
-        |error| match error {
-            Error::Quant(bitnet_quant::Error::Exists { path }) if path == args.out => {
-                anyhow::anyhow!(
-                    "{} exists already; --resume resumes the run in it",
-                    path.display()
-                )
-            }
-            Error::Quant(interrupted @ bitnet_quant::Error::Interrupted) => {
-                anyhow::Error::new(interrupted)
-                    .context("interrupted; the same command with --resume continues from here")
-            }
-            other => other.into(),
-        },
+) -> anyhow::Result<RunReport> {
+    let mut watch = TrainingBar::new(args.quiet.quiet, workload.metric());
+    run_workload(
+        workload,
+        run,
+        training,
+        document,
+        &args.output(),
+        &mut watch,
     )
+    .map_err(|error| match error {
+        Error::Quant(QuantError::Checkpoint(CheckpointError::Exists { path }))
+            if path == args.out =>
+        {
+            anyhow::anyhow!(
+                "{} exists already; --resume resumes the run in it",
+                path.display()
+            )
+        }
+        Error::Quant(QuantError::Checkpoint(interrupted @ CheckpointError::Interrupted)) => {
+            anyhow::Error::new(interrupted)
+                .context("interrupted; the same command with --resume continues from here")
+        }
+        other => other.into(),
+    })
 }
 
-fn print(report: &Report, say: fn(f64) -> String, out: &mut Output) {
+fn print(report: &RunReport, say: fn(f64) -> String, out: &mut Output) {
     let lines = [
         ("full precision", report.full),
         ("quantized after training", report.ptq),

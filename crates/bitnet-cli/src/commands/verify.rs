@@ -2,8 +2,8 @@
 
 use crate::args::checkpoint::VerifyArgs;
 use crate::print::{Answer, Output, bytes};
+use bitnet_checkpoint::verify::{Damage, Verification, verify};
 use bitnet_formats::document::KEY;
-use bitnet_quant::verify::{Damage, Verification, verify};
 use serde_json::json;
 use std::io::Read;
 use std::path::Path;

@@ -377,7 +377,7 @@ impl Log {
 }
 
 fn put(file: &mut File, path: &Path, line: &Line) -> Result<()> {
-    let mut text = serde_json::to_string(line).map_err(|e| Error::Recipe(e.to_string()))?;
+    let mut text = serde_json::to_string(line).map_err(Error::recipe)?;
     text.push('\n');
     Ok(file
         .write_all(text.as_bytes())

@@ -4,6 +4,8 @@
 
 mod best;
 
+use bitnet_core::random::Random;
+use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::{
     CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method,
     OptimizerConfig, Outcome, Progressive, QATConfig, QATTrainer, Schedule, Shape, Stage, Step,
@@ -18,14 +20,10 @@ use std::path::Path;
 
 /// Numbers in (−1, 1) that depend on the seed alone.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0
-    };
-    (0..n + 8).map(|_| next()).skip(8).collect()
+    let mut random = Random::new(seed);
+    (0..n)
+        .map(|_| (2.0 * random.uniform() - 1.0) as f32)
+        .collect()
 }
 
 /// Two layers that learn a fixed map of 16 numbers to 4.
@@ -386,7 +384,7 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     // A new training does not mix with one that is there.
     let error = train(&mut Mlp::new(24)?, &config, None, false).unwrap_err();
     assert!(
-        matches!(&error, Error::Exists { path } if path.ends_with("step-000000007")),
+        matches!(&error, Error::Checkpoint(CheckpointError::Exists { path }) if path.ends_with("step-000000007")),
         "{error}"
     );
     let empty = QATConfig {
@@ -780,7 +778,7 @@ fn wrong_fields_of_a_configuration_are_named_together() {
     config.optimizer.learning_rate = f64::INFINITY;
     config.quantization.default.planes = Some(7);
     let error = QATTrainer::new(config).unwrap_err();
-    let Error::Invalid(fields) = &error else {
+    let Error::Checkpoint(CheckpointError::Invalid(fields)) = &error else {
         panic!("{error}")
     };
     let expected = [

@@ -1,0 +1,225 @@
+//! What was lost between two checkpoints of the same model, tensor by tensor.
+
+use crate::job::Progress;
+use crate::rows::{Scratch, strip_rows, windows, with_rows};
+use crate::{Error, Result};
+use bitnet_core::stats::{CodeHistogram, ErrorStats};
+use bitnet_formats::arch::{self, Architecture, HeadCounts};
+use bitnet_formats::{Content, Kind, Source, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Figures of one pair of tensors.
+#[derive(Debug, Clone)]
+pub struct TensorComparison {
+    /// Name in the original.
+    pub name: String,
+    /// What the second checkpoint holds: a layout or an element type.
+    pub stored_as: String,
+    /// Whether the second checkpoint holds low-bit values.
+    pub quantized: bool,
+    /// Error sums.
+    pub error: ErrorStats,
+    /// Order-0 entropy of the values in bits, if they are low-bit values.
+    pub entropy: Option<f64>,
+    /// Bytes in the second checkpoint, scales and padding included.
+    pub bytes: u64,
+}
+
+/// Figures of two checkpoints.
+#[derive(Debug, Clone)]
+pub struct Comparison {
+    /// Every tensor of the original that holds weights, in its order.
+    pub tensors: Vec<TensorComparison>,
+}
+
+impl TensorComparison {
+    /// Bits per weight in the second checkpoint.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.error.count.max(1) as f64
+    }
+}
+
+impl Comparison {
+    /// Error sums over all tensors, or over those that are quantized.
+    pub fn total(&self, only_quantized: Scope) -> ErrorStats {
+        self.scoped(only_quantized)
+            .fold(ErrorStats::default(), |sum, t| sum.merge(t.error))
+    }
+
+    /// Bits per weight over all tensors, or over those that are quantized.
+    pub fn bits_per_weight(&self, scope: Scope) -> f64 {
+        let bytes: u64 = self.scoped(scope).map(|t| t.bytes).sum();
+        bytes as f64 * 8.0 / self.total(scope).count.max(1) as f64
+    }
+
+    fn scoped(&self, scope: Scope) -> impl Iterator<Item = &TensorComparison> {
+        self.tensors
+            .iter()
+            .filter(move |t| scope == Scope::All || t.quantized)
+    }
+}
+
+/// Which tensors a total is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// All of them.
+    All,
+    /// Those that hold low-bit values.
+    Quantized,
+}
+
+/// Compares every float or quantized tensor of `original` with its counterpart in `quantized`.
+///
+/// Tensors are paired by name; between a Hugging Face folder and a GGUF by the names and the row
+/// order of the architecture.
+///
+/// # Errors
+/// [`Error::Mismatch`] for a tensor that is missing or has another shape, [`Error::File`] for what
+/// cannot be read.
+pub fn compare(
+    original: &Source,
+    quantized: &Source,
+    progress: &dyn Progress,
+) -> Result<Comparison> {
+    let pairing = Pairing::new(original, quantized)?;
+    let mut tensors = vec![];
+    for tensor in original
+        .tensors
+        .iter()
+        .filter(|t| !matches!(t.content, Content::Opaque(_)))
+    {
+        progress.tensor(&tensor.name);
+        let Some((other, order)) = pairing.find(tensor)? else {
+            continue;
+        };
+        if tensor.shape != other.shape {
+            let what = format!(
+                "tensor '{}': expected shape {:?}, got {:?}",
+                other.name, tensor.shape, other.shape
+            );
+            return Err(Error::Mismatch {
+                path: quantized.path.clone(),
+                what,
+            });
+        }
+        let error = with_rows(original, tensor, None, |a| {
+            with_rows(quantized, other, order.as_deref(), |b| {
+                // Rows of blocks may be shorter than those of the matrix: go by the longer, which
+                // holds whole ones of both.
+                let cols = a.cols.max(b.cols).max(1);
+                let (a, b) = (a.reshaped(cols), b.reshaped(cols));
+                let mut error = ErrorStats::default();
+                for window in windows(a.count, strip_rows(cols)) {
+                    let parts: Vec<Result<ErrorStats>> = window
+                        .into_par_iter()
+                        .map_init(Scratch::default, |scratch, range: Range<usize>| {
+                            a.read(range.clone(), &mut scratch.bytes, &mut scratch.weights)?;
+                            b.read(range, &mut scratch.bytes, &mut scratch.back)?;
+                            Ok(ErrorStats::measure(&scratch.weights, &scratch.back))
+                        })
+                        .collect();
+                    for part in parts {
+                        error = error.merge(part?);
+                    }
+                }
+                Ok(error)
+            })
+        })?;
+        let (stored_as, entropy) = match &other.content {
+            Content::Quantized(q) => {
+                let matrix = quantized.matrix(&other.name, q)?;
+                let mut histogram = CodeHistogram::default();
+                histogram.add(&matrix.values);
+                (q.layout.name().to_string(), Some(histogram.entropy_bits()))
+            }
+            Content::Float(i) | Content::Opaque(i) => {
+                (quantized.stored[*i].dtype.to_string(), None)
+            }
+        };
+        progress.advance(tensor.bytes(original));
+        tensors.push(TensorComparison {
+            name: tensor.name.clone(),
+            stored_as,
+            quantized: entropy.is_some(),
+            error,
+            entropy,
+            bytes: other.bytes(quantized),
+        });
+    }
+    Ok(Comparison { tensors })
+}
+
+/// How names of two checkpoints belong together.
+struct Pairing<'a> {
+    original: &'a Source,
+    quantized: &'a Source,
+    /// Architecture and heads, if one is a GGUF with ggml's names and the other is not.
+    model: Option<(&'static Architecture, HeadCounts)>,
+}
+
+/// The counterpart of a tensor and, for each of its rows, the row there.
+type Paired<'a> = (&'a Tensor, Option<Vec<usize>>);
+
+impl<'a> Pairing<'a> {
+    fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
+        let ggml_names = |s: &Source| s.tensors.iter().any(|t| t.name.starts_with("blk."));
+        let mut model = None;
+        if ggml_names(original) != ggml_names(quantized) {
+            let gguf = [original, quantized]
+                .into_iter()
+                .find(|s| s.kind == Kind::Gguf);
+            let Some(gguf) = gguf else {
+                let what = "expected the original's tensor names, got those of a GGUF".to_string();
+                return Err(Error::Mismatch {
+                    path: quantized.path.clone(),
+                    what,
+                });
+            };
+            model = Some((
+                Architecture::from_gguf(&gguf.gguf)?,
+                HeadCounts::from_gguf(&gguf.gguf)?,
+            ));
+        }
+        Ok(Self {
+            original,
+            quantized,
+            model,
+        })
+    }
+
+    /// The counterpart of a tensor and, for each row of the original, its row there. `None` for
+    /// buffers that the other side derives.
+    fn find(&self, tensor: &Tensor) -> Result<Option<Paired<'a>>> {
+        let mut name = Some(tensor.name.clone());
+        let mut order = None;
+        if let Some((architecture, heads)) = self.model {
+            if tensor.name.ends_with("rotary_emb.inv_freq") || tensor.name == arch::ROPE_FREQS {
+                return Ok(None);
+            }
+            let rows = tensor.shape.first().copied().unwrap_or(0);
+            if self.original.kind == Kind::Gguf {
+                name = architecture.hf_tensor(&tensor.name);
+                if let Some(hf) = &name {
+                    order = architecture.gguf_rows(heads, hf, rows)?;
+                }
+            } else {
+                name = architecture.gguf_tensor(&tensor.name);
+                order = architecture.hf_rows(heads, &tensor.name, rows)?;
+            }
+        }
+        match name.as_deref().and_then(|name| self.quantized.find(name)) {
+            Some(other) => Ok(Some((other, order))),
+            None => {
+                let what = format!(
+                    "expected a tensor '{}', got none",
+                    name.unwrap_or_else(|| tensor.name.clone())
+                );
+                Err(Error::Mismatch {
+                    path: self.quantized.path.clone(),
+                    what,
+                })
+            }
+        }
+    }
+}

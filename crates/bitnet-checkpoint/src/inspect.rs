@@ -1,0 +1,217 @@
+//! What a checkpoint holds, in honest bits, and what looks wrong in it.
+
+use crate::Result;
+use crate::rows::{Scratch, strip_rows, windows, with_rows};
+use bitnet_core::ops::{Moments, Ops};
+use bitnet_core::pack::Layout;
+use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
+use bitnet_formats::hf::{Verdict, judge_scales};
+use bitnet_formats::{Content, Source, Tensor};
+use bitnet_kernels::Kernels;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Element type, or wire layout.
+    pub stored_as: String,
+    /// Alphabet, granularity and planes, if it is quantized.
+    pub spec: Option<MatrixSpec>,
+    /// Bytes in the file, scales and padding included.
+    pub bytes: u64,
+}
+
+/// Something that looks wrong, or that a person should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// The tensor.
+    pub tensor: String,
+    /// Short name of the check.
+    pub check: &'static str,
+    /// What was found.
+    pub what: String,
+}
+
+impl TensorInfo {
+    /// Number of weights.
+    pub fn weights(&self) -> u64 {
+        self.shape.iter().product::<usize>() as u64
+    }
+
+    /// Bits per weight, scales and padding included.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.weights().max(1) as f64
+    }
+}
+
+/// Lists every tensor; reads no weights.
+pub fn tensors(source: &Source) -> Vec<TensorInfo> {
+    source
+        .tensors
+        .iter()
+        .map(|tensor| {
+            let (stored_as, spec) = match &tensor.content {
+                Content::Quantized(q) => (q.layout.name().to_string(), Some(q.spec.clone())),
+                Content::Float(i) | Content::Opaque(i) => {
+                    (source.stored[*i].dtype.to_string(), None)
+                }
+            };
+            TensorInfo {
+                name: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                stored_as,
+                spec,
+                bytes: tensor.bytes(source),
+            }
+        })
+        .collect()
+}
+
+/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`,
+/// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
+/// numbers) and `k` (columns that block layouts do not divide).
+///
+/// # Errors
+/// [`crate::Error::File`] for what cannot be read.
+pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
+    let mut findings = vec![];
+    for tensor in &source.tensors {
+        let mut find = |check, what: String| {
+            findings.push(Finding {
+                tensor: tensor.name.clone(),
+                check,
+                what,
+            })
+        };
+        match &tensor.content {
+            Content::Opaque(_) => {}
+            Content::Quantized(q) => match source.matrix(&tensor.name, q) {
+                Err(error) => find("corrupt", error.to_string()),
+                Ok(matrix) => {
+                    if matrix.scales.iter().all(|&s| s == 0.0)
+                        || (matrix.zero_points.is_empty() && matrix.values.iter().all(|&v| v == 0))
+                    {
+                        find("dead", "every weight is 0".into());
+                    }
+                    if matrix.spec.precision == Precision::Ternary
+                        && matrix.spec.granularity == Granularity::Tensor
+                        && let Verdict::Contradiction { gain, other } =
+                            judge_scales(&[(matrix.scales[0].abs(), matrix.spec.cols)])
+                    {
+                        find(
+                            "scale",
+                            format!(
+                                "the layer amplifies {gain:.3e} times, with the inverse scale {other:.3}: is it 1/scale?"
+                            ),
+                        );
+                    }
+                }
+            },
+            Content::Float(stored) => {
+                let dtype = source.stored[*stored].dtype;
+                if dtype.block() > 1 {
+                    find(
+                        "already-quantized",
+                        format!("stored as {dtype}: quantizing it again adds to the error it has"),
+                    );
+                }
+                lint_floats(source, tensor, kernels, &mut find)?;
+            }
+        }
+    }
+    Ok(findings)
+}
+
+fn lint_floats(
+    source: &Source,
+    tensor: &Tensor,
+    kernels: Kernels,
+    find: &mut dyn FnMut(&'static str, String),
+) -> Result<()> {
+    let (all, ternary_rows, rows) = with_rows(source, tensor, None, |rows| {
+        let rows = match tensor.matrix_shape() {
+            Some((_, cols)) => rows.reshaped(cols),
+            None => rows.reshaped(rows.cols),
+        };
+        let mut all = Moments::EMPTY;
+        let mut ternary_rows = 0;
+        for window in windows(rows.count, strip_rows(rows.cols)) {
+            let parts: Vec<Result<(Moments, usize)>> = window
+                .into_par_iter()
+                .map_init(Scratch::default, |scratch, range: Range<usize>| {
+                    rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+                    let mut part = (Moments::EMPTY, 0);
+                    for row in scratch.weights.chunks(rows.cols.max(1)) {
+                        let moments = kernels.moments(row);
+                        let ternary =
+                            moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
+                        part = (part.0.merge(moments), part.1 + usize::from(ternary));
+                    }
+                    Ok(part)
+                })
+                .collect();
+            for part in parts {
+                let part = part?;
+                all = all.merge(part.0);
+                ternary_rows += part.1;
+            }
+        }
+        Ok((all, ternary_rows, rows.count))
+    })?;
+    let Some((_, cols)) = tensor.matrix_shape() else {
+        if !all.finite {
+            find("not-finite", "NaN or infinity".into());
+        }
+        return Ok(());
+    };
+    if !all.finite {
+        find(
+            "not-finite",
+            "NaN or infinity: it cannot be quantized".into(),
+        );
+    } else if all.count > 0 && all.max_abs() == 0.0 {
+        find("dead", "every weight is 0".into());
+    } else if let Some(s) = all.ternary_magnitude() {
+        find(
+            "already-ternary",
+            format!("every weight is -{s}, 0 or {s}: quantizing keeps codes and scale"),
+        );
+    } else if rows > 1 && cols > 2 && ternary_rows == rows {
+        find("already-ternary", "each row has one magnitude: quantize with granularity channel to keep codes and scales".into());
+    }
+    if tensor.shape.len() == 2 {
+        let refused: Vec<&str> = pack::layouts()
+            .iter()
+            .filter(|l| l.stores_scales() && !fits(**l, cols))
+            .map(|l| l.name())
+            .collect();
+        if !refused.is_empty() {
+            find(
+                "k",
+                format!(
+                    "{cols} columns do not divide into the blocks of {}",
+                    refused.join(", ")
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Whether a block layout takes rows of that many columns, with any scheme.
+fn fits(layout: &dyn Layout, cols: usize) -> bool {
+    Precision::ALL.iter().any(|&precision| {
+        ScaleDtype::ALL.iter().any(|&dtype| {
+            let spec = MatrixSpec {
+                scale_dtype: dtype,
+                ..MatrixSpec::new(4, cols, precision, Granularity::Tensor)
+            };
+            layout.check(&spec).is_ok()
+        })
+    })
+}

@@ -1,0 +1,188 @@
+//! Matrices in memory through the quantizers of `bitnet-core`, on the threads of the current rayon
+//! pool.
+
+use crate::Result;
+use crate::rows::{strip_rows, windows};
+use bitnet_core::granule::{Granule, Importance};
+use bitnet_core::quantize::{fit, quantize_rows};
+use bitnet_core::stats::ErrorStats;
+use bitnet_core::{Granularity, Matrix, Scheme, ZeroPoints};
+use bitnet_kernels::Kernels;
+use rayon::prelude::*;
+
+/// A matrix in memory as one granule: the strips that a file would have, so that a tensor gets the
+/// same values here and there.
+struct InMemory<'a> {
+    weights: &'a [f32],
+    strip: usize,
+}
+
+impl Granule for InMemory<'_> {
+    type Error = bitnet_core::Error;
+
+    fn fold<T: Send>(
+        &self,
+        map: impl Fn(usize, &[f32]) -> T + Sync,
+        join: impl Fn(T, T) -> T,
+    ) -> Result<T, bitnet_core::Error> {
+        let strips = self.weights.par_chunks(self.strip.max(1)).enumerate();
+        let parts: Vec<T> = strips.map(|(i, w)| map(i * self.strip, w)).collect();
+        Ok(parts
+            .into_iter()
+            .reduce(join)
+            .unwrap_or_else(|| map(0, &[])))
+    }
+}
+
+/// Quantizes `weights` of `[rows, cols]`. The values do not depend on the number of threads, and
+/// are those of [`crate::job::run`].
+///
+/// `importance`, one number for each column, counts where [`Scheme::uses_importance`] says so, and
+/// is ignored elsewhere.
+pub fn quantize(
+    kernels: Kernels,
+    weights: &[f32],
+    (rows, cols): (usize, usize),
+    scheme: &Scheme,
+    importance: Option<&[f32]>,
+) -> Result<Matrix> {
+    let spec = scheme.spec(rows, cols)?;
+    if weights.len() != spec.weights_len() || weights.is_empty() {
+        return Err(bitnet_core::Error::Length {
+            what: "weights",
+            expected: spec.weights_len().max(1),
+            got: weights.len(),
+        }
+        .into());
+    }
+    let importance = importance.filter(|_| scheme.uses_importance());
+    if let Some(h) = importance.filter(|h| h.len() != cols) {
+        return Err(bitnet_core::Error::Length {
+            what: "importance",
+            expected: cols,
+            got: h.len(),
+        }
+        .into());
+    }
+    let strip = strip_rows(cols);
+    let (fitted, importance) = match scheme.granularity {
+        Granularity::Tensor => {
+            let columns = importance.map(Importance::new).transpose()?;
+            (
+                Some(fit(
+                    &kernels,
+                    &InMemory {
+                        weights,
+                        strip: strip * cols,
+                    },
+                    scheme,
+                    columns,
+                )?),
+                None,
+            )
+        }
+        Granularity::Channel | Granularity::Group(_) => (None, importance),
+    };
+    if rows <= strip || rayon::current_num_threads() == 1 {
+        return Ok(quantize_rows(
+            &kernels,
+            weights,
+            cols,
+            0,
+            scheme,
+            fitted.as_ref(),
+            importance,
+        )?);
+    }
+    let strips: Vec<_> = weights
+        .par_chunks(strip * cols)
+        .enumerate()
+        .map(|(i, w)| {
+            quantize_rows(
+                &kernels,
+                w,
+                cols,
+                i * strip,
+                scheme,
+                fitted.as_ref(),
+                importance,
+            )
+        })
+        .collect();
+    let strips = strips.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let mut whole = Matrix {
+        values: Vec::with_capacity(spec.values_len()),
+        scales: vec![],
+        zero_points: vec![],
+        spec,
+    };
+    for plane in 0..whole.spec.planes {
+        for strip in &strips {
+            let (values, scales) = (
+                strip.values.len() / strip.spec.planes,
+                strip.scales.len() / strip.spec.planes,
+            );
+            whole
+                .values
+                .extend_from_slice(&strip.values[plane * values..][..values]);
+            if scheme.granularity != Granularity::Tensor {
+                whole
+                    .scales
+                    .extend_from_slice(&strip.scales[plane * scales..][..scales]);
+            }
+        }
+        if let Some(fitted) = &fitted {
+            whole.scales.push(fitted.scales[plane]);
+        }
+    }
+    if whole.spec.zero_points != ZeroPoints::None {
+        match &fitted {
+            Some(fitted) => whole.zero_points.push(fitted.zero_point),
+            None => whole
+                .zero_points
+                .extend(strips.iter().flat_map(|s| &s.zero_points)),
+        }
+    }
+    Ok(whole)
+}
+
+/// What a matrix lost against the weights it was made from.
+pub fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
+    let (rows, cols) = (matrix.spec.rows, matrix.spec.cols);
+    let mut error = ErrorStats::default();
+    for window in windows(if cols == 0 { 0 } else { rows }, strip_rows(cols)) {
+        let parts: Vec<ErrorStats> = window
+            .into_par_iter()
+            .map_init(
+                || vec![0.0; cols],
+                |back, rows| {
+                    let mut error = ErrorStats::default();
+                    for row in rows {
+                        matrix.dequantize_row_into(row, back);
+                        error =
+                            error.merge(ErrorStats::measure(&weights[row * cols..][..cols], back));
+                    }
+                    error
+                },
+            )
+            .collect();
+        error = parts.into_iter().fold(error, ErrorStats::merge);
+    }
+    error
+}
+
+/// `Σ h_k·(w − ŵ)²`.
+pub fn weighted_error(weights: &[f32], matrix: &Matrix, h: &[f32]) -> f64 {
+    let mut back = vec![0.0; matrix.spec.cols];
+    let mut sum = 0.0;
+    for (row, w) in weights.chunks(matrix.spec.cols.max(1)).enumerate() {
+        matrix.dequantize_row_into(row, &mut back);
+        sum += w
+            .iter()
+            .zip(&back)
+            .zip(h)
+            .map(|((w, v), h)| f64::from(*h) * f64::from(w - v).powi(2))
+            .sum::<f64>();
+    }
+    sum
+}

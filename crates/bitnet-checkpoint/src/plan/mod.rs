@@ -1,0 +1,639 @@
+//! What a job will do to each tensor, decided and checked before the first byte is written.
+
+mod packing;
+mod surroundings;
+
+use crate::recipe::Compute;
+use crate::recipe::{Format, Recipe, Target};
+use crate::{Error, Result};
+use bitnet_core::pack::{self, Layout, PackedLen};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
+use bitnet_formats::arch::{Architecture, HeadCounts};
+use bitnet_formats::document::{self, Document, Packed};
+use bitnet_formats::hf::{LinearClass, Mode};
+use bitnet_formats::logical::ggml_type_of;
+use bitnet_formats::output::{self, Container, OutTensor};
+use bitnet_formats::{Content, Source, StoredType, Tensor, gguf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Name and version in the files that are written.
+pub const GENERATOR: &str = concat!("bitnet-quant ", env!("CARGO_PKG_VERSION"));
+
+/// What happens to one tensor.
+#[derive(Debug, Clone)]
+pub(crate) enum Work {
+    /// The stored bytes, as they are.
+    Copy,
+    /// Floats of this type.
+    Cast(ScaleDtype),
+    /// Packed values: made by a scheme, or (`None`) given, or taken over from a quantized source.
+    Pack(Pack),
+    /// Bytes that no tensor of the source holds.
+    Literal(Vec<u8>),
+}
+
+/// How values are packed.
+#[derive(Debug, Clone)]
+pub(crate) struct Pack {
+    pub(crate) scheme: Option<Scheme>,
+    pub(crate) spec: MatrixSpec,
+    /// `None`: whichever is smallest.
+    pub(crate) layout: Option<&'static dyn Layout>,
+    /// Type and meaning of scales that are stored apart.
+    pub(crate) scale_dtype: ScaleDtype,
+    pub(crate) scale_form: ScaleForm,
+    /// Importance of the columns, if the scheme can weigh errors by it.
+    pub(crate) importance: Option<Vec<f32>>,
+    /// Values that the source does not hold; only where there is no scheme.
+    pub(crate) given: Option<Box<Matrix>>,
+}
+
+/// One tensor's work.
+#[derive(Debug, Clone)]
+pub(crate) struct Unit {
+    /// Index into the source's tensors; none for a literal.
+    pub(crate) tensor: Option<usize>,
+    /// Its name in the output.
+    pub(crate) name: String,
+    pub(crate) work: Work,
+    /// For each row of the output the row of the source.
+    pub(crate) rows: Option<Vec<usize>>,
+    /// Indices of the written tensors: data, scales, zero points.
+    pub(crate) data: usize,
+    pub(crate) scale: Option<usize>,
+    pub(crate) zero: Option<usize>,
+    /// What a person should know, e.g. why a tensor is not quantized.
+    pub(crate) note: Option<String>,
+}
+
+/// A file beside the tensors of a folder.
+#[derive(Debug, Clone)]
+pub(crate) enum Sidecar {
+    /// A copy of this file.
+    Copy(PathBuf),
+    /// These bytes.
+    Bytes(Vec<u8>),
+}
+
+/// A job: everything that [`crate::job::run`] needs.
+#[derive(Debug)]
+pub struct Job<'a> {
+    pub(crate) source: &'a Source,
+    pub(crate) units: Vec<Unit>,
+    pub(crate) layout: output::Layout,
+    /// Files of the output folder by name; `None` if the output is one file.
+    pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
+    /// What a person should know about the whole job.
+    pub notes: Vec<String>,
+}
+
+/// Whether a path names a folder of tensors or one file.
+fn is_folder(out: &std::path::Path) -> bool {
+    !out.extension()
+        .is_some_and(|e| e == "safetensors" || e == "gguf")
+}
+
+impl<'a> Job<'a> {
+    /// Quantizes the tensors that the recipe selects, and keeps the others.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for choices that do not exist, do not apply, or select nothing;
+    /// [`Error::Tensor`] for a layout that cannot hold a tensor.
+    pub fn quantize(source: &'a Source, recipe: &Recipe, out: &std::path::Path) -> Result<Self> {
+        Self::quantize_weighted(source, recipe, out, BTreeMap::new(), BTreeMap::new())
+    }
+
+    /// The same with values and scales that are known already, as training with learned scales
+    /// leaves them, for the tensors of these names: of them the recipe says no more than the
+    /// container and the layout. Where no layout of the container can hold such a tensor, the
+    /// floats of the source stay.
+    ///
+    /// # Errors
+    /// As [`Job::quantize`]; also for a matrix of another shape, or of a tensor that the recipe
+    /// does not quantize.
+    pub fn quantize_given(
+        source: &'a Source,
+        recipe: &Recipe,
+        out: &std::path::Path,
+        given: BTreeMap<String, Matrix>,
+    ) -> Result<Self> {
+        Self::quantize_weighted(source, recipe, out, BTreeMap::new(), given)
+    }
+
+    /// The same with errors weighted by the second moments of the channels: for tensors that were
+    /// observed, and rules that can weigh them.
+    ///
+    /// # Errors
+    /// As [`Job::quantize`]; also for a calibration of another model.
+    pub fn quantize_calibrated(
+        source: &'a Source,
+        recipe: &Recipe,
+        out: &std::path::Path,
+        calibration: &crate::calibration::Calibration,
+    ) -> Result<Self> {
+        let importance: BTreeMap<_, _> = calibration
+            .layers
+            .iter()
+            .map(|(name, l)| (name.clone(), l.second_moments()))
+            .collect();
+        if !source
+            .tensors
+            .iter()
+            .any(|t| importance.contains_key(&t.name))
+        {
+            return Err(Error::Recipe(format!(
+                "the calibration has no tensor of {}",
+                source.path.display()
+            )));
+        }
+        Self::quantize_weighted(source, recipe, out, importance, BTreeMap::new())
+    }
+
+    fn quantize_weighted(
+        source: &'a Source,
+        recipe: &Recipe,
+        out: &std::path::Path,
+        importance: BTreeMap<String, Vec<f32>>,
+        given: BTreeMap<String, Matrix>,
+    ) -> Result<Self> {
+        if recipe.search.is_some() {
+            return Err(Error::Recipe(
+                "the search has to be carried out first: search::resolve".into(),
+            ));
+        }
+        let selector = recipe.selector(source)?;
+        let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
+        (builder.importance, builder.given) = (importance, given);
+        let mut count = 0;
+        for (i, tensor) in source.tensors.iter().enumerate() {
+            match selector.choices(tensor) {
+                None => builder.keep(i)?,
+                Some(choices) => {
+                    // Also for floats: a choice that does not apply to them is an error.
+                    choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)?;
+                    match choices.target() {
+                        Target::Keep => builder.keep(i)?,
+                        Target::Float(dtype) => builder.cast(i, dtype, None)?,
+                        Target::Quantized(_) => {
+                            count += 1;
+                            builder.quantize(i, &choices)?;
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(name) = builder.given.keys().next() {
+            return Err(Error::Recipe(format!(
+                "values for '{name}', which the recipe does not quantize"
+            )));
+        }
+        if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
+            return Err(Error::Recipe(format!(
+                "selects no tensor of {}; see --include and --exclude",
+                source.path.display()
+            )));
+        }
+        let recipe = Recipe {
+            compute: Compute::default(),
+            ..recipe.clone()
+        };
+        builder.finish(serde_json::to_value(recipe).unwrap_or_default())
+    }
+
+    /// Writes the same values and scales in another container or layout; float tensors stay as they
+    /// are.
+    ///
+    /// # Errors
+    /// As [`Job::quantize`]; also where the source holds scales that the layout cannot.
+    pub fn convert(
+        source: &'a Source,
+        format: Format,
+        layout: Option<&str>,
+        linear_class: Option<LinearClass>,
+        out: &std::path::Path,
+    ) -> Result<Self> {
+        let mut builder = Builder::new(source, format, out, linear_class)?;
+        for (i, tensor) in source.tensors.iter().enumerate() {
+            match (&tensor.content, layout) {
+                (Content::Quantized(_), Some(layout)) => builder.recode(i, Some(layout))?,
+                _ => builder.keep(i)?,
+            }
+        }
+        builder
+            .finish(serde_json::json!({"command": "convert", "format": format, "layout": layout}))
+    }
+
+    /// Writes every tensor as floats.
+    ///
+    /// # Errors
+    /// As [`Job::quantize`].
+    pub fn dequantize(
+        source: &'a Source,
+        dtype: ScaleDtype,
+        out: &std::path::Path,
+    ) -> Result<Self> {
+        let mut builder = Builder::new(source, Format::Safetensors, out, None)?;
+        for (i, tensor) in source.tensors.iter().enumerate() {
+            match tensor.content {
+                Content::Opaque(_) => builder.keep(i)?,
+                _ => builder.cast(i, dtype, None)?,
+            }
+        }
+        builder.finish(serde_json::json!({"command": "dequantize", "dtype": dtype}))
+    }
+
+    /// Bytes that will be read, for a progress bar.
+    pub fn input_bytes(&self) -> u64 {
+        self.units
+            .iter()
+            .filter_map(|u| u.tensor)
+            .map(|t| self.source.tensors[t].bytes(self.source))
+            .sum()
+    }
+}
+
+/// How names and row orders change between containers.
+#[derive(Debug, Clone, Copy)]
+enum Naming {
+    Same,
+    ToGguf(&'static Architecture, HeadCounts),
+    ToHf(&'static Architecture, HeadCounts),
+}
+
+pub(crate) struct Builder<'a> {
+    source: &'a Source,
+    format: Format,
+    naming: Naming,
+    linear_class: LinearClass,
+    container: Container,
+    pub(crate) units: Vec<Unit>,
+    pub(crate) tensors: Vec<OutTensor>,
+    packed: BTreeMap<String, Packed>,
+    pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
+    config: Option<serde_json::Value>,
+    notes: Vec<String>,
+    importance: BTreeMap<String, Vec<f32>>,
+    given: BTreeMap<String, Matrix>,
+}
+
+impl<'a> Builder<'a> {
+    pub(crate) fn new(
+        source: &'a Source,
+        format: Format,
+        out: &std::path::Path,
+        linear_class: Option<LinearClass>,
+    ) -> Result<Self> {
+        if linear_class.is_some() && format != Format::HfBitnet {
+            return Err(Error::Recipe(
+                "linear_class applies to format hf-bitnet only".into(),
+            ));
+        }
+        let folder = format != Format::Gguf && is_folder(out);
+        match (format, out.extension().and_then(|e| e.to_str())) {
+            (Format::HfBitnet, Some(e @ ("safetensors" | "gguf"))) => {
+                return Err(Error::Recipe(format!(
+                    "format hf-bitnet writes a folder, and the output is named .{e}"
+                )));
+            }
+            (Format::Safetensors, Some("gguf")) => {
+                return Err(Error::Recipe(
+                    "format safetensors, and the output is named .gguf; give --format gguf".into(),
+                ));
+            }
+            (Format::Gguf, Some("safetensors")) => {
+                return Err(Error::Recipe(
+                    "format gguf, and the output is named .safetensors".into(),
+                ));
+            }
+            _ => {}
+        }
+        let mut builder = Self {
+            source,
+            format,
+            naming: Naming::Same,
+            linear_class: linear_class.unwrap_or(LinearClass::BitLinear),
+            container: Container::Gguf(vec![]),
+            units: vec![],
+            tensors: vec![],
+            packed: BTreeMap::new(),
+            sidecars: None,
+            config: source.config.clone(),
+            notes: source.notes.clone(),
+            importance: BTreeMap::new(),
+            given: BTreeMap::new(),
+        };
+        if source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
+            builder.notes.push(
+                "quantization_mode online: the model makes these weights ternary in each forward pass; here they count as floats".into(),
+            );
+        }
+        if format == Format::Gguf {
+            builder.start_gguf()?;
+        } else {
+            let metadata = source
+                .metadata
+                .iter()
+                .filter(|(k, _)| k != document::KEY && k != "format")
+                .cloned();
+            builder.container = Container::Safetensors(
+                [("format".into(), "pt".into())]
+                    .into_iter()
+                    .chain(metadata)
+                    .collect(),
+            );
+            if folder {
+                builder.start_folder()?;
+            }
+        }
+        Ok(builder)
+    }
+
+    fn path(&self, tensor: &Tensor) -> PathBuf {
+        tensor.stored().first().map_or_else(
+            || self.source.path.clone(),
+            |&i| self.source.file_of(i).to_path_buf(),
+        )
+    }
+
+    fn tensor_error(&self, tensor: &Tensor) -> impl FnOnce(bitnet_core::Error) -> Error + use<> {
+        let (path, tensor) = (self.path(tensor), tensor.name.clone());
+        move |source| Error::Tensor {
+            path,
+            tensor,
+            source,
+        }
+    }
+
+    fn add_out(
+        &mut self,
+        name: String,
+        shape: Vec<usize>,
+        dtype: StoredType,
+        len: PackedLen,
+    ) -> usize {
+        self.tensors.push(OutTensor {
+            name,
+            shape,
+            dtype,
+            len,
+        });
+        self.tensors.len() - 1
+    }
+
+    fn push(
+        &mut self,
+        tensor: Option<usize>,
+        name: String,
+        work: Work,
+        rows: Option<Vec<usize>>,
+        (data, scale, zero): (usize, Option<usize>, Option<usize>),
+        note: Option<String>,
+    ) {
+        self.units.push(Unit {
+            tensor,
+            name,
+            work,
+            rows,
+            data,
+            scale,
+            zero,
+            note,
+        });
+    }
+
+    /// The tensor as it is, as far as the container can hold it.
+    fn keep(&mut self, index: usize) -> Result<()> {
+        let tensor = &self.source.tensors[index];
+        let stored = match &tensor.content {
+            Content::Quantized(_) => return self.recode(index, None),
+            Content::Float(stored) | Content::Opaque(stored) => *stored,
+        };
+        let dtype = self.source.stored[stored].dtype;
+        match (self.format, dtype) {
+            // llama.cpp takes one-dimensional weights as f32 only.
+            (Format::Gguf, StoredType::Plain(_))
+                if tensor.shape.len() == 1 && dtype.is_float() && dtype != StoredType::F32 =>
+            {
+                return self.cast(index, ScaleDtype::F32, None);
+            }
+            (Format::Gguf, _) if dtype.to_ggml().is_none() => {
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
+                    layout: "gguf",
+                    why: format!("it has no type {dtype}"),
+                }));
+            }
+            (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) if dtype.is_float() => {
+                return self.cast(
+                    index,
+                    ScaleDtype::F32,
+                    Some(format!("{dtype} decoded to f32")),
+                );
+            }
+            (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) => {
+                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
+                    layout: "safetensors",
+                    why: format!("{dtype} has no decoder here"),
+                }));
+            }
+            _ => {}
+        }
+        let Some((name, rows)) = self.rename(tensor)? else {
+            return Ok(());
+        };
+        let len = PackedLen::Exact(self.source.stored[stored].len as usize);
+        let data = self.add_out(name.clone(), tensor.shape.clone(), dtype, len);
+        self.push(
+            Some(index),
+            name,
+            Work::Copy,
+            rows,
+            (data, None, None),
+            None,
+        );
+        Ok(())
+    }
+
+    fn cast(&mut self, index: usize, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
+        let tensor = &self.source.tensors[index];
+        let Some((name, rows)) = self.rename(tensor)? else {
+            return Ok(());
+        };
+        let len = PackedLen::Exact(tensor.elements() * dtype.bytes());
+        let data = self.add_out(name.clone(), tensor.shape.clone(), dtype.into(), len);
+        self.push(
+            Some(index),
+            name,
+            Work::Cast(dtype),
+            rows,
+            (data, None, None),
+            note,
+        );
+        Ok(())
+    }
+
+    fn pack(&mut self, index: usize, mut pack: Pack, note: Option<String>) -> Result<()> {
+        let tensor = &self.source.tensors[index];
+        if pack.scheme.is_some_and(|s| s.uses_importance()) {
+            pack.importance = self.importance.get(&tensor.name).cloned();
+        }
+        if let Some(h) = pack
+            .importance
+            .as_ref()
+            .filter(|h| h.len() != pack.spec.cols)
+        {
+            let error = bitnet_core::Error::Length {
+                what: "calibrated channels",
+                expected: pack.spec.cols,
+                got: h.len(),
+            };
+            return Err(self.tensor_error(tensor)(error));
+        }
+        let Some((name, rows)) = self.rename(tensor)? else {
+            return Ok(());
+        };
+        let spec = &pack.spec;
+        let len = match pack.layout {
+            Some(layout) => layout.packed_len(spec),
+            None => PackedLen::AtMost(
+                pack::layouts()
+                    .iter()
+                    .filter(|l| l.check(spec).is_ok())
+                    .map(|l| l.packed_len(spec).bound())
+                    .max()
+                    .unwrap_or(0),
+            ),
+        };
+        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
+        let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
+        let (packed_name, shape, dtype) = match self.format {
+            Format::Gguf => {
+                let ggml = pack
+                    .layout
+                    .and_then(ggml_type_of)
+                    .map(StoredType::Ggml)
+                    .unwrap_or(StoredType::U8);
+                (name.clone(), tensor.shape.clone(), ggml)
+            }
+            Format::HfBitnet => (
+                name.clone(),
+                vec![spec.rows.div_ceil(4), spec.cols],
+                StoredType::U8,
+            ),
+            Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
+        };
+        let data = self.add_out(packed_name.clone(), shape, dtype, len);
+        let mut scale = None;
+        let mut zero = None;
+        let mut entry = Packed {
+            shape: tensor.shape.clone(),
+            spec: spec.clone(),
+            scheme: pack.scheme,
+            layout: layout_name.into(),
+            packed: packed_name,
+            scale: None,
+            reciprocal: pack.scale_form == ScaleForm::Inverse,
+            zero_point: None,
+        };
+        let per_plane = spec.scales_len() / spec.planes;
+        let mut scale_shape = match spec.granularity {
+            Granularity::Group(_) => vec![spec.rows, spec.granules_per_row()],
+            _ => vec![per_plane],
+        };
+        if spec.planes > 1 {
+            scale_shape.insert(0, spec.planes);
+        }
+        if !stores_scales {
+            let scale_name = format!("{name}_scale");
+            let len = PackedLen::Exact(spec.scales_len() * pack.scale_dtype.bytes());
+            scale = Some(self.add_out(
+                scale_name.clone(),
+                scale_shape.clone(),
+                pack.scale_dtype.into(),
+                len,
+            ));
+            entry.scale = Some(scale_name);
+        }
+        if spec.zero_points != ZeroPoints::None {
+            let (dtype, size) = match spec.zero_points {
+                ZeroPoints::F32 => (StoredType::F32, 4),
+                _ => (StoredType::I8, 1),
+            };
+            let zero_name = format!("{name}_zero_point");
+            zero = Some(self.add_out(
+                zero_name.clone(),
+                scale_shape,
+                dtype,
+                PackedLen::Exact(spec.scales_len() * size),
+            ));
+            entry.zero_point = Some(zero_name);
+        }
+        self.packed.insert(name.clone(), entry);
+        self.push(
+            Some(index),
+            name,
+            Work::Pack(pack),
+            rows,
+            (data, scale, zero),
+            note,
+        );
+        Ok(())
+    }
+
+    fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
+        if let Container::Gguf(metadata) = &mut self.container
+            && let Some(file_type) = surroundings::file_type(&self.tensors)
+        {
+            let after = metadata
+                .iter()
+                .position(|(k, _)| k == "general.architecture")
+                .map_or(0, |i| i + 1);
+            metadata.insert(
+                after,
+                ("general.file_type".into(), gguf::Value::from(file_type)),
+            );
+        }
+        self.finish_config()?;
+        let mut files = BTreeMap::new();
+        for (name, sidecar) in self.sidecars.iter().flatten() {
+            let sum = match sidecar {
+                Sidecar::Bytes(bytes) => document::checksum(bytes),
+                Sidecar::Copy(path) => document::checksum(
+                    &std::fs::read(path).map_err(bitnet_formats::Error::io(path, "read"))?,
+                ),
+            };
+            files.insert(name.clone(), sum);
+        }
+        let document = Document {
+            version: document::VERSION,
+            generator: GENERATOR.into(),
+            recipe,
+            tensors: self.packed,
+            checksums: BTreeMap::new(),
+            files,
+            metadata: String::new(),
+            digest: String::new(),
+        };
+        let mut job = serde_json::to_string(&document).unwrap_or_default();
+        for file in &self.source.files {
+            job += &format!("\n{} {} {:?}", file.path.display(), file.len, file.modified);
+        }
+        for unit in &self.units {
+            job += &format!("\n{unit:?}");
+        }
+        let job = format!("{:032x}", xxh3_128(job.as_bytes()));
+        Ok(Job {
+            source: self.source,
+            units: self.units,
+            layout: output::Layout {
+                container: self.container,
+                document,
+                tensors: self.tensors,
+                job,
+            },
+            sidecars: self.sidecars,
+            notes: self.notes,
+        })
+    }
+}

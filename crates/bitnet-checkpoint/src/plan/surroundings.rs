@@ -1,0 +1,237 @@
+//! What a file has besides its tensors: metadata, names and row orders, config.json and the other
+//! files of a folder.
+
+use super::{Builder, Naming, Sidecar, Work};
+use crate::recipe::Format;
+use crate::{Error, Result};
+use bitnet_core::pack::PackedLen;
+use bitnet_formats::arch::{self, Architecture, HeadCounts};
+use bitnet_formats::document;
+use bitnet_formats::hf::{BitnetConfig, Mode};
+use bitnet_formats::output::{self, Container, OutTensor};
+use bitnet_formats::{Kind, StoredType, Tensor, gguf};
+use std::collections::BTreeMap;
+
+impl Builder<'_> {
+    pub(super) fn start_gguf(&mut self) -> Result<()> {
+        let source = self.source;
+        if source.kind == Kind::Gguf {
+            let keep = |k: &str| k != document::KEY && k != "general.file_type";
+            self.container = Container::Gguf(
+                source
+                    .gguf
+                    .iter()
+                    .filter(|(k, _)| keep(k))
+                    .cloned()
+                    .collect(),
+            );
+            return Ok(());
+        }
+        let Some(config) = &source.config else {
+            return Err(Error::Recipe(format!(
+                "GGUF needs the model's architecture: give the folder with config.json instead of {}",
+                source.path.display()
+            )));
+        };
+        let model = arch::gguf_metadata(&source.path, config)?;
+        self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
+        self.notes = model.notes;
+        self.container = Container::Gguf(model.metadata);
+        if let Some(freqs) = model.rope_freqs {
+            let bytes: Vec<u8> = freqs.iter().flat_map(|f| f.to_le_bytes()).collect();
+            let data = self.add_out(
+                arch::ROPE_FREQS.into(),
+                vec![freqs.len()],
+                StoredType::F32,
+                PackedLen::Exact(bytes.len()),
+            );
+            self.push(
+                None,
+                arch::ROPE_FREQS.into(),
+                Work::Literal(bytes),
+                None,
+                (data, None, None),
+                None,
+            );
+        }
+        Ok(())
+    }
+
+    pub(super) fn start_folder(&mut self) -> Result<()> {
+        let source = self.source;
+        let mut sidecars = BTreeMap::new();
+        match source.kind {
+            Kind::Folder => {
+                let list = std::fs::read_dir(&source.path)
+                    .map_err(bitnet_formats::Error::io(&source.path, "list"))?;
+                for entry in list.filter_map(|e| e.ok()) {
+                    let (path, name) = (
+                        entry.path(),
+                        entry.file_name().to_string_lossy().into_owned(),
+                    );
+                    let weights = [
+                        ".safetensors",
+                        ".bin",
+                        ".gguf",
+                        ".pt",
+                        ".pth",
+                        ".msgpack",
+                        ".h5",
+                        ".onnx",
+                        ".index.json",
+                    ];
+                    let ours = [output::PARTIAL, output::JOURNAL];
+                    if path.is_dir()
+                        && !name.starts_with('.')
+                        && !ours.iter().any(|w| name.ends_with(w))
+                    {
+                        self.notes.push(format!("the folder {name} is not copied"));
+                    }
+                    if path.is_file()
+                        && !name.starts_with('.')
+                        && !weights.iter().chain(&ours).any(|w| name.ends_with(w))
+                    {
+                        sidecars.insert(name, Sidecar::Copy(path));
+                    }
+                }
+            }
+            Kind::Gguf => {
+                let shape = |name: &str| {
+                    source
+                        .find_stored(name)
+                        .map(|i| source.stored[i].shape.clone())
+                };
+                self.config = Some(arch::hf_config(&source.path, &source.gguf, &shape)?);
+                self.naming = Naming::ToHf(
+                    Architecture::from_gguf(&source.gguf)?,
+                    HeadCounts::from_gguf(&source.gguf)?,
+                );
+                match arch::hf_tokenizer(&source.gguf) {
+                    Some((tokenizer, config)) => {
+                        for (name, json) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", config)] {
+                            let text = serde_json::to_string_pretty(&json).unwrap_or_default();
+                            sidecars.insert(name.into(), Sidecar::Bytes(text.into_bytes()));
+                        }
+                    }
+                    None => self.notes.push("the tokenizer of this GGUF cannot be said as a tokenizer.json; it is not written".into()),
+                }
+            }
+            Kind::Safetensors => {
+                return Err(Error::Recipe(format!(
+                    "a folder needs the model's config.json: give the input as a folder, or an output that ends in .safetensors instead of {}",
+                    source.path.display()
+                )));
+            }
+        }
+        self.sidecars = Some(sidecars);
+        Ok(())
+    }
+
+    /// Name and row order in the output; `None` for a buffer that the other container has no place
+    /// for.
+    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<Vec<usize>>)>> {
+        if matches!(self.naming, Naming::Same) {
+            return Ok(Some((tensor.name.clone(), None)));
+        }
+        if tensor.name.ends_with("rotary_emb.inv_freq") || tensor.name == arch::ROPE_FREQS {
+            return Ok(None);
+        }
+        let unknown = |side: &str| {
+            let expected = format!("a tensor that {side} has a name for");
+            Error::from(bitnet_formats::Error::tensor(
+                &self.path(tensor),
+                &tensor.name,
+                expected,
+                "none",
+            ))
+        };
+        let rows = tensor.shape.first().copied().unwrap_or(0);
+        Ok(Some(match self.naming {
+            Naming::Same => (tensor.name.clone(), None),
+            Naming::ToGguf(architecture, heads) => {
+                let name = architecture.gguf_tensor(&tensor.name);
+                let order = architecture.gguf_rows(heads, &tensor.name, rows);
+                (name.ok_or_else(|| unknown("GGUF"))?, order?)
+            }
+            Naming::ToHf(architecture, heads) => {
+                let name = architecture.hf_tensor(&tensor.name);
+                let name = name.ok_or_else(|| unknown("a Hugging Face folder"))?;
+                let order = architecture.hf_rows(heads, &name, rows)?;
+                (name, order)
+            }
+        }))
+    }
+
+    /// config.json of an output folder: what it says about quantization must be true of the tensors
+    /// beside it.
+    pub(super) fn finish_config(&mut self) -> Result<()> {
+        let (Some(sidecars), Some(config)) = (&mut self.sidecars, &mut self.config) else {
+            return Ok(());
+        };
+        let Some(object) = config.as_object_mut() else {
+            return Ok(());
+        };
+        object.remove("quantization_config");
+        if self.format == Format::HfBitnet {
+            // Linear layers that stay as they are must be named, or transformers expects packed
+            // weights for them.
+            let mut keep: Vec<String> = self
+                .units
+                .iter()
+                .filter(|u| {
+                    !matches!(u.work, Work::Pack(_)) && self.tensors[u.data].shape.len() == 2
+                })
+                .filter_map(|u| u.name.strip_suffix(".weight").map(str::to_string))
+                .filter(|n| !n.contains("embed") && !n.contains("norm"))
+                .collect();
+            if !keep.is_empty() && !keep.iter().any(|k| k == "lm_head") {
+                keep.push("lm_head".into());
+            }
+            let bitnet = BitnetConfig {
+                linear_class: self.linear_class,
+                mode: Mode::Offline,
+            };
+            object.insert("quantization_config".into(), bitnet.to_json(&keep));
+        } else if self.source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
+            let online = self
+                .source
+                .config
+                .as_ref()
+                .and_then(|c| c.get("quantization_config"))
+                .cloned()
+                .unwrap_or_default();
+            if self.packed.is_empty() {
+                object.insert("quantization_config".into(), online);
+            }
+        }
+        let mut text = serde_json::to_string_pretty(config).unwrap_or_default();
+        text.push('\n');
+        sidecars.insert("config.json".into(), Sidecar::Bytes(text.into_bytes()));
+        Ok(())
+    }
+}
+
+/// `general.file_type` of llama.cpp: the type of most bytes of the two-dimensional tensors, where
+/// it has a number.
+pub(super) fn file_type(tensors: &[OutTensor]) -> Option<u32> {
+    let mut bytes: BTreeMap<u32, usize> = BTreeMap::new();
+    for tensor in tensors.iter().filter(|t| t.shape.len() > 1) {
+        let number = match tensor.dtype.to_ggml()? {
+            gguf::GgmlType::F32 => 0,
+            gguf::GgmlType::F16 => 1,
+            gguf::GgmlType::Q4_0 => 2,
+            gguf::GgmlType::Q8_0 => 7,
+            gguf::GgmlType::Bf16 => 32,
+            gguf::GgmlType::Tq1_0 => 36,
+            gguf::GgmlType::Tq2_0 => 37,
+            gguf::GgmlType::I2S => 40,
+            _ => continue,
+        };
+        // Weights rather than bytes: a type is what most weights are.
+        *bytes.entry(number).or_default() += tensor.shape.iter().product::<usize>();
+    }
+    bytes
+        .into_iter()
+        .max_by_key(|&(_, weights)| weights)
+        .map(|(number, _)| number)
+}

@@ -1,0 +1,401 @@
+//! Mixed precision: which setting each tensor gets, so that all of them together fit a budget with
+//! the least error.
+//!
+//! ```text
+//! minimise Σ_t error(t, choice_t)   subject to   Σ_t bytes(t, choice_t) ≤ budget
+//! ```
+//!
+//! A multiple-choice knapsack, solved exactly: a dynamic programme over the tensors keeps the pairs
+//! of bytes and error that no other pair beats, and drops those that cannot end below the best
+//! solution known, as the linear relaxation of the tensors still to come shows.
+
+mod job;
+
+pub use job::{grid, resolve};
+
+use crate::recipe::Choices;
+use crate::{Error, Result};
+
+/// Pairs that are kept at once; beyond, the least promising are dropped and the result says so.
+const MOST_STATES: usize = 1 << 20;
+
+/// What a tensor may become.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// The setting.
+    pub choices: Choices,
+    /// Its real size, scales and padding included.
+    pub bytes: u64,
+    /// What it loses: `Σ h·(w − ŵ)²`, h being 1 without calibration.
+    pub error: f64,
+    /// What it loses on its own, in dB.
+    pub sqnr_db: f64,
+}
+
+/// One candidate for each tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selection {
+    /// Index of the candidate of each tensor.
+    pub picks: Vec<usize>,
+    /// Their size.
+    pub bytes: u64,
+    /// Their error.
+    pub error: f64,
+    /// Whether no other selection within the budget has a smaller error. False only where more than
+    /// a million partial solutions had to be kept.
+    pub exact: bool,
+}
+
+/// Chooses among the candidates of each tensor: with a budget in bytes the selection of least
+/// error, without one the smallest candidates; in either case only those of at least `min_sqnr` dB.
+///
+/// ```
+/// use bitnet_checkpoint::search::{Candidate, select};
+/// let one = |bytes, error| Candidate { choices: Default::default(), bytes, error, sqnr_db: 10.0 };
+/// let tensors = [vec![one(1, 9.0), one(4, 1.0)], vec![one(1, 5.0), one(4, 2.0)]];
+/// let best = select(&tensors, Some(5), None)?;
+/// assert_eq!((best.picks, best.bytes, best.error), (vec![1, 0], 5, 6.0));
+/// # Ok::<(), bitnet_checkpoint::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Recipe`] if no selection fits the budget, or no candidate of a tensor reaches the
+/// quality.
+pub fn select(
+    tensors: &[Vec<Candidate>],
+    budget: Option<u64>,
+    min_sqnr: Option<f64>,
+) -> Result<Selection> {
+    let options = tensors
+        .iter()
+        .map(|all| pareto(all, min_sqnr))
+        .collect::<Result<Vec<_>>>()?;
+    let least: u64 = options.iter().map(|o| o[0].bytes).sum();
+    let Some(budget) = budget else {
+        let first = options.iter().map(|o| o[0]);
+        return Ok(Selection {
+            picks: first.clone().map(|p| p.pick).collect(),
+            bytes: least,
+            error: first.map(|p| p.error).sum(),
+            exact: true,
+        });
+    };
+    if least > budget {
+        return Err(Error::Recipe(format!(
+            "a budget of {budget} bytes: the smallest settings that are allowed take {least}"
+        )));
+    }
+    let mut rest = Relaxation::new(&options);
+    let bound = rest.rounded(&options, budget);
+    // States of each step: bytes, error, the state that it came from, the option taken.
+    let mut steps: Vec<Vec<State>> = vec![vec![State {
+        bytes: 0,
+        error: 0.0,
+        from: 0,
+        option: 0,
+    }]];
+    let mut exact = true;
+    for (i, options) in options.iter().enumerate() {
+        rest.remove(i);
+        let mut next = vec![];
+        for (from, state) in steps[i].iter().enumerate() {
+            for (option, point) in options.iter().enumerate() {
+                let (bytes, error) = (state.bytes + point.bytes, state.error + point.error);
+                if bytes + rest.least <= budget {
+                    next.push(State {
+                        bytes,
+                        error,
+                        from: from as u32,
+                        option: option as u32,
+                    });
+                }
+            }
+        }
+        next.sort_unstable_by(|a, b| a.bytes.cmp(&b.bytes).then(a.error.total_cmp(&b.error)));
+        let mut lowest = f64::INFINITY;
+        next.retain(|s| {
+            let better = s.error < lowest;
+            lowest = lowest.min(s.error);
+            better
+        });
+        // Sums of the same errors in another order differ in the last bits; nothing is dropped for
+        // that.
+        let limit = bound + 1e-9 * bound.abs();
+        next.retain(|s| s.error + rest.error(budget - s.bytes) <= limit);
+        if next.len() > MOST_STATES {
+            exact = false;
+            next.sort_by_cached_key(|s| (s.error + rest.error(budget - s.bytes)).to_bits());
+            next.truncate(MOST_STATES);
+            next.sort_unstable_by_key(|s| s.bytes);
+        }
+        steps.push(next);
+    }
+    let end = steps.last().and_then(|last| {
+        last.iter()
+            .enumerate()
+            .min_by(|a, b| a.1.error.total_cmp(&b.1.error))
+    });
+    let Some((mut at, end)) = end else {
+        return Err(Error::Recipe("no selection fits the budget".into()));
+    };
+    let mut picks = vec![0; options.len()];
+    for (i, options) in options.iter().enumerate().rev() {
+        let state = &steps[i + 1][at];
+        picks[i] = options[state.option as usize].pick;
+        at = state.from as usize;
+    }
+    Ok(Selection {
+        picks,
+        bytes: end.bytes,
+        error: end.error,
+        exact,
+    })
+}
+
+#[derive(Debug, Clone, Copy)]
+struct State {
+    bytes: u64,
+    error: f64,
+    from: u32,
+    option: u32,
+}
+
+/// A candidate that no other beats in both size and error.
+#[derive(Debug, Clone, Copy)]
+struct Point {
+    bytes: u64,
+    error: f64,
+    pick: usize,
+}
+
+/// The candidates worth considering, small to large.
+fn pareto(all: &[Candidate], min_sqnr: Option<f64>) -> Result<Vec<Point>> {
+    let mut points: Vec<Point> = all
+        .iter()
+        .enumerate()
+        .filter(|(_, c)| min_sqnr.is_none_or(|least| c.sqnr_db >= least) && c.error.is_finite())
+        .map(|(pick, c)| Point {
+            bytes: c.bytes,
+            error: c.error,
+            pick,
+        })
+        .collect();
+    points.sort_by(|a, b| a.bytes.cmp(&b.bytes).then(a.error.total_cmp(&b.error)));
+    let mut lowest = f64::INFINITY;
+    points.retain(|p| {
+        let better = p.error < lowest;
+        lowest = lowest.min(p.error);
+        better
+    });
+    if points.is_empty() {
+        let best = all
+            .iter()
+            .map(|c| c.sqnr_db)
+            .fold(f64::NEG_INFINITY, f64::max);
+        return Err(Error::Recipe(format!(
+            "min_sqnr {}: the best setting of a tensor reaches {best:.2} dB",
+            min_sqnr.unwrap_or_default()
+        )));
+    }
+    Ok(points)
+}
+
+/// A step along the lower convex hull of a tensor's points.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    tensor: usize,
+    bytes: u64,
+    gain: f64,
+    /// The point that it leads to.
+    point: usize,
+}
+
+impl Segment {
+    fn slope(&self) -> f64 {
+        self.gain / self.bytes as f64
+    }
+}
+
+/// The linear relaxation of some tensors: convex hulls instead of points.
+struct Relaxation {
+    /// Steepest first.
+    segments: Vec<Segment>,
+    /// Bytes and gain of the segments before each, and of all.
+    before: Vec<(u64, f64)>,
+    /// Size and error of the smallest point of each tensor, and their sums.
+    smallest: Vec<(u64, f64)>,
+    least: u64,
+    error: f64,
+}
+
+impl Relaxation {
+    fn new(options: &[Vec<Point>]) -> Self {
+        let mut segments = vec![];
+        for (tensor, points) in options.iter().enumerate() {
+            let mut hull = vec![0];
+            for (i, p) in points.iter().enumerate().skip(1) {
+                let slope = |a: usize, b: &Point| {
+                    (points[a].error - b.error) / (b.bytes - points[a].bytes) as f64
+                };
+                while let [.., a, b] = hull[..]
+                    && slope(a, &points[b]) <= slope(b, p)
+                {
+                    hull.pop();
+                }
+                hull.push(i);
+            }
+            segments.extend(hull.windows(2).map(|w| {
+                let (a, b) = (&points[w[0]], &points[w[1]]);
+                Segment {
+                    tensor,
+                    bytes: b.bytes - a.bytes,
+                    gain: a.error - b.error,
+                    point: w[1],
+                }
+            }));
+        }
+        // Stable, so that equally steep segments of a tensor stay in order.
+        segments.sort_by(|a, b| b.slope().total_cmp(&a.slope()));
+        let smallest: Vec<_> = options.iter().map(|o| (o[0].bytes, o[0].error)).collect();
+        let (least, error) = smallest
+            .iter()
+            .fold((0, 0.0), |sum, s| (sum.0 + s.0, sum.1 + s.1));
+        let mut new = Self {
+            segments,
+            before: vec![],
+            smallest,
+            least,
+            error,
+        };
+        new.sum();
+        new
+    }
+
+    fn sum(&mut self) {
+        self.before.clear();
+        self.before.push((0, 0.0));
+        let mut sum = (0, 0.0);
+        self.before.extend(self.segments.iter().map(|s| {
+            sum = (sum.0 + s.bytes, sum.1 + s.gain);
+            sum
+        }));
+    }
+
+    fn remove(&mut self, tensor: usize) {
+        self.segments.retain(|s| s.tensor != tensor);
+        self.least -= self.smallest[tensor].0;
+        self.smallest[tensor] = (0, 0.0);
+        self.error = self.smallest.iter().map(|s| s.1).sum();
+        self.sum();
+    }
+
+    /// The least error that any choice for these tensors could have in `bytes`, which are at least
+    /// `self.least`.
+    fn error(&self, bytes: u64) -> f64 {
+        let room = bytes - self.least;
+        let full = self.before.partition_point(|b| b.0 <= room) - 1;
+        let part = self
+            .segments
+            .get(full)
+            .map_or(0.0, |s| (room - self.before[full].0) as f64 * s.slope());
+        self.error - self.before[full].1 - part
+    }
+
+    /// The error of a selection that fits: the steepest segments first, as long as there is room.
+    fn rounded(&self, options: &[Vec<Point>], budget: u64) -> f64 {
+        let mut room = budget - self.least;
+        let mut at = vec![0; options.len()];
+        let mut full = vec![false; options.len()];
+        for s in &self.segments {
+            if s.bytes <= room && !full[s.tensor] {
+                room -= s.bytes;
+                at[s.tensor] = s.point;
+            } else {
+                full[s.tensor] = true;
+            }
+        }
+        options.iter().zip(at).map(|(o, at)| o[at].error).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitnet_core::random::Random;
+    use proptest::prelude::*;
+
+    fn brute(tensors: &[Vec<Candidate>], budget: u64, min_sqnr: f64) -> Option<f64> {
+        let mut all = vec![(0u64, 0.0f64)];
+        for candidates in tensors {
+            let allowed: Vec<_> = candidates
+                .iter()
+                .filter(|c| c.sqnr_db >= min_sqnr)
+                .collect();
+            all = all
+                .iter()
+                .flat_map(|&(b, e)| allowed.iter().map(move |c| (b + c.bytes, e + c.error)))
+                .collect();
+        }
+        all.into_iter()
+            .filter(|(b, _)| *b <= budget)
+            .map(|(_, e)| e)
+            .min_by(f64::total_cmp)
+    }
+
+    fn candidate() -> impl Strategy<Value = Candidate> {
+        (1u64..200, 0.0f64..10.0, 0.0f64..30.0).prop_map(|(bytes, error, sqnr_db)| Candidate {
+            choices: Choices::default(),
+            bytes,
+            error,
+            sqnr_db,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn as_brute_force(
+            tensors in prop::collection::vec(prop::collection::vec(candidate(), 1..6), 1..6),
+            budget in 1u64..900,
+            floor in prop::option::of(0.0f64..20.0),
+        ) {
+            let expected = brute(&tensors, budget, floor.unwrap_or(f64::NEG_INFINITY));
+            match (select(&tensors, Some(budget), floor), expected) {
+                (Ok(found), Some(error)) => {
+                    prop_assert!(found.exact && found.bytes <= budget);
+                    let picked = |f: fn(&Candidate) -> f64| tensors.iter().zip(&found.picks).map(|(t, &p)| f(&t[p])).sum::<f64>();
+                    prop_assert_eq!(picked(|c| c.bytes as f64), found.bytes as f64);
+                    prop_assert!((picked(|c| c.error) - found.error).abs() <= 1e-9);
+                    prop_assert!((found.error - error).abs() <= 1e-9 * error.max(1.0), "{} {}", found.error, error);
+                }
+                (Err(_), None) => {}
+                (found, expected) => prop_assert!(false, "{:?} {:?}", found, expected),
+            }
+        }
+    }
+
+    #[test]
+    fn many_tensors_of_odd_sizes_stay_exact() {
+        let mut random = Random::new(7);
+        let mut below = |n| random.below(n) as u64;
+        let tensors: Vec<Vec<Candidate>> = (0..200)
+            .map(|_| {
+                let weights = 1000 + below(100_000);
+                let power = (1 + below(1000)) as f64;
+                let one = |bits: u64| Candidate {
+                    choices: Choices::default(),
+                    bytes: weights * bits / 8 + bits % 3,
+                    error: power * weights as f64 * 4f64.powi(-(bits as i32)),
+                    sqnr_db: 6.0 * bits as f64,
+                };
+                (1..=8).map(one).collect()
+            })
+            .collect();
+        let weights: u64 = tensors.iter().map(|t| t[7].bytes).sum();
+        let best = select(&tensors, Some(weights * 3 / 8), None).unwrap();
+        assert!(best.exact && best.bytes <= weights * 3 / 8);
+        let uniform: f64 = tensors.iter().map(|t| t[2].error).sum();
+        assert!(best.error < uniform);
+    }
+}

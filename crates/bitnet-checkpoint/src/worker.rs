@@ -1,0 +1,536 @@
+//! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the writer
+//! thread in order.
+
+use crate::job::{Options, TensorReport};
+use crate::plan::{Job, Pack, Unit, Work};
+use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
+use crate::{Error, Result};
+use bitnet_core::granule::Importance;
+use bitnet_core::pack::{self, Layout};
+use bitnet_core::quantize::{Fitted, fit, quantize_rows};
+use bitnet_core::stats::{CodeHistogram, ErrorStats};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
+use bitnet_formats::output::Writer;
+use bitnet_formats::{Content, dtype};
+use bitnet_kernels::{Pool, stream};
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
+
+/// Weights that are reconstructed and measured at a time.
+const MEASURED: usize = 1 << 14;
+/// Bytes of one piece of a copied tensor.
+const COPY_BYTES: usize = 4 << 20;
+
+/// What the writer thread is told.
+pub(crate) enum Message {
+    Append(usize, Vec<u8>),
+    End(usize),
+    Layout(String, &'static str),
+    Commit(serde_json::Value),
+}
+
+impl Message {
+    pub(crate) fn apply(self, writer: &mut Writer) -> bitnet_formats::Result<()> {
+        match self {
+            Self::Append(index, bytes) => writer.append(index, &bytes),
+            Self::End(index) => writer.end(index),
+            Self::Layout(name, layout) => {
+                writer.set_layout(&name, layout);
+                Ok(())
+            }
+            Self::Commit(note) => writer.commit(note),
+        }
+    }
+}
+
+pub(crate) struct Worker<'a> {
+    pub(crate) job: &'a Job<'a>,
+    pub(crate) unit: &'a Unit,
+    pub(crate) options: &'a Options<'a>,
+    pub(crate) out: &'a SyncSender<Message>,
+}
+
+impl Worker<'_> {
+    fn send(&self, message: Message) -> Result<()> {
+        // The writer is gone only after an error of its own, which then counts.
+        self.out.send(message).map_err(|_| Error::Interrupted)
+    }
+
+    fn check_interrupt(&self) -> Result<()> {
+        if self.options.interrupt.load(Ordering::Relaxed) {
+            Err(Error::Interrupted)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn advance(&self, share: usize, of: usize) {
+        let Some(index) = self.unit.tensor else {
+            return;
+        };
+        let bytes = self.job.source.tensors[index].bytes(self.job.source);
+        self.options
+            .progress
+            .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
+    }
+
+    fn error(&self, error: Error) -> Error {
+        match (error, self.unit.tensor) {
+            (Error::Core(source), Some(index)) => {
+                let tensor = &self.job.source.tensors[index];
+                let path = tensor
+                    .stored()
+                    .first()
+                    .map_or(self.job.source.path.as_path(), |&i| {
+                        self.job.source.file_of(i)
+                    });
+                Error::Tensor {
+                    path: path.to_path_buf(),
+                    tensor: tensor.name.clone(),
+                    source,
+                }
+            }
+            (other, _) => other,
+        }
+    }
+
+    pub(crate) fn run(&self) -> Result<TensorReport> {
+        self.check_interrupt()?;
+        self.options.progress.tensor(&self.unit.name);
+        let report = match &self.unit.work {
+            Work::Literal(bytes) => self.literal(bytes),
+            Work::Copy => self.copy(),
+            Work::Cast(dtype) => self.cast(*dtype),
+            Work::Pack(pack) => self.pack(pack),
+        }
+        .map_err(|e| self.error(e))?;
+        self.send(Message::Commit(
+            serde_json::to_value(&report).unwrap_or_default(),
+        ))?;
+        Ok(report)
+    }
+
+    fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
+        let weights = self
+            .unit
+            .tensor
+            .map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
+        TensorReport {
+            name: self.unit.name.clone(),
+            became: became.to_string(),
+            layout: None,
+            granularity: None,
+            weights,
+            bytes,
+            error: None,
+            entropy: None,
+            note: self.unit.note.clone(),
+        }
+    }
+
+    fn literal(&self, bytes: &[u8]) -> Result<TensorReport> {
+        self.send(Message::Append(self.unit.data, bytes.to_vec()))?;
+        self.send(Message::End(self.unit.data))?;
+        Ok(self.report("f32", bytes.len() as u64))
+    }
+
+    fn copy(&self) -> Result<TensorReport> {
+        let source = self.job.source;
+        let Some(index) = self.unit.tensor else {
+            return Ok(self.report("nothing", 0));
+        };
+        let tensor = &source.tensors[index];
+        let Some(&stored) = tensor.stored().first() else {
+            return Ok(self.report("nothing", 0));
+        };
+        let len = source.stored[stored].len;
+        let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
+        let mut buffer = vec![];
+        let send = |buffer: &mut Vec<u8>| -> Result<()> {
+            self.advance(buffer.len(), len as usize);
+            self.send(Message::Append(self.unit.data, std::mem::take(buffer)))?;
+            self.check_interrupt()
+        };
+        match &self.unit.rows {
+            None => {
+                let mut at = 0;
+                while at < len {
+                    buffer.resize((len - at).min(COPY_BYTES as u64) as usize, 0);
+                    source.read(stored, at, &mut buffer)?;
+                    at += buffer.len() as u64;
+                    send(&mut buffer)?;
+                }
+            }
+            Some(order) => {
+                for &row in order {
+                    let end = buffer.len();
+                    buffer.resize(end + row_bytes as usize, 0);
+                    source.read(stored, row as u64 * row_bytes, &mut buffer[end..])?;
+                    if buffer.len() >= COPY_BYTES {
+                        send(&mut buffer)?;
+                    }
+                }
+                send(&mut buffer)?;
+            }
+        }
+        self.send(Message::End(self.unit.data))?;
+        Ok(self.report(format!("copied {}", source.stored[stored].dtype), len))
+    }
+
+    /// Calls `f` with the rows of the unit's tensor.
+    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>) -> Result<T>) -> Result<T> {
+        let source = self.job.source;
+        match self.unit.tensor {
+            Some(index) => with_rows(source, &source.tensors[index], self.unit.rows.as_deref(), f),
+            None => Err(Error::Recipe("a literal has no rows".into())),
+        }
+    }
+
+    fn cast(&self, to: ScaleDtype) -> Result<TensorReport> {
+        let bytes = self.with_rows(|rows| {
+            let (mut total, count) = (0, rows.count);
+            for window in windows(count, strip_rows(rows.cols)) {
+                self.check_interrupt()?;
+                let done: usize = window.iter().map(Range::len).sum();
+                let parts: Vec<Result<Vec<u8>>> = window
+                    .into_par_iter()
+                    .map_init(Scratch::default, |scratch, range| {
+                        let first = range.start * rows.cols;
+                        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+                        let lost = scratch
+                            .weights
+                            .iter()
+                            .position(|w| w.is_finite() && !to.round(*w).is_finite());
+                        if let Some(i) = lost {
+                            let index = first + i;
+                            let what = format!(
+                                "weight {index} is {}, which {to} cannot hold",
+                                scratch.weights[i]
+                            );
+                            return Err(bitnet_core::Error::Scheme(what).into());
+                        }
+                        let mut out = vec![];
+                        dtype::encode(to, &scratch.weights, &mut out);
+                        Ok(out)
+                    })
+                    .collect();
+                for part in parts {
+                    let part = part?;
+                    total += part.len() as u64;
+                    self.send(Message::Append(self.unit.data, part))?;
+                }
+                self.advance(done, count);
+            }
+            Ok(total)
+        })?;
+        self.send(Message::End(self.unit.data))?;
+        Ok(self.report(to, bytes))
+    }
+
+    fn pack(&self, pack: &Pack) -> Result<TensorReport> {
+        match &pack.scheme {
+            Some(scheme) => {
+                self.with_rows(|rows| self.quantize(pack, scheme, &rows.reshaped(pack.spec.cols)))
+            }
+            None => self.recode(pack),
+        }
+    }
+
+    fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
+        let spec = &pack.spec;
+        let chunk = pack
+            .layout
+            .and_then(|l| l.chunk_rows(spec))
+            .filter(|_| spec.planes == 1);
+        let strip = strip_rows(spec.cols).next_multiple_of(chunk.unwrap_or(1));
+        let fitted: Option<Fitted> = match scheme.granularity {
+            Granularity::Tensor if spec.weights_len() > 0 => {
+                let h = pack
+                    .importance
+                    .as_deref()
+                    .map(Importance::new)
+                    .transpose()?;
+                Some(fit(
+                    &self.options.kernels,
+                    &Strips {
+                        rows,
+                        strip,
+                        interrupt: self.options.interrupt,
+                    },
+                    scheme,
+                    h,
+                )?)
+            }
+            _ => None,
+        };
+        let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
+        let mut scales = vec![0.0f32; spec.scales_len()];
+        let mut zeros = vec![
+            0.0f32;
+            if spec.zero_points == ZeroPoints::None {
+                0
+            } else {
+                spec.scales_len()
+            }
+        ];
+        let mut error = ErrorStats::default();
+        let mut histogram = CodeHistogram::default();
+        let mut packed_bytes = 0;
+        for window in windows(if spec.cols == 0 { 0 } else { spec.rows }, strip) {
+            self.check_interrupt()?;
+            let parts: Vec<Result<Part>> = window
+                .into_par_iter()
+                .map_init(Scratch::default, |scratch, range| {
+                    self.quantize_strip(
+                        pack,
+                        scheme,
+                        rows,
+                        fitted.as_ref(),
+                        chunk.is_some(),
+                        range,
+                        scratch,
+                    )
+                })
+                .collect();
+            for part in parts {
+                let part = part?;
+                let (count, first) = (part.matrix.spec.rows, part.first_row);
+                error = error.merge(part.error);
+                histogram.merge(&part.histogram);
+                if let Some(whole) = &mut whole {
+                    for plane in 0..spec.planes {
+                        let from =
+                            &part.matrix.values[plane * count * spec.cols..][..count * spec.cols];
+                        whole[(plane * spec.rows + first) * spec.cols..][..from.len()]
+                            .copy_from_slice(from);
+                    }
+                } else {
+                    packed_bytes += part.packed.len() as u64;
+                    self.send(Message::Append(self.unit.data, part.packed))?;
+                }
+                place_granules(spec, first, &part.matrix.scales, &mut scales);
+                place_granules(spec, first, &part.matrix.zero_points, &mut zeros);
+                self.advance(count, spec.rows);
+            }
+        }
+        if spec.weights_len() == 0 {
+            whole = Some(vec![]);
+        }
+        let mut layout = pack.layout;
+        if let Some(values) = whole {
+            let bytes = self.pack_whole(pack, &values, &scales, &mut layout)?;
+            packed_bytes += bytes.len() as u64;
+            self.send(Message::Append(self.unit.data, bytes))?;
+        }
+        let bytes = packed_bytes + self.finish_matrix(pack, &scales, &zeros)?;
+        let mut report = self.packed_report(pack, layout, bytes);
+        report.error = Some(error);
+        report.entropy = Some(histogram.entropy_bits());
+        Ok(report)
+    }
+
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one call site; a struct would only rename the arguments"
+    )]
+    fn quantize_strip(
+        &self,
+        pack: &Pack,
+        scheme: &Scheme,
+        rows: &Rows<'_>,
+        fitted: Option<&Fitted>,
+        packed_by_strip: bool,
+        range: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Result<Part> {
+        let first_row = range.start;
+        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+        let cols = pack.spec.cols;
+        let h = pack.importance.as_deref().filter(|_| fitted.is_none());
+        let mut matrix = quantize_rows(
+            &self.options.kernels,
+            &scratch.weights,
+            cols,
+            first_row,
+            scheme,
+            fitted,
+            h,
+        )?;
+        let mut error = ErrorStats::default();
+        scratch.back.resize(cols.min(MEASURED), 0.0);
+        for (row, weights) in scratch.weights.chunks(cols).enumerate() {
+            for (part, weights) in weights.chunks(MEASURED).enumerate() {
+                let back = &mut scratch.back[..weights.len()];
+                matrix.dequantize_part_into(row, part * MEASURED, back);
+                error = error.merge(ErrorStats::measure(weights, back));
+            }
+        }
+        let mut histogram = CodeHistogram::default();
+        histogram.add(&matrix.values);
+        let mut packed = vec![];
+        if let (Some(layout), true) = (pack.layout, packed_by_strip) {
+            stream::pack(
+                self.options.kernels,
+                &Pool::single(),
+                layout,
+                &matrix.spec,
+                &matrix.values,
+                &matrix.scales,
+                &mut packed,
+            )?;
+            matrix.values = vec![];
+        }
+        Ok(Part {
+            first_row,
+            packed,
+            matrix,
+            error,
+            histogram,
+        })
+    }
+
+    fn recode(&self, pack: &Pack) -> Result<TensorReport> {
+        let source = self.job.source;
+        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else {
+            return Err(Error::Recipe("a literal has no codes".into()));
+        };
+        let matrix = match (&pack.given, &tensor.content) {
+            (Some(given), _) => (**given).clone(),
+            (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
+            (None, _) => return Err(Error::Recipe("floats have no codes".into())),
+        };
+        let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
+        if let Some(order) = &self.unit.rows {
+            matrix = matrix.select_rows(order);
+        }
+        for scale in &mut matrix.scales {
+            *scale = pack.spec.scale_dtype.round(*scale);
+            if !scale.is_finite() {
+                return Err(bitnet_core::Error::Scheme(format!(
+                    "a scale that does not fit {}",
+                    pack.spec.scale_dtype
+                ))
+                .into());
+            }
+        }
+        matrix.spec = pack.spec.clone();
+        let mut layout = pack.layout;
+        let bytes = self.pack_whole(pack, &matrix.values, &matrix.scales, &mut layout)?;
+        let mut total = bytes.len() as u64;
+        self.send(Message::Append(self.unit.data, bytes))?;
+        total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
+        self.advance(1, 1);
+        Ok(self.packed_report(pack, layout, total))
+    }
+
+    fn pack_whole(
+        &self,
+        pack: &Pack,
+        values: &[i8],
+        scales: &[f32],
+        layout: &mut Option<&'static dyn Layout>,
+    ) -> Result<Vec<u8>> {
+        match layout {
+            Some(layout) => {
+                let mut bytes = Vec::with_capacity(
+                    layout
+                        .packed_len(&pack.spec)
+                        .bound()
+                        .min(values.len() * 4 + 64),
+                );
+                stream::pack(
+                    self.options.kernels,
+                    &Pool::single(),
+                    *layout,
+                    &pack.spec,
+                    values,
+                    scales,
+                    &mut bytes,
+                )?;
+                Ok(bytes)
+            }
+            None => {
+                let (picked, bytes) = pack::auto(&pack.spec, values, scales)?;
+                *layout = Some(picked);
+                self.send(Message::Layout(self.unit.name.clone(), picked.name()))?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Writes scales and zero points where they are stored apart, and ends the unit's tensors.
+    /// Returns the bytes written.
+    fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
+        self.send(Message::End(self.unit.data))?;
+        let mut total = 0;
+        let mut put = |index: usize, bytes: Vec<u8>| -> Result<()> {
+            total += bytes.len() as u64;
+            self.send(Message::Append(index, bytes))?;
+            self.send(Message::End(index))
+        };
+        if let Some(index) = self.unit.scale {
+            let mut bytes = vec![];
+            let storage = ScaleStorage {
+                dtype: pack.scale_dtype,
+                form: pack.scale_form,
+            };
+            scales
+                .iter()
+                .for_each(|&s| pack.scale_dtype.write(storage.to_stored(s), &mut bytes));
+            put(index, bytes)?;
+        }
+        if let Some(index) = self.unit.zero {
+            let bytes = match pack.spec.zero_points {
+                ZeroPoints::F32 => zeros.iter().flat_map(|z| z.to_le_bytes()).collect(),
+                _ => zeros.iter().map(|&z| z as i8 as u8).collect(),
+            };
+            put(index, bytes)?;
+        }
+        Ok(total)
+    }
+
+    fn packed_report(
+        &self,
+        pack: &Pack,
+        layout: Option<&'static dyn Layout>,
+        bytes: u64,
+    ) -> TensorReport {
+        let planes = pack.spec.planes;
+        let became = if planes > 1 {
+            format!("{planes} × {}", pack.spec.precision)
+        } else {
+            pack.spec.precision.to_string()
+        };
+        TensorReport {
+            layout: layout.map(|l| l.name().into()),
+            granularity: Some(pack.spec.granularity),
+            ..self.report(became, bytes)
+        }
+    }
+}
+
+/// A quantized strip.
+struct Part {
+    first_row: usize,
+    packed: Vec<u8>,
+    /// Its values are gone if it is packed.
+    matrix: Matrix,
+    error: ErrorStats,
+    histogram: CodeHistogram,
+}
+
+/// Copies the granules of a strip that begins at `first_row` to their place among all of them.
+fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
+    let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
+    let first = if spec.granularity == Granularity::Tensor {
+        0
+    } else {
+        first_row * spec.granules_per_row()
+    };
+    for plane in 0..if strip.is_empty() { 0 } else { spec.planes } {
+        let from = &strip[plane * per_plane.0..][..per_plane.0];
+        all[plane * per_plane.1 + first..][..from.len()].copy_from_slice(from);
+    }
+}
