@@ -68,17 +68,20 @@ pub(crate) const SETTINGS: &[Setting] = &[
     setting(
         "int4 group:32",
         "",
-        "default = {precision = 'int4', granularity = 'group:32', scale_dtype = 'f16', clip = 'search'}",
+        "default = {precision = 'int4', granularity = 'group:32', scale_dtype = 'f16', \
+         clip = 'search'}",
     ),
     setting(
         "int3 group:64",
         "",
-        "default = {precision = 'int3', granularity = 'group:64', scale_dtype = 'f16', clip = 'search'}",
+        "default = {precision = 'int3', granularity = 'group:64', scale_dtype = 'f16', \
+         clip = 'search'}",
     ),
     setting(
         "int2 group:64",
         "",
-        "default = {precision = 'int2', granularity = 'group:64', scale_dtype = 'f16', clip = 'search'}",
+        "default = {precision = 'int2', granularity = 'group:64', scale_dtype = 'f16', \
+         clip = 'search'}",
     ),
     setting(
         "3 trit planes",
@@ -132,7 +135,7 @@ pub(crate) struct Original {
 }
 
 /// What one setting made of the model.
-pub(crate) struct Measured {
+pub(crate) struct SettingReport {
     pub(crate) name: &'static str,
     pub(crate) model: Model,
     /// Of the quantized tensors.
@@ -172,7 +175,7 @@ impl Original {
     }
 
     /// Quantizes with a setting, and measures what a reader of the written file finds.
-    pub(crate) fn quantize(&self, setting: &'static Setting) -> anyhow::Result<Measured> {
+    pub(crate) fn quantize(&self, setting: &'static Setting) -> anyhow::Result<SettingReport> {
         let number = SETTINGS
             .iter()
             .take_while(|s| s.name != setting.name)
@@ -196,7 +199,7 @@ impl Original {
             .map(|t| t.entropy.unwrap_or(0.0) * t.error.count as f64)
             .sum();
         let model = load(&target)?;
-        Ok(Measured {
+        Ok(SettingReport {
             name: setting.name,
             tensors: quantized().count(),
             bits: comparison.bits_per_weight(Scope::Quantized),
@@ -230,7 +233,7 @@ impl Original {
     }
 }
 
-impl Measured {
+impl SettingReport {
     pub(crate) fn json(&self) -> Value {
         let mean = |m: &Mean| json!({"mean": m.mean(), "error": m.error()});
         json!({

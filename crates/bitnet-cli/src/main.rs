@@ -26,24 +26,20 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if usage::is_request(&error) => {
-            let result = usage::print(&error).context(STDOUT);
+            let result = usage::print(&error).context(print::CANNOT_WRITE);
             return status(result.map(|()| Answer::Yes));
         }
         Err(error) => return fail(&anyhow::anyhow!(usage::line(&error))),
     };
     let mut out = Output::new(cli.json);
-    let result = run(&cli.command, &mut out);
-    match result {
-        Ok(answer) => match out.flush() {
+    status(
+        run(&cli.command, &mut out).and_then(|answer| match out.flush() {
             // The answer stands, whether or not somebody reads the figures.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => status(Ok(answer)),
-            written => status(written.context(STDOUT).map(|()| answer)),
-        },
-        error => status(error),
-    }
+            Err(error) if is_closed_pipe(&error) => Ok(answer),
+            written => written.map(|()| answer),
+        }),
+    )
 }
-
-const STDOUT: &str = "cannot write to stdout";
 
 fn run(command: &Command, out: &mut Output) -> anyhow::Result<Answer> {
     match command {

@@ -1,5 +1,6 @@
 //! The one place that prints results: tables for people, one JSON document for programs.
 
+use anyhow::Context;
 use std::io::{self, Write};
 
 /// What a command that ran to its end answers.
@@ -10,6 +11,9 @@ pub(crate) enum Answer {
     /// A gate failed, or the file is damaged.
     No,
 }
+
+/// What an error of stdout begins with.
+pub(crate) const CANNOT_WRITE: &str = "cannot write to stdout";
 
 /// A note on stderr. Where stderr cannot be written, the note is lost and nothing else happens.
 pub(crate) fn note(text: impl AsRef<str>) {
@@ -45,20 +49,19 @@ impl Output {
 
     /// Prints the text of a model at once. Of control characters only line feeds and tabs are
     /// printed as they are.
-    pub(crate) fn stream(&mut self, text: &str) -> io::Result<()> {
+    pub(crate) fn stream(&mut self, text: &str) -> anyhow::Result<()> {
         if self.json {
             return Ok(());
         }
-        let mut out = io::stdout().lock();
-        let keep = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
-        text.chars().try_for_each(|c| {
-            if keep(c) {
-                write!(out, "{c}")
+        let mut shown = String::new();
+        for c in text.chars() {
+            if !c.is_control() || matches!(c, '\n' | '\t') {
+                shown.push(c);
             } else {
-                write!(out, "{}", c.escape_default())
+                shown.extend(c.escape_default());
             }
-        })?;
-        out.flush()
+        }
+        self.raw(shown.as_bytes())
     }
 
     /// A table for people.
@@ -74,19 +77,20 @@ impl Output {
     }
 
     /// Bytes as they are, for people and programs alike.
-    pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn raw(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         let mut out = io::stdout().lock();
-        out.write_all(bytes)?;
-        out.flush()
+        out.write_all(bytes)
+            .and_then(|()| out.flush())
+            .context(CANNOT_WRITE)
     }
 
-    pub(crate) fn flush(&mut self) -> io::Result<()> {
-        let mut out = io::stdout().lock();
-        match &self.document {
-            Some(document) if self.json => writeln!(out, "{document:#}"),
-            _ => out.write_all(self.text.as_bytes()),
-        }?;
-        out.flush()
+    /// Prints what was collected.
+    pub(crate) fn flush(&mut self) -> anyhow::Result<()> {
+        let text = match &self.document {
+            Some(document) if self.json => format!("{document:#}\n"),
+            _ => std::mem::take(&mut self.text),
+        };
+        self.raw(text.as_bytes())
     }
 }
 

@@ -55,15 +55,15 @@ pub(crate) fn print(
             out.table(&table(summary.tensors.iter()));
         } else {
             let worst = worst(&summary.tensors);
-            if !worst.is_empty() {
+            let count = summary.tensors.len();
+            if worst.is_empty() {
+                out.line(format!("{count} tensors; --verbose lists them"));
+            } else {
                 out.table(&table(worst.iter().copied()));
+                out.line(format!(
+                    "the largest errors of {count} tensors; --verbose lists all"
+                ));
             }
-            out.line(format!(
-                "{} tensors, of which {} are shown, the ones with the largest error; --verbose \
-                 shows all",
-                summary.tensors.len(),
-                worst.len()
-            ));
         }
         for note in notes(&summary.tensors, all) {
             out.line(format!("note: {note}"));

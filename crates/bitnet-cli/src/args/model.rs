@@ -9,6 +9,7 @@ use bitnet_inference::{
 };
 use bitnet_kernels::Kernels;
 use clap::Args;
+use clap::builder::RangedI64ValueParser;
 use std::path::{Path, PathBuf};
 
 /// Most threads: more are no faster, and each takes memory.
@@ -22,7 +23,12 @@ pub(crate) struct LoadArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     threads: usize,
     /// Inputs of ternary layers; auto is int8 where the model says it was trained so
-    #[arg(long, default_value = "auto", value_name = "TYPE", value_parser = name::<ActivationType>())]
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "TYPE",
+        value_parser = name::<ActivationType>()
+    )]
     activations: ActivationType,
     /// Linear layers with float inputs, in memory
     #[arg(long, default_value = "exact", value_name = "TYPE", value_parser = name::<FloatType>())]
@@ -214,16 +220,21 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "NAME", value_parser = shape())]
     pub(crate) shape: Option<String>,
     /// Tokens of the prompt
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = count(u32::MAX))]
     pub(crate) prompt: u32,
     /// Tokens to decode after it
-    #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 32, value_name = "N", value_parser = count(u32::MAX))]
     pub(crate) tokens: u32,
     /// Number of repetitions; the median is reported
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = count(1000))]
     pub(crate) repeat: u32,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+}
+
+/// The parser of numbers from 1 to `most`.
+fn count(most: u32) -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(most))
 }
 
 /// The parser of shapes with synthetic weights.

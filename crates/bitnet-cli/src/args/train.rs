@@ -200,7 +200,7 @@ pub(crate) struct LmArgs {
     #[arg(long, value_name = "FILE", num_args = 1..)]
     text: Vec<PathBuf>,
     /// A folder of a llama or bitnet model in floats to start from
-    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["architecture", "hidden", "ffn", "layers", "heads", "kv_heads"])]
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = SHAPE)]
     from: Option<PathBuf>,
     /// A tokenizer.json [default: the one beside --from; bytes without it]
     #[arg(long, value_name = "FILE")]
@@ -213,6 +213,16 @@ pub(crate) struct LmArgs {
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
+
+/// Flags that a model from a folder answers itself.
+const SHAPE: [&str; 6] = [
+    "architecture",
+    "hidden",
+    "ffn",
+    "layers",
+    "heads",
+    "kv_heads",
+];
 
 /// The shape of a model from scratch.
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use std::time::Instant;
 pub(crate) use ceilings::SpeedRange;
 
 /// Everything that `bitnet bench` prints.
-pub(crate) struct Measured {
+pub(crate) struct SpeedReport {
     pub(crate) name: String,
     pub(crate) made_up: bool,
     pub(crate) load_seconds: f64,
@@ -36,7 +36,7 @@ pub(crate) struct Measured {
 }
 
 /// Loads the model and measures it and the machine in turns.
-pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result<Measured> {
+pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result<SpeedReport> {
     let begin = Instant::now();
     let (name, model) = match (&args.model, &args.shape) {
         (Some(path), _) => (path.display().to_string(), Model::load_with(path, options)?),
@@ -74,7 +74,7 @@ pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result
     let (prefill, decode) = (SpeedRange::new(prefill), SpeedRange::new(decode));
     let (read, products) = (ceilings.read(), ceilings.products());
     let integers = model.integer_products(prompt, 1);
-    Ok(Measured {
+    Ok(SpeedReport {
         name,
         made_up: args.shape.is_some(),
         load_seconds,

@@ -1,7 +1,7 @@
 //! `bitnet bench`: speed of prefill and decode, load time and memory.
 
 use crate::args::model::BenchArgs;
-use crate::bench::{Measured, SpeedRange, measure};
+use crate::bench::{SpeedRange, SpeedReport, measure};
 use crate::print::{Answer, Output, Table, bytes};
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ pub(crate) fn run(args: &BenchArgs, out: &mut Output) -> anyhow::Result<Answer> 
     Ok(Answer::Yes)
 }
 
-fn print(args: &BenchArgs, m: &Measured, out: &mut Output) {
+fn print(args: &BenchArgs, m: &SpeedReport, out: &mut Output) {
     out.line(format!(
         "{}: {} threads, {}, {} repetitions",
         m.name, m.threads, m.isa, args.repeat
@@ -45,7 +45,7 @@ fn print(args: &BenchArgs, m: &Measured, out: &mut Output) {
     ));
 }
 
-fn table(args: &BenchArgs, m: &Measured) -> Table {
+fn table(args: &BenchArgs, m: &SpeedReport) -> Table {
     let (prompt, count) = (args.prompt, args.tokens);
     let mut table = Table::new(&["figure", "median", "smallest", "largest"]);
     let mut row = |name: String, speeds: &SpeedRange, unit: f64| {
@@ -66,7 +66,7 @@ fn table(args: &BenchArgs, m: &Measured) -> Table {
     table
 }
 
-fn document(args: &BenchArgs, m: &Measured) -> Value {
+fn document(args: &BenchArgs, m: &SpeedReport) -> Value {
     json!({
         "model": m.name,
         "threads": m.threads,

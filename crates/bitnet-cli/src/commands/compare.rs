@@ -3,7 +3,7 @@
 use crate::args::checkpoint::{CompareArgs, GateArgs};
 use crate::print::{Answer, Output, Table, decibels, percent, scientific};
 use crate::progress::ByteBar;
-use bitnet_checkpoint::compare::{Comparison, Scope, compare};
+use bitnet_checkpoint::compare::{Comparison, Scope, TensorComparison, compare};
 use bitnet_core::stats::ErrorStats;
 use serde_json::{Value, json};
 
@@ -83,8 +83,15 @@ fn table(result: &Comparison, totals_alone: bool) -> Table {
 fn document(result: &Comparison, failures: &[String]) -> Value {
     let stats = |e: &ErrorStats| {
         json!({
-            "weights": e.count, "mse": e.mse(), "mae": e.mae(), "max_error": e.max_error, "sqnr_db": e.sqnr_db(),
-            "exact": e.noise == 0.0, "cosine": e.cosine(), "sparsity": e.sparsity(), "sign_flips": e.sign_flip_share(),
+            "weights": e.count,
+            "mse": e.mse(),
+            "mae": e.mae(),
+            "max_error": e.max_error,
+            "sqnr_db": e.sqnr_db(),
+            "exact": e.noise == 0.0,
+            "cosine": e.cosine(),
+            "sparsity": e.sparsity(),
+            "sign_flips": e.sign_flip_share(),
         })
     };
     let with = |mut object: Value, more: Value| {
@@ -93,14 +100,27 @@ fn document(result: &Comparison, failures: &[String]) -> Value {
         }
         object
     };
-    let (low, all) = (result.total(Scope::Quantized), result.total(Scope::All));
+    let tensor = |t: &TensorComparison| {
+        let head = json!({
+            "name": t.name,
+            "stored_as": t.stored_as,
+            "bytes": t.bytes,
+            "bits_per_weight": t.bits_per_weight(),
+            "entropy_bits": t.entropy,
+        });
+        with(head, stats(&t.error))
+    };
+    let total = |scope: Scope| {
+        let bits = result.bits_per_weight(scope);
+        with(
+            json!({"bits_per_weight": bits}),
+            stats(&result.total(scope)),
+        )
+    };
     json!({
-        "tensors": result.tensors.iter().map(|t| with(
-            json!({"name": t.name, "stored_as": t.stored_as, "bytes": t.bytes, "bits_per_weight": t.bits_per_weight(), "entropy_bits": t.entropy}),
-            stats(&t.error),
-        )).collect::<Vec<_>>(),
-        "quantized": with(json!({"bits_per_weight": result.bits_per_weight(Scope::Quantized)}), stats(&low)),
-        "all": with(json!({"bits_per_weight": result.bits_per_weight(Scope::All)}), stats(&all)),
+        "tensors": result.tensors.iter().map(tensor).collect::<Vec<_>>(),
+        "quantized": total(Scope::Quantized),
+        "all": total(Scope::All),
         "failed": failures,
     })
 }

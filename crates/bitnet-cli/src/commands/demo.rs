@@ -1,7 +1,7 @@
 //! `bitnet demo`: the built-in model through several settings, every figure measured in this run.
 
 use crate::args::DemoArgs;
-use crate::demo::{Measured, Original, PROMPT, SETTINGS, sample};
+use crate::demo::{Original, PROMPT, SETTINGS, SettingReport, sample};
 use crate::print::{Answer, Output, Table, bytes, decibels, percent};
 use crate::progress::bar;
 use anyhow::Context;
@@ -117,7 +117,7 @@ fn introduce(original: &Original, before: &Perplexity, out: &mut Output) {
     out.line("");
 }
 
-fn cells(m: &Measured) -> Vec<String> {
+fn cells(m: &SettingReport) -> Vec<String> {
     let added = &m.text.difference;
     vec![
         m.name.into(),

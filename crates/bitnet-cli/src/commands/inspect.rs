@@ -5,6 +5,7 @@ use crate::print::{Answer, Output, Table, bytes, shape};
 use bitnet_checkpoint::inspect::{Finding, TensorInfo, lint, tensors};
 use bitnet_kernels::Kernels;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let source = args.input.open()?;
@@ -50,8 +51,18 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
     for note in &source.notes {
         out.line(format!("note: {note}"));
     }
-    for f in &findings {
-        out.line(format!("{}: {}: {}", title(f.check), f.tensor, f.what));
+    if args.quiet.quiet {
+        let mut counts = BTreeMap::new();
+        for f in &findings {
+            *counts.entry(title(f.check)).or_insert(0) += 1;
+        }
+        for (title, count) in counts {
+            out.line(format!("{title}: {count} findings"));
+        }
+    } else {
+        for f in &findings {
+            out.line(format!("{}: {}: {}", title(f.check), f.tensor, f.what));
+        }
     }
     out.document(json!({
         "path": args.input.input.display().to_string(),

@@ -104,7 +104,8 @@ fn print(report: &RunReport, say: fn(f64) -> String, out: &mut Output) {
         ));
     }
     out.line(format!(
-        "{}: {}, {:.3} bits per weight in packed layers; {} parameters, {} steps, {:.1} s and {:.1} s of training",
+        "{}: {}, {:.3} bits per weight in packed layers; {} parameters, {} steps, {:.1} s and \
+         {:.1} s of training",
         report.packed.display(),
         bytes(report.packed_bytes),
         report.packed_bits,

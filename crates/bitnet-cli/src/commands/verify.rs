@@ -4,7 +4,7 @@ use crate::args::checkpoint::VerifyArgs;
 use crate::print::{Answer, Output, bytes};
 use bitnet_checkpoint::verify::{Damage, Verification, verify};
 use bitnet_formats::document::KEY;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::Read;
 use std::path::Path;
 
@@ -55,13 +55,17 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
         "whole": result.damage.is_empty(),
         "checked": result.checked,
         "bytes": result.bytes,
-        "damage": result.damage.iter().map(|d| json!({"part": d.part, "what": d.what})).collect::<Vec<_>>(),
+        "damage": result.damage.iter().map(damage_json).collect::<Vec<_>>(),
     }));
     Ok(if result.damage.is_empty() {
         Answer::Yes
     } else {
         Answer::No
     })
+}
+
+fn damage_json(damage: &Damage) -> Value {
+    json!({"part": damage.part, "what": damage.what})
 }
 
 /// The damaged part in words.
