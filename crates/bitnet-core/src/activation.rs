@@ -1,4 +1,4 @@
-//! Activations: absmax integers and signs, one scale for each token or for the whole tensor.
+//! QuantizedActivations: absmax integers and signs, one scale for each token or for the whole tensor.
 
 use crate::scheme::Rounding;
 use crate::{Error, Result, named};
@@ -31,7 +31,7 @@ named!(ActivationGranularity, "activation granularity", { Token = "token", Tenso
 
 /// Quantized activations, `x ≈ scale · value`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Activations {
+pub struct QuantizedActivations {
     /// Values, `[M, K]` row-major.
     pub values: Vec<i8>,
     /// One scale for each token, or one in all.
@@ -59,8 +59,8 @@ pub fn quantize(
     method: ActivationMethod,
     granularity: ActivationGranularity,
     rounding: Rounding,
-) -> Result<Activations> {
-    let mut out = Activations {
+) -> Result<QuantizedActivations> {
+    let mut out = QuantizedActivations {
         values: vec![],
         scales: vec![],
     };
@@ -76,7 +76,7 @@ pub fn quantize_into(
     x: &[f32],
     cols: usize,
     (method, granularity, rounding): (ActivationMethod, ActivationGranularity, Rounding),
-    out: &mut Activations,
+    out: &mut QuantizedActivations,
 ) -> Result<()> {
     if cols == 0 || !x.len().is_multiple_of(cols) {
         return Err(Error::Length {

@@ -211,7 +211,7 @@ fn encode_coded(precision: Precision, values: &[i8], out: &mut Vec<u8>) {
 
 /// What one slot of 0 … M − 1 decodes to.
 #[derive(Clone, Copy, Default)]
-struct Slot {
+struct DecodeSlot {
     /// Frequency of the symbol.
     freq: u16,
     /// Distance of the slot from the symbol's first.
@@ -219,7 +219,7 @@ struct Slot {
     value: i8,
 }
 
-impl Slot {
+impl DecodeSlot {
     /// The state after this symbol, before it takes a word. With `x ≥ 2^16` it is at least 4 and
     /// never overflows.
     #[inline]
@@ -230,7 +230,7 @@ impl Slot {
 
 /// The slots that the frequencies at the beginning of the body describe, M of them, and where the
 /// states begin.
-fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), Bad> {
+fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<DecodeSlot>, usize), Bad> {
     let mut at = 0;
     let total = 1usize << scale_bits(precision);
     let mut slots = Vec::with_capacity(total);
@@ -250,7 +250,7 @@ fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), B
             ));
         }
         // At most 2^14, so it fits.
-        slots.extend((0..freq as u16).map(|offset| Slot {
+        slots.extend((0..freq as u16).map(|offset| DecodeSlot {
             freq: freq as u16,
             offset,
             value: value(precision, s),
@@ -288,7 +288,7 @@ fn decode_coded(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<
 
 /// Decodes states and words, which begin at `at` of the body. `slots` has `2^BITS` entries.
 fn decode_words<const BITS: u32, const N: usize>(
-    slots: &[Slot],
+    slots: &[DecodeSlot],
     body: &[u8],
     at: usize,
     values: &mut [i8],

@@ -7,7 +7,7 @@
 //! block. The scale may be negative (ggml writes such in some types) and is finite.
 
 use super::{
-    Bad, FastPath, Layout, Origin, PackedLen, Unpacked, check_cols, check_len, check_plain,
+    Bad, FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
     check_precision, check_scales, check_values, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result, ScaleDtype};
@@ -92,8 +92,8 @@ impl<B: Block> Layout for Ggml<B> {
         true
     }
 
-    fn origin(&self) -> Origin {
-        Origin::Ggml(B::GGML_TYPE)
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::Ggml(B::GGML_TYPE)
     }
 
     fn default_for(&self) -> &'static [Precision] {

@@ -57,7 +57,7 @@ pub struct Unpacked {
 
 /// Whose layout it is, and so which files hold it. Our own safetensors files hold every layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum LayoutOrigin {
     /// Ours, without scales inside. `auto` picks among these.
     Own,
     /// The packed weights of Hugging Face's `bitnet` folders.
@@ -104,8 +104,8 @@ pub trait Layout: Send + Sync + Debug {
     }
 
     /// Whose layout it is.
-    fn origin(&self) -> Origin {
-        Origin::Own
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::Own
     }
 
     /// The precisions for which it is picked when the user names no layout. Of several layouts of
@@ -236,7 +236,7 @@ pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
 }
 
 /// The layouts of an origin, in the order of [`layouts`].
-pub fn of_origin(origin: Origin) -> impl Iterator<Item = &'static dyn Layout> {
+pub fn of_origin(origin: LayoutOrigin) -> impl Iterator<Item = &'static dyn Layout> {
     layouts()
         .iter()
         .copied()
@@ -244,7 +244,7 @@ pub fn of_origin(origin: Origin) -> impl Iterator<Item = &'static dyn Layout> {
 }
 
 fn own() -> impl Iterator<Item = &'static dyn Layout> {
-    of_origin(Origin::Own)
+    of_origin(LayoutOrigin::Own)
 }
 
 /// The plain layout of a precision: ours, with a fixed number of bits for each value.
@@ -271,6 +271,6 @@ pub fn longest_own_name() -> &'static str {
 /// variants.
 pub fn of_ggml_type(id: u32) -> impl Iterator<Item = &'static dyn Layout> {
     layouts().iter().copied().filter(move |layout| {
-        matches!(layout.origin(), Origin::Ggml(i) | Origin::GgmlVariant(i) if i == id)
+        matches!(layout.origin(), LayoutOrigin::Ggml(i) | LayoutOrigin::GgmlVariant(i) if i == id)
     })
 }
