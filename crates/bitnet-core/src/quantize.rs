@@ -156,7 +156,7 @@ fn dead(scheme: &Scheme) -> Result<Fitted> {
     Ok(Fitted::one(scale, encoder))
 }
 
-/// A slice has the length that the shape asks for.
+/// Checks the length of a slice.
 fn check_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got {
         Ok(())
@@ -169,7 +169,7 @@ fn check_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
     }
 }
 
-/// Numbers for the zero points of a matrix, all 0: as many as there are scales, or none.
+/// The zero points of a matrix, all 0; empty if it has none.
 fn empty_zero_points(spec: &MatrixSpec) -> Vec<f32> {
     match spec.zero_points {
         ZeroPoints::None => vec![],

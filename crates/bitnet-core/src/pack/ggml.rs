@@ -3,8 +3,8 @@
 //!
 //! Blocks follow one another along the row, rows follow one another without padding. Every block
 //! holds a scale of its own; here a granule covers whole blocks, so all blocks of a granule hold
-//! the same one. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
-//! block. The scale may be negative (ggml writes such in some types) and is finite.
+//! the same scale. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
+//! block. The scale is finite; it may be negative (ggml writes negative scales in some types).
 
 use super::{
     Bad, FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
