@@ -7,7 +7,7 @@
 #[non_exhaustive]
 pub enum Error {
     /// A weight is NaN or infinite.
-    #[error("weight {index} is {value}; only finite weights can be quantized")]
+    #[error("weight {index} is {value}, and only finite weights can be quantized")]
     NotFinite {
         /// Position in the row-major matrix.
         index: usize,

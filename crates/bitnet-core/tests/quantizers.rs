@@ -11,7 +11,7 @@ use proptest::prelude::*;
 const SAMPLES: usize = 1 << 20;
 
 fn samples(n: usize, mut draw: impl FnMut(&mut Random) -> f64) -> Vec<f32> {
-    let mut random = Random::new(42);
+    let mut random = Random::new(1);
     (0..n).map(|_| draw(&mut random) as f32).collect()
 }
 
