@@ -1,4 +1,4 @@
-//! Folders in the manner of Hugging Face: config.json, model.safetensors, and what belongs to them.
+//! Model folders as Hugging Face has them: config.json, model.safetensors and tokenizer files.
 
 use crate::{Error, Result};
 use bitnet_formats::{Content, Source};
@@ -19,7 +19,7 @@ pub fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {
         .collect()
 }
 
-/// Their values by name.
+/// The values of the variables by name.
 pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
     sorted(vars)
         .into_iter()
@@ -27,11 +27,11 @@ pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
         .collect()
 }
 
-/// Sets every variable from the tensor of its name in a checkpoint of floats.
+/// Sets every variable to the tensor of its name in a float checkpoint.
 ///
 /// # Errors
 /// [`Error::File`] for a tensor that is missing, has another shape, is quantized or not finite, and
-/// for one that no variable takes.
+/// for a tensor without a variable.
 pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     let vars = sorted(vars);
     for (name, var) in &vars {
@@ -42,14 +42,14 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
             &source.path,
             &extra.name,
             "only tensors that the model's training graph has",
-            "one without a place in it",
+            "one that has no place in it",
         )
         .into()),
         None => Ok(()),
     }
 }
 
-/// A tensor of floats.
+/// Reads a float tensor of this shape.
 ///
 /// # Errors
 /// As [`load`].
@@ -85,8 +85,8 @@ pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// Writes a folder: weights in f32, config.json, and other files by name. It appears whole or not
-/// at all.
+/// Writes a folder with weights in f32, config.json and other files by name. The folder gets its
+/// name when it is complete.
 ///
 /// # Errors
 /// [`Error::File`] if the folder exists or cannot be written.
@@ -125,7 +125,7 @@ pub fn save(
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let weights =
         safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
-    // Beside its target, so that a rename can give it its name.
+    // In the same parent folder, so that a rename can move it to its name.
     let mut partial = path.as_os_str().to_os_string();
     partial.push(".");
     partial.push(bitnet_formats::output::PARTIAL);
@@ -165,7 +165,7 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
         .collect())
 }
 
-/// The variables of a map as constants, of which no graph is kept.
+/// The variables of a map as constants, without gradients.
 pub fn constants(vars: &VarMap) -> VarBuilder<'static> {
     VarBuilder::from_tensors(
         tensors(vars).into_iter().collect(),
