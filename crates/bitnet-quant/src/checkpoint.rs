@@ -22,7 +22,7 @@ use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
 pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
-use bitnet_formats::{Content, Source, dtype};
+use bitnet_formats::{Content, Source, dtype, replace};
 use bitnet_kernels::{Kernels, Pool, stream};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -127,14 +127,14 @@ pub struct Summary {
 /// that cannot be quantized, and [`Error::File`] for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
+    if job.sidecars.is_some() {
+        replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
+    }
     check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
-    let folder = job.sidecars.is_some().then(|| {
-        // Without a slash at the end, behind which the ending would be a name of its own.
-        let mut name = target.components().as_path().as_os_str().to_os_string();
-        name.push(".");
-        name.push(bitnet_formats::output::PARTIAL);
-        PathBuf::from(name)
-    });
+    let folder = job
+        .sidecars
+        .is_some()
+        .then(|| replace::beside(target, replace::PARTIAL));
     let pool = threads(options.threads)?;
     let file = match &folder {
         Some(folder) => match fs::create_dir(folder) {
@@ -211,9 +211,12 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         }
     };
     reports.extend(fresh);
-    let file_bytes = writer
-        .finish(options.existing)
-        .map_err(|e| clean(e.into()))?;
+    // The folder is ours, whatever an earlier run left in it.
+    let existing = match folder {
+        Some(_) => Existing::Replace,
+        None => options.existing,
+    };
+    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
     if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
         place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
     }
@@ -303,31 +306,12 @@ fn place_folder(
         }
         .map_err(FileError::io(&path, "write"))?;
     }
-    let rename =
-        |from: &Path, to: &Path| fs::rename(from, to).map_err(FileError::io(to, "rename to"));
-    if !target.exists() {
-        return Ok(rename(folder, target)?);
-    }
-    if existing == Existing::Refuse {
+    if existing == Existing::Refuse && target.exists() {
         return Err(Error::Exists {
             path: target.to_path_buf(),
         });
     }
-    // The old one keeps its bytes until the new one has its name.
-    let mut old = folder.as_os_str().to_os_string();
-    old.push("-replaced");
-    let old = PathBuf::from(old);
-    rename(target, &old)?;
-    if let Err(error) = rename(folder, target) {
-        let _ = fs::rename(&old, target);
-        return Err(error.into());
-    }
-    let removed = if old.is_dir() {
-        fs::remove_dir_all(&old)
-    } else {
-        fs::remove_file(&old)
-    };
-    Ok(removed.map_err(FileError::io(&old, "remove"))?)
+    Ok(replace::place_folder(folder, target, existing)?)
 }
 
 /// Whether a folder holds a model and nothing else: files beside a config.json and weights.

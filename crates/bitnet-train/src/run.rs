@@ -23,6 +23,7 @@ use bitnet_core::{Matrix, Precision, Scheme};
 use bitnet_formats::Content;
 use bitnet_formats::arch::Architecture;
 use bitnet_formats::hf::{BitnetConfig, LinearClass, Mode};
+use bitnet_formats::replace::{remove, write_file};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
     CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
@@ -241,8 +242,7 @@ pub fn run<W: Work>(
     latent.retain(|name, _| own.contains(name));
     let trained = Trained::of(task.linears())?;
     let (packed, latent_path) = (runner.packed("packed"), place.out.join("latent"));
-    remove(&latent_path)?;
-    folder::save(
+    folder::replace(
         &latent_path,
         &latent,
         &trained.config_json(work.config_json()),
@@ -271,7 +271,7 @@ pub fn run<W: Work>(
         packed_bits: layers.0 as f64 * 8.0 / layers.1.max(1) as f64,
         packed,
     };
-    write(&report_path, format!("{:#}\n", json!(report)).as_bytes())?;
+    write_file(&report_path, format!("{:#}\n", json!(report)).as_bytes())?;
     Ok(report)
 }
 
@@ -305,7 +305,7 @@ impl<W: Work> Runner<'_, W> {
             (false, _) => {
                 fs::create_dir_all(self.out)
                     .map_err(bitnet_formats::Error::io(self.out, "create"))?;
-                write(&toml, document.as_bytes())?;
+                write_file(&toml, document.as_bytes())?;
             }
         }
         let lock = File::open(&toml).map_err(bitnet_formats::Error::io(&toml, "open"))?;
@@ -364,8 +364,7 @@ impl<W: Work> Runner<'_, W> {
         let floats = folder::tensors(&vars);
         QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
         let path = self.out.join("rehearsal");
-        remove(&path)?;
-        folder::save(
+        folder::replace(
             &path,
             &floats,
             &self.work.config_json(),
@@ -509,8 +508,7 @@ impl<W: Work> Runner<'_, W> {
             weights.insert(layer.name.clone(), layer.weight.clone());
         }
         weights.extend(trained.biases.clone());
-        remove(&from)?;
-        folder::save(
+        folder::replace(
             &from,
             &weights,
             &self.work.config_json(),
@@ -652,28 +650,6 @@ impl Layer {
             None => Ok(()),
         }
     }
-}
-
-/// Removes a file or folder, if it is there.
-fn remove(path: &Path) -> Result<()> {
-    let removed = if path.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
-    match removed {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(bitnet_formats::Error::io(path, "remove")(e).into())
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Writes a file that appears whole.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let partial = path.with_extension("bitnet-partial");
-    fs::write(&partial, bytes).map_err(bitnet_formats::Error::io(&partial, "write"))?;
-    Ok(fs::rename(&partial, path).map_err(bitnet_formats::Error::io(path, "rename to"))?)
 }
 
 /// What, beside variables and step, decides the losses of a task.
