@@ -36,6 +36,6 @@ fetch:
 ci:
     .ci/run
 
-# The public interface of bitnet-quant as text, to see in a diff what changed. Needs cargo-public-api and a nightly toolchain.
-api:
-    cargo +nightly public-api -p bitnet-quant -sss > docs/bitnet-quant-api.txt
+# Licences, sources and advisories of the dependencies. Needs cargo-deny (`cargo install cargo-deny --locked`); advisories need the network.
+deny *CHECKS:
+    cargo deny check {{CHECKS}}

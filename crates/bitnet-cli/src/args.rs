@@ -3,11 +3,11 @@
 use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
 #[cfg(feature = "train")]
 use crate::train::TrainArgs;
+use bitnet_checkpoint::recipe::Preset;
+use bitnet_checkpoint::recipe::{Choices, Format, Rule, Target};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
 use bitnet_formats::hf::LinearClass;
-use bitnet_quant::ConfigurationPreset;
-use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -119,7 +119,7 @@ pub(crate) struct QuantizeArgs {
     /// Settings for a purpose instead of a configuration: bitnet, performance, accuracy, memory,
     /// balanced; flags count more than it.
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
-    pub(crate) preset: Option<ConfigurationPreset>,
+    pub(crate) preset: Option<Preset>,
     /// Choose each tensor's precision, planes and granularity: least error with at most so many
     /// bits per weight, scales included.
     #[arg(long, value_name = "BITS")]

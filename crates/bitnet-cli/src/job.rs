@@ -2,10 +2,11 @@
 
 use crate::args::JobArgs;
 use crate::print::{Output, Table, bytes, decibels};
+use bitnet_checkpoint::job::{self, Existing, Options, Progress, Summary, TensorReport};
+use bitnet_checkpoint::recipe::Compute;
+use bitnet_checkpoint::recipe::Format;
+use bitnet_checkpoint::{Job, Source};
 use bitnet_core::stats::ErrorStats;
-use bitnet_quant::checkpoint::{self, Existing, Options, Progress, Summary, TensorReport};
-use bitnet_quant::recipe::Format;
-use bitnet_quant::{Compute, Job, Source};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -77,7 +78,7 @@ pub(crate) fn with_options<T>(
     args: &JobArgs,
     compute: &Compute,
     total: u64,
-    f: impl FnOnce(&Options<'_>) -> bitnet_quant::Result<T>,
+    f: impl FnOnce(&Options<'_>) -> bitnet_checkpoint::Result<T>,
 ) -> anyhow::Result<T> {
     let bar = Bar::new(total, args.quiet);
     Ok(f(&Options {
@@ -105,7 +106,7 @@ pub(crate) fn run(
     out: &mut Output,
 ) -> anyhow::Result<()> {
     let summary = with_options(args, compute, job.input_bytes(), |options| {
-        checkpoint::run(job, &args.out, options)
+        job::run(job, &args.out, options)
     })?;
     print(&summary, job, source, &args.out, out);
     Ok(())

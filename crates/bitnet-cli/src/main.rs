@@ -72,11 +72,13 @@ fn usage(error: &clap::Error) -> anyhow::Error {
 
 /// One line on stderr, and the exit status.
 fn fail(error: &anyhow::Error) -> ExitCode {
-    let interrupted = matches!(error.downcast_ref(), Some(bitnet_quant::Error::Interrupted))
-        || matches!(
-            error.downcast_ref(),
-            Some(bitnet_inference::Error::Interrupted)
-        );
+    let interrupted = matches!(
+        error.downcast_ref(),
+        Some(bitnet_checkpoint::Error::Interrupted)
+    ) || matches!(
+        error.downcast_ref(),
+        Some(bitnet_inference::Error::Interrupted)
+    );
     // The messages of the crates hold their causes already; a chain would say everything twice.
     let line = print::printable(&error.to_string().replace('\n', " "));
     let _ = writeln!(std::io::stderr(), "error: {line}");

@@ -2,7 +2,7 @@
 
 mod common;
 
-use bitnet_quant::calibration::Calibration;
+use bitnet_checkpoint::calibration::Calibration;
 use common::{Dir, gauss, llama, normal, safetensors};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -227,7 +227,7 @@ fn presets_and_configurations_are_the_same_type() {
         );
         sizes.insert(report["totals"]["quantized_bits_per_weight"].to_string());
         let config = preset
-            .parse::<bitnet_quant::ConfigurationPreset>()
+            .parse::<bitnet_checkpoint::recipe::Preset>()
             .unwrap()
             .build()
             .unwrap();

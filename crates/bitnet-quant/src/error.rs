@@ -1,75 +1,32 @@
 //! The error type of this crate.
 
+#[cfg(feature = "qat")]
 use std::path::PathBuf;
 
-/// What can go wrong with a job on a checkpoint.
+/// What can go wrong with tensors, layers and training.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file could not be read or written.
+    /// A file, a recipe, a quantizer or a kernel refused.
     #[error(transparent)]
-    File(#[from] bitnet_formats::Error),
-    /// A tensor cannot be quantized or packed as asked.
-    #[error("{}: tensor '{tensor}': {source}", path.display())]
-    Tensor {
-        /// The file that holds the tensor.
-        path: PathBuf,
-        /// Its name.
-        tensor: String,
-        /// Why not.
-        source: bitnet_core::Error,
-    },
-    /// Something is wrong with a scheme or a matrix, apart from any tensor.
-    #[error(transparent)]
-    Core(#[from] bitnet_core::Error),
-    /// The recipe asks for something that does not exist or does not apply.
-    #[error("recipe: {0}")]
-    Recipe(String),
-    /// Wrong fields of a configuration, all of them.
-    #[error("{} wrong: {}", if .0.len() == 1 { "one field is".into() } else { format!("{} fields are", .0.len()) }, .0.join("; "))]
-    Invalid(Vec<String>),
-    /// No kernels for the instruction set asked for, or no product of such a matrix.
-    #[error(transparent)]
-    Kernels(#[from] bitnet_kernels::Error),
+    Checkpoint(#[from] bitnet_checkpoint::Error),
     /// A tensor is not what the operation takes.
     #[error("{what}: expected {expected}, got {got}")]
     Input {
         /// Which tensor or number.
         what: &'static str,
-        /// What would do.
+        /// What the operation takes.
         expected: String,
-        /// What came.
+        /// What the caller gave.
         got: String,
     },
-    /// Statistics of activations that were never observed.
-    #[error("no calibration for '{0}': observe its input first")]
-    NotCalibrated(String),
-    /// candle could not do it.
+    /// candle returned an error.
     #[cfg(feature = "tensor")]
     #[error(transparent)]
     Candle(Box<candle_core::Error>),
-    /// The target exists.
-    #[error("{} exists already", path.display())]
-    Exists {
-        /// The target.
-        path: PathBuf,
-    },
-    /// The target is what is read, or a folder around it.
-    #[error("{} is the input or holds it; the output needs another path", path.display())]
-    SameFile {
-        /// The target.
-        path: PathBuf,
-    },
-    /// The two checkpoints do not describe the same model.
-    #[error("{}: {what}", path.display())]
-    Mismatch {
-        /// The second checkpoint.
-        path: PathBuf,
-        /// What differs.
-        what: String,
-    },
-    /// Training came to a loss, or to gradients, that are no numbers.
-    #[error("step {step}: the {what} is {got}; {}", .checkpoint.as_ref().map_or("no checkpoint was written before".into(), |path| format!("the last good checkpoint is {}", path.display())))]
+    /// The loss or the gradients of a training are not finite.
+    #[cfg(feature = "qat")]
+    #[error("step {step}: the {what} is {got}; {}", last_good(checkpoint.as_deref()))]
     Diverged {
         /// The step, counted from 1.
         step: u64,
@@ -80,9 +37,14 @@ pub enum Error {
         /// The newest checkpoint.
         checkpoint: Option<PathBuf>,
     },
-    /// The caller asked to stop. What is done stays, and the same job goes on from there.
-    #[error("interrupted; the same command goes on from here")]
-    Interrupted,
+}
+
+#[cfg(feature = "qat")]
+fn last_good(checkpoint: Option<&std::path::Path>) -> String {
+    match checkpoint {
+        Some(path) => format!("the last good checkpoint is {}", path.display()),
+        None => "no checkpoint was written before".into(),
+    }
 }
 
 #[cfg(feature = "tensor")]
@@ -92,14 +54,36 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-impl Error {
-    /// [`Error::Invalid`] if something is wrong.
-    pub(crate) fn unless_empty(wrong: Vec<String>) -> Result<()> {
-        if wrong.is_empty() {
-            Ok(())
-        } else {
-            Err(Self::Invalid(wrong))
+macro_rules! from_lower_crates {
+    ($($error:ty),+) => {$(
+        impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self::Checkpoint(error.into())
+            }
         }
+    )+};
+}
+from_lower_crates!(
+    bitnet_core::Error,
+    bitnet_formats::Error,
+    bitnet_kernels::Error
+);
+
+impl Error {
+    /// [`bitnet_checkpoint::Error::Invalid`] if `wrong` names a field.
+    pub(crate) fn unless_empty(wrong: Vec<String>) -> Result<()> {
+        Ok(bitnet_checkpoint::Error::unless_empty(wrong)?)
+    }
+
+    /// One wrong field, or several.
+    pub(crate) fn invalid(wrong: Vec<String>) -> Self {
+        bitnet_checkpoint::Error::Invalid(wrong).into()
+    }
+
+    /// A recipe or a document that cannot be read, written or applied.
+    #[cfg(feature = "tensor")]
+    pub(crate) fn recipe(what: impl ToString) -> Self {
+        bitnet_checkpoint::Error::Recipe(what.to_string()).into()
     }
 
     #[cfg(feature = "tensor")]

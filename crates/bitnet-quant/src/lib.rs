@@ -1,72 +1,49 @@
-//! Quantize, pack, prove and compare checkpoints.
+//! Ternary and low-bit quantization on candle tensors: quantizers, layers that train and run
+//! packed, and whole checkpoints.
 //!
-//! ```no_run
-//! use bitnet_quant::{Job, Recipe, Source, checkpoint};
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let source = Source::open("model-folder".as_ref())?;
-//! let recipe = Recipe::from_toml("[default]\nthreshold = 'optimal'")?;
-//! let out = std::path::Path::new("model-ternary");
-//! let job = Job::quantize(&source, &recipe, out)?;
-//! let summary = checkpoint::run(&job, out, &checkpoint::Options {
-//!     threads: 0,
-//!     kernels: bitnet_kernels::Kernels::detect(),
-//!     progress: &(),
-//!     interrupt: &Default::default(),
-//!     existing: checkpoint::Existing::Refuse,
-//! })?;
-//! for tensor in &summary.tensors {
-//!     println!("{} {} {:.3} bits", tensor.name, tensor.became, tensor.bits_per_weight());
-//! }
-//! # Ok(())
-//! # }
-//! ```
+//! | start with | for |
+//! |---|---|
+//! | [`tensor`], [`BitLinear`], [`quantize_tensor`] | tensors and layers |
+//! | [`qat`], [`QATTrainer`] | quantization-aware training |
+//! | [`spec`] | the names of the specification: presets, builders, precision control |
+//! | [`checkpoint`], [`Job`], [`Recipe`] | whole models; re-exported from `bitnet-checkpoint` |
+//!
+//! Features: `tensor` (layers and quantizers on candle), `calibration`, `advanced` (mixed
+//! precision), `qat` (training), `plot` (drawings of a training's log).
 #![forbid(unsafe_code)]
 
 mod error;
-#[cfg(feature = "tensor")]
-mod matrix;
-mod names;
-mod plan;
-mod rows;
 
-#[cfg(feature = "calibration")]
-pub mod calibration;
-pub mod checkpoint;
-pub mod compare;
-pub mod config;
-pub mod control;
-pub mod inspect;
 #[cfg(feature = "qat")]
 pub mod qat;
-pub mod recipe;
-#[cfg(feature = "advanced")]
-pub mod search;
+pub mod spec;
 #[cfg(feature = "tensor")]
 pub mod tensor;
-pub mod verify;
 
-pub use bitnet_formats::Source;
-pub use config::{
-    Activations, Compute, ConfigurationPreset, Machine, QuantizationConfig,
-    QuantizationConfigBuilder, Search,
-};
-pub use control::{
-    PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats,
+#[cfg(feature = "calibration")]
+pub use bitnet_checkpoint::calibration;
+#[cfg(feature = "advanced")]
+pub use bitnet_checkpoint::search;
+pub use bitnet_checkpoint::{
+    Error as CheckpointError, Format, GENERATOR, Job, Recipe, Source, compare, inspect,
+    job as checkpoint, recipe,
+    recipe::{Activations, Compute, Machine, PrecisionControlConfig, Search},
+    verify,
 };
 pub use error::{Error, Result};
-pub use names::{
-    BinaryThresholdMethod, MultiBitParams, OneBitParams, OneFiveEightBitParams, OptimizationConfig,
-    OptimizationLevel, PackingConfig, QuantizationPrecision, QuantizationScheme,
-    QuantizationSchemeConfig, QuantizationStrategy, SchemeParameters, TernaryMethod, TernaryPacker,
+pub use spec::{
+    BinaryThresholdMethod, ConfigurationPreset, MultiBitParams, OneBitParams,
+    OneFiveEightBitParams, OptimizationConfig, OptimizationLevel, PackingConfig,
+    PrecisionAdjustment, PrecisionController, QuantizationConfig, QuantizationConfigBuilder,
+    QuantizationPrecision, QuantizationScheme, QuantizationSchemeConfig, QuantizationStats,
+    QuantizationStrategy, SchemeParameters, TernaryMethod, TernaryPacker,
     WeightQuantizationConfigBuilder, create_custom_enhanced_config,
 };
-pub use plan::{GENERATOR, Job};
-pub use recipe::{Format, Recipe};
 
 #[cfg(feature = "qat")]
 pub use qat::{QATConfig, QATTrainer, StraightThroughEstimator};
 #[cfg(all(feature = "tensor", feature = "advanced"))]
-pub use tensor::mixed::{
+pub use spec::mixed::{
     LayerQuantization, MixedPrecisionQuantizationConfig, MixedPrecisionQuantizer,
     PrecisionAdjustmentParams, create_mixed_precision_quantizer,
 };

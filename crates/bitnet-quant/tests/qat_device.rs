@@ -1,6 +1,11 @@
-//! A training on a device that is not the CPU, beside the same one on the CPU. Built with the
-//! feature `cuda` or `metal`; without them, and where there is no such device, it says that it was
-//! skipped. What the operations compute is tested on the CPU, in `qat/graph_tests.rs`.
+//! A training on a device that is not the CPU, beside the same one on the CPU. Skipped where candle
+//! was built without such a device or the machine has none; on a machine with CUDA:
+//!
+//! ```sh
+//! cargo test -p bitnet-quant --test qat_device --features candle-core/cuda,candle-nn/cuda
+//! ```
+//!
+//! `qat/graph_tests.rs` tests the results of these operations on the CPU.
 #![cfg(feature = "qat")]
 
 use bitnet_quant::qat::{

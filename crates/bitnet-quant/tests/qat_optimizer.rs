@@ -2,6 +2,7 @@
 //! generate_optimizers.py there.
 #![cfg(feature = "qat")]
 
+use bitnet_quant::CheckpointError;
 use bitnet_quant::Error;
 use bitnet_quant::qat::{Betas, Group, Method, Optimizer, OptimizerConfig, Rates, Schedule, Shape};
 use candle_core::backprop::GradStore;
@@ -409,7 +410,7 @@ fn wrong_numbers_and_variables_are_refused_together() -> Result {
         }],
     };
     let error = Optimizer::of(vec![], &config).unwrap_err();
-    let Error::Invalid(fields) = &error else {
+    let Error::Checkpoint(CheckpointError::Invalid(fields)) = &error else {
         panic!("{error}")
     };
     assert_eq!(fields.len(), 7, "{error}");

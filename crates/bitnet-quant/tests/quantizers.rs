@@ -3,6 +3,7 @@
 
 use bitnet_core::pack::{Layout, PackedLen, Unpacked};
 use bitnet_core::{Matrix, MatrixSpec};
+use bitnet_quant::CheckpointError;
 use bitnet_quant::prelude::*;
 use bitnet_quant::recipe::{Choices, Target};
 use bitnet_quant::{Error, Result};
@@ -210,7 +211,7 @@ fn calibration_makes_the_outputs_better() {
     .unwrap();
     let w = normal(&[32, 128]);
     let mut calibration = Calibration::default();
-    calibration.observe_tensor("w", &x).unwrap();
+    bitnet_quant::tensor::observe::observe_tensor(&mut calibration, "w", &x).unwrap();
     let calibration = Arc::new(calibration);
     let output_error = |q: &QuantizedTensor| {
         let e = (q.dequantize().unwrap() - &w).unwrap();
@@ -251,7 +252,7 @@ fn calibration_makes_the_outputs_better() {
     assert!(found.bytes as usize * 8 <= 3 * 32 * 128);
     assert!(matches!(
         quantizer.search(&[("v", &w)], Search::within(3.0), Some(&calibration)),
-        Err(Error::NotCalibrated(_))
+        Err(Error::Checkpoint(CheckpointError::NotCalibrated(_)))
     ));
     assert!(
         quantizer

@@ -78,6 +78,12 @@ impl Error {
     }
 }
 
+impl From<bitnet_quant::CheckpointError> for Error {
+    fn from(error: bitnet_quant::CheckpointError) -> Self {
+        Self::Quant(error.into())
+    }
+}
+
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         Self::Candle(Box::new(error))

@@ -98,7 +98,7 @@ pub fn save(
     files: &[(String, Vec<u8>)],
 ) -> Result<()> {
     if path.exists() {
-        return Err(bitnet_quant::Error::Exists {
+        return Err(bitnet_quant::CheckpointError::Exists {
             path: path.to_path_buf(),
         }
         .into());

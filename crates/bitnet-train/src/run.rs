@@ -179,8 +179,8 @@ impl Report {
 /// Trains, packs and measures. `document` is the configuration as run.toml shall hold it.
 ///
 /// # Errors
-/// [`bitnet_quant::Error::Exists`] for a folder that is there, unless the run is to go on;
-/// [`bitnet_quant::Error::Interrupted`] where the observer stopped it; what settings, data,
+/// [`bitnet_quant::CheckpointError::Exists`] for a folder that is there, unless the run is to go on;
+/// [`bitnet_quant::CheckpointError::Interrupted`] where the observer stopped it; what settings, data,
 /// training and files can fail with, most of it before the first step.
 pub fn run<W: Work>(
     work: &W,
@@ -289,7 +289,7 @@ impl<W: Work> Runner<'_, W> {
         let toml = self.out.join("run.toml");
         match (self.out.exists(), self.place.resume) {
             (true, false) => {
-                return Err(bitnet_quant::Error::Exists {
+                return Err(bitnet_quant::CheckpointError::Exists {
                     path: self.out.to_path_buf(),
                 }
                 .into());
@@ -452,7 +452,9 @@ impl<W: Work> Runner<'_, W> {
             trainer.run(task, &mut callback)?
         };
         match (outcome.stopped, outcome.kept) {
-            (Stopped::Interrupted, _) | (_, None) => Err(bitnet_quant::Error::Interrupted.into()),
+            (Stopped::Interrupted, _) | (_, None) => {
+                Err(bitnet_quant::CheckpointError::Interrupted.into())
+            }
             (_, Some(kept)) => Ok((kept, outcome.seconds)),
         }
     }

@@ -4,8 +4,8 @@ use crate::Answer;
 use crate::args::CompareArgs;
 use crate::job::Bar;
 use crate::print::{Output, Table, decibels, percent, scientific};
+use bitnet_checkpoint::compare::{Comparison, Scope, compare};
 use bitnet_core::stats::ErrorStats;
-use bitnet_quant::compare::{Comparison, Scope, compare};
 use serde_json::{Value, json};
 
 pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer> {

@@ -4,14 +4,14 @@ use crate::args::DemoArgs;
 use crate::print::{Output, Table, decibels, percent};
 use crate::{Answer, job};
 use anyhow::Context;
+use bitnet_checkpoint::compare::{Scope, compare};
+use bitnet_checkpoint::job::{Existing, Options};
+use bitnet_checkpoint::verify::verify;
+use bitnet_checkpoint::{Job, Recipe, Source};
 use bitnet_core::stats::ErrorStats;
 use bitnet_inference::perplexity::{Perplexity, Windows, perplexity};
 use bitnet_inference::{CacheType, GenerateOptions, LoadOptions, Model};
 use bitnet_kernels::Kernels;
-use bitnet_quant::checkpoint::{self, Existing, Options};
-use bitnet_quant::compare::{Scope, compare};
-use bitnet_quant::verify::verify;
-use bitnet_quant::{Job, Recipe, Source};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
@@ -203,7 +203,7 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
             interrupt: &Default::default(),
             existing: Existing::Refuse,
         };
-        let summary = checkpoint::run(&plan, &target, &options)?;
+        let summary = bitnet_checkpoint::job::run(&plan, &target, &options)?;
         // Everything below comes from reading the written file again.
         let written = Source::open(&target)?;
         let whole = verify(&written)?.damage.is_empty();

@@ -3,7 +3,8 @@
 use crate::args::DequantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use bitnet_quant::{Compute, Job};
+use bitnet_checkpoint::Job;
+use bitnet_checkpoint::recipe::Compute;
 
 pub(crate) fn run(args: &DequantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let source = args.input.open()?;

@@ -3,8 +3,8 @@
 use crate::Answer;
 use crate::args::InspectArgs;
 use crate::print::{Output, Table, bytes, shape};
+use bitnet_checkpoint::inspect::{lint, tensors};
 use bitnet_kernels::Kernels;
-use bitnet_quant::inspect::{lint, tensors};
 use serde_json::json;
 
 pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {

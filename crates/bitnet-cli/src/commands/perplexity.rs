@@ -4,8 +4,8 @@ use crate::job::Bar;
 use crate::model::PerplexityArgs;
 use crate::print::Output;
 use crate::{Answer, job};
+use bitnet_checkpoint::job::Progress;
 use bitnet_inference::perplexity::{Mean, Perplexity, Windows, compare, perplexity};
-use bitnet_quant::checkpoint::Progress;
 use serde_json::{Value, json};
 use std::cell::Cell;
 

@@ -3,15 +3,16 @@
 use crate::args::QuantizeArgs;
 use crate::print::Output;
 use crate::{Answer, job};
-use bitnet_quant::calibration::Calibration;
-use bitnet_quant::{Job, QuantizationConfig, Search, search};
+use bitnet_checkpoint::calibration::Calibration;
+use bitnet_checkpoint::recipe::{Recipe, Search};
+use bitnet_checkpoint::{Job, search};
 use std::path::Path;
 
 pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let mut recipe = match (&args.config, args.preset) {
         (Some(path), _) => read(path)?,
         (None, Some(preset)) => preset.build()?,
-        (None, None) => QuantizationConfig::default(),
+        (None, None) => Recipe::default(),
     };
     if args.config.is_none() || args.format.is_some() {
         recipe.format = job::format(args.format, &args.job.out);
@@ -56,14 +57,14 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
     Ok(Answer::Yes)
 }
 
-fn read(path: &Path) -> anyhow::Result<QuantizationConfig> {
+fn read(path: &Path) -> anyhow::Result<Recipe> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
     let json = path.extension().is_some_and(|e| e == "json");
     let config = if json {
-        QuantizationConfig::from_json(&text)
+        Recipe::from_json(&text)
     } else {
-        QuantizationConfig::from_toml(&text)
+        Recipe::from_toml(&text)
     };
     config.map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }

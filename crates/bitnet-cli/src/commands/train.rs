@@ -3,6 +3,7 @@
 use crate::print::{Output, bytes, percent};
 use crate::train::{CommonArgs, TrainArgs, What, document};
 use crate::{Answer, job};
+use bitnet_checkpoint::Error as CheckpointError;
 use bitnet_quant::qat::{Event, QATConfig};
 use bitnet_train::config::RunConfig;
 use bitnet_train::run::{Observer, Phase, Report, Work, run as run_work};
@@ -61,16 +62,18 @@ fn train<W: Work>(
     };
     run_work(work, run, training, document, &args.place(), &mut watch).map_err(
         |error| match error {
-            Error::Quant(bitnet_quant::Error::Exists { path }) if path == args.out => {
+            Error::Quant(bitnet_quant::Error::Checkpoint(CheckpointError::Exists { path }))
+                if path == args.out =>
+            {
                 anyhow::anyhow!(
                     "{} exists already; --resume goes on with the run in it",
                     path.display()
                 )
             }
-            Error::Quant(interrupted @ bitnet_quant::Error::Interrupted) => {
-                anyhow::Error::new(interrupted)
-                    .context("interrupted; the same command with --resume goes on from here")
-            }
+            Error::Quant(bitnet_quant::Error::Checkpoint(
+                interrupted @ CheckpointError::Interrupted,
+            )) => anyhow::Error::new(interrupted)
+                .context("interrupted; the same command with --resume goes on from here"),
             other => other.into(),
         },
     )

@@ -3,8 +3,8 @@
 use crate::Answer;
 use crate::args::VerifyArgs;
 use crate::print::{Output, bytes};
+use bitnet_checkpoint::verify::{Damage, Verification, verify};
 use bitnet_formats::document::KEY;
-use bitnet_quant::verify::{Damage, Verification, verify};
 use serde_json::json;
 use std::io::Read;
 use std::path::Path;

@@ -16,7 +16,7 @@ use super::optimizer::{Kept, Optimizer};
 use super::telemetry::Telemetry;
 use super::trainer::Stopped;
 use super::with_host_floats;
-use crate::{Error, Result};
+use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_formats::document::Checksum;
 use bitnet_formats::replace::{self, Existing};
@@ -242,7 +242,7 @@ fn fill(
         state.checksums.insert(TELEMETRY.into(), sum);
     }
     let path = folder.join(STATE);
-    let json = serde_json::to_vec_pretty(state).map_err(|e| Error::Recipe(e.to_string()))?;
+    let json = serde_json::to_vec_pretty(state).map_err(Error::recipe)?;
     let mut file = File::create(&path).map_err(FileError::io(&path, "create"))?;
     file.write_all(&json)
         .and_then(|()| file.sync_all())
@@ -353,10 +353,11 @@ impl Checked {
         }
         Stored::open(folder, MODEL, &variables(optimizer))?;
         if let Some(what) = difference("", &state.config, config) {
-            return Err(Error::Mismatch {
+            return Err(CheckpointError::Mismatch {
                 path: folder.to_path_buf(),
                 what,
-            });
+            }
+            .into());
         }
         Stored::open(
             folder,
@@ -464,10 +465,11 @@ impl Stored {
         let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
         let header = Header::read(&path, &file, len)?;
         let differs = |what: String| {
-            Err(Error::Mismatch {
+            Err(CheckpointError::Mismatch {
                 path: folder.to_path_buf(),
                 what: format!("a checkpoint of another model: {what}"),
-            })
+            }
+            .into())
         };
         for slot in wanted {
             match header.tensors.iter().find(|t| t.name == slot.name) {

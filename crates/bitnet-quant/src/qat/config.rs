@@ -6,10 +6,10 @@ use super::progressive::Progressive;
 use super::schedule::Schedule;
 use super::ste::StraightThroughEstimator;
 use super::telemetry::TelemetryConfig;
-use crate::config::{Compute, QuantizationConfig};
-use crate::names::QuantizationScheme;
 use crate::recipe::Choices;
-use crate::{Error, Result};
+use crate::spec::QuantizationScheme;
+use crate::{CheckpointError, Error, Result};
+use crate::{Compute, QuantizationConfig};
 use bitnet_core::Scheme;
 use serde::{Deserialize, Serialize};
 
@@ -128,7 +128,7 @@ impl QATConfig {
     /// [`Error::Recipe`] for what is no such TOML, [`Error::Invalid`] for values that make no
     /// sense.
     pub fn from_toml(text: &str) -> Result<Self> {
-        let config: Self = toml::from_str(text).map_err(|e| Error::Recipe(e.to_string()))?;
+        let config: Self = toml::from_str(text).map_err(Error::recipe)?;
         config.validate()?;
         Ok(config)
     }
@@ -148,8 +148,8 @@ impl QATConfig {
             ..self.clone()
         };
         // Through text: a reader of JSON may round, and both sides of a comparison then do.
-        let text = serde_json::to_string(&numbers).map_err(|e| Error::Recipe(e.to_string()))?;
-        serde_json::from_str(&text).map_err(|e| Error::Recipe(e.to_string()))
+        let text = serde_json::to_string(&numbers).map_err(Error::recipe)?;
+        serde_json::from_str(&text).map_err(Error::recipe)
     }
 
     /// This configuration as TOML.
@@ -157,7 +157,7 @@ impl QATConfig {
     /// # Errors
     /// [`Error::Recipe`] for a number that TOML cannot hold.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| Error::Recipe(e.to_string()))
+        toml::to_string(self).map_err(Error::recipe)
     }
 
     /// Checks every field.
@@ -208,7 +208,7 @@ impl QATConfig {
         }
         if let Some(progressive) = &self.progressive {
             match progressive.validate() {
-                Err(Error::Invalid(fields)) => wrong.extend(fields),
+                Err(Error::Checkpoint(CheckpointError::Invalid(fields))) => wrong.extend(fields),
                 other => other?,
             }
             if progressive.settled() >= self.steps {
@@ -222,10 +222,10 @@ impl QATConfig {
         self.optimizer.problems(&mut wrong);
         self.schedule.problems(&mut wrong);
         match self.quantization.validate() {
-            Err(Error::Invalid(fields)) => {
+            Err(CheckpointError::Invalid(fields)) => {
                 wrong.extend(fields.into_iter().map(|f| format!("quantization.{f}")))
             }
-            Err(other) => return Err(other),
+            Err(other) => return Err(other.into()),
             Ok(()) => {}
         }
         Error::unless_empty(wrong)
@@ -291,7 +291,7 @@ impl QATConfigBuilder {
     /// A scheme with a name for the weights.
     pub fn quantization_scheme(mut self, scheme: QuantizationScheme) -> Self {
         self.config.quantization.default =
-            Choices::from(&Scheme::from(scheme)).over(&self.config.quantization.default);
+            Choices::from(Scheme::from(scheme)).over(&self.config.quantization.default);
         self
     }
 

@@ -12,7 +12,7 @@
 //! of the CPU keep. Sums over weights are taken in f64, on Metal, which has none, in f32.
 
 use super::ste::{LEAST_SCALE, Quantizer, StraightThroughEstimator};
-use crate::config::Activations;
+use crate::Activations;
 use crate::{Error, Result};
 use bitnet_core::scheme::{
     BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Scheme, Threshold,

@@ -88,7 +88,7 @@ fn layer(
     estimator: StraightThroughEstimator,
 ) -> Result<QatLinear> {
     let config = QuantizationConfig {
-        default: Choices::from(scheme),
+        default: Choices::from(*scheme),
         activations: Some(activations),
         ..QuantizationConfig::default()
     };

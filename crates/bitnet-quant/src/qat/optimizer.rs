@@ -351,7 +351,7 @@ impl Optimizer {
             .group
             .iter()
             .map(|g| compile(&g.glob))
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
         let mut parameters = vec![];
         for (name, var) in vars {
             if var.dtype() != DType::F32 || !var.is_contiguous() {

@@ -1,7 +1,7 @@
 //! From floats to layers in training, and from those to packed ones.
 
 use super::{Linear, Linears, QatLinear, StraightThroughEstimator};
-use crate::config::QuantizationConfig;
+use crate::QuantizationConfig;
 use crate::{Error, Result};
 use candle_nn::VarMap;
 
@@ -83,8 +83,8 @@ pub fn prepare(
         Ok(())
     })?;
     if prepared.is_empty() {
-        return Err(Error::Recipe(
-            "the configuration quantizes no linear layer of the model".into(),
+        return Err(Error::recipe(
+            "the configuration quantizes no linear layer of the model",
         ));
     }
     let names = prepared.iter().map(|(name, _)| name.clone()).collect();

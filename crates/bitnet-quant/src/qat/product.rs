@@ -5,9 +5,9 @@
 
 use super::ste::{Codes, Quantizer};
 use super::{candle, slice};
-use crate::config::Activations;
+use crate::Activations;
 use crate::tensor::{token_shape, with_floats};
-use crate::{Error, Result};
+use crate::{CheckpointError, Error, Result};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
 use bitnet_kernels::Kernels;
@@ -214,8 +214,10 @@ fn is_not_finite(error: &Error) -> bool {
     use bitnet_core::Error::NotFinite;
     matches!(
         error,
-        Error::Core(NotFinite { .. })
-            | Error::Kernels(bitnet_kernels::Error::Matrix(NotFinite { .. }))
+        Error::Checkpoint(
+            CheckpointError::Core(NotFinite { .. })
+                | CheckpointError::Kernels(bitnet_kernels::Error::Matrix(NotFinite { .. }))
+        )
     )
 }
 

@@ -209,7 +209,7 @@ impl Fisher {
             };
             let one = |choices: &crate::recipe::Choices| -> Result<Candidate> {
                 let scheme = choices.plain_scheme()?.ok_or_else(|| {
-                    Error::Recipe(format!("{} is not quantized", choices.target()))
+                    Error::recipe(format!("{} is not quantized", choices.target()))
                 })?;
                 let runtime = crate::Runtime::of(&Default::default())?;
                 let matrix = crate::quantize_tensor(&runtime, weight, &scheme, None)?;
@@ -243,7 +243,7 @@ impl Fisher {
         )?;
         let rule =
             |((name, candidates), pick): ((String, Vec<Candidate>), usize)| crate::recipe::Rule {
-                glob: globset::escape(&name),
+                glob: crate::recipe::escape(&name),
                 choices: candidates[pick].choices.clone(),
             };
         Ok(names

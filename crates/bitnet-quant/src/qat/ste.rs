@@ -7,7 +7,8 @@
 
 use crate::tensor::kernel::Packed;
 use crate::tensor::runtime::Runtime;
-use crate::{Error, Result, matrix};
+use crate::{Error, Result};
+use bitnet_checkpoint::matrix;
 use bitnet_core::ops::{Cuts, Ops, Uniform};
 use bitnet_core::scheme::{BinarySplit, Mapping, Method, Scheme};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ZeroPoints, pack};
@@ -390,9 +391,10 @@ impl Quantizer {
                 layout,
             )?));
         }
-        self.runtime
-            .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))
-            .map(Codes::Values)
+        let matrix = self
+            .runtime
+            .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))?;
+        Ok(Codes::Values(matrix))
     }
 
     fn encode_learned(&self, w: &[f32], shape: (usize, usize), learned: &[f32]) -> Result<Matrix> {

@@ -6,7 +6,7 @@ use super::linear::{Linear, Linears};
 use super::optimizer::sum_squares;
 use super::trainer::{Evaluation, Step};
 use super::with_host_floats;
-use crate::{Error, Result};
+use crate::Result;
 use bitnet_formats::{Error as FileError, replace};
 use bitnet_kernels::Kernels;
 use candle_core::backprop::GradStore;

@@ -8,7 +8,7 @@ use super::prepare::scale_name;
 use super::recompute::backward;
 use super::regularization::level_distance;
 use super::telemetry::{LayerRecord, Line, Log, Telemetry};
-use crate::{Error, Result};
+use crate::{CheckpointError, Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
@@ -362,7 +362,7 @@ impl QATTrainer {
         if let Some(config) = &self.config.checkpoint
             && let Some((_, path)) = checkpoint::checkpoints(&config.folder)?.pop()
         {
-            return Err(Error::Exists { path });
+            return Err(CheckpointError::Exists { path }.into());
         }
         let training = self.begin(task)?;
         self.go_on(task, callback, training, None)

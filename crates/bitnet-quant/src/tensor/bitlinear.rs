@@ -15,10 +15,11 @@ use super::kernel::Packed;
 use super::runtime::Runtime;
 use super::ste::{FakeActivations, FakeWeights, PackedProduct};
 use super::{matrix_shape, not_empty, token_shape, with_floats};
-use crate::config::{Activations, QuantizationConfig};
-use crate::names::QuantizationScheme;
 use crate::recipe::Choices;
-use crate::{Error, Result, matrix};
+use crate::spec::QuantizationScheme;
+use crate::{Activations, QuantizationConfig};
+use crate::{CheckpointError, Error, Result};
+use bitnet_checkpoint::{matrix, rows};
 use bitnet_core::{Matrix, MatrixSpec, Scheme};
 use bitnet_formats::{Content, Source};
 use candle_core::{D, DType, Device, Module, Tensor, Var};
@@ -102,7 +103,7 @@ impl BitLinearConfig {
                 self.norm_eps
             ));
         }
-        if let Err(Error::Invalid(more)) = self.config.validate() {
+        if let Err(CheckpointError::Invalid(more)) = self.config.validate() {
             wrong.extend(more);
         } else if self.config.default.precision().is_none() {
             wrong.push(format!(
@@ -144,7 +145,7 @@ impl BitLinearConfigBuilder {
 
     /// How weights are quantized.
     pub fn quantization_scheme(mut self, scheme: QuantizationScheme) -> Self {
-        self.0.config.default = Choices::from(&Scheme::from(scheme));
+        self.0.config.default = Choices::from(Scheme::from(scheme));
         self
     }
 
@@ -384,15 +385,12 @@ impl BitLinear {
         let (n, k) = tensor
             .matrix_shape()
             .ok_or_else(|| absent(weight.clone()))?;
-        let floats = |tensor: &bitnet_formats::Tensor| -> Result<Vec<f32>> {
-            let mut out = vec![];
-            crate::rows::with_rows(source, tensor, None, |rows| {
-                rows.read(0..rows.count, &mut vec![], &mut out)
-            })?;
-            Ok(out)
-        };
         let bias = match source.find(&format!("{name}.bias")) {
-            Some(bias) => Some(Tensor::from_vec(floats(bias)?, n, &Device::Cpu)?),
+            Some(bias) => Some(Tensor::from_vec(
+                rows::read_all(source, bias)?,
+                n,
+                &Device::Cpu,
+            )?),
             None => None,
         };
         let config = QuantizationConfig {
@@ -409,7 +407,7 @@ impl BitLinear {
                 Self::from_matrix(&source.matrix(&tensor.name, q)?, bias, &config.config)
             }
             _ => Self::from_tensors(
-                Tensor::from_vec(floats(tensor)?, (n, k), &Device::Cpu)?,
+                Tensor::from_vec(rows::read_all(source, tensor)?, (n, k), &Device::Cpu)?,
                 bias,
                 &config,
             ),
@@ -515,8 +513,9 @@ impl BitLinear {
     fn quantize(&self, weight: &Tensor) -> Result<Matrix> {
         let (shape, kernels) = (matrix_shape(weight)?, self.runtime.machine.kernels);
         with_floats(weight, |w| {
-            self.runtime
-                .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))
+            Ok(self
+                .runtime
+                .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))?)
         })
     }
 

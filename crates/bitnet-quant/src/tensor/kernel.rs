@@ -1,8 +1,8 @@
 //! The one place that knows the products of `bitnet-kernels`.
 
 use super::runtime::Runtime;
+use crate::Activations;
 use crate::Result;
-use crate::config::Activations;
 #[cfg(feature = "qat")]
 use bitnet_core::pack::Layout;
 use bitnet_core::{Matrix, MatrixSpec, ZeroPoints};

@@ -3,8 +3,6 @@
 
 pub mod bitlinear;
 pub(crate) mod kernel;
-#[cfg(feature = "advanced")]
-pub mod mixed;
 #[cfg(feature = "calibration")]
 pub mod observe;
 pub mod quantizer;

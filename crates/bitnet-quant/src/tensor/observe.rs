@@ -6,15 +6,13 @@ use crate::calibration::Calibration;
 use candle_core::{Module, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 
-impl Calibration {
-    /// Adds the tokens of a tensor `[…, K]` at the input of a layer.
-    ///
-    /// # Errors
-    /// As [`Calibration::observe`]; [`crate::Error::Input`] for another device or type.
-    pub fn observe_tensor(&mut self, name: &str, x: &Tensor) -> Result<()> {
-        let (_, channels) = token_shape(x)?;
-        with_floats(x, |x| self.observe(name, channels, x))
-    }
+/// Adds the tokens of a tensor `[…, K]` at the input of the layer `name` to a calibration.
+///
+/// # Errors
+/// As [`Calibration::observe`]; [`crate::Error::Input`] for another device or type.
+pub fn observe_tensor(calibration: &mut Calibration, name: &str, x: &Tensor) -> Result<()> {
+    let (_, channels) = token_shape(x)?;
+    with_floats(x, |x| Ok(calibration.observe(name, channels, x)?))
 }
 
 /// A module that shows its input to a calibration and is otherwise the module inside.
@@ -55,12 +53,12 @@ impl<M> Observed<M> {
 
 impl<M: Module> Module for Observed<M> {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let observed = self
+        let mut calibration = self
             .calibration
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .observe_tensor(&self.name, x);
-        observed.map_err(candle_core::Error::wrap)?;
+            .unwrap_or_else(PoisonError::into_inner);
+        observe_tensor(&mut calibration, &self.name, x).map_err(candle_core::Error::wrap)?;
+        drop(calibration);
         self.inner.forward(x)
     }
 }

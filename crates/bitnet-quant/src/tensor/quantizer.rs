@@ -2,13 +2,12 @@
 
 use super::runtime::Runtime;
 use super::{check_device, matrix_shape, not_empty, token_shape, with_floats};
-use crate::config::{Compute, QuantizationConfig};
-use crate::control::{
-    PrecisionAdjustment, PrecisionControlConfig, PrecisionController, QuantizationStats,
-};
-use crate::matrix;
-use crate::names::{QuantizationPrecision, QuantizationSchemeConfig};
+use crate::recipe::PrecisionControlConfig;
+use crate::spec::{PrecisionAdjustment, PrecisionController, QuantizationStats};
+use crate::spec::{QuantizationPrecision, QuantizationSchemeConfig};
+use crate::{Compute, QuantizationConfig};
 use crate::{Error, Result};
+use bitnet_checkpoint::matrix;
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::memory::BitNetTensor;
 use bitnet_core::pack::{self, Layout};
@@ -179,7 +178,7 @@ impl QuantizedTensor {
             (x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len().max(1) as f64) as f32
         };
         with_floats(original, |x| {
-            let moments = crate::rows::moments(bitnet_kernels::Kernels::detect(), x)?;
+            let moments = bitnet_checkpoint::rows::moments(bitnet_kernels::Kernels::detect(), x)?;
             Ok(QuantizationStats {
                 elements_count: x.len(),
                 quantization_error: relative_error(&matrix::measure(x, &matrix)),
@@ -203,7 +202,7 @@ fn relative_error(error: &ErrorStats) -> f32 {
 }
 
 /// The layout of that name, or `None` for `auto`.
-pub(super) fn layout_named(name: &str) -> Result<Option<&'static dyn Layout>> {
+pub(crate) fn layout_named(name: &str) -> Result<Option<&'static dyn Layout>> {
     if name == AUTO {
         Ok(None)
     } else {
@@ -394,7 +393,7 @@ pub fn quantize_tensor(
     not_empty(x)?;
     let kernels = runtime.machine.kernels;
     let matrix = with_floats(x, |w| {
-        runtime.install(|| matrix::quantize(kernels, w, shape, scheme, importance))
+        Ok(runtime.install(|| matrix::quantize(kernels, w, shape, scheme, importance))?)
     })?;
     Ok(QuantizedTensor {
         shape: x.shape().clone(),

@@ -1,7 +1,7 @@
 //! What layers compute with: kernels, threads and scratch memory.
 
 use super::kernel::Scratch;
-use crate::config::{Compute, Machine};
+use crate::{Compute, Machine};
 use crate::{Error, Result};
 use bitnet_core::memory::HybridMemoryPool;
 use bitnet_kernels::Pool;
@@ -37,10 +37,10 @@ impl Runtime {
     /// threads that the system refuses.
     pub fn new(compute: &Compute) -> Result<Arc<Self>> {
         let machine = compute.machine()?;
-        if machine.threads > crate::checkpoint::MAX_THREADS {
+        if machine.threads > crate::recipe::MAX_THREADS {
             return Err(Error::input(
                 "threads",
-                format!("at most {}", crate::checkpoint::MAX_THREADS),
+                format!("at most {}", crate::recipe::MAX_THREADS),
                 machine.threads,
             ));
         }

@@ -4,8 +4,8 @@
 use super::kernel::Packed;
 use super::runtime::Runtime;
 use super::{check_kind, matrix_shape, token_shape};
-use crate::config::Activations;
-use crate::matrix;
+use crate::Activations;
+use bitnet_checkpoint::matrix;
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::{Rounding, Scheme};
 use bitnet_kernels::Kernels;

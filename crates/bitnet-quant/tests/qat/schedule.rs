@@ -1,6 +1,7 @@
 //! Sensitivities, and quantization that sets in by and by.
 
 use super::*;
+use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::Progressive;
 use bitnet_quant::qat::sensitivity::{self, Fisher};
 
@@ -64,7 +65,8 @@ fn one_layer_at_a_time() {
         .0
         .iter_mut()
         .for_each(|l| l.as_qat().unwrap().set_lambda(0.75));
-    sensitivity::one_at_a_time(&mut model, |_| Err(bitnet_quant::Error::Interrupted)).unwrap_err();
+    sensitivity::one_at_a_time(&mut model, |_| Err(CheckpointError::Interrupted.into()))
+        .unwrap_err();
     assert_eq!(strengths(&mut model), [0.75; 3]);
 }
 

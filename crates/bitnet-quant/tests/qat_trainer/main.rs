@@ -4,6 +4,7 @@
 
 mod best;
 
+use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::{
     CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method,
     OptimizerConfig, Outcome, Progressive, QATConfig, QATTrainer, Schedule, Shape, Stage, Step,
@@ -386,7 +387,7 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     // A new training does not mix with one that is there.
     let error = train(&mut Mlp::new(24)?, &config, None, false).unwrap_err();
     assert!(
-        matches!(&error, Error::Exists { path } if path.ends_with("step-000000007")),
+        matches!(&error, Error::Checkpoint(CheckpointError::Exists { path }) if path.ends_with("step-000000007")),
         "{error}"
     );
     let empty = QATConfig {
@@ -797,7 +798,7 @@ fn wrong_fields_of_a_configuration_are_named_together() {
     config.optimizer.learning_rate = f64::INFINITY;
     config.quantization.default.planes = Some(7);
     let error = QATTrainer::new(config).unwrap_err();
-    let Error::Invalid(fields) = &error else {
+    let Error::Checkpoint(CheckpointError::Invalid(fields)) = &error else {
         panic!("{error}")
     };
     let expected = [

@@ -1,6 +1,6 @@
 //! What was lost between two checkpoints of the same model, tensor by tensor.
 
-use crate::checkpoint::Progress;
+use crate::job::Progress;
 use crate::rows::{Scratch, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};

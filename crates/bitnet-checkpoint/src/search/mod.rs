@@ -11,9 +11,7 @@
 
 mod job;
 
-#[cfg(feature = "tensor")]
-pub(crate) use job::grid;
-pub use job::resolve;
+pub use job::{grid, resolve};
 
 use crate::recipe::Choices;
 use crate::{Error, Result};
@@ -52,12 +50,12 @@ pub struct Selection {
 /// error, without one the smallest candidates; in either case only those of at least `min_sqnr` dB.
 ///
 /// ```
-/// use bitnet_quant::search::{Candidate, select};
+/// use bitnet_checkpoint::search::{Candidate, select};
 /// let one = |bytes, error| Candidate { choices: Default::default(), bytes, error, sqnr_db: 10.0 };
 /// let tensors = [vec![one(1, 9.0), one(4, 1.0)], vec![one(1, 5.0), one(4, 2.0)]];
 /// let best = select(&tensors, Some(5), None)?;
 /// assert_eq!((best.picks, best.bytes, best.error), (vec![1, 0], 5, 6.0));
-/// # Ok::<(), bitnet_quant::Error>(())
+/// # Ok::<(), bitnet_checkpoint::Error>(())
 /// ```
 ///
 /// # Errors

@@ -2,11 +2,12 @@
 
 use super::{Candidate, select};
 use crate::calibration::{Calibration, importance};
-use crate::checkpoint::{Options, check_target, threads};
-use crate::config::Search;
+use crate::job::Options;
 use crate::plan::{Builder, Work};
+use crate::recipe::Search;
 use crate::recipe::{Choices, Format, Recipe, Rule, Target};
-use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
+use crate::rows::{Rows, Scratch, Strips, strip_rows, thread_pool, windows, with_rows};
+use crate::target::check_target;
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
@@ -101,7 +102,7 @@ pub fn resolve(
             "target_bpw {bits}: the smallest settings take {reachable:.3} bits per weight"
         )));
     }
-    let pool = threads(options.threads)?;
+    let pool = thread_pool(options.threads)?;
     let mut candidates = vec![];
     for (tensor, importance, possible) in &tensors {
         options.progress.tensor(&tensor.name);
@@ -150,7 +151,7 @@ pub fn resolve(
 
 /// Settings to choose among. What the default says of granularity, scales and rounding holds for
 /// all.
-pub(crate) fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
+pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
     let of = |precision| Choices {
         precision: Some(Target::Quantized(precision)),
         ..Choices::default()

@@ -1,5 +1,7 @@
 //! The streamed job gives what the in-memory quantizer gives, and the same bytes however it runs.
 
+use bitnet_checkpoint::job::{self, Existing, Options, Summary};
+use bitnet_checkpoint::{Job, Recipe, Source};
 use bitnet_core::ops::Scalar;
 use bitnet_core::quantize::quantize;
 use bitnet_core::scheme::Threshold;
@@ -7,8 +9,6 @@ use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Matrix, Scheme};
 use bitnet_formats::Content;
 use bitnet_kernels::Kernels;
-use bitnet_quant::checkpoint::{self, Existing, Options, Summary};
-use bitnet_quant::{Job, Recipe, Source};
 use std::fs;
 use std::path::Path;
 
@@ -45,7 +45,7 @@ fn write(path: &Path, w: &[f32]) {
 
 fn run(source: &Source, recipe: &str, out: &Path, threads: usize) -> Summary {
     let recipe = Recipe::from_toml(recipe).unwrap();
-    let job = Job::quantize(source, &recipe, out).unwrap();
+    let plan = Job::quantize(source, &recipe, out).unwrap();
     let options = Options {
         threads,
         kernels: Kernels::detect(),
@@ -53,7 +53,7 @@ fn run(source: &Source, recipe: &str, out: &Path, threads: usize) -> Summary {
         interrupt: &Default::default(),
         existing: Existing::Refuse,
     };
-    checkpoint::run(&job, out, &options).unwrap()
+    job::run(&plan, out, &options).unwrap()
 }
 
 fn read(path: &Path) -> Matrix {

@@ -3,7 +3,7 @@
 mod packing;
 mod surroundings;
 
-use crate::config::Compute;
+use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
@@ -78,7 +78,7 @@ pub(crate) enum Sidecar {
     Bytes(Vec<u8>),
 }
 
-/// A job: everything that [`crate::checkpoint::run`] needs.
+/// A job: everything that [`crate::job::run`] needs.
 #[derive(Debug)]
 pub struct Job<'a> {
     pub(crate) source: &'a Source,
@@ -128,7 +128,6 @@ impl<'a> Job<'a> {
     ///
     /// # Errors
     /// As [`Job::quantize`]; also for a calibration of another model.
-    #[cfg(feature = "calibration")]
     pub fn quantize_calibrated(
         source: &'a Source,
         recipe: &Recipe,

@@ -260,13 +260,13 @@ impl LayerStatistics {
 /// Statistics of the inputs of many layers, by the name of the weights that they meet.
 ///
 /// ```
-/// use bitnet_quant::calibration::{Calibration, Observer};
+/// use bitnet_checkpoint::calibration::{Calibration, Observer};
 /// let mut calibration = Calibration::default();
 /// calibration.observe("fc.weight", 2, &[1.0, -2.0, 3.0, 0.5])?;
 /// let layer = calibration.layer("fc.weight")?;
 /// assert_eq!(layer.second_moments(), [5.0, 2.125]); // (1 + 9)/2, (4 + 0.25)/2
 /// assert_eq!(layer.range(Observer::MinMax)?, (-2.0, 3.0));
-/// # Ok::<(), bitnet_quant::Error>(())
+/// # Ok::<(), bitnet_checkpoint::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -360,8 +360,7 @@ impl Calibration {
 /// # Errors
 /// [`Error::NotCalibrated`] if the matrix is not in it, [`Error::Core`] for another number of
 /// columns.
-#[cfg(feature = "advanced")]
-pub(crate) fn importance(
+pub fn importance(
     calibration: Option<&Calibration>,
     name: &str,
     shape: Option<(usize, usize)>,

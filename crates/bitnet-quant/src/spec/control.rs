@@ -12,9 +12,9 @@
 //! So a stream whose statistics do not change makes the controller try each precision at most once
 //! downwards and settle.
 
+use crate::recipe::PrecisionControlConfig;
 use crate::{Error, Result};
 use bitnet_core::Precision;
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// What one call of a quantizer did.
@@ -49,152 +49,6 @@ impl QuantizationStats {
     /// ```
     pub fn sqnr_db(&self) -> f32 {
         -20.0 * self.quantization_error.log10()
-    }
-}
-
-/// Bounds and temper of a [`PrecisionController`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct PrecisionControlConfig {
-    /// Precisions that may be chosen, coarse to fine.
-    pub precisions: Vec<Precision>,
-    /// The one to begin with.
-    pub initial: Precision,
-    /// Quality below which precision is raised, in dB.
-    pub min_sqnr_db: f32,
-    /// Quality above which precision is lowered, in dB.
-    pub max_sqnr_db: f32,
-    /// By how much the precision below must be expected to exceed `min_sqnr_db`, in dB.
-    pub margin_db: f32,
-    /// Observations in a row that it takes.
-    pub patience: u32,
-    /// Observations that are remembered.
-    pub window: usize,
-    /// Whether the precision may change; if not, the controller only observes.
-    pub adjust: bool,
-    /// Smallest and largest threshold that [`PrecisionController::validate_precision_bounds`]
-    /// accepts.
-    pub threshold: [f32; 2],
-    /// Smallest and largest scale that it accepts.
-    pub scale: [f32; 2],
-}
-
-impl Default for PrecisionControlConfig {
-    /// [`PrecisionControlConfig::balanced`].
-    fn default() -> Self {
-        Self::balanced()
-    }
-}
-
-impl PrecisionControlConfig {
-    /// Between 12 and 30 dB, three observations in a row, from int4.
-    pub fn balanced() -> Self {
-        Self {
-            precisions: vec![
-                Precision::Binary,
-                Precision::Ternary,
-                Precision::Int2,
-                Precision::Int3,
-                Precision::Int4,
-                Precision::Int8,
-            ],
-            initial: Precision::Int4,
-            min_sqnr_db: 12.0,
-            max_sqnr_db: 30.0,
-            margin_db: 1.0,
-            patience: 3,
-            window: 64,
-            adjust: true,
-            threshold: [0.0, 10.0],
-            scale: [1e-8, 1e4],
-        }
-    }
-
-    /// At least 20 dB; raised at once, lowered late, from int8.
-    pub fn conservative() -> Self {
-        Self {
-            initial: Precision::Int8,
-            min_sqnr_db: 20.0,
-            max_sqnr_db: 60.0,
-            margin_db: 3.0,
-            patience: 1,
-            ..Self::balanced()
-        }
-    }
-
-    /// 4 dB suffice and 9 dB are too good; from ternary.
-    pub fn aggressive() -> Self {
-        Self {
-            initial: Precision::Ternary,
-            min_sqnr_db: 4.0,
-            max_sqnr_db: 9.0,
-            margin_db: 0.5,
-            patience: 2,
-            ..Self::balanced()
-        }
-    }
-
-    /// For activations, of which int8, int4 and signs exist.
-    pub fn for_activations(self) -> Self {
-        let precisions = vec![Precision::Binary, Precision::Int4, Precision::Int8];
-        let initial = if precisions.contains(&self.initial) {
-            self.initial
-        } else {
-            Precision::Int8
-        };
-        Self {
-            precisions,
-            initial,
-            ..self
-        }
-    }
-
-    /// Each wrong field with what is wrong.
-    pub(crate) fn problems(&self, wrong: &mut Vec<String>) {
-        if self.precisions.is_empty()
-            || !self.precisions.is_sorted_by(|a, b| a.levels() < b.levels())
-        {
-            let names: Vec<_> = self.precisions.iter().map(|p| p.name()).collect();
-            wrong.push(format!(
-                "control.precisions: expected at least one, coarse to fine, got [{}]",
-                names.join(", ")
-            ));
-        } else if !self.precisions.contains(&self.initial) {
-            wrong.push(format!(
-                "control.initial: expected one of control.precisions, got {}",
-                self.initial
-            ));
-        }
-        if self.min_sqnr_db.is_nan()
-            || self.max_sqnr_db.is_nan()
-            || self.min_sqnr_db >= self.max_sqnr_db
-        {
-            wrong.push(format!(
-                "control.max_sqnr_db: expected more than min_sqnr_db = {}, got {}",
-                self.min_sqnr_db, self.max_sqnr_db
-            ));
-        }
-        if self.margin_db.is_nan() || self.margin_db < 0.0 {
-            wrong.push(format!(
-                "control.margin_db: expected at least 0, got {}",
-                self.margin_db
-            ));
-        }
-        if self.patience == 0 {
-            wrong.push("control.patience: expected at least 1, got 0".into());
-        }
-        if self.window > 1 << 20 {
-            wrong.push(format!(
-                "control.window: expected at most {}, got {}",
-                1 << 20,
-                self.window
-            ));
-        }
-        for (name, [low, high]) in [("threshold", self.threshold), ("scale", self.scale)] {
-            if !(0.0 <= low && low <= high && high.is_finite()) {
-                wrong.push(format!("control.{name}: expected [low, high] with 0 <= low <= high, got [{low}, {high}]"));
-            }
-        }
     }
 }
 
@@ -359,7 +213,7 @@ impl PrecisionController {
     /// [`Error::Invalid`] for bounds that are not `low <= high`.
     pub fn add_metric(&mut self, name: &str, bounds: [f32; 2]) -> Result<()> {
         if bounds.iter().any(|b| b.is_nan()) || bounds[0] > bounds[1] {
-            return Err(Error::Invalid(vec![format!(
+            return Err(Error::invalid(vec![format!(
                 "metric '{name}': expected bounds [low, high], got {bounds:?}"
             )]));
         }
@@ -383,10 +237,10 @@ impl PrecisionController {
                 metric.last = value;
                 Ok(())
             }
-            Some(_) => Err(Error::Invalid(vec![format!(
+            Some(_) => Err(Error::invalid(vec![format!(
                 "metric '{name}': expected a number, got NaN"
             )])),
-            None => Err(Error::Invalid(vec![format!(
+            None => Err(Error::invalid(vec![format!(
                 "metric '{name}' was not added"
             )])),
         }
@@ -406,7 +260,7 @@ impl PrecisionController {
             ("compression_ratio", stats.compression_ratio),
         ] {
             if got.is_nan() || got < 0.0 {
-                return Err(Error::Invalid(vec![format!(
+                return Err(Error::invalid(vec![format!(
                     "{name}: expected at least 0, got {got}"
                 )]));
             }

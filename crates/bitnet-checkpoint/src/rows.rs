@@ -1,5 +1,6 @@
 //! Rows of a tensor as f32, read strip by strip from wherever they are.
 
+use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
@@ -112,6 +113,19 @@ impl Granule for Strips<'_> {
     }
 }
 
+/// A pool of `n` threads; 0 for one on each core.
+pub(crate) fn thread_pool(n: usize) -> Result<rayon::ThreadPool> {
+    if n > MAX_THREADS {
+        return Err(Error::Recipe(format!(
+            "at most {MAX_THREADS} threads, got {n}"
+        )));
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(n)
+        .build()
+        .map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
+}
+
 /// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are
 /// joined in the order of the strips, so what is computed does not depend on that number.
 pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
@@ -127,6 +141,18 @@ pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Ra
 /// Rows of a strip.
 pub(crate) fn strip_rows(cols: usize) -> usize {
     (STRIP_WEIGHTS / cols.max(1)).max(1)
+}
+
+/// The elements of a tensor `[N, …]` as f32, row by row.
+///
+/// # Errors
+/// [`Error::File`] for what cannot be read.
+pub fn read_all(source: &Source, tensor: &Tensor) -> Result<Vec<f32>> {
+    with_rows(source, tensor, None, |rows| {
+        let mut out = vec![];
+        rows.read(0..rows.count, &mut vec![], &mut out)?;
+        Ok(out)
+    })
 }
 
 /// Calls `f` with the rows of a tensor; row `r` is row `order[r]` of the source.
@@ -188,11 +214,7 @@ impl Rows<'_> {
 ///
 /// # Errors
 /// [`bitnet_core::Error::NotFinite`] with the position of the first that is none.
-#[cfg(any(feature = "tensor", feature = "calibration"))]
-pub(crate) fn moments(
-    kernels: bitnet_kernels::Kernels,
-    x: &[f32],
-) -> Result<bitnet_core::ops::Moments> {
+pub fn moments(kernels: bitnet_kernels::Kernels, x: &[f32]) -> Result<bitnet_core::ops::Moments> {
     use bitnet_core::ops::Ops;
     let moments = kernels.moments(x);
     if moments.finite {

@@ -1,16 +1,19 @@
 //! Mixed precision on tensors: layers with kinds, precision raised where quality asks for it, and
 //! the search of [`crate::search`].
 
-use super::quantizer::{QuantizedTensor, layout_named, quantize_activations, quantize_tensor};
-use super::runtime::Runtime;
-use super::{check_device, matrix_shape, with_floats};
 use crate::calibration::{Calibration, importance};
-use crate::config::{QuantizationConfig, Search};
-use crate::control::{PrecisionAdjustment, PrecisionControlConfig, PrecisionController};
-use crate::names::PackingConfig;
 use crate::recipe::{Choices, Format, Target};
+use crate::recipe::{LayoutChoice, PrecisionControlConfig};
 use crate::search::{self, Candidate};
-use crate::{Error, Result, matrix};
+use crate::spec::{PrecisionAdjustment, PrecisionController};
+use crate::tensor::quantizer::{
+    QuantizedTensor, layout_named, quantize_activations, quantize_tensor,
+};
+use crate::tensor::runtime::Runtime;
+use crate::tensor::{check_device, matrix_shape, with_floats};
+use crate::{Error, Result};
+use crate::{QuantizationConfig, Search};
+use bitnet_checkpoint::matrix;
 use bitnet_core::activation::{ActivationGranularity, ActivationMethod};
 use bitnet_core::mixed_precision::{ComponentType, LayerPrecisionSpec};
 use bitnet_core::{Precision, ZeroPoints, pack};
@@ -274,9 +277,7 @@ impl MixedPrecisionQuantizer {
         let mut quantized = quantize_tensor(&self.runtime, weights, &scheme, None)?;
         quantized.pack_with(match choices.layout.as_deref() {
             Some(name) => layout_named(name)?,
-            None => Some(pack::by_name(
-                PackingConfig::bitnet().layout_for(precision),
-            )?),
+            None => Some(pack::by_name(LayoutChoice::Plain.name(precision))?),
         })?;
         Ok(quantized)
     }
@@ -370,8 +371,7 @@ impl MixedPrecisionQuantizer {
                         };
                         let quantized = matrix::quantize(kernels, w, shape, &scheme, h.as_deref())?;
                         let spec = &quantized.spec;
-                        let layout =
-                            pack::by_name(PackingConfig::bitnet().layout_for(spec.precision))?;
+                        let layout = pack::by_name(LayoutChoice::Plain.name(spec.precision))?;
                         let zero = if spec.zero_points == ZeroPoints::None {
                             0
                         } else {

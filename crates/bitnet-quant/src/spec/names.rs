@@ -1,12 +1,10 @@
 //! Other names for the same things, for code that thinks in bits. Each is the type it stands for,
 //! or converts into it.
 
-use crate::config::{QuantizationConfig, QuantizationConfigBuilder};
-use crate::recipe::{Choices, Target};
 use crate::{Error, Result};
+use bitnet_checkpoint::recipe::{Choices, LayoutChoice, Recipe, RecipeBuilder};
 use bitnet_core::Precision;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, ScaleRule, Scheme, Threshold};
-use bitnet_formats::output::AUTO;
 
 /// Symmetric integers, or such with zero points.
 pub use bitnet_core::scheme::Mapping as QuantizationStrategy;
@@ -17,8 +15,18 @@ pub use bitnet_core::scheme::BinarySplit as BinaryThresholdMethod;
 /// How ternary and other values become bytes: implement it to add a packing.
 pub use bitnet_core::pack::Layout as TernaryPacker;
 
-/// The builder of a configuration of weights, which is that of any configuration.
-pub type WeightQuantizationConfigBuilder = QuantizationConfigBuilder;
+/// The configuration: one serialisable, versioned type for the library, the command line and
+/// files.
+pub type QuantizationConfig = Recipe;
+
+/// The builder of a configuration.
+pub type QuantizationConfigBuilder = RecipeBuilder;
+
+/// The builder of a configuration of weights: the same as that of any configuration.
+pub type WeightQuantizationConfigBuilder = RecipeBuilder;
+
+/// A configuration for a purpose.
+pub use bitnet_checkpoint::recipe::Preset as ConfigurationPreset;
 
 /// [`Precision`] by its number of bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,95 +117,35 @@ pub enum OptimizationLevel {
     Aggressive,
 }
 
-impl OptimizationLevel {
-    fn layout(self, precision: Precision) -> &'static str {
-        match self {
-            Self::None => "i8",
-            Self::Basic => PackingConfig::bitnet().layout_for(precision),
-            Self::Aggressive => AUTO,
+impl From<OptimizationLevel> for LayoutChoice {
+    fn from(level: OptimizationLevel) -> Self {
+        match level {
+            OptimizationLevel::None => Self::Bytes,
+            OptimizationLevel::Basic => Self::Plain,
+            OptimizationLevel::Aggressive => Self::Smallest,
         }
     }
 }
 
 /// A choice of wire layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PackingConfig(OptimizationLevel);
+pub struct PackingConfig(LayoutChoice);
 
 impl PackingConfig {
     /// The plain layout of the precision: two bits for a trit.
     pub const fn bitnet() -> Self {
-        Self(OptimizationLevel::Basic)
+        Self(LayoutChoice::Plain)
     }
 
     /// The smallest layout.
     pub const fn max_compression() -> Self {
-        Self(OptimizationLevel::Aggressive)
-    }
-
-    pub(crate) fn layout_for(self, precision: Precision) -> &'static str {
-        match (self.0, precision) {
-            (OptimizationLevel::Basic, Precision::Binary) => "one-bit",
-            (OptimizationLevel::Basic, Precision::Ternary | Precision::Int2) => "two-bit",
-            (OptimizationLevel::Basic, Precision::Int3) => "three-bit",
-            (OptimizationLevel::Basic, Precision::Int4) => "four-bit",
-            (OptimizationLevel::Basic, Precision::Int8) => "i8",
-            (level, precision) => level.layout(precision),
-        }
+        Self(LayoutChoice::Smallest)
     }
 }
 
-impl QuantizationConfigBuilder {
-    /// A scheme with a name, instead of its parts.
-    pub fn scheme(self, scheme: QuantizationScheme) -> Self {
-        self.choices(Choices::from(&Scheme::from(scheme)))
-    }
-
-    /// The layout of packed weights. Say the precision first.
-    pub fn packing(self, packing: PackingConfig) -> Self {
-        let layout = packing.layout_for(self.weight_precision());
-        self.layout(layout)
-    }
-
-    /// How much work packing may take. Say the precision first.
-    pub fn optimization_level(self, level: OptimizationLevel) -> Self {
-        let layout = level.layout(self.weight_precision());
-        self.layout(layout)
-    }
-}
-
-impl From<&Scheme> for Choices {
-    fn from(scheme: &Scheme) -> Self {
-        use bitnet_core::scheme::Method;
-        let precision = scheme.precision().ok().map(Target::Quantized);
-        let storage = Self {
-            precision,
-            granularity: Some(scheme.granularity),
-            scale_dtype: Some(scheme.scale_dtype),
-            rounding: Some(scheme.rounding),
-            ..Self::default()
-        };
-        match scheme.method {
-            Method::Ternary {
-                threshold,
-                scale,
-                planes,
-            } => Self {
-                threshold: Some(threshold),
-                scale: Some(scale),
-                planes: Some(planes),
-                ..storage
-            },
-            Method::Binary { split, stochastic } => Self {
-                split: Some(split),
-                seed: stochastic,
-                ..storage
-            },
-            Method::Int { mapping, clip, .. } => Self {
-                mapping: Some(mapping),
-                clip: Some(clip),
-                ..storage
-            },
-        }
+impl From<PackingConfig> for LayoutChoice {
+    fn from(packing: PackingConfig) -> Self {
+        packing.0
     }
 }
 
@@ -215,7 +163,7 @@ impl From<&Scheme> for Choices {
 pub fn create_custom_enhanced_config(
     build: impl FnOnce(QuantizationConfigBuilder) -> QuantizationConfigBuilder,
 ) -> Result<QuantizationConfig> {
-    build(QuantizationConfigBuilder::new()).build()
+    Ok(build(QuantizationConfigBuilder::new()).build()?)
 }
 
 /// Choices for binary weights.
@@ -326,11 +274,11 @@ impl TryFrom<QuantizationSchemeConfig> for QuantizationConfig {
             },
         };
         let how = literal.optimization;
-        builder
+        Ok(builder
             .choices(choices)
             .enable_simd(how.enable_simd)
             .threads(if how.parallel_processing { 0 } else { 1 })
             .optimization_level(how.memory_optimization_level)
-            .build()
+            .build()?)
     }
 }

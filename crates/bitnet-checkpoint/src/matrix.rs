@@ -35,11 +35,11 @@ impl Granule for InMemory<'_> {
 }
 
 /// Quantizes `weights` of `[rows, cols]`. The values do not depend on the number of threads, and
-/// are those of [`crate::checkpoint::run`].
+/// are those of [`crate::job::run`].
 ///
 /// `importance`, one number for each column, counts where [`Scheme::uses_importance`] says so, and
 /// is ignored elsewhere.
-pub(crate) fn quantize(
+pub fn quantize(
     kernels: Kernels,
     weights: &[f32],
     (rows, cols): (usize, usize),
@@ -147,7 +147,7 @@ pub(crate) fn quantize(
 }
 
 /// What a matrix lost against the weights it was made from.
-pub(crate) fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
+pub fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
     let (rows, cols) = (matrix.spec.rows, matrix.spec.cols);
     let mut error = ErrorStats::default();
     for window in windows(if cols == 0 { 0 } else { rows }, strip_rows(cols)) {
@@ -172,8 +172,7 @@ pub(crate) fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
 }
 
 /// `Σ h_k·(w − ŵ)²`.
-#[cfg(feature = "advanced")]
-pub(crate) fn weighted_error(weights: &[f32], matrix: &Matrix, h: &[f32]) -> f64 {
+pub fn weighted_error(weights: &[f32], matrix: &Matrix, h: &[f32]) -> f64 {
     let mut back = vec![0.0; matrix.spec.cols];
     let mut sum = 0.0;
     for (row, w) in weights.chunks(matrix.spec.cols.max(1)).enumerate() {

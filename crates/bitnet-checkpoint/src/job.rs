@@ -1,0 +1,217 @@
+//! The main path: a whole model, tensor by tensor, in bounded memory.
+//!
+//! ```text
+//! for each tensor:                                      (this thread)           (writer thread)
+//!   tensor granularity: passes over strips ── fit ──┐
+//!   strips of rows, in windows, on all threads:     ▼
+//!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
+//! ```
+//!
+//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
+//! matrix as a whole.
+
+use crate::plan::Job;
+use crate::rows::thread_pool;
+use crate::target::{check_target, place_folder};
+use crate::worker::{Message, Worker};
+use crate::{Error, Result};
+use bitnet_core::Granularity;
+use bitnet_core::stats::ErrorStats;
+use bitnet_formats::output::Writer;
+use bitnet_formats::replace;
+pub use bitnet_formats::replace::Existing;
+use bitnet_kernels::Kernels;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+/// Sees a job advance.
+pub trait Progress: Sync {
+    /// Work on a tensor begins.
+    fn tensor(&self, _name: &str) {}
+    /// This many more bytes of the input are done.
+    fn advance(&self, _bytes: u64) {}
+}
+
+impl Progress for () {}
+
+/// How a job runs.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    /// Threads that quantize; 0 for one on each core.
+    pub threads: usize,
+    /// The loops.
+    pub kernels: Kernels,
+    /// Who watches.
+    pub progress: &'a dyn Progress,
+    /// Set to stop at the next strip; what is done stays for the next run.
+    pub interrupt: &'a AtomicBool,
+    /// What happens to a target that exists.
+    pub existing: Existing,
+}
+
+/// What became of one tensor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TensorReport {
+    /// Its name in the output.
+    pub name: String,
+    /// What it became: a precision, a float type, or `copied`.
+    pub became: String,
+    /// Wire layout, if it is quantized.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub layout: Option<String>,
+    /// Granularity, if it is quantized.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub granularity: Option<Granularity>,
+    /// Number of weights.
+    pub weights: u64,
+    /// Bytes in the output, scales and padding included.
+    pub bytes: u64,
+    /// What quantization lost, if this run quantized it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<ErrorStats>,
+    /// Order-0 entropy of the values in bits, if this run quantized it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub entropy: Option<f64>,
+    /// What a person should know.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub note: Option<String>,
+}
+
+impl TensorReport {
+    /// Bits per weight, scales and padding included.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.weights.max(1) as f64
+    }
+}
+
+/// What became of the checkpoint.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Tensors, in the order of the source.
+    pub tensors: Vec<TensorReport>,
+    /// Size of the written file.
+    pub file_bytes: u64,
+    /// Bytes of all tensors of the source.
+    pub input_bytes: u64,
+    /// Tensors that an earlier, interrupted run had done.
+    pub resumed: usize,
+    /// Wall-clock time.
+    pub elapsed: Duration,
+}
+
+/// Runs a job and writes `target`.
+///
+/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on
+/// from there and ends with the same bytes. Any other failure leaves nothing behind.
+///
+/// # Errors
+/// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights
+/// that cannot be quantized, and [`Error::File`] for what cannot be read or written.
+pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
+    let start = Instant::now();
+    if job.sidecars.is_some() {
+        replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
+    }
+    check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
+    let folder = job
+        .sidecars
+        .is_some()
+        .then(|| replace::beside(target, replace::PARTIAL));
+    let pool = thread_pool(options.threads)?;
+    let file = match &folder {
+        Some(folder) => match fs::create_dir(folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(bitnet_formats::Error::io(folder, "create")(error).into());
+            }
+            _ => folder.join("model.safetensors"),
+        },
+        None => target.to_path_buf(),
+    };
+    let writer = Writer::open(&file, job.layout.clone()).inspect_err(|_| {
+        // Only if it is empty: it may be the work of another process.
+        folder
+            .iter()
+            .for_each(|folder| drop(fs::remove_dir(folder)));
+    })?;
+    // From here on the writer's lock is ours, and so is the folder.
+    let clean = |error: Error| {
+        if let (Some(folder), false) = (&folder, matches!(error, Error::Interrupted)) {
+            let _ = fs::remove_dir_all(folder);
+        }
+        error
+    };
+    let resumed = writer.notes().len();
+    let mut reports: Vec<TensorReport> = writer
+        .notes()
+        .iter()
+        .filter_map(|note| serde_json::from_value(note.clone()).ok())
+        .collect();
+
+    let (writer, outcome) = std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel::<Message>(4);
+        let thread = scope.spawn(move || {
+            let mut writer = writer;
+            for message in receiver {
+                if let Err(error) = message.apply(&mut writer) {
+                    return (writer, Err(error));
+                }
+            }
+            (writer, Ok(()))
+        });
+        let worked = pool.install(|| {
+            let mut fresh = vec![];
+            for unit in &job.units[resumed.min(job.units.len())..] {
+                let worker = Worker {
+                    job,
+                    unit,
+                    options,
+                    out: &sender,
+                };
+                fresh.push(worker.run()?);
+            }
+            Ok(fresh)
+        });
+        drop(sender);
+        // A thread that panicked has said why; there is nothing better to do than to go down with
+        // it.
+        let (writer, written) = thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // What the system refused comes first: it is why the channel broke.
+        match (written, worked) {
+            (Err(error), _) => (writer, Err(Error::from(error))),
+            (Ok(()), outcome) => (writer, outcome),
+        }
+    });
+    let fresh: Vec<TensorReport> = match outcome {
+        Ok(fresh) => fresh,
+        Err(error) => {
+            if !matches!(error, Error::Interrupted) {
+                writer.abandon();
+            }
+            return Err(clean(error));
+        }
+    };
+    reports.extend(fresh);
+    // The folder is ours, whatever an earlier run left in it.
+    let existing = match folder {
+        Some(_) => Existing::Replace,
+        None => options.existing,
+    };
+    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
+    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
+        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
+    }
+    Ok(Summary {
+        tensors: reports,
+        file_bytes,
+        input_bytes: job.input_bytes(),
+        resumed,
+        elapsed: start.elapsed(),
+    })
+}

@@ -1,0 +1,19 @@
+//! The names of the specification: schemes, builders, presets, precision control and mixed
+//! precision. Each name is the type it stands for, or converts into it.
+
+mod control;
+#[cfg(all(feature = "tensor", feature = "advanced"))]
+pub mod mixed;
+mod names;
+
+pub use control::{
+    AdjustmentReason, PerformanceSummary, PrecisionAdjustment, PrecisionController,
+    QuantizationStats,
+};
+pub use names::{
+    BinaryThresholdMethod, ConfigurationPreset, MultiBitParams, OneBitParams,
+    OneFiveEightBitParams, OptimizationConfig, OptimizationLevel, PackingConfig,
+    QuantizationConfig, QuantizationConfigBuilder, QuantizationPrecision, QuantizationScheme,
+    QuantizationSchemeConfig, QuantizationStrategy, SchemeParameters, TernaryMethod, TernaryPacker,
+    WeightQuantizationConfigBuilder, create_custom_enhanced_config,
+};
