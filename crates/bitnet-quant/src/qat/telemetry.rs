@@ -384,7 +384,7 @@ fn put(file: &mut File, line: &Line) -> io::Result<()> {
 /// out.
 ///
 /// # Errors
-/// [`Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
+/// [`crate::Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
 pub fn read_log(path: &Path) -> Result<Vec<Line>> {
     let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
     let (mut lines, mut text) = (vec![], vec![]);
