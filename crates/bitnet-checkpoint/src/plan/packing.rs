@@ -3,7 +3,7 @@
 use super::{Builder, Pack};
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout, Origin};
+use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Scales, StoredType, output};
@@ -39,7 +39,7 @@ impl Builder<'_> {
                 vec![layout]
             }
             Some(layout)
-                if self.format == Format::HfBitnet && layout.origin() == Origin::HfBitnet =>
+                if self.format == Format::HfBitnet && layout.origin() == LayoutOrigin::HfBitnet =>
             {
                 vec![layout]
             }
@@ -288,7 +288,8 @@ impl Builder<'_> {
             (None, Format::HfBitnet) => default_layouts(self.format, of.precision)?,
             (None, _) => match own {
                 Some(own)
-                    if output::stores(&self.container, own) && own.origin() != Origin::HfBitnet =>
+                    if output::stores(&self.container, own)
+                        && own.origin() != LayoutOrigin::HfBitnet =>
                 {
                     vec![own]
                 }
@@ -298,7 +299,7 @@ impl Builder<'_> {
         let mut refusal = None;
         for layout in layouts {
             if !output::stores(&self.container, layout)
-                || (self.format == Format::HfBitnet && layout.origin() != Origin::HfBitnet)
+                || (self.format == Format::HfBitnet && layout.origin() != LayoutOrigin::HfBitnet)
             {
                 return Err(Error::Recipe(format!(
                     "format {} does not hold layout {}",
@@ -418,9 +419,9 @@ pub(super) fn default_layouts(
         .copied()
         .filter(|layout| layout.default_for().contains(&precision))
         .filter(|layout| match format {
-            Format::Safetensors => layout.origin() == Origin::Own,
-            Format::HfBitnet => layout.origin() == Origin::HfBitnet,
-            Format::Gguf => matches!(layout.origin(), Origin::Ggml(_)),
+            Format::Safetensors => layout.origin() == LayoutOrigin::Own,
+            Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
         })
         .collect();
     if !found.is_empty() {
