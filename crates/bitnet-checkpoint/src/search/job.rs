@@ -3,7 +3,7 @@
 use super::{Candidate, select};
 use crate::calibration::{Calibration, importance};
 use crate::job::Options;
-use crate::plan::{Builder, Work};
+use crate::plan::{Action, Builder};
 use crate::recipe::Search;
 use crate::recipe::{Choices, Format, Recipe, Rule, Target};
 use crate::rows::{Rows, Scratch, Strips, strip_rows, thread_pool, windows, with_rows};
@@ -339,10 +339,10 @@ impl Search {
 impl Builder<'_> {
     /// Bytes and scheme of a tensor with these choices; `None` if it would stay float.
     fn planned(&mut self, index: usize, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
-        let (units, outs) = (self.units.len(), self.tensors.len());
+        let (jobs, outs) = (self.tensor_jobs.len(), self.tensors.len());
         self.quantize(index, choices)?;
-        let scheme = match self.units.last().map(|u| &u.work) {
-            Some(Work::Pack(pack)) if self.units.len() > units => pack.scheme,
+        let scheme = match self.tensor_jobs.last().map(|u| &u.action) {
+            Some(Action::Pack(pack)) if self.tensor_jobs.len() > jobs => pack.scheme,
             _ => None,
         };
         Ok(scheme.map(|scheme| {
