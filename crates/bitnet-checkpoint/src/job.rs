@@ -7,7 +7,7 @@
 //!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
 //! ```
 //!
-//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! StripGranule and their order do not depend on the number of threads, so neither do the bytes. Memory
 //! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
 //! matrix as a whole.
 

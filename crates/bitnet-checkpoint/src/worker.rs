@@ -3,7 +3,7 @@
 
 use crate::job::{Options, TensorReport};
 use crate::plan::{Action, Job, Pack, TensorJob};
-use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
+use crate::rows::{StripBuffers, StripGranule, WeightRows, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
@@ -183,7 +183,7 @@ impl Worker<'_> {
     }
 
     /// Calls `f` with the rows of the tensor.
-    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>) -> Result<T>) -> Result<T> {
+    fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
         match self.tensor_job.tensor {
             Some(index) => with_rows(
@@ -204,7 +204,7 @@ impl Worker<'_> {
                 let done: usize = window.iter().map(Range::len).sum();
                 let parts: Vec<Result<Vec<u8>>> = window
                     .into_par_iter()
-                    .map_init(Scratch::default, |scratch, range| {
+                    .map_init(StripBuffers::default, |scratch, range| {
                         let first = range.start * rows.cols;
                         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
                         let lost = scratch
@@ -246,7 +246,12 @@ impl Worker<'_> {
         }
     }
 
-    fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
+    fn quantize(
+        &self,
+        pack: &Pack,
+        scheme: &Scheme,
+        rows: &WeightRows<'_>,
+    ) -> Result<TensorReport> {
         let spec = &pack.spec;
         let chunk = pack
             .layout
@@ -262,7 +267,7 @@ impl Worker<'_> {
                     .transpose()?;
                 Some(fit(
                     &self.options.kernels,
-                    &Strips {
+                    &StripGranule {
                         rows,
                         strip,
                         interrupt: self.options.interrupt,
@@ -290,7 +295,7 @@ impl Worker<'_> {
             self.check_interrupt()?;
             let parts: Vec<Result<QuantizedStrip>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, range| {
+                .map_init(StripBuffers::default, |scratch, range| {
                     self.quantize_strip(
                         pack,
                         scheme,
@@ -347,11 +352,11 @@ impl Worker<'_> {
         &self,
         pack: &Pack,
         scheme: &Scheme,
-        rows: &Rows<'_>,
+        rows: &WeightRows<'_>,
         fitted: Option<&Fitted>,
         packed_by_strip: bool,
         range: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut StripBuffers,
     ) -> Result<QuantizedStrip> {
         let first_row = range.start;
         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
