@@ -14,6 +14,7 @@
 
 use crate::{Error, Result};
 use bitnet_core::Precision;
+use bitnet_formats::replace;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -344,17 +345,13 @@ impl Calibration {
         Ok(calibration)
     }
 
-    /// Writes JSON: beside the path first, then renamed.
+    /// Writes JSON, or replaces it.
     ///
     /// # Errors
     /// [`Error::File`] if it cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string(self).map_err(|e| Error::Recipe(e.to_string()))?;
-        let mut beside = path.as_os_str().to_os_string();
-        beside.push(".part");
-        let beside = std::path::PathBuf::from(beside);
-        std::fs::write(&beside, text).map_err(bitnet_formats::Error::io(&beside, "write"))?;
-        Ok(std::fs::rename(&beside, path).map_err(bitnet_formats::Error::io(path, "rename to"))?)
+        Ok(replace::write_file(path, text.as_bytes())?)
     }
 }
 

@@ -18,12 +18,13 @@ use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
 use bitnet_core::Granularity;
 use bitnet_core::stats::ErrorStats;
-pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
+use bitnet_formats::replace;
+pub use bitnet_formats::replace::Existing;
 use bitnet_kernels::Kernels;
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
@@ -113,14 +114,14 @@ pub struct Summary {
 /// that cannot be quantized, and [`Error::File`] for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
+    if job.sidecars.is_some() {
+        replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
+    }
     check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
-    let folder = job.sidecars.is_some().then(|| {
-        // Without a slash at the end, behind which the ending would be a name of its own.
-        let mut name = target.components().as_path().as_os_str().to_os_string();
-        name.push(".");
-        name.push(bitnet_formats::output::PARTIAL);
-        PathBuf::from(name)
-    });
+    let folder = job
+        .sidecars
+        .is_some()
+        .then(|| replace::beside(target, replace::PARTIAL));
     let pool = thread_pool(options.threads)?;
     let file = match &folder {
         Some(folder) => match fs::create_dir(folder) {
@@ -197,9 +198,12 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         }
     };
     reports.extend(fresh);
-    let file_bytes = writer
-        .finish(options.existing)
-        .map_err(|e| clean(e.into()))?;
+    // The folder is ours, whatever an earlier run left in it.
+    let existing = match folder {
+        Some(_) => Existing::Replace,
+        None => options.existing,
+    };
+    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
     if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
         place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
     }

@@ -6,7 +6,7 @@ use crate::gguf::GgmlType;
 use crate::hf::{BitnetConfig, Mode};
 use crate::source::{Kind, OpenOptions, Source, Stored};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout, Origin, PackedLen};
+use bitnet_core::pack::{self, Layout, LayoutOrigin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use safetensors::Dtype;
 
@@ -167,7 +167,7 @@ pub(crate) fn tensors(source: &Source, options: &OpenOptions) -> Result<Vec<Tens
 /// layer. Nothing here knows how to say that in another container.
 fn refuse_biases(source: &Source, found: &[(usize, Tensor)]) -> Result<()> {
     for (_, tensor) in found.iter().filter(
-        |(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == Origin::HfBitnet),
+        |(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == LayoutOrigin::HfBitnet),
     ) {
         let bias = tensor
             .name
@@ -231,7 +231,7 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
         zero_points: packed.zero_point.as_deref().map(find).transpose()?,
     };
     if let Some(bitnet) = source.bitnet
-        && layout.origin() == Origin::HfBitnet
+        && layout.origin() == LayoutOrigin::HfBitnet
         && bitnet.linear_class.is_reciprocal() != packed.reciprocal
     {
         return Err(Error::config(
@@ -275,10 +275,10 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
     let expected = match source.kind {
         Kind::Gguf => match q.layout.origin() {
-            Origin::Ggml(id) | Origin::GgmlVariant(id) => {
+            LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) => {
                 GgmlType::from_id(id).map(StoredType::Ggml)
             }
-            Origin::Own | Origin::HfBitnet => None,
+            LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
         },
         Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
     };
@@ -425,7 +425,7 @@ fn from_hf(
         scale_dtype,
         ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor)
     };
-    let Some(layout) = pack::of_origin(Origin::HfBitnet).next() else {
+    let Some(layout) = pack::of_origin(LayoutOrigin::HfBitnet).next() else {
         return Ok(None);
     };
     let q = Quantized {
@@ -487,7 +487,7 @@ fn foreign_block(
 /// The GGUF type that stores a wire layout, if there is one.
 pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
     match layout.origin() {
-        Origin::Ggml(id) => GgmlType::from_id(id),
-        Origin::Own | Origin::HfBitnet | Origin::GgmlVariant(_) => None,
+        LayoutOrigin::Ggml(id) => GgmlType::from_id(id),
+        LayoutOrigin::Own | LayoutOrigin::HfBitnet | LayoutOrigin::GgmlVariant(_) => None,
     }
 }

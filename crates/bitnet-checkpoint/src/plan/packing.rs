@@ -3,7 +3,7 @@
 use super::{Builder, Pack};
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout, Origin};
+use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Scales, StoredType, Tensor, output};
@@ -67,7 +67,7 @@ impl Builder<'_> {
     /// Whether the output format holds a layout.
     fn holds(&self, layout: &dyn Layout) -> bool {
         match self.format {
-            Format::HfBitnet => layout.origin() == Origin::HfBitnet,
+            Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
             Format::Safetensors | Format::Gguf => output::stores(&self.container, layout),
         }
     }
@@ -347,7 +347,7 @@ impl Builder<'_> {
             (None, Some(own))
                 if self.format != Format::HfBitnet
                     && output::stores(&self.container, own)
-                    && own.origin() != Origin::HfBitnet =>
+                    && own.origin() != LayoutOrigin::HfBitnet =>
             {
                 vec![own]
             }
@@ -492,9 +492,9 @@ pub(super) fn default_layouts(
         .copied()
         .filter(|layout| layout.default_for().contains(&precision))
         .filter(|layout| match format {
-            Format::Safetensors => layout.origin() == Origin::Own,
-            Format::HfBitnet => layout.origin() == Origin::HfBitnet,
-            Format::Gguf => matches!(layout.origin(), Origin::Ggml(_)),
+            Format::Safetensors => layout.origin() == LayoutOrigin::Own,
+            Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
         })
         .collect();
     if !found.is_empty() {
