@@ -78,7 +78,7 @@ fn compare_and_report() {
             .iter()
             .map(|r| r.group.to_string())
             .collect::<BTreeSet<_>>(),
-        Group::ALL.map(|g| g.to_string()).into()
+        Group::ALL.iter().map(|g| g.to_string()).collect()
     );
     for threads in [1, 2] {
         assert!(

@@ -383,19 +383,12 @@ pub fn importance(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet_core::random::Random;
 
-    /// Normal-looking numbers, sums of uniform ones.
+    /// Normally distributed numbers.
     fn numbers(n: usize, scale: f32) -> Vec<f32> {
-        let mut state = 1u64;
-        let mut uniform = || {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-        };
-        (0..n)
-            .map(|_| scale * (0..12).map(|_| uniform()).sum::<f32>())
-            .collect()
+        let mut random = Random::new(1);
+        (0..n).map(|_| scale * random.normal() as f32).collect()
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Comparison {
     /// Error sums over all tensors, or over those that are quantized.
     pub fn total(&self, only_quantized: Scope) -> ErrorStats {
         self.scoped(only_quantized)
-            .fold(ErrorStats::default(), |sum, t| sum.then(t.error))
+            .fold(ErrorStats::default(), |sum, t| sum.merge(t.error))
     }
 
     /// Bits per weight over all tensors, or over those that are quantized.
@@ -120,7 +120,7 @@ pub fn compare(
                         })
                         .collect();
                     for part in parts {
-                        error = error.then(part?);
+                        error = error.merge(part?);
                     }
                 }
                 Ok(error)

@@ -150,14 +150,14 @@ fn lint_floats(
                         let moments = kernels.moments(row);
                         let ternary =
                             moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
-                        part = (part.0.then(moments), part.1 + usize::from(ternary));
+                        part = (part.0.merge(moments), part.1 + usize::from(ternary));
                     }
                     Ok(part)
                 })
                 .collect();
             for part in parts {
                 let part = part?;
-                all = all.then(part.0);
+                all = all.merge(part.0);
                 ternary_rows += part.1;
             }
         }

@@ -8,9 +8,8 @@ use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
-use bitnet_core::scheme::ScaleStorage;
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
-use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
 use bitnet_formats::output::Writer;
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
@@ -298,7 +297,7 @@ impl Worker<'_> {
             for part in parts {
                 let part = part?;
                 let (count, first) = (part.matrix.spec.rows, part.first_row);
-                error = error.then(part.error);
+                error = error.merge(part.error);
                 histogram.merge(&part.histogram);
                 if let Some(whole) = &mut whole {
                     for plane in 0..spec.planes {
@@ -365,7 +364,7 @@ impl Worker<'_> {
             for (part, weights) in weights.chunks(MEASURED).enumerate() {
                 let back = &mut scratch.back[..weights.len()];
                 matrix.dequantize_part_into(row, part * MEASURED, back);
-                error = error.then(ErrorStats::measure(weights, back));
+                error = error.merge(ErrorStats::measure(weights, back));
             }
         }
         let mut histogram = CodeHistogram::default();

@@ -1,6 +1,5 @@
 //! Flags of `bitnet train`, each over the configuration file.
 
-use crate::args::parse_rule;
 use bitnet_core::Granularity;
 use bitnet_core::scheme::Threshold;
 use bitnet_quant::Activations;
@@ -111,7 +110,7 @@ pub(crate) struct CommonArgs {
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<String>,
     /// Precision of the layers that a glob matches; may be given several times.
-    #[arg(long, value_name = "GLOB=PRECISION", value_parser = parse_rule)]
+    #[arg(long, value_name = "GLOB=PRECISION")]
     pub(crate) rule: Vec<Rule>,
     /// binary, ternary, int2, int3, int4, int8 [default: ternary].
     #[arg(long)]

@@ -1,8 +1,7 @@
 //! Activations: absmax integers and signs, one scale for each token or for the whole tensor.
 
-use crate::names::named;
 use crate::scheme::Rounding;
-use crate::{Error, Result};
+use crate::{Error, Result, named};
 
 /// What activations become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,12 +1,11 @@
 //! Integers of 2, 3, 4 and 8 bits: `q = clip(round(w / s) + z, −2^(b−1), 2^(b−1) − 1)`, `w ≈ s·(q −
 //! z)`.
 
-use crate::Result;
+use crate::fitted::{Encoder, Fitted};
 use crate::granule::{Granule, Importance};
 use crate::ops::{Moments, Ops, Uniform};
-use crate::quantize::{Coder, Fitted};
-use crate::scheme::Rounding;
-use crate::scheme::{Clip, Mapping, Precision, ScaleStorage};
+use crate::scheme::{Clip, Mapping, Rounding};
+use crate::{Precision, Result, ScaleStorage};
 
 /// Shares of the range that [`Clip::Search`] tries, in 64ths.
 const SHARES: std::ops::RangeInclusive<u32> = 16..=64;
@@ -89,7 +88,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     Ok(Fitted {
         scales: [uniform.scale, 0.0, 0.0],
         zero_point: uniform.zero,
-        coder: Coder::Uniform(uniform),
+        encoder: Encoder::Uniform(uniform),
     })
 }
 

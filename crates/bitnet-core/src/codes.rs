@@ -1,7 +1,6 @@
 //! The logical quantized matrix: values, scales and zero points, apart from any byte layout.
 
-use crate::scheme::{Granularity, Precision, ScaleDtype};
-use crate::{Error, Result};
+use crate::{Error, Granularity, Precision, Result, ScaleDtype};
 use serde::{Deserialize, Serialize};
 
 /// How zero points are stored, if there are any: `w ≈ scale · (value − zero_point)`.
@@ -103,6 +102,15 @@ impl MatrixSpec {
         match self.granularity {
             Granularity::Group(g) => g.min(self.cols).max(1),
             Granularity::Tensor | Granularity::Channel => self.cols.max(1),
+        }
+    }
+
+    /// Bytes of one stored zero point.
+    pub(crate) fn zero_point_bytes(&self) -> usize {
+        match self.zero_points {
+            ZeroPoints::None => 0,
+            ZeroPoints::I8 => 1,
+            ZeroPoints::F32 => 4,
         }
     }
 
@@ -377,6 +385,29 @@ impl Matrix {
             scales: granules(&self.scales),
             zero_points: granules(&self.zero_points),
             spec,
+        }
+    }
+
+    /// Bytes of the matrix as it is in memory: a byte for each value, scales and zero points as
+    /// they would be stored.
+    pub fn memory_footprint(&self) -> usize {
+        self.values.len()
+            + self.scales.len() * self.spec.scale_dtype.bytes()
+            + self.zero_points.len() * self.spec.zero_point_bytes()
+    }
+
+    /// The one scale of a matrix that has only one.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for a matrix with several.
+    pub fn single_scale(&self) -> Result<f32> {
+        match (self.spec.granularity, &self.scales[..]) {
+            (Granularity::Tensor, &[scale]) | (_, &[scale]) => Ok(scale),
+            _ => Err(Error::Length {
+                what: "scales",
+                expected: 1,
+                got: self.scales.len(),
+            }),
         }
     }
 }

@@ -15,9 +15,13 @@
 
 mod affine;
 mod binary;
+mod cut;
 mod error;
-mod names;
+mod fitted;
+mod levels;
 mod planes;
+mod precision;
+mod scales;
 mod ternary;
 
 pub mod activation;
@@ -25,12 +29,16 @@ pub mod codes;
 pub mod granule;
 pub mod memory;
 pub mod mixed_precision;
+pub mod names;
 pub mod ops;
 pub mod pack;
 pub mod quantize;
+pub mod random;
 pub mod scheme;
 pub mod stats;
 
 pub use codes::{Matrix, MatrixSpec, ZeroPoints};
 pub use error::{Error, Result};
-pub use scheme::{Granularity, Precision, ScaleDtype, Scheme};
+pub use precision::{Granularity, Precision};
+pub use scales::{ScaleDtype, ScaleForm, ScaleStorage};
+pub use scheme::Scheme;

@@ -1,7 +1,6 @@
 //! What a layer of a network is, and what its parts may become.
 
-use crate::names::named;
-use crate::{Error, Precision, Result};
+use crate::{Error, Precision, Result, named};
 
 /// Kinds of layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

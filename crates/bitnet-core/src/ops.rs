@@ -45,7 +45,7 @@ impl Moments {
     };
 
     /// The moments of these weights followed by those of `next`.
-    pub fn then(self, next: Self) -> Self {
+    pub fn merge(self, next: Self) -> Self {
         Self {
             count: self.count + next.count,
             sum: self.sum + next.sum,
@@ -113,7 +113,7 @@ pub struct Magnitudes {
 
 impl Magnitudes {
     /// These weights followed by those of `next`.
-    pub fn then(self, next: Self) -> Self {
+    pub fn merge(self, next: Self) -> Self {
         let same = self.max == next.max || self.max == 0.0 || next.max == 0.0;
         Self {
             count: self.count + next.count,
@@ -166,7 +166,7 @@ pub struct Above {
 
 impl Above {
     /// This side followed by the same side of the next weights.
-    pub fn then(self, next: Self) -> Self {
+    pub fn merge(self, next: Self) -> Self {
         Self {
             count: self.count + next.count,
             weight: self.weight + next.weight,
@@ -196,7 +196,7 @@ pub enum Key {
 impl Key {
     /// The key of one weight.
     #[inline(always)]
-    pub fn of(self, w: f32) -> f32 {
+    pub fn apply(self, w: f32) -> f32 {
         match self {
             Self::Magnitude => w.abs(),
             Self::Signed => w,
@@ -470,7 +470,7 @@ pub fn inside(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
         // No branch on the keys: it would be mispredicted for many.
         let (mut found, mut count) = ([0.0; LANES], 0);
         for &w in w {
-            let u = key.of(w);
+            let u = key.apply(w);
             found[count] = u;
             count += usize::from((low < u) & (u <= high));
         }
@@ -487,18 +487,18 @@ pub fn above_both(w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
     for chunk in chunks {
         for i in 0..2 {
             for lane in 0..LANES {
-                let u = key.of(chunk[lane]);
+                let u = key.apply(chunk[lane]);
                 count[i][lane] += u32::from(u > t[i]);
             }
             for lane in 0..LANES {
-                let u = key.of(chunk[lane]);
+                let u = key.apply(chunk[lane]);
                 sum[i][lane] += f64::from(if u > t[i] { u } else { 0.0 });
             }
         }
     }
     for (lane, &w) in tail.iter().enumerate() {
         for i in 0..2 {
-            let u = key.of(w);
+            let u = key.apply(w);
             count[i][lane] += u32::from(u > t[i]);
             sum[i][lane] += f64::from(if u > t[i] { u } else { 0.0 });
         }
@@ -523,7 +523,7 @@ pub fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
     match h {
         None => {
             let mut add = |lane: usize, w: f32| {
-                let u = key.of(w);
+                let u = key.apply(w);
                 let over = u > t;
                 count[lane] += u32::from(over);
                 sum[lane] += f64::from(if over { u } else { 0.0 });
@@ -543,7 +543,7 @@ pub fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
         }
         Some(h) => {
             let mut add = |lane: usize, w: f32, h: f32| {
-                let u = key.of(w);
+                let u = key.apply(w);
                 let over = u > t;
                 count[lane] += u32::from(over);
                 let h = f64::from(if over { h } else { 0.0 });

@@ -1,78 +1,15 @@
 //! From weights to a [`Matrix`]: fit the parameters of each granule, then encode with them.
 
 use crate::granule::{Granule, Importance};
-use crate::ops::{Cuts, Magnitudes, Moments, Ops, Uniform};
-use crate::planes::Levels;
-use crate::scheme::{Granularity, Method, ScaleForm, ScaleRule, Scheme, Threshold};
-use crate::{Error, Matrix, Result, ZeroPoints, affine, binary, planes, ternary};
+use crate::levels::{MAX_PLANES, PlaneLevels};
+use crate::ops::{Cuts, Magnitudes, Moments, Ops};
+use crate::scheme::{Method, ScaleRule, Scheme, Threshold};
+use crate::{
+    Error, Granularity, Matrix, Result, ScaleForm, ZeroPoints, affine, binary, planes, ternary,
+};
 
-/// Everything that encoding a granule needs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Fitted {
-    /// Scale of each plane, as it will be stored.
-    pub scales: [f32; 3],
-    /// Zero point; 0 where there is none.
-    pub zero_point: f32,
-    pub(crate) coder: Coder,
-}
-
-/// How weights of a granule become values.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Coder {
-    /// Every value is this one: a granule without weight.
-    Constant(i8),
-    /// `[w > high] − [w < low]`.
-    Cut(Cuts),
-    /// `clip(round(w / s) + z)`.
-    Uniform(Uniform),
-    /// `+1 if w ≥ at else −1`.
-    Split(f32),
-    /// `+1` with probability `clip((w/scale + 1)/2, 0, 1)`, else −1.
-    Stochastic { seed: u64, scale: f32 },
-    /// The nearest of the levels that several planes make.
-    Levels(Levels),
-}
-
-impl Fitted {
-    pub(crate) fn one(scale: f32, coder: Coder) -> Self {
-        Self {
-            scales: [scale, 0.0, 0.0],
-            zero_point: 0.0,
-            coder,
-        }
-    }
-
-    /// Where the values change, if they are −1, 0 and +1 of one plane.
-    pub fn cuts(&self) -> Option<Cuts> {
-        match self.coder {
-            Coder::Cut(cuts) => Some(cuts),
-            Coder::Constant(0) => Some(Cuts::NONE),
-            _ => None,
-        }
-    }
-
-    /// Writes the values of `w`; `index` is the position of `w[0]` in the matrix, `out` has one
-    /// slice for each plane.
-    pub fn encode(&self, ops: &impl Ops, w: &[f32], index: usize, out: &mut [&mut [i8]]) {
-        let one = &mut *out[0];
-        match &self.coder {
-            Coder::Constant(value) => one.fill(*value),
-            Coder::Cut(cut) => ops.encode_cut(w, *cut, one),
-            Coder::Uniform(uniform) => ops.encode_uniform(w, uniform, one),
-            Coder::Split(at) => one
-                .iter_mut()
-                .zip(w)
-                .for_each(|(q, &w)| *q = if w >= *at { 1 } else { -1 }),
-            Coder::Stochastic { seed, scale } => {
-                for (i, (q, &w)) in one.iter_mut().zip(w).enumerate() {
-                    let up = binary::uniform(*seed, (index + i) as u64) < (w / scale + 1.0) / 2.0;
-                    *q = if up { 1 } else { -1 };
-                }
-            }
-            Coder::Levels(levels) => levels.encode(w, out),
-        }
-    }
-}
+use crate::fitted::Encoder;
+pub use crate::fitted::Fitted;
 
 /// Chooses the parameters of one granule.
 ///
@@ -86,10 +23,10 @@ pub fn fit<G: Granule + ?Sized>(
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if let Method::Ternary { planes: 1, .. } = scheme.method {
-        let sizes = granule.fold(|_, w| ops.magnitudes(w), Magnitudes::then)?;
+        let sizes = granule.fold(|_, w| ops.magnitudes(w), Magnitudes::merge)?;
         return fit_trits(ops, granule, &sizes, scheme, importance);
     }
-    let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
+    let moments = granule.fold(|_, w| ops.moments(w), Moments::merge)?;
     if !moments.finite {
         return not_finite(granule);
     }
@@ -207,16 +144,16 @@ fn not_finite<T, G: Granule + ?Sized>(granule: &G) -> Result<T, G::Error> {
 
 /// A granule of zeros.
 fn dead(scheme: &Scheme) -> Result<Fitted> {
-    let coder = match scheme.method {
-        Method::Ternary { planes, .. } if planes > 1 => Coder::Levels(Levels::ZERO),
-        Method::Binary { .. } => Coder::Constant(1),
-        _ => Coder::Constant(0),
+    let encoder = match scheme.method {
+        Method::Ternary { planes, .. } if planes > 1 => Encoder::Levels(PlaneLevels::ZERO),
+        Method::Binary { .. } => Encoder::Constant(1),
+        _ => Encoder::Constant(0),
     };
     let scale = match scheme.scale_form {
         ScaleForm::Direct => 0.0,
         ScaleForm::Inverse => scheme.scale_storage().round(0.0)?,
     };
-    Ok(Fitted::one(scale, coder))
+    Ok(Fitted::one(scale, encoder))
 }
 
 /// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is
@@ -296,7 +233,7 @@ pub fn quantize_rows(
                     other => other,
                 })?,
             };
-            let mut out: [&mut [i8]; planes::MAX_PLANES] = Default::default();
+            let mut out: [&mut [i8]; MAX_PLANES] = Default::default();
             for (out, plane) in out.iter_mut().zip(&mut planes) {
                 *out = &mut plane[start..start + w.len()];
             }

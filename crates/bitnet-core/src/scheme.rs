@@ -1,169 +1,10 @@
 //! What to quantize to and how: plain, serialisable data that every crate above shares.
 
-use crate::codes::ZeroPoints;
-use crate::names::{as_string, named};
-use crate::{Error, MatrixSpec, Result};
+use crate::{
+    Error, Granularity, MatrixSpec, Precision, Result, ScaleDtype, ScaleForm, ScaleStorage,
+    ZeroPoints, named,
+};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
-
-/// Alphabet of the quantized values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// {−1, +1}.
-    Binary,
-    /// {−1, 0, +1}, log2 3 = 1.585 bits.
-    Ternary,
-    /// −2 … 1.
-    Int2,
-    /// −4 … 3.
-    Int3,
-    /// −8 … 7.
-    Int4,
-    /// −128 … 127.
-    Int8,
-}
-
-named!(Precision, "precision", { Binary = "binary", Ternary = "ternary", Int2 = "int2", Int3 = "int3", Int4 = "int4", Int8 = "int8" });
-
-impl Precision {
-    /// Smallest and largest value.
-    pub const fn range(self) -> (i8, i8) {
-        match self {
-            Self::Binary | Self::Ternary => (-1, 1),
-            Self::Int2 => (-2, 1),
-            Self::Int3 => (-4, 3),
-            Self::Int4 => (-8, 7),
-            Self::Int8 => (-128, 127),
-        }
-    }
-
-    /// Bits of one code in a fixed-width layout.
-    pub const fn code_bits(self) -> u32 {
-        match self {
-            Self::Binary => 1,
-            Self::Ternary | Self::Int2 => 2,
-            Self::Int3 => 3,
-            Self::Int4 => 4,
-            Self::Int8 => 8,
-        }
-    }
-
-    /// Number of distinct values.
-    pub const fn levels(self) -> usize {
-        match self {
-            Self::Ternary => 3,
-            other => 1 << other.code_bits(),
-        }
-    }
-
-    /// Whether `value` belongs to the alphabet.
-    pub const fn contains(self, value: i8) -> bool {
-        let (low, high) = self.range();
-        low <= value && value <= high && !(matches!(self, Self::Binary) && value == 0)
-    }
-
-    /// The alphabet in words, for messages.
-    pub const fn alphabet(self) -> &'static str {
-        match self {
-            Self::Binary => "{-1, 1}",
-            Self::Ternary => "{-1, 0, 1}",
-            Self::Int2 => "-2..=1",
-            Self::Int3 => "-4..=3",
-            Self::Int4 => "-8..=7",
-            Self::Int8 => "-128..=127",
-        }
-    }
-}
-
-/// What one scale covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Granularity {
-    /// One scale for the matrix.
-    Tensor,
-    /// One scale for each row of W (output channel).
-    Channel,
-    /// One scale for each run of this many columns of a row; the last run of a row may be shorter.
-    Group(usize),
-}
-
-impl fmt::Display for Granularity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tensor => f.pad("tensor"),
-            Self::Channel => f.pad("channel"),
-            Self::Group(g) => f.pad(&format!("group:{g}")),
-        }
-    }
-}
-
-impl FromStr for Granularity {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let unknown = || Error::UnknownName {
-            what: "granularity",
-            got: s.into(),
-            expected: "tensor, channel, group:N with N ≥ 1".into(),
-        };
-        match s {
-            "tensor" => Ok(Self::Tensor),
-            "channel" => Ok(Self::Channel),
-            _ => match s.strip_prefix("group:").and_then(|g| g.parse().ok()) {
-                Some(g) if g > 0 => Ok(Self::Group(g)),
-                _ => Err(unknown()),
-            },
-        }
-    }
-}
-
-as_string!(Granularity);
-
-/// How a scale is stored. Codes are chosen knowing the scale after this rounding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ScaleDtype {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-named!(ScaleDtype, "scale type", { F32 = "f32", F16 = "f16", Bf16 = "bf16" });
-
-impl ScaleDtype {
-    /// The nearest number that the type holds (ties to even), as f32.
-    ///
-    /// ```
-    /// use bitnet_core::ScaleDtype;
-    /// assert_eq!(ScaleDtype::Bf16.round(1.003), 1.0);
-    /// assert_eq!(ScaleDtype::F32.round(1.003), 1.003);
-    /// ```
-    pub fn round(self, scale: f32) -> f32 {
-        match self {
-            Self::F32 => scale,
-            Self::F16 => half::f16::from_f32(scale).to_f32(),
-            Self::Bf16 => half::bf16::from_f32(scale).to_f32(),
-        }
-    }
-
-    /// Bytes of one stored scale.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// Appends `scale` as little-endian bytes.
-    pub fn write(self, scale: f32, out: &mut Vec<u8>) {
-        match self {
-            Self::F32 => out.extend(scale.to_le_bytes()),
-            Self::F16 => out.extend(half::f16::from_f32(scale).to_le_bytes()),
-            Self::Bf16 => out.extend(half::bf16::from_f32(scale).to_le_bytes()),
-        }
-    }
-}
 
 /// What `round` does with a number half-way between two integers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -217,42 +58,17 @@ pub enum Threshold {
     Factor(f32),
 }
 
-impl fmt::Display for Threshold {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Absmean => f.pad("absmean"),
-            Self::Mean => f.pad("mean"),
-            Self::Median => f.pad("median"),
-            Self::Adaptive => f.pad("adaptive"),
-            Self::Optimal => f.pad("optimal"),
-            Self::Factor(factor) => f.pad(&format!("factor:{factor}")),
-        }
-    }
-}
-
-impl FromStr for Threshold {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "absmean" => Ok(Self::Absmean),
-            "mean" => Ok(Self::Mean),
-            "median" => Ok(Self::Median),
-            "adaptive" => Ok(Self::Adaptive),
-            "optimal" => Ok(Self::Optimal),
-            _ => s
-                .strip_prefix("factor:")
-                .and_then(|x| x.parse().ok())
-                .map(Self::Factor)
-                .ok_or_else(|| Error::UnknownName {
-                    what: "threshold",
-                    got: s.into(),
-                    expected: "absmean, mean, median, adaptive, optimal, factor:X".into(),
-                }),
-        }
-    }
-}
-
-as_string!(Threshold);
+named!(
+    Threshold, "threshold",
+    {
+        Absmean = "absmean",
+        Mean = "mean",
+        Median = "median",
+        Adaptive = "adaptive",
+        Optimal = "optimal",
+    },
+    { Factor { 0: f32 } = "factor": "X" }
+);
 
 /// Where the scale of a ternary granule comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -265,145 +81,6 @@ pub enum ScaleRule {
 }
 
 named!(ScaleRule, "scale rule", { Rule = "rule", LeastSquares = "least-squares" });
-
-/// Whether the container stores a scale or its inverse.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ScaleForm {
-    /// The scale.
-    #[default]
-    Direct,
-    /// 1/scale, as HF `bitlinear` folders do. The scale that counts is then `1/x` in f32 for the
-    /// stored x.
-    Inverse,
-}
-
-named!(ScaleForm, "scale form", { Direct = "direct", Inverse = "inverse" });
-
-/// Everything about the storage of a scale: what it becomes between the quantizer and a reader.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ScaleStorage {
-    /// Type of the stored number.
-    pub dtype: ScaleDtype,
-    /// What the number is.
-    pub form: ScaleForm,
-}
-
-impl ScaleStorage {
-    /// What is stored for the scale of an all-zero granule where inverses are stored: finite in
-    /// every type, as 1/0 is not.
-    pub const DEAD_INVERSE: f32 = 32768.0;
-
-    /// The number that is stored for a scale: itself, or the f32 whose inverse it is.
-    ///
-    /// Inverting twice may be off by one in the last place, so a neighbour whose inverse is exactly
-    /// `scale` is taken where there is one.
-    pub fn to_stored(self, scale: f32) -> f32 {
-        match self.form {
-            ScaleForm::Direct => scale,
-            ScaleForm::Inverse if scale == 0.0 => Self::DEAD_INVERSE,
-            ScaleForm::Inverse => {
-                let near = scale.recip();
-                let candidates = [
-                    self.dtype.round(near),
-                    near,
-                    near.next_up(),
-                    near.next_down(),
-                ];
-                candidates
-                    .into_iter()
-                    .find(|x| x.recip() == scale)
-                    .unwrap_or(near)
-            }
-        }
-    }
-
-    /// The scale that a reader will find.
-    ///
-    /// # Errors
-    /// [`Error::Scheme`] if the type cannot hold it.
-    pub fn round(self, scale: f64) -> Result<f32> {
-        let nearest = self.back(self.nearest(self.exact(scale)));
-        if nearest.is_finite() {
-            Ok(nearest)
-        } else {
-            Err(self.too_large(scale))
-        }
-    }
-
-    /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32
-    /// scales have none: both are the same). A scale that is too small for the type becomes 0, and
-    /// the granule then holds only zeros; one that is too large is an error.
-    ///
-    /// # Errors
-    /// [`Error::Scheme`] if the type cannot hold it.
-    pub fn around(self, scale: f64) -> Result<(f32, f32)> {
-        let exact = self.exact(scale);
-        let nearest = self.nearest(exact);
-        let other = match self.dtype {
-            ScaleDtype::F32 => nearest,
-            ScaleDtype::F16 | ScaleDtype::Bf16 => {
-                // Neighbours of a positive number differ by one in the last bit that the type
-                // keeps; rounding repairs subnormals.
-                let step = if self.dtype == ScaleDtype::F16 {
-                    1 << 13
-                } else {
-                    1 << 16
-                };
-                let bits = nearest.to_bits();
-                let bits = if f64::from(nearest) < exact {
-                    bits.saturating_add(step)
-                } else {
-                    bits.saturating_sub(step)
-                };
-                self.dtype.round(f32::from_bits(bits))
-            }
-        };
-        let (nearest, other) = (self.back(nearest), self.back(other));
-        if !nearest.is_finite() {
-            return Err(self.too_large(scale));
-        }
-        Ok((nearest, if other.is_finite() { other } else { nearest }))
-    }
-
-    /// What would be stored if the type held every number.
-    fn exact(self, scale: f64) -> f64 {
-        match self.form {
-            ScaleForm::Direct => scale,
-            ScaleForm::Inverse if scale == 0.0 => f64::from(Self::DEAD_INVERSE),
-            ScaleForm::Inverse => scale.recip(),
-        }
-    }
-
-    /// What is stored.
-    fn nearest(self, exact: f64) -> f32 {
-        let nearest = self.dtype.round(exact as f32);
-        if self.form == ScaleForm::Direct || nearest.is_finite() {
-            return nearest;
-        }
-        // The inverse of a tiny scale: the largest number of the type stands for the smallest scale
-        // there is.
-        match self.dtype {
-            ScaleDtype::F32 => f32::MAX,
-            ScaleDtype::F16 => half::f16::MAX.to_f32(),
-            ScaleDtype::Bf16 => half::bf16::MAX.to_f32(),
-        }
-    }
-
-    /// The scale that a stored number stands for.
-    fn back(self, stored: f32) -> f32 {
-        match self.form {
-            ScaleForm::Direct => stored,
-            ScaleForm::Inverse => stored.recip(),
-        }
-    }
-
-    fn too_large(self, scale: f64) -> Error {
-        Error::Scheme(format!(
-            "a scale of {scale:e} does not fit {} ({})",
-            self.dtype, self.form
-        ))
-    }
-}
 
 /// How two levels are placed for binary weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -444,36 +121,11 @@ pub enum Clip {
     Search,
 }
 
-impl fmt::Display for Clip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => f.pad("none"),
-            Self::Rms(times) => f.pad(&format!("rms:{times}")),
-            Self::Search => f.pad("search"),
-        }
-    }
-}
-
-impl FromStr for Clip {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "none" => Ok(Self::None),
-            "search" => Ok(Self::Search),
-            _ => s
-                .strip_prefix("rms:")
-                .and_then(|x| x.parse().ok())
-                .map(Self::Rms)
-                .ok_or_else(|| Error::UnknownName {
-                    what: "clip",
-                    got: s.into(),
-                    expected: "none, search, rms:X".into(),
-                }),
-        }
-    }
-}
-
-as_string!(Clip);
+named!(
+    Clip, "clip",
+    { None = "none", Search = "search" },
+    { Rms { 0: f32 } = "rms": "X" }
+);
 
 /// What to quantize to, and by which rule.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Sums over pairs of an original weight `w` and its reconstruction `ŵ`, from which every figure
 /// follows.
 ///
-/// Strips may be measured apart and joined with [`ErrorStats::then`].
+/// Strips may be measured apart and joined with [`ErrorStats::merge`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct ErrorStats {
     /// Pairs.
@@ -73,7 +73,7 @@ impl ErrorStats {
     }
 
     /// These pairs followed by `next`.
-    pub fn then(self, next: Self) -> Self {
+    pub fn merge(self, next: Self) -> Self {
         Self {
             count: self.count + next.count,
             signal: self.signal + next.signal,

@@ -14,7 +14,7 @@ use crate::gguf;
 pub use crate::replace::{Existing, PARTIAL};
 use crate::replace::{beside, create_partial, place_file};
 use crate::{Error, Result, document, io, logical, safetensors};
-use bitnet_core::pack::PackedLen;
+use bitnet_core::pack::{self, PackedLen};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -505,7 +505,7 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
             let mut document = layout.document.clone();
             for packed in document.tensors.values_mut() {
                 if packed.layout == AUTO {
-                    packed.layout = LONGEST_LAYOUT.into();
+                    packed.layout = pack::longest_own_name().into();
                 }
             }
             let mut worst = tensors.clone();
@@ -535,8 +535,6 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
 
 /// Name in the document until a layout is picked.
 pub const AUTO: &str = "auto";
-/// As long as any layout's name.
-const LONGEST_LAYOUT: &str = "byte-aligned";
 
 fn safetensors_header(
     metadata: &[(String, String)],
@@ -606,8 +604,8 @@ fn gguf_header(
     })
 }
 
-/// Whether a layout of that name can be stored in such a container.
-pub fn stores(container: &Container, layout: &str) -> bool {
+/// Whether a container can hold a layout.
+pub fn stores(container: &Container, layout: &dyn pack::Layout) -> bool {
     match container {
         Container::Safetensors(_) => true,
         Container::Gguf(_) => logical::ggml_type_of(layout).is_some(),

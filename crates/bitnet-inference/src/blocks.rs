@@ -142,7 +142,7 @@ pub(crate) fn of_matrix(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::Random;
+    use bitnet_core::random::Random;
     use bitnet_core::{Granularity, MatrixSpec};
     use bitnet_formats::gguf::{OutTensor, decode, encode_header};
 
@@ -169,7 +169,7 @@ mod tests {
             let mut bytes = vec![];
             while bytes.len() < rows * ggml_type.row_bytes(cols).unwrap() {
                 let block: Vec<u8> = (0..ggml_type.block_bytes())
-                    .map(|_| random.next() as u8)
+                    .map(|_| random.bits() as u8)
                     .collect();
                 let mut weights = vec![0.0; ggml_type.block_len()];
                 decode(ggml_type, &block, &mut weights).unwrap();
@@ -312,7 +312,7 @@ mod tests {
                 spec.scale_dtype = scale_dtype;
                 let (low, high) = precision.range();
                 let span = i64::from(high) - i64::from(low) + 1;
-                let mut value = || (i64::from(low) + (random.next() % span as u64) as i64) as i8;
+                let mut value = || (i64::from(low) + (random.bits() % span as u64) as i64) as i8;
                 let values = (0..9 * 200).map(|_| {
                     loop {
                         let v = value();
@@ -331,7 +331,7 @@ mod tests {
                         }
                 };
                 let scales = (0..spec.scales_len())
-                    .map(|_| scale(random.next()))
+                    .map(|_| scale(random.bits()))
                     .collect();
                 let matrix = Matrix {
                     spec,

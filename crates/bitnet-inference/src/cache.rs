@@ -1,6 +1,6 @@
 //! Keys and values of the tokens that were seen.
 
-use crate::{Config, Error, Result};
+use crate::Config;
 use bitnet_kernels::dense::Cached;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
@@ -16,30 +16,11 @@ pub enum CacheType {
     Int8,
 }
 
-impl CacheType {
-    /// The name on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Int8 => "int8",
-        }
-    }
-}
-
-impl std::str::FromStr for CacheType {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        [Self::F32, Self::F16, Self::Int8]
-            .into_iter()
-            .find(|t| t.name() == s)
-            .ok_or_else(|| Error::Option {
-                option: "cache type",
-                expected: "f32, f16 or int8",
-                got: format!("'{s}'"),
-            })
-    }
-}
+bitnet_core::named!(CacheType, "cache type", {
+    F32 = "f32",
+    F16 = "f16",
+    Int8 = "int8",
+});
 
 /// Keys or values of one layer, `[kv_heads, capacity, head_dim]`.
 #[derive(Debug, Clone)]

@@ -32,7 +32,6 @@ mod linear;
 mod load;
 mod model;
 pub mod perplexity;
-mod random;
 mod run;
 mod sample;
 mod shape;

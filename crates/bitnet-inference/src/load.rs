@@ -5,16 +5,14 @@ use crate::linear::{Linear, Machine, Weights};
 use crate::run::Norm;
 use crate::{Config, Error, Result};
 use bitnet_core::ops::Ops;
-use bitnet_core::{Granularity, MatrixSpec, Precision};
+use bitnet_core::{Granularity, MatrixSpec, Precision, named};
 use bitnet_formats::arch;
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, Kind, Quantized, Scales, Source, StoredType, Tensor};
 use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, quantize_int4, quantize_int8, zeros};
 use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
 use std::collections::HashSet;
-use std::fmt;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 /// What the inputs of ternary layers are.
@@ -30,21 +28,11 @@ pub enum ActivationType {
     Float,
 }
 
-impl FromStr for ActivationType {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "auto" => Ok(Self::Auto),
-            "int8" => Ok(Self::Int8),
-            "float" => Ok(Self::Float),
-            _ => Err(Error::Option {
-                option: "activations",
-                expected: "auto, int8 or float",
-                got: format!("'{s}'"),
-            }),
-        }
-    }
-}
+named!(ActivationType, "activations", {
+    Auto = "auto",
+    Int8 = "int8",
+    Float = "float",
+});
 
 /// How weights with float activations are held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,33 +64,12 @@ impl FloatType {
     }
 }
 
-impl fmt::Display for FloatType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Exact => "exact",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-        })
-    }
-}
-
-impl FromStr for FloatType {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "exact" => Ok(Self::Exact),
-            "bf16" => Ok(Self::Bf16),
-            "int8" => Ok(Self::Int8),
-            "int4" => Ok(Self::Int4),
-            _ => Err(Error::Option {
-                option: "type of weights",
-                expected: "exact, bf16, int8 or int4",
-                got: format!("'{s}'"),
-            }),
-        }
-    }
-}
+named!(FloatType, "type of weights", {
+    Exact = "exact",
+    Bf16 = "bf16",
+    Int8 = "int8",
+    Int4 = "int4",
+});
 
 /// What a graph takes its weights from. Names are those of Hugging Face, without `.weight`.
 pub(crate) trait Provider: Sync {

@@ -1,7 +1,7 @@
 //! Choosing the next token.
 
-use crate::random::Random;
 use crate::{Error, Result};
+use bitnet_core::random::Random;
 
 /// How tokens are chosen. The steps apply in this order, as in Hugging Face transformers:
 /// repetition penalty, temperature, top-k, top-p, min-p.

@@ -2,9 +2,9 @@
 
 use crate::linear::{Linear, Machine, Weights};
 use crate::load::{FloatType, Provider};
-use crate::random::Random;
 use crate::run::Norm;
 use crate::{Activation, Config, Error, Result, Rope};
+use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::{BITNET, DecoderGraph, LLAMA};
 use bitnet_kernels::dense::{
@@ -104,7 +104,7 @@ impl Provider for MadeUp<'_> {
         // Ten trits from 64 bits: thresholds on six bits each.
         let mut values = vec![0i8; rows * cols];
         for chunk in values.chunks_mut(10) {
-            let mut bits = random.next();
+            let mut bits = random.bits();
             for v in chunk {
                 *v = i8::from(bits & 63 < 19) - i8::from(bits & 63 >= 45);
                 bits >>= 6;
@@ -130,7 +130,7 @@ impl Provider for MadeUp<'_> {
         let fill = |row: usize, out: &mut [f32]| {
             let mut random = Random::new(seed(module) ^ row as u64);
             for w in out {
-                let bits = random.next();
+                let bits = random.bits();
                 let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
                 *w = (sum as f32 / 65536.0 - 2.0) * 0.05;
             }

@@ -12,7 +12,7 @@ use bitnet_quant::qat::{
 use bitnet_train::folder;
 use bitnet_train::models::{CnnConfig, Decoder, DecoderShape, ImageModel, ImageShape, MlpConfig};
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::{Random, variables};
+use bitnet_train::variables::{stream, variables};
 use candle_core::{Device, Tensor};
 use candle_nn::{AdamW, Optimizer as _, ParamsAdamW, VarMap};
 use std::path::Path;
@@ -37,7 +37,7 @@ impl Case {
     fn new(name: &str) -> Result<(Self, VarMap)> {
         let vars = VarMap::new();
         let vb = variables(&vars, 1);
-        let mut random = Random::new(1, "data");
+        let mut random = stream(1, "data");
         let mut image = |shape: ImageShape, batch: usize| -> Result<Self> {
             let pixels: Vec<f32> = (0..batch * 784).map(|_| random.normal() as f32).collect();
             let labels: Vec<u32> = (0..batch).map(|_| random.below(10) as u32).collect();

@@ -54,8 +54,7 @@ impl Default for ImageData {
 }
 
 /// Which network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Network {
     /// A multilayer perceptron.
     #[default]
@@ -64,20 +63,7 @@ pub enum Network {
     Cnn,
 }
 
-impl std::str::FromStr for Network {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "mlp" => Ok(Self::Mlp),
-            "cnn" => Ok(Self::Cnn),
-            _ => Err(Error::option(
-                "model.network",
-                "mlp or cnn",
-                format!("'{s}'"),
-            )),
-        }
-    }
-}
+bitnet_core::named!(Network, "network", { Mlp = "mlp", Cnn = "cnn" });
 
 /// A network by its sizes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -11,8 +11,8 @@ pub mod data;
 pub mod folder;
 pub mod models;
 pub mod ops;
-pub mod random;
 pub mod run;
+pub mod variables;
 
 pub use error::{Error, Result};
 pub use image::ImageWork;

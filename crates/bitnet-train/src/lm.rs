@@ -3,8 +3,8 @@
 use crate::config::{Distillation, LmConfig};
 use crate::data::{Text, Vocabulary, text};
 use crate::models::Decoder;
-use crate::random::variables;
 use crate::run::{Work, restore, state};
+use crate::variables::variables;
 use crate::{Error, Result, distill, folder, ops};
 use bitnet_inference::perplexity::{Windows, perplexity};
 use bitnet_inference::{ActivationType, CacheType, LoadOptions, Model};

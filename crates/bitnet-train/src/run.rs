@@ -16,7 +16,7 @@
 //! same weights.
 
 use crate::config::{Distillation, RunConfig, Teacher};
-use crate::random::variables;
+use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
 use bitnet_core::{Matrix, Precision, Scheme};

@@ -6,7 +6,7 @@ use bitnet_quant::qat::{
 };
 use bitnet_train::models::{Decoder, DecoderShape};
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::variables;
+use bitnet_train::variables::variables;
 use candle_core::{Device, Tensor};
 use candle_nn::VarMap;
 use serde_json::Value;

@@ -5,7 +5,7 @@ use bitnet_train::ops::{self, Angles};
 use candle_core::{D, Device, Result, Tensor, Var};
 
 fn normal(shape: &[usize], seed: u64) -> Var {
-    let mut random = bitnet_train::random::Random::new(seed, "gradients");
+    let mut random = bitnet_train::variables::stream(seed, "gradients");
     let values: Vec<f32> = (0..shape.iter().product())
         .map(|_| random.normal() as f32)
         .collect();

@@ -8,7 +8,7 @@ use bitnet_train::models::{
     Cnn, CnnConfig, Decoder, DecoderShape, ImageModel, ImageShape, Mlp, MlpConfig,
 };
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::{Random, variables};
+use bitnet_train::variables::{stream, variables};
 use candle_core::{Device, Tensor};
 use candle_nn::VarMap;
 use std::path::Path;
@@ -175,7 +175,7 @@ fn a_checkpoint_of_another_shape_or_with_other_tensors_is_refused() {
 /// The derivative along a random direction of all variables is that of the difference quotient.
 fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
     let gradients = loss().backward().unwrap();
-    let mut random = Random::new(3, "direction");
+    let mut random = stream(3, "direction");
     let (mut slope, mut directions) = (0.0, vec![]);
     let mut all: Vec<_> = vars
         .data()
@@ -325,7 +325,7 @@ fn slopes_of_the_image_models_are_those_of_differences() {
     for shape in [mlp, cnn] {
         let vars = VarMap::new();
         let model = ImageModel::new(&shape, &variables(&vars, 2)).unwrap();
-        let mut random = Random::new(1, "images");
+        let mut random = stream(1, "images");
         let images: Vec<f32> = (0..7 * 64).map(|_| random.normal() as f32).collect();
         let images = Tensor::from_vec(images, (7, 64), &Device::Cpu).unwrap();
         let labels = Tensor::new(&[0u32, 1, 2, 3, 4, 0, 2], &Device::Cpu).unwrap();

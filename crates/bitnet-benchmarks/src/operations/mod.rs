@@ -11,14 +11,14 @@ pub use rivals::threads as rival_threads;
 use crate::machine::{Ceiling, Machine};
 use crate::results::Unit;
 use anyhow::{Result, bail};
+use bitnet_core::named;
+use bitnet_core::random::nth;
 use bitnet_kernels::Kernels;
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 /// A group of operations, by the name that `--operations` takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
     /// Floats to values, packed or not.
     Quantization,
@@ -32,39 +32,13 @@ pub enum Group {
     Gemm,
 }
 
-impl Group {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Quantization,
-        Self::Packing,
-        Self::Simd,
-        Self::Gemv,
-        Self::Gemm,
-    ];
-}
-
-impl fmt::Display for Group {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Quantization => "quantization",
-            Self::Packing => "packing",
-            Self::Simd => "simd",
-            Self::Gemv => "gemv",
-            Self::Gemm => "gemm",
-        })
-    }
-}
-
-impl FromStr for Group {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        let names = || Self::ALL.map(|g| g.to_string()).join(", ");
-        Self::ALL
-            .into_iter()
-            .find(|g| g.to_string() == s)
-            .ok_or_else(|| format!("unknown operation '{s}', expected {}", names()))
-    }
-}
+named!(Group, "operation", {
+    Quantization = "quantization",
+    Packing = "packing",
+    Simd = "simd",
+    Gemv = "gemv",
+    Gemm = "gemm",
+});
 
 /// N × K: out_features × in_features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -330,24 +304,16 @@ pub fn plan(selection: &Selection) -> Result<Vec<Planned>> {
     Ok(plan)
 }
 
-/// Thoroughly mixed bits of `i` (the finaliser of splitmix64).
-fn mix(i: usize) -> u64 {
-    let i = (i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let i = (i ^ (i >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let i = (i ^ (i >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    i ^ (i >> 31)
-}
-
 /// `n` trits, each value as often as the others.
 fn trits(n: usize) -> Vec<i8> {
-    (0..n).map(|i| (mix(i) % 3) as i8 - 1).collect()
+    (0..n).map(|i| (nth(i as u64, 0) % 3) as i8 - 1).collect()
 }
 
 /// `n` weights that look like a layer's: sums of four uniform ones, of standard deviation 0.02.
 fn weights(n: usize) -> Vec<f32> {
     let uniform = |bits: u64| (bits & 0xffff) as f32 / 65_535.0 - 0.5;
     let sum = |x: u64| uniform(x) + uniform(x >> 16) + uniform(x >> 32) + uniform(x >> 48);
-    (0..n).map(|i| sum(mix(i)) * 0.034_641).collect()
+    (0..n).map(|i| sum(nth(i as u64, 0)) * 0.034_641).collect()
 }
 
 /// Our kernels, widest first; only those if there are no rivals.

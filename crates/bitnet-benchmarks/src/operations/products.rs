@@ -1,10 +1,11 @@
 //! Products of ternary weights with activations: W1.58A8, and what others have.
 
 use super::rivals::{self, Reference};
-use super::{Case, Contender, Group, Limit, Planned, Rivals, Shape, kernels, mix, trits};
+use super::{Case, Contender, Group, Limit, Planned, Rivals, Shape, kernels, trits};
 use crate::machine::{Ceiling, Machine, dot_product};
 use crate::results::Unit;
 use anyhow::Result;
+use bitnet_core::random::nth;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::Instruction;
 use bitnet_kernels::matmul::{Activations, Prepacked, Stream};
@@ -128,7 +129,7 @@ fn case(
         if i.is_multiple_of(k) {
             127
         } else {
-            ((mix(i) % 255) as i16 - 127) as i8
+            ((nth(i as u64, 0) % 255) as i16 - 127) as i8
         }
     };
     let product = Arc::new(Product {
@@ -280,7 +281,7 @@ fn values(precision: Precision, n: usize) -> Vec<i8> {
     let step = if precision == Precision::Binary { 2 } else { 1 };
     let count = (i16::from(high) - i16::from(low)) / step + 1;
     (0..n)
-        .map(|i| (i16::from(low) + step * (mix(i) % count as u64) as i16) as i8)
+        .map(|i| (i16::from(low) + step * (nth(i as u64, 0) % count as u64) as i16) as i8)
         .collect()
 }
 

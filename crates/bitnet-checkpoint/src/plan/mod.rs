@@ -7,8 +7,7 @@ use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
-use bitnet_core::scheme::{ScaleForm, Scheme};
-use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ZeroPoints};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
 use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, Packed};
 use bitnet_formats::hf::{LinearClass, Mode};
@@ -510,7 +509,9 @@ impl<'a> Builder<'a> {
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
-                let ggml = ggml_type_of(layout_name)
+                let ggml = pack
+                    .layout
+                    .and_then(ggml_type_of)
                     .map(StoredType::Ggml)
                     .unwrap_or(StoredType::U8);
                 (name.clone(), tensor.shape.clone(), ggml)

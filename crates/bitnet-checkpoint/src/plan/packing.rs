@@ -3,9 +3,8 @@
 use super::{Builder, Pack};
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout};
-use bitnet_core::scheme::ScaleForm;
-use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype};
+use bitnet_core::pack::{self, Layout, Origin};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
 use bitnet_formats::{Content, Scales, StoredType, output};
 
@@ -35,18 +34,19 @@ impl Builder<'_> {
         };
         let allowed: Vec<&'static dyn Layout> = match named {
             Some(layout)
-                if output::stores(&self.container, layout.name())
-                    && self.format != Format::HfBitnet =>
+                if output::stores(&self.container, layout) && self.format != Format::HfBitnet =>
             {
                 vec![layout]
             }
-            Some(layout) if self.format == Format::HfBitnet && layout.name() == "hf-bitnet" => {
+            Some(layout)
+                if self.format == Format::HfBitnet && layout.origin() == Origin::HfBitnet =>
+            {
                 vec![layout]
             }
             Some(layout) => {
                 return Err(Error::Recipe(format!(
                     "format {} does not hold layout {}",
-                    self.format_name(),
+                    self.format,
                     layout.name()
                 )));
             }
@@ -69,7 +69,7 @@ impl Builder<'_> {
                     bias.name
                 );
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
-                    layout: "hf-bitnet",
+                    layout: allowed[0].name(),
                     why,
                 }));
             }
@@ -199,15 +199,7 @@ impl Builder<'_> {
     ) -> Vec<(Granularity, ScaleDtype)> {
         let granularities: Vec<Granularity> = match choices.granularity {
             Some(granularity) => vec![granularity],
-            None if self.format == Format::HfBitnet || layout.name() == "hf-bitnet" => {
-                vec![Granularity::Tensor]
-            }
-            None if layout.stores_scales() => [32, 64, 128, 256]
-                .map(Granularity::Group)
-                .into_iter()
-                .chain([Granularity::Channel, Granularity::Tensor])
-                .collect(),
-            None => vec![Granularity::Channel],
+            None => layout.default_granularities().to_vec(),
         };
         let dtypes = match choices.scale_dtype {
             Some(dtype) => vec![dtype],
@@ -244,14 +236,6 @@ impl Builder<'_> {
             .copied()
             .find(|&d| StoredType::from(d) == dtype)
             .unwrap_or(ScaleDtype::F32)
-    }
-
-    pub(super) fn format_name(&self) -> &'static str {
-        match self.format {
-            Format::Safetensors => "safetensors",
-            Format::HfBitnet => "hf-bitnet",
-            Format::Gguf => "gguf",
-        }
     }
 
     /// The values of a quantized source as they are, in a layout of that name or in one that suits.
@@ -304,7 +288,7 @@ impl Builder<'_> {
             (None, Format::HfBitnet) => default_layouts(self.format, of.precision)?,
             (None, _) => match own {
                 Some(own)
-                    if output::stores(&self.container, own.name()) && own.name() != "hf-bitnet" =>
+                    if output::stores(&self.container, own) && own.origin() != Origin::HfBitnet =>
                 {
                     vec![own]
                 }
@@ -313,12 +297,12 @@ impl Builder<'_> {
         };
         let mut refusal = None;
         for layout in layouts {
-            if !output::stores(&self.container, layout.name())
-                || (self.format == Format::HfBitnet && layout.name() != "hf-bitnet")
+            if !output::stores(&self.container, layout)
+                || (self.format == Format::HfBitnet && layout.origin() != Origin::HfBitnet)
             {
                 return Err(Error::Recipe(format!(
                     "format {} does not hold layout {}",
-                    self.format_name(),
+                    self.format,
                     layout.name()
                 )));
             }
@@ -429,27 +413,23 @@ pub(super) fn default_layouts(
     format: Format,
     precision: Precision,
 ) -> Result<Vec<&'static dyn Layout>> {
-    let names: &[&str] = match (format, precision) {
-        (Format::Safetensors, Precision::Binary) => &["one-bit"],
-        (Format::Safetensors, Precision::Ternary | Precision::Int2) => &["two-bit"],
-        (Format::Safetensors, Precision::Int3) => &["three-bit"],
-        (Format::Safetensors, Precision::Int4) => &["four-bit"],
-        (Format::Safetensors, Precision::Int8) => &["i8"],
-        (Format::HfBitnet, Precision::Ternary) => &["hf-bitnet"],
-        (Format::Gguf, Precision::Ternary) => &["tq2_0", "q2_0"],
-        (Format::Gguf, Precision::Binary) => &["q1_0"],
-        (Format::Gguf, Precision::Int4) => &["q4_0"],
-        (Format::Gguf, Precision::Int8) => &["q8_0"],
-        (Format::HfBitnet, other) => {
-            return Err(Error::Recipe(format!(
-                "format hf-bitnet holds ternary weights, not {other}"
-            )));
+    let found: Vec<&'static dyn Layout> = pack::layouts()
+        .iter()
+        .copied()
+        .filter(|layout| layout.default_for().contains(&precision))
+        .filter(|layout| match format {
+            Format::Safetensors => layout.origin() == Origin::Own,
+            Format::HfBitnet => layout.origin() == Origin::HfBitnet,
+            Format::Gguf => matches!(layout.origin(), Origin::Ggml(_)),
+        })
+        .collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    Err(Error::Recipe(match format {
+        Format::HfBitnet => format!("format hf-bitnet holds ternary weights, not {precision}"),
+        Format::Safetensors | Format::Gguf => {
+            format!("format {format} has no type for {precision}")
         }
-        (Format::Gguf, other) => {
-            return Err(Error::Recipe(format!(
-                "format gguf has no type for {other}"
-            )));
-        }
-    };
-    names.iter().map(|name| Ok(pack::by_name(name)?)).collect()
+    }))
 }

@@ -302,7 +302,7 @@ fn measure(
                                     .map(|((w, v), h)| f64::from(*h) * f64::from(w - v).powi(2))
                                     .sum(),
                             };
-                            stats = stats.then(error);
+                            stats = stats.merge(error);
                         }
                         Ok((weighted, stats))
                     };
@@ -312,7 +312,7 @@ fn measure(
         for part in parts {
             sums.iter_mut()
                 .zip(part?)
-                .for_each(|(sum, (weighted, stats))| *sum = (sum.0 + weighted, sum.1.then(stats)));
+                .for_each(|(sum, (weighted, stats))| *sum = (sum.0 + weighted, sum.1.merge(stats)));
         }
     }
     Ok(sums)

@@ -321,6 +321,7 @@ impl Relaxation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet_core::random::Random;
     use proptest::prelude::*;
 
     fn brute(tensors: &[Vec<Candidate>], budget: u64, min_sqnr: f64) -> Option<f64> {
@@ -376,17 +377,12 @@ mod tests {
 
     #[test]
     fn many_tensors_of_odd_sizes_stay_exact() {
-        let mut state = 7u64;
-        let mut next = || {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            state >> 33
-        };
+        let mut random = Random::new(7);
+        let mut below = |n| random.below(n) as u64;
         let tensors: Vec<Vec<Candidate>> = (0..200)
             .map(|_| {
-                let weights = 1000 + next() % 100_000;
-                let power = (1 + next() % 1000) as f64;
+                let weights = 1000 + below(100_000);
+                let power = (1 + below(1000)) as f64;
                 let one = |bits: u64| Candidate {
                     choices: Choices::default(),
                     bytes: weights * bits / 8 + bits % 3,

@@ -1,12 +1,12 @@
 //! The choice of a layout by size.
 
-use super::{Layout, OWN, PackedLen, layouts};
+use super::{Layout, PackedLen, own};
 use crate::{MatrixSpec, Result};
 
 /// The shortest of our own layouts for this matrix, and the packed bytes.
 ///
 /// Layouts of fixed length are compared by that length without packing; the others are packed and
-/// measured. Of equally short ones the first of [`layouts`] wins. `scales` are not stored: our own
+/// measured. Of equally short ones the first of [`layouts`](super::layouts) wins. `scales` are not stored: our own
 /// layouts leave them to the container.
 ///
 /// # Errors
@@ -28,7 +28,7 @@ pub fn auto(
     let mut best: Option<(usize, &'static dyn Layout, Option<Vec<u8>>)> = None;
     // `i8` holds every precision; its error is the answer should not even it hold this matrix.
     let mut refusal = None;
-    for &layout in &layouts()[..OWN] {
+    for layout in own() {
         if let Err(e) = layout.check(spec) {
             refusal = Some(e);
             continue;

@@ -7,6 +7,7 @@
 mod auto;
 mod base3;
 mod bits;
+mod checks;
 mod entropy;
 mod framed;
 mod ggml;
@@ -22,7 +23,8 @@ mod tq_blocks;
 
 pub use auto::{auto, bits_per_weight};
 
-use crate::{Error, MatrixSpec, Precision, Result, ScaleDtype, ZeroPoints};
+use crate::{Error, Granularity, MatrixSpec, Precision, Result};
+use checks::*;
 use std::fmt::Debug;
 
 /// Size of the packed bytes, as far as it is known before packing.
@@ -53,6 +55,41 @@ pub struct Unpacked {
     pub scales: Option<Vec<f32>>,
 }
 
+/// Whose layout it is, and so which files hold it. Our own safetensors files hold every layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Ours, without scales inside. `auto` picks among these.
+    Own,
+    /// The packed weights of Hugging Face's `bitnet` folders.
+    HfBitnet,
+    /// The tensor type of ggml with this number: GGUF files hold it.
+    Ggml(u32),
+    /// Another order of the bytes of a ggml type. GGUF files with that type may hold it without
+    /// saying so: it is read from them when the user names it, and never written to them.
+    GgmlVariant(u32),
+}
+
+/// The arrangement of the codes of a layout that `bitnet-kernels` has a loop for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FastPath {
+    /// Rows of two-bit codes, four a byte, the first in the low bits.
+    TwoBit,
+    /// Rows of trits, five a byte.
+    BaseThree,
+    /// Four two-bit codes a byte, a quarter of the rows apart, the first in the low bits.
+    QuarterRows,
+    /// Four two-bit codes a byte, a quarter of so many values of a row apart (128 or 64), the first
+    /// in the high bits; then the scale as f32 and padding.
+    GroupQuarters(usize),
+    /// Four two-bit codes a byte, of four rows at the same column, the first in the high bits; then
+    /// the scale as f32 and padding.
+    FourRows,
+    /// Blocks of ggml's TQ1_0.
+    Tq1,
+    /// Blocks of ggml's TQ2_0.
+    Tq2,
+}
+
 /// One wire layout.
 pub trait Layout: Send + Sync + Debug {
     /// The name in files and on the command line.
@@ -64,6 +101,46 @@ pub trait Layout: Send + Sync + Debug {
     /// Whether the bytes hold the scales too.
     fn stores_scales(&self) -> bool {
         false
+    }
+
+    /// Whose layout it is.
+    fn origin(&self) -> Origin {
+        Origin::Own
+    }
+
+    /// The precisions for which it is picked when the user names no layout. Of several layouts of
+    /// one origin the first of [`layouts`] that takes the matrix is picked.
+    fn default_for(&self) -> &'static [Precision] {
+        &[]
+    }
+
+    /// The granularities to try when the user names none, the finest first: where the layout
+    /// stores a scale for each block anyway, a finer one costs nothing.
+    fn default_granularities(&self) -> &'static [Granularity] {
+        if self.stores_scales() {
+            &[
+                Granularity::Group(32),
+                Granularity::Group(64),
+                Granularity::Group(128),
+                Granularity::Group(256),
+                Granularity::Channel,
+                Granularity::Tensor,
+            ]
+        } else {
+            &[Granularity::Channel]
+        }
+    }
+
+    /// The spec of a tensor of this layout in a file of another program, which says nothing but the
+    /// layout and the shape. `None` where such a tensor is read as floats.
+    fn foreign_spec(&self, _rows: usize, _cols: usize) -> Option<MatrixSpec> {
+        None
+    }
+
+    /// The loop of `bitnet-kernels` that reads it, if it has one. The results are those of
+    /// [`Layout::unpack`].
+    fn fast_path(&self) -> Option<FastPath> {
+        None
     }
 
     /// Whether such a matrix fits: its alphabet, its number of columns, its granularity.
@@ -111,10 +188,7 @@ pub trait Layout: Send + Sync + Debug {
     }
 }
 
-/// How many of [`layouts`], from the front, are our own. None of these carries scales.
-const OWN: usize = 11;
-
-/// Every layout there is, our own first.
+/// Every layout there is. Of several that fit equally well the first is taken.
 pub fn layouts() -> &'static [&'static dyn Layout] {
     &[
         &bits::ONE_BIT,
@@ -161,168 +235,42 @@ pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
         })
 }
 
-/// A pattern that no writer produces, found by a coder that sees only a part of the packed bytes.
-#[derive(Debug, PartialEq)]
-struct Bad {
-    /// Offset into the bytes that the coder was given.
-    offset: usize,
-    what: String,
-}
-
-impl Bad {
-    fn new(offset: usize, what: impl Into<String>) -> Self {
-        Self {
-            offset,
-            what: what.into(),
-        }
-    }
-
-    /// The error for it, given where the coder's bytes begin.
-    fn at(self, layout: &'static str, start: usize) -> Error {
-        Error::Corrupt {
-            layout,
-            offset: start + self.offset,
-            what: self.what,
-        }
-    }
-}
-
-fn unsupported(layout: &'static str, why: impl Into<String>) -> Error {
-    Error::Unsupported {
-        layout,
-        why: why.into(),
-    }
-}
-
-/// What every layout asks for: a valid spec, with rows and columns that can be counted in bytes, in
-/// one of the layout's precisions.
-fn check_precision(
-    layout: &'static str,
-    spec: &MatrixSpec,
-    precisions: &[Precision],
-) -> Result<()> {
-    spec.validate()?;
-    // A matrix of no columns may still have any number of rows, and the reverse: no product with
-    // them is to overflow.
-    let limit = isize::MAX as usize / 64;
-    if spec.rows > limit || spec.cols > limit {
-        return Err(Error::TooLarge {
-            rows: spec.rows,
-            cols: spec.cols,
-        });
-    }
-    if precisions.contains(&spec.precision) {
-        return Ok(());
-    }
-    let names = precisions
+/// The layouts of an origin, in the order of [`layouts`].
+pub fn of_origin(origin: Origin) -> impl Iterator<Item = &'static dyn Layout> {
+    layouts()
         .iter()
-        .map(|p| p.name())
-        .collect::<Vec<_>>()
-        .join(", ");
-    Err(unsupported(
-        layout,
-        format!("it holds {names} and the matrix is {}", spec.precision),
-    ))
+        .copied()
+        .filter(move |layout| layout.origin() == origin)
 }
 
-/// The foreign layouts have no place for a second plane or for zero points.
-fn check_plain(layout: &'static str, spec: &MatrixSpec) -> Result<()> {
-    if spec.planes != 1 {
-        return Err(unsupported(
-            layout,
-            format!("it holds 1 plane and the matrix has {}", spec.planes),
-        ));
-    }
-    if spec.zero_points != ZeroPoints::None {
-        return Err(unsupported(
-            layout,
-            format!(
-                "it has no zero points and the matrix has {:?} ones",
-                spec.zero_points
-            ),
-        ));
-    }
-    Ok(())
+fn own() -> impl Iterator<Item = &'static dyn Layout> {
+    of_origin(Origin::Own)
 }
 
-/// `K % block = 0`.
-fn check_cols(layout: &'static str, spec: &MatrixSpec, block: usize) -> Result<()> {
-    if spec.cols.is_multiple_of(block) {
-        return Ok(());
-    }
-    Err(unsupported(
-        layout,
-        format!(
-            "rows are cut into blocks of {block} and {} columns leave {}",
-            spec.cols,
-            spec.cols % block
-        ),
-    ))
+/// The plain layout of a precision: ours, with a fixed number of bits for each value.
+///
+/// ```
+/// use bitnet_core::{Precision, pack};
+/// assert_eq!(pack::plain(Precision::Ternary).name(), "two-bit");
+/// ```
+pub fn plain(precision: Precision) -> &'static dyn Layout {
+    own()
+        .find(|layout| layout.default_for().contains(&precision))
+        .unwrap_or(&int8::Int8)
 }
 
-/// The number of values and that each is in the alphabet.
-fn check_values(spec: &MatrixSpec, values: &[i8]) -> Result<()> {
-    check_len("values", spec.values_len(), values.len())?;
-    match first_outside(spec.precision, values) {
-        None => Ok(()),
-        Some(index) => Err(Error::Value {
-            index,
-            got: i32::from(values[index]),
-            expected: spec.precision.alphabet(),
-        }),
-    }
+/// The longest name of the layouts that `auto` picks among.
+pub fn longest_own_name() -> &'static str {
+    own()
+        .map(|layout| layout.name())
+        .max_by_key(|name| name.len())
+        .unwrap_or_default()
 }
 
-/// The first value that is not in the alphabet.
-fn first_outside(precision: Precision, values: &[i8]) -> Option<usize> {
-    // A branch-free pass over all of it, and the search only if there is something to find.
-    let (low, high) = precision.range();
-    let bad = match precision {
-        Precision::Int8 => 0,
-        Precision::Binary => values
-            .iter()
-            .fold(0u8, |bad, &v| bad | u8::from((v != 1) & (v != -1))),
-        _ => values
-            .iter()
-            .fold(0u8, |bad, &v| bad | u8::from((v < low) | (v > high))),
-    };
-    if bad == 0 {
-        None
-    } else {
-        values.iter().position(|&v| !precision.contains(v))
-    }
-}
-
-/// The number of scales, and that each is a finite number of the type it will be stored in.
-fn check_scales(
-    layout: &'static str,
-    spec: &MatrixSpec,
-    dtype: ScaleDtype,
-    scales: &[f32],
-) -> Result<()> {
-    check_len("scales", spec.scales_len(), scales.len())?;
-    match scales.iter().position(|&s| !is_stored(dtype, s)) {
-        None => Ok(()),
-        Some(i) => Err(unsupported(
-            layout,
-            format!("scale {i} is {:?}, which is no finite {dtype}", scales[i]),
-        )),
-    }
-}
-
-/// Whether the type holds exactly this number, and it is finite.
-fn is_stored(dtype: ScaleDtype, scale: f32) -> bool {
-    scale.is_finite() && dtype.round(scale).to_bits() == scale.to_bits()
-}
-
-fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        Ok(())
-    } else {
-        Err(Error::Length {
-            what,
-            expected,
-            got,
-        })
-    }
+/// The layouts that a tensor of this ggml type may have: first the one that is written, then its
+/// variants.
+pub fn of_ggml_type(id: u32) -> impl Iterator<Item = &'static dyn Layout> {
+    layouts().iter().copied().filter(move |layout| {
+        matches!(layout.origin(), Origin::Ggml(i) | Origin::GgmlVariant(i) if i == id)
+    })
 }

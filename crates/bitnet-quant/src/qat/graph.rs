@@ -15,9 +15,9 @@ use super::ste::{LEAST_SCALE, Quantizer, StraightThroughEstimator};
 use crate::Activations;
 use crate::{Error, Result};
 use bitnet_core::scheme::{
-    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Scheme, Threshold,
+    BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Scheme, Threshold,
 };
-use bitnet_core::{Granularity, Precision, ScaleDtype};
+use bitnet_core::{Granularity, Precision, ScaleDtype, ScaleForm};
 use candle_core::{D, DType, Tensor};
 
 /// The layer, without its tensors.

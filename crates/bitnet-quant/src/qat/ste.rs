@@ -11,13 +11,10 @@ use crate::{Error, Result};
 use bitnet_checkpoint::matrix;
 use bitnet_core::ops::{Cuts, Ops, Uniform};
 use bitnet_core::scheme::{BinarySplit, Mapping, Method, Scheme};
-use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ZeroPoints, pack};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ZeroPoints, named, pack};
 use bitnet_kernels::stream;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 /// How the gradient passes the rounding of weights, and whether the scale is learned.
@@ -83,56 +80,14 @@ impl StraightThroughEstimator {
     }
 }
 
-impl fmt::Display for StraightThroughEstimator {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Plain => f.pad("plain"),
-            Self::Clipped { range } => f.pad(&format!("clipped:{range}")),
-            Self::LearnedScale => f.pad("lsq"),
-            Self::Stretched => f.pad("stretched"),
-            Self::Soft { temperature } => f.pad(&format!("soft:{temperature}")),
-        }
+named!(
+    StraightThroughEstimator, "estimator",
+    { Plain = "plain", LearnedScale = "lsq", Stretched = "stretched" },
+    {
+        Clipped { range: f32 } = "clipped": "X" if |x| x.is_finite() && *x > 0.0,
+        Soft { temperature: f32 } = "soft": "X" if |x| x.is_finite() && *x > 0.0,
     }
-}
-
-impl FromStr for StraightThroughEstimator {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let (name, number) = s
-            .split_once(':')
-            .map_or((s, None), |(name, number)| (name, Some(number)));
-        let estimator = match (name, number.map(str::parse)) {
-            ("plain", None) => Self::Plain,
-            ("clipped", Some(Ok(range))) => Self::Clipped { range },
-            ("lsq", None) => Self::LearnedScale,
-            ("stretched", None) => Self::Stretched,
-            ("soft", Some(Ok(temperature))) => Self::Soft { temperature },
-            _ => {
-                return Err(Error::input(
-                    "estimator",
-                    "plain, clipped:X, lsq, stretched, soft:X",
-                    s,
-                ));
-            }
-        };
-        estimator.validate()?;
-        Ok(estimator)
-    }
-}
-
-impl Serialize for StraightThroughEstimator {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for StraightThroughEstimator {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
+);
 
 /// No learned scale is smaller: what training pushes below stays a positive scale.
 pub(super) const LEAST_SCALE: f32 = 1e-8;
@@ -366,7 +321,7 @@ impl Quantizer {
             stream::pack(
                 kernels,
                 pool,
-                pack::by_name("two-bit")?,
+                pack::plain(Precision::Ternary),
                 &spec,
                 &values,
                 &scales,
@@ -380,7 +335,7 @@ impl Quantizer {
             }));
         }
         if let Method::Ternary { planes: 1, .. } = self.scheme.method {
-            let layout = pack::by_name("two-bit")?;
+            let layout = pack::plain(Precision::Ternary);
             return Ok(Codes::TwoBit(stream::quantize(
                 kernels,
                 pool,
@@ -657,7 +612,9 @@ impl Codes {
     /// In the layout of the kernels.
     pub(super) fn prepack(&self, runtime: &Runtime) -> Result<Packed> {
         match self {
-            Self::TwoBit(packed) => Packed::from_wire(packed, pack::by_name("two-bit")?, runtime),
+            Self::TwoBit(packed) => {
+                Packed::from_wire(packed, pack::plain(Precision::Ternary), runtime)
+            }
             Self::Values(matrix) => Packed::new(matrix, runtime),
         }
     }
@@ -668,7 +625,7 @@ impl Codes {
         let mut out = vec![0.0; spec.weights_len()];
         match self {
             Self::TwoBit(packed) => {
-                let (layout, kernels) = (pack::by_name("two-bit")?, runtime.machine.kernels);
+                let (layout, kernels) = (pack::plain(Precision::Ternary), runtime.machine.kernels);
                 stream::dequantize(
                     kernels,
                     &runtime.pool,
@@ -732,7 +689,7 @@ impl Codes {
                 stream::unpack(
                     runtime.machine.kernels,
                     &runtime.pool,
-                    pack::by_name("two-bit")?,
+                    pack::plain(Precision::Ternary),
                     spec,
                     bytes,
                     &mut values,

@@ -4,6 +4,7 @@
 
 mod best;
 
+use bitnet_core::random::Random;
 use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::{
     CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method,
@@ -19,14 +20,10 @@ use std::path::Path;
 
 /// Numbers in (−1, 1) that depend on the seed alone.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0
-    };
-    (0..n + 8).map(|_| next()).skip(8).collect()
+    let mut random = Random::new(seed);
+    (0..n)
+        .map(|_| (2.0 * random.uniform() - 1.0) as f32)
+        .collect()
 }
 
 /// Two layers that learn a fixed map of 16 numbers to 4.

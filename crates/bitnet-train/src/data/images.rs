@@ -1,7 +1,7 @@
 //! Labelled images of a folder in the manner of MNIST.
 
 use super::idx;
-use crate::random::Random;
+use crate::variables::stream;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::path::{Path, PathBuf};
@@ -186,7 +186,7 @@ impl Order {
                 if self.epoch.as_ref().is_none_or(|(now, _)| *now != epoch) {
                     self.epoch = Some((
                         epoch,
-                        Random::new(self.seed, &format!("epoch {epoch}")).permutation(self.len),
+                        stream(self.seed, &format!("epoch {epoch}")).permutation(self.len),
                     ));
                 }
                 self.epoch.as_ref().map_or(0, |(_, order)| order[place])

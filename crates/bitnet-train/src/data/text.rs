@@ -1,6 +1,6 @@
 //! Text as tokens, and windows of them.
 
-use crate::random::Random;
+use crate::variables::stream;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
@@ -231,7 +231,7 @@ pub fn batch(
     size: usize,
     context: usize,
 ) -> candle_core::Result<(Tensor, Tensor)> {
-    let mut random = Random::new(seed, &format!("windows {index}"));
+    let mut random = stream(seed, &format!("windows {index}"));
     let starts: Vec<usize> = (0..size)
         .map(|_| random.below(tokens.len() - context))
         .collect();
