@@ -6,7 +6,7 @@
 //! ```
 
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
-use bitnet_formats::gguf::{GgmlType, OutTensor, Value, encode_header};
+use bitnet_formats::gguf::{GgmlType, GgufEntry, Value, encode_header};
 use bitnet_formats::{Content, Kind, Source};
 use safetensors::{Dtype, tensor::TensorView};
 use std::error::Error;
@@ -71,7 +71,7 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
             tensor,
             architecture.gguf_rows(counts, &tensor.name, tensor.shape[0])?,
         )?;
-        infos.push(OutTensor {
+        infos.push(GgufEntry {
             name,
             shape: tensor.shape.clone(),
             ggml_type: GgmlType::F32,
@@ -81,7 +81,7 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     }
     if let Some(freqs) = made.rope_freqs {
         let bytes: Vec<u8> = freqs.iter().flat_map(|x| x.to_le_bytes()).collect();
-        infos.push(OutTensor {
+        infos.push(GgufEntry {
             name: arch::ROPE_FREQS.into(),
             shape: vec![freqs.len()],
             ggml_type: GgmlType::F32,

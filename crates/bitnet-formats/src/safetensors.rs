@@ -32,7 +32,7 @@ pub struct Entry {
 
 /// A checked header.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Header {
+pub struct SafetensorsHeader {
     /// `__metadata__`, in file order.
     pub metadata: Vec<(String, String)>,
     /// Tensors in the order of their bytes.
@@ -97,7 +97,7 @@ impl<'de> de::Deserialize<'de> for Items {
     }
 }
 
-impl Header {
+impl SafetensorsHeader {
     /// Reads and checks the header of `file`; `path` is for messages.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
 use bitnet_formats::Source;
-use bitnet_formats::gguf::{GgmlType, Integers, integers};
+use bitnet_formats::gguf::{BlockIntegers, GgmlType, integers};
 use bitnet_kernels::Pool;
 use bitnet_kernels::dense::{BLOCK, BlockType, Blocks, Codes, ScaleType};
 
@@ -52,7 +52,7 @@ pub(crate) fn of_gguf(
         for (i, bytes) in bytes.chunks_exact(size.max(1)).enumerate() {
             let mut row = strip.row(i);
             let [scales, minima] = &mut row.halves;
-            let to = Integers {
+            let to = BlockIntegers {
                 codes: row.codes,
                 halves: [scales, minima],
                 factors: row.factors,

@@ -1,183 +1,92 @@
-//! The model's tensors, apart from how many stored tensors each is made of.
+//! Which stored tensors make up a tensor of the model: by the document, by the names of HF `bitnet`
+//! folders, or by the block types of GGUF.
 
-use crate::document::Packed;
+use crate::document::PackedTensor;
 use crate::dtype::StoredType;
 use crate::gguf::GgmlType;
 use crate::hf::{BitnetConfig, Mode};
-use crate::source::{Kind, OpenOptions, Source, Stored};
+use crate::storage::{Kind, OpenOptions, Storage};
+use crate::tensor::{Content, QuantizedTensor, ScaleSource, StoredId, Tensor};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout, Origin, PackedLen};
+use bitnet_core::pack::{self, Origin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use safetensors::Dtype;
 
-/// A tensor of the model.
-#[derive(Debug, Clone)]
-pub struct Tensor {
-    /// Its name in the model.
-    pub name: String,
-    /// Its shape, outermost dimension first.
-    pub shape: Vec<usize>,
-    /// What it is made of.
-    pub content: Content,
-}
-
-/// What a tensor is made of.
-#[derive(Debug, Clone)]
-pub enum Content {
-    /// A stored tensor that decodes to f32.
-    Float(usize),
-    /// A stored tensor of integers, or of a type without decoder; it can only be copied.
-    Opaque(usize),
-    /// A quantized matrix.
-    Quantized(Quantized),
-}
-
-/// A quantized matrix in a file.
-#[derive(Debug, Clone)]
-pub struct Quantized {
-    /// Shape and conventions.
-    pub spec: MatrixSpec,
-    /// How the values are packed.
-    pub layout: &'static dyn Layout,
-    /// Stored tensor with the packed bytes.
-    pub packed: usize,
-    /// Where the scales are.
-    pub scales: Scales,
-    /// Stored tensor with the zero points.
-    pub zero_points: Option<usize>,
-}
-
-/// Where the scales of a quantized matrix are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scales {
-    /// The layout carries them.
-    Inside,
-    /// In a stored tensor, as they are or as 1/scale.
-    Stored {
-        /// The stored tensor.
-        index: usize,
-        /// Whether it holds 1/scale.
-        reciprocal: bool,
-    },
-}
-
-impl Tensor {
-    /// The stored tensors that it is made of.
-    pub fn stored(&self) -> Vec<usize> {
-        match &self.content {
-            Content::Float(i) | Content::Opaque(i) => vec![*i],
-            Content::Quantized(q) => {
-                let scale = match q.scales {
-                    Scales::Stored { index, .. } => Some(index),
-                    Scales::Inside => None,
-                };
-                [Some(q.packed), scale, q.zero_points]
-                    .into_iter()
-                    .flatten()
-                    .collect()
-            }
-        }
-    }
-
-    /// Bytes in the file, scales and padding included.
-    pub fn bytes(&self, source: &Source) -> u64 {
-        self.stored().iter().map(|&i| source.stored[i].len).sum()
-    }
-
-    /// Number of weights.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Rows and columns as a weight matrix sees them: the first dimension, and all others together.
-    /// `None` below two dimensions.
-    pub fn matrix_shape(&self) -> Option<(usize, usize)> {
-        match self.shape.as_slice() {
-            [rows, rest @ ..] if !rest.is_empty() => Some((*rows, rest.iter().product())),
-            _ => None,
-        }
-    }
-}
-
-/// Groups the stored tensors of a source.
-pub(crate) fn tensors(source: &Source, options: &OpenOptions) -> Result<Vec<Tensor>> {
-    let mut taken = vec![false; source.stored.len()];
-    let mut found: Vec<(usize, Tensor)> = vec![];
-    let mut take = |tensor: Tensor, found: &mut Vec<(usize, Tensor)>| {
-        for i in tensor.stored() {
-            if std::mem::replace(&mut taken[i], true) {
-                let name = &source.stored[i].name;
+/// Groups the stored tensors of a storage.
+pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Tensor>> {
+    let mut taken = vec![false; storage.stored.len()];
+    let mut found: Vec<Tensor> = vec![];
+    let mut take = |tensor: Tensor, found: &mut Vec<Tensor>| {
+        for id in tensor.stored() {
+            if std::mem::replace(&mut taken[id.0], true) {
+                let name = &storage.stored(id).name;
                 return Err(Error::tensor(
-                    source.file_of(i),
+                    storage.file_of(id),
                     name,
                     "a part of one quantized tensor",
                     format!("a part of '{}' too", tensor.name),
                 ));
             }
         }
-        found.push((tensor.stored().first().copied().unwrap_or(0), tensor));
+        found.push(tensor);
         Ok(())
     };
-    if let Some(document) = &source.document {
+    if let Some(document) = &storage.document {
         for (name, packed) in &document.tensors {
-            take(from_document(source, name, packed)?, &mut found)?;
+            take(from_document(storage, name, packed)?, &mut found)?;
         }
-    } else if let Some(bitnet) = source.bitnet.filter(|b| b.mode == Mode::Offline) {
-        for (i, stored) in source.stored.iter().enumerate() {
-            if let Some(tensor) = from_hf(source, i, stored, bitnet)? {
+    } else if let Some(bitnet) = storage.bitnet.filter(|b| b.mode == Mode::Offline) {
+        for id in storage.ids() {
+            if let Some(tensor) = from_hf(storage, id, bitnet)? {
                 take(tensor, &mut found)?;
             }
         }
-    } else if let Some((i, stored)) = orphan_scale(source) {
+    } else if let Some(id) = orphan_scale(storage) {
         return Err(Error::tensor(
-            source.file_of(i),
-            &stored.name,
+            storage.file_of(id),
+            &storage.stored(id).name,
             "a quantization_config in config.json that says what this scale means",
             "none",
         ));
     }
-    for (i, stored) in source.stored.iter().enumerate() {
-        if !taken[i] {
-            let content = match foreign_block(source, i, stored, options)? {
-                Some(q) => Content::Quantized(q),
-                None if stored.dtype.is_float() => Content::Float(i),
-                None => Content::Opaque(i),
-            };
-            found.push((
-                i,
-                Tensor {
-                    name: stored.name.clone(),
-                    shape: stored.shape.clone(),
-                    content,
-                },
-            ));
-        }
+    for id in storage.ids().filter(|id| !taken[id.0]) {
+        let stored = storage.stored(id);
+        let content = match foreign_block(storage, id, options)? {
+            Some(q) => Content::Quantized(q),
+            None if stored.dtype.is_float() => Content::Float(id),
+            None => Content::Opaque(id),
+        };
+        found.push(Tensor {
+            name: stored.name.clone(),
+            shape: stored.shape.clone(),
+            content,
+        });
     }
-    if source
+    if storage
         .bitnet
         .is_some_and(|b| b.mode == Mode::Offline && !b.linear_class.is_reciprocal())
     {
-        refuse_biases(source, &found)?;
+        refuse_biases(storage, &found)?;
     }
-    found.sort_by_key(|(first, _)| *first);
-    Ok(found.into_iter().map(|(_, tensor)| tensor).collect())
+    found.sort_by_key(Tensor::first_stored);
+    Ok(found)
 }
 
 /// `autobitlinear` multiplies the bias by the scale too, so a bias there is not the bias of the
 /// layer. Nothing here knows how to say that in another container.
-fn refuse_biases(source: &Source, found: &[(usize, Tensor)]) -> Result<()> {
-    for (_, tensor) in found.iter().filter(
-        |(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == Origin::HfBitnet),
+fn refuse_biases(storage: &Storage, found: &[Tensor]) -> Result<()> {
+    for tensor in found.iter().filter(
+        |t| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == Origin::HfBitnet),
     ) {
         let bias = tensor
             .name
             .strip_suffix("weight")
-            .and_then(|layer| source.find_stored(&format!("{layer}bias")));
+            .and_then(|layer| storage.find_stored(&format!("{layer}bias")));
         if let Some(bias) = bias {
             let expected = "no bias beside a packed weight: linear_class autobitlinear scales it too, which is not supported";
             return Err(Error::tensor(
-                source.file_of(bias),
-                &source.stored[bias].name,
+                storage.file_of(bias),
+                &storage.stored(bias).name,
                 expected,
                 "one",
             ));
@@ -187,27 +96,27 @@ fn refuse_biases(source: &Source, found: &[(usize, Tensor)]) -> Result<()> {
 }
 
 /// A packed weight with a scale, but nothing that says by which convention.
-fn orphan_scale(source: &Source) -> Option<(usize, &Stored)> {
-    source.stored.iter().enumerate().find(|(_, s)| {
-        s.name
-            .strip_suffix("_scale")
-            .and_then(|weight| source.find_stored(weight))
-            .is_some_and(|w| source.stored[w].dtype == StoredType::U8)
+fn orphan_scale(storage: &Storage) -> Option<StoredId> {
+    storage.ids().find(|&id| {
+        let weight = storage.stored(id).name.strip_suffix("_scale");
+        weight
+            .and_then(|weight| storage.find_stored(weight))
+            .is_some_and(|w| storage.stored(w).dtype == StoredType::U8)
     })
 }
 
-fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor> {
+fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result<Tensor> {
     let find = |stored: &str| {
-        source.find_stored(stored).ok_or_else(|| {
+        storage.find_stored(stored).ok_or_else(|| {
             Error::tensor(
-                &source.files[0].path,
+                &storage.files[0].path,
                 name,
                 format!("a stored tensor '{stored}'"),
                 "none of that name",
             )
         })
     };
-    let path = &source.files[0].path;
+    let path = &storage.files[0].path;
     let layout = pack::by_name(&packed.layout).map_err(Error::matrix(path, name))?;
     if packed.reciprocal && packed.scale.is_none() {
         return Err(Error::tensor(
@@ -217,25 +126,25 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
             "none",
         ));
     }
-    let q = Quantized {
+    let q = QuantizedTensor {
         spec: packed.spec.clone(),
         layout,
         packed: find(&packed.packed)?,
         scales: match &packed.scale {
-            Some(scale) => Scales::Stored {
-                index: find(scale)?,
+            Some(scale) => ScaleSource::Stored {
+                id: find(scale)?,
                 reciprocal: packed.reciprocal,
             },
-            None => Scales::Inside,
+            None => ScaleSource::Inside,
         },
         zero_points: packed.zero_point.as_deref().map(find).transpose()?,
     };
-    if let Some(bitnet) = source.bitnet
+    if let Some(bitnet) = storage.bitnet
         && layout.origin() == Origin::HfBitnet
         && bitnet.linear_class.is_reciprocal() != packed.reciprocal
     {
         return Err(Error::config(
-            &source.path.join("config.json"),
+            &storage.path.join("config.json"),
             "quantization_config.linear_class",
             format!(
                 "the convention of tensor '{name}', whose scale is stored {}",
@@ -248,7 +157,7 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
             format!("'{}'", bitnet.linear_class.name()),
         ));
     }
-    check(source, name, &q)?;
+    check(storage, name, &q)?;
     let elements = packed
         .shape
         .iter()
@@ -269,11 +178,11 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
 }
 
 /// Checks that the stored tensors have the sizes and types that the spec asks for.
-fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
-    let path = source.file_of(q.packed);
+fn check(storage: &Storage, name: &str, q: &QuantizedTensor) -> Result<()> {
+    let path = storage.file_of(q.packed);
     q.spec.validate().map_err(Error::matrix(path, name))?;
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
-    let expected = match source.kind {
+    let expected = match storage.kind {
         Kind::Gguf => match q.layout.origin() {
             Origin::Ggml(id) | Origin::GgmlVariant(id) => {
                 GgmlType::from_id(id).map(StoredType::Ggml)
@@ -282,7 +191,7 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
         },
         Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
     };
-    let got = source.stored[q.packed].dtype;
+    let got = storage.stored(q.packed).dtype;
     if expected != Some(got) {
         let expected = expected.map_or_else(
             || "a layout that GGUF has".into(),
@@ -295,7 +204,7 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
             format!("{got}: another program has changed the file"),
         ));
     }
-    let got = source.stored[q.packed].len;
+    let got = storage.stored(q.packed).len;
     let fits = match q.layout.packed_len(&q.spec) {
         PackedLen::Exact(n) => got == n as u64,
         PackedLen::AtMost(n) => got <= n as u64,
@@ -308,8 +217,8 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
             format!("{got}"),
         ));
     }
-    let sized = |index: usize, dtype: StoredType| {
-        let stored = &source.stored[index];
+    let sized = |id: StoredId, dtype: StoredType| {
+        let stored = storage.stored(id);
         if stored.dtype == dtype && stored.elements() == q.spec.scales_len() {
             return Ok(());
         }
@@ -320,7 +229,7 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
             format!("{} of {}", stored.elements(), stored.dtype),
         ))
     };
-    if q.layout.stores_scales() && q.scales != Scales::Inside {
+    if q.layout.stores_scales() && q.scales != ScaleSource::Inside {
         return Err(Error::tensor(
             path,
             name,
@@ -332,7 +241,7 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
         ));
     }
     match q.scales {
-        Scales::Inside if !q.layout.stores_scales() => {
+        ScaleSource::Inside if !q.layout.stores_scales() => {
             return Err(Error::tensor(
                 path,
                 name,
@@ -340,8 +249,8 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
                 "none",
             ));
         }
-        Scales::Inside => {}
-        Scales::Stored {
+        ScaleSource::Inside => {}
+        ScaleSource::Stored {
             reciprocal: true, ..
         } if q.spec.scale_dtype != ScaleDtype::F32 => {
             return Err(Error::tensor(
@@ -352,19 +261,19 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
             ));
         }
         // The stored number has its own type: the scale itself is 1/x in f32.
-        Scales::Stored {
-            index,
+        ScaleSource::Stored {
+            id,
             reciprocal: true,
-        } => sized(index, source.stored[index].dtype)?,
-        Scales::Stored {
-            index,
+        } => sized(id, storage.stored(id).dtype)?,
+        ScaleSource::Stored {
+            id,
             reciprocal: false,
-        } => sized(index, q.spec.scale_dtype.into())?,
+        } => sized(id, q.spec.scale_dtype.into())?,
     }
     match (q.spec.zero_points, q.zero_points) {
         (ZeroPoints::None, None) => Ok(()),
-        (ZeroPoints::I8, Some(index)) => sized(index, StoredType::Plain(Dtype::I8)),
-        (ZeroPoints::F32, Some(index)) => sized(index, StoredType::F32),
+        (ZeroPoints::I8, Some(id)) => sized(id, StoredType::Plain(Dtype::I8)),
+        (ZeroPoints::F32, Some(id)) => sized(id, StoredType::F32),
         (expected, got) => Err(Error::tensor(
             path,
             name,
@@ -375,16 +284,12 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
 }
 
 /// A `weight` of packed bytes with its `weight_scale`, as HF `bitnet` folders have them.
-fn from_hf(
-    source: &Source,
-    index: usize,
-    stored: &Stored,
-    bitnet: BitnetConfig,
-) -> Result<Option<Tensor>> {
+fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Option<Tensor>> {
+    let stored = storage.stored(id);
     if stored.dtype != StoredType::U8 || !stored.name.ends_with(".weight") {
         return Ok(None);
     }
-    let path = source.file_of(index);
+    let path = storage.file_of(id);
     let name = &stored.name;
     let [packed_rows, cols] = stored.shape[..] else {
         return Err(Error::tensor(
@@ -395,7 +300,7 @@ fn from_hf(
         ));
     };
     let scale_name = format!("{name}_scale");
-    let Some(scale) = source.find_stored(&scale_name) else {
+    let Some(scale) = storage.find_stored(&scale_name) else {
         return Err(Error::tensor(
             path,
             name,
@@ -407,7 +312,7 @@ fn from_hf(
         .checked_mul(4)
         .ok_or_else(|| Error::tensor(path, name, "countable rows", format!("4 × {packed_rows}")))?;
     let reciprocal = bitnet.linear_class.is_reciprocal();
-    let scale_dtype = match source.stored[scale].dtype {
+    let scale_dtype = match storage.stored(scale).dtype {
         _ if reciprocal => ScaleDtype::F32,
         StoredType::Plain(Dtype::F32) => ScaleDtype::F32,
         StoredType::Plain(Dtype::F16) => ScaleDtype::F16,
@@ -428,17 +333,17 @@ fn from_hf(
     let Some(layout) = pack::of_origin(Origin::HfBitnet).next() else {
         return Ok(None);
     };
-    let q = Quantized {
+    let q = QuantizedTensor {
         spec,
         layout,
-        packed: index,
-        scales: Scales::Stored {
-            index: scale,
+        packed: id,
+        scales: ScaleSource::Stored {
+            id: scale,
             reciprocal,
         },
         zero_points: None,
     };
-    check(source, name, &q)?;
+    check(storage, name, &q)?;
     Ok(Some(Tensor {
         name: name.clone(),
         shape: vec![rows, cols],
@@ -448,18 +353,18 @@ fn from_hf(
 
 /// A ternary or binary GGUF tensor that somebody else wrote: one scale for each block.
 fn foreign_block(
-    source: &Source,
-    index: usize,
-    stored: &Stored,
+    storage: &Storage,
+    id: StoredId,
     options: &OpenOptions,
-) -> Result<Option<Quantized>> {
+) -> Result<Option<QuantizedTensor>> {
+    let stored = storage.stored(id);
     let StoredType::Ggml(ggml) = stored.dtype else {
         return Ok(None);
     };
-    if source.kind != Kind::Gguf || stored.shape.is_empty() {
+    if storage.kind != Kind::Gguf || stored.shape.is_empty() {
         return Ok(None);
     }
-    let path = source.file_of(index);
+    let path = storage.file_of(id);
     let cols = stored.shape[stored.shape.len() - 1];
     let rows = stored.elements() / cols.max(1);
     let layout = if ggml == GgmlType::I2S {
@@ -473,21 +378,13 @@ fn foreign_block(
     let Some(spec) = layout.foreign_spec(rows, cols) else {
         return Ok(None);
     };
-    let q = Quantized {
+    let q = QuantizedTensor {
         spec,
         layout,
-        packed: index,
-        scales: Scales::Inside,
+        packed: id,
+        scales: ScaleSource::Inside,
         zero_points: None,
     };
-    check(source, &stored.name, &q)?;
+    check(storage, &stored.name, &q)?;
     Ok(Some(q))
-}
-
-/// The GGUF type that stores a wire layout, if there is one.
-pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
-    match layout.origin() {
-        Origin::Ggml(id) => GgmlType::from_id(id),
-        Origin::Own | Origin::HfBitnet | Origin::GgmlVariant(_) => None,
-    }
 }
