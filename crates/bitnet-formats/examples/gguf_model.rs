@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("two paths are needed".into());
     };
     let source = Source::open(input.as_ref())?;
-    if source.kind == Kind::Gguf {
+    if source.kind() == Kind::Gguf {
         to_folder(&source, output.as_ref())
     } else {
         to_gguf(&source, output.as_ref())
@@ -50,8 +50,8 @@ fn rows(
 }
 
 fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
-    let config = source.config.as_ref().ok_or("a model folder is needed")?;
-    let mut made = arch::gguf_metadata(&source.path, config)?;
+    let config = source.config().ok_or("a model folder is needed")?;
+    let mut made = arch::gguf_metadata(source.path(), config)?;
     made.notes.iter().for_each(|note| println!("note: {note}"));
     made.metadata
         .push(("general.file_type".into(), Value::U32(0)));
@@ -59,7 +59,7 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let (architecture, counts) = (made.architecture, HeadCounts::from_hf_config(config)?);
     let (mut infos, mut data) = (vec![], vec![]);
     for tensor in source
-        .tensors
+        .tensors()
         .iter()
         .filter(|t| !(tied && t.name == "lm_head.weight"))
     {
@@ -103,14 +103,14 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
 
 fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let shape = |name: &str| source.find(name).map(|t| t.shape.clone());
-    let config = arch::hf_config(&source.path, &source.gguf, &shape)?;
+    let config = arch::hf_config(source.path(), source.gguf(), &shape)?;
     let (architecture, counts) = (
-        Architecture::from_gguf(&source.gguf)?,
-        HeadCounts::from_gguf(&source.gguf)?,
+        Architecture::from_gguf(source.gguf())?,
+        HeadCounts::from_gguf(source.gguf())?,
     );
     fs::create_dir_all(out)?;
     fs::write(out.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-    match arch::hf_tokenizer(&source.gguf) {
+    match arch::hf_tokenizer(source.gguf()) {
         None => println!("note: no tokenizer"),
         Some((tokenizer, settings)) => {
             fs::write(out.join("tokenizer.json"), serde_json::to_vec(&tokenizer)?)?;
@@ -121,7 +121,7 @@ fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
         }
     }
     let mut tensors = vec![];
-    for tensor in &source.tensors {
+    for tensor in source.tensors() {
         let name = architecture
             .hf_tensor(&tensor.name)
             .ok_or_else(|| format!("no Hugging Face name for '{}'", tensor.name))?;
