@@ -6,7 +6,7 @@ use bitnet_quant::Activations;
 use bitnet_quant::qat::{EarlyStopping, Progressive, StraightThroughEstimator};
 use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
-use bitnet_train::run::Place;
+use bitnet_train::run::RunOutput;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
@@ -270,8 +270,8 @@ impl CommonArgs {
         .over(&recipe.default);
     }
 
-    pub(crate) fn place(&self) -> Place {
-        Place {
+    pub(crate) fn output(&self) -> RunOutput {
+        RunOutput {
             out: self.out.clone(),
             resume: self.resume,
             every: self.every,

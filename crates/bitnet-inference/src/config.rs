@@ -1,5 +1,5 @@
-//! What a graph needs to know, read from config.json or from the keys of a GGUF. What is not known
-//! is an error.
+//! The config of a graph, read from config.json or from the keys of a GGUF. An entry that no graph
+//! supports is an error.
 
 use crate::Result;
 use bitnet_formats::arch::{self, Activation, Architecture, DecoderGraph, HfConfig};
@@ -8,20 +8,20 @@ use bitnet_kernels::dense::Pairing;
 use serde_json::Value;
 use std::path::Path;
 
-/// Rotary position embedding: pair i of a head of d elements turns by `position · theta^(−2i/d) /
-/// divisor_i`.
+/// Rotary position embedding: pair i of a head with d elements rotates by
+/// `position · theta^(−2i/d) / divisor_i`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// The base.
     pub theta: f64,
-    /// Which elements make a pair. Hugging Face folders: halves. GGUF: as the architecture says.
+    /// Which elements form a pair. Hugging Face folders: halves. GGUF: as the architecture says.
     pub pairing: Pairing,
-    /// Divisors of the frequencies, d/2 of them; none means 1.
+    /// Divisors of the d/2 frequencies; none means 1.
     pub divisors: Option<Vec<f32>>,
 }
 
 impl Rope {
-    /// Frequencies of the d/2 pairs, in radians for each position.
+    /// Frequencies of the d/2 pairs, in radians per position.
     pub(crate) fn frequencies(&self, head_dim: usize) -> Vec<f32> {
         let frequency = |i: usize| {
             let divisor = self.divisors.as_ref().map_or(1.0, |d| f64::from(d[i]));
@@ -31,54 +31,53 @@ impl Rope {
     }
 }
 
-/// The facts of a model's graph.
+/// The config of a model: the architecture and sizes of its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Facts of the architecture.
+    /// The description of the architecture.
     pub architecture: &'static Architecture,
-    /// Equations of the layers.
+    /// The equations of the layers.
     pub graph: DecoderGraph,
-    /// Elements of a token's state.
+    /// Elements of the residual stream.
     pub hidden: usize,
-    /// Elements between the feed-forward matrices.
+    /// Elements of the feed-forward product.
     pub ffn: usize,
     /// Number of layers.
     pub layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads; a divisor of `heads`.
+    /// Number of key and value heads; a divisor of `heads`.
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Number of tokens that there are.
+    /// Size of the vocabulary.
     pub vocab: usize,
-    /// Positions that the model was made for.
+    /// Number of positions that the model was trained for.
     pub context: usize,
-    /// What is added to the mean square in each norm.
+    /// ε of the norms, added to the mean square.
     pub norm_eps: f32,
-    /// The feed-forward layer's function.
+    /// Activation function of the feed-forward gate.
     pub activation: Activation,
-    /// Position embedding.
+    /// Rotary position embedding.
     pub rope: Rope,
-    /// Whether the embedding is the output matrix too.
+    /// Whether the embedding is also the output matrix.
     pub tied: bool,
     /// Whether q, k, v and o have biases.
     pub attention_bias: bool,
     /// Whether gate, up and down have biases.
     pub mlp_bias: bool,
-    /// Token that texts begin with, if the config names one.
+    /// Token at the start of texts, if the config names one.
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
 }
 
 impl Config {
-    /// The config of an open checkpoint.
+    /// Reads the config of an open checkpoint.
     ///
     /// # Errors
-    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that this
-    /// engine has no graph for, for a key that is missing, and for keys that contradict one
-    /// another.
+    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that no
+    /// graph supports, for a missing key, and for keys that contradict each other.
     pub fn read(source: &Source) -> Result<Self> {
         match (source.kind, &source.config) {
             (Kind::Gguf, _) => Self::from_gguf(source),
@@ -92,7 +91,7 @@ impl Config {
         }
     }
 
-    /// From a config.json.
+    /// Reads a config.json; `path` is for messages.
     ///
     /// # Errors
     /// As [`Config::read`].
@@ -170,7 +169,7 @@ impl Config {
         Ok(read)
     }
 
-    /// Keys of a GGUF become those of a config.json, whose reader is the only one.
+    /// Converts the keys of a GGUF to a config.json and reads that.
     fn from_gguf(source: &Source) -> Result<Self> {
         let path = &source.path;
         for (key, value) in &source.gguf {
@@ -214,7 +213,7 @@ impl Config {
             }
             config.rope.divisors = Some(divisors);
         }
-        // llama.cpp ends an answer at the end of a turn too.
+        // As in llama.cpp, the end of a turn also ends the text.
         let turn = source
             .gguf
             .iter()
@@ -229,7 +228,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Bounds that later arithmetic rests on.
+    /// Checks the bounds that keep later arithmetic from overflowing.
     fn check(&self, path: &Path) -> Result<()> {
         let bounded = |key: &str, n: usize, most: usize| {
             if n <= most {
@@ -254,7 +253,7 @@ impl Config {
     }
 }
 
-/// One token or several.
+/// The tokens of a key that holds one token or a list.
 fn tokens(config: &HfConfig<'_>, key: &str) -> Result<Vec<u32>> {
     let one = |v: &Value| {
         v.as_u64()

@@ -1,4 +1,4 @@
-//! Folders in the manner of Hugging Face: config.json, model.safetensors, and what belongs to them.
+//! Model folders as Hugging Face has them: config.json, model.safetensors and tokenizer files.
 
 use crate::{Error, Result};
 use bitnet_formats::replace::{Existing, PARTIAL, beside, place_folder, recover_folder, remove};
@@ -20,7 +20,7 @@ pub fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {
         .collect()
 }
 
-/// Their values by name.
+/// The values of the variables by name.
 pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
     sorted(vars)
         .into_iter()
@@ -28,11 +28,11 @@ pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
         .collect()
 }
 
-/// Sets every variable from the tensor of its name in a checkpoint of floats.
+/// Sets every variable to the tensor of its name in a float checkpoint.
 ///
 /// # Errors
 /// [`Error::File`] for a tensor that is missing, has another shape, is quantized or not finite, and
-/// for one that no variable takes.
+/// for a tensor without a variable.
 pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     let vars = sorted(vars);
     for (name, var) in &vars {
@@ -50,7 +50,7 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     }
 }
 
-/// A tensor of floats.
+/// Reads a float tensor of this shape.
 ///
 /// # Errors
 /// As [`load`].
@@ -86,8 +86,8 @@ pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// Writes a folder: weights in f32, config.json, and other files by name. It appears whole or not
-/// at all.
+/// Writes a folder with weights in f32, config.json and other files by name. The folder gets its
+/// name when it is complete.
 ///
 /// # Errors
 /// [`Error::File`] if the folder exists or cannot be written.
@@ -181,7 +181,7 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
         .collect())
 }
 
-/// The variables of a map as constants, of which no graph is kept.
+/// The variables of a map as constants, without gradients.
 pub fn constants(vars: &VarMap) -> VarBuilder<'static> {
     VarBuilder::from_tensors(
         tensors(vars).into_iter().collect(),

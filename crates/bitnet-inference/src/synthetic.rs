@@ -1,8 +1,9 @@
-//! Models with made-up weights: the shape of a known one, to measure speed without a download.
+//! Synthetic models: the shape of a known model with generated weights, to measure speed without
+//! a download.
 
-use crate::linear::{Linear, Machine, Weights};
-use crate::load::{FloatType, Provider};
-use crate::run::Norm;
+use crate::forward::RmsNorm;
+use crate::linear::{LinearLayer, LinearWeights, Runtime};
+use crate::load::{FloatType, WeightProvider};
 use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
@@ -13,7 +14,7 @@ use bitnet_kernels::dense::{
 use bitnet_kernels::matmul::Prepacked;
 
 impl Config {
-    /// The shape of a model by name: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
+    /// The config of a known shape: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
     ///
     /// # Errors
     /// [`Error::Option`] for another name.
@@ -75,31 +76,31 @@ impl Config {
     }
 }
 
-/// Ternary layers with four in ten weights 0 and a scale that keeps activations of order 1; norms
-/// of ones; a normal-like embedding.
-pub(crate) struct MadeUp<'a> {
+/// Generates weights: ternary layers with 40 % zeros and a scale that keeps activations of order 1,
+/// norms of ones, and a nearly normal embedding.
+pub(crate) struct SyntheticWeights<'a> {
     pub(crate) config: &'a Config,
-    pub(crate) machine: &'a Machine,
+    pub(crate) runtime: &'a Runtime,
     pub(crate) embedding: FloatType,
 }
 
-/// The seed of a module: the same weights on every machine.
+/// The random seed of a module.
 fn seed(module: &str) -> u64 {
     module.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
         (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
     })
 }
 
-impl Provider for MadeUp<'_> {
+impl WeightProvider for SyntheticWeights<'_> {
     fn config(&self) -> &Config {
         self.config
     }
 
-    fn norm(&self, _: &str, len: usize) -> Result<Norm> {
-        Ok(Norm(vec![1.0; len]))
+    fn norm(&self, _: &str, len: usize) -> Result<RmsNorm> {
+        Ok(RmsNorm(vec![1.0; len]))
     }
 
-    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
+    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {
         let mut random = Random::new(seed(module));
         // Ten trits from 64 bits: thresholds on six bits each.
         let mut values = vec![0i8; rows * cols];
@@ -117,16 +118,16 @@ impl Provider for MadeUp<'_> {
             scales: vec![1.3 / (cols as f32).sqrt()],
             zero_points: vec![],
         };
-        let packed = Prepacked::new(&matrix, &self.machine.pool)?;
-        Ok(Linear {
-            weights: Weights::Ternary(packed),
+        let packed = Prepacked::new(&matrix, &self.runtime.pool)?;
+        Ok(LinearLayer {
+            weights: LinearWeights::Ternary(packed),
             bias: bias.then(|| vec![0.0; rows]),
         })
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        let pool = &self.machine.pool;
-        // The sum of four uniform numbers, each a quarter of 64 bits.
+        let pool = &self.runtime.pool;
+        // A sum of four uniform numbers, 16 of the 64 bits each.
         let fill = |row: usize, out: &mut [f32]| {
             let mut random = Random::new(seed(module) ^ row as u64);
             for w in out {
