@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use bitnet_core::random::Random;
     use bitnet_core::{Granularity, MatrixSpec};
-    use bitnet_formats::gguf::{OutTensor, decode, encode_header};
+    use bitnet_formats::gguf::{OutputTensor, decode, encode_header};
 
     const TYPES: [GgmlType; 10] = [
         GgmlType::Q4_0,
@@ -178,7 +178,7 @@ mod tests {
                     bytes.extend(block);
                 }
             }
-            tensors.push(OutTensor {
+            tensors.push(OutputTensor {
                 name: ggml_type.to_string(),
                 shape: vec![rows, cols],
                 ggml_type,

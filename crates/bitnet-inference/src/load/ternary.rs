@@ -67,9 +67,9 @@ impl CheckpointLoader<'_> {
         multiplier: f32,
     ) -> Result<Option<Prepacked>> {
         let scales = match q.scales {
-            Scales::Inside if multiplier != 1.0 => return Ok(None),
-            Scales::Inside => vec![],
-            Scales::Stored { index, reciprocal } => {
+            ScaleSource::Inside if multiplier != 1.0 => return Ok(None),
+            ScaleSource::Inside => vec![],
+            ScaleSource::Stored { index, reciprocal } => {
                 let mut scales = vec![0.0; self.source.stored[index].elements()];
                 self.source
                     .read_floats(index, 0..scales.len(), &mut vec![], &mut scales)?;
