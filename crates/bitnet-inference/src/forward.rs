@@ -1,7 +1,7 @@
 //! The operations that graphs consist of, over all tokens of a batch, and their buffers.
 
 use crate::cache::KvCache;
-use crate::linear::{LayerInput, LinearLayer, Runtime};
+use crate::linear::{KernelPool, LayerInput, LinearLayer};
 use crate::{Activation, Config, Error, Result};
 use bitnet_kernels::dense::{Attention, Heads};
 
@@ -60,11 +60,11 @@ pub struct ForwardBuffers {
 
 /// The gain of an RMS norm.
 #[derive(Debug)]
-pub(crate) struct RmsNorm(pub(crate) Vec<f32>);
+pub(crate) struct NormGain(pub(crate) Vec<f32>);
 
 /// A forward pass in progress.
 pub(crate) struct ForwardPass<'a, 'c> {
-    pub(crate) runtime: &'a Runtime,
+    pub(crate) runtime: &'a KernelPool,
     pub(crate) config: &'a Config,
     pub(crate) buffers: &'a mut ForwardBuffers,
     pub(crate) steps: &'a mut [ForwardStep<'c>],
@@ -72,7 +72,7 @@ pub(crate) struct ForwardPass<'a, 'c> {
 
 impl ForwardPass<'_, '_> {
     /// `normed = RMS(x) · gain`, as input of `layers`.
-    pub(crate) fn norm(&mut self, norm: &RmsNorm, layers: &[&LinearLayer]) -> Result<()> {
+    pub(crate) fn norm(&mut self, norm: &NormGain, layers: &[&LinearLayer]) -> Result<()> {
         let (kernels, hidden, eps) = (
             &self.runtime.kernels,
             self.config.hidden,
@@ -132,7 +132,7 @@ impl ForwardPass<'_, '_> {
 
     /// `q, k = rope(q), rope(k)`.
     fn rotate(&mut self) {
-        let (Runtime { kernels, pool }, config) = (self.runtime, self.config);
+        let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
         let pairs = config.head_dim / 2;
         let s = &mut *self.buffers;
         let angles = &s.angles;
@@ -146,7 +146,7 @@ impl ForwardPass<'_, '_> {
     /// `attended = Attention(q, K, V)` over the cache. The pool splits short batches by token and
     /// group of heads, long ones by tiles of tokens.
     fn attend(&mut self, layer: usize) {
-        let (Runtime { kernels, pool }, config) = (self.runtime, self.config);
+        let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
         let (tokens, steps) = (self.buffers.places.len(), &*self.steps);
         let (width, group) = (
             config.heads * config.head_dim,
@@ -222,7 +222,7 @@ impl ForwardPass<'_, '_> {
     pub(crate) fn attention_out(
         &mut self,
         o: &LinearLayer,
-        sub_norm: Option<&RmsNorm>,
+        sub_norm: Option<&NormGain>,
     ) -> Result<()> {
         let (kernels, width, eps) = (
             &self.runtime.kernels,
@@ -255,7 +255,7 @@ impl ForwardPass<'_, '_> {
         &mut self,
         [gate, up]: [&LinearLayer; 2],
         down: &LinearLayer,
-        sub_norm: Option<&RmsNorm>,
+        sub_norm: Option<&NormGain>,
     ) -> Result<()> {
         let (ffn, eps, kernels) = (self.config.ffn, self.config.norm_eps, &self.runtime.kernels);
         let s = &mut *self.buffers;
@@ -284,7 +284,7 @@ impl ForwardPass<'_, '_> {
 }
 
 /// `x += delta`, token by token.
-fn add(runtime: &Runtime, hidden: usize, s: &mut ForwardBuffers) {
+fn add(runtime: &KernelPool, hidden: usize, s: &mut ForwardBuffers) {
     let delta = &s.delta;
     runtime.pool.for_chunks(&mut s.x, hidden, |token, x| {
         runtime.kernels.add(x, &delta[token * hidden..][..hidden])

@@ -10,7 +10,7 @@ use bitnet_kernels::{Kernels, Pool};
 
 /// The kernels and threads of a model.
 #[derive(Debug)]
-pub(crate) struct Runtime {
+pub(crate) struct KernelPool {
     pub(crate) kernels: Kernels,
     pub(crate) pool: Pool,
 }
@@ -55,7 +55,7 @@ impl LayerInput {
     /// [`bitnet_core::Error::NotFinite`], wrapped, if a quantized token holds NaN or infinity.
     pub(crate) fn write(
         &mut self,
-        runtime: &Runtime,
+        runtime: &KernelPool,
         layers: &[&LinearLayer],
         (tokens, cols): (usize, usize),
         fill: impl Fn(usize, &mut [f32]) + Sync,
@@ -122,7 +122,7 @@ impl LinearLayer {
     /// infinity.
     pub(crate) fn apply(
         &self,
-        runtime: &Runtime,
+        runtime: &KernelPool,
         x: &mut LayerInput,
         out: &mut [f32],
     ) -> Result<()> {

@@ -2,8 +2,8 @@
 
 use crate::arch::GraphLayer;
 use crate::chat::{ChatMessage, ChatTemplate};
-use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, RmsNorm, located};
-use crate::linear::{LinearLayer, Runtime};
+use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located};
+use crate::linear::{KernelPool, LinearLayer};
 use crate::load::{ActivationType, CheckpointLoader, FloatType, WeightProvider};
 use crate::synthetic::SyntheticWeights;
 use crate::tokenizer::Tokenizer;
@@ -46,13 +46,13 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    fn runtime(&self) -> Result<Runtime> {
+    fn runtime(&self) -> Result<KernelPool> {
         let threads = match self.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
         };
         let pool = Pool::new(threads).map_err(|source| Error::Threads { threads, source })?;
-        Ok(Runtime {
+        Ok(KernelPool {
             kernels: self.kernels,
             pool,
         })
@@ -63,7 +63,7 @@ impl LoadOptions {
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    runtime: Runtime,
+    runtime: KernelPool,
     weights: ModelWeights,
     /// Radians per position of each pair of a head.
     frequencies: Vec<f32>,
@@ -80,13 +80,13 @@ struct ModelWeights {
     /// `(vocab, hidden)`; none if the embedding is the output matrix.
     head: Option<Matrix>,
     /// The norm before the output matrix.
-    norm: RmsNorm,
+    norm: NormGain,
     layers: Vec<GraphLayer>,
 }
 
 impl ModelWeights {
     /// Loads layers in parallel on the threads of the pool.
-    fn load(provider: &dyn WeightProvider, runtime: &Runtime) -> Result<Self> {
+    fn load(provider: &dyn WeightProvider, runtime: &KernelPool) -> Result<Self> {
         let config = provider.config();
         let embedding = provider.embedding("model.embed_tokens", config.vocab, config.hidden)?;
         let head = if config.tied {
@@ -193,7 +193,7 @@ impl Model {
         Ok(Self::new(config, runtime, weights))
     }
 
-    fn new(config: Config, runtime: Runtime, weights: ModelWeights) -> Self {
+    fn new(config: Config, runtime: KernelPool, weights: ModelWeights) -> Self {
         let frequencies = config.rope.frequencies(config.head_dim);
         let tokenizer = Err(Error::Tokenizer {
             path: "the model".into(),
@@ -341,7 +341,7 @@ impl Model {
             step.cache.len += step.tokens.len();
         }
         buffers.logits.resize(wanted * vocab, 0.0);
-        let Runtime { kernels, pool } = &self.runtime;
+        let KernelPool { kernels, pool } = &self.runtime;
         let head = self.weights.head.as_ref();
         kernels.dense_matmul(
             pool,
@@ -414,7 +414,7 @@ fn load_parts(
     source: &Source,
     config: &Config,
     provider: &dyn WeightProvider,
-    runtime: &Runtime,
+    runtime: &KernelPool,
 ) -> (Result<Tokenizer>, Result<ModelWeights>) {
     let tokenizer = || Tokenizer::read(source, config);
     let weights = || ModelWeights::load(provider, runtime);

@@ -1,8 +1,8 @@
 //! Synthetic models: the shape of a known model with generated weights, to measure speed without
 //! a download.
 
-use crate::forward::RmsNorm;
-use crate::linear::{LinearLayer, LinearWeights, Runtime};
+use crate::forward::NormGain;
+use crate::linear::{KernelPool, LinearLayer, LinearWeights};
 use crate::load::{FloatType, WeightProvider};
 use crate::{Activation, Config, Error, Result, Rope};
 use bitnet_core::random::Random;
@@ -80,7 +80,7 @@ impl Config {
 /// norms of ones, and a nearly normal embedding.
 pub(crate) struct SyntheticWeights<'a> {
     pub(crate) config: &'a Config,
-    pub(crate) runtime: &'a Runtime,
+    pub(crate) runtime: &'a KernelPool,
     pub(crate) embedding: FloatType,
 }
 
@@ -96,8 +96,8 @@ impl WeightProvider for SyntheticWeights<'_> {
         self.config
     }
 
-    fn norm(&self, _: &str, len: usize) -> Result<RmsNorm> {
-        Ok(RmsNorm(vec![1.0; len]))
+    fn norm(&self, _: &str, len: usize) -> Result<NormGain> {
+        Ok(NormGain(vec![1.0; len]))
     }
 
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {

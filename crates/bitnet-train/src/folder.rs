@@ -43,7 +43,7 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
             &source.path,
             &extra.name,
             "only tensors that the model's training graph has",
-            "one without a place in it",
+            "one that has no place in it",
         )
         .into()),
         None => Ok(()),

@@ -22,6 +22,7 @@ pub mod data;
 pub mod folder;
 pub mod models;
 pub mod ops;
+pub mod plot;
 pub mod run;
 pub mod variables;
 

@@ -60,7 +60,8 @@ impl LmWorkload {
             .as_ref()
             .map(|folder| folder.join("tokenizer.json"))
             .filter(|path| path.exists());
-        let vocabulary = match data.tokenizer.as_deref().or(own.as_deref()) {
+        let tokenizer = data.tokenizer.clone().or(own);
+        let vocabulary = match &tokenizer {
             Some(path) => Vocabulary::read(path)?,
             None => Vocabulary::Bytes,
         };
@@ -83,11 +84,7 @@ impl LmWorkload {
         let facts = bitnet_inference::Config::from_hf(&json_path, &json)?;
         facts.architecture.training_graph(&json_path)?;
         if vocabulary.len() > facts.vocab {
-            let path = data
-                .tokenizer
-                .clone()
-                .or(own)
-                .unwrap_or_else(|| "bytes".into());
+            let path = tokenizer.unwrap_or_else(|| "bytes".into());
             let what = format!(
                 "expected at most {} tokens, the model's vocabulary, got {}",
                 facts.vocab,
@@ -97,18 +94,8 @@ impl LmWorkload {
         }
         let text = Text::read(&data.text, &vocabulary, data.held_out)?;
         text.check(&data.text[0], context)?;
-        let activations = match config.training.quantization.activations.unwrap_or_default() {
-            Activations::Int8 => ActivationType::Int8,
-            Activations::Float => ActivationType::Float,
-            other => {
-                let got = format!("{other:?}").to_lowercase();
-                return Err(Error::option(
-                    "training.quantization.activations",
-                    "int8 or float, which packed language models run with",
-                    got,
-                ));
-            }
-        };
+        let activations =
+            activation_type(config.training.quantization.activations.unwrap_or_default())?;
         Ok(Self {
             json,
             json_path,
@@ -141,6 +128,19 @@ impl LmWorkload {
             count += rows * (context - 1);
         }
         Ok(sum / count as f64)
+    }
+}
+
+/// The type of activations in the inference engine.
+fn activation_type(activations: Activations) -> Result<ActivationType> {
+    match activations {
+        Activations::Int8 => Ok(ActivationType::Int8),
+        Activations::Float => Ok(ActivationType::Float),
+        other => Err(Error::option(
+            "training.quantization.activations",
+            "int8 or float, which packed language models run with",
+            format!("{other:?}").to_lowercase(),
+        )),
     }
 }
 

@@ -24,7 +24,11 @@ struct Seeded {
 /// ```
 /// use bitnet_train::variables::variables;
 /// use candle_nn::{Init, VarMap};
-/// let draw = |seed| variables(&VarMap::new(), seed).get_with_hints((2, 3), "w", Init::Randn { mean: 0.0, stdev: 1.0 })?.to_vec2::<f32>();
+/// let normal = Init::Randn { mean: 0.0, stdev: 1.0 };
+/// let draw = |seed| {
+///     let vars = variables(&VarMap::new(), seed);
+///     vars.get_with_hints((2, 3), "w", normal)?.to_vec2::<f32>()
+/// };
 /// assert_eq!(draw(1)?, draw(1)?);
 /// assert_ne!(draw(1)?, draw(2)?);
 /// # Ok::<(), candle_core::Error>(())

@@ -10,7 +10,7 @@ use crate::testbed::Testbed;
 use anyhow::Result;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype};
-use bitnet_kernels::stream;
+use bitnet_kernels::{Kernels, stream};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,6 +19,9 @@ use std::sync::Arc;
 const COLS: usize = 2560;
 /// Bytes of the values of a matrix that goes to memory.
 const LARGE: usize = 64 << 20;
+
+/// Scales of an unpacked matrix, if the layout stores them.
+type Unpacked = bitnet_core::Result<Option<Vec<f32>>>;
 
 /// The destination of the results.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -78,6 +81,7 @@ fn packed(layout: &dyn Layout, rows: usize) -> Result<(Matrix, Vec<u8>)> {
     Ok((matrix, bytes))
 }
 
+/// Packed bytes to values in L2 or memory.
 fn unpack_case(layout: &str, to: Destination, rivals: Rivals, testbed: &Testbed) -> Result<Case> {
     let threads = testbed.pool().threads();
     let rows = match to {
@@ -88,68 +92,52 @@ fn unpack_case(layout: &str, to: Destination, rivals: Rivals, testbed: &Testbed)
     let layout = pack::by_name(layout)?;
     let (matrix, bytes) = packed(layout, rows)?;
     let (matrix, bytes) = (Arc::new(matrix), Arc::new(bytes));
-    let copies = if to == Destination::L2 {
-        1
-    } else {
-        (testbed.working_set() / (rows * COLS)).max(1)
+    let (copies, place, ceiling) = match to {
+        Destination::L2 => (1, "L2", Ceiling::L2Write),
+        Destination::Memory => {
+            let copies = (testbed.working_set() / (rows * COLS)).max(1);
+            (copies, "memory", Ceiling::MemoryStream)
+        }
     };
     // The contenders share the outputs: each writes the same values and is checked before the next.
     let outputs = Rc::new(RefCell::new(vec![vec![9i8; rows * COLS]; copies]));
-    let contender = |kernels: bitnet_kernels::Kernels| {
+    let contender = |kernels: Kernels| {
         let (matrix, bytes, pool) = (
             Arc::clone(&matrix),
             Arc::clone(&bytes),
             Arc::clone(testbed.pool()),
         );
-        let (spec, outputs, written) = (
-            matrix.spec.clone(),
-            Rc::clone(&outputs),
-            Rc::clone(&outputs),
-        );
-        let call = move |(result, at): &mut (bitnet_core::Result<Option<Vec<f32>>>, usize)| {
+        let (spec, outputs) = (matrix.spec.clone(), Rc::clone(&outputs));
+        let written = Rc::clone(&outputs);
+        let call = move |(result, at): &mut (Unpacked, usize)| {
             *at = (*at + 1) % copies;
-            *result = stream::unpack(
-                kernels,
-                &pool,
-                layout,
-                &spec,
-                &bytes,
-                &mut outputs.borrow_mut()[*at],
-            );
+            let out = &mut outputs.borrow_mut()[*at];
+            *result = stream::unpack(kernels, &pool, layout, &spec, &bytes, out);
         };
-        let check = move |(result, at): &(bitnet_core::Result<Option<Vec<f32>>>, usize)| {
+        let check = move |(result, at): &(Unpacked, usize)| {
             let scales = result.as_ref().map_err(ToString::to_string)?;
-            scales
-                .as_ref()
-                .map_or(Ok(()), |scales| same("scales", &matrix.scales, scales))?;
-            same("values", &matrix.values, &written.borrow()[*at])?;
+            if let Some(scales) = scales {
+                same("scales", &matrix.scales, scales)?;
+            }
+            let out = &mut written.borrow_mut()[*at];
+            same("values", &matrix.values, out)?;
             // Clears the result, so that the next contender cannot pass with it.
-            written.borrow_mut()[*at].fill(9);
+            out.fill(9);
             Ok(())
         };
-        let contender = Contender::new(
+        Contender::new(
             format!("bitnet {}", kernels.isa()),
             (Ok(None), 0),
             call,
             check,
         )
-        .ours();
-        match to {
-            Destination::L2 => contender.limited(Ceiling::L2Write, rows * COLS),
-            Destination::Memory => contender.limited(Ceiling::MemoryStream, rows * COLS),
-        }
+        .ours()
+        .limited(ceiling, rows * COLS)
     };
     Ok(Case {
         group: OperationGroup::Simd,
         operation: format!("{} to i8", layout.name()),
-        shape: format!(
-            "{rows}×{COLS} i8 to {}",
-            if to == Destination::L2 {
-                "L2"
-            } else {
-                "memory"
-            }
-        ),
+        shape: format!("{rows}×{COLS} i8 to {place}"),
         threads,
         unit: RateUnit::Bytes,
         amount: (rows * COLS) as f64,
@@ -165,7 +153,7 @@ fn dequantize_case(layout: &str, rivals: Rivals, testbed: &Testbed) -> Result<Ca
     let (matrix, bytes) = packed(layout, rows)?;
     let expected = Arc::new(matrix.dequantize());
     let (matrix, bytes) = (Arc::new(matrix), Arc::new(bytes));
-    let contender = |kernels: bitnet_kernels::Kernels| {
+    let contender = |kernels: Kernels| {
         let (matrix, bytes, expected, pool) = (
             Arc::clone(&matrix),
             Arc::clone(&bytes),

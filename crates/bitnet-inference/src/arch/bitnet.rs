@@ -9,7 +9,7 @@
 
 use super::llama::LlamaLayer;
 use crate::Result;
-use crate::forward::{ForwardPass, RmsNorm};
+use crate::forward::{ForwardPass, NormGain};
 use crate::linear::LinearLayer;
 use crate::load::WeightProvider;
 
@@ -19,9 +19,9 @@ pub(crate) struct BitnetLayer {
     /// The weights that a llama layer has too.
     pub(crate) base: LlamaLayer,
     /// Over all heads together, `[hidden]`.
-    pub(crate) attention_sub_norm: RmsNorm,
+    pub(crate) attention_sub_norm: NormGain,
     /// `[ffn]`.
-    pub(crate) ffn_sub_norm: RmsNorm,
+    pub(crate) ffn_sub_norm: NormGain,
 }
 
 impl BitnetLayer {

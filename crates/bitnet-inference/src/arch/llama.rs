@@ -8,7 +8,7 @@
 //! ```
 
 use crate::Result;
-use crate::forward::{ForwardPass, RmsNorm};
+use crate::forward::{ForwardPass, NormGain};
 use crate::linear::LinearLayer;
 use crate::load::WeightProvider;
 
@@ -16,7 +16,7 @@ use crate::load::WeightProvider;
 #[derive(Debug)]
 pub(crate) struct LlamaLayer {
     /// `[hidden]`.
-    pub(crate) attention_norm: RmsNorm,
+    pub(crate) attention_norm: NormGain,
     /// `(D, hidden)`.
     pub(crate) q: LinearLayer,
     /// `(V, hidden)`.
@@ -26,7 +26,7 @@ pub(crate) struct LlamaLayer {
     /// `(hidden, D)`.
     pub(crate) o: LinearLayer,
     /// `[hidden]`.
-    pub(crate) ffn_norm: RmsNorm,
+    pub(crate) ffn_norm: NormGain,
     /// `(ffn, hidden)`.
     pub(crate) gate: LinearLayer,
     /// `(ffn, hidden)`.

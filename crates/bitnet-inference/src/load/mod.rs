@@ -11,7 +11,7 @@ pub use options::{ActivationType, FloatType};
 pub(crate) use provider::WeightProvider;
 pub(crate) use tensors::CheckpointLoader;
 
-use crate::forward::RmsNorm;
+use crate::forward::NormGain;
 use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
 use bitnet_core::Precision;
@@ -24,8 +24,8 @@ impl WeightProvider for CheckpointLoader<'_> {
         self.config
     }
 
-    fn norm(&self, module: &str, len: usize) -> Result<RmsNorm> {
-        Ok(RmsNorm(self.vector(&format!("{module}.weight"), len)?))
+    fn norm(&self, module: &str, len: usize) -> Result<NormGain> {
+        Ok(NormGain(self.vector(&format!("{module}.weight"), len)?))
     }
 
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {

@@ -1,6 +1,6 @@
 //! Where a graph takes its weights from: a checkpoint or a generator.
 
-use crate::forward::RmsNorm;
+use crate::forward::NormGain;
 use crate::linear::LinearLayer;
 use crate::{Config, Result};
 use bitnet_kernels::dense::Matrix;
@@ -9,7 +9,7 @@ use bitnet_kernels::dense::Matrix;
 pub(crate) trait WeightProvider: Sync {
     fn config(&self) -> &Config;
     /// The gain of a norm, `[len]`.
-    fn norm(&self, module: &str, len: usize) -> Result<RmsNorm>;
+    fn norm(&self, module: &str, len: usize) -> Result<NormGain>;
     /// A linear layer `(rows, cols)`.
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer>;
     /// The embedding or the output matrix, `(rows, cols)`.

@@ -2,7 +2,7 @@
 
 use super::options::FloatType;
 use super::rounding::RoundingError;
-use crate::linear::Runtime;
+use crate::linear::KernelPool;
 use crate::{Config, Error, Result};
 use bitnet_formats::arch;
 use bitnet_formats::{Content, Kind, Source, Tensor};
@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) struct CheckpointLoader<'a> {
     pub(crate) source: &'a Source,
     pub(crate) config: &'a Config,
-    pub(crate) runtime: &'a Runtime,
+    pub(crate) runtime: &'a KernelPool,
     /// Whether ternary layers have int8 activations.
     pub(crate) int8: bool,
     /// Types in memory of linear layers and of the embedding, where their weights are floats.

@@ -2,7 +2,7 @@
 
 use super::tensors::{CheckpointLoader, FoundTensor, locked};
 use crate::Result;
-use crate::linear::Runtime;
+use crate::linear::KernelPool;
 use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_formats::hf::{LinearClass, Mode};
@@ -81,7 +81,7 @@ impl CheckpointLoader<'_> {
         };
         let mut bytes = locked(&self.buffers).pop().unwrap_or_default();
         self.source.read_all_into(q.packed, &mut bytes)?;
-        let Runtime { kernels, pool } = self.runtime;
+        let KernelPool { kernels, pool } = self.runtime;
         let parts = Parts {
             spec: &q.spec,
             scales: &scales,

@@ -9,8 +9,6 @@ mod graph_tests;
 mod layer;
 mod linear;
 mod optimizer;
-#[cfg(feature = "plot")]
-pub mod plot;
 mod prepare;
 mod product;
 mod progressive;

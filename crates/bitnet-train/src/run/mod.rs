@@ -38,8 +38,8 @@ use trained::TrainedLayers;
 ///
 /// # Errors
 /// [`bitnet_quant::CheckpointError::Exists`] for an existing folder, unless the run resumes;
-/// [`bitnet_quant::CheckpointError::Interrupted`] if the observer stopped it; errors of settings, data,
-/// training and files, most of them before the first step.
+/// [`bitnet_quant::CheckpointError::Interrupted`] if the observer stopped it; errors of settings,
+/// data, training and files, most of them before the first step.
 pub fn run<W: Workload>(
     workload: &W,
     run: &RunConfig,

@@ -3,6 +3,7 @@
 use super::trained::TrainedLayers;
 use super::workload::{Phase, RunObserver, Workload};
 use crate::config::{RunConfig, Teacher};
+use crate::plot;
 use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::Matrix;
@@ -10,7 +11,7 @@ use bitnet_formats::replace::{remove, write_file};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
     CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
-    checkpoints, plot, read_log,
+    checkpoints, read_log,
 };
 use bitnet_quant::recipe::Format;
 use bitnet_quant::{Job, Source};
@@ -251,7 +252,7 @@ impl<W: Workload> Runner<'_, W> {
         let log = read_log(&self.log(Phase::Quantized))?;
         ["training.svg", "training.png"]
             .into_iter()
-            .try_for_each(|name| Ok(plot::save(&log, &self.output.out.join(name))?))
+            .try_for_each(|name| plot::save(&log, &self.output.out.join(name)))
     }
 
     /// Path of a packed model by name.
