@@ -6,7 +6,7 @@ use crate::dtype::StoredType;
 use crate::gguf::GgmlType;
 use crate::hf::{BitnetConfig, Mode};
 use crate::storage::{Kind, OpenOptions, Storage};
-use crate::tensor::{Content, QuantizedTensor, ScaleSource, StoredId, Tensor};
+use crate::tensor::{Content, ScaleSource, StoredId, StoredMatrix, Tensor};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Origin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
@@ -126,7 +126,7 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
             "none",
         ));
     }
-    let q = QuantizedTensor {
+    let q = StoredMatrix {
         spec: packed.spec.clone(),
         layout,
         packed: find(&packed.packed)?,
@@ -178,7 +178,7 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
 }
 
 /// Checks that the stored tensors have the sizes and types that the spec asks for.
-fn check(storage: &Storage, name: &str, q: &QuantizedTensor) -> Result<()> {
+fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
     let path = storage.file_of(q.packed);
     q.spec.validate().map_err(Error::matrix(path, name))?;
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
@@ -333,7 +333,7 @@ fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Opti
     let Some(layout) = pack::of_origin(Origin::HfBitnet).next() else {
         return Ok(None);
     };
-    let q = QuantizedTensor {
+    let q = StoredMatrix {
         spec,
         layout,
         packed: id,
@@ -356,7 +356,7 @@ fn foreign_block(
     storage: &Storage,
     id: StoredId,
     options: &OpenOptions,
-) -> Result<Option<QuantizedTensor>> {
+) -> Result<Option<StoredMatrix>> {
     let stored = storage.stored(id);
     let StoredType::Ggml(ggml) = stored.dtype else {
         return Ok(None);
@@ -378,7 +378,7 @@ fn foreign_block(
     let Some(spec) = layout.foreign_spec(rows, cols) else {
         return Ok(None);
     };
-    let q = QuantizedTensor {
+    let q = StoredMatrix {
         spec,
         layout,
         packed: id,

@@ -31,4 +31,4 @@ pub mod tensor;
 pub use dtype::StoredType;
 pub use error::{Error, Result};
 pub use source::{Kind, Source};
-pub use tensor::{Content, QuantizedTensor, ScaleSource, StoredId, StoredTensor, Tensor, TensorId};
+pub use tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};

@@ -7,9 +7,7 @@ use crate::grouping;
 use crate::hf::{BitnetConfig, Mode, Verdict, judge_scales};
 use crate::storage::Storage;
 pub use crate::storage::{Kind, OpenOptions, SourceFile};
-use crate::tensor::{
-    Content, QuantizedTensor, ScaleSource, StoredId, StoredTensor, Tensor, TensorId,
-};
+use crate::tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};
 use crate::{Error, Result, gguf};
 use bitnet_core::{Matrix, ZeroPoints};
 use serde_json::Value;
@@ -223,7 +221,7 @@ impl Source {
     /// # Errors
     /// As [`Source::read`]; [`Error::Matrix`] for bytes that the layout cannot have written;
     /// [`Error::Tensor`] for a scale or zero point that is not finite.
-    pub fn matrix(&self, name: &str, q: &QuantizedTensor) -> Result<Matrix> {
+    pub fn matrix(&self, name: &str, q: &StoredMatrix) -> Result<Matrix> {
         let path = self.file_of(q.packed);
         let bytes = self.read_all(q.packed)?;
         let unpacked = q
@@ -296,7 +294,7 @@ impl Source {
         };
         let mut scales = vec![];
         for tensor in &self.tensors {
-            if let Content::Quantized(QuantizedTensor {
+            if let Content::Quantized(StoredMatrix {
                 scales: ScaleSource::Stored { id, reciprocal },
                 spec,
                 ..

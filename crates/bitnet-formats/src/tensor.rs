@@ -59,12 +59,12 @@ pub enum Content {
     /// A stored tensor of integers, or of a type without decoder; it can only be copied.
     Opaque(StoredId),
     /// A quantized matrix.
-    Quantized(QuantizedTensor),
+    Quantized(StoredMatrix),
 }
 
 /// A quantized matrix in a file.
 #[derive(Debug, Clone)]
-pub struct QuantizedTensor {
+pub struct StoredMatrix {
     /// Shape and conventions.
     pub spec: MatrixSpec,
     /// How the values are packed.

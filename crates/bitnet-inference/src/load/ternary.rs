@@ -6,7 +6,7 @@ use crate::linear::KernelPool;
 use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::{Content, QuantizedTensor, ScaleSource};
+use bitnet_formats::{Content, ScaleSource, StoredMatrix};
 use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
 use serde_json::Value;
 
@@ -63,7 +63,7 @@ impl CheckpointLoader<'_> {
     fn prepacked(
         &self,
         found: FoundTensor<'_>,
-        q: &QuantizedTensor,
+        q: &StoredMatrix,
         multiplier: f32,
     ) -> Result<Option<Prepacked>> {
         let scales = match q.scales {
