@@ -217,70 +217,64 @@ fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
             format!("{got}"),
         ));
     }
-    let sized = |id: StoredId, dtype: StoredType| {
-        let stored = storage.stored(id);
-        if stored.dtype == dtype && stored.elements() == q.spec.scales_len() {
-            return Ok(());
-        }
-        Err(Error::tensor(
-            path,
-            &stored.name,
-            format!("{} elements of {dtype}", q.spec.scales_len()),
-            format!("{} of {}", stored.elements(), stored.dtype),
-        ))
-    };
-    if q.layout.stores_scales() && q.scales != ScaleSource::Inside {
-        return Err(Error::tensor(
-            path,
-            name,
-            format!(
-                "no stored scales, for layout {} carries them",
-                q.layout.name()
-            ),
-            "a tensor of scales",
-        ));
-    }
-    match q.scales {
-        ScaleSource::Inside if !q.layout.stores_scales() => {
-            return Err(Error::tensor(
-                path,
-                name,
-                "a stored tensor of scales",
-                "none",
-            ));
-        }
-        ScaleSource::Inside => {}
-        ScaleSource::Stored {
-            reciprocal: true, ..
-        } if q.spec.scale_dtype != ScaleDtype::F32 => {
-            return Err(Error::tensor(
-                path,
-                name,
-                "scales of f32, for they are inverses of what is stored",
-                q.spec.scale_dtype.name(),
-            ));
-        }
-        // The stored number has its own type: the scale itself is 1/x in f32.
-        ScaleSource::Stored {
-            id,
-            reciprocal: true,
-        } => sized(id, storage.stored(id).dtype)?,
-        ScaleSource::Stored {
-            id,
-            reciprocal: false,
-        } => sized(id, q.spec.scale_dtype.into())?,
-    }
+    check_scales(storage, name, q)?;
     match (q.spec.zero_points, q.zero_points) {
         (ZeroPoints::None, None) => Ok(()),
-        (ZeroPoints::I8, Some(id)) => sized(id, StoredType::Plain(Dtype::I8)),
-        (ZeroPoints::F32, Some(id)) => sized(id, StoredType::F32),
+        (ZeroPoints::I8, Some(id)) => sized(storage, q, id, StoredType::Plain(Dtype::I8)),
+        (ZeroPoints::F32, Some(id)) => sized(storage, q, id, StoredType::F32),
         (expected, got) => Err(Error::tensor(
             path,
             name,
             format!("{expected:?} zero points"),
-            format!("{got:?}"),
+            got.map_or("none", |_| "a tensor of them"),
         )),
     }
+}
+
+/// The part of [`check`] about scales.
+fn check_scales(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
+    let bad = |expected: &str, got: &str| {
+        let path = storage.file_of(q.packed);
+        Err(Error::tensor(path, name, expected, got))
+    };
+    let (layout, dtype) = (q.layout, q.spec.scale_dtype);
+    match q.scales {
+        ScaleSource::Inside if layout.stores_scales() => Ok(()),
+        ScaleSource::Inside => bad("a stored tensor of scales", "none"),
+        ScaleSource::Stored { .. } if layout.stores_scales() => bad(
+            &format!("no stored scales: layout {} carries them", layout.name()),
+            "a tensor of scales",
+        ),
+        ScaleSource::Stored {
+            reciprocal: true, ..
+        } if dtype != ScaleDtype::F32 => bad(
+            "scales of f32, for they are inverses of what is stored",
+            dtype.name(),
+        ),
+        // The stored number has its own type: the scale itself is 1/x in f32.
+        ScaleSource::Stored {
+            id,
+            reciprocal: true,
+        } => sized(storage, q, id, storage.stored(id).dtype),
+        ScaleSource::Stored {
+            id,
+            reciprocal: false,
+        } => sized(storage, q, id, dtype.into()),
+    }
+}
+
+/// Checks type and number of stored scales or zero points.
+fn sized(storage: &Storage, q: &StoredMatrix, id: StoredId, dtype: StoredType) -> Result<()> {
+    let stored = storage.stored(id);
+    if stored.dtype == dtype && stored.elements() == q.spec.scales_len() {
+        return Ok(());
+    }
+    Err(Error::tensor(
+        storage.file_of(q.packed),
+        &stored.name,
+        format!("{} elements of {dtype}", q.spec.scales_len()),
+        format!("{} of {}", stored.elements(), stored.dtype),
+    ))
 }
 
 /// A `weight` of packed bytes with its `weight_scale`, as HF `bitnet` folders have them.
