@@ -6,11 +6,11 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, Origin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{Content, Scales, StoredType, output};
+use bitnet_formats::{Content, ScaleSource, StoredId, StoredType, TensorId, output};
 
 impl Builder<'_> {
-    pub(crate) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    pub(crate) fn quantize(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Target::Quantized(precision) = choices.target() else {
             return self.keep(index);
         };
@@ -164,8 +164,8 @@ impl Builder<'_> {
         }
     }
 
-    pub(super) fn quantize_auto(&mut self, index: usize, choices: &Choices) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    pub(super) fn quantize_auto(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Some((rows, cols)) = tensor.matrix_shape() else {
             return self.keep(index);
         };
@@ -229,8 +229,8 @@ impl Builder<'_> {
     }
 
     /// The type of a stored tensor of scales.
-    pub(super) fn scale_dtype_of(&self, stored: usize) -> ScaleDtype {
-        let dtype = self.source.stored[stored].dtype;
+    pub(super) fn scale_dtype_of(&self, stored: StoredId) -> ScaleDtype {
+        let dtype = self.source.stored(stored).dtype;
         ScaleDtype::ALL
             .iter()
             .copied()
@@ -239,15 +239,15 @@ impl Builder<'_> {
     }
 
     /// The values of a quantized source as they are, in a layout of that name or in one that suits.
-    pub(super) fn recode(&mut self, index: usize, layout: Option<&str>) -> Result<()> {
-        let Content::Quantized(q) = &self.source.tensors[index].content else {
+    pub(super) fn recode(&mut self, index: TensorId, layout: Option<&str>) -> Result<()> {
+        let Content::Quantized(q) = &self.source.tensor(index).content else {
             return self.keep(index);
         };
         let inverses = match q.scales {
-            Scales::Stored {
-                index,
+            ScaleSource::Stored {
+                id,
                 reciprocal: true,
-            } => Some(index),
+            } => Some(id),
             _ => None,
         };
         self.place(
@@ -263,8 +263,8 @@ impl Builder<'_> {
     }
 
     /// Values that are known, in a layout of that name or in one that suits.
-    fn place(&mut self, index: usize, known: Known, layout: Option<&str>) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    fn place(&mut self, index: TensorId, known: Known, layout: Option<&str>) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Known {
             spec: of,
             layout: own,
@@ -391,7 +391,7 @@ struct Known {
     /// The layout that they have.
     layout: Option<&'static dyn Layout>,
     /// The stored tensor of their inverse scales.
-    inverses: Option<usize>,
+    inverses: Option<StoredId>,
     /// The values themselves, where the source does not hold them.
     given: Option<Box<Matrix>>,
 }

@@ -14,7 +14,7 @@ use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::{Clip, Mapping, Threshold};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
-use bitnet_formats::Source;
+use bitnet_formats::{Source, TensorId};
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -45,7 +45,7 @@ pub fn resolve(
     let grid = grid(recipe.format, &recipe.default)?;
     let (mut fixed_bytes, mut weights) = (0, 0);
     let mut tensors = vec![];
-    for (index, tensor) in source.tensors.iter().enumerate() {
+    for (index, tensor) in source.tensor_ids().zip(source.tensors()) {
         let Some(choices) = selector.choices(tensor) else {
             continue;
         };
@@ -83,7 +83,7 @@ pub fn resolve(
     if tensors.is_empty() {
         return Err(Error::Recipe(format!(
             "the search has no tensor of {} to choose for",
-            source.path.display()
+            source.path().display()
         )));
     }
     let budget = search
@@ -128,7 +128,7 @@ pub fn resolve(
             sqnr_db: stats.sqnr_db(),
         };
         candidates.push(possible.iter().zip(errors).map(one).collect::<Vec<_>>());
-        options.progress.advance(tensor.bytes(source));
+        options.progress.advance(source.bytes_of(tensor));
     }
     let best = select(
         &candidates,
@@ -338,7 +338,7 @@ impl Search {
 
 impl Builder<'_> {
     /// Bytes and scheme of a tensor with these choices; `None` if it would stay float.
-    fn planned(&mut self, index: usize, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
+    fn planned(&mut self, index: TensorId, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
         let (units, outs) = (self.units.len(), self.tensors.len());
         self.quantize(index, choices)?;
         let scheme = match self.units.last().map(|u| &u.work) {
@@ -347,8 +347,9 @@ impl Builder<'_> {
         };
         Ok(scheme.map(|scheme| {
             (
-                self.tensors[outs..]
+                self.tensors
                     .iter()
+                    .skip(outs)
                     .map(|t| t.len.bound() as u64)
                     .sum(),
                 scheme,
