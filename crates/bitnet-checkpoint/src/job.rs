@@ -7,14 +7,14 @@
 //!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
 //! ```
 //!
-//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! StripGranule and their order do not depend on the number of threads, so neither do the bytes. Memory
 //! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
 //! matrix as a whole.
 
 use crate::plan::Job;
 use crate::rows::thread_pool;
 use crate::target::{check_target, place_folder};
-use crate::worker::{Message, Worker};
+use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
 use bitnet_core::Granularity;
 use bitnet_core::stats::ErrorStats;
@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 /// Sees a job advance.
 pub trait Progress: Sync {
-    /// Work on a tensor begins.
+    /// Action on a tensor begins.
     fn tensor(&self, _name: &str) {}
     /// This many more bytes of the input are done.
     fn advance(&self, _bytes: u64) {}
@@ -153,7 +153,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .collect();
 
     let (writer, outcome) = std::thread::scope(|scope| {
-        let (sender, receiver) = sync_channel::<Message>(4);
+        let (sender, receiver) = sync_channel::<WriterMessage>(4);
         let thread = scope.spawn(move || {
             let mut writer = writer;
             for message in receiver {
@@ -165,10 +165,10 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         });
         let worked = pool.install(|| {
             let mut fresh = vec![];
-            for unit in &job.units[resumed.min(job.units.len())..] {
+            for tensor_job in &job.tensor_jobs[resumed.min(job.tensor_jobs.len())..] {
                 let worker = Worker {
                     job,
-                    unit,
+                    tensor_job,
                     options,
                     out: &sender,
                 };

@@ -70,19 +70,12 @@ fn strips_give_what_the_whole_matrix_gives() {
     let w = weights();
     write(&input, &w);
     let source = Source::open(&input).unwrap();
-    let thresholds = [
-        Threshold::Absmean,
-        Threshold::Mean,
-        Threshold::Median,
-        Threshold::Adaptive,
-        Threshold::Optimal,
-    ];
     for granularity in [
         Granularity::Tensor,
         Granularity::Channel,
         Granularity::Group(100),
     ] {
-        for threshold in thresholds {
+        for &threshold in Threshold::PLAIN {
             let out = folder
                 .path()
                 .join(format!("{threshold}-{granularity}.safetensors"));

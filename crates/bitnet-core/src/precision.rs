@@ -1,4 +1,4 @@
-//! What values a quantized weight may have, and which weights share a scale.
+//! The values of a quantized weight, and the weights that share a scale.
 
 use crate::named;
 
@@ -71,7 +71,7 @@ impl Precision {
     }
 }
 
-/// What one scale covers.
+/// Which weights share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Granularity {
     /// One scale for the matrix.

@@ -2,7 +2,7 @@
 
 use crate::gguf::{self, GgmlType};
 use bitnet_core::ScaleDtype;
-use bitnet_core::pack::{Layout, Origin};
+use bitnet_core::pack::{Layout, LayoutOrigin};
 use safetensors::Dtype;
 use std::fmt;
 
@@ -168,8 +168,8 @@ impl From<ScaleDtype> for StoredType {
 /// The GGUF type that stores a wire layout, if there is one.
 pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
     match layout.origin() {
-        Origin::Ggml(id) => GgmlType::from_id(id),
-        Origin::Own | Origin::HfBitnet | Origin::GgmlVariant(_) => None,
+        LayoutOrigin::Ggml(id) => GgmlType::from_id(id),
+        LayoutOrigin::Own | LayoutOrigin::HfBitnet | LayoutOrigin::GgmlVariant(_) => None,
     }
 }
 

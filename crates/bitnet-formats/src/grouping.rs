@@ -8,7 +8,7 @@ use crate::hf::{BitnetConfig, Mode};
 use crate::storage::{Kind, OpenOptions, Storage};
 use crate::tensor::{Content, ScaleSource, StoredId, StoredMatrix, Tensor};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Origin, PackedLen};
+use bitnet_core::pack::{self, LayoutOrigin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use safetensors::Dtype;
 
@@ -76,7 +76,7 @@ pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Te
 /// layer. Nothing here knows how to say that in another container.
 fn refuse_biases(storage: &Storage, found: &[Tensor]) -> Result<()> {
     for tensor in found.iter().filter(
-        |t| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == Origin::HfBitnet),
+        |t| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == LayoutOrigin::HfBitnet),
     ) {
         let bias = tensor
             .name
@@ -140,7 +140,7 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
         zero_points: packed.zero_point.as_deref().map(find).transpose()?,
     };
     if let Some(bitnet) = storage.bitnet
-        && layout.origin() == Origin::HfBitnet
+        && layout.origin() == LayoutOrigin::HfBitnet
         && bitnet.linear_class.is_reciprocal() != packed.reciprocal
     {
         return Err(Error::config(
@@ -184,10 +184,10 @@ fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
     let expected = match storage.kind {
         Kind::Gguf => match q.layout.origin() {
-            Origin::Ggml(id) | Origin::GgmlVariant(id) => {
+            LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) => {
                 GgmlType::from_id(id).map(StoredType::Ggml)
             }
-            Origin::Own | Origin::HfBitnet => None,
+            LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
         },
         Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
     };
@@ -324,7 +324,7 @@ fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Opti
         scale_dtype,
         ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor)
     };
-    let Some(layout) = pack::of_origin(Origin::HfBitnet).next() else {
+    let Some(layout) = pack::of_origin(LayoutOrigin::HfBitnet).next() else {
         return Ok(None);
     };
     let q = StoredMatrix {

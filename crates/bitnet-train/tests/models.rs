@@ -73,7 +73,7 @@ fn check_against_inference(decoder: &DecoderModel, folder: &Path) {
 fn the_decoder_computes_what_the_inference_engine_does() {
     let source = Source::open(ASSETS.as_ref()).unwrap();
     let vars = VarMap::new();
-    let config = source.config().clone().unwrap();
+    let config = source.config().cloned().unwrap();
     let mut decoder =
         DecoderModel::new(ASSETS.as_ref(), &config, 24, &variables(&vars, 0)).unwrap();
     folder::load(&vars, &source).unwrap();

@@ -23,7 +23,7 @@ pub const GENERATOR: &str = concat!("bitnet-quant ", env!("CARGO_PKG_VERSION"));
 
 /// What happens to one tensor.
 #[derive(Debug, Clone)]
-pub(crate) enum Work {
+pub(crate) enum Action {
     /// The stored bytes, as they are.
     Copy,
     /// Floats of this type.
@@ -52,12 +52,12 @@ pub(crate) struct Pack {
 
 /// One tensor's work.
 #[derive(Debug, Clone)]
-pub(crate) struct Unit {
+pub(crate) struct TensorJob {
     /// The tensor of the source; none for a literal.
     pub(crate) tensor: Option<TensorId>,
     /// Its name in the output.
     pub(crate) name: String,
-    pub(crate) work: Work,
+    pub(crate) action: Action,
     /// For each row of the output the row of the source.
     pub(crate) rows: Option<Vec<usize>>,
     /// The written tensors: data, scales, zero points.
@@ -81,7 +81,7 @@ pub(crate) enum Sidecar {
 #[derive(Debug)]
 pub struct Job<'a> {
     pub(crate) source: &'a Source,
-    pub(crate) units: Vec<Unit>,
+    pub(crate) tensor_jobs: Vec<TensorJob>,
     pub(crate) layout: output::FilePlan,
     /// Files of the output folder by name; `None` if the output is one file.
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
@@ -251,7 +251,7 @@ impl<'a> Job<'a> {
 
     /// Bytes that will be read, for a progress bar.
     pub fn input_bytes(&self) -> u64 {
-        self.units
+        self.tensor_jobs
             .iter()
             .filter_map(|u| u.tensor)
             .map(|t| self.source.bytes_of(self.source.tensor(t)))
@@ -273,7 +273,7 @@ pub(crate) struct Builder<'a> {
     naming: Naming,
     linear_class: LinearClass,
     container: Container,
-    pub(crate) units: Vec<Unit>,
+    pub(crate) tensor_jobs: Vec<TensorJob>,
     pub(crate) tensors: OutputTensors,
     packed: BTreeMap<String, PackedTensor>,
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
@@ -320,7 +320,7 @@ impl<'a> Builder<'a> {
             naming: Naming::Same,
             linear_class: linear_class.unwrap_or(LinearClass::BitLinear),
             container: Container::Gguf(vec![]),
-            units: vec![],
+            tensor_jobs: vec![],
             tensors: OutputTensors::default(),
             packed: BTreeMap::new(),
             sidecars: None,
@@ -387,15 +387,15 @@ impl<'a> Builder<'a> {
         &mut self,
         tensor: Option<TensorId>,
         name: String,
-        work: Work,
+        action: Action,
         rows: Option<Vec<usize>>,
         (data, scale, zero): (OutputId, Option<OutputId>, Option<OutputId>),
         note: Option<String>,
     ) {
-        self.units.push(Unit {
+        self.tensor_jobs.push(TensorJob {
             tensor,
             name,
-            work,
+            action,
             rows,
             data,
             scale,
@@ -448,7 +448,7 @@ impl<'a> Builder<'a> {
         self.push(
             Some(index),
             name,
-            Work::Copy,
+            Action::Copy,
             rows,
             (data, None, None),
             None,
@@ -466,7 +466,7 @@ impl<'a> Builder<'a> {
         self.push(
             Some(index),
             name,
-            Work::Cast(dtype),
+            Action::Cast(dtype),
             rows,
             (data, None, None),
             note,
@@ -574,7 +574,7 @@ impl<'a> Builder<'a> {
         self.push(
             Some(index),
             name,
-            Work::Pack(pack),
+            Action::Pack(pack),
             rows,
             (data, scale, zero),
             note,
@@ -620,13 +620,13 @@ impl<'a> Builder<'a> {
         for file in self.source.files() {
             job += &format!("\n{} {} {:?}", file.path.display(), file.len, file.modified);
         }
-        for unit in &self.units {
-            job += &format!("\n{unit:?}");
+        for tensor_job in &self.tensor_jobs {
+            job += &format!("\n{tensor_job:?}");
         }
         let job = format!("{:032x}", xxh3_128(job.as_bytes()));
         Ok(Job {
             source: self.source,
-            units: self.units,
+            tensor_jobs: self.tensor_jobs,
             layout: output::FilePlan {
                 container: self.container,
                 document,

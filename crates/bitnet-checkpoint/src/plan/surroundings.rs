@@ -1,7 +1,7 @@
 //! What a file has besides its tensors: metadata, names and row orders, config.json and the other
 //! files of a folder.
 
-use super::{Builder, Naming, Sidecar, Work};
+use super::{Action, Builder, Naming, Sidecar};
 use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
@@ -48,7 +48,7 @@ impl Builder<'_> {
             self.push(
                 None,
                 arch::ROPE_FREQS.into(),
-                Work::Literal(bytes),
+                Action::Literal(bytes),
                 None,
                 (data, None, None),
                 None,
@@ -176,10 +176,10 @@ impl Builder<'_> {
             // Linear layers that stay as they are must be named, or transformers expects packed
             // weights for them.
             let mut keep: Vec<String> = self
-                .units
+                .tensor_jobs
                 .iter()
                 .filter(|u| {
-                    !matches!(u.work, Work::Pack(_)) && self.tensors[u.data].shape.len() == 2
+                    !matches!(u.action, Action::Pack(_)) && self.tensors[u.data].shape.len() == 2
                 })
                 .filter_map(|u| u.name.strip_suffix(".weight").map(str::to_string))
                 .filter(|n| !n.contains("embed") && !n.contains("norm"))

@@ -17,7 +17,7 @@
 
 use super::{Bad, is_stored, quads, unsupported};
 use super::{
-    FastPath, Layout, Origin, PackedLen, Unpacked, check_cols, check_len, check_plain,
+    FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
     check_precision, check_scales, check_values,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result};
@@ -94,11 +94,11 @@ impl Layout for I2S {
         true
     }
 
-    fn origin(&self) -> Origin {
+    fn origin(&self) -> LayoutOrigin {
         if self.written {
-            Origin::Ggml(GGML_TYPE)
+            LayoutOrigin::Ggml(GGML_TYPE)
         } else {
-            Origin::GgmlVariant(GGML_TYPE)
+            LayoutOrigin::GgmlVariant(GGML_TYPE)
         }
     }
 
