@@ -171,7 +171,7 @@ impl Original {
 
     /// Bytes of the file of weights.
     pub(crate) fn bytes(&self) -> u64 {
-        self.source.files.iter().map(|f| f.len).sum()
+        self.source.files().iter().map(|f| f.len).sum()
     }
 
     /// Quantizes with a setting, and measures what a reader of the written file finds.

@@ -49,7 +49,7 @@ pub(crate) fn run(
     let summary = with_options(args, compute, job.input_bytes(), |options| {
         job::run(job, &args.out, options)
     })?;
-    let input_bytes = source.files.iter().map(|f| f.len).sum();
+    let input_bytes = source.files().iter().map(|f| f.len).sum();
     report::print(&summary, &job.notes, input_bytes, args, out);
     Ok(())
 }

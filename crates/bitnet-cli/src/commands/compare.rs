@@ -12,7 +12,7 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         args.open.open(&args.original)?,
         args.open.open(&args.quantized)?,
     );
-    let total = original.stored.iter().map(|s| s.len).sum();
+    let total = original.stored_tensors().iter().map(|s| s.len).sum();
     let bar = ByteBar::new(total, args.quiet.quiet);
     let result = compare(&original, &quantized, &bar)?;
     drop(bar);
