@@ -2,7 +2,7 @@
 
 use crate::args::checkpoint::InspectArgs;
 use crate::print::{Answer, Output, Table, bytes, shape};
-use bitnet_checkpoint::inspect::{Finding, TensorInfo, lint, tensors};
+use bitnet_checkpoint::inspect::{Finding, TensorSummary, lint, tensors};
 use bitnet_kernels::Kernels;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -94,7 +94,7 @@ fn finding_json(f: &Finding) -> Value {
     json!({"tensor": f.tensor, "check": f.check, "what": f.what})
 }
 
-fn table(tensors: &[TensorInfo]) -> Table {
+fn table(tensors: &[TensorSummary]) -> Table {
     let mut table = Table::new(&[
         "tensor",
         "shape",
