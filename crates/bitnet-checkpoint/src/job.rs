@@ -1,4 +1,4 @@
-//! The main path: a whole model, tensor by tensor, in bounded memory.
+//! Runs a planned job: the whole model, tensor by tensor, in bounded memory.
 //!
 //! ```text
 //! for each tensor:                                      (this thread)           (writer thread)
@@ -29,37 +29,37 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
-/// Sees a job advance.
+/// Receives the progress of a job.
 pub trait Progress: Sync {
     /// Action on a tensor begins.
     fn tensor(&self, _name: &str) {}
-    /// This many more bytes of the input are done.
+    /// `_bytes` more bytes of the input are done.
     fn advance(&self, _bytes: u64) {}
 }
 
 impl Progress for () {}
 
-/// How a job runs.
+/// Options of a run.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
     /// Threads that quantize; 0 for one on each core.
     pub threads: usize,
     /// The loops.
     pub kernels: Kernels,
-    /// Who watches.
+    /// Receives the progress.
     pub progress: &'a dyn Progress,
-    /// Set to stop at the next strip; what is done stays for the next run.
+    /// Set to stop at the next strip; the next run resumes.
     pub interrupt: &'a AtomicBool,
-    /// What happens to a target that exists.
+    /// Whether an existing target is replaced.
     pub existing: Existing,
 }
 
-/// What became of one tensor.
+/// The result for one tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TensorReport {
     /// Its name in the output.
     pub name: String,
-    /// What it became: a precision, a float type, or `copied`.
+    /// The result: a precision, a float type, or `copied`.
     pub became: String,
     /// Wire layout, if it is quantized.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -71,13 +71,13 @@ pub struct TensorReport {
     pub weights: u64,
     /// Bytes in the output, scales and padding included.
     pub bytes: u64,
-    /// What quantization lost, if this run quantized it.
+    /// Quantization error, if this run quantized it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<ErrorStats>,
     /// Order-0 entropy of the values in bits, if this run quantized it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub entropy: Option<f64>,
-    /// What a person should know.
+    /// A note for the user.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,
 }
@@ -89,7 +89,7 @@ impl TensorReport {
     }
 }
 
-/// What became of the checkpoint.
+/// The result of a job.
 #[derive(Debug, Clone)]
 pub struct Summary {
     /// Tensors, in the order of the source.
@@ -106,8 +106,8 @@ pub struct Summary {
 
 /// Runs a job and writes `target`.
 ///
-/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on
-/// from there and ends with the same bytes. Any other failure leaves nothing behind.
+/// An interrupted or killed run leaves a partial file beside the target; the same job resumes from it
+/// and ends with the same bytes. Any other failure leaves nothing behind.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights
@@ -138,7 +138,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             .iter()
             .for_each(|folder| drop(fs::remove_dir(folder)));
     })?;
-    // From here on the writer's lock is ours, and so is the folder.
+    // The writer holds its lock from here on, so this process owns the folder.
     let clean = |error: Error| {
         if let (Some(folder), false) = (&folder, matches!(error, Error::Interrupted)) {
             let _ = fs::remove_dir_all(folder);
@@ -177,12 +177,11 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             Ok(fresh)
         });
         drop(sender);
-        // A thread that panicked has said why; there is nothing better to do than to go down with
-        // it.
+        // The panicking thread has printed why; pass the panic on.
         let (writer, written) = thread
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        // What the system refused comes first: it is why the channel broke.
+        // An error of the writer comes first: it is why the channel closed.
         match (written, worked) {
             (Err(error), _) => (writer, Err(Error::from(error))),
             (Ok(()), outcome) => (writer, outcome),

@@ -10,8 +10,8 @@ use bitnet_core::{Granularity, Matrix, Scheme, ZeroPoints};
 use bitnet_kernels::Kernels;
 use rayon::prelude::*;
 
-/// A matrix in memory as one granule: the strips that a file would have, so that a tensor gets the
-/// same values here and there.
+/// A matrix in memory as one granule, in the strips of a streamed file, so that a tensor gets the
+/// same values both ways.
 struct InMemory<'a> {
     weights: &'a [f32],
     strip: usize,
@@ -37,8 +37,8 @@ impl Granule for InMemory<'_> {
 /// Quantizes `weights` of `[rows, cols]`. The values do not depend on the number of threads, and
 /// are those of [`crate::job::run`].
 ///
-/// `importance`, one number for each column, counts where [`Scheme::uses_importance`] says so, and
-/// is ignored elsewhere.
+/// `importance` has one number for each column. Schemes for which [`Scheme::uses_importance`] is
+/// false ignore it.
 pub fn quantize(
     kernels: Kernels,
     weights: &[f32],
@@ -146,7 +146,7 @@ pub fn quantize(
     Ok(whole)
 }
 
-/// What a matrix lost against the weights it was made from.
+/// The quantization error of a matrix against its original weights.
 pub fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
     let (rows, cols) = (matrix.spec.rows, matrix.spec.cols);
     let mut error = ErrorStats::default();

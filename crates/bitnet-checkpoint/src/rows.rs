@@ -31,7 +31,7 @@ enum RowSource<'a> {
     Matrix(&'a Matrix),
 }
 
-/// Buffers that a thread keeps.
+/// Buffers of one thread.
 #[derive(Default)]
 pub(crate) struct StripBuffers {
     pub(crate) bytes: Vec<u8>,
@@ -70,12 +70,12 @@ impl WeightRows<'_> {
     }
 }
 
-/// A tensor as one granule: its strips, read anew at each pass.
+/// A tensor as one granule: each pass reads its strips again.
 pub(crate) struct StripGranule<'a> {
     pub(crate) rows: &'a WeightRows<'a>,
     /// WeightRows of a strip.
     pub(crate) strip: usize,
-    /// Set to stop.
+    /// Set to stop the pass.
     pub(crate) interrupt: &'a AtomicBool,
 }
 
@@ -126,8 +126,8 @@ pub(crate) fn thread_pool(n: usize) -> Result<rayon::ThreadPool> {
         .map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
 }
 
-/// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are
-/// joined in the order of the strips, so what is computed does not depend on that number.
+/// Row ranges of `strip` rows, in windows that occupy all current threads. Results are joined in the
+/// order of the strips, so they do not depend on the number of threads.
 pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
     let strips = count.div_ceil(strip);
     let window = STRIPS_PER_THREAD * rayon::current_num_threads();

@@ -18,12 +18,12 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
-/// Weights that are reconstructed and measured at a time.
+/// Weights reconstructed and measured at a time.
 const MEASURED: usize = 1 << 14;
 /// Bytes of one piece of a copied tensor.
 const COPY_BYTES: usize = 4 << 20;
 
-/// What the writer thread is told.
+/// A message to the writer thread.
 pub(crate) enum WriterMessage {
     Append(usize, Vec<u8>),
     End(usize),
@@ -54,7 +54,7 @@ pub(crate) struct Worker<'a> {
 
 impl Worker<'_> {
     fn send(&self, message: WriterMessage) -> Result<()> {
-        // The writer is gone only after an error of its own, which then counts.
+        // The writer thread ends early only after an error of its own, which `run` returns.
         self.out.send(message).map_err(|_| Error::Interrupted)
     }
 
@@ -476,8 +476,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Writes scales and zero points where they are stored apart, and ends the written tensors.
-    /// Returns the bytes written.
+    /// Writes scales and zero points that are stored as tensors of their own, and ends the written
+    /// tensors. Returns the bytes written.
     fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
         self.send(WriterMessage::End(self.tensor_job.data))?;
         let mut total = 0;
@@ -531,13 +531,13 @@ impl Worker<'_> {
 struct QuantizedStrip {
     first_row: usize,
     packed: Vec<u8>,
-    /// Its values are gone if it is packed.
+    /// Its values are empty if the strip is packed.
     matrix: Matrix,
     error: ErrorStats,
     histogram: CodeHistogram,
 }
 
-/// Copies the granules of a strip that begins at `first_row` to their place among all of them.
+/// Copies the scales or zero points of a strip that begins at `first_row` into those of the matrix.
 fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
     let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
     let first = if spec.granularity == Granularity::Tensor {

@@ -72,7 +72,7 @@ struct SearchedTensor<'a> {
     possible: Vec<(Choices, u64, Scheme)>,
 }
 
-/// What the search chooses among.
+/// The tensors and settings of a search.
 struct SearchPlan<'a> {
     tensors: Vec<SearchedTensor<'a>>,
     /// Bytes of the tensors that rules of the recipe quantize.
