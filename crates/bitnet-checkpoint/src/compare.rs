@@ -105,7 +105,7 @@ pub fn compare(
         }
         let error = with_rows(original, tensor, None, |a| {
             with_rows(quantized, other, order.as_deref(), |b| {
-                // WeightRows of blocks may be shorter than those of the matrix: go by the longer, which
+                // Rows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
                 let (a, b) = (a.reshaped(cols), b.reshaped(cols));

@@ -7,7 +7,7 @@
 //!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
 //! ```
 //!
-//! StripGranule and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
 //! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
 //! matrix as a whole.
 
@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 /// Receives the progress of a job.
 pub trait Progress: Sync {
-    /// Action on a tensor begins.
+    /// A tensor starts.
     fn tensor(&self, _name: &str) {}
     /// `_bytes` more bytes of the input are done.
     fn advance(&self, _bytes: u64) {}
@@ -106,8 +106,8 @@ pub struct Summary {
 
 /// Runs a job and writes `target`.
 ///
-/// An interrupted or killed run leaves a partial file beside the target; the same job resumes from it
-/// and ends with the same bytes. Any other failure leaves nothing behind.
+/// An interrupted or killed run leaves a partial file beside the target; the same job resumes from
+/// it and ends with the same bytes. Any other failure leaves nothing behind.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights
@@ -152,7 +152,45 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .filter_map(|note| serde_json::from_value(note.clone()).ok())
         .collect();
 
-    let (writer, outcome) = std::thread::scope(|scope| {
+    let (writer, outcome) = work(job, options, &pool, writer, resumed);
+    let fresh: Vec<TensorReport> = match outcome {
+        Ok(fresh) => fresh,
+        Err(error) => {
+            if !matches!(error, Error::Interrupted) {
+                writer.abandon();
+            }
+            return Err(clean(error));
+        }
+    };
+    reports.extend(fresh);
+    // The folder is ours, whatever an earlier run left in it.
+    let existing = match folder {
+        Some(_) => Existing::Replace,
+        None => options.existing,
+    };
+    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
+    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
+        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
+    }
+    Ok(Summary {
+        tensors: reports,
+        file_bytes,
+        input_bytes: job.input_bytes(),
+        resumed,
+        elapsed: start.elapsed(),
+    })
+}
+
+/// Processes the tensors after the first `resumed` on the threads of `pool`, while another thread
+/// writes. Returns the writer, which a failed job abandons.
+fn work(
+    job: &Job<'_>,
+    options: &Options<'_>,
+    pool: &rayon::ThreadPool,
+    writer: Writer,
+    resumed: usize,
+) -> (Writer, Result<Vec<TensorReport>>) {
+    std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel::<WriterMessage>(4);
         let thread = scope.spawn(move || {
             let mut writer = writer;
@@ -186,31 +224,5 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             (Err(error), _) => (writer, Err(Error::from(error))),
             (Ok(()), outcome) => (writer, outcome),
         }
-    });
-    let fresh: Vec<TensorReport> = match outcome {
-        Ok(fresh) => fresh,
-        Err(error) => {
-            if !matches!(error, Error::Interrupted) {
-                writer.abandon();
-            }
-            return Err(clean(error));
-        }
-    };
-    reports.extend(fresh);
-    // The folder is ours, whatever an earlier run left in it.
-    let existing = match folder {
-        Some(_) => Existing::Replace,
-        None => options.existing,
-    };
-    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
-    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
-        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
-    }
-    Ok(Summary {
-        tensors: reports,
-        file_bytes,
-        input_bytes: job.input_bytes(),
-        resumed,
-        elapsed: start.elapsed(),
     })
 }

@@ -504,7 +504,6 @@ impl<'a> Builder<'a> {
                     .unwrap_or(0),
             ),
         };
-        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
@@ -523,8 +522,6 @@ impl<'a> Builder<'a> {
             Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
-        let mut scale = None;
-        let mut zero = None;
         let mut entry = Packed {
             shape: tensor.shape.clone(),
             spec: spec.clone(),
@@ -535,6 +532,29 @@ impl<'a> Builder<'a> {
             reciprocal: pack.scale_form == ScaleForm::Inverse,
             zero_point: None,
         };
+        let (scale, zero) = self.add_scale_outs(&name, &pack, &mut entry);
+        self.packed.insert(name.clone(), entry);
+        self.push(
+            Some(index),
+            name,
+            Action::Pack(pack),
+            rows,
+            (data, scale, zero),
+            note,
+        );
+        Ok(())
+    }
+
+    /// Adds the outputs of scales and zero points that are stored as tensors of their own.
+    fn add_scale_outs(
+        &mut self,
+        name: &str,
+        pack: &Pack,
+        entry: &mut Packed,
+    ) -> (Option<usize>, Option<usize>) {
+        let spec = &pack.spec;
+        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
+        let (mut scale, mut zero) = (None, None);
         let per_plane = spec.scales_len() / spec.planes;
         let mut scale_shape = match spec.granularity {
             Granularity::Group(_) => vec![spec.rows, spec.granules_per_row()],
@@ -568,16 +588,7 @@ impl<'a> Builder<'a> {
             ));
             entry.zero_point = Some(zero_name);
         }
-        self.packed.insert(name.clone(), entry);
-        self.push(
-            Some(index),
-            name,
-            Action::Pack(pack),
-            rows,
-            (data, scale, zero),
-            note,
-        );
-        Ok(())
+        (scale, zero)
     }
 
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {

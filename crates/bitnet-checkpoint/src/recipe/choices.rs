@@ -55,8 +55,8 @@ impl FromStr for Target {
 
 as_string!(Target);
 
-/// Choices for one tensor. Absent fields are inherited; the last defaults are those of precision and
-/// format.
+/// Choices for one tensor. Absent fields are inherited; the last defaults are those of precision
+/// and format.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Choices {

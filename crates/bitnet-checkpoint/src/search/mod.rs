@@ -1,14 +1,14 @@
-//! Mixed precision: chooses a setting for each tensor so that the model fits a budget with the least
-//! error.
+//! Mixed precision: chooses a setting for each tensor so that the model fits a budget with the
+//! least error.
 //!
 //! ```text
 //! minimise Σ_t error(t, choice_t)   subject to   Σ_t bytes(t, choice_t) ≤ budget
 //! ```
 //!
 //! A multiple-choice knapsack, solved exactly by dynamic programming over the tensors. It keeps the
-//! partial selections that no other beats in both bytes and error. It drops a partial selection when
-//! the linear relaxation of the remaining tensors shows that it cannot end below the best known
-//! solution.
+//! partial selections that no other beats in both bytes and error. It drops a partial selection
+//! when the linear relaxation of the remaining tensors shows that it cannot end below the best
+//! known solution.
 
 mod job;
 
@@ -43,8 +43,8 @@ pub struct Selection {
     pub bytes: u64,
     /// Their error.
     pub error: f64,
-    /// Whether the selection is proven optimal. False only if more than a million partial selections
-    /// had to be kept.
+    /// Whether the selection is proven optimal. False only if more than a million partial
+    /// selections had to be kept.
     pub exact: bool,
 }
 
