@@ -85,7 +85,7 @@ pub fn compare(
     let pairing = TensorPairs::new(original, quantized)?;
     let mut tensors = vec![];
     for tensor in original
-        .tensors
+        .tensors()
         .iter()
         .filter(|t| !matches!(t.content, Content::Opaque(_)))
     {
@@ -99,7 +99,7 @@ pub fn compare(
                 other.name, tensor.shape, other.shape
             );
             return Err(Error::Mismatch {
-                path: quantized.path.clone(),
+                path: quantized.path().to_path_buf(),
                 what,
             });
         }
@@ -134,17 +134,17 @@ pub fn compare(
                 (q.layout.name().to_string(), Some(histogram.entropy_bits()))
             }
             Content::Float(i) | Content::Opaque(i) => {
-                (quantized.stored[*i].dtype.to_string(), None)
+                (quantized.stored(*i).dtype.to_string(), None)
             }
         };
-        progress.advance(tensor.bytes(original));
+        progress.advance(original.bytes_of(tensor));
         tensors.push(TensorComparison {
             name: tensor.name.clone(),
             stored_as,
             quantized: entropy.is_some(),
             error,
             entropy,
-            bytes: other.bytes(quantized),
+            bytes: quantized.bytes_of(other),
         });
     }
     Ok(Comparison { tensors })
@@ -163,22 +163,22 @@ type Paired<'a> = (&'a Tensor, Option<Vec<usize>>);
 
 impl<'a> TensorPairs<'a> {
     fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
-        let ggml_names = |s: &Source| s.tensors.iter().any(|t| t.name.starts_with("blk."));
+        let ggml_names = |s: &Source| s.tensors().iter().any(|t| t.name.starts_with("blk."));
         let mut model = None;
         if ggml_names(original) != ggml_names(quantized) {
             let gguf = [original, quantized]
                 .into_iter()
-                .find(|s| s.kind == Kind::Gguf);
+                .find(|s| s.kind() == Kind::Gguf);
             let Some(gguf) = gguf else {
                 let what = "expected the original's tensor names, got those of a GGUF".to_string();
                 return Err(Error::Mismatch {
-                    path: quantized.path.clone(),
+                    path: quantized.path().to_path_buf(),
                     what,
                 });
             };
             model = Some((
-                Architecture::from_gguf(&gguf.gguf)?,
-                HeadCounts::from_gguf(&gguf.gguf)?,
+                Architecture::from_gguf(gguf.gguf())?,
+                HeadCounts::from_gguf(gguf.gguf())?,
             ));
         }
         Ok(Self {
@@ -198,7 +198,7 @@ impl<'a> TensorPairs<'a> {
                 return Ok(None);
             }
             let rows = tensor.shape.first().copied().unwrap_or(0);
-            if self.original.kind == Kind::Gguf {
+            if self.original.kind() == Kind::Gguf {
                 name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
                     order = architecture.gguf_rows(heads, hf, rows)?;
@@ -216,7 +216,7 @@ impl<'a> TensorPairs<'a> {
                     name.unwrap_or_else(|| tensor.name.clone())
                 );
                 Err(Error::Mismatch {
-                    path: self.quantized.path.clone(),
+                    path: self.quantized.path().to_path_buf(),
                     what,
                 })
             }

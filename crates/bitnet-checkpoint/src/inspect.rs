@@ -52,13 +52,13 @@ impl TensorSummary {
 /// Lists every tensor; reads no weights.
 pub fn tensors(source: &Source) -> Vec<TensorSummary> {
     source
-        .tensors
+        .tensors()
         .iter()
         .map(|tensor| {
             let (stored_as, spec) = match &tensor.content {
                 Content::Quantized(q) => (q.layout.name().to_string(), Some(q.spec.clone())),
                 Content::Float(i) | Content::Opaque(i) => {
-                    (source.stored[*i].dtype.to_string(), None)
+                    (source.stored(*i).dtype.to_string(), None)
                 }
             };
             TensorSummary {
@@ -66,7 +66,7 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
                 shape: tensor.shape.clone(),
                 stored_as,
                 spec,
-                bytes: tensor.bytes(source),
+                bytes: source.bytes_of(tensor),
             }
         })
         .collect()
@@ -80,7 +80,7 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
 /// [`crate::Error::File`] for what cannot be read.
 pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     let mut findings = vec![];
-    for tensor in &source.tensors {
+    for tensor in source.tensors() {
         let mut find = |check, what: String| {
             findings.push(Finding {
                 tensor: tensor.name.clone(),
@@ -113,7 +113,7 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                 }
             },
             Content::Float(stored) => {
-                let dtype = source.stored[*stored].dtype;
+                let dtype = source.stored(*stored).dtype;
                 if dtype.block() > 1 {
                     find(
                         "already-quantized",

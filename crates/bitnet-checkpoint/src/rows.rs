@@ -4,7 +4,7 @@ use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
-use bitnet_formats::{Content, Source, Tensor};
+use bitnet_formats::{Content, Source, StoredId, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +28,7 @@ pub(crate) struct WeightRows<'a> {
 
 #[derive(Clone, Copy)]
 enum RowSource<'a> {
-    Stored(usize),
+    Stored(StoredId),
     Matrix(&'a Matrix),
 }
 
@@ -169,7 +169,7 @@ pub(crate) fn with_rows<T>(
     let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
     match &tensor.content {
         Content::Float(stored) | Content::Opaque(stored) => {
-            let blocks = source.stored[*stored].dtype.block() > 1;
+            let blocks = source.stored(*stored).dtype.block() > 1;
             let cols = if blocks {
                 tensor.shape.last().copied().unwrap_or(1)
             } else {

@@ -19,7 +19,7 @@ pub(crate) fn check_target(
     if let Ok(target_path) = fs::canonicalize(target) {
         let inside =
             |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
-        if inside(&source.path) || source.files.iter().any(|f| inside(&f.path)) {
+        if inside(source.path()) || source.files().iter().any(|f| inside(&f.path)) {
             return Err(Error::SameFile {
                 path: target.to_path_buf(),
             });

@@ -10,7 +10,7 @@ use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
-use bitnet_formats::output::Writer;
+use bitnet_formats::output::{OutputId, Writer};
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
 use rayon::prelude::*;
@@ -25,8 +25,8 @@ const COPY_BYTES: usize = 4 << 20;
 
 /// A message to the writer thread.
 pub(crate) enum WriterMessage {
-    Append(usize, Vec<u8>),
-    End(usize),
+    Append(OutputId, Vec<u8>),
+    End(OutputId),
     Layout(String, &'static str),
     Commit(serde_json::Value),
 }
@@ -70,7 +70,8 @@ impl Worker<'_> {
         let Some(index) = self.tensor_job.tensor else {
             return;
         };
-        let bytes = self.job.source.tensors[index].bytes(self.job.source);
+        let source = self.job.source;
+        let bytes = source.bytes_of(source.tensor(index));
         self.options
             .progress
             .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
@@ -79,15 +80,9 @@ impl Worker<'_> {
     fn error(&self, error: Error) -> Error {
         match (error, self.tensor_job.tensor) {
             (Error::Core(source), Some(index)) => {
-                let tensor = &self.job.source.tensors[index];
-                let path = tensor
-                    .stored()
-                    .first()
-                    .map_or(self.job.source.path.as_path(), |&i| {
-                        self.job.source.file_of(i)
-                    });
+                let tensor = self.job.source.tensor(index);
                 Error::Tensor {
-                    path: path.to_path_buf(),
+                    path: self.job.source.file_of_tensor(tensor).to_path_buf(),
                     tensor: tensor.name.clone(),
                     source,
                 }
@@ -116,7 +111,7 @@ impl Worker<'_> {
         let weights = self
             .tensor_job
             .tensor
-            .map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
+            .map_or(bytes / 4, |i| self.job.source.tensor(i).elements() as u64);
         TensorReport {
             name: self.tensor_job.name.clone(),
             became: became.to_string(),
@@ -141,11 +136,11 @@ impl Worker<'_> {
         let Some(index) = self.tensor_job.tensor else {
             return Ok(self.report("nothing", 0));
         };
-        let tensor = &source.tensors[index];
+        let tensor = source.tensor(index);
         let Some(&stored) = tensor.stored().first() else {
             return Ok(self.report("nothing", 0));
         };
-        let len = source.stored[stored].len;
+        let len = source.stored(stored).len;
         let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffer = vec![];
         let send = |buffer: &mut Vec<u8>| -> Result<()> {
@@ -179,7 +174,7 @@ impl Worker<'_> {
             }
         }
         self.send(WriterMessage::End(self.tensor_job.data))?;
-        Ok(self.report(format!("copied {}", source.stored[stored].dtype), len))
+        Ok(self.report(format!("copied {}", source.stored(stored).dtype), len))
     }
 
     /// Calls `f` with the rows of the tensor.
@@ -188,7 +183,7 @@ impl Worker<'_> {
         match self.tensor_job.tensor {
             Some(index) => with_rows(
                 source,
-                &source.tensors[index],
+                source.tensor(index),
                 self.tensor_job.rows.as_deref(),
                 f,
             ),
@@ -374,7 +369,7 @@ impl Worker<'_> {
 
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(tensor) = self.tensor_job.tensor.map(|i| &source.tensors[i]) else {
+        let Some(tensor) = self.tensor_job.tensor.map(|i| source.tensor(i)) else {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
@@ -449,7 +444,7 @@ impl Worker<'_> {
     fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
         self.send(WriterMessage::End(self.tensor_job.data))?;
         let mut total = 0;
-        let mut put = |index: usize, bytes: Vec<u8>| -> Result<()> {
+        let mut put = |index: OutputId, bytes: Vec<u8>| -> Result<()> {
             total += bytes.len() as u64;
             self.send(WriterMessage::Append(index, bytes))?;
             self.send(WriterMessage::End(index))

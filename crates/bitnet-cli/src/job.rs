@@ -173,7 +173,7 @@ fn print(summary: &Summary, job: &Job<'_>, source: &Source, path: &Path, out: &m
         .iter()
         .filter(|t| t.layout.is_some())
         .count();
-    let input: u64 = source.files.iter().map(|f| f.len).sum();
+    let input: u64 = source.files().iter().map(|f| f.len).sum();
     out.line("");
     if quantized > 0 {
         let sqnr = if totals.error.count > 0 {

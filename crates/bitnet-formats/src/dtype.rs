@@ -2,6 +2,7 @@
 
 use crate::gguf::{self, GgmlType};
 use bitnet_core::ScaleDtype;
+use bitnet_core::pack::{Layout, LayoutOrigin};
 use safetensors::Dtype;
 use std::fmt;
 
@@ -161,6 +162,14 @@ impl From<ScaleDtype> for StoredType {
             ScaleDtype::F16 => Dtype::F16,
             ScaleDtype::Bf16 => Dtype::BF16,
         })
+    }
+}
+
+/// The GGUF type that stores a wire layout, if there is one.
+pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
+    match layout.origin() {
+        LayoutOrigin::Ggml(id) => GgmlType::from_id(id),
+        LayoutOrigin::Own | LayoutOrigin::HfBitnet | LayoutOrigin::GgmlVariant(_) => None,
     }
 }
 

@@ -9,11 +9,11 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
 use bitnet_formats::arch::{Architecture, HeadCounts};
-use bitnet_formats::document::{self, Document, Packed};
+use bitnet_formats::document::{self, Document, PackedTensor};
+use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::logical::ggml_type_of;
-use bitnet_formats::output::{self, Container, OutTensor};
-use bitnet_formats::{Content, Source, StoredType, Tensor, gguf};
+use bitnet_formats::output::{self, Container, OutputId, OutputTensor, OutputTensors};
+use bitnet_formats::{Content, Source, StoredType, Tensor, TensorId, gguf};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use xxhash_rust::xxh3::xxh3_128;
@@ -53,17 +53,17 @@ pub(crate) struct Pack {
 /// The job of one tensor.
 #[derive(Debug, Clone)]
 pub(crate) struct TensorJob {
-    /// Index into the source's tensors; none for a literal.
-    pub(crate) tensor: Option<usize>,
+    /// The tensor of the source; none for a literal.
+    pub(crate) tensor: Option<TensorId>,
     /// Its name in the output.
     pub(crate) name: String,
     pub(crate) action: Action,
     /// For each row of the output the row of the source.
     pub(crate) rows: Option<Vec<usize>>,
-    /// Indices of the written tensors: data, scales, zero points.
-    pub(crate) data: usize,
-    pub(crate) scale: Option<usize>,
-    pub(crate) zero: Option<usize>,
+    /// The written tensors: data, scales, zero points.
+    pub(crate) data: OutputId,
+    pub(crate) scale: Option<OutputId>,
+    pub(crate) zero: Option<OutputId>,
     /// A note for the user, e.g. why a tensor is not quantized.
     pub(crate) note: Option<String>,
 }
@@ -82,7 +82,7 @@ pub(crate) enum Sidecar {
 pub struct Job<'a> {
     pub(crate) source: &'a Source,
     pub(crate) tensor_jobs: Vec<TensorJob>,
-    pub(crate) layout: output::Layout,
+    pub(crate) layout: output::FilePlan,
     /// Files of the output folder by name; `None` if the output is one file.
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     /// Notes for the user about the whole job.
@@ -138,13 +138,13 @@ impl<'a> Job<'a> {
             .map(|(name, l)| (name.clone(), l.second_moments()))
             .collect();
         if !source
-            .tensors
+            .tensors()
             .iter()
             .any(|t| importance.contains_key(&t.name))
         {
             return Err(Error::Recipe(format!(
                 "the calibration has no tensor of {}",
-                source.path.display()
+                source.path().display()
             )));
         }
         Self::quantize_weighted(source, recipe, out, importance, BTreeMap::new())
@@ -166,7 +166,7 @@ impl<'a> Job<'a> {
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
         (builder.importance, builder.given) = (importance, given);
         let mut count = 0;
-        for (i, tensor) in source.tensors.iter().enumerate() {
+        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match selector.choices(tensor) {
                 None => builder.keep(i)?,
                 Some(choices) => {
@@ -188,10 +188,15 @@ impl<'a> Job<'a> {
                 "values for '{name}', which the recipe does not quantize"
             )));
         }
-        if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
+        if count == 0
+            && !source
+                .tensors()
+                .iter()
+                .any(|t| selector.choices(t).is_some())
+        {
             return Err(Error::Recipe(format!(
                 "selects no tensor of {}; see --include and --exclude",
-                source.path.display()
+                source.path().display()
             )));
         }
         let recipe = Recipe {
@@ -214,7 +219,7 @@ impl<'a> Job<'a> {
         out: &std::path::Path,
     ) -> Result<Self> {
         let mut builder = Builder::new(source, format, out, linear_class)?;
-        for (i, tensor) in source.tensors.iter().enumerate() {
+        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match (&tensor.content, layout) {
                 (Content::Quantized(_), Some(layout)) => builder.recode(i, Some(layout))?,
                 _ => builder.keep(i)?,
@@ -234,7 +239,7 @@ impl<'a> Job<'a> {
         out: &std::path::Path,
     ) -> Result<Self> {
         let mut builder = Builder::new(source, Format::Safetensors, out, None)?;
-        for (i, tensor) in source.tensors.iter().enumerate() {
+        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match tensor.content {
                 Content::Opaque(_) => builder.keep(i)?,
                 _ => builder.cast(i, dtype, None)?,
@@ -248,7 +253,7 @@ impl<'a> Job<'a> {
         self.tensor_jobs
             .iter()
             .filter_map(|u| u.tensor)
-            .map(|t| self.source.tensors[t].bytes(self.source))
+            .map(|t| self.source.bytes_of(self.source.tensor(t)))
             .sum()
     }
 }
@@ -268,8 +273,8 @@ pub(crate) struct Builder<'a> {
     linear_class: LinearClass,
     container: Container,
     pub(crate) tensor_jobs: Vec<TensorJob>,
-    pub(crate) tensors: Vec<OutTensor>,
-    packed: BTreeMap<String, Packed>,
+    pub(crate) tensors: OutputTensors,
+    packed: BTreeMap<String, PackedTensor>,
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
@@ -315,15 +320,15 @@ impl<'a> Builder<'a> {
             linear_class: linear_class.unwrap_or(LinearClass::BitLinear),
             container: Container::Gguf(vec![]),
             tensor_jobs: vec![],
-            tensors: vec![],
+            tensors: OutputTensors::default(),
             packed: BTreeMap::new(),
             sidecars: None,
-            config: source.config.clone(),
-            notes: source.notes.clone(),
+            config: source.config().cloned(),
+            notes: source.notes().to_vec(),
             importance: BTreeMap::new(),
             given: BTreeMap::new(),
         };
-        if source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
+        if source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(
                 "quantization_mode online: the model makes these weights ternary in each forward pass; here they count as floats".into(),
             );
@@ -332,7 +337,7 @@ impl<'a> Builder<'a> {
             builder.start_gguf()?;
         } else {
             let metadata = source
-                .metadata
+                .metadata()
                 .iter()
                 .filter(|(k, _)| k != document::KEY && k != "format")
                 .cloned();
@@ -350,10 +355,7 @@ impl<'a> Builder<'a> {
     }
 
     fn path(&self, tensor: &Tensor) -> PathBuf {
-        tensor.stored().first().map_or_else(
-            || self.source.path.clone(),
-            |&i| self.source.file_of(i).to_path_buf(),
-        )
+        self.source.file_of_tensor(tensor).to_path_buf()
     }
 
     fn tensor_error(&self, tensor: &Tensor) -> impl FnOnce(bitnet_core::Error) -> Error + use<> {
@@ -371,23 +373,22 @@ impl<'a> Builder<'a> {
         shape: Vec<usize>,
         dtype: StoredType,
         len: PackedLen,
-    ) -> usize {
-        self.tensors.push(OutTensor {
+    ) -> OutputId {
+        self.tensors.push(OutputTensor {
             name,
             shape,
             dtype,
             len,
-        });
-        self.tensors.len() - 1
+        })
     }
 
     fn push(
         &mut self,
-        tensor: Option<usize>,
+        tensor: Option<TensorId>,
         name: String,
         action: Action,
         rows: Option<Vec<usize>>,
-        (data, scale, zero): (usize, Option<usize>, Option<usize>),
+        (data, scale, zero): (OutputId, Option<OutputId>, Option<OutputId>),
         note: Option<String>,
     ) {
         self.tensor_jobs.push(TensorJob {
@@ -403,13 +404,13 @@ impl<'a> Builder<'a> {
     }
 
     /// Copies a tensor, or casts it if the container cannot store its type.
-    fn keep(&mut self, index: usize) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    fn keep(&mut self, index: TensorId) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let stored = match &tensor.content {
             Content::Quantized(_) => return self.recode(index, None),
             Content::Float(stored) | Content::Opaque(stored) => *stored,
         };
-        let dtype = self.source.stored[stored].dtype;
+        let dtype = self.source.stored(stored).dtype;
         match (self.format, dtype) {
             // llama.cpp takes one-dimensional weights as f32 only.
             (Format::Gguf, StoredType::Plain(_))
@@ -441,7 +442,7 @@ impl<'a> Builder<'a> {
         let Some((name, rows)) = self.rename(tensor)? else {
             return Ok(());
         };
-        let len = PackedLen::Exact(self.source.stored[stored].len as usize);
+        let len = PackedLen::Exact(self.source.stored(stored).len as usize);
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype, len);
         self.push(
             Some(index),
@@ -454,8 +455,8 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn cast(&mut self, index: usize, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    fn cast(&mut self, index: TensorId, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Some((name, rows)) = self.rename(tensor)? else {
             return Ok(());
         };
@@ -472,8 +473,8 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn pack(&mut self, index: usize, mut pack: Pack, note: Option<String>) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    fn pack(&mut self, index: TensorId, mut pack: Pack, note: Option<String>) -> Result<()> {
+        let tensor = self.source.tensor(index);
         if pack.scheme.is_some_and(|s| s.uses_importance()) {
             pack.importance = self.importance.get(&tensor.name).cloned();
         }
@@ -522,7 +523,7 @@ impl<'a> Builder<'a> {
             Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
-        let mut entry = Packed {
+        let mut entry = PackedTensor {
             shape: tensor.shape.clone(),
             spec: spec.clone(),
             scheme: pack.scheme,
@@ -550,8 +551,8 @@ impl<'a> Builder<'a> {
         &mut self,
         name: &str,
         pack: &Pack,
-        entry: &mut Packed,
-    ) -> (Option<usize>, Option<usize>) {
+        entry: &mut PackedTensor,
+    ) -> (Option<OutputId>, Option<OutputId>) {
         let spec = &pack.spec;
         let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
         let (mut scale, mut zero) = (None, None);
@@ -626,7 +627,7 @@ impl<'a> Builder<'a> {
             digest: String::new(),
         };
         let mut job = serde_json::to_string(&document).unwrap_or_default();
-        for file in &self.source.files {
+        for file in self.source.files() {
             job += &format!("\n{} {} {:?}", file.path.display(), file.len, file.modified);
         }
         for tensor_job in &self.tensor_jobs {
@@ -636,7 +637,7 @@ impl<'a> Builder<'a> {
         Ok(Job {
             source: self.source,
             tensor_jobs: self.tensor_jobs,
-            layout: output::Layout {
+            layout: output::FilePlan {
                 container: self.container,
                 document,
                 tensors: self.tensors,

@@ -15,7 +15,7 @@ use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::{Clip, Mapping, Threshold};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
-use bitnet_formats::{Source, Tensor};
+use bitnet_formats::{Source, Tensor, TensorId};
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -95,7 +95,7 @@ impl<'a> SearchPlan<'a> {
             fixed_bytes: 0,
             weights: 0,
         };
-        for (index, tensor) in source.tensors.iter().enumerate() {
+        for (index, tensor) in source.tensor_ids().zip(source.tensors()) {
             let Some(choices) = selector.choices(tensor) else {
                 continue;
             };
@@ -123,7 +123,7 @@ impl<'a> SearchPlan<'a> {
         if plan.tensors.is_empty() {
             return Err(Error::Recipe(format!(
                 "the search has no tensor of {} to choose for",
-                source.path.display()
+                source.path().display()
             )));
         }
         Ok(plan)
@@ -174,7 +174,7 @@ impl<'a> SearchPlan<'a> {
                     })
                     .collect(),
             );
-            options.progress.advance(tensor.bytes(source));
+            options.progress.advance(source.bytes_of(tensor));
         }
         Ok(candidates)
     }
@@ -183,7 +183,7 @@ impl<'a> SearchPlan<'a> {
 /// The settings of the grid that the container can hold for a tensor; none if it would stay float.
 fn possible_settings(
     builder: &mut Builder<'_>,
-    index: usize,
+    index: TensorId,
     grid: &[Choices],
 ) -> Result<Vec<(Choices, u64, Scheme)>> {
     let mut refusal = None;
@@ -393,7 +393,7 @@ impl Search {
 
 impl Builder<'_> {
     /// Bytes and scheme of a tensor with these choices; `None` if it would stay float.
-    fn planned(&mut self, index: usize, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
+    fn planned(&mut self, index: TensorId, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
         let (jobs, outs) = (self.tensor_jobs.len(), self.tensors.len());
         self.quantize(index, choices)?;
         let scheme = match self.tensor_jobs.last().map(|u| &u.action) {
@@ -402,8 +402,9 @@ impl Builder<'_> {
         };
         Ok(scheme.map(|scheme| {
             (
-                self.tensors[outs..]
+                self.tensors
                     .iter()
+                    .skip(outs)
                     .map(|t| t.len.bound() as u64)
                     .sum(),
                 scheme,

@@ -13,7 +13,7 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         args.open.open(&args.original)?,
         args.open.open(&args.quantized)?,
     );
-    let bar = Bar::new(original.stored.iter().map(|s| s.len).sum(), false);
+    let bar = Bar::new(original.stored_tensors().iter().map(|s| s.len).sum(), false);
     let result = compare(&original, &quantized, &bar)?;
     drop(bar);
     let mut table = Table::new(&[

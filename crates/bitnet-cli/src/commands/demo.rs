@@ -173,7 +173,7 @@ pub(crate) fn run(args: &DemoArgs, out: &mut Output) -> anyhow::Result<Answer> {
         fs::write(model.join(name), bytes).with_context(|| format!("cannot write {name}"))?;
     }
     let source = Source::open(&model)?;
-    let original_bytes: u64 = source.files.iter().map(|f| f.len).sum();
+    let original_bytes: u64 = source.files().iter().map(|f| f.len).sum();
     let mut table = Table::new(&[
         "setting",
         "bits/weight",

@@ -44,7 +44,7 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         ]);
     }
     out.table(&table);
-    let file_bytes: u64 = source.files.iter().map(|f| f.len).sum();
+    let file_bytes: u64 = source.files().iter().map(|f| f.len).sum();
     let weights: u64 = tensors.iter().map(|t| t.weights()).sum();
     let file_bits = file_bytes as f64 * 8.0 / weights.max(1) as f64;
     let low: Vec<_> = tensors.iter().filter(|t| t.spec.is_some()).collect();
@@ -64,17 +64,17 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         tensors.len(),
         bytes(file_bytes)
     ));
-    if let Some(document) = &source.document {
+    if let Some(document) = source.document() {
         out.line(format!("written by {}", document.generator));
     }
-    if let Some(bitnet) = source.bitnet {
+    if let Some(bitnet) = source.bitnet() {
         out.line(format!(
             "quantization_config: {} ({:?})",
             bitnet.linear_class.name(),
             bitnet.mode
         ));
     }
-    for note in &source.notes {
+    for note in source.notes() {
         out.line(format!("note: {note}"));
     }
     for f in &findings {
@@ -87,10 +87,10 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         "bits_per_weight": file_bits,
         "quantized_weights": low_weights,
         "quantized_bits_per_weight": if low.is_empty() { None } else { Some(low_bits) },
-        "generator": source.document.as_ref().map(|d| &d.generator),
-        "recipe": source.document.as_ref().map(|d| &d.recipe),
-        "notes": source.notes,
-        "linear_class": source.bitnet.map(|b| b.linear_class.name()),
+        "generator": source.document().map(|d| &d.generator),
+        "recipe": source.document().map(|d| &d.recipe),
+        "notes": source.notes(),
+        "linear_class": source.bitnet().map(|b| b.linear_class.name()),
         "tensors": tensors.iter().map(|t| json!({
             "name": t.name,
             "shape": t.shape,

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
         .map(Calibration::load)
         .transpose()?;
     let source = args.input.open()?;
-    let total = source.tensors.iter().map(|t| t.bytes(&source)).sum();
+    let total = source.tensors().iter().map(|t| source.bytes_of(t)).sum();
     let recipe = job::with_options(&args.job, &recipe.compute, total, |options| {
         search::resolve(
             &source,

@@ -168,7 +168,7 @@ pub static BITNET: Architecture = Architecture {
 };
 
 /// All architectures.
-pub static ARCHITECTURES: [&Architecture; 2] = [&LLAMA, &BITNET];
+pub static ARCHITECTURES: &[&Architecture] = &[&LLAMA, &BITNET];
 
 /// Modules of a decoder outside its layers.
 const DECODER_MODULES: [(&str, &str); 3] = [
@@ -219,7 +219,7 @@ const DECODER_KEYS: [&str; 20] = [
 impl Architecture {
     /// The architecture of a `model_type`.
     pub fn by_name(name: &str) -> Option<&'static Self> {
-        ARCHITECTURES.into_iter().find(|a| a.name == name)
+        ARCHITECTURES.iter().copied().find(|a| a.name == name)
     }
 
     /// From `model_type` of a config.json; `path` is for the message.
@@ -287,7 +287,7 @@ impl Architecture {
         of: fn(&Self) -> Option<DecoderGraph>,
     ) -> Result<DecoderGraph> {
         of(self).ok_or_else(|| {
-            let known = ARCHITECTURES.into_iter().filter(|a| of(a).is_some());
+            let known = ARCHITECTURES.iter().filter(|a| of(a).is_some());
             let expected = format!(
                 "a model that can be {used}: {}",
                 one_of(known.map(|a| a.name))
@@ -316,8 +316,8 @@ impl fmt::Debug for Architecture {
 /// Each architecture with each of its names in GGUF files.
 fn gguf_names() -> impl Iterator<Item = (&'static Architecture, &'static GgufName)> {
     ARCHITECTURES
-        .into_iter()
-        .flat_map(|a| a.gguf_names.iter().map(move |name| (a, name)))
+        .iter()
+        .flat_map(|&a| a.gguf_names.iter().map(move |name| (a, name)))
 }
 
 /// `key` without the prefix of an architecture that has it, if it is a key of one of them.
@@ -350,7 +350,7 @@ mod tests {
         for architecture in ARCHITECTURES {
             let config = json!({"model_type": architecture.name});
             let found = Architecture::from_hf_config(path, &config).unwrap();
-            assert_eq!(found, architecture);
+            assert_eq!(found, *architecture);
         }
         for (config, got) in [
             (json!({"model_type": "qwen3"}), "\"qwen3\""),

@@ -45,7 +45,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         value: config,
     };
     let mut notes = vec![];
-    let heads = Heads::read(&config, architecture)?;
+    let heads = HeadShape::read(&config, architecture)?;
     let vocab_size = config.size("vocab_size")?;
     let activation = architecture.activation(&config)?;
     let rope = HfRope::read(&config, architecture, heads.dim)?;
@@ -101,7 +101,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
 }
 
 /// Attention heads of a config.json.
-struct Heads {
+struct HeadShape {
     hidden: usize,
     count: usize,
     kv_count: usize,
@@ -109,7 +109,7 @@ struct Heads {
     dim: usize,
 }
 
-impl Heads {
+impl HeadShape {
     fn read(config: &HfConfig, architecture: &Architecture) -> Result<Self> {
         let hidden = config.size("hidden_size")?;
         let count = config.size("num_attention_heads")?;
@@ -145,7 +145,7 @@ impl Heads {
 fn check_limits(
     config: &HfConfig,
     architecture: &Architecture,
-    heads: &Heads,
+    heads: &HeadShape,
     notes: &mut Vec<String>,
 ) -> Result<()> {
     let name = architecture.name;

@@ -20,7 +20,7 @@ use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_formats::document::Checksum;
 use bitnet_formats::replace::{self, Existing};
-use bitnet_formats::safetensors::{Header, OutEntry, encode_header};
+use bitnet_formats::safetensors::{OutEntry, SafetensorsHeader, encode_header};
 use candle_core::Tensor;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -420,7 +420,7 @@ impl Checked {
         let path = self.folder.join(TELEMETRY);
         let mut file = File::open(&path).map_err(FileError::io(&path, "open"))?;
         let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
-        let header = Header::read(&path, &file, len)?;
+        let header = SafetensorsHeader::read(&path, &file, len)?;
         let tensors = header.tensors.iter().map(|t| {
             let mut bytes = vec![0; t.len as usize];
             file.seek(SeekFrom::Start(t.offset))
@@ -452,7 +452,7 @@ fn checksum(path: &Path) -> Result<String> {
 /// A file whose tensors are those that are wanted.
 struct Stored {
     path: PathBuf,
-    header: Header,
+    header: SafetensorsHeader,
 }
 
 impl Stored {
@@ -463,7 +463,7 @@ impl Stored {
         );
         let file = File::open(&path).map_err(FileError::io(&path, "open"))?;
         let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
-        let header = Header::read(&path, &file, len)?;
+        let header = SafetensorsHeader::read(&path, &file, len)?;
         let differs = |what: String| {
             Err(CheckpointError::Mismatch {
                 path: folder.to_path_buf(),
