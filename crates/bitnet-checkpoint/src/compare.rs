@@ -1,4 +1,4 @@
-//! What was lost between two checkpoints of the same model, tensor by tensor.
+//! Error between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
 use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
@@ -9,12 +9,12 @@ use bitnet_formats::{Content, Kind, Source, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Figures of one pair of tensors.
+/// Comparison of one pair of tensors.
 #[derive(Debug, Clone)]
 pub struct TensorComparison {
     /// Name in the original.
     pub name: String,
-    /// What the second checkpoint holds: a layout or an element type.
+    /// Layout or element type in the second checkpoint.
     pub stored_as: String,
     /// Whether the second checkpoint holds low-bit values.
     pub quantized: bool,
@@ -26,7 +26,7 @@ pub struct TensorComparison {
     pub bytes: u64,
 }
 
-/// Figures of two checkpoints.
+/// Comparison of two checkpoints.
 #[derive(Debug, Clone)]
 pub struct Comparison {
     /// Every tensor of the original that holds weights, in its order.
@@ -60,12 +60,12 @@ impl Comparison {
     }
 }
 
-/// Which tensors a total is over.
+/// The tensors of a total.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// All of them.
+    /// All tensors.
     All,
-    /// Those that hold low-bit values.
+    /// The tensors with low-bit values.
     Quantized,
 }
 
@@ -105,7 +105,7 @@ pub fn compare(
         }
         let error = with_rows(original, tensor, None, |a| {
             with_rows(quantized, other, order.as_deref(), |b| {
-                // WeightRows of blocks may be shorter than those of the matrix: go by the longer, which
+                // Rows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
                 let (a, b) = (a.reshaped(cols), b.reshaped(cols));
@@ -150,7 +150,7 @@ pub fn compare(
     Ok(Comparison { tensors })
 }
 
-/// How names of two checkpoints belong together.
+/// Pairs the tensors of two checkpoints by name.
 struct TensorPairs<'a> {
     original: &'a Source,
     quantized: &'a Source,

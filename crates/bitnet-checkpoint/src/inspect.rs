@@ -1,4 +1,4 @@
-//! What a checkpoint holds, in honest bits, and what looks wrong in it.
+//! Lists the tensors of a checkpoint with their real bits per weight, and finds suspicious ones.
 
 use crate::Result;
 use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
@@ -26,14 +26,14 @@ pub struct TensorSummary {
     pub bytes: u64,
 }
 
-/// Something that looks wrong, or that a person should know.
+/// A suspicious property of a tensor, or a note for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// The tensor.
     pub tensor: String,
     /// Short name of the check.
     pub check: &'static str,
-    /// What was found.
+    /// The observation.
     pub what: String,
 }
 
@@ -72,7 +72,7 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
         .collect()
 }
 
-/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`,
+/// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,
 /// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
 /// numbers) and `k` (columns that block layouts do not divide).
 ///

@@ -1,27 +1,27 @@
-//! Proof that a file holds the bytes that were written.
+//! Checks that a file holds the bytes that were written.
 
 use crate::{Error, Result};
 use bitnet_formats::document::{self, Checksum, Document};
 use bitnet_formats::{Content, Source, StoredId};
 use rayon::prelude::*;
 
-/// What is wrong with one part of a file.
+/// A damaged part of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {
     /// The stored tensor, or `document`.
     pub part: String,
-    /// What was found.
+    /// Expected and found.
     pub what: String,
 }
 
-/// What [`verify`] found.
+/// The result of [`verify`].
 #[derive(Debug, Clone)]
 pub struct Verification {
     /// Stored tensors whose checksum was computed.
     pub checked: usize,
     /// Bytes read.
     pub bytes: u64,
-    /// Everything that is not as it was written; empty if the file is whole.
+    /// The damaged parts; empty if the file is as written.
     pub damage: Vec<Damage>,
 }
 
@@ -122,7 +122,7 @@ fn check_surroundings(
     }
     let folder = path.parent().unwrap_or(std::path::Path::new("."));
     for (name, expected) in &document.files {
-        // A name from a file: never a way out of the folder.
+        // The name comes from a file: it must not lead out of the folder.
         let plain = std::path::Path::new(name)
             .file_name()
             .is_some_and(|n| n == name.as_str());

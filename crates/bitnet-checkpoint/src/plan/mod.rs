@@ -1,4 +1,4 @@
-//! What a job will do to each tensor, decided and checked before the first byte is written.
+//! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
 mod packing;
 mod surroundings;
@@ -21,14 +21,14 @@ use xxhash_rust::xxh3::xxh3_128;
 /// Name and version in the files that are written.
 pub const GENERATOR: &str = concat!("bitnet-quant ", env!("CARGO_PKG_VERSION"));
 
-/// What happens to one tensor.
+/// The action on one tensor.
 #[derive(Debug, Clone)]
 pub(crate) enum Action {
     /// The stored bytes, as they are.
     Copy,
     /// Floats of this type.
     Cast(ScaleDtype),
-    /// Packed values: made by a scheme, or (`None`) given, or taken over from a quantized source.
+    /// Packed values: quantized by a scheme, given by the caller, or those of a quantized source.
     Pack(Pack),
     /// Bytes that no tensor of the source holds.
     Literal(Vec<u8>),
@@ -44,13 +44,13 @@ pub(crate) struct Pack {
     /// Type and meaning of scales that are stored apart.
     pub(crate) scale_dtype: ScaleDtype,
     pub(crate) scale_form: ScaleForm,
-    /// Importance of the columns, if the scheme can weigh errors by it.
+    /// Importance of the columns, if the scheme uses it.
     pub(crate) importance: Option<Vec<f32>>,
     /// Values that the source does not hold; only where there is no scheme.
     pub(crate) given: Option<Box<Matrix>>,
 }
 
-/// One tensor's work.
+/// The job of one tensor.
 #[derive(Debug, Clone)]
 pub(crate) struct TensorJob {
     /// The tensor of the source; none for a literal.
@@ -64,7 +64,7 @@ pub(crate) struct TensorJob {
     pub(crate) data: OutputId,
     pub(crate) scale: Option<OutputId>,
     pub(crate) zero: Option<OutputId>,
-    /// What a person should know, e.g. why a tensor is not quantized.
+    /// A note for the user, e.g. why a tensor is not quantized.
     pub(crate) note: Option<String>,
 }
 
@@ -85,7 +85,7 @@ pub struct Job<'a> {
     pub(crate) layout: output::FilePlan,
     /// Files of the output folder by name; `None` if the output is one file.
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
-    /// What a person should know about the whole job.
+    /// Notes for the user about the whole job.
     pub notes: Vec<String>,
 }
 
@@ -105,10 +105,9 @@ impl<'a> Job<'a> {
         Self::quantize_weighted(source, recipe, out, BTreeMap::new(), BTreeMap::new())
     }
 
-    /// The same with values and scales that are known already, as training with learned scales
-    /// leaves them, for the tensors of these names: of them the recipe says no more than the
-    /// container and the layout. Where no layout of the container can hold such a tensor, the
-    /// floats of the source stay.
+    /// The same with given values and scales for the named tensors, as training with learned scales
+    /// produces them. For these tensors the recipe decides only container and layout. If no layout
+    /// of the container can hold a given matrix, the floats of the source stay.
     ///
     /// # Errors
     /// As [`Job::quantize`]; also for a matrix of another shape, or of a tensor that the recipe
@@ -122,8 +121,8 @@ impl<'a> Job<'a> {
         Self::quantize_weighted(source, recipe, out, BTreeMap::new(), given)
     }
 
-    /// The same with errors weighted by the second moments of the channels: for tensors that were
-    /// observed, and rules that can weigh them.
+    /// The same with errors weighted by the second moments of the channels, for the tensors in the
+    /// calibration and the rules that use importance.
     ///
     /// # Errors
     /// As [`Job::quantize`]; also for a calibration of another model.
@@ -160,7 +159,7 @@ impl<'a> Job<'a> {
     ) -> Result<Self> {
         if recipe.search.is_some() {
             return Err(Error::Recipe(
-                "the search has to be carried out first: search::resolve".into(),
+                "the search must run first: search::resolve".into(),
             ));
         }
         let selector = recipe.selector(source)?;
@@ -171,7 +170,7 @@ impl<'a> Job<'a> {
             match selector.choices(tensor) {
                 None => builder.keep(i)?,
                 Some(choices) => {
-                    // Also for floats: a choice that does not apply to them is an error.
+                    // Floats too: a choice that does not apply to them is an error.
                     choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)?;
                     match choices.target() {
                         Target::Keep => builder.keep(i)?,
@@ -207,11 +206,11 @@ impl<'a> Job<'a> {
         builder.finish(serde_json::to_value(recipe).unwrap_or_default())
     }
 
-    /// Writes the same values and scales in another container or layout; float tensors stay as they
-    /// are.
+    /// Writes the same values and scales in another container or layout; float tensors do not
+    /// change.
     ///
     /// # Errors
-    /// As [`Job::quantize`]; also where the source holds scales that the layout cannot.
+    /// As [`Job::quantize`]; also for scales that the layout cannot store.
     pub fn convert(
         source: &'a Source,
         format: Format,
@@ -249,7 +248,7 @@ impl<'a> Job<'a> {
         builder.finish(serde_json::json!({"command": "dequantize", "dtype": dtype}))
     }
 
-    /// Bytes that will be read, for a progress bar.
+    /// Bytes to read, for a progress bar.
     pub fn input_bytes(&self) -> u64 {
         self.tensor_jobs
             .iter()
@@ -404,7 +403,7 @@ impl<'a> Builder<'a> {
         });
     }
 
-    /// The tensor as it is, as far as the container can hold it.
+    /// Copies a tensor, or casts it if the container cannot store its type.
     fn keep(&mut self, index: TensorId) -> Result<()> {
         let tensor = self.source.tensor(index);
         let stored = match &tensor.content {
@@ -506,7 +505,6 @@ impl<'a> Builder<'a> {
                     .unwrap_or(0),
             ),
         };
-        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
@@ -525,8 +523,6 @@ impl<'a> Builder<'a> {
             Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
-        let mut scale = None;
-        let mut zero = None;
         let mut entry = PackedTensor {
             shape: tensor.shape.clone(),
             spec: spec.clone(),
@@ -537,6 +533,29 @@ impl<'a> Builder<'a> {
             reciprocal: pack.scale_form == ScaleForm::Inverse,
             zero_point: None,
         };
+        let (scale, zero) = self.add_scale_outs(&name, &pack, &mut entry);
+        self.packed.insert(name.clone(), entry);
+        self.push(
+            Some(index),
+            name,
+            Action::Pack(pack),
+            rows,
+            (data, scale, zero),
+            note,
+        );
+        Ok(())
+    }
+
+    /// Adds the outputs of scales and zero points that are stored as tensors of their own.
+    fn add_scale_outs(
+        &mut self,
+        name: &str,
+        pack: &Pack,
+        entry: &mut PackedTensor,
+    ) -> (Option<OutputId>, Option<OutputId>) {
+        let spec = &pack.spec;
+        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
+        let (mut scale, mut zero) = (None, None);
         let per_plane = spec.scales_len() / spec.planes;
         let mut scale_shape = match spec.granularity {
             Granularity::Group(_) => vec![spec.rows, spec.granules_per_row()],
@@ -570,16 +589,7 @@ impl<'a> Builder<'a> {
             ));
             entry.zero_point = Some(zero_name);
         }
-        self.packed.insert(name.clone(), entry);
-        self.push(
-            Some(index),
-            name,
-            Action::Pack(pack),
-            rows,
-            (data, scale, zero),
-            note,
-        );
-        Ok(())
+        (scale, zero)
     }
 
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {

@@ -1,5 +1,5 @@
-//! What a file has besides its tensors: metadata, names and row orders, config.json and the other
-//! files of a folder.
+//! The parts of an output beside its tensors: metadata, names and row orders, config.json and the
+//! other files of a folder.
 
 use super::{Action, Builder, Naming, Sidecar};
 use crate::recipe::Format;
@@ -113,7 +113,7 @@ impl Builder<'_> {
                             sidecars.insert(name.into(), Sidecar::Bytes(text.into_bytes()));
                         }
                     }
-                    None => self.notes.push("the tokenizer of this GGUF cannot be said as a tokenizer.json; it is not written".into()),
+                    None => self.notes.push("the tokenizer of this GGUF has no form as a tokenizer.json; it is not written".into()),
                 }
             }
             Kind::Safetensors => {
@@ -127,8 +127,8 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Name and row order in the output; `None` for a buffer that the other container has no place
-    /// for.
+    /// Name and row order in the output; `None` for a buffer that the other container does not
+    /// store.
     pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<Vec<usize>>)>> {
         if matches!(self.naming, Naming::Same) {
             return Ok(Some((tensor.name.clone(), None)));
@@ -162,8 +162,7 @@ impl Builder<'_> {
         }))
     }
 
-    /// config.json of an output folder: what it says about quantization must be true of the tensors
-    /// beside it.
+    /// Writes config.json of an output folder so that its quantization section matches the tensors.
     pub(super) fn finish_config(&mut self) -> Result<()> {
         let (Some(sidecars), Some(config)) = (&mut self.sidecars, &mut self.config) else {
             return Ok(());
@@ -173,8 +172,7 @@ impl Builder<'_> {
         };
         object.remove("quantization_config");
         if self.format == Format::HfBitnet {
-            // Linear layers that stay as they are must be named, or transformers expects packed
-            // weights for them.
+            // transformers expects packed weights for every linear layer that is not named here.
             let mut keep: Vec<String> = self
                 .tensor_jobs
                 .iter()

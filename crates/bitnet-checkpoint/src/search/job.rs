@@ -19,8 +19,8 @@ use bitnet_formats::{Source, Tensor, TensorId};
 use rayon::prelude::*;
 use std::path::Path;
 
-/// Runs the search of a recipe. Returns the recipe without the search, with one rule for each tensor
-/// that `default` would have decided.
+/// Runs the search of a recipe. Returns the recipe without the search, with one rule for each
+/// tensor that `default` would have decided.
 ///
 /// Tensors that a rule of the recipe matches keep that rule. If the rule quantizes them, they count
 /// in the budget. A calibration weights errors by the second moments of the channels; it must cover
@@ -72,7 +72,7 @@ struct SearchedTensor<'a> {
     possible: Vec<(Choices, u64, Scheme)>,
 }
 
-/// What the search chooses among.
+/// The tensors and settings of a search.
 struct SearchPlan<'a> {
     tensors: Vec<SearchedTensor<'a>>,
     /// Bytes of the tensors that rules of the recipe quantize.
@@ -201,8 +201,8 @@ fn possible_settings(
     }
 }
 
-/// The settings that the search chooses among. Granularity, scales and rounding of the default apply
-/// to all of them.
+/// The settings that the search chooses among. Granularity, scales and rounding of the default
+/// apply to all of them.
 ///
 /// # Errors
 /// [`Error::Recipe`] for a format with one precision only.
