@@ -18,7 +18,11 @@ pub enum Rounding {
     HalfUp,
 }
 
-named!(Rounding, "rounding", { HalfEven = "half-even", HalfAway = "half-away", HalfUp = "half-up" });
+named!(Rounding, "rounding", {
+    HalfEven = "half-even",
+    HalfAway = "half-away",
+    HalfUp = "half-up",
+});
 
 impl Rounding {
     /// The integer that `x` becomes.
