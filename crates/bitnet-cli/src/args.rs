@@ -45,7 +45,7 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// How well a model predicts a text, and how far it is from a reference.
     Perplexity(PerplexityArgs),
-    /// Speed, load time and memory of a model, or of a shape with made-up weights.
+    /// Speed, load time and memory of a model, or of a shape with synthetic weights.
     Bench(BenchArgs),
     /// Train a model whose weights learn to be quantized, and pack it.
     #[cfg(feature = "train")]
