@@ -2,8 +2,8 @@
 
 use crate::{Error, Result};
 use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
-use bitnet_formats::Source;
-use bitnet_formats::gguf::{GgmlType, Integers, integers};
+use bitnet_formats::gguf::{BlockIntegers, GgmlType, integers};
+use bitnet_formats::{Source, StoredId};
 use bitnet_kernels::Pool;
 use bitnet_kernels::dense::{BLOCK, BlockType, Blocks, Codes, ScaleType};
 
@@ -31,12 +31,12 @@ pub(crate) fn gguf_block_type(stored: GgmlType) -> Option<BlockType> {
 pub(crate) fn gguf_blocks(
     pool: &Pool,
     source: &Source,
-    stored: usize,
+    stored: StoredId,
     ggml_type: GgmlType,
     kind: BlockType,
     [rows, cols]: [usize; 2],
 ) -> Result<Blocks> {
-    let (path, name) = (source.file_of(stored), &source.stored[stored].name);
+    let (path, name) = (source.file_of(stored), &source.stored(stored).name);
     let bad = |e: &dyn std::fmt::Display| {
         Error::from(bitnet_formats::Error::tensor(
             path,
@@ -52,7 +52,7 @@ pub(crate) fn gguf_blocks(
         for (i, bytes) in bytes.chunks_exact(size.max(1)).enumerate() {
             let mut row = strip.row(i);
             let [scales, minima] = &mut row.halves;
-            let to = Integers {
+            let to = BlockIntegers {
                 codes: row.codes,
                 halves: [scales, minima],
                 factors: row.factors,
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use bitnet_core::random::Random;
     use bitnet_core::{Granularity, MatrixSpec};
-    use bitnet_formats::gguf::{OutTensor, decode, encode_header};
+    use bitnet_formats::gguf::{GgufEntry, decode, encode_header};
 
     const TYPES: [GgmlType; 10] = [
         GgmlType::Q4_0,
@@ -178,7 +178,7 @@ mod tests {
                     bytes.extend(block);
                 }
             }
-            tensors.push(OutTensor {
+            tensors.push(GgufEntry {
                 name: ggml_type.to_string(),
                 shape: vec![rows, cols],
                 ggml_type,
@@ -248,7 +248,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("blocks.gguf");
         file(&path, 8, 256);
-        let header = bitnet_formats::gguf::Header::read(
+        let header = bitnet_formats::gguf::GgufHeader::read(
             std::fs::File::open(&path).unwrap(),
             std::fs::metadata(&path).unwrap().len(),
         )

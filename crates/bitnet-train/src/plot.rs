@@ -3,7 +3,7 @@
 //! Text in a PNG has an 8 × 8 font that is part of the program, so no system fonts are needed.
 
 use crate::{Error, Result};
-use bitnet_formats::Error as FileError;
+use bitnet_formats::replace;
 use bitnet_quant::qat::{LayerRecord, Line};
 use font8x8::UnicodeFonts;
 use plotters::backend::SVGBackend;
@@ -13,8 +13,6 @@ use plotters_backend::text_anchor::{HPos, VPos};
 use plotters_backend::{BackendColor, BackendCoord, BackendTextStyle, DrawingErrorKind};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 /// Width and height of a plot in pixels.
@@ -95,17 +93,7 @@ pub fn save(log: &[Line], path: &Path) -> Result<()> {
             ));
         }
     };
-    let temporary = path.with_extension("partial");
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        fs::rename(&temporary, path)
-    };
-    let written = write();
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    Ok(written.map_err(FileError::io(path, "write"))?)
+    Ok(replace::write_file(path, &bytes)?)
 }
 
 fn panels(log: &[Line]) -> Result<Vec<Panel>> {

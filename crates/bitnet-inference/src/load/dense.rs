@@ -72,7 +72,7 @@ impl CheckpointLoader<'_> {
                 self.converted(found, used_as, &read)
             }
             Content::Float(stored) | Content::Opaque(stored) => {
-                let halves = match self.source.stored[*stored].dtype.to_string().as_str() {
+                let halves = match self.source.stored(*stored).dtype.to_string().as_str() {
                     "F16" => Some((Data::F16 as fn(Vec<u16>) -> Data, 0x7c00)),
                     "BF16" => Some((Data::Bf16 as fn(Vec<u16>) -> Data, 0x7f80)),
                     _ => None,
@@ -98,7 +98,7 @@ impl CheckpointLoader<'_> {
             Content::Quantized(q) => q.packed,
             Content::Float(stored) | Content::Opaque(stored) => *stored,
         };
-        let StoredType::Ggml(ggml_type) = self.source.stored[stored].dtype else {
+        let StoredType::Ggml(ggml_type) = self.source.stored(stored).dtype else {
             return Ok(None);
         };
         let Some(kind) = blocks::gguf_block_type(ggml_type).filter(|kind| choice.keeps(*kind))
