@@ -16,7 +16,7 @@ pub const KEY: &str = "bitnet.document";
 /// Version that this code writes and reads.
 pub const VERSION: u32 = 1;
 
-/// Everything about a quantized file that its tensors do not say themselves.
+/// What a quantized file records besides its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {

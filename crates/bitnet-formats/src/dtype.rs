@@ -23,7 +23,7 @@ impl StoredType {
     /// Signed bytes.
     pub const I8: Self = Self::Plain(Dtype::I8);
 
-    /// The type of a GGUF tensor; those that safetensors has too are [`StoredType::Plain`].
+    /// The type of a GGUF tensor; a type that safetensors has too is [`StoredType::Plain`].
     pub fn from_ggml(ggml: GgmlType) -> Self {
         match ggml {
             GgmlType::F32 => Self::Plain(Dtype::F32),

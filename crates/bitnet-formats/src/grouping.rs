@@ -12,7 +12,7 @@ use bitnet_core::pack::{self, LayoutOrigin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use safetensors::Dtype;
 
-/// Groups the stored tensors of a storage.
+/// Groups stored tensors into the tensors of the model.
 pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Tensor>> {
     let mut taken = vec![false; storage.stored.len()];
     let mut found: Vec<Tensor> = vec![];
@@ -72,18 +72,21 @@ pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Te
     Ok(found)
 }
 
-/// `autobitlinear` multiplies the bias by the scale too, so a bias there is not the bias of the
-/// layer. Nothing here knows how to say that in another container.
+/// Refuses biases beside packed weights. `autobitlinear` multiplies the bias by the scale too, and
+/// no other container can express that.
 fn refuse_biases(storage: &Storage, found: &[Tensor]) -> Result<()> {
-    for tensor in found.iter().filter(
-        |t| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == LayoutOrigin::HfBitnet),
-    ) {
+    let packed = |t: &&Tensor| match &t.content {
+        Content::Quantized(q) => q.layout.origin() == LayoutOrigin::HfBitnet,
+        _ => false,
+    };
+    for tensor in found.iter().filter(packed) {
         let bias = tensor
             .name
             .strip_suffix("weight")
             .and_then(|layer| storage.find_stored(&format!("{layer}bias")));
         if let Some(bias) = bias {
-            let expected = "no bias beside a packed weight: linear_class autobitlinear scales it too, which is not supported";
+            let expected = "no bias beside a packed weight: linear_class autobitlinear scales it \
+                            too, which is not supported";
             return Err(Error::tensor(
                 storage.file_of(bias),
                 &storage.stored(bias).name,
@@ -95,7 +98,7 @@ fn refuse_biases(storage: &Storage, found: &[Tensor]) -> Result<()> {
     Ok(())
 }
 
-/// A packed weight with a scale, but nothing that says by which convention.
+/// A scale of a packed weight in a folder whose config.json does not name the convention.
 fn orphan_scale(storage: &Storage) -> Option<StoredId> {
     storage.ids().find(|&id| {
         let weight = storage.stored(id).name.strip_suffix("_scale");
@@ -122,7 +125,7 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
         return Err(Error::tensor(
             path,
             name,
-            "a stored scale, for it is said to be an inverse",
+            "a stored scale, since the document calls it an inverse",
             "none",
         ));
     }
@@ -177,7 +180,7 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
     })
 }
 
-/// Checks that the stored tensors have the sizes and types that the spec asks for.
+/// Checks sizes and types of the stored tensors against the spec.
 fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
     let path = storage.file_of(q.packed);
     q.spec.validate().map_err(Error::matrix(path, name))?;
@@ -248,7 +251,7 @@ fn check_scales(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
         ScaleSource::Stored {
             reciprocal: true, ..
         } if dtype != ScaleDtype::F32 => bad(
-            "scales of f32, for they are inverses of what is stored",
+            "scales of f32: the stored numbers are their inverses",
             dtype.name(),
         ),
         // The stored number has its own type: the scale itself is 1/x in f32.
@@ -345,7 +348,7 @@ fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Opti
     }))
 }
 
-/// A ternary or binary GGUF tensor that somebody else wrote: one scale for each block.
+/// A ternary or binary GGUF tensor of another writer: one scale for each block.
 fn foreign_block(
     storage: &Storage,
     id: StoredId,

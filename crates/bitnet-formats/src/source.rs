@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-/// An open checkpoint. Its headers are read and checked; bytes of tensors are read when asked for.
+/// An open checkpoint. Its headers are read and checked; bytes of tensors are read on demand.
 #[derive(Debug)]
 pub struct Source {
     storage: Storage,
@@ -33,7 +33,7 @@ impl Source {
         Self::open_with(path, &OpenOptions::default())
     }
 
-    /// [`Source::open`] for files that do not say everything about themselves.
+    /// [`Source::open`] for files that leave something open.
     ///
     /// # Errors
     /// As [`Source::open`]; [`Error::Matrix`] for a layout that does not exist.
@@ -100,7 +100,7 @@ impl Source {
         self.storage.bitnet
     }
 
-    /// What was assumed where the files do not say it, each a sentence for a person.
+    /// Assumptions about what the files leave open, each a sentence for a person.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
@@ -281,7 +281,7 @@ impl Source {
         Ok(matrix)
     }
 
-    /// Refuses a folder whose scales plainly follow the other convention than its config says.
+    /// Refuses a folder whose scales clearly follow the convention that its config does not name.
     ///
     /// Only tensors in the hf-bitnet layout are judged.
     fn check_scales(&self) -> Result<()> {
@@ -320,7 +320,8 @@ impl Source {
                 "quantization_config.linear_class",
                 "a scale convention that fits the numbers",
                 format!(
-                    "'{}', under which layers amplify {gain:.3e} times (the other convention: {other:.3}); one of config and weights is wrong",
+                    "'{}', under which layers amplify {gain:.3e} times \
+                     (the other convention: {other:.3}); one of config and weights is wrong",
                     linear_class.name()
                 ),
             )),

@@ -1,8 +1,8 @@
 //! The files of a checkpoint and the tensors stored in them.
 //!
-//! Opening reads and checks headers only. Tensors are read by position, so that memory holds what
-//! the caller asks for and no more, several threads may read at once, and a file that somebody
-//! truncates meanwhile is an error and not a signal.
+//! Opening reads and checks headers only. Tensors are read by position: memory holds only the bytes
+//! that a caller reads, threads can read at the same time, and a file that is truncated meanwhile
+//! is an error and not a signal.
 
 use crate::container::Container;
 use crate::document::{self, Document};
@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// What kind of thing the path named.
+/// The kind of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// One `.safetensors` file.
@@ -37,7 +37,7 @@ pub struct SourceFile {
     pub path: PathBuf,
     /// Its length in bytes when it was opened.
     pub len: u64,
-    /// When it was last changed, if the system says.
+    /// Time of its last change, if the system has one.
     pub modified: Option<SystemTime>,
     file: File,
 }
@@ -58,7 +58,7 @@ impl Default for OpenOptions {
     }
 }
 
-/// An open checkpoint: files, stored tensors, and what the files say besides.
+/// An open checkpoint: files, stored tensors, config and metadata.
 #[derive(Debug)]
 pub(crate) struct Storage {
     pub(crate) path: PathBuf,
@@ -261,7 +261,8 @@ impl Storage {
             several => {
                 return Err(Error::file(
                     path,
-                    "model.safetensors, or model.safetensors.index.json, or a single .safetensors file",
+                    "model.safetensors, or model.safetensors.index.json, or a single .safetensors \
+                     file",
                     format!("{} of them and no index", several.len()),
                 ));
             }

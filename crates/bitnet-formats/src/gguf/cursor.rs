@@ -18,9 +18,9 @@ pub(super) enum HeaderPart<'a> {
     TensorName(u64),
     /// The info of this tensor.
     Tensor(&'a str),
-    /// All metadata pairs: so many.
+    /// All metadata pairs, with their number.
     Pairs(u64),
-    /// All tensor infos: so many.
+    /// All tensor infos, with their number.
     Tensors(u64),
 }
 

@@ -37,7 +37,7 @@ pub const MAGIC: &[u8; 4] = b"GGUF";
 pub const VERSION: u32 = 3;
 /// The key that sets another alignment than [`DEFAULT_ALIGNMENT`]; a u32.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
-/// Alignment of tensor data where the metadata does not say otherwise.
+/// Alignment of tensor data without [`ALIGNMENT_KEY`].
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Most dimensions that a tensor can have.
 pub const MAX_DIMS: usize = 4;

@@ -19,7 +19,7 @@ pub(super) struct JournalLine {
     pub(super) written: Vec<Written>,
     /// Layouts that were chosen while packing.
     pub(super) layouts: BTreeMap<String, String>,
-    /// What the caller wants back after a resume.
+    /// A note of the caller, returned after a resume.
     pub(super) note: serde_json::Value,
 }
 

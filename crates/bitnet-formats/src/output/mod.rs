@@ -1,11 +1,11 @@
-//! Writing a file tensor by tensor: atomic, resumable, and with the same bytes however often it was
-//! interrupted.
+//! Writes a file tensor by tensor: atomic, resumable, and with the same bytes after any number of
+//! interruptions.
 //!
-//! Data goes into `TARGET.bitnet-partial` at offsets that are known beforehand; tensors whose size
-//! depends on their values (compressing layouts) follow one another behind the rest. After each
-//! unit of work a line goes into `TARGET.bitnet-journal`. A later run of the same job finds both,
-//! checks the bytes of every journaled tensor against its checksum and continues after the last good
-//! one. At the end the header is written into the space kept for it and the file gets its name:
+//! Data goes into `TARGET.bitnet-partial` at known offsets. Tensors whose size depends on their
+//! values (compressing layouts) follow behind the rest. After each unit of work a line goes into
+//! `TARGET.bitnet-journal`. A later run of the same job finds both, checks the bytes of every
+//! journaled tensor against its checksum and continues after the last good one. At the end the
+//! header is written into the space kept for it and the file gets its name:
 //! [`replace`](crate::replace) has the protocol.
 
 mod header;
@@ -63,7 +63,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins a file, or goes on with one that an earlier run of the same job left.
+    /// Begins a file, or resumes one that an earlier run of the same job left.
     ///
     /// # Errors
     /// [`Error::Io`] if the folder cannot be written, [`Error::File`] if another process writes the
@@ -117,7 +117,7 @@ impl Writer {
         }
     }
 
-    /// Takes over what the journal vouches for, and cuts off the rest.
+    /// Keeps what the journal lists with the right checksum, and truncates the rest.
     fn resume(&mut self) -> Result<()> {
         let text = fs::read(&self.journal_path).map_err(Error::io(&self.journal_path, "read"))?;
         let mut good = 0;
@@ -328,7 +328,7 @@ impl Writer {
         Ok(len)
     }
 
-    /// The header with the sizes and checksums of what was written.
+    /// The header with sizes and checksums of the written tensors.
     fn header(&self) -> Result<Vec<u8>> {
         let mut document = self.plan.document.clone();
         let (mut tensors, mut offsets) = (self.plan.tensors.to_vec(), vec![]);
@@ -449,7 +449,7 @@ mod tests {
     }
 
     /// A kill after the link and before the removal: the partial file and the finished one are the
-    /// same, and what is written next must not reach the finished one.
+    /// same, and a new run must not write to the finished one.
     #[test]
     fn a_second_name_of_the_finished_file_is_not_written_to() {
         let dir = tempfile::tempdir().unwrap();

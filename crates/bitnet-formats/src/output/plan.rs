@@ -1,4 +1,4 @@
-//! What is known about a file before its first byte is written.
+//! The plan of a file: everything that is known before its first byte is written.
 
 use crate::container::Container;
 use crate::document::Document;
@@ -20,7 +20,7 @@ pub struct OutputTensor {
     pub len: PackedLen,
 }
 
-/// Everything that is known before the first byte is written.
+/// A file to be written.
 #[derive(Debug, Clone)]
 pub struct FilePlan {
     /// The container and its own metadata.
@@ -29,7 +29,7 @@ pub struct FilePlan {
     pub document: Document,
     /// The tensors, in the order in which the file lists them.
     pub tensors: OutputTensors,
-    /// Anything that tells this job from another one: what was read, and how it is treated.
+    /// Identity of the job: a checksum over its input and settings.
     pub job: String,
 }
 

@@ -1,4 +1,4 @@
-//! What a tokenizer.json is in llama.cpp's terms, or why it is nothing there.
+//! Which tokenizer of llama.cpp does what a tokenizer.json describes, or why none does.
 
 use super::pre::{LLAMA3, PRE, PreTokenizer, QWEN2, Words};
 use super::vocabulary::has_all_bytes;
@@ -9,7 +9,7 @@ use serde_json::Value;
 pub(super) const BEFORE_SPACE: &str = r"\n|▁*[^▁\n]+|▁+";
 pub(super) const SPACE: char = '▁';
 
-/// What a tokenizer is in llama.cpp's terms.
+/// A tokenizer in llama.cpp's terms.
 pub(super) struct Plan {
     pub(super) model: &'static str,
     pub(super) pre: Option<&'static str>,
@@ -35,7 +35,10 @@ fn normalizers<'a>(tokenizer: &'a Value, notes: &mut Vec<String>) -> Vec<&'a Val
     let mut rest = steps(tokenizer, "normalizer", "normalizers");
     rest.retain(|step| match step["type"].as_str() {
         Some(form @ ("NFC" | "NFKC" | "NFD" | "NFKD")) => {
-            notes.push(format!("the tokenizer normalizes text to {form}, llama.cpp does not: text in another form gets other tokens"));
+            notes.push(format!(
+                "the tokenizer normalizes text to {form}, llama.cpp \
+                 does not: text in another form gets other tokens"
+            ));
             false
         }
         _ => true,
@@ -90,7 +93,7 @@ pub(super) fn plan_bpe(
     {
         return Err("it merges line feeds".into());
     }
-    notes.push("llama.cpp leaves out characters that the tokenizer does not know".into());
+    notes.push("llama.cpp drops characters that the tokenizer does not know".into());
     Ok(Plan {
         model: "gpt2",
         pre: Some("sarvam-moe"),
@@ -176,7 +179,7 @@ fn words(splits: &[&Value]) -> Option<Words> {
     }
 }
 
-/// What a tokenizer with ▁ for a space merges within.
+/// The pieces of a text within which a tokenizer with ▁ for a space merges.
 #[derive(Clone, Copy)]
 enum Pieces {
     /// The whole text.
@@ -201,8 +204,8 @@ impl Pieces {
     }
 }
 
-/// Whether a space goes before the text, and what is merged, for a tokenizer that writes ▁ for a
-/// space.
+/// For a tokenizer that writes ▁ for a space: whether it puts a space before the text, and within
+/// which pieces it merges.
 fn spaces(
     tokenizer: &Value,
     normalizers: &[&Value],
@@ -230,7 +233,8 @@ fn spaces(
                 };
                 if adds {
                     prefix = true;
-                    notes.push("llama.cpp also puts a space before a text that begins with one, and after every special token; the tokenizer's Metaspace step does not".into());
+                    notes.push("llama.cpp also puts a space before a text that begins with one, and after \
+                         every special token; the tokenizer's Metaspace step does not".into());
                 }
                 if step["split"] != false {
                     pieces = Pieces::Spaces;

@@ -14,7 +14,7 @@ use std::path::Path;
 
 pub(super) type Pairs = Vec<(String, gguf::Value)>;
 
-/// The tokenizer's keys. What cannot be expressed becomes `none` and a note.
+/// The tokenizer's keys: `none` and a note if GGUF cannot express it.
 pub(in crate::arch) fn gguf_tokenizer(
     folder: &Path,
     config: &Value,
@@ -22,7 +22,7 @@ pub(in crate::arch) fn gguf_tokenizer(
     notes: &mut Vec<String>,
 ) -> Result<Pairs> {
     let none = || vec![("tokenizer.ggml.model".into(), "none".into())];
-    let lost = "the file has no tokenizer, so programs must give and take token ids";
+    let lost = "the file has no tokenizer, so programs must work with token ids";
     let settings = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
     let path = folder.join("tokenizer.json");
     let Some(tokenizer) = read_json(&path)? else {
@@ -72,7 +72,7 @@ fn chat_template(settings: &Value) -> Option<String> {
     }
 }
 
-/// The keys and notes, or the reason why there are none.
+/// Keys and notes, or why GGUF cannot express the tokenizer.
 pub(super) fn express(
     tokenizer: &Value,
     settings: &Value,
@@ -141,7 +141,7 @@ fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
 }
 
-/// The keys that say which tokenizer of llama.cpp it is.
+/// The keys that name the tokenizer of llama.cpp.
 fn identity(plan: &Plan) -> Pairs {
     let mut pairs: Pairs = vec![(key("model"), plan.model.into())];
     if let Some(pre) = plan.pre {
@@ -150,7 +150,7 @@ fn identity(plan: &Plan) -> Pairs {
     pairs
 }
 
-/// The token for text that has none, of the model itself.
+/// The model's token for unknown text.
 fn unknown_id(model: &Value, tokens: &[Option<String>]) -> Option<usize> {
     match model["unk_id"].as_u64() {
         Some(id) => Some(id as usize),
