@@ -1,7 +1,7 @@
-//! What a checkpoint holds, in honest bits, and what looks wrong in it.
+//! Lists the tensors of a checkpoint with their real bits per weight, and finds suspicious ones.
 
 use crate::Result;
-use crate::rows::{Scratch, strip_rows, windows, with_rows};
+use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
 use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
@@ -13,7 +13,7 @@ use std::ops::Range;
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
-pub struct TensorInfo {
+pub struct TensorSummary {
     /// Its name.
     pub name: String,
     /// Its shape.
@@ -26,18 +26,18 @@ pub struct TensorInfo {
     pub bytes: u64,
 }
 
-/// Something that looks wrong, or that a person should know.
+/// A suspicious property of a tensor, or a note for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// The tensor.
     pub tensor: String,
     /// Short name of the check.
     pub check: &'static str,
-    /// What was found.
+    /// The observation.
     pub what: String,
 }
 
-impl TensorInfo {
+impl TensorSummary {
     /// Number of weights.
     pub fn weights(&self) -> u64 {
         self.shape.iter().product::<usize>() as u64
@@ -50,29 +50,29 @@ impl TensorInfo {
 }
 
 /// Lists every tensor; reads no weights.
-pub fn tensors(source: &Source) -> Vec<TensorInfo> {
+pub fn tensors(source: &Source) -> Vec<TensorSummary> {
     source
-        .tensors
+        .tensors()
         .iter()
         .map(|tensor| {
             let (stored_as, spec) = match &tensor.content {
                 Content::Quantized(q) => (q.layout.name().to_string(), Some(q.spec.clone())),
                 Content::Float(i) | Content::Opaque(i) => {
-                    (source.stored[*i].dtype.to_string(), None)
+                    (source.stored(*i).dtype.to_string(), None)
                 }
             };
-            TensorInfo {
+            TensorSummary {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
                 stored_as,
                 spec,
-                bytes: tensor.bytes(source),
+                bytes: source.bytes_of(tensor),
             }
         })
         .collect()
 }
 
-/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`,
+/// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,
 /// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
 /// numbers) and `k` (columns that block layouts do not divide).
 ///
@@ -80,7 +80,7 @@ pub fn tensors(source: &Source) -> Vec<TensorInfo> {
 /// [`crate::Error::File`] for what cannot be read.
 pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     let mut findings = vec![];
-    for tensor in &source.tensors {
+    for tensor in source.tensors() {
         let mut find = |check, what: String| {
             findings.push(Finding {
                 tensor: tensor.name.clone(),
@@ -113,7 +113,7 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                 }
             },
             Content::Float(stored) => {
-                let dtype = source.stored[*stored].dtype;
+                let dtype = source.stored(*stored).dtype;
                 if dtype.block() > 1 {
                     find(
                         "already-quantized",
@@ -143,7 +143,7 @@ fn lint_floats(
         for window in windows(rows.count, strip_rows(rows.cols)) {
             let parts: Vec<Result<(Moments, usize)>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, range: Range<usize>| {
+                .map_init(StripBuffers::default, |scratch, range: Range<usize>| {
                     rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
                     let mut part = (Moments::EMPTY, 0);
                     for row in scratch.weights.chunks(rows.cols.max(1)) {

@@ -1,4 +1,4 @@
-//! The main path: a whole model, tensor by tensor, in bounded memory.
+//! Runs a planned job: the whole model, tensor by tensor, in bounded memory.
 //!
 //! ```text
 //! for each tensor:                                      (this thread)           (writer thread)
@@ -14,51 +14,52 @@
 use crate::plan::Job;
 use crate::rows::thread_pool;
 use crate::target::{check_target, place_folder};
-use crate::worker::{Message, Worker};
+use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
 use bitnet_core::Granularity;
 use bitnet_core::stats::ErrorStats;
-pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
+use bitnet_formats::replace;
+pub use bitnet_formats::replace::Existing;
 use bitnet_kernels::Kernels;
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
-/// Sees a job advance.
+/// Receives the progress of a job.
 pub trait Progress: Sync {
-    /// Work on a tensor begins.
+    /// A tensor starts.
     fn tensor(&self, _name: &str) {}
-    /// This many more bytes of the input are done.
+    /// `_bytes` more bytes of the input are done.
     fn advance(&self, _bytes: u64) {}
 }
 
 impl Progress for () {}
 
-/// How a job runs.
+/// Options of a run.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
     /// Threads that quantize; 0 for one on each core.
     pub threads: usize,
     /// The loops.
     pub kernels: Kernels,
-    /// Who watches.
+    /// Receives the progress.
     pub progress: &'a dyn Progress,
-    /// Set to stop at the next strip; what is done stays for the next run.
+    /// Set to stop at the next strip; the next run resumes.
     pub interrupt: &'a AtomicBool,
-    /// What happens to a target that exists.
+    /// Whether an existing target is replaced.
     pub existing: Existing,
 }
 
-/// What became of one tensor.
+/// The result for one tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TensorReport {
     /// Its name in the output.
     pub name: String,
-    /// What it became: a precision, a float type, or `copied`.
+    /// The result: a precision, a float type, or `copied`.
     pub became: String,
     /// Wire layout, if it is quantized.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -70,13 +71,13 @@ pub struct TensorReport {
     pub weights: u64,
     /// Bytes in the output, scales and padding included.
     pub bytes: u64,
-    /// What quantization lost, if this run quantized it.
+    /// Quantization error, if this run quantized it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<ErrorStats>,
     /// Order-0 entropy of the values in bits, if this run quantized it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub entropy: Option<f64>,
-    /// What a person should know.
+    /// A note for the user.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,
 }
@@ -88,7 +89,7 @@ impl TensorReport {
     }
 }
 
-/// What became of the checkpoint.
+/// The result of a job.
 #[derive(Debug, Clone)]
 pub struct Summary {
     /// Tensors, in the order of the source.
@@ -105,22 +106,22 @@ pub struct Summary {
 
 /// Runs a job and writes `target`.
 ///
-/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on
-/// from there and ends with the same bytes. Any other failure leaves nothing behind.
+/// An interrupted or killed run leaves a partial file beside the target; the same job resumes from
+/// it and ends with the same bytes. Any other failure leaves nothing behind.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights
 /// that cannot be quantized, and [`Error::File`] for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
+    if job.sidecars.is_some() {
+        replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
+    }
     check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
-    let folder = job.sidecars.is_some().then(|| {
-        // Without a slash at the end, behind which the ending would be a name of its own.
-        let mut name = target.components().as_path().as_os_str().to_os_string();
-        name.push(".");
-        name.push(bitnet_formats::output::PARTIAL);
-        PathBuf::from(name)
-    });
+    let folder = job
+        .sidecars
+        .is_some()
+        .then(|| replace::beside(target, replace::PARTIAL));
     let pool = thread_pool(options.threads)?;
     let file = match &folder {
         Some(folder) => match fs::create_dir(folder) {
@@ -137,7 +138,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             .iter()
             .for_each(|folder| drop(fs::remove_dir(folder)));
     })?;
-    // From here on the writer's lock is ours, and so is the folder.
+    // The writer holds its lock from here on, so this process owns the folder.
     let clean = |error: Error| {
         if let (Some(folder), false) = (&folder, matches!(error, Error::Interrupted)) {
             let _ = fs::remove_dir_all(folder);
@@ -151,8 +152,46 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .filter_map(|note| serde_json::from_value(note.clone()).ok())
         .collect();
 
-    let (writer, outcome) = std::thread::scope(|scope| {
-        let (sender, receiver) = sync_channel::<Message>(4);
+    let (writer, outcome) = work(job, options, &pool, writer, resumed);
+    let fresh: Vec<TensorReport> = match outcome {
+        Ok(fresh) => fresh,
+        Err(error) => {
+            if !matches!(error, Error::Interrupted) {
+                writer.abandon();
+            }
+            return Err(clean(error));
+        }
+    };
+    reports.extend(fresh);
+    // The folder is ours, whatever an earlier run left in it.
+    let existing = match folder {
+        Some(_) => Existing::Replace,
+        None => options.existing,
+    };
+    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
+    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
+        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
+    }
+    Ok(Summary {
+        tensors: reports,
+        file_bytes,
+        input_bytes: job.input_bytes(),
+        resumed,
+        elapsed: start.elapsed(),
+    })
+}
+
+/// Processes the tensors after the first `resumed` on the threads of `pool`, while another thread
+/// writes. Returns the writer, which a failed job abandons.
+fn work(
+    job: &Job<'_>,
+    options: &Options<'_>,
+    pool: &rayon::ThreadPool,
+    writer: Writer,
+    resumed: usize,
+) -> (Writer, Result<Vec<TensorReport>>) {
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel::<WriterMessage>(4);
         let thread = scope.spawn(move || {
             let mut writer = writer;
             for message in receiver {
@@ -164,10 +203,10 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         });
         let worked = pool.install(|| {
             let mut fresh = vec![];
-            for unit in &job.units[resumed.min(job.units.len())..] {
+            for tensor_job in &job.tensor_jobs[resumed.min(job.tensor_jobs.len())..] {
                 let worker = Worker {
                     job,
-                    unit,
+                    tensor_job,
                     options,
                     out: &sender,
                 };
@@ -176,38 +215,14 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             Ok(fresh)
         });
         drop(sender);
-        // A thread that panicked has said why; there is nothing better to do than to go down with
-        // it.
+        // The panicking thread has printed why; pass the panic on.
         let (writer, written) = thread
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        // What the system refused comes first: it is why the channel broke.
+        // An error of the writer comes first: it is why the channel closed.
         match (written, worked) {
             (Err(error), _) => (writer, Err(Error::from(error))),
             (Ok(()), outcome) => (writer, outcome),
         }
-    });
-    let fresh: Vec<TensorReport> = match outcome {
-        Ok(fresh) => fresh,
-        Err(error) => {
-            if !matches!(error, Error::Interrupted) {
-                writer.abandon();
-            }
-            return Err(clean(error));
-        }
-    };
-    reports.extend(fresh);
-    let file_bytes = writer
-        .finish(options.existing)
-        .map_err(|e| clean(e.into()))?;
-    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
-        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
-    }
-    Ok(Summary {
-        tensors: reports,
-        file_bytes,
-        input_bytes: job.input_bytes(),
-        resumed,
-        elapsed: start.elapsed(),
     })
 }

@@ -1,23 +1,24 @@
-//! Rows of a tensor as f32, read strip by strip from wherever they are.
+//! Rows of a tensor as f32, read strip by strip.
 
 use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
-use bitnet_formats::{Content, Source, Tensor};
+use bitnet_formats::{Content, Source, StoredId, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
 const STRIP_WEIGHTS: usize = 1 << 18;
-/// Strips for each thread that are in memory together: enough that no thread waits long for the
+/// Strips in memory for each thread: enough that no thread waits long for the
 /// slowest.
 const STRIPS_PER_THREAD: usize = 4;
-/// Rows of a tensor as f32, wherever they come from.
-pub(crate) struct Rows<'a> {
+
+/// Rows of a tensor as f32: stored floats or blocks, or dequantized values.
+pub(crate) struct WeightRows<'a> {
     source: &'a Source,
-    from: Origin<'a>,
+    from: RowSource<'a>,
     /// Number of rows.
     pub(crate) count: usize,
     /// Weights of a row.
@@ -26,20 +27,20 @@ pub(crate) struct Rows<'a> {
 }
 
 #[derive(Clone, Copy)]
-enum Origin<'a> {
-    Stored(usize),
+enum RowSource<'a> {
+    Stored(StoredId),
     Matrix(&'a Matrix),
 }
 
-/// Buffers that a thread keeps.
+/// Buffers of one thread.
 #[derive(Default)]
-pub(crate) struct Scratch {
+pub(crate) struct StripBuffers {
     pub(crate) bytes: Vec<u8>,
     pub(crate) weights: Vec<f32>,
     pub(crate) back: Vec<f32>,
 }
 
-impl Rows<'_> {
+impl WeightRows<'_> {
     /// Reads rows `rows` into `out`; `bytes` is scratch.
     pub(crate) fn read(
         &self,
@@ -50,17 +51,17 @@ impl Rows<'_> {
         let cols = self.cols;
         out.resize(rows.len() * cols, 0.0);
         match (&self.from, self.order) {
-            (Origin::Stored(stored), None) => {
+            (RowSource::Stored(stored), None) => {
                 self.source
                     .read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?
             }
-            (Origin::Stored(stored), Some(order)) => {
+            (RowSource::Stored(stored), Some(order)) => {
                 for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
                     self.source
                         .read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
                 }
             }
-            (Origin::Matrix(matrix), order) => {
+            (RowSource::Matrix(matrix), order) => {
                 for (row, out) in rows.zip(out.chunks_mut(cols.max(1))) {
                     matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
                 }
@@ -70,16 +71,16 @@ impl Rows<'_> {
     }
 }
 
-/// A tensor as one granule: its strips, read anew at each pass.
-pub(crate) struct Strips<'a> {
-    pub(crate) rows: &'a Rows<'a>,
+/// A tensor as one granule: each pass reads its strips again.
+pub(crate) struct StripGranule<'a> {
+    pub(crate) rows: &'a WeightRows<'a>,
     /// Rows of a strip.
     pub(crate) strip: usize,
-    /// Set to stop.
+    /// Set to stop the pass.
     pub(crate) interrupt: &'a AtomicBool,
 }
 
-impl Granule for Strips<'_> {
+impl Granule for StripGranule<'_> {
     type Error = Error;
 
     fn fold<T: Send>(
@@ -94,7 +95,7 @@ impl Granule for Strips<'_> {
             }
             let parts: Vec<Result<T>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, rows| {
+                .map_init(StripBuffers::default, |scratch, rows| {
                     let first = rows.start * self.rows.cols;
                     self.rows
                         .read(rows, &mut scratch.bytes, &mut scratch.weights)?;
@@ -126,8 +127,8 @@ pub(crate) fn thread_pool(n: usize) -> Result<rayon::ThreadPool> {
         .map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
 }
 
-/// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are
-/// joined in the order of the strips, so what is computed does not depend on that number.
+/// Row ranges of `strip` rows, in windows that occupy all current threads. Results are joined in
+/// the order of the strips, so they do not depend on the number of threads.
 pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
     let strips = count.div_ceil(strip);
     let window = STRIPS_PER_THREAD * rayon::current_num_threads();
@@ -163,20 +164,20 @@ pub(crate) fn with_rows<T>(
     source: &Source,
     tensor: &Tensor,
     order: Option<&[usize]>,
-    f: impl FnOnce(&Rows<'_>) -> Result<T>,
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {
     let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
     match &tensor.content {
         Content::Float(stored) | Content::Opaque(stored) => {
-            let blocks = source.stored[*stored].dtype.block() > 1;
+            let blocks = source.stored(*stored).dtype.block() > 1;
             let cols = if blocks {
                 tensor.shape.last().copied().unwrap_or(1)
             } else {
                 cols
             };
-            f(&Rows {
+            f(&WeightRows {
                 source,
-                from: Origin::Stored(*stored),
+                from: RowSource::Stored(*stored),
                 count: tensor.elements() / cols.max(1),
                 cols,
                 order,
@@ -186,9 +187,9 @@ pub(crate) fn with_rows<T>(
             let matrix = source.matrix(&tensor.name, q)?;
             // The same weights in the same order, if the matrix of the file has other rows than the
             // tensor.
-            f(&Rows {
+            f(&WeightRows {
                 source,
-                from: Origin::Matrix(&matrix),
+                from: RowSource::Matrix(&matrix),
                 count: matrix.spec.rows,
                 cols: matrix.spec.cols,
                 order: order.filter(|_| matrix.spec.rows == rows),
@@ -197,7 +198,7 @@ pub(crate) fn with_rows<T>(
     }
 }
 
-impl Rows<'_> {
+impl WeightRows<'_> {
     /// The same weights in rows of another length.
     pub(crate) fn reshaped(&self, cols: usize) -> Self {
         Self {

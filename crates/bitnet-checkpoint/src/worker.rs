@@ -1,16 +1,16 @@
-//! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the writer
-//! thread in order.
+//! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the
+//! writer thread in order.
 
 use crate::job::{Options, TensorReport};
-use crate::plan::{Job, Pack, Unit, Work};
-use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
+use crate::plan::{Action, Job, Pack, TensorJob};
+use crate::rows::{StripBuffers, StripGranule, WeightRows, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
-use bitnet_formats::output::Writer;
+use bitnet_formats::output::{OutputId, Writer};
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
 use rayon::prelude::*;
@@ -18,20 +18,20 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
-/// Weights that are reconstructed and measured at a time.
+/// Weights reconstructed and measured at a time.
 const MEASURED: usize = 1 << 14;
 /// Bytes of one piece of a copied tensor.
 const COPY_BYTES: usize = 4 << 20;
 
-/// What the writer thread is told.
-pub(crate) enum Message {
-    Append(usize, Vec<u8>),
-    End(usize),
+/// A message to the writer thread.
+pub(crate) enum WriterMessage {
+    Append(OutputId, Vec<u8>),
+    End(OutputId),
     Layout(String, &'static str),
     Commit(serde_json::Value),
 }
 
-impl Message {
+impl WriterMessage {
     pub(crate) fn apply(self, writer: &mut Writer) -> bitnet_formats::Result<()> {
         match self {
             Self::Append(index, bytes) => writer.append(index, &bytes),
@@ -47,14 +47,14 @@ impl Message {
 
 pub(crate) struct Worker<'a> {
     pub(crate) job: &'a Job<'a>,
-    pub(crate) unit: &'a Unit,
+    pub(crate) tensor_job: &'a TensorJob,
     pub(crate) options: &'a Options<'a>,
-    pub(crate) out: &'a SyncSender<Message>,
+    pub(crate) out: &'a SyncSender<WriterMessage>,
 }
 
 impl Worker<'_> {
-    fn send(&self, message: Message) -> Result<()> {
-        // The writer is gone only after an error of its own, which then counts.
+    fn send(&self, message: WriterMessage) -> Result<()> {
+        // The writer thread ends early only after an error of its own, which `run` returns.
         self.out.send(message).map_err(|_| Error::Interrupted)
     }
 
@@ -67,27 +67,22 @@ impl Worker<'_> {
     }
 
     fn advance(&self, share: usize, of: usize) {
-        let Some(index) = self.unit.tensor else {
+        let Some(index) = self.tensor_job.tensor else {
             return;
         };
-        let bytes = self.job.source.tensors[index].bytes(self.job.source);
+        let source = self.job.source;
+        let bytes = source.bytes_of(source.tensor(index));
         self.options
             .progress
             .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
     }
 
     fn error(&self, error: Error) -> Error {
-        match (error, self.unit.tensor) {
+        match (error, self.tensor_job.tensor) {
             (Error::Core(source), Some(index)) => {
-                let tensor = &self.job.source.tensors[index];
-                let path = tensor
-                    .stored()
-                    .first()
-                    .map_or(self.job.source.path.as_path(), |&i| {
-                        self.job.source.file_of(i)
-                    });
+                let tensor = self.job.source.tensor(index);
                 Error::Tensor {
-                    path: path.to_path_buf(),
+                    path: self.job.source.file_of_tensor(tensor).to_path_buf(),
                     tensor: tensor.name.clone(),
                     source,
                 }
@@ -98,15 +93,15 @@ impl Worker<'_> {
 
     pub(crate) fn run(&self) -> Result<TensorReport> {
         self.check_interrupt()?;
-        self.options.progress.tensor(&self.unit.name);
-        let report = match &self.unit.work {
-            Work::Literal(bytes) => self.literal(bytes),
-            Work::Copy => self.copy(),
-            Work::Cast(dtype) => self.cast(*dtype),
-            Work::Pack(pack) => self.pack(pack),
+        self.options.progress.tensor(&self.tensor_job.name);
+        let report = match &self.tensor_job.action {
+            Action::Literal(bytes) => self.literal(bytes),
+            Action::Copy => self.copy(),
+            Action::Cast(dtype) => self.cast(*dtype),
+            Action::Pack(pack) => self.pack(pack),
         }
         .map_err(|e| self.error(e))?;
-        self.send(Message::Commit(
+        self.send(WriterMessage::Commit(
             serde_json::to_value(&report).unwrap_or_default(),
         ))?;
         Ok(report)
@@ -114,11 +109,11 @@ impl Worker<'_> {
 
     fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
         let weights = self
-            .unit
+            .tensor_job
             .tensor
-            .map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
+            .map_or(bytes / 4, |i| self.job.source.tensor(i).elements() as u64);
         TensorReport {
-            name: self.unit.name.clone(),
+            name: self.tensor_job.name.clone(),
             became: became.to_string(),
             layout: None,
             granularity: None,
@@ -126,34 +121,37 @@ impl Worker<'_> {
             bytes,
             error: None,
             entropy: None,
-            note: self.unit.note.clone(),
+            note: self.tensor_job.note.clone(),
         }
     }
 
     fn literal(&self, bytes: &[u8]) -> Result<TensorReport> {
-        self.send(Message::Append(self.unit.data, bytes.to_vec()))?;
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::Append(self.tensor_job.data, bytes.to_vec()))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report("f32", bytes.len() as u64))
     }
 
     fn copy(&self) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(index) = self.unit.tensor else {
+        let Some(index) = self.tensor_job.tensor else {
             return Ok(self.report("nothing", 0));
         };
-        let tensor = &source.tensors[index];
+        let tensor = source.tensor(index);
         let Some(&stored) = tensor.stored().first() else {
             return Ok(self.report("nothing", 0));
         };
-        let len = source.stored[stored].len;
+        let len = source.stored(stored).len;
         let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffer = vec![];
         let send = |buffer: &mut Vec<u8>| -> Result<()> {
             self.advance(buffer.len(), len as usize);
-            self.send(Message::Append(self.unit.data, std::mem::take(buffer)))?;
+            self.send(WriterMessage::Append(
+                self.tensor_job.data,
+                std::mem::take(buffer),
+            ))?;
             self.check_interrupt()
         };
-        match &self.unit.rows {
+        match &self.tensor_job.rows {
             None => {
                 let mut at = 0;
                 while at < len {
@@ -175,15 +173,20 @@ impl Worker<'_> {
                 send(&mut buffer)?;
             }
         }
-        self.send(Message::End(self.unit.data))?;
-        Ok(self.report(format!("copied {}", source.stored[stored].dtype), len))
+        self.send(WriterMessage::End(self.tensor_job.data))?;
+        Ok(self.report(format!("copied {}", source.stored(stored).dtype), len))
     }
 
-    /// Calls `f` with the rows of the unit's tensor.
-    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>) -> Result<T>) -> Result<T> {
+    /// Calls `f` with the rows of the tensor.
+    fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
-        match self.unit.tensor {
-            Some(index) => with_rows(source, &source.tensors[index], self.unit.rows.as_deref(), f),
+        match self.tensor_job.tensor {
+            Some(index) => with_rows(
+                source,
+                source.tensor(index),
+                self.tensor_job.rows.as_deref(),
+                f,
+            ),
             None => Err(Error::Recipe("a literal has no rows".into())),
         }
     }
@@ -196,7 +199,7 @@ impl Worker<'_> {
                 let done: usize = window.iter().map(Range::len).sum();
                 let parts: Vec<Result<Vec<u8>>> = window
                     .into_par_iter()
-                    .map_init(Scratch::default, |scratch, range| {
+                    .map_init(StripBuffers::default, |scratch, range| {
                         let first = range.start * rows.cols;
                         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
                         let lost = scratch
@@ -219,13 +222,13 @@ impl Worker<'_> {
                 for part in parts {
                     let part = part?;
                     total += part.len() as u64;
-                    self.send(Message::Append(self.unit.data, part))?;
+                    self.send(WriterMessage::Append(self.tensor_job.data, part))?;
                 }
                 self.advance(done, count);
             }
             Ok(total)
         })?;
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report(to, bytes))
     }
 
@@ -238,7 +241,12 @@ impl Worker<'_> {
         }
     }
 
-    fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
+    fn quantize(
+        &self,
+        pack: &Pack,
+        scheme: &Scheme,
+        rows: &WeightRows<'_>,
+    ) -> Result<TensorReport> {
         let spec = &pack.spec;
         let chunk = pack
             .layout
@@ -254,7 +262,7 @@ impl Worker<'_> {
                     .transpose()?;
                 Some(fit(
                     &self.options.kernels,
-                    &Strips {
+                    &StripGranule {
                         rows,
                         strip,
                         interrupt: self.options.interrupt,
@@ -265,104 +273,72 @@ impl Worker<'_> {
             }
             _ => None,
         };
-        let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
-        let mut scales = vec![0.0f32; spec.scales_len()];
-        let mut zeros = vec![
-            0.0f32;
-            if spec.zero_points == ZeroPoints::None {
-                0
-            } else {
-                spec.scales_len()
-            }
-        ];
-        let mut error = ErrorStats::default();
-        let mut histogram = CodeHistogram::default();
-        let mut packed_bytes = 0;
+        let strips = StripJob {
+            pack,
+            scheme,
+            rows,
+            fitted: fitted.as_ref(),
+            pack_strips: chunk.is_some(),
+        };
+        let mut done = AssembledTensor::new(spec, chunk.is_none());
         for window in windows(if spec.cols == 0 { 0 } else { spec.rows }, strip) {
             self.check_interrupt()?;
-            let parts: Vec<Result<Part>> = window
+            let parts: Vec<Result<QuantizedStrip>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, range| {
-                    self.quantize_strip(
-                        pack,
-                        scheme,
-                        rows,
-                        fitted.as_ref(),
-                        chunk.is_some(),
-                        range,
-                        scratch,
-                    )
+                .map_init(StripBuffers::default, |buffers, range| {
+                    self.quantize_strip(&strips, range, buffers)
                 })
                 .collect();
             for part in parts {
                 let part = part?;
-                let (count, first) = (part.matrix.spec.rows, part.first_row);
-                error = error.merge(part.error);
-                histogram.merge(&part.histogram);
-                if let Some(whole) = &mut whole {
-                    for plane in 0..spec.planes {
-                        let from =
-                            &part.matrix.values[plane * count * spec.cols..][..count * spec.cols];
-                        whole[(plane * spec.rows + first) * spec.cols..][..from.len()]
-                            .copy_from_slice(from);
-                    }
-                } else {
-                    packed_bytes += part.packed.len() as u64;
-                    self.send(Message::Append(self.unit.data, part.packed))?;
+                done.add(spec, &part);
+                self.advance(part.matrix.spec.rows, spec.rows);
+                if chunk.is_some() {
+                    self.send(WriterMessage::Append(self.tensor_job.data, part.packed))?;
                 }
-                place_granules(spec, first, &part.matrix.scales, &mut scales);
-                place_granules(spec, first, &part.matrix.zero_points, &mut zeros);
-                self.advance(count, spec.rows);
             }
         }
         if spec.weights_len() == 0 {
-            whole = Some(vec![]);
+            done.values = Some(vec![]);
         }
         let mut layout = pack.layout;
-        if let Some(values) = whole {
-            let bytes = self.pack_whole(pack, &values, &scales, &mut layout)?;
-            packed_bytes += bytes.len() as u64;
-            self.send(Message::Append(self.unit.data, bytes))?;
+        if let Some(values) = &done.values {
+            let bytes = self.pack_whole(pack, values, &done.scales, &mut layout)?;
+            done.packed_bytes += bytes.len() as u64;
+            self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
         }
-        let bytes = packed_bytes + self.finish_matrix(pack, &scales, &zeros)?;
+        let bytes = done.packed_bytes + self.finish_matrix(pack, &done.scales, &done.zeros)?;
         let mut report = self.packed_report(pack, layout, bytes);
-        report.error = Some(error);
-        report.entropy = Some(histogram.entropy_bits());
+        report.error = Some(done.error);
+        report.entropy = Some(done.histogram.entropy_bits());
         Ok(report)
     }
 
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "one call site; a struct would only rename the arguments"
-    )]
     fn quantize_strip(
         &self,
-        pack: &Pack,
-        scheme: &Scheme,
-        rows: &Rows<'_>,
-        fitted: Option<&Fitted>,
-        packed_by_strip: bool,
+        job: &StripJob<'_>,
         range: Range<usize>,
-        scratch: &mut Scratch,
-    ) -> Result<Part> {
-        let first_row = range.start;
-        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+        buffers: &mut StripBuffers,
+    ) -> Result<QuantizedStrip> {
+        let (pack, first_row) = (job.pack, range.start);
+        job.rows
+            .read(range, &mut buffers.bytes, &mut buffers.weights)?;
         let cols = pack.spec.cols;
-        let h = pack.importance.as_deref().filter(|_| fitted.is_none());
+        let h = pack.importance.as_deref().filter(|_| job.fitted.is_none());
         let mut matrix = quantize_rows(
             &self.options.kernels,
-            &scratch.weights,
+            &buffers.weights,
             cols,
             first_row,
-            scheme,
-            fitted,
+            job.scheme,
+            job.fitted,
             h,
         )?;
         let mut error = ErrorStats::default();
-        scratch.back.resize(cols.min(MEASURED), 0.0);
-        for (row, weights) in scratch.weights.chunks(cols).enumerate() {
+        buffers.back.resize(cols.min(MEASURED), 0.0);
+        for (row, weights) in buffers.weights.chunks(cols).enumerate() {
             for (part, weights) in weights.chunks(MEASURED).enumerate() {
-                let back = &mut scratch.back[..weights.len()];
+                let back = &mut buffers.back[..weights.len()];
                 matrix.dequantize_part_into(row, part * MEASURED, back);
                 error = error.merge(ErrorStats::measure(weights, back));
             }
@@ -370,7 +346,7 @@ impl Worker<'_> {
         let mut histogram = CodeHistogram::default();
         histogram.add(&matrix.values);
         let mut packed = vec![];
-        if let (Some(layout), true) = (pack.layout, packed_by_strip) {
+        if let (Some(layout), true) = (pack.layout, job.pack_strips) {
             stream::pack(
                 self.options.kernels,
                 &Pool::single(),
@@ -382,7 +358,7 @@ impl Worker<'_> {
             )?;
             matrix.values = vec![];
         }
-        Ok(Part {
+        Ok(QuantizedStrip {
             first_row,
             packed,
             matrix,
@@ -393,7 +369,7 @@ impl Worker<'_> {
 
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else {
+        let Some(tensor) = self.tensor_job.tensor.map(|i| source.tensor(i)) else {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
@@ -402,7 +378,7 @@ impl Worker<'_> {
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
         let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
-        if let Some(order) = &self.unit.rows {
+        if let Some(order) = &self.tensor_job.rows {
             matrix = matrix.select_rows(order);
         }
         for scale in &mut matrix.scales {
@@ -419,7 +395,7 @@ impl Worker<'_> {
         let mut layout = pack.layout;
         let bytes = self.pack_whole(pack, &matrix.values, &matrix.scales, &mut layout)?;
         let mut total = bytes.len() as u64;
-        self.send(Message::Append(self.unit.data, bytes))?;
+        self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
         total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
         self.advance(1, 1);
         Ok(self.packed_report(pack, layout, total))
@@ -454,23 +430,26 @@ impl Worker<'_> {
             None => {
                 let (picked, bytes) = pack::auto(&pack.spec, values, scales)?;
                 *layout = Some(picked);
-                self.send(Message::Layout(self.unit.name.clone(), picked.name()))?;
+                self.send(WriterMessage::Layout(
+                    self.tensor_job.name.clone(),
+                    picked.name(),
+                ))?;
                 Ok(bytes)
             }
         }
     }
 
-    /// Writes scales and zero points where they are stored apart, and ends the unit's tensors.
-    /// Returns the bytes written.
+    /// Writes scales and zero points that are stored as tensors of their own, and ends the written
+    /// tensors. Returns the bytes written.
     fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         let mut total = 0;
-        let mut put = |index: usize, bytes: Vec<u8>| -> Result<()> {
+        let mut put = |index: OutputId, bytes: Vec<u8>| -> Result<()> {
             total += bytes.len() as u64;
-            self.send(Message::Append(index, bytes))?;
-            self.send(Message::End(index))
+            self.send(WriterMessage::Append(index, bytes))?;
+            self.send(WriterMessage::End(index))
         };
-        if let Some(index) = self.unit.scale {
+        if let Some(index) = self.tensor_job.scale {
             let mut bytes = vec![];
             let storage = ScaleStorage {
                 dtype: pack.scale_dtype,
@@ -481,7 +460,7 @@ impl Worker<'_> {
                 .for_each(|&s| pack.scale_dtype.write(storage.to_stored(s), &mut bytes));
             put(index, bytes)?;
         }
-        if let Some(index) = self.unit.zero {
+        if let Some(index) = self.tensor_job.zero {
             let bytes = match pack.spec.zero_points {
                 ZeroPoints::F32 => zeros.iter().flat_map(|z| z.to_le_bytes()).collect(),
                 _ => zeros.iter().map(|&z| z as i8 as u8).collect(),
@@ -511,17 +490,73 @@ impl Worker<'_> {
     }
 }
 
+/// What the strips of a tensor share.
+struct StripJob<'a> {
+    pack: &'a Pack,
+    scheme: &'a Scheme,
+    rows: &'a WeightRows<'a>,
+    /// The parameters of a tensor with one granule.
+    fitted: Option<&'a Fitted>,
+    /// Whether each strip is packed on its own.
+    pack_strips: bool,
+}
+
+/// The strips of a tensor put together.
+struct AssembledTensor {
+    /// The values; `None` if each strip is packed on its own.
+    values: Option<Vec<i8>>,
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+    error: ErrorStats,
+    histogram: CodeHistogram,
+    packed_bytes: u64,
+}
+
+impl AssembledTensor {
+    fn new(spec: &MatrixSpec, keep_values: bool) -> Self {
+        let zeros = match spec.zero_points {
+            ZeroPoints::None => 0,
+            ZeroPoints::I8 | ZeroPoints::F32 => spec.scales_len(),
+        };
+        Self {
+            values: keep_values.then(|| vec![0; spec.values_len()]),
+            scales: vec![0.0; spec.scales_len()],
+            zeros: vec![0.0; zeros],
+            error: ErrorStats::default(),
+            histogram: CodeHistogram::default(),
+            packed_bytes: 0,
+        }
+    }
+
+    /// Copies a strip to its place.
+    fn add(&mut self, spec: &MatrixSpec, strip: &QuantizedStrip) {
+        let (count, first) = (strip.matrix.spec.rows, strip.first_row);
+        self.error = self.error.merge(strip.error);
+        self.histogram.merge(&strip.histogram);
+        self.packed_bytes += strip.packed.len() as u64;
+        if let Some(values) = &mut self.values {
+            for plane in 0..spec.planes {
+                let from = &strip.matrix.values[plane * count * spec.cols..][..count * spec.cols];
+                values[(plane * spec.rows + first) * spec.cols..][..from.len()]
+                    .copy_from_slice(from);
+            }
+        }
+        place_granules(spec, first, &strip.matrix.scales, &mut self.scales);
+        place_granules(spec, first, &strip.matrix.zero_points, &mut self.zeros);
+    }
+}
+
 /// A quantized strip.
-struct Part {
+struct QuantizedStrip {
     first_row: usize,
     packed: Vec<u8>,
-    /// Its values are gone if it is packed.
+    /// Its values are empty if the strip is packed.
     matrix: Matrix,
     error: ErrorStats,
     histogram: CodeHistogram,
 }
 
-/// Copies the granules of a strip that begins at `first_row` to their place among all of them.
+/// Copies the scales or zero points of a strip that begins at `first_row` into those of the matrix.
 fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
     let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
     let first = if spec.granularity == Granularity::Tensor {

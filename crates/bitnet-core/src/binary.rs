@@ -21,7 +21,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && split != BinarySplit::Optimal {
         return Err(Error::Scheme(format!(
-            "importance with binary split {split:?}; only Optimal uses it"
+            "importance with binary split {split}; only optimal uses it"
         ))
         .into());
     }
@@ -66,7 +66,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     };
     let (low, high) = match (lower.weight > 0.0, upper.weight > 0.0) {
         (true, true) => (lower.mean(), upper.mean()),
-        // All weights are one number m: levels 0 and 2m or so would do; ±m needs no zero point.
+        // All weights are one number m: with the levels ±m the zero point is 0.
         _ => (-mean.abs(), mean.abs()),
     };
     let scale = storage.round((high - low) / 2.0)?;

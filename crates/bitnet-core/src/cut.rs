@@ -47,11 +47,11 @@ pub(crate) fn above_both(
     }
 }
 
-/// The squared error of a cut, from what lies above it.
+/// The two sides of a cut and their levels, computed from the side above it.
 struct Clusters {
     key: Key,
     extent: Extent,
-    /// Everything, where both sides have a level.
+    /// All weights; only `Key::Signed` needs it.
     all: Above,
 }
 
@@ -87,7 +87,7 @@ impl Clusters {
         ((self.level_above(above) + self.level_below(above)) / 2.0) as f32
     }
 
-    /// By how much the levels lower the squared error.
+    /// The reduction of the squared error by the levels.
     fn gain(&self, above: Above) -> f64 {
         let share = |side: Above| {
             if side.weight > 0.0 {
@@ -103,10 +103,10 @@ impl Clusters {
     }
 }
 
-/// Keys of a bracket, and what lies above all of them.
+/// The keys of a bracket, and the weights above all of them.
 type Held = Option<(Vec<f32>, Above)>;
 
-/// The cut with the least squared error, and what lies above it.
+/// The cut with the least squared error, and the side above it.
 ///
 /// With `Key::Magnitude` one level serves the weights above the cut and 0 the rest; with
 /// `Key::Signed` each side has its own level. Both are one-dimensional clustering, so the best cut
@@ -114,9 +114,9 @@ type Held = Option<(Vec<f32>, Above)>;
 /// / 2`. Means of upper and lower parts grow with the cut, hence T grows too, and iterating it from
 /// below all weights and from above all weights closes in on the least and on the greatest fixed
 /// point ([`close_in`]). If many keys remain in between, one more pass finds the parts of the
-/// bracket that can hold a fixed point at all ([`narrow`]). What is left is sorted and tried one by
-/// one ([`best_of`]), so the result is exact, and memory holds about 2^20 keys, or those of one
-/// narrow part.
+/// bracket that can hold a fixed point at all ([`narrow`]). The remaining keys are sorted and tried
+/// one by one ([`best_of`]), so the result is exact, and memory holds about 2^20 keys, or the keys
+/// of one narrow part.
 pub(crate) fn best_cut<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -167,8 +167,8 @@ pub(crate) fn best_cut<G: Granule + ?Sized>(
     Ok((best.0, best.1))
 }
 
-/// The bracket between the least and the greatest fixed point, or what 32 passes leave of it. Once
-/// its keys are few they are returned too.
+/// The bracket between the least and the greatest fixed point, as far as 32 passes find them. If it
+/// has few keys, they are returned too.
 fn close_in<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -180,7 +180,7 @@ fn close_in<G: Granule + ?Sized>(
         Key::Magnitude => (0.0, extent.max.max(-extent.min) / 2.0),
         Key::Signed => (extent.min, extent.max),
     };
-    // Once there are keys here, nothing else is looked at.
+    // Once it holds keys, the passes go over them and not over the granule.
     let mut held: Held = None;
     let pass = |held: &Held, low: f32, high: f32| match held {
         Some((keys, over)) => Ok(ops
@@ -248,9 +248,9 @@ fn best_of(
     }
 }
 
-/// Keys that are sorted at a time: 8 MiB of them.
+/// Largest number of keys that are sorted at once: 8 MiB.
 const MOST_SORTED: u64 = 1 << 20;
-/// Parts that a bracket with more keys is cut into.
+/// Parts into which a bracket with more keys is cut.
 const PARTS: usize = 4096;
 
 /// The keys in `(low, high]`.
@@ -313,7 +313,7 @@ fn each_key(
     }
 }
 
-/// A bracket (low, high], what lies above it, and the number of keys in it.
+/// A bracket (low, high], the side above it, and the number of keys in it.
 type Bracket = (f32, f32, Above, u64);
 
 /// The parts of a bracket that may hold a fixed point, by one pass that sums each part. As T grows

@@ -4,7 +4,7 @@ use crate::levels::PlaneLevels;
 use crate::ops::{Cuts, Ops, Uniform};
 use crate::random::nth;
 
-/// Everything that encoding a granule needs.
+/// The parameters that encode a granule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Fitted {
     /// Scale of each plane, as it will be stored.
@@ -14,10 +14,10 @@ pub struct Fitted {
     pub(crate) encoder: Encoder,
 }
 
-/// How weights of a granule become values.
+/// How the weights of a granule become values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Encoder {
-    /// Every value is this one: a granule without weight.
+    /// The same value for every weight: a granule of zeros.
     Constant(i8),
     /// `[w > high] − [w < low]`.
     Cut(Cuts),
@@ -32,6 +32,7 @@ pub(crate) enum Encoder {
 }
 
 impl Fitted {
+    /// One plane, no zero point.
     pub(crate) fn one(scale: f32, encoder: Encoder) -> Self {
         Self {
             scales: [scale, 0.0, 0.0],
@@ -40,7 +41,7 @@ impl Fitted {
         }
     }
 
-    /// Where the values change, if they are −1, 0 and +1 of one plane.
+    /// The cuts between −1, 0 and +1, for one trit plane.
     pub fn cuts(&self) -> Option<Cuts> {
         match self.encoder {
             Encoder::Cut(cuts) => Some(cuts),
@@ -72,7 +73,7 @@ impl Fitted {
     }
 }
 
-/// A uniform number in [0, 1) for position `index`, so that order and threads do not matter.
+/// A uniform number in [0, 1) for position `index`: independent of order and threads.
 fn uniform(seed: u64, index: u64) -> f32 {
     (nth(seed, index) >> 40) as f32 / (1u32 << 24) as f32
 }

@@ -1,11 +1,11 @@
-//! The levels that several trit planes make: every sum of ±α_k and 0.
+//! The levels of several trit planes: every sum of ±α_k and 0.
 
-/// Most planes there are.
+/// Largest number of planes.
 pub(crate) const MAX_PLANES: usize = 3;
 /// Levels ≥ 0 of [`MAX_PLANES`] planes: (3³ + 1) / 2.
 pub(crate) const MAX_LEVELS: usize = 14;
 
-/// The levels ≥ 0 that a set of αs makes, in ascending order, and the trits that make them.
+/// The levels ≥ 0 of a set of αs, in ascending order, and the trits of each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct PlaneLevels {
     pub(crate) len: usize,
@@ -15,7 +15,7 @@ pub(crate) struct PlaneLevels {
 }
 
 impl PlaneLevels {
-    /// The one level 0: a granule without weight.
+    /// Only the level 0: a granule of zeros.
     pub(crate) const ZERO: Self = Self {
         len: 1,
         planes: MAX_PLANES,

@@ -1,4 +1,4 @@
-//! Packed matrices that know their layout, and scratch memory that is used again.
+//! Packed matrices that know their layout, and a pool of scratch memory.
 
 use crate::pack::{self, Layout};
 use crate::{Matrix, MatrixSpec, Result};
@@ -60,7 +60,7 @@ impl BitNetTensor {
         })
     }
 
-    /// The values and scales in it.
+    /// Unpacks values and scales.
     ///
     /// # Errors
     /// Those of [`Layout::unpack`].
@@ -109,14 +109,14 @@ impl BitNetTensor {
 /// Scratch memory for many threads: slices that begin at a multiple of 64 bytes and go back to the
 /// pool when they are dropped.
 ///
-/// Lengths are rounded up to powers of two, each with its shelf; taking and returning holds the
-/// shelf's lock for one push or pop. What the program needed once it does not allocate again.
+/// Lengths are rounded up to powers of two, each with its own stack and lock. Memory is allocated
+/// only when the stack is empty, and never freed before the pool.
 ///
 /// ```
 /// use bitnet_core::memory::HybridMemoryPool;
 /// let pool = HybridMemoryPool::new();
 /// pool.take(1000)[0] = 1.0;
-/// let again = pool.take(600); // the same memory; its contents are whatever they are
+/// let again = pool.take(600); // the same memory, with unspecified contents
 /// assert_eq!((again.len(), pool.allocations()), (600, 1));
 /// ```
 pub struct HybridMemoryPool {
@@ -130,7 +130,7 @@ pub struct HybridMemoryPool {
 const ALIGN: usize = 64;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is behind these locks is whole at every moment.
+    // A panic while the lock is held leaves the stack valid.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

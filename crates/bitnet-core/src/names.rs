@@ -8,7 +8,7 @@
 pub use serde;
 
 /// Gives an enum its names: `Display`, `FromStr` and serde as a string. Fieldless enums also get
-/// `ALL` and `name`. A variant with one field is written `name:value`.
+/// `ALL` and `name`. A variant with one field is written `name:value`; the others are in `PLAIN`.
 ///
 /// ```
 /// #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,6 +67,11 @@ macro_rules! named {
         $($valued:ident { $field:tt: $value:ty } = $prefix:literal: $letter:literal
             $(if $check:expr)?),+ $(,)?
     }) => {
+        impl $type {
+            /// The variants without a value.
+            pub const PLAIN: &'static [Self] = &[$(Self::$variant),+];
+        }
+
         impl ::std::fmt::Display for $type {
             fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 match self {
@@ -122,10 +127,10 @@ macro_rules! as_string {
             fn deserialize<D: $crate::names::serde::Deserializer<'de>>(
                 deserializer: D,
             ) -> ::std::result::Result<Self, D::Error> {
-                let name = <::std::borrow::Cow<'_, str> as $crate::names::serde::Deserialize>::deserialize(
-                    deserializer,
-                )?;
-                name.parse().map_err($crate::names::serde::de::Error::custom)
+                let name: ::std::borrow::Cow<'_, str> =
+                    $crate::names::serde::Deserialize::deserialize(deserializer)?;
+                name.parse()
+                    .map_err($crate::names::serde::de::Error::custom)
             }
         }
     };

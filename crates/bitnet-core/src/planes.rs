@@ -2,7 +2,7 @@
 //!
 //! With p planes a weight takes one of 3^p sums of ±α_k and 0. For fixed αs the best codes are the
 //! nearest level; for fixed codes the best αs solve a p × p linear system. Neither step raises the
-//! squared error, so the two alternate until nothing moves. The levels are symmetric about 0: only
+//! squared error, so the two alternate until they converge. The levels are symmetric about 0: only
 //! |w| matters, and the sums that the system needs are counts and sums of |w| between neighbouring
 //! midpoints.
 

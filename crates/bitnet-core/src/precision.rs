@@ -1,4 +1,4 @@
-//! What values a quantized weight may have, and which weights share a scale.
+//! The values of a quantized weight, and the weights that share a scale.
 
 use crate::named;
 
@@ -19,7 +19,14 @@ pub enum Precision {
     Int8,
 }
 
-named!(Precision, "precision", { Binary = "binary", Ternary = "ternary", Int2 = "int2", Int3 = "int3", Int4 = "int4", Int8 = "int8" });
+named!(Precision, "precision", {
+    Binary = "binary",
+    Ternary = "ternary",
+    Int2 = "int2",
+    Int3 = "int3",
+    Int4 = "int4",
+    Int8 = "int8",
+});
 
 impl Precision {
     /// Smallest and largest value.
@@ -71,7 +78,7 @@ impl Precision {
     }
 }
 
-/// What one scale covers.
+/// Which weights share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Granularity {
     /// One scale for the matrix.

@@ -5,7 +5,8 @@ use crate::levels::{MAX_PLANES, PlaneLevels};
 use crate::ops::{Cuts, Magnitudes, Moments, Ops};
 use crate::scheme::{Method, ScaleRule, Scheme, Threshold};
 use crate::{
-    Error, Granularity, Matrix, Result, ScaleForm, ZeroPoints, affine, binary, planes, ternary,
+    Error, Granularity, Matrix, MatrixSpec, Result, ScaleForm, ZeroPoints, affine, binary, planes,
+    ternary,
 };
 
 use crate::fitted::Encoder;
@@ -15,7 +16,7 @@ pub use crate::fitted::Fitted;
 ///
 /// # Errors
 /// [`Error::NotFinite`] with the position inside the granule, [`Error::Scheme`] for a scheme or an
-/// importance that does not apply, and whatever reading the granule can fail with.
+/// importance that does not apply, and the granule's own errors when it cannot be read.
 pub fn fit<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -58,8 +59,7 @@ pub fn fit<G: Granule + ?Sized>(
             )
         }
     }?;
-    // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is
-    // written.
+    // The scale is 0 once rounded to its type: a reader would see zeros, so zeros are written.
     Ok(if fitted.scales[0] == 0.0 {
         dead(scheme)?
     } else {
@@ -67,7 +67,7 @@ pub fn fit<G: Granule + ?Sized>(
     })
 }
 
-/// [`fit`] for a scheme of one trit plane, of a granule whose `sizes` are known.
+/// [`fit`] for a scheme of one trit plane and a granule whose magnitudes are known.
 ///
 /// # Errors
 /// As [`fit`]; [`Error::Scheme`] for any other scheme.
@@ -84,7 +84,11 @@ pub fn fit_trits<G: Granule + ?Sized>(
         scale,
     } = scheme.method
     else {
-        return Err(Error::Scheme(format!("one trit plane asked of {:?}", scheme.method)).into());
+        return Err(Error::Scheme(format!(
+            "a scheme of one trit plane is needed, not {:?}",
+            scheme.method
+        ))
+        .into());
     };
     if !sizes.sum.is_finite() {
         return not_finite(granule);
@@ -108,8 +112,8 @@ pub fn fit_trits<G: Granule + ?Sized>(
     })
 }
 
-/// Scale and cuts of a granule that `sizes` alone decide, as [`fit_trits`] does: absmean of weights
-/// that are finite and not ternary already. `None` where the weights are to be looked at again.
+/// [`fit_trits`] from `sizes` alone: absmean of weights that are finite and not ternary already.
+/// `None` where that needs another pass over the weights.
 #[inline]
 pub fn fit_absmean(sizes: &Magnitudes, scheme: &Scheme) -> Option<(f32, Cuts)> {
     let Method::Ternary {
@@ -156,6 +160,27 @@ fn dead(scheme: &Scheme) -> Result<Fitted> {
     Ok(Fitted::one(scale, encoder))
 }
 
+/// Checks the length of a slice.
+fn check_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        Ok(())
+    } else {
+        Err(Error::Length {
+            what,
+            expected,
+            got,
+        })
+    }
+}
+
+/// The zero points of a matrix, all 0; empty if it has none.
+fn empty_zero_points(spec: &MatrixSpec) -> Vec<f32> {
+    match spec.zero_points {
+        ZeroPoints::None => vec![],
+        ZeroPoints::I8 | ZeroPoints::F32 => vec![0.0; spec.scales_len()],
+    }
+}
+
 /// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is
 /// row `first_row` of the matrix.
 ///
@@ -165,8 +190,8 @@ fn dead(scheme: &Scheme) -> Result<Fitted> {
 ///
 /// # Errors
 /// [`Error::Length`] for a strip that is not whole rows or an importance that is not `cols` long,
-/// [`Error::NotFinite`] with the position in the whole matrix, [`Error::Scheme`] for what the
-/// scheme cannot be.
+/// [`Error::NotFinite`] with the position in the whole matrix, [`Error::Scheme`] for a scheme that
+/// does not exist.
 pub fn quantize_rows(
     ops: &impl Ops,
     weights: &[f32],
@@ -183,12 +208,8 @@ pub fn quantize_rows(
             got: weights.len(),
         });
     }
-    if let Some(h) = importance.filter(|h| h.len() != cols) {
-        return Err(Error::Length {
-            what: "importance",
-            expected: cols,
-            got: h.len(),
-        });
+    if let Some(h) = importance {
+        check_length("importance", cols, h.len())?;
     }
     if fitted.is_some() != (scheme.granularity == Granularity::Tensor) {
         return Err(Error::Scheme(
@@ -199,14 +220,7 @@ pub fn quantize_rows(
     let spec = scheme.spec(weights.len() / cols, cols)?;
     let mut values = vec![0i8; spec.values_len()];
     let mut scales = vec![0.0; spec.scales_len()];
-    let mut zero_points = vec![
-        0.0;
-        if spec.zero_points == ZeroPoints::None {
-            0
-        } else {
-            spec.scales_len()
-        }
-    ];
+    let mut zero_points = empty_zero_points(&spec);
     let mut planes: Vec<&mut [i8]> = if weights.is_empty() {
         vec![]
     } else {
@@ -214,24 +228,13 @@ pub fn quantize_rows(
     };
     let width = spec.granule_cols();
     for (row, weights) in weights.chunks(cols).enumerate() {
-        for (granule, w) in weights.chunks(width).enumerate() {
-            let (start, index) = (
-                row * cols + granule * width,
-                (first_row + row) * cols + granule * width,
-            );
-            let part = importance.and_then(|h| h.columns(granule * width, w.len()));
+        for (column, w) in (0..).step_by(width).zip(weights.chunks(width)) {
+            // Where the granule begins in the strip and in the matrix.
+            let (start, index) = (row * cols + column, (first_row + row) * cols + column);
+            let part = importance.and_then(|h| h.columns(column, w.len()));
             let fitted = match fitted {
                 Some(fitted) => *fitted,
-                None => fit(ops, w, scheme, part).map_err(|e| match e {
-                    Error::NotFinite {
-                        index: inside,
-                        value,
-                    } => Error::NotFinite {
-                        index: index + inside,
-                        value,
-                    },
-                    other => other,
-                })?,
+                None => fit(ops, w, scheme, part).map_err(|e| moved(e, index))?,
             };
             let mut out: [&mut [i8]; MAX_PLANES] = Default::default();
             for (out, plane) in out.iter_mut().zip(&mut planes) {
@@ -239,9 +242,9 @@ pub fn quantize_rows(
             }
             fitted.encode(ops, w, index, &mut out[..spec.planes]);
             for plane in 0..spec.planes {
-                scales[spec.scale_index(plane, row, granule * width)] = fitted.scales[plane];
+                scales[spec.scale_index(plane, row, column)] = fitted.scales[plane];
             }
-            if let Some(zero) = zero_points.get_mut(spec.scale_index(0, row, granule * width)) {
+            if let Some(zero) = zero_points.get_mut(spec.scale_index(0, row, column)) {
                 *zero = fitted.zero_point;
             }
         }
@@ -254,11 +257,22 @@ pub fn quantize_rows(
     })
 }
 
+/// An error about a granule that begins at weight `start` of the matrix.
+fn moved(error: Error, start: usize) -> Error {
+    match error {
+        Error::NotFinite { index, value } => Error::NotFinite {
+            index: start + index,
+            value,
+        },
+        other => other,
+    }
+}
+
 /// Quantizes a matrix in memory, `weights` of shape `[rows, cols]`.
 ///
-/// `importance`, one non-negative number for each column, weighs the squared error; the optimal
-/// threshold, trit planes, the optimal binary split and the clip search use it, other rules refuse
-/// it.
+/// `importance`, one non-negative number for each column, weighs the squared error. The optimal
+/// threshold, trit planes, the optimal binary split and the clip search use it; with other rules it
+/// is an error.
 ///
 /// # Errors
 /// As [`quantize_rows`].
@@ -271,52 +285,22 @@ pub fn quantize(
     importance: Option<&[f32]>,
 ) -> Result<Matrix> {
     let spec = scheme.spec(rows, cols)?;
-    if weights.len() != spec.weights_len() {
-        return Err(Error::Length {
-            what: "weights",
-            expected: spec.weights_len(),
-            got: weights.len(),
-        });
-    }
+    check_length("weights", spec.weights_len(), weights.len())?;
     if weights.is_empty() {
-        let scales = vec![0.0; spec.scales_len()];
-        let zero_points = if spec.zero_points == ZeroPoints::None {
-            vec![]
-        } else {
-            scales.clone()
-        };
         return Ok(Matrix {
-            spec,
             values: vec![],
-            scales,
-            zero_points,
+            scales: vec![0.0; spec.scales_len()],
+            zero_points: empty_zero_points(&spec),
+            spec,
         });
     }
-    let fitted = match scheme.granularity {
-        Granularity::Tensor => {
-            if let Some(h) = importance.filter(|h| h.len() != cols) {
-                return Err(Error::Length {
-                    what: "importance",
-                    expected: cols,
-                    got: h.len(),
-                });
-            }
-            Some(fit(
-                ops,
-                weights,
-                scheme,
-                importance.map(Importance::new).transpose()?,
-            )?)
-        }
-        Granularity::Channel | Granularity::Group(_) => None,
-    };
-    quantize_rows(
-        ops,
-        weights,
-        cols,
-        0,
-        scheme,
-        fitted.as_ref(),
-        importance.filter(|_| fitted.is_none()),
-    )
+    if scheme.granularity != Granularity::Tensor {
+        return quantize_rows(ops, weights, cols, 0, scheme, None, importance);
+    }
+    if let Some(h) = importance {
+        check_length("importance", cols, h.len())?;
+    }
+    let importance = importance.map(Importance::new).transpose()?;
+    let fitted = fit(ops, weights, scheme, importance)?;
+    quantize_rows(ops, weights, cols, 0, scheme, Some(&fitted), None)
 }

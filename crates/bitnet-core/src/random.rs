@@ -82,8 +82,8 @@ impl Random {
     }
 }
 
-/// The 32-bit linear congruential generator of "Numerical Recipes", which the golden files are made
-/// with: it takes one line in C and in Python. Use [`Random`] for everything else.
+/// The 32-bit linear congruential generator of "Numerical Recipes". The golden files were made with
+/// it, by programs in C and Python. Use [`Random`] for everything else.
 #[derive(Debug, Clone)]
 pub struct GoldenStream(u32);
 
@@ -93,7 +93,7 @@ impl GoldenStream {
         Self(seed)
     }
 
-    /// 32 bits, of which the upper ones are random.
+    /// 32 bits; the upper ones are the most random.
     pub fn bits(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         self.0

@@ -1,4 +1,4 @@
-//! How scales are stored, and what a stored scale is worth to a reader.
+//! How scales are stored, and which scale a reader gets back.
 
 use crate::{Error, Result, named};
 
@@ -68,31 +68,30 @@ pub enum ScaleForm {
     /// The scale.
     #[default]
     Direct,
-    /// 1/scale, as HF `bitlinear` folders do. The scale that counts is then `1/x` in f32 for the
-    /// stored x.
+    /// 1/scale, as HF `bitlinear` folders do. The scale is then `1/x` in f32 for the stored x.
     Inverse,
 }
 
 named!(ScaleForm, "scale form", { Direct = "direct", Inverse = "inverse" });
 
-/// Everything about the storage of a scale: what it becomes between the quantizer and a reader.
+/// How a scale is stored: its type, and whether the number is the scale or its inverse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScaleStorage {
     /// Type of the stored number.
     pub dtype: ScaleDtype,
-    /// What the number is.
+    /// The scale, or its inverse.
     pub form: ScaleForm,
 }
 
 impl ScaleStorage {
-    /// What is stored for the scale of an all-zero granule where inverses are stored: finite in
-    /// every type, as 1/0 is not.
+    /// The number stored as the inverse of scale 0, i.e. for a granule of zeros. Unlike 1/0 it is
+    /// finite in every type.
     pub const DEAD_INVERSE: f32 = 32768.0;
 
     /// The number that is stored for a scale: itself, or the f32 whose inverse it is.
     ///
     /// Inverting twice may be off by one in the last place, so a neighbour whose inverse is exactly
-    /// `scale` is taken where there is one.
+    /// `scale` is preferred.
     pub fn to_stored(self, scale: f32) -> f32 {
         match self.form {
             ScaleForm::Direct => scale,
@@ -113,7 +112,7 @@ impl ScaleStorage {
         }
     }
 
-    /// The scale that a reader will find.
+    /// The scale after storage, i.e. the scale that a reader gets back.
     ///
     /// # Errors
     /// [`Error::Scheme`] if the type cannot hold it.
@@ -161,7 +160,7 @@ impl ScaleStorage {
         Ok((nearest, if other.is_finite() { other } else { nearest }))
     }
 
-    /// What would be stored if the type held every number.
+    /// The number to store, before it is rounded to the type.
     fn exact(self, scale: f64) -> f64 {
         match self.form {
             ScaleForm::Direct => scale,
@@ -170,14 +169,14 @@ impl ScaleStorage {
         }
     }
 
-    /// What is stored.
+    /// The number to store.
     fn nearest(self, exact: f64) -> f32 {
         let nearest = self.dtype.round(exact as f32);
         if self.form == ScaleForm::Direct || nearest.is_finite() {
             return nearest;
         }
-        // The inverse of a tiny scale: the largest number of the type stands for the smallest scale
-        // there is.
+        // The inverse of a tiny scale overflows: store the largest number of the type, i.e. the
+        // smallest scale.
         match self.dtype {
             ScaleDtype::F32 => f32::MAX,
             ScaleDtype::F16 => half::f16::MAX.to_f32(),

@@ -1,4 +1,4 @@
-//! What to quantize to and how: plain, serialisable data that every crate above shares.
+//! Schemes: the precision and the rule by which a matrix is quantized, as plain, serialisable data.
 
 use crate::{
     Error, Granularity, MatrixSpec, Precision, Result, ScaleDtype, ScaleForm, ScaleStorage,
@@ -6,7 +6,7 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 
-/// What `round` does with a number half-way between two integers.
+/// How a number half-way between two integers is rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Rounding {
     /// To the even neighbour, as IEEE 754, torch and numpy do.
@@ -18,7 +18,11 @@ pub enum Rounding {
     HalfUp,
 }
 
-named!(Rounding, "rounding", { HalfEven = "half-even", HalfAway = "half-away", HalfUp = "half-up" });
+named!(Rounding, "rounding", {
+    HalfEven = "half-even",
+    HalfAway = "half-away",
+    HalfUp = "half-up",
+});
 
 impl Rounding {
     /// The integer that `x` becomes.
@@ -42,14 +46,14 @@ pub enum Threshold {
     /// `Δ = 0.7·mean|W|`, `q = sign(W)·[|W| > Δ]`, `s = mean|W|` over the kept (ternary weight
     /// networks, Li et al. 2016, arXiv:1605.04711).
     Mean,
-    /// `Δ = 0.8·median|W|`, then as [`Threshold::Mean`]: outliers do not move it.
+    /// `Δ = 0.8·median|W|`, then as [`Threshold::Mean`]: robust against outliers.
     Median,
     /// `Δ = t(ρ)·mean|W|` with `ρ = mean|W| / rms(W)`, then as [`Threshold::Mean`].
     ///
     /// `t` is the factor that is optimal for the generalised normal distribution with that ρ: 0.667
-    /// for uniform weights, 0.767 for normal, 1.0 for Laplace, more for heavier tails. It follows
-    /// the shape of the weights with two moments, where `Mean` assumes one shape for all and
-    /// `Optimal` needs many passes.
+    /// for uniform weights, 0.767 for normal, 1.0 for Laplace, more for heavier tails. It adapts to
+    /// the shape of the distribution with two moments; `Mean` assumes one shape, `Optimal` needs
+    /// many passes.
     Adaptive,
     /// The exact minimum of `Σ h·(w − s·q)²` over `Δ` and `s`: the k largest |w|, k maximising `(Σ
     /// h|w|)² / Σ h`, and `s = Σ h|w| / Σ h`.
@@ -73,7 +77,7 @@ named!(
 /// Where the scale of a ternary granule comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ScaleRule {
-    /// As the threshold rule says. Every rule but [`Threshold::Absmean`] says least squares.
+    /// The scale of the threshold rule: least squares for every rule but [`Threshold::Absmean`].
     #[default]
     Rule,
     /// `s = (W·Q) / (Q·Q)`: the best scale for the codes that the rule chose.
@@ -82,7 +86,7 @@ pub enum ScaleRule {
 
 named!(ScaleRule, "scale rule", { Rule = "rule", LeastSquares = "least-squares" });
 
-/// How two levels are placed for binary weights.
+/// The two levels of binary weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BinarySplit {
     /// `q = +1 if w ≥ 0 else −1`, `s = mean|W|`: the least squared error that `±s` can reach
@@ -109,7 +113,7 @@ pub enum Mapping {
 
 named!(Mapping, "mapping", { Symmetric = "symmetric", Asymmetric = "asymmetric" });
 
-/// How much of the range of an integer granule is kept; what lies outside saturates.
+/// How much of the range of an integer granule is kept; weights outside it saturate.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Clip {
     /// All of it.
@@ -127,7 +131,7 @@ named!(
     { Rms { 0: f32 } = "rms": "X" }
 );
 
-/// What to quantize to, and by which rule.
+/// The values, and the rule that chooses them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Method {
@@ -145,8 +149,8 @@ pub enum Method {
     Binary {
         /// Where the two levels are.
         split: BinarySplit,
-        /// `Some(seed)`: `q = +1` with probability `clip((w/s + 1)/2, 0, 1)`, reproducible,
-        /// independent of the number of threads.
+        /// `Some(seed)`: `q = +1` with probability `clip((w/s + 1)/2, 0, 1)`. The result depends
+        /// on the seed, not on the number of threads.
         stochastic: Option<u64>,
     },
     /// Two's complement integers.
@@ -177,14 +181,14 @@ pub enum Method {
 pub struct Scheme {
     /// Alphabet and rule.
     pub method: Method,
-    /// What one scale covers.
+    /// Which weights share a scale.
     pub granularity: Granularity,
     /// How scales are stored.
     pub scale_dtype: ScaleDtype,
     /// Whether the container stores scales or their inverses.
     #[serde(default)]
     pub scale_form: ScaleForm,
-    /// What happens at ties.
+    /// How ties are rounded.
     pub rounding: Rounding,
 }
 
@@ -259,7 +263,8 @@ impl Scheme {
         }
     }
 
-    /// Whether the rule can weigh errors by the importance of their columns. The others refuse one.
+    /// Whether the rule can weigh errors by the importance of their columns. With other rules an
+    /// importance is an error.
     pub fn uses_importance(&self) -> bool {
         match self.method {
             Method::Ternary {
@@ -317,7 +322,7 @@ impl Scheme {
                 }
                 if n > 1 && threshold != Threshold::Optimal {
                     return Err(Error::Scheme(format!(
-                        "{n} trit planes with threshold {threshold:?}; several planes need Optimal"
+                        "{n} trit planes with threshold {threshold}; several planes need optimal"
                     )));
                 }
                 planes = n;
@@ -331,7 +336,7 @@ impl Scheme {
                 split,
             } => {
                 return Err(Error::Scheme(format!(
-                    "stochastic binary with split {split:?}; it needs Zero"
+                    "stochastic binary with split {split}; it needs zero"
                 )));
             }
             Method::Binary { .. } => zero_points = ZeroPoints::F32,
@@ -344,7 +349,7 @@ impl Scheme {
                 }
             }
         }
-        // The inverse of a stored number is an f32, whatever the number's own type is.
+        // The inverse of a stored number of any type is an f32.
         let scale_dtype = if self.scale_form == ScaleForm::Inverse {
             ScaleDtype::F32
         } else {

@@ -19,7 +19,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && threshold != Threshold::Optimal {
         return Err(Error::Scheme(format!(
-            "importance with threshold {threshold:?}; only Optimal uses it"
+            "importance with threshold {threshold}; only optimal uses it"
         ))
         .into());
     }
@@ -58,14 +58,14 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     ))
 }
 
-/// Scale and cuts of a granule whose mean of |w| this is.
+/// Scale and cuts of a granule from its mean |w|.
 #[inline]
 pub(crate) fn absmean(mean: f64, storage: ScaleStorage, rounding: Rounding) -> Result<(f32, Cuts)> {
     let scale = storage.round(mean)?;
     Ok((scale, Cuts::rounding(scale, rounding)))
 }
 
-/// Count and Σ|w| of the weights that the cuts do not send to 0.
+/// Count and Σ|w| of the weights outside the cuts, i.e. with a value of ±1.
 fn kept_by(ops: &impl Ops, w: &[f32], cuts: Cuts) -> Above {
     let mut values = [0i8; 1024];
     let mut kept = Above::default();
@@ -120,7 +120,7 @@ fn adaptive_factor(rho: f64) -> f64 {
     }
 }
 
-/// The median of |w|; the mean of the two middle ones where their number is even.
+/// The median of |w|; for an even count the mean of the two in the middle.
 fn median<G: Granule + ?Sized>(granule: &G, n: u64) -> Result<f64, G::Error> {
     let (first, second) = ((n - 1) / 2, n / 2);
     // |w| as an integer keeps the order of |w|; its upper half names one of 2^15 buckets.
@@ -184,8 +184,7 @@ fn fit_optimal<G: Granule + ?Sized>(
     if nearest == other || nearest == 0.0 {
         return Ok(Fitted::one(nearest, Encoder::Cut(Cuts::symmetric(cut))));
     }
-    // Of the two storable scales around the exact one, the better, each with the codes that are
-    // nearest to it.
+    // The better of the two storable scales around the exact one, each with the codes nearest to it.
     let gain = |s: f32, a: Above| f64::from(s) * (2.0 * a.sum - f64::from(s) * a.weight);
     let (a, b) = granule.fold(
         |i, w| {

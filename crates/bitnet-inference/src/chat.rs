@@ -42,24 +42,27 @@ const SPECIALS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"]
 impl ChatTemplate {
     /// The template of an open checkpoint, if it has one.
     pub(crate) fn read(source: &Source) -> Result<Option<Self>> {
-        let (file, settings) = if source.kind == Kind::Gguf {
+        let (file, settings) = if source.kind() == Kind::Gguf {
             let template = source
-                .gguf
+                .gguf()
                 .iter()
                 .find(|(k, _)| k == "tokenizer.chat_template")
                 .and_then(|(_, v)| v.as_str());
             (
                 template.map(str::to_string),
-                gguf_bpe(&source.gguf).map(|t| t.settings),
+                gguf_bpe(source.gguf()).map(|t| t.settings),
             )
         } else {
-            let path = source.path.join("chat_template.jinja");
+            let path = source.path().join("chat_template.jinja");
             let file = match fs::read_to_string(&path) {
                 Ok(text) => Some(text),
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
                 Err(e) => return Err(bitnet_formats::Error::io(&path, "read")(e).into()),
             };
-            (file, read_json(&source.path.join("tokenizer_config.json"))?)
+            (
+                file,
+                read_json(&source.path().join("tokenizer_config.json"))?,
+            )
         };
         let settings = settings.unwrap_or_else(|| json!({}));
         let Some(text) = file.or_else(|| named_default(&settings["chat_template"])) else {

@@ -346,7 +346,7 @@ fn what_is_not_known_is_refused() {
         (
             "llama-f32",
             |c| c["model_type"] = "mamba".into(),
-            &["model_type", "'llama' or 'bitnet'", "mamba"],
+            &["model_type", "'llama'", "'bitnet'", "mamba"],
         ),
         (
             "llama-f32",

@@ -451,15 +451,8 @@ fn check_quantize(
 }
 
 fn schemes() -> Vec<Scheme> {
-    let thresholds = [
-        Threshold::Absmean,
-        Threshold::Mean,
-        Threshold::Median,
-        Threshold::Optimal,
-        Threshold::Adaptive,
-        Threshold::Factor(0.6),
-    ];
-    let mut all: Vec<Scheme> = thresholds.map(Scheme::ternary).to_vec();
+    let thresholds = Threshold::PLAIN.iter().chain(&[Threshold::Factor(0.6)]);
+    let mut all: Vec<Scheme> = thresholds.map(|&t| Scheme::ternary(t)).collect();
     for rounding in [Rounding::HalfAway, Rounding::HalfUp] {
         all.push(Scheme { rounding, ..all[0] });
     }

@@ -1,6 +1,7 @@
 //! Model folders as Hugging Face has them: config.json, model.safetensors and tokenizer files.
 
 use crate::{Error, Result};
+use bitnet_formats::replace::{Existing, PARTIAL, beside, place_folder, recover_folder, remove};
 use bitnet_formats::{Content, Source};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -37,9 +38,13 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     for (name, var) in &vars {
         var.set(&read(source, name, var.dims())?)?;
     }
-    match source.tensors.iter().find(|t| !vars.contains_key(&t.name)) {
+    match source
+        .tensors()
+        .iter()
+        .find(|t| !vars.contains_key(&t.name))
+    {
         Some(extra) => Err(bitnet_formats::Error::tensor(
-            &source.path,
+            source.path(),
             &extra.name,
             "only tensors that the model's training graph has",
             "one that has no place in it",
@@ -56,7 +61,7 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
 pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
     let bad = |expected: String, got: String| {
         Error::from(bitnet_formats::Error::tensor(
-            &source.path,
+            source.path(),
             name,
             expected,
             got,
@@ -102,6 +107,29 @@ pub fn save(
         }
         .into());
     }
+    write(path, Existing::Refuse, tensors, config, files)
+}
+
+/// [`save`], also over a folder that exists.
+///
+/// # Errors
+/// [`Error::File`] if the folder cannot be written.
+pub fn replace(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &Value,
+    files: &[(String, Vec<u8>)],
+) -> Result<()> {
+    write(path, Existing::Replace, tensors, config, files)
+}
+
+fn write(
+    path: &Path,
+    existing: Existing,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &Value,
+    files: &[(String, Vec<u8>)],
+) -> Result<()> {
     let mut stored = vec![];
     for (name, tensor) in tensors {
         stored.push((name, tensor.dims().to_vec(), bytes(tensor)?));
@@ -125,19 +153,11 @@ pub fn save(
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let weights =
         safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
-    // In the same parent folder, so that a rename can move it to its name.
-    let mut partial = path.as_os_str().to_os_string();
-    partial.push(".");
-    partial.push(bitnet_formats::output::PARTIAL);
-    let partial = Path::new(&partial);
+    let partial = beside(path, PARTIAL);
+    recover_folder(&partial, path)?;
     let written = (|| {
-        match fs::remove_dir_all(partial) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(bitnet_formats::Error::io(partial, "remove")(e));
-            }
-            _ => {}
-        }
-        fs::create_dir_all(partial).map_err(bitnet_formats::Error::io(partial, "create"))?;
+        remove(&partial)?;
+        fs::create_dir_all(&partial).map_err(bitnet_formats::Error::io(&partial, "create"))?;
         let write = |name: &str, bytes: &[u8]| {
             fs::write(partial.join(name), bytes)
                 .map_err(bitnet_formats::Error::io(&partial.join(name), "write"))
@@ -147,10 +167,10 @@ pub fn save(
         files
             .iter()
             .try_for_each(|(name, bytes)| write(name, bytes))?;
-        fs::rename(partial, path).map_err(bitnet_formats::Error::io(path, "rename to"))
+        place_folder(&partial, path, existing)
     })();
     if written.is_err() {
-        let _ = fs::remove_dir_all(partial);
+        let _ = remove(&partial);
     }
     Ok(written?)
 }

@@ -1,11 +1,9 @@
-//! Drawings of a training's log: losses and evaluations, norms of gradients, and what the layers
-//! did.
+//! Plots of a training log: losses, evaluations, gradient norms and statistics of the layers.
 //!
-//! Text in the PNG is of an 8 × 8 font that is part of the program, so that it needs no fonts of
-//! the system.
+//! Text in a PNG has an 8 × 8 font that is part of the program, so no system fonts are needed.
 
 use crate::{Error, Result};
-use bitnet_formats::Error as FileError;
+use bitnet_formats::replace;
 use bitnet_quant::qat::{LayerRecord, Line};
 use font8x8::UnicodeFonts;
 use plotters::backend::SVGBackend;
@@ -15,18 +13,16 @@ use plotters_backend::text_anchor::{HPos, VPos};
 use plotters_backend::{BackendColor, BackendCoord, BackendTextStyle, DrawingErrorKind};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::fs;
-use std::io::Write;
 use std::path::Path;
 
-/// Pixels.
+/// Width and height of a plot in pixels.
 const SIZE: (u32, u32) = (1400, 1000);
-/// Points of one line; more are averaged.
+/// Largest number of points of a curve; more are averaged.
 const POINTS: usize = 700;
 /// Width and height of a letter in a PNG.
 const LETTER: i32 = 16;
 
-/// One line of a panel.
+/// One curve of a panel.
 struct Curve {
     label: Option<String>,
     points: Vec<(f64, f64)>,
@@ -79,11 +75,11 @@ pub fn png(log: &[Line]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Draws a log into a file: SVG or PNG by its ending. An earlier file of that name is replaced once
-/// the new one is complete.
+/// Draws a log into a file, as SVG or PNG by its extension. The file replaces an earlier one when it
+/// is complete.
 ///
 /// # Errors
-/// [`Error::Option`] for another ending and for a log without steps, [`Error::File`] if the file
+/// [`Error::Option`] for another extension and for a log without steps, [`Error::File`] if the file
 /// cannot be written.
 pub fn save(log: &[Line], path: &Path) -> Result<()> {
     let bytes = match path.extension().and_then(|e| e.to_str()) {
@@ -97,17 +93,7 @@ pub fn save(log: &[Line], path: &Path) -> Result<()> {
             ));
         }
     };
-    let temporary = path.with_extension("partial");
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        fs::rename(&temporary, path)
-    };
-    let written = write();
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    Ok(written.map_err(FileError::io(path, "write"))?)
+    Ok(replace::write_file(path, &bytes)?)
 }
 
 fn panels(log: &[Line]) -> Result<Vec<Panel>> {
@@ -172,7 +158,7 @@ fn panels(log: &[Line]) -> Result<Vec<Panel>> {
     Ok(panels)
 }
 
-/// A thin line for each layer and a thick one for their mean.
+/// A thin curve for each layer and a thick one for their mean.
 fn of_layers(
     layers: &BTreeMap<&str, Vec<&LayerRecord>>,
     value: impl Fn(&LayerRecord) -> f64,
@@ -282,7 +268,7 @@ where
     Ok(())
 }
 
-/// At most four digits.
+/// A number with about three significant digits.
 fn number(x: f64) -> String {
     match x.abs() {
         0.0 => "0".into(),
@@ -293,7 +279,7 @@ fn number(x: f64) -> String {
     }
 }
 
-/// Pixels, row by row.
+/// The pixels, row by row.
 struct Canvas {
     rgb: Vec<u8>,
 }

@@ -31,7 +31,7 @@ pub(super) struct Bits {
     fast_path: Option<FastPath>,
 }
 
-/// {−1, +1} in one bit.
+/// {−1, +1}, one bit.
 pub(super) const ONE_BIT: Bits = Bits {
     name: "one-bit",
     summary: "binary, 8 values a byte, 1 bit per weight (ours)",

@@ -1,11 +1,11 @@
-//! What layouts check of a matrix and of bytes, and the errors that name it.
+//! Checks that layouts share, and their errors.
 
 use crate::{Error, MatrixSpec, Precision, Result, ScaleDtype, ZeroPoints};
 
-/// A pattern that no writer produces, found by a coder that sees only a part of the packed bytes.
+/// An invalid pattern in a part of the packed bytes.
 #[derive(Debug, PartialEq)]
 pub(super) struct Bad {
-    /// Offset into the bytes that the coder was given.
+    /// Offset into the part.
     pub(super) offset: usize,
     pub(super) what: String,
 }
@@ -18,7 +18,7 @@ impl Bad {
         }
     }
 
-    /// The error for it, given where the coder's bytes begin.
+    /// The error, for a part that begins at `start` of the packed bytes.
     pub(super) fn at(self, layout: &'static str, start: usize) -> Error {
         Error::Corrupt {
             layout,
@@ -35,16 +35,15 @@ pub(super) fn unsupported(layout: &'static str, why: impl Into<String>) -> Error
     }
 }
 
-/// What every layout asks for: a valid spec, with rows and columns that can be counted in bytes, in
-/// one of the layout's precisions.
+/// Every layout needs a valid spec of bounded size, in one of the layout's precisions.
 pub(super) fn check_precision(
     layout: &'static str,
     spec: &MatrixSpec,
     precisions: &[Precision],
 ) -> Result<()> {
     spec.validate()?;
-    // A matrix of no columns may still have any number of rows, and the reverse: no product with
-    // them is to overflow.
+    // A matrix without columns may still have any number of rows, and the reverse; products with
+    // either must not overflow.
     let limit = isize::MAX as usize / 64;
     if spec.rows > limit || spec.cols > limit {
         return Err(Error::TooLarge {
@@ -66,7 +65,7 @@ pub(super) fn check_precision(
     ))
 }
 
-/// The foreign layouts have no place for a second plane or for zero points.
+/// Foreign layouts hold neither a second plane nor zero points.
 pub(super) fn check_plain(layout: &'static str, spec: &MatrixSpec) -> Result<()> {
     if spec.planes != 1 {
         return Err(unsupported(
@@ -101,7 +100,7 @@ pub(super) fn check_cols(layout: &'static str, spec: &MatrixSpec, block: usize) 
     ))
 }
 
-/// The number of values and that each is in the alphabet.
+/// Checks the number of values, and that each is in the alphabet.
 pub(super) fn check_values(spec: &MatrixSpec, values: &[i8]) -> Result<()> {
     check_len("values", spec.values_len(), values.len())?;
     match first_outside(spec.precision, values) {
@@ -114,9 +113,9 @@ pub(super) fn check_values(spec: &MatrixSpec, values: &[i8]) -> Result<()> {
     }
 }
 
-/// The first value that is not in the alphabet.
+/// The first value outside the alphabet.
 pub(super) fn first_outside(precision: Precision, values: &[i8]) -> Option<usize> {
-    // A branch-free pass over all of it, and the search only if there is something to find.
+    // One pass without branches; the search runs only if the pass found something.
     let (low, high) = precision.range();
     let bad = match precision {
         Precision::Int8 => 0,
@@ -134,7 +133,7 @@ pub(super) fn first_outside(precision: Precision, values: &[i8]) -> Option<usize
     }
 }
 
-/// The number of scales, and that each is a finite number of the type it will be stored in.
+/// Checks the number of scales, and that each is a finite number of its type.
 pub(super) fn check_scales(
     layout: &'static str,
     spec: &MatrixSpec,
@@ -151,7 +150,7 @@ pub(super) fn check_scales(
     }
 }
 
-/// Whether the type holds exactly this number, and it is finite.
+/// Whether the number is finite and exactly representable in the type.
 pub(super) fn is_stored(dtype: ScaleDtype, scale: f32) -> bool {
     scale.is_finite() && dtype.round(scale).to_bits() == scale.to_bits()
 }

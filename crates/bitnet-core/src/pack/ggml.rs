@@ -3,11 +3,11 @@
 //!
 //! Blocks follow one another along the row, rows follow one another without padding. Every block
 //! holds a scale of its own; here a granule covers whole blocks, so all blocks of a granule hold
-//! the same one. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
-//! block. The scale may be negative (ggml writes such in some types) and is finite.
+//! the same scale. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
+//! block. The scale is finite; it may be negative (ggml writes negative scales in some types).
 
 use super::{
-    Bad, FastPath, Layout, Origin, PackedLen, Unpacked, check_cols, check_len, check_plain,
+    Bad, FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
     check_precision, check_scales, check_values, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result, ScaleDtype};
@@ -92,8 +92,8 @@ impl<B: Block> Layout for Ggml<B> {
         true
     }
 
-    fn origin(&self) -> Origin {
-        Origin::Ggml(B::GGML_TYPE)
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::Ggml(B::GGML_TYPE)
     }
 
     fn default_for(&self) -> &'static [Precision] {

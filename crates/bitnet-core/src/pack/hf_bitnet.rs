@@ -12,7 +12,7 @@
 //! ```
 
 use super::{
-    FastPath, Layout, Origin, PackedLen, Unpacked, check_len, check_plain, check_precision,
+    FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_len, check_plain, check_precision,
     check_values, quads, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result};
@@ -27,11 +27,12 @@ impl Layout for HfBitnet {
     }
 
     fn summary(&self) -> &'static str {
-        "ternary, 4 rows a byte, per-tensor scale outside, 2 bits per weight (Hugging Face transformers)"
+        "ternary, 4 rows a byte, per-tensor scale outside, 2 bits per weight (Hugging Face \
+            transformers)"
     }
 
-    fn origin(&self) -> Origin {
-        Origin::HfBitnet
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::HfBitnet
     }
 
     fn default_for(&self) -> &'static [Precision] {

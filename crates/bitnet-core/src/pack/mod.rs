@@ -1,8 +1,8 @@
 //! Wire layouts: one file each behind one trait, and a registry by name.
 //!
-//! A layout turns the values of a matrix into bytes and back. Most leave scales to the container;
-//! the block types of ggml carry them inside ([`Layout::stores_scales`]). Layouts are little-endian
-//! and the same on every machine; docs/formats.md draws them.
+//! A layout turns the values of a matrix into bytes and back. Most layouts leave the scales to the
+//! container; the block types of ggml hold them inside ([`Layout::stores_scales`]). Layouts are
+//! little-endian and the same on every machine; docs/formats.md describes each of them.
 
 mod auto;
 mod base3;
@@ -27,7 +27,7 @@ use crate::{Error, Granularity, MatrixSpec, Precision, Result};
 use checks::*;
 use std::fmt::Debug;
 
-/// Size of the packed bytes, as far as it is known before packing.
+/// Size of the packed bytes, before packing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PackedLen {
     /// Exactly this many bytes.
@@ -45,27 +45,27 @@ impl PackedLen {
     }
 }
 
-/// What [`Layout::unpack`] finds in the bytes.
+/// The result of [`Layout::unpack`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Unpacked {
     /// Values, `[planes · N, K]` row-major.
     pub values: Vec<i8>,
-    /// The scales, if the layout carries them, in the order and number of
+    /// The scales, if the layout holds them, in the order and number of
     /// [`MatrixSpec::scales_len`].
     pub scales: Option<Vec<f32>>,
 }
 
-/// Whose layout it is, and so which files hold it. Our own safetensors files hold every layout.
+/// Who defines a layout, and so which files can hold it. Our safetensors files hold every layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum LayoutOrigin {
     /// Ours, without scales inside. `auto` picks among these.
     Own,
     /// The packed weights of Hugging Face's `bitnet` folders.
     HfBitnet,
     /// The tensor type of ggml with this number: GGUF files hold it.
     Ggml(u32),
-    /// Another order of the bytes of a ggml type. GGUF files with that type may hold it without
-    /// saying so: it is read from them when the user names it, and never written to them.
+    /// A variant of a ggml type with another order of bytes. GGUF has no number for it: it is read
+    /// when the user names it, and never written.
     GgmlVariant(u32),
 }
 
@@ -78,8 +78,8 @@ pub enum FastPath {
     BaseThree,
     /// Four two-bit codes a byte, a quarter of the rows apart, the first in the low bits.
     QuarterRows,
-    /// Four two-bit codes a byte, a quarter of so many values of a row apart (128 or 64), the first
-    /// in the high bits; then the scale as f32 and padding.
+    /// Four two-bit codes a byte from each group of 128 or 64 values of a row, a quarter of the
+    /// group apart, the first in the high bits; then the scale as f32 and padding.
     GroupQuarters(usize),
     /// Four two-bit codes a byte, of four rows at the same column, the first in the high bits; then
     /// the scale as f32 and padding.
@@ -95,7 +95,7 @@ pub trait Layout: Send + Sync + Debug {
     /// The name in files and on the command line.
     fn name(&self) -> &'static str;
 
-    /// One line for people: block size, bits per weight, whose layout it is.
+    /// A short description: block size, bits per weight, who defines it.
     fn summary(&self) -> &'static str;
 
     /// Whether the bytes hold the scales too.
@@ -103,9 +103,9 @@ pub trait Layout: Send + Sync + Debug {
         false
     }
 
-    /// Whose layout it is.
-    fn origin(&self) -> Origin {
-        Origin::Own
+    /// Who defines the layout.
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::Own
     }
 
     /// The precisions for which it is picked when the user names no layout. Of several layouts of
@@ -143,25 +143,25 @@ pub trait Layout: Send + Sync + Debug {
         None
     }
 
-    /// Whether such a matrix fits: its alphabet, its number of columns, its granularity.
+    /// Whether the layout can hold the matrix: its alphabet, number of columns, granularity.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the constraint and the offending number.
     fn check(&self, spec: &MatrixSpec) -> Result<()>;
 
-    /// Size of the packed bytes of such a matrix.
+    /// Size of the packed bytes of a matrix.
     fn packed_len(&self, spec: &MatrixSpec) -> PackedLen;
 
-    /// If `Some(r)`: the stacked rows may be cut after each multiple of `r` rows, and the packed
-    /// strips, one after another, are the packed matrix. `None`: the matrix packs only as a whole.
+    /// `Some(r)`: the stacked rows can be cut at multiples of `r` rows, and the packed strips,
+    /// concatenated, are the packed matrix. `None`: the matrix can only be packed as a whole.
     fn chunk_rows(&self, spec: &MatrixSpec) -> Option<usize>;
 
     /// Appends the packed bytes of `values` (`[planes · N, K]`) to `out`. `scales` is read only
     /// where [`Layout::stores_scales`].
     ///
     /// # Errors
-    /// What [`Layout::check`] finds; [`Error::Length`] for a slice that does not fit `spec`;
-    /// [`Error::Value`] for a value outside the alphabet. `out` is then as it was.
+    /// The errors of [`Layout::check`]; [`Error::Length`] for a slice that does not fit `spec`;
+    /// [`Error::Value`] for a value outside the alphabet. On an error `out` is unchanged.
     fn pack_into(
         &self,
         spec: &MatrixSpec,
@@ -170,25 +170,24 @@ pub trait Layout: Send + Sync + Debug {
         out: &mut Vec<u8>,
     ) -> Result<()>;
 
-    /// The values in `bytes`, which must be exactly one packed matrix.
+    /// Unpacks `bytes`, which must be exactly one packed matrix.
     ///
     /// # Errors
-    /// What [`Layout::check`] finds; [`Error::Length`] if the number of bytes is wrong;
+    /// The errors of [`Layout::check`]; [`Error::Length`] if the number of bytes is wrong;
     /// [`Error::Corrupt`] for a pattern that no writer produces. Never panics and never allocates
-    /// more than `spec` asks for.
+    /// more than the matrix of `spec` needs.
     fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked>;
 
-    /// The scales in `bytes`, if the layout holds them: those of [`Layout::unpack`], whose patterns
-    /// of values may go unread.
+    /// The scales in `bytes`, if the layout holds them. Values need not be read.
     ///
     /// # Errors
-    /// As [`Layout::unpack`], as far as bytes are read.
+    /// As [`Layout::unpack`], for the bytes that are read.
     fn scales(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Option<Vec<f32>>> {
         Ok(self.unpack(spec, bytes)?.scales)
     }
 }
 
-/// Every layout there is. Of several that fit equally well the first is taken.
+/// All layouts. Of several that fit equally well the first is taken.
 pub fn layouts() -> &'static [&'static dyn Layout] {
     &[
         &bits::ONE_BIT,
@@ -215,10 +214,10 @@ pub fn layouts() -> &'static [&'static dyn Layout] {
     ]
 }
 
-/// The layout of that name.
+/// The layout with this name.
 ///
 /// # Errors
-/// [`Error::UnknownName`] that lists the names there are.
+/// [`Error::UnknownName`], with the known names.
 pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
     layouts()
         .iter()
@@ -236,7 +235,7 @@ pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
 }
 
 /// The layouts of an origin, in the order of [`layouts`].
-pub fn of_origin(origin: Origin) -> impl Iterator<Item = &'static dyn Layout> {
+pub fn of_origin(origin: LayoutOrigin) -> impl Iterator<Item = &'static dyn Layout> {
     layouts()
         .iter()
         .copied()
@@ -244,7 +243,7 @@ pub fn of_origin(origin: Origin) -> impl Iterator<Item = &'static dyn Layout> {
 }
 
 fn own() -> impl Iterator<Item = &'static dyn Layout> {
-    of_origin(Origin::Own)
+    of_origin(LayoutOrigin::Own)
 }
 
 /// The plain layout of a precision: ours, with a fixed number of bits for each value.
@@ -267,10 +266,10 @@ pub fn longest_own_name() -> &'static str {
         .unwrap_or_default()
 }
 
-/// The layouts that a tensor of this ggml type may have: first the one that is written, then its
+/// The possible layouts of a tensor of this ggml type: first the one that is written, then its
 /// variants.
 pub fn of_ggml_type(id: u32) -> impl Iterator<Item = &'static dyn Layout> {
     layouts().iter().copied().filter(move |layout| {
-        matches!(layout.origin(), Origin::Ggml(i) | Origin::GgmlVariant(i) if i == id)
+        matches!(layout.origin(), LayoutOrigin::Ggml(i) | LayoutOrigin::GgmlVariant(i) if i == id)
     })
 }

@@ -26,7 +26,7 @@ pub struct PrepackedActivations {
     /// The buffer of the next quantization; `data` is unchanged until it has succeeded.
     spare: Int8Buffer,
     /// One token before it is prepacked.
-    token: activation::Activations,
+    token: activation::QuantizedActivations,
 }
 
 #[derive(Debug, Clone)]
@@ -140,7 +140,7 @@ impl PrepackedActivations {
             shape,
             data,
             spare: Int8Buffer::default(),
-            token: activation::Activations {
+            token: activation::QuantizedActivations {
                 values: vec![],
                 scales: vec![],
             },

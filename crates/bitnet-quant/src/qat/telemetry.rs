@@ -6,15 +6,15 @@ use super::linear::{Linear, Linears};
 use super::optimizer::sum_squares;
 use super::trainer::{Evaluation, Step};
 use super::with_host_floats;
-use crate::{Error, Result};
-use bitnet_formats::Error as FileError;
+use crate::Result;
+use bitnet_formats::{Error as FileError, replace};
 use bitnet_kernels::Kernels;
 use candle_core::backprop::GradStore;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 /// Weights of a layer whose gradients are followed from step to step.
@@ -359,12 +359,10 @@ impl Log {
         } else {
             vec![]
         };
-        let temporary = path.with_extension("partial");
-        let mut file = File::create(&temporary).map_err(FileError::io(&temporary, "create"))?;
-        for line in earlier.iter().filter(|line| line.step() <= step) {
-            put(&mut file, &temporary, line)?;
-        }
-        fs::rename(&temporary, path).map_err(FileError::io(path, "rename to"))?;
+        let file = replace::write_file_with(path, |file| {
+            let mut kept = earlier.iter().filter(|line| line.step() <= step);
+            kept.try_for_each(|line| put(file, line))
+        })?;
         Ok(Self {
             path: path.to_path_buf(),
             file,
@@ -372,23 +370,21 @@ impl Log {
     }
 
     pub(crate) fn line(&mut self, line: &Line) -> Result<()> {
-        put(&mut self.file, &self.path, line)
+        Ok(put(&mut self.file, line).map_err(FileError::io(&self.path, "write"))?)
     }
 }
 
-fn put(file: &mut File, path: &Path, line: &Line) -> Result<()> {
-    let mut text = serde_json::to_string(line).map_err(Error::recipe)?;
+fn put(file: &mut File, line: &Line) -> io::Result<()> {
+    let mut text = serde_json::to_string(line)?;
     text.push('\n');
-    Ok(file
-        .write_all(text.as_bytes())
-        .map_err(FileError::io(path, "write"))?)
+    file.write_all(text.as_bytes())
 }
 
 /// Reads the log of a training. A last line without its end, of a training that was killed, is left
 /// out.
 ///
 /// # Errors
-/// [`Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
+/// [`crate::Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
 pub fn read_log(path: &Path) -> Result<Vec<Line>> {
     let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
     let (mut lines, mut text) = (vec![], vec![]);

@@ -437,6 +437,23 @@ fn damaged_checkpoints_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// A checkpoint that is written again, as after a resume, replaces its folder by two renames. A
+/// kill between them leaves the old one beside its name.
+#[test]
+fn killed_while_a_checkpoint_is_replaced() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path());
+    train(&mut Mlp::new(24)?, &config, Some(13), false)?;
+    let checkpoints = &config.checkpoint.as_ref().unwrap().folder;
+    let path = checkpoints.join("step-000000013");
+    let replaced = checkpoints.join("step-000000013.partial-replaced");
+    std::fs::rename(&path, &replaced).unwrap();
+    let (_, steps) = train(&mut Mlp::new(24)?, &config, None, true)?;
+    assert_eq!(steps[0].step, 14);
+    assert!(!replaced.exists());
+    Ok(())
+}
+
 #[test]
 fn a_folder_that_cannot_be_written_leaves_earlier_checkpoints() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();

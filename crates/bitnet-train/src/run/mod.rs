@@ -14,7 +14,6 @@
 //!
 //! An interrupted run resumes from its newest checkpoint and ends with the same weights.
 
-mod files;
 mod report;
 pub(crate) mod resume;
 mod runner;
@@ -27,8 +26,8 @@ pub use workload::{Phase, RunObserver, Workload};
 
 use crate::config::RunConfig;
 use crate::{Error, Result, folder};
+use bitnet_formats::replace::{remove, write_file};
 use bitnet_quant::qat::{QATConfig, QATTrainer};
-use files::{remove, write};
 use runner::Runner;
 use serde_json::json;
 use std::collections::{BTreeMap, HashSet};
@@ -72,7 +71,7 @@ pub fn run<W: Workload>(
         false => None,
     };
     let report = train_quantized(&runner, twin, observer)?;
-    write(&report_path, format!("{:#}\n", json!(report)).as_bytes())?;
+    write_file(&report_path, format!("{:#}\n", json!(report)).as_bytes())?;
     Ok(report)
 }
 
@@ -128,8 +127,7 @@ fn train_quantized<W: Workload>(
     latent.retain(|name, _| own.contains(name));
     let trained = TrainedLayers::collect(task.linears())?;
     let (packed, latent_path) = (runner.packed("packed"), out.join("latent"));
-    remove(&latent_path)?;
-    folder::save(
+    folder::replace(
         &latent_path,
         &latent,
         &trained.config_json(workload.config_json()),

@@ -1,6 +1,5 @@
 //! The steps of a run: its folder, trainings and packing.
 
-use super::files::{remove, write};
 use super::trained::TrainedLayers;
 use super::workload::{Phase, RunObserver, Workload};
 use crate::config::{RunConfig, Teacher};
@@ -8,6 +7,7 @@ use crate::plot;
 use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::Matrix;
+use bitnet_formats::replace::{remove, write_file};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
     CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
@@ -63,7 +63,7 @@ impl<W: Workload> Runner<'_, W> {
             (true, true) => {}
             (false, _) => {
                 fs::create_dir_all(out).map_err(bitnet_formats::Error::io(out, "create"))?;
-                write(&toml, document.as_bytes())?;
+                write_file(&toml, document.as_bytes())?;
             }
         }
         let lock = File::open(&toml).map_err(bitnet_formats::Error::io(&toml, "open"))?;
@@ -114,8 +114,7 @@ impl<W: Workload> Runner<'_, W> {
         let floats = folder::tensors(&vars);
         QATTrainer::new(self.training.clone())?.prepare(&mut model, &vars)?;
         let path = self.output.out.join("rehearsal");
-        remove(&path)?;
-        folder::save(
+        folder::replace(
             &path,
             &floats,
             &self.workload.config_json(),
@@ -296,8 +295,7 @@ impl<W: Workload> Runner<'_, W> {
             weights.insert(layer.name.clone(), layer.weight.clone());
         }
         weights.extend(trained.biases.clone());
-        remove(&from)?;
-        folder::save(
+        folder::replace(
             &from,
             &weights,
             &self.workload.config_json(),
