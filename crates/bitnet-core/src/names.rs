@@ -127,8 +127,8 @@ macro_rules! as_string {
             fn deserialize<D: $crate::names::serde::Deserializer<'de>>(
                 deserializer: D,
             ) -> ::std::result::Result<Self, D::Error> {
-                use $crate::names::serde::Deserialize;
-                let name = ::std::borrow::Cow::<'_, str>::deserialize(deserializer)?;
+                let name: ::std::borrow::Cow<'_, str> =
+                    $crate::names::serde::Deserialize::deserialize(deserializer)?;
                 name.parse()
                     .map_err($crate::names::serde::de::Error::custom)
             }

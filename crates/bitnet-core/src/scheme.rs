@@ -322,7 +322,7 @@ impl Scheme {
                 }
                 if n > 1 && threshold != Threshold::Optimal {
                     return Err(Error::Scheme(format!(
-                        "{n} trit planes with threshold {threshold:?}; several planes need Optimal"
+                        "{n} trit planes with threshold {threshold}; several planes need optimal"
                     )));
                 }
                 planes = n;
@@ -336,7 +336,7 @@ impl Scheme {
                 split,
             } => {
                 return Err(Error::Scheme(format!(
-                    "stochastic binary with split {split:?}; it needs Zero"
+                    "stochastic binary with split {split}; it needs zero"
                 )));
             }
             Method::Binary { .. } => zero_points = ZeroPoints::F32,

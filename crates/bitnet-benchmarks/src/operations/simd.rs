@@ -20,7 +20,7 @@ const COLS: usize = 2560;
 /// Bytes of the values of a matrix that goes to memory.
 const LARGE: usize = 64 << 20;
 
-/// Scales of an unpacked matrix, if the layout stores them.
+/// Result of unpacking: the scales, if the layout stores them.
 type UnpackResult = bitnet_core::Result<Option<Vec<f32>>>;
 
 /// The destination of the results.

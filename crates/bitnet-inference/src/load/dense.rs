@@ -58,8 +58,8 @@ impl CheckpointLoader<'_> {
                         format!("{} × {}", matrix.spec.rows, matrix.spec.cols),
                     ));
                 }
-                if let Some(kind) = blocks::type_of(&matrix).filter(|kind| choice.keeps(*kind)) {
-                    return blocks::of_matrix(&self.runtime.pool, &matrix, kind)
+                if let Some(kind) = blocks::block_type(&matrix).filter(|kind| choice.keeps(*kind)) {
+                    return blocks::matrix_blocks(&self.runtime.pool, &matrix, kind)
                         .map(Into::into)
                         .map_err(|e| found.kernel_error(e));
                 }
@@ -101,11 +101,12 @@ impl CheckpointLoader<'_> {
         let StoredType::Ggml(ggml_type) = self.source.stored(stored).dtype else {
             return Ok(None);
         };
-        let Some(kind) = blocks::type_of_gguf(ggml_type).filter(|kind| choice.keeps(*kind)) else {
+        let Some(kind) = blocks::gguf_block_type(ggml_type).filter(|kind| choice.keeps(*kind))
+        else {
             return Ok(None);
         };
         let (pool, shape) = (&self.runtime.pool, found.rows_and_cols());
-        blocks::of_gguf(pool, self.source, stored, ggml_type, kind, shape).map(Some)
+        blocks::gguf_blocks(pool, self.source, stored, ggml_type, kind, shape).map(Some)
     }
 
     /// Converts the rows that `read` decodes to the chosen type.
