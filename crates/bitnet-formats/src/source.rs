@@ -60,12 +60,12 @@ impl Source {
         Ok(source)
     }
 
-    /// The path it was opened by.
+    /// The path given to [`Source::open`].
     pub fn path(&self) -> &Path {
         &self.storage.path
     }
 
-    /// What it is.
+    /// File, folder or GGUF.
     pub fn kind(&self) -> Kind {
         self.storage.kind
     }
@@ -125,7 +125,7 @@ impl Source {
         self.find_id(name).map(|id| self.tensor(id))
     }
 
-    /// The tensor of that name.
+    /// The id of the tensor of that name.
     pub fn find_id(&self, name: &str) -> Option<TensorId> {
         self.names.get(name).copied()
     }

@@ -360,7 +360,7 @@ impl Storage {
     /// The range begins and ends at whole blocks of the type; whole rows always do.
     ///
     /// # Errors
-    /// As [`Source::read`], and [`Error::Tensor`] if the type holds no floats.
+    /// As [`Storage::read`], and [`Error::Tensor`] if the type holds no floats.
     pub(crate) fn read_floats(
         &self,
         stored: StoredId,

@@ -143,7 +143,11 @@ fn named_default(value: &Value) -> Option<String> {
 mod tests {
     use super::*;
 
-    const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    const CHATML: &str = "{% for message in messages %}\
+        {% if loop.first and messages[0]['role'] != 'system' %}\
+        {{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}\
+        {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\
+        {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     #[test]
     fn templates_render_as_in_transformers() {
@@ -154,7 +158,11 @@ mod tests {
             "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         );
         // b1.58-2B-4T: python's string methods, special tokens, line breaks after blocks.
-        let text = "{% set loop_messages = messages %}{% for message in loop_messages %}\n{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: '.strip() + ' ' }}{% endif %}";
+        let text = "{% set loop_messages = messages %}{% for message in loop_messages %}\n\
+            {% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}\
+            {% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}\
+            {{ content }}{% endfor %}{% if add_generation_prompt %}\
+            {{ 'Assistant: '.strip() + ' ' }}{% endif %}";
         let template =
             ChatTemplate::new(text, vec![("bos_token", "<|begin_of_text|>".into())]).unwrap();
         let text = template

@@ -3,6 +3,7 @@
 use crate::args::{Cli, ManualArgs};
 use crate::print::{Answer, Output};
 use anyhow::Context;
+use bitnet_formats::replace::write_file;
 use clap::{Command, CommandFactory};
 use clap_mangen::Man;
 use serde_json::json;
@@ -27,20 +28,10 @@ fn write(command: &Command, folder: &Path, names: &mut Vec<String>) -> anyhow::R
     let name = page.get_filename();
     let mut text = vec![];
     page.render(&mut text)?;
-    write_whole(&folder.join(&name), &text)?;
+    write_file(&folder.join(&name), &text)?;
     names.push(name);
     for below in command.get_subcommands() {
         write(below, folder, names)?;
     }
     Ok(())
-}
-
-/// Writes beside the file and renames: a page is whole or not there.
-fn write_whole(path: &Path, text: &[u8]) -> anyhow::Result<()> {
-    let partial = path.with_extension("bitnet-partial");
-    let result = fs::write(&partial, text).and_then(|()| fs::rename(&partial, path));
-    result.with_context(|| {
-        let _ = fs::remove_file(&partial);
-        format!("cannot write {}", path.display())
-    })
 }

@@ -2,7 +2,7 @@
 //!
 //! | tokenizer.json | `tokenizer.ggml.model` | `tokenizer.ggml.pre` |
 //! |---|---|---|
-//! | BPE on GPT-2's byte alphabet | `gpt2` | by the pre-tokenizer: see [`PRE`] |
+//! | BPE on GPT-2's byte alphabet | `gpt2` | by the pre-tokenizer: see `pre.rs` |
 //! | BPE on text with ▁ for a space and 256 byte tokens | `llama` | none |
 //! | BPE on text with ▁ for a space, no byte tokens | `gpt2` | `sarvam-moe`, which merges by rank on characters |
 //! | Unigram | `t5`, which searches the likeliest pieces and knows no byte tokens | none |
