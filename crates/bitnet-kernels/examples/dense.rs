@@ -2,7 +2,7 @@
 //! thread.
 //!
 //! `cargo run --release -p bitnet-kernels --example dense`. Products read from memory: their bytes
-//! are set against a plain read of as many in the same turn.
+//! are compared with a plain read of the same number of bytes in the same turn.
 
 use bitnet_kernels::dense::{
     Attention, BlockCodes, BlockStrip, BlockType, Blocks, Cached, DenseData, DenseMatrix,

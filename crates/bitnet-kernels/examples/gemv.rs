@@ -1,5 +1,5 @@
-//! Speed of the ternary products, as shares of what the machine reads and multiplies in the same
-//! run.
+//! Speed of the ternary products, as shares of the speed at which the machine reads and multiplies
+//! in the same run.
 //!
 //! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one
 //! thread and the widest instruction set.
@@ -35,7 +35,7 @@ fn summary(mut all: Vec<f64>) -> [f64; 3] {
     [all[0], all[all.len() / 2], all[all.len() - 1]]
 }
 
-/// Something to measure: what one call does, and how much of it.
+/// An operation to measure: a call, and the amount of work in it.
 struct Work<'a> {
     amount: f64,
     call: Box<dyn FnMut() + 'a>,

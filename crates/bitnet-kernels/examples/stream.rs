@@ -241,7 +241,7 @@ fn may_be(wanted: &str, place: &str) -> bool {
     wanted.contains(place) || !["L1", "L2", "DRAM"].iter().any(|p| wanted.contains(p))
 }
 
-/// What the first call fills and the others overwrite.
+/// The memory that the first call fills and later calls overwrite.
 fn empty(scheme: &Scheme) -> PackedMatrix {
     PackedMatrix {
         spec: scheme.spec(0, 0).expect("a scheme of weights"),

@@ -1,4 +1,5 @@
-//! Every kernel on every instruction set of the machine: what the scalar kernel does, bit for bit.
+//! Tests every kernel on every instruction set of the machine: the results have the bits of the
+//! scalar kernel.
 //!
 //! [`cases`] has a function for each kernel of [`for_kernels`]: it calls the kernel on inputs
 //! around the lengths of its blocks and returns everything that the kernel wrote. A kernel without

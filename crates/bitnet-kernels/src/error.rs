@@ -1,9 +1,9 @@
-//! Why there are no kernels for a name, or why a matrix does not fit them.
+//! Errors of this crate.
 
 use crate::isa::Isa;
 use std::str::FromStr;
 
-/// Why there are no kernels for a name, or why a matrix does not fit them.
+/// Errors of this crate.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,7 +16,7 @@ pub enum Error {
         /// The name given.
         got: String,
     },
-    /// The matrix or the activations are not what the kernels take.
+    /// The kernels do not support the matrix or the activations.
     #[error(transparent)]
     Matrix(#[from] bitnet_core::Error),
     /// The machine does not have it.

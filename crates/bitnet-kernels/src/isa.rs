@@ -74,7 +74,7 @@ macro_rules! isa {
         }
 
         impl Isa {
-            /// All of them; those of one architecture stand together, narrow to wide.
+            /// All instruction sets, by architecture and from narrow to wide.
             pub const ALL: [Self; [$($name),*].len()] = [$(Self::$isa),*];
 
             /// Whether this machine runs it.

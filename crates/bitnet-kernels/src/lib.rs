@@ -4,7 +4,7 @@
 //!   machine. It implements [`bitnet_core::ops::Ops`], the loops that quantization needs.
 //! - [`stream`] packs and unpacks the wire layouts, and rounds activations to int8.
 //! - [`matmul`] multiplies low-bit weights with activations, [`dense`] multiplies floats.
-//! - [`update`] has the steps of optimizers, [`machine`] measures what the machine can do at most.
+//! - [`update`] has the steps of optimizers, [`machine`] measures ceilings of the machine.
 //! - [`Pool`] runs the parts of a loop on threads.
 //!
 //! ```

@@ -1,5 +1,5 @@
-//! Streams on every instruction set of this machine and on one and three threads: what bitnet-core
-//! says, bit for bit.
+//! Streams on every instruction set of this machine and on one and three threads: the bits of
+//! bitnet-core.
 
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
@@ -261,8 +261,7 @@ fn foreign_layouts() {
     }
 }
 
-/// Each byte replaced by each other one: an error or values, and which, is what the layout in core
-/// says.
+/// Each byte replaced by each other one: the error or the values are those of the layout in core.
 #[test]
 fn every_damaged_byte_is_seen() {
     let mut random = Random::new(5);
@@ -329,7 +328,7 @@ fn every_damaged_byte_is_seen() {
 }
 
 #[test]
-fn what_is_wrong_is_said_as_core_says_it() {
+fn errors_are_those_of_core() {
     let spec = spec(3, 700, Granularity::Channel, ScaleDtype::F32);
     everywhere(|kernels, pool| {
         for name in ["two-bit", "base-3"] {

@@ -6,7 +6,7 @@ use super::lanes::Lanes;
 use super::rows::{Bytes, Floats, Halves, RowSource, RowSteps};
 use std::ops::Range;
 
-/// Where the heads of tokens lie: those of token t are `width` elements from `t · stride` on.
+/// Position of the heads of tokens: token t has `width` elements from `t · stride` on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenHeads {
     /// How many tokens.

@@ -186,7 +186,7 @@ impl ScaleLengths {
         }
     }
 
-    /// Zeros, and `more` of them after the end of what there is.
+    /// Zeros of these lengths, and `more` after the end of each vector that is not empty.
     fn zeros(self, more: usize) -> BlockScales {
         let with = |n: usize| if n > 0 { n + more } else { 0 };
         BlockScales {

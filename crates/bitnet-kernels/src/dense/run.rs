@@ -75,8 +75,8 @@ impl Kernels {
     }
 
     /// Attention of the heads that share one key and value head, for tokens that follow one
-    /// another: `attention.len` is what the first one sees, and each sees one position more than
-    /// the one before. The bits are those of [`Kernels::attend`] for each.
+    /// another: the first one sees `attention.len` positions, and each later one sees one more. The
+    /// bits are those of [`Kernels::attend`] for each token.
     ///
     /// # Panics
     /// If `q` and `out` do not hold these heads, all of them whole, or the cache holds fewer

@@ -61,9 +61,8 @@ pub(super) fn stream_512(lines: &mut [CacheLine], word: u64) {
     _mm_sfence();
 }
 
-/// A loop of one instruction, or of a product and a sum, on as many independent sums as the
-/// registers hold. It is written as assembly because a compiler would see that all products are
-/// alike.
+/// A loop of one instruction, or of a product and a sum, on independent sums in all registers. It
+/// is written as assembly because a compiler would see that all products are alike.
 macro_rules! peak {
     (
         $name:ident, $features:literal, $sums:literal, $zero:ident, $class:ident,

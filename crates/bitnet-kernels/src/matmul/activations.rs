@@ -152,7 +152,7 @@ impl PrepackedActivations {
     ///
     /// # Errors
     /// [`Error::Matrix`] if `x` is not whole rows of K, or `w` is not ternary in the two-bit
-    /// stream: nothing else takes floats.
+    /// stream: no other weights are multiplied with floats.
     pub fn floats(x: &[f32], w: &Prepacked) -> Result<Self, Error> {
         if !w.takes_floats() {
             let why = format!(

@@ -14,8 +14,8 @@ use bitnet_core::pack::{FastPath, Layout};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ZeroPoints};
 use std::sync::{Mutex, PoisonError};
 
-/// Columns that are prepacked for all rows of a panel before the next ones are: about what the
-/// nearest cache holds.
+/// Columns that are prepacked for all rows of a panel before the next columns: about the size of
+/// the nearest cache.
 const BLOCK: usize = 1280;
 
 fn unsupported(why: String) -> Error {

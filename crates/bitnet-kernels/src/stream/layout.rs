@@ -368,7 +368,7 @@ impl UnpackJob<'_> {
 /// [`Matrix::dequantize_row_into`] does. `scales` is read only where the layout does not hold them.
 ///
 /// # Errors
-/// Those of [`unpack`]; [`Error::Length`] if `scales` or `out` are not those of the matrix;
+/// Those of [`unpack`]; [`Error::Length`] if `scales` or `out` have the wrong length;
 /// [`Error::Scheme`] for a matrix with zero points.
 pub fn dequantize(
     kernels: Kernels,

@@ -1,7 +1,7 @@
 //! Elementwise work at the speed of memory: floats to packed codes, packed codes to values and to
 //! floats, activations to int8.
 //!
-//! Each function returns what its counterpart in bitnet-core returns, bit for bit, on every
+//! Each function returns the bits of its counterpart in bitnet-core on every
 //! instruction set and every number of threads.
 
 mod layout;
