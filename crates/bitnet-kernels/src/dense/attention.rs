@@ -280,9 +280,10 @@ unsafe fn mix_steps<'a, L: Lanes, V: RowSource<'a>, const S: usize, const G: usi
 ) {
     let cols = values.cols();
     let mut kept = [[lanes.zero(); S]; G];
-    for (kept, out) in kept.iter_mut().zip(out.chunks_exact(cols)) {
+    for (g, kept) in kept.iter_mut().enumerate() {
+        let (out, _) = out[g * cols..][..cols].as_chunks();
         for (s, kept) in kept.iter_mut().enumerate() {
-            *kept = lanes.f32(&out.as_chunks().0[first + s]);
+            *kept = lanes.f32(&out[first + s]);
         }
     }
     for (j, position) in positions.enumerate() {
@@ -299,9 +300,10 @@ unsafe fn mix_steps<'a, L: Lanes, V: RowSource<'a>, const S: usize, const G: usi
             }
         }
     }
-    for (kept, out) in kept.into_iter().zip(out.chunks_exact_mut(cols)) {
+    for (g, kept) in kept.into_iter().enumerate() {
+        let (out, _) = out[g * cols..][..cols].as_chunks_mut();
         for (s, kept) in kept.into_iter().enumerate() {
-            lanes.store(kept, &mut out.as_chunks_mut().0[first + s]);
+            lanes.store(kept, &mut out[first + s]);
         }
     }
 }
