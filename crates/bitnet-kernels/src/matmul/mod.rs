@@ -51,6 +51,7 @@ mod simd128;
 mod stream;
 mod tiles;
 mod trits;
+mod unpack;
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Prepacked {
     rows: usize,
     planes: usize,
-    precision: Precision,
+    pub(super) precision: Precision,
     coding: Coding,
     shape: Shape,
     /// `[panels, planes, steps]` of 256 bytes.
@@ -636,7 +636,7 @@ impl Prepacked {
     }
 
     /// Columns of one group.
-    fn group_cols(&self, group: usize) -> Range<usize> {
+    pub(super) fn group_cols(&self, group: usize) -> Range<usize> {
         group * self.shape.group..self.cols().min((group + 1) * self.shape.group)
     }
 
