@@ -420,7 +420,7 @@ fn integration_with_bitnet_core() -> Result {
     assert_eq!(distance(&dequantized, &before)?, 0.0);
     let packed: &BitNetTensor = quantized.packed().expect("packed");
     assert_eq!(packed.bytes().len(), 128 * 256 / 4);
-    let runtime = Runtime::of(&Default::default())?;
+    let runtime = Runtime::shared(&Default::default())?;
     let pool: &HybridMemoryPool = &runtime.memory;
     assert_eq!(pool.take(100).as_ptr() as usize % 64, 0);
     Ok(())

@@ -11,11 +11,11 @@
 //! name always stands for a whole one, and whatever interrupts the writing leaves the earlier ones
 //! as they were.
 
-use super::layer::Stage;
 use super::optimizer::{Kept, Optimizer};
 use super::telemetry::Telemetry;
 use super::trainer::Stopped;
-use super::with_host_floats;
+use crate::tensor::latent::Stage;
+use crate::tensor::with_host_floats;
 use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_formats::document::Checksum;

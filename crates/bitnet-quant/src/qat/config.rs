@@ -1,10 +1,10 @@
 //! The configuration of a training.
 
+use super::StraightThroughEstimator;
 use super::checkpoint::CheckpointConfig;
 use super::optimizer::OptimizerConfig;
 use super::progressive::Progressive;
 use super::schedule::Schedule;
-use super::ste::StraightThroughEstimator;
 use super::telemetry::TelemetryConfig;
 use crate::recipe::Choices;
 use crate::spec::QuantizationScheme;

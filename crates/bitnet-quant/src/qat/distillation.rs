@@ -12,7 +12,7 @@
 //! # Ok::<(), bitnet_quant::Error>(())
 //! ```
 
-use crate::tensor::{not_empty, token_shape, with_floats};
+use crate::tensor::{contiguous_floats, into_candle, not_empty, token_shape, with_floats};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Shape, Tensor};
 use rayon::prelude::*;
@@ -187,7 +187,7 @@ impl CustomOp2 for Divergence {
         t: &CpuStorage,
         lt: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let loss = self.loss(super::slice(s, ls)?, super::slice(t, lt)?);
+        let loss = self.loss(contiguous_floats(s, ls)?, contiguous_floats(t, lt)?);
         Ok((CpuStorage::F32(vec![loss as f32]), Shape::from(())))
     }
 
@@ -219,7 +219,7 @@ impl CustomOp2 for Divergence {
         });
         Ok((
             Some(Tensor::from_vec(
-                out.map_err(super::candle)?,
+                out.map_err(into_candle)?,
                 s.shape(),
                 s.device(),
             )?),

@@ -9,9 +9,10 @@
 //!
 //! These are the equations of PyTorch, in f32.
 
-use super::{device_sum_squares, with_host_floats};
+use super::device_sum_squares;
 use crate::recipe::compile;
 use crate::tensor::with_floats;
+use crate::tensor::with_host_floats;
 use crate::{Error, Result};
 use bitnet_kernels::Kernels;
 use bitnet_kernels::update::{Adam, Decay, Sgd};

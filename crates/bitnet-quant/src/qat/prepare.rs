@@ -1,7 +1,7 @@
 //! From floats to layers in training, and from those to packed ones.
 
 use super::{Linear, Linears, QatLinear, StraightThroughEstimator};
-use crate::QuantizationConfig;
+use crate::{BitLinear, QuantizationConfig};
 use crate::{Error, Result};
 use candle_nn::VarMap;
 
@@ -103,6 +103,19 @@ pub fn prepare(
 
 pub(super) fn scale_name(name: &str) -> String {
     format!("{name}.learned_scale")
+}
+
+impl QatLinear {
+    /// The packed layer, on the CPU: with λ = 1 it computes the same.
+    ///
+    /// # Errors
+    /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no
+    /// product.
+    pub fn convert(&self) -> Result<BitLinear> {
+        let codes = self.codes()?;
+        let bias = self.bias_with(&codes)?;
+        BitLinear::from_matrix(&codes.into_matrix(self.runtime())?, bias, self.config())
+    }
 }
 
 /// Puts packed layers in the place of those in training: the codes and scales of their last forward

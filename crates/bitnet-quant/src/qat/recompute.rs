@@ -3,7 +3,7 @@
 //! A segment of the graph, `y = f(x)`, keeps x and y alone. Its backward pass computes `f(x)` once
 //! more, with a graph, and goes back through that.
 
-use super::slice;
+use crate::tensor::contiguous_floats;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -113,12 +113,12 @@ impl CustomOp2 for Segment {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = Tensor::from_slice(slice(x, layout)?, layout.shape(), &Device::Cpu)?;
+        let x = Tensor::from_slice(contiguous_floats(x, layout)?, layout.shape(), &Device::Cpu)?;
         let y = (self.f)(&x)?.contiguous()?;
         let (storage, layout) = y.storage_and_layout();
         match &*storage {
             Storage::Cpu(y) => Ok((
-                CpuStorage::F32(slice(y, layout)?.to_vec()),
+                CpuStorage::F32(contiguous_floats(y, layout)?.to_vec()),
                 layout.shape().clone(),
             )),
             _ => Err(candle_core::Error::msg("a segment gives f32 on the CPU")),

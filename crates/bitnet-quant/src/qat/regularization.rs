@@ -1,9 +1,8 @@
 //! What draws latent weights to the levels of their quantizer.
 
-use super::graph::{Rounded, divisor};
-use super::ste::Codes;
 use super::{Linear, Linears, QatLinear};
-use crate::tensor::with_floats;
+use crate::tensor::latent::{RoundedGranules, WeightCodes, divisor};
+use crate::tensor::{contiguous_floats, into_candle, with_floats};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 use std::sync::OnceLock;
@@ -19,7 +18,7 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
             let of_layer = match layer.weight().device().is_cpu() {
-                true => layer.weight().contiguous()?.apply_op1(Levels {
+                true => layer.weight().contiguous()?.apply_op1(LevelDistance {
                     layer: (**layer).clone(),
                     codes: OnceLock::new(),
                 })?,
@@ -39,7 +38,7 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
 
 /// `Σ ((w − ŵ)/s)²` as operations of candle.
 pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
-    let (w, Rounded { values, step }) = layer.rounded()?;
+    let (w, RoundedGranules { values, step }) = layer.rounded()?;
     let away = (w - values.broadcast_mul(&step)?)?;
     Ok(away
         .broadcast_div(&divisor(&step.abs()?.mean_all()?)?)?
@@ -48,14 +47,14 @@ pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
 }
 
 /// The same as one operation, on the CPU.
-struct Levels {
+struct LevelDistance {
     layer: QatLinear,
-    codes: OnceLock<Codes>,
+    codes: OnceLock<WeightCodes>,
 }
 
-impl Levels {
+impl LevelDistance {
     /// Ŵ and 1/s².
-    fn levels(&self, codes: &Codes) -> Result<(Vec<f32>, f64)> {
+    fn levels(&self, codes: &WeightCodes) -> Result<(Vec<f32>, f64)> {
         let scale = codes.mean_scale();
         Ok((
             codes.dequantize(self.layer.runtime())?,
@@ -64,15 +63,15 @@ impl Levels {
     }
 }
 
-impl CustomOp1 for Levels {
+impl CustomOp1 for LevelDistance {
     fn name(&self) -> &'static str {
         "level-distance"
     }
 
     fn cpu_fwd(&self, w: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let codes = self.layer.codes().map_err(super::candle)?;
-        let (levels, factor) = self.levels(&codes).map_err(super::candle)?;
-        let sum: f64 = super::slice(w, layout)?
+        let codes = self.layer.codes().map_err(into_candle)?;
+        let (levels, factor) = self.levels(&codes).map_err(into_candle)?;
+        let sum: f64 = contiguous_floats(w, layout)?
             .iter()
             .zip(&levels)
             .map(|(w, v)| f64::from(w - v).powi(2))
@@ -88,7 +87,7 @@ impl CustomOp1 for Levels {
         let Some(codes) = self.codes.get() else {
             return Ok(None);
         };
-        let (mut out, factor) = self.levels(codes).map_err(super::candle)?;
+        let (mut out, factor) = self.levels(codes).map_err(into_candle)?;
         let factor = (2.0 * factor * f64::from(grad.to_scalar::<f32>()?)) as f32;
         let done = with_floats(w, |w| {
             out.iter_mut()
@@ -96,7 +95,7 @@ impl CustomOp1 for Levels {
                 .for_each(|(out, w)| *out = factor * (w - *out));
             Ok(())
         });
-        done.map_err(super::candle)?;
+        done.map_err(into_candle)?;
         Ok(Some(Tensor::from_vec(out, w.shape(), &Device::Cpu)?))
     }
 }

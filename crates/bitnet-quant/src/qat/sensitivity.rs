@@ -1,6 +1,7 @@
 //! Which layers lose most by quantization.
 
-use super::{Linear, Linears, with_host_floats};
+use super::{Linear, Linears};
+use crate::tensor::with_host_floats;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
@@ -211,7 +212,7 @@ impl Fisher {
                 let scheme = choices.plain_scheme()?.ok_or_else(|| {
                     Error::recipe(format!("{} is not quantized", choices.target()))
                 })?;
-                let runtime = crate::Runtime::of(&Default::default())?;
+                let runtime = crate::Runtime::shared(&Default::default())?;
                 let matrix = crate::quantize_tensor(&runtime, weight, &scheme, None)?;
                 let stats = matrix.stats(weight)?;
                 let spec = matrix.matrix()?.spec.clone();

@@ -5,7 +5,7 @@ use super::checkpoint::{Put, Slot};
 use super::linear::{Linear, Linears};
 use super::optimizer::sum_squares;
 use super::trainer::{Evaluation, Step};
-use super::with_host_floats;
+use crate::tensor::with_host_floats;
 use crate::{Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_kernels::Kernels;

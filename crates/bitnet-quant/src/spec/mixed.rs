@@ -143,7 +143,7 @@ impl MixedPrecisionQuantizer {
             }
             Error::unless_empty(wrong)?;
         }
-        let runtime = Runtime::of(&config.config.compute)?;
+        let runtime = Runtime::shared(&config.config.compute)?;
         Ok(Self {
             config,
             runtime,

@@ -266,7 +266,7 @@ impl BitNetQuantizer {
     /// [`Error::Invalid`] naming each wrong field; as [`Runtime::new`].
     pub fn new(config: QuantizationConfig) -> Result<Self> {
         config.validate()?;
-        let runtime = Runtime::of(&config.compute)?;
+        let runtime = Runtime::shared(&config.compute)?;
         Ok(Self {
             config,
             runtime,
@@ -452,7 +452,7 @@ pub fn quantize_activations(
 pub fn absmean_quantize_weights(weights: &Tensor, device: &Device) -> Result<QuantizedTensor> {
     check_device(device)?;
     quantize_tensor(
-        &*Runtime::of(&Compute::default())?,
+        &*Runtime::shared(&Compute::default())?,
         weights,
         &Scheme::ternary(Threshold::Absmean),
         None,

@@ -1,11 +1,11 @@
 //! What layers compute with: kernels, threads and scratch memory.
 
-use super::kernel::Scratch;
 use crate::{Compute, Machine};
 use crate::{Error, Result};
 use bitnet_core::memory::HybridMemoryPool;
 use bitnet_kernels::Pool;
-use std::sync::{Arc, Mutex, PoisonError};
+use bitnet_kernels::matmul;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Kernels, threads and scratch memory, shared by layers.
 ///
@@ -23,8 +23,8 @@ pub struct Runtime {
     pub pool: Pool,
     /// Scratch of forward passes.
     pub memory: HybridMemoryPool,
-    /// Quantized activations of forward passes.
-    pub(super) scratch: Scratch,
+    /// Prepacked activations of earlier forward passes, whose memory is used again.
+    activations: Mutex<Vec<matmul::Activations>>,
     /// Threads of quantizers; `None`: rayon's own.
     workers: Option<rayon::ThreadPool>,
 }
@@ -65,24 +65,34 @@ impl Runtime {
             machine,
             pool,
             memory: HybridMemoryPool::new(),
-            scratch: Scratch::default(),
+            activations: Mutex::default(),
             workers,
         }))
     }
 
-    /// The one of this configuration: shared by all who ask for it, as long as the program runs.
+    /// The runtime of this configuration: made once, then shared until the program ends.
     ///
     /// # Errors
     /// As [`Runtime::new`].
-    pub fn of(compute: &Compute) -> Result<Arc<Self>> {
+    pub fn shared(compute: &Compute) -> Result<Arc<Self>> {
         static SHARED: Mutex<Vec<(Compute, Arc<Runtime>)>> = Mutex::new(vec![]);
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, runtime)) = shared.iter().find(|(of, _)| of == compute) {
+        let mut shared = lock(&SHARED);
+        if let Some((_, runtime)) = shared.iter().find(|(key, _)| key == compute) {
             return Ok(runtime.clone());
         }
         let fresh = Self::new(compute)?;
         shared.push((compute.clone(), fresh.clone()));
         Ok(fresh)
+    }
+
+    /// Activations of an earlier product, to be overwritten.
+    pub(crate) fn take_activations(&self) -> Option<matmul::Activations> {
+        lock(&self.activations).pop()
+    }
+
+    /// Keeps activations for a later product.
+    pub(crate) fn put_activations(&self, activations: matmul::Activations) {
+        lock(&self.activations).push(activations);
     }
 
     /// Runs `f` on the threads of quantizers.
@@ -92,4 +102,9 @@ impl Runtime {
             None => f(),
         }
     }
+}
+
+/// A poisoned lock holds no broken state here: its data is replaced whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,66 +1,44 @@
-//! The linear layer in training; what it computes is in `product.rs`.
+//! The trainable layer: latent float weights that the forward pass quantizes.
+//!
+//! ```text
+//! QatLinear ── rounding ─► codes ─► product    one operation of the graph, on the CPU
+//!     │                                 ▲
+//!     └─ estimator: slope of rounding ──┘      backward pass
+//!     └─ graph: the same in candle's operations, for other devices
+//! ```
+//!
+//! A latent [`BitLinear`](crate::BitLinear) holds a [`QatLinear`] with the plain estimator;
+//! quantization-aware training swaps one in for each linear layer of a model.
 
-use super::graph::{Graph, Rounded};
-use super::product::Product;
-use super::ste::{Codes, Quantizer, StraightThroughEstimator};
-use super::{candle, with_host_floats};
-use crate::tensor::runtime::Runtime;
-use crate::tensor::{matrix_shape, not_empty, token_shape};
+mod codes;
+mod estimator;
+mod graph;
+mod product;
+mod rounding;
+mod slope;
+mod stage;
+
+pub use estimator::StraightThroughEstimator;
+pub use stage::Stage;
+
+pub(crate) use codes::WeightCodes;
+#[cfg(feature = "qat")]
+pub(crate) use graph::{RoundedGranules, divisor};
+pub(crate) use product::NonFinite;
+
+use super::runtime::Runtime;
+use super::{into_candle, matrix_shape, not_empty, token_shape, with_host_floats};
 use crate::{Activations, QuantizationConfig};
-use crate::{BitLinear, Error, Result};
+use crate::{Error, Result};
 use bitnet_core::Matrix;
-use bitnet_core::scheme::{Clip, Mapping, Method, Scheme};
+use bitnet_core::scheme::{Method, Scheme};
 use candle_core::{DType, Device, Module, Tensor, Var};
-use serde::{Deserialize, Serialize};
+use graph::DeviceGraph;
+use product::QuantizedProduct;
+use rounding::WeightRounding;
 use std::sync::OnceLock;
 
-/// What a layer rounds to at present.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Stage {
-    /// Symmetric integers of so many bits, as a step on the way; with 2, 3 and 4 bits their range
-    /// is that of the least error on normal weights.
-    Bits(u32),
-    /// What the configuration says.
-    #[default]
-    Target,
-}
-
-impl Stage {
-    fn scheme(self, target: &Scheme) -> Result<Scheme> {
-        let Self::Bits(bits) = self else {
-            return Ok(*target);
-        };
-        let clip = match bits {
-            2 => Clip::Rms(1.05),
-            3 => Clip::Rms(1.81),
-            4 => Clip::Rms(2.37),
-            _ => Clip::None,
-        };
-        let scheme = Scheme {
-            method: Method::Int {
-                bits,
-                mapping: Mapping::Symmetric,
-                clip,
-            },
-            ..*target
-        };
-        scheme.spec(1, 1)?;
-        Ok(scheme)
-    }
-
-    /// Stretched scales belong to few levels; stages of more learn theirs as LSQ.
-    fn estimator(self, target: StraightThroughEstimator) -> StraightThroughEstimator {
-        match (self, target) {
-            (Self::Bits(3..), StraightThroughEstimator::Stretched) => {
-                StraightThroughEstimator::LearnedScale
-            }
-            _ => target,
-        }
-    }
-}
-
-/// A linear layer in training.
+/// A linear layer with latent weights.
 ///
 /// ```text
 /// y = x̃ · W̃ᵀ + b      x̃ = x + λ·(x̂ − x),  W̃ = W + λ·(Ŵ − W)      x […, K], W [N, K], y […, N]
@@ -68,13 +46,12 @@ impl Stage {
 /// ```
 ///
 /// x̂ are activations with one scale for each token, Ŵ the quantized weights, m the slope of the
-/// [`StraightThroughEstimator`], λ the strength. At full strength, λ = 1, and with quantized
-/// activations the product is that of the packed layer, in integers, so that a converted model
-/// gives the same bits.
+/// [`StraightThroughEstimator`], λ the strength. With λ = 1 and quantized activations the product
+/// is the integer product of the packed layer, so a converted model gives the same bits.
 ///
-/// So it is on the CPU. On other devices of candle the same is said in its own operations, in
-/// floats, for ternary weights of one plane (absmean, mean, a factor; any rule where the scale is
-/// learned), binary ones around 0 and symmetric integers; groups must divide the columns.
+/// This is the CPU. On other devices the layer is computed with candle's operations in floats: for
+/// ternary weights of one plane (absmean, mean, a factor; any rule where the scale is learned),
+/// binary weights around 0 and symmetric integers. Groups must divide the columns.
 ///
 /// ```
 /// use bitnet_quant::{QuantizationConfig, qat::{QatLinear, StraightThroughEstimator}};
@@ -105,7 +82,7 @@ pub struct QatLinear {
     lambda: f32,
     /// β.
     dead_zone: f32,
-    quantizer: Quantizer,
+    rounding: WeightRounding,
 }
 
 impl QatLinear {
@@ -123,71 +100,44 @@ impl QatLinear {
         config: &QuantizationConfig,
         estimator: StraightThroughEstimator,
     ) -> Result<Self> {
-        config.validate()?;
-        let [rows, cols] = *weight.dims() else {
-            return Err(Error::input(
-                "weight",
-                "2 dimensions",
-                format!("shape {:?}", weight.dims()),
-            ));
-        };
-        not_empty(&weight)?;
         for tensor in [Some(&weight), bias.as_ref()].into_iter().flatten() {
-            is_f32(tensor)?;
-            same_device(tensor, &weight)?;
+            check_f32(tensor)?;
         }
-        if let Some(bias) = bias.as_ref().filter(|b| b.dims() != [rows]) {
-            return Err(Error::input(
-                "bias",
-                format!("shape [{rows}]"),
-                format!("{:?}", bias.dims()),
-            ));
-        }
-        let target = config.default.plain_scheme()?;
-        let target = target.ok_or_else(|| {
+        Self::with_any_float(weight, bias, scale, config, estimator)
+    }
+
+    /// [`QatLinear::new`] on weights and biases of any float type; the product converts them to
+    /// f32.
+    pub(crate) fn with_any_float(
+        weight: Tensor,
+        bias: Option<Tensor>,
+        scale: Option<Var>,
+        config: &QuantizationConfig,
+        estimator: StraightThroughEstimator,
+    ) -> Result<Self> {
+        config.validate()?;
+        let cols = check_shapes(&weight, bias.as_ref())?;
+        let target = config.default.plain_scheme()?.ok_or_else(|| {
             Error::input(
                 "precision",
                 "one that is quantized",
                 config.default.target(),
             )
         })?;
-        let runtime = Runtime::of(&config.compute)?;
-        let quantizer = Quantizer::new(target, estimator, runtime)?;
-        let granules = target.spec(rows, cols)?.scales_len();
-        let scale = match scale.filter(|_| estimator.learns_scale()) {
-            Some(scale) if scale.dims() == [granules] && scale.dtype() == DType::F32 => {
-                same_device(&scale, &weight)?;
-                Some(scale)
-            }
-            Some(scale) => {
-                return Err(Error::input(
-                    "scale",
-                    format!("f32 of [{granules}]"),
-                    format!("{:?}", scale.as_tensor()),
-                ));
-            }
-            None if estimator.learns_scale() => {
-                let fresh =
-                    with_host_floats(&weight, |w| quantizer.initial_scales(w, (rows, cols)))?;
-                Some(Var::from_vec(fresh, granules, weight.device())?)
-            }
-            None => None,
-        };
-        let (stage, lambda) = (Stage::Target, 1.0);
-        let activations = config.activations.unwrap_or_default();
-        let config = config.clone();
+        let rounding = WeightRounding::new(target, estimator, Runtime::shared(&config.compute)?)?;
+        let scale = learned_scale(scale, &weight, &rounding)?;
         let layer = Self {
             weight,
             bias,
             scale,
-            config,
+            config: config.clone(),
             target,
             estimator,
-            activations,
-            stage,
-            lambda,
+            activations: config.activations.unwrap_or_default(),
+            stage: Stage::Target,
+            lambda: 1.0,
             dead_zone: 0.0,
-            quantizer,
+            rounding,
         };
         if !layer.weight.device().is_cpu() {
             layer.graph().check(cols)?;
@@ -212,7 +162,7 @@ impl QatLinear {
 
     /// The scheme of the present stage.
     pub fn scheme(&self) -> &Scheme {
-        &self.quantizer.scheme
+        &self.rounding.scheme
     }
 
     /// The scheme of the configuration.
@@ -240,18 +190,18 @@ impl QatLinear {
             return Ok(());
         }
         let scheme = stage.scheme(&self.target)?;
-        let quantizer = Quantizer::new(
+        let rounding = WeightRounding::new(
             scheme,
             stage.estimator(self.estimator),
-            self.quantizer.runtime.clone(),
+            self.rounding.runtime.clone(),
         )?;
         if let Some(scale) = &self.scale {
             let fresh = with_host_floats(&self.weight, |w| {
-                quantizer.initial_scales(w, matrix_shape(&self.weight)?)
+                rounding.initial_scales(w, matrix_shape(&self.weight)?)
             })?;
             scale.set(&Tensor::from_vec(fresh, scale.dims(), scale.device())?)?;
         }
-        (self.stage, self.quantizer) = (stage, quantizer);
+        (self.stage, self.rounding) = (stage, rounding);
         Ok(())
     }
 
@@ -299,7 +249,7 @@ impl QatLinear {
     }
 
     /// Whether the target is ternary of one plane, which alone has a dead zone to be led out of.
-    pub(super) fn has_dead_zone(&self) -> bool {
+    pub(crate) fn has_dead_zone(&self) -> bool {
         matches!(self.target.method, Method::Ternary { planes: 1, .. })
     }
 
@@ -311,7 +261,7 @@ impl QatLinear {
         if let StraightThroughEstimator::Soft { .. } = self.estimator {
             let soft = StraightThroughEstimator::Soft { temperature };
             soft.validate()?;
-            (self.estimator, self.quantizer.estimator) = (soft, soft);
+            (self.estimator, self.rounding.estimator) = (soft, soft);
         }
         Ok(())
     }
@@ -321,18 +271,23 @@ impl QatLinear {
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
     pub fn quantized_weights(&self) -> Result<Matrix> {
-        self.codes()?.into_matrix(&self.quantizer.runtime)
+        self.codes()?.into_matrix(&self.rounding.runtime)
     }
 
-    pub(super) fn runtime(&self) -> &Runtime {
-        &self.quantizer.runtime
+    /// The configuration.
+    pub fn config(&self) -> &QuantizationConfig {
+        &self.config
     }
 
-    pub(super) fn codes(&self) -> Result<Codes> {
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.rounding.runtime
+    }
+
+    pub(crate) fn codes(&self) -> Result<WeightCodes> {
         let shape = matrix_shape(&self.weight)?;
         with_host_floats(&self.weight, |w| match &self.scale {
-            Some(scale) => with_host_floats(scale, |s| self.quantizer.encode(w, shape, Some(s))),
-            None => self.quantizer.encode(w, shape, None),
+            Some(scale) => with_host_floats(scale, |s| self.rounding.encode(w, shape, Some(s))),
+            None => self.rounding.encode(w, shape, None),
         })
     }
 
@@ -342,7 +297,7 @@ impl QatLinear {
     /// [`Error::Core`] for NaN among the weights.
     pub fn dequantized_weights(&self) -> Result<Tensor> {
         Ok(Tensor::from_vec(
-            self.codes()?.dequantize(&self.quantizer.runtime)?,
+            self.codes()?.dequantize(&self.rounding.runtime)?,
             self.weight.dims(),
             self.weight.device(),
         )?)
@@ -356,7 +311,7 @@ impl QatLinear {
         self.bias_with(&self.codes()?)
     }
 
-    fn bias_with(&self, codes: &Codes) -> Result<Option<Tensor>> {
+    pub(crate) fn bias_with(&self, codes: &WeightCodes) -> Result<Option<Tensor>> {
         let bias = self
             .bias
             .as_ref()
@@ -375,25 +330,15 @@ impl QatLinear {
         }))
     }
 
-    /// The packed layer, on the CPU: at full strength it computes the same.
-    ///
-    /// # Errors
-    /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no
-    /// product.
-    pub fn convert(&self) -> Result<BitLinear> {
-        let codes = self.codes()?;
-        let bias = self.bias_with(&codes)?;
-        BitLinear::from_matrix(&codes.into_matrix(self.runtime())?, bias, &self.config)
-    }
-
     /// The same layer without quantization, on the same variables.
     pub fn to_full(&self) -> candle_nn::Linear {
         candle_nn::Linear::new(self.weight.clone(), self.bias.clone())
     }
 
-    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        is_f32(x)?;
-        same_device(x, &self.weight)?;
+    /// y `[…, N]` of f32 tokens `[…, K]` on the device of the weights.
+    pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        check_f32(x)?;
+        check_same_device(x, &self.weight)?;
         not_empty(x)?;
         let (_, k) = token_shape(x)?;
         if k != self.weight.dims()[1] {
@@ -403,21 +348,30 @@ impl QatLinear {
                 format!("shape {:?}", x.dims()),
             ));
         }
-        if !x.device().is_cpu() {
-            return self.apply_graph(x);
+        if x.device().is_cpu() {
+            self.product(x, NonFinite::Propagate)
+        } else {
+            self.apply_graph(x)
         }
-        let (x, w) = (x.contiguous()?, self.weight.contiguous()?);
-        let op = Product {
-            quantizer: self.quantizer.clone(),
+    }
+
+    /// y as one operation, on the CPU; x is f32 of the right shape.
+    pub(crate) fn product(&self, x: &Tensor, non_finite: NonFinite) -> Result<Tensor> {
+        let floats = |t: &Tensor| t.to_dtype(DType::F32)?.contiguous();
+        let (x, w) = (x.contiguous()?, floats(&self.weight)?);
+        let bias = self.bias.as_ref().map(floats).transpose()?;
+        let op = QuantizedProduct {
+            rounding: self.rounding.clone(),
             activations: self.activations,
             lambda: self.lambda,
             dead_zone: self.dead_zone,
             scales: self.scale.as_ref().map_or(0, |s| s.elem_count()),
+            non_finite,
             codes: OnceLock::new(),
         };
-        Ok(match (&self.scale, &self.bias) {
+        Ok(match (&self.scale, &bias) {
             (None, None) => x.apply_op2(&w, op)?,
-            (None, Some(bias)) => x.apply_op3(&w, &bias.contiguous()?, op)?,
+            (None, Some(bias)) => x.apply_op3(&w, bias, op)?,
             (Some(scale), None) => x.apply_op3(&w, scale, op)?,
             (Some(scale), Some(bias)) => {
                 x.apply_op3(&w, &Tensor::cat(&[scale.as_tensor(), bias], 0)?, op)?
@@ -426,7 +380,7 @@ impl QatLinear {
     }
 
     /// y as operations of candle, whatever the device.
-    pub(super) fn apply_graph(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn apply_graph(&self, x: &Tensor) -> Result<Tensor> {
         self.graph().forward(
             x,
             &self.weight,
@@ -435,23 +389,20 @@ impl QatLinear {
         )
     }
 
-    /// The latent weights by granules, and what candle's operations make of them.
-    pub(super) fn rounded(&self) -> Result<(Tensor, Rounded)> {
-        let (graph, scale) = (
-            self.graph(),
-            self.scale
-                .as_ref()
-                .map(|s| s.as_tensor().detach().reshape(((), 1)))
-                .transpose()?,
-        );
+    /// The latent weights by granules, and their values and steps in candle's operations.
+    #[cfg(feature = "qat")]
+    pub(crate) fn rounded(&self) -> Result<(Tensor, RoundedGranules)> {
+        let graph = self.graph();
+        let scale = self.scale.as_ref();
+        let scale = scale.map(|s| s.as_tensor().detach().reshape(((), 1)));
         let w = graph.granules(&self.weight)?;
-        let rounded = graph.round(&w.detach(), scale.as_ref())?;
+        let rounded = graph.round(&w.detach(), scale.transpose()?.as_ref())?;
         Ok((w, rounded))
     }
 
-    pub(super) fn graph(&self) -> Graph<'_> {
-        Graph {
-            quantizer: &self.quantizer,
+    fn graph(&self) -> DeviceGraph<'_> {
+        DeviceGraph {
+            rounding: &self.rounding,
             activations: self.activations,
             lambda: self.lambda,
             dead_zone: self.dead_zone,
@@ -461,23 +412,71 @@ impl QatLinear {
 
 impl Module for QatLinear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.apply(x).map_err(candle)
+        self.apply(x).map_err(into_candle)
     }
 }
 
-fn is_f32(x: &Tensor) -> Result<()> {
+/// Columns of the weights; refuses shapes and devices that do not go together.
+fn check_shapes(weight: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
+    let [rows, cols] = *weight.dims() else {
+        return Err(Error::input(
+            "weight",
+            "2 dimensions",
+            format!("shape {:?}", weight.dims()),
+        ));
+    };
+    not_empty(weight)?;
+    if let Some(bias) = bias {
+        check_same_device(bias, weight)?;
+        if bias.dims() != [rows] {
+            return Err(Error::input(
+                "bias",
+                format!("shape [{rows}]"),
+                format!("{:?}", bias.dims()),
+            ));
+        }
+    }
+    Ok(cols)
+}
+
+/// The variable of learned scales where the estimator learns them: the given one, checked, or a new
+/// one.
+fn learned_scale(
+    given: Option<Var>,
+    weight: &Tensor,
+    rounding: &WeightRounding,
+) -> Result<Option<Var>> {
+    if !rounding.estimator.learns_scale() {
+        return Ok(None);
+    }
+    let shape = matrix_shape(weight)?;
+    let granules = rounding.scheme.spec(shape.0, shape.1)?.scales_len();
+    match given {
+        Some(scale) if scale.dims() == [granules] && scale.dtype() == DType::F32 => {
+            check_same_device(&scale, weight)?;
+            Ok(Some(scale))
+        }
+        Some(scale) => Err(Error::input(
+            "scale",
+            format!("f32 of [{granules}]"),
+            format!("{:?}", scale.as_tensor()),
+        )),
+        None => {
+            let fresh = with_host_floats(weight, |w| rounding.initial_scales(w, shape))?;
+            Ok(Some(Var::from_vec(fresh, granules, weight.device())?))
+        }
+    }
+}
+
+fn check_f32(x: &Tensor) -> Result<()> {
     if x.dtype() == DType::F32 {
         Ok(())
     } else {
-        Err(Error::input(
-            "dtype",
-            "f32, which is what trains",
-            x.dtype().as_str(),
-        ))
+        Err(Error::input("dtype", "f32", x.dtype().as_str()))
     }
 }
 
-fn same_device(x: &Tensor, weight: &Tensor) -> Result<()> {
+fn check_same_device(x: &Tensor, weight: &Tensor) -> Result<()> {
     if x.device().same_device(weight.device()) {
         return Ok(());
     }
