@@ -41,13 +41,13 @@ fn numbers(seed: u64, shape: &[usize], device: &Device) -> Result<Tensor> {
 }
 
 /// One layer that learns a fixed map.
-struct Line {
+struct LineTask {
     vars: VarMap,
     layer: Linear,
     device: Device,
 }
 
-impl Line {
+impl LineTask {
     fn new(device: &Device) -> Result<Self> {
         let vars = VarMap::new();
         let layer = Linear::new(
@@ -66,7 +66,7 @@ impl Line {
     }
 }
 
-impl Linears for Line {
+impl Linears for LineTask {
     fn visit_linears(
         &mut self,
         visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>,
@@ -75,7 +75,7 @@ impl Linears for Line {
     }
 }
 
-impl Task for Line {
+impl Task for LineTask {
     fn vars(&self) -> &VarMap {
         &self.vars
     }
@@ -107,7 +107,7 @@ fn one_step_is_that_of_the_cpu() -> Result<()> {
     for estimator in ["plain", "clipped:1.5", "lsq", "stretched", "soft:0.5"] {
         let estimator: StraightThroughEstimator = estimator.parse()?;
         let step = |device: &Device| -> Result<(f32, Vec<f32>)> {
-            let mut task = Line::new(device)?;
+            let mut task = LineTask::new(device)?;
             let vars = task.vars.clone();
             let config = QATConfig {
                 estimator,
@@ -163,7 +163,7 @@ fn a_training_with_checkpoints_learns_and_packs() -> Result<()> {
         keep: 1,
     });
     let mut trainer = QATTrainer::new(config)?;
-    let mut task = Line::new(&device)?;
+    let mut task = LineTask::new(&device)?;
     let (vars, before) = (task.vars.clone(), task.evaluate()?);
     trainer.prepare(&mut task, &vars)?;
     let outcome = trainer.run(&mut task, &mut ())?;
@@ -196,7 +196,7 @@ fn what_has_no_form_there_is_an_error() -> Result<()> {
     let Some(device) = device() else {
         return Ok(());
     };
-    let mut task = Line::new(&device)?;
+    let mut task = LineTask::new(&device)?;
     let vars = task.vars.clone();
     let mut quantization = QuantizationConfig::bitnet_158();
     quantization.default.threshold = Some(bitnet_core::scheme::Threshold::Optimal);

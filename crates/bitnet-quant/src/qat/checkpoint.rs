@@ -11,15 +11,15 @@
 //! name always stands for a whole one, and whatever interrupts the writing leaves the earlier ones
 //! as they were.
 
-use super::optimizer::{Kept, Optimizer};
+use super::events::Stopped;
+use super::optimizer::{MomentStorage, Optimizer};
 use super::telemetry::Telemetry;
-use super::trainer::Stopped;
+use super::tensor_file::{TensorEntry, TensorFile, checksum, put_floats, save};
 use crate::tensor::latent::Stage;
 use crate::tensor::with_host_floats;
 use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
-use bitnet_formats::document::Checksum;
-use bitnet_formats::safetensors::{Header, OutEntry, encode_header};
+use bitnet_formats::safetensors::Header;
 use candle_core::Tensor;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -34,8 +34,6 @@ const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const TELEMETRY: &str = "telemetry.safetensors";
 const STATE: &str = "state.json";
-/// Floats that are converted at a time.
-const PIECE: usize = 1 << 16;
 /// Ending of an unfinished folder.
 const PARTIAL: &str = "partial";
 
@@ -61,15 +59,15 @@ fn two() -> usize {
 /// What is not a tensor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct State {
+pub(crate) struct TrainingState {
     pub(crate) version: u32,
     /// Steps taken.
     pub(crate) step: u64,
-    pub(crate) loss: Exact,
+    pub(crate) loss: ExactFloat,
     /// Steps taken before the last evaluation, its value, and the best so far.
-    pub(crate) evaluation: Option<(u64, Exact, Exact)>,
+    pub(crate) evaluation: Option<(u64, ExactFloat, ExactFloat)>,
     /// Steps taken before the best one, whose checkpoint is kept, and its value.
-    pub(crate) best: Option<(u64, Exact)>,
+    pub(crate) best: Option<(u64, ExactFloat)>,
     /// Evaluations since the best one.
     pub(crate) worse: u64,
     /// Why the training stopped here, if it did.
@@ -77,7 +75,7 @@ pub(crate) struct State {
     /// What decides the numbers of a training.
     pub(crate) config: serde_json::Value,
     /// What each layer rounds to.
-    pub(crate) layers: BTreeMap<String, Rounding>,
+    pub(crate) layers: BTreeMap<String, LayerRounding>,
     /// What [`super::Task::state`] said.
     pub(crate) task: serde_json::Value,
     /// xxh3-128 of the files beside this one.
@@ -87,15 +85,15 @@ pub(crate) struct State {
 /// A number whose bits survive JSON, which they do not with every reader: it is a string there.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub(crate) struct Exact(pub(crate) f64);
+pub(crate) struct ExactFloat(pub(crate) f64);
 
-impl From<Exact> for String {
-    fn from(exact: Exact) -> Self {
+impl From<ExactFloat> for String {
+    fn from(exact: ExactFloat) -> Self {
         exact.0.to_string()
     }
 }
 
-impl TryFrom<String> for Exact {
+impl TryFrom<String> for ExactFloat {
     type Error = std::num::ParseFloatError;
     fn try_from(text: String) -> Result<Self, Self::Error> {
         text.parse().map(Self)
@@ -105,21 +103,10 @@ impl TryFrom<String> for Exact {
 /// What a layer rounds to, and how strongly.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Rounding {
+pub(crate) struct LayerRounding {
     pub(crate) stage: Stage,
     pub(crate) lambda: f32,
 }
-
-/// A tensor to be written or read.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) name: String,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) dtype: Dtype,
-}
-
-/// Takes the bytes of a tensor, piece by piece.
-pub(crate) type Put<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
 
 /// The folder of a step.
 pub(crate) fn path(folder: &Path, step: u64) -> PathBuf {
@@ -156,7 +143,7 @@ pub(crate) fn write(
     config: &CheckpointConfig,
     optimizer: &Optimizer,
     telemetry: &Telemetry,
-    mut state: State,
+    mut state: TrainingState,
 ) -> Result<PathBuf> {
     fs::create_dir_all(&config.folder).map_err(FileError::io(&config.folder, "create"))?;
     remove_unfinished(&config.folder);
@@ -200,7 +187,7 @@ fn fill(
     folder: &Path,
     optimizer: &Optimizer,
     telemetry: &Telemetry,
-    state: &mut State,
+    state: &mut TrainingState,
 ) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).map_err(FileError::io(folder, "remove"))?;
@@ -211,13 +198,13 @@ fn fill(
         with_host_floats(&parameters[i].var, |x| put_floats(x, put))
     })?;
     state.checksums.insert(MODEL.into(), sum);
-    let (slots, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
-    let sum = save(&folder.join(OPTIMIZER), &slots, |i, put| {
+    let (entries, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
+    let sum = save(&folder.join(OPTIMIZER), &entries, |i, put| {
         moments[i].with(|x| put_floats(x, put))
     })?;
     state.checksums.insert(OPTIMIZER.into(), sum);
     if telemetry.is_on() {
-        let sum = save(&folder.join(TELEMETRY), &telemetry.slots(), |i, put| {
+        let sum = save(&folder.join(TELEMETRY), &telemetry.entries(), |i, put| {
             telemetry.put(i, put)
         })?;
         state.checksums.insert(TELEMETRY.into(), sum);
@@ -242,11 +229,11 @@ fn sync(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn variables(optimizer: &Optimizer) -> Vec<Slot> {
+fn variables(optimizer: &Optimizer) -> Vec<TensorEntry> {
     optimizer
         .parameters
         .iter()
-        .map(|p| Slot {
+        .map(|p| TensorEntry {
             name: p.name.clone(),
             shape: p.var.dims().to_vec(),
             dtype: Dtype::F32,
@@ -254,9 +241,9 @@ fn variables(optimizer: &Optimizer) -> Vec<Slot> {
         .collect()
 }
 
-fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (Slot, &Kept)> {
+fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (TensorEntry, &MomentStorage)> {
     optimizer.parameters.iter().flat_map(|p| {
-        let slot = |ending: &str| Slot {
+        let slot = |ending: &str| TensorEntry {
             name: format!("{}.{ending}", p.name),
             shape: p.var.dims().to_vec(),
             dtype: Dtype::F32,
@@ -267,65 +254,18 @@ fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (Slot, &Kept)> {
     })
 }
 
-fn put_floats(x: &[f32], put: &mut Put<'_>) -> Result<()> {
-    let mut bytes = Vec::with_capacity(4 * PIECE.min(x.len()));
-    x.chunks(PIECE).try_for_each(|piece| {
-        bytes.clear();
-        bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
-        put(&bytes)
-    })
-}
-
-/// Writes tensors one after another; `bytes` calls its second argument with the bytes of one.
-/// Returns the checksum of the file.
-fn save(
-    path: &Path,
-    slots: &[Slot],
-    bytes: impl Fn(usize, &mut Put<'_>) -> Result<()>,
-) -> Result<String> {
-    let mut at = 0;
-    let entry = |slot: &Slot| {
-        let len = (slot.dtype.bitsize() / 8 * slot.shape.iter().product::<usize>()) as u64;
-        at += len;
-        OutEntry {
-            name: slot.name.clone(),
-            dtype: slot.dtype,
-            shape: slot.shape.clone(),
-            range: (at - len, at),
-        }
-    };
-    let entries: Vec<_> = slots.iter().map(entry).collect();
-    let format = [("format".to_string(), "pt".to_string())];
-    let header = encode_header(&format, &entries, None)
-        .map_err(|got| FileError::file(path, "a header that fits", got))?;
-    let (mut file, mut checksum) = (
-        File::create(path).map_err(FileError::io(path, "create"))?,
-        Checksum::default(),
-    );
-    let mut put = |bytes: &[u8]| {
-        checksum.update(bytes);
-        Ok(file
-            .write_all(bytes)
-            .map_err(FileError::io(path, "write"))?)
-    };
-    put(&header)?;
-    (0..slots.len()).try_for_each(|i| bytes(i, &mut put))?;
-    file.sync_all().map_err(FileError::io(path, "write"))?;
-    Ok(checksum.hex())
-}
-
 /// A checkpoint that fits and is undamaged, and of which nothing has been taken over.
 #[derive(Debug)]
-pub(crate) struct Checked {
+pub(crate) struct OpenCheckpoint {
     folder: PathBuf,
-    pub(crate) state: State,
+    pub(crate) state: TrainingState,
 }
 
-impl Checked {
+impl OpenCheckpoint {
     /// # Errors
     /// [`Error::Mismatch`] naming what differs, for one of another model, configuration or
     /// optimizer; [`Error::File`] for one that is damaged.
-    pub(crate) fn open(
+    pub(crate) fn new(
         folder: &Path,
         optimizer: &Optimizer,
         config: &serde_json::Value,
@@ -339,11 +279,12 @@ impl Checked {
                 got,
             )
         };
-        let state: State = serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
+        let state: TrainingState =
+            serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
         if state.version != VERSION {
             return Err(broken(format!("version {}", state.version)).into());
         }
-        Stored::open(folder, MODEL, &variables(optimizer))?;
+        TensorFile::open(folder, MODEL, "variable", &variables(optimizer))?;
         if let Some(what) = difference("", &state.config, config) {
             return Err(CheckpointError::Mismatch {
                 path: folder.to_path_buf(),
@@ -351,9 +292,10 @@ impl Checked {
             }
             .into());
         }
-        Stored::open(
+        TensorFile::open(
             folder,
             OPTIMIZER,
+            "moment",
             &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>(),
         )?;
         for file in [MODEL, OPTIMIZER, TELEMETRY] {
@@ -382,10 +324,11 @@ impl Checked {
 
     /// Variables, moments and number of steps into the optimizer.
     pub(crate) fn load(&self, optimizer: &mut Optimizer) -> Result<()> {
-        let model = Stored::open(&self.folder, MODEL, &variables(optimizer))?;
-        let moments = Stored::open(
+        let model = TensorFile::open(&self.folder, MODEL, "variable", &variables(optimizer))?;
+        let moments = TensorFile::open(
             &self.folder,
             OPTIMIZER,
+            "moment",
             &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>(),
         )?;
         for p in &mut optimizer.parameters {
@@ -421,106 +364,6 @@ impl Checked {
             Ok((t.name.clone(), bytes))
         });
         tensors.collect()
-    }
-}
-
-fn checksum(path: &Path) -> Result<String> {
-    let (mut file, mut sum) = (
-        File::open(path).map_err(FileError::io(path, "open"))?,
-        Checksum::default(),
-    );
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        match file
-            .read(&mut buffer)
-            .map_err(FileError::io(path, "read"))?
-        {
-            0 => return Ok(sum.hex()),
-            n => sum.update(&buffer[..n]),
-        }
-    }
-}
-
-/// A file whose tensors are those that are wanted.
-struct Stored {
-    path: PathBuf,
-    header: Header,
-}
-
-impl Stored {
-    fn open(folder: &Path, file: &str, wanted: &[Slot]) -> Result<Self> {
-        let (path, kind) = (
-            folder.join(file),
-            if file == MODEL { "variable" } else { "moment" },
-        );
-        let file = File::open(&path).map_err(FileError::io(&path, "open"))?;
-        let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
-        let header = Header::read(&path, &file, len)?;
-        let differs = |what: String| {
-            Err(CheckpointError::Mismatch {
-                path: folder.to_path_buf(),
-                what: format!("a checkpoint of another model: {what}"),
-            }
-            .into())
-        };
-        for slot in wanted {
-            match header.tensors.iter().find(|t| t.name == slot.name) {
-                None => return differs(format!("it has no {kind} '{}'", slot.name)),
-                Some(t) if t.shape != slot.shape => {
-                    return differs(format!(
-                        "{kind} '{}' has shape {:?} there and {:?} here",
-                        slot.name, t.shape, slot.shape
-                    ));
-                }
-                Some(t) if t.dtype != Dtype::F32 => {
-                    return differs(format!(
-                        "{kind} '{}' is {:?} there and F32 here",
-                        slot.name, t.dtype
-                    ));
-                }
-                Some(_) => {}
-            }
-        }
-        if let Some(extra) = header
-            .tensors
-            .iter()
-            .find(|t| !wanted.iter().any(|slot| slot.name == t.name))
-        {
-            return differs(format!(
-                "it has a {kind} '{}', which the model has not",
-                extra.name
-            ));
-        }
-        Ok(Self { path, header })
-    }
-
-    fn floats(&self, name: &str) -> Result<Vec<f32>> {
-        let entry = self.header.tensors.iter().find(|t| t.name == name);
-        let Some(entry) = entry else {
-            return Err(FileError::tensor(&self.path, name, "a tensor", "none").into());
-        };
-        let mut file = File::open(&self.path).map_err(FileError::io(&self.path, "open"))?;
-        file.seek(SeekFrom::Start(entry.offset))
-            .map_err(FileError::io(&self.path, "read"))?;
-        let (mut values, mut bytes) = (
-            Vec::with_capacity(entry.len as usize / 4),
-            vec![0; 4 * PIECE],
-        );
-        let mut left = entry.len as usize;
-        while left > 0 {
-            let piece = &mut bytes[..left.min(4 * PIECE)];
-            file.read_exact(piece)
-                .map_err(FileError::io(&self.path, "read"))?;
-            values.extend(
-                piece
-                    .as_chunks::<4>()
-                    .0
-                    .iter()
-                    .map(|b| f32::from_le_bytes(*b)),
-            );
-            left -= piece.len();
-        }
-        Ok(values)
     }
 }
 

@@ -5,8 +5,8 @@ use super::distillation::logits_loss;
 use super::optimizer::{Optimizer, Rates, sorted};
 use super::regularization::{level_distance, on_device};
 use super::{
-    Betas, Linear, Linears, Method, OptimizerConfig, QatLinear, Stage, StraightThroughEstimator,
-    distillation,
+    Betas, Linear, Linears, OptimizerConfig, OptimizerMethod, QatLinear, Stage,
+    StraightThroughEstimator, distillation,
 };
 use crate::recipe::Choices;
 use crate::{Activations, QuantizationConfig, Result};
@@ -334,13 +334,13 @@ fn optimizers_step_alike() -> Result<()> {
         beta1: 0.8,
         ..Betas::default()
     };
-    let sgd = |momentum, nesterov| Method::Sgd { momentum, nesterov };
+    let sgd = |momentum, nesterov| OptimizerMethod::Sgd { momentum, nesterov };
     for method in [
         sgd(0.0, false),
         sgd(0.9, false),
         sgd(0.9, true),
-        Method::Adam(betas),
-        Method::AdamW(betas),
+        OptimizerMethod::Adam(betas),
+        OptimizerMethod::AdamW(betas),
     ] {
         let config = OptimizerConfig {
             method,
@@ -397,7 +397,7 @@ fn optimizers_step_alike() -> Result<()> {
             // Ten steps of a few roundings each.
             near(&format!("{method:?}"), y, x, 1e-5);
         }
-        plain.forget("weight")?;
+        plain.reset_moments("weight")?;
         assert!(plain.is_finite()?);
         let moved = theirs[0]
             .sub(&numbers(1, &[9], 1.0))?

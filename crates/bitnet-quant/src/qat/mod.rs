@@ -3,6 +3,7 @@
 mod checkpoint;
 mod config;
 pub mod distillation;
+mod events;
 #[cfg(test)]
 mod graph_tests;
 mod linear;
@@ -15,35 +16,25 @@ mod recompute;
 pub mod regularization;
 mod schedule;
 pub mod sensitivity;
+mod sums;
+mod task;
 mod telemetry;
+mod tensor_file;
 mod trainer;
+mod training;
 
 pub use crate::tensor::latent::{QatLinear, Stage, StraightThroughEstimator};
 pub use checkpoint::{CheckpointConfig, checkpoints};
 pub use config::{EarlyStopping, QATConfig, QATConfigBuilder};
+pub use events::{
+    Callback, Evaluation, Event, LayerRecord, LogRecord, Outcome, Stopped, TrainingStep,
+};
 pub use linear::{Linear, Linears};
-pub use optimizer::{Betas, Group, Method, Optimizer, OptimizerConfig, Rates};
+pub use optimizer::{Betas, Optimizer, OptimizerConfig, OptimizerMethod, ParameterGroup, Rates};
 pub use prepare::{convert, prepare};
 pub use progressive::Progressive;
 pub use recompute::{backward, recompute};
-pub use schedule::{Schedule, Shape};
-pub use telemetry::{LayerRecord, Line, TelemetryConfig, read_log};
-pub use trainer::{Callback, Evaluation, Event, Outcome, QATTrainer, Step, Stopped, Task};
-
-use crate::Result;
-use candle_core::{DType, Device, Tensor};
-
-/// Σ x² of a tensor of another device than the CPU.
-fn device_sum_squares(x: &Tensor) -> Result<f64> {
-    let x = x.detach();
-    let x = if x.device().is_metal() {
-        x
-    } else {
-        x.to_dtype(DType::F64)?
-    };
-    Ok(x.sqr()?
-        .sum_all()?
-        .to_device(&Device::Cpu)?
-        .to_dtype(DType::F64)?
-        .to_scalar::<f64>()?)
-}
+pub use schedule::{Schedule, ScheduleShape};
+pub use task::Task;
+pub use telemetry::{TelemetryConfig, read_log};
+pub use trainer::QATTrainer;

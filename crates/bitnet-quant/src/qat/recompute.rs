@@ -93,15 +93,15 @@ pub fn recompute(
     // no gradient and the variables are all inside.
     let anchor = Var::zeros((), DType::F32, x.device())?;
     Ok(x.contiguous()?
-        .apply_op2(anchor.as_tensor(), Segment { f: Box::new(f) })?)
+        .apply_op2(anchor.as_tensor(), RecomputedSegment { f: Box::new(f) })?)
 }
 
-struct Segment {
+struct RecomputedSegment {
     #[allow(clippy::type_complexity, reason = "used once")]
     f: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + Send + Sync>,
 }
 
-impl CustomOp2 for Segment {
+impl CustomOp2 for RecomputedSegment {
     fn name(&self) -> &'static str {
         "recomputed-segment"
     }

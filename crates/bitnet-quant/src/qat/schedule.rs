@@ -19,8 +19,8 @@ use std::f64::consts::PI;
 /// decay only until then.
 ///
 /// ```
-/// use bitnet_quant::qat::{Schedule, Shape};
-/// let schedule = Schedule { warmup: 2, shape: Shape::Cosine, ..Schedule::default() };
+/// use bitnet_quant::qat::{Schedule, ScheduleShape};
+/// let schedule = Schedule { warmup: 2, shape: ScheduleShape::Cosine, ..Schedule::default() };
 /// let rates: Vec<f64> = (0..6).map(|t| schedule.rates(t, 6).learning_rate).collect();
 /// assert_eq!(rates[..3], [0.5, 1.0, 1.0]);
 /// assert!((rates[4] - 0.5).abs() < 1e-12);
@@ -31,7 +31,7 @@ pub struct Schedule {
     /// W: steps in which the rate rises from 0.
     pub warmup: u64,
     /// What follows.
-    pub shape: Shape,
+    pub shape: ScheduleShape,
     /// Least factor, at the end.
     pub floor: f64,
 }
@@ -39,7 +39,7 @@ pub struct Schedule {
 /// How the rate falls.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Shape {
+pub enum ScheduleShape {
     /// It does not.
     Constant,
     /// Along a line.
@@ -56,7 +56,7 @@ pub enum Shape {
     },
 }
 
-impl Shape {
+impl ScheduleShape {
     /// Two stages of equal length, the second from a third of the rate: with 1.5e-3 from there to
     /// about 8e-4, then from 5e-4 to 0.
     pub const TWO_STAGE: Self = Self::TwoStage {
@@ -69,7 +69,7 @@ impl Default for Schedule {
     fn default() -> Self {
         Self {
             warmup: 0,
-            shape: Shape::Cosine,
+            shape: ScheduleShape::Cosine,
             floor: 0.0,
         }
     }
@@ -89,10 +89,10 @@ impl Schedule {
         );
         let between = |from: f64, share: f64| self.floor + (from - self.floor) * share;
         let (rate, decay) = match self.shape {
-            Shape::Constant => (1.0, 1.0),
-            Shape::Linear => (between(1.0, 1.0 - since as f64 / len as f64), 1.0),
-            Shape::Cosine => (between(1.0, cosine(since, len)), 1.0),
-            Shape::TwoStage { midway, drop } => {
+            ScheduleShape::Constant => (1.0, 1.0),
+            ScheduleShape::Linear => (between(1.0, 1.0 - since as f64 / len as f64), 1.0),
+            ScheduleShape::Cosine => (between(1.0, cosine(since, len)), 1.0),
+            ScheduleShape::TwoStage { midway, drop } => {
                 let middle = (midway * steps as f64).round() as u64;
                 if t < middle {
                     (cosine(since, len), 1.0)
@@ -125,7 +125,7 @@ impl Schedule {
             }
         };
         share("floor", self.floor);
-        if let Shape::TwoStage { midway, drop } = self.shape {
+        if let ScheduleShape::TwoStage { midway, drop } = self.shape {
             share("midway", midway);
             share("drop", drop);
         }

@@ -1,10 +1,10 @@
 //! What happens inside the layers while they train, and the log of a training: a JSON document for
 //! each line.
 
-use super::checkpoint::{Put, Slot};
+use super::events::{LayerRecord, LogRecord};
 use super::linear::{Linear, Linears};
-use super::optimizer::sum_squares;
-use super::trainer::{Evaluation, Step};
+use super::sums::sum_squares;
+use super::tensor_file::{PutBytes, TensorEntry};
 use crate::tensor::with_host_floats;
 use crate::{Error, Result};
 use bitnet_formats::Error as FileError;
@@ -34,61 +34,9 @@ pub struct TelemetryConfig {
     pub file: Option<PathBuf>,
 }
 
-/// One layer at one step. Shares are between 0 and 1, and "before" is the record before this one;
-/// the first has zeros there.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LayerRecord {
-    /// Steps taken.
-    pub step: u64,
-    /// The layer.
-    pub name: String,
-    /// λ, the strength of its quantization.
-    pub lambda: f32,
-    /// Share of weights whose value is another one than before.
-    pub flips: f64,
-    /// Share of weights whose value changed since, in the direction opposite to their change before
-    /// that (Nagel et al. 2022).
-    pub oscillation: f64,
-    /// Share of weights whose value is 0.
-    pub dead_zone: f64,
-    /// Mean scale.
-    pub scale: f64,
-    /// Its relative change since.
-    pub scale_drift: f64,
-    /// Norm of the gradient of the latent weights in the last micro-batch.
-    pub gradient_norm: f64,
-    /// Variance of that gradient over the steps since, the mean of at most 1024 weights that stand
-    /// at equal distances.
-    pub gradient_variance: f64,
-}
-
-/// One line of the log.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum Line {
-    /// A step.
-    Step(Step),
-    /// An evaluation.
-    Evaluation(Evaluation),
-    /// A layer.
-    Layer(LayerRecord),
-}
-
-impl Line {
-    /// The step that it is about.
-    pub fn step(&self) -> u64 {
-        match self {
-            Self::Step(step) => step.step,
-            Self::Evaluation(evaluation) => evaluation.step,
-            Self::Layer(layer) => layer.step,
-        }
-    }
-}
-
 /// What is remembered of a layer.
 #[derive(Debug, Default)]
-struct Memory {
+struct LayerHistory {
     /// Values at the record before.
     values: Vec<i8>,
     /// Direction of the last change of each.
@@ -106,7 +54,7 @@ struct Memory {
 pub(crate) struct Telemetry {
     every: u64,
     kernels: Kernels,
-    layers: BTreeMap<String, Memory>,
+    layers: BTreeMap<String, LayerHistory>,
 }
 
 impl Telemetry {
@@ -177,8 +125,8 @@ const PARTS: [(&str, Dtype); 4] = [
 
 impl Telemetry {
     /// What a checkpoint keeps.
-    pub(crate) fn slots(&self) -> Vec<Slot> {
-        let of_layer = |(name, memory): (&String, &Memory)| {
+    pub(crate) fn entries(&self) -> Vec<TensorEntry> {
+        let of_layer = |(name, memory): (&String, &LayerHistory)| {
             let shapes = [
                 vec![memory.values.len()],
                 vec![memory.directions.len()],
@@ -188,7 +136,7 @@ impl Telemetry {
             PARTS
                 .into_iter()
                 .zip(shapes)
-                .map(|((part, dtype), shape)| Slot {
+                .map(|((part, dtype), shape)| TensorEntry {
                     name: format!("{name}.{part}"),
                     shape,
                     dtype,
@@ -199,7 +147,7 @@ impl Telemetry {
     }
 
     /// The bytes of one of them.
-    pub(crate) fn put(&self, slot: usize, put: &mut Put<'_>) -> Result<()> {
+    pub(crate) fn put(&self, slot: usize, put: &mut PutBytes<'_>) -> Result<()> {
         let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else {
             return Ok(());
         };
@@ -261,7 +209,7 @@ impl Telemetry {
                     .iter()
                     .map(|[mean, squares]| (*mean, *squares))
                     .collect();
-                let memory = Memory {
+                let memory = LayerHistory {
                     values: integers(values),
                     directions,
                     scale,
@@ -275,7 +223,7 @@ impl Telemetry {
     }
 }
 
-impl Memory {
+impl LayerHistory {
     fn follow(&mut self, g: &[f32]) {
         let stride = g.len().div_ceil(FOLLOWED).max(1);
         self.followed.resize(g.len().div_ceil(stride), (0.0, 0.0));
@@ -371,12 +319,12 @@ impl Log {
         })
     }
 
-    pub(crate) fn line(&mut self, line: &Line) -> Result<()> {
-        put(&mut self.file, &self.path, line)
+    pub(crate) fn append(&mut self, record: &LogRecord) -> Result<()> {
+        put(&mut self.file, &self.path, record)
     }
 }
 
-fn put(file: &mut File, path: &Path, line: &Line) -> Result<()> {
+fn put(file: &mut File, path: &Path, line: &LogRecord) -> Result<()> {
     let mut text = serde_json::to_string(line).map_err(Error::recipe)?;
     text.push('\n');
     Ok(file
@@ -389,7 +337,7 @@ fn put(file: &mut File, path: &Path, line: &Line) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
-pub fn read_log(path: &Path) -> Result<Vec<Line>> {
+pub fn read_log(path: &Path) -> Result<Vec<LogRecord>> {
     let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
     let (mut lines, mut text) = (vec![], vec![]);
     loop {

@@ -37,11 +37,11 @@ use std::sync::Arc;
 pub struct QuantizedTensor {
     shape: Shape,
     dtype: DType,
-    stored: Stored,
+    stored: StoredWeights,
 }
 
 #[derive(Debug, Clone)]
-enum Stored {
+enum StoredWeights {
     Values(Matrix),
     Packed(BitNetTensor),
 }
@@ -65,7 +65,7 @@ impl QuantizedTensor {
         Ok(Self {
             shape,
             dtype,
-            stored: Stored::Values(matrix),
+            stored: StoredWeights::Values(matrix),
         })
     }
 
@@ -77,8 +77,8 @@ impl QuantizedTensor {
     /// Precision, granularity and storage of the scales.
     pub fn spec(&self) -> &MatrixSpec {
         match &self.stored {
-            Stored::Values(matrix) => &matrix.spec,
-            Stored::Packed(packed) => packed.spec(),
+            StoredWeights::Values(matrix) => &matrix.spec,
+            StoredWeights::Packed(packed) => packed.spec(),
         }
     }
 
@@ -88,16 +88,16 @@ impl QuantizedTensor {
     /// What a user's own [`Layout`] fails with.
     pub fn matrix(&self) -> Result<Cow<'_, Matrix>> {
         match &self.stored {
-            Stored::Values(matrix) => Ok(Cow::Borrowed(matrix)),
-            Stored::Packed(packed) => Ok(Cow::Owned(packed.unpack()?)),
+            StoredWeights::Values(matrix) => Ok(Cow::Borrowed(matrix)),
+            StoredWeights::Packed(packed) => Ok(Cow::Owned(packed.unpack()?)),
         }
     }
 
     /// The packed bytes, if it is packed.
     pub fn packed(&self) -> Option<&BitNetTensor> {
         match &self.stored {
-            Stored::Values(_) => None,
-            Stored::Packed(packed) => Some(packed),
+            StoredWeights::Values(_) => None,
+            StoredWeights::Packed(packed) => Some(packed),
         }
     }
 
@@ -121,7 +121,7 @@ impl QuantizedTensor {
     /// # Errors
     /// [`Error::Core`] if the layout cannot hold them.
     pub fn pack_with(&mut self, layout: Option<&'static dyn Layout>) -> Result<()> {
-        self.stored = Stored::Packed(BitNetTensor::pack(&*self.matrix()?, layout)?);
+        self.stored = StoredWeights::Packed(BitNetTensor::pack(&*self.matrix()?, layout)?);
         Ok(())
     }
 
@@ -150,8 +150,8 @@ impl QuantizedTensor {
     /// Bytes of values and scales as they are now.
     pub fn memory_footprint(&self) -> usize {
         match &self.stored {
-            Stored::Values(matrix) => matrix.memory_footprint(),
-            Stored::Packed(packed) => packed.memory_footprint(),
+            StoredWeights::Values(matrix) => matrix.memory_footprint(),
+            StoredWeights::Packed(packed) => packed.memory_footprint(),
         }
     }
 
@@ -398,7 +398,7 @@ pub fn quantize_tensor(
     Ok(QuantizedTensor {
         shape: x.shape().clone(),
         dtype: x.dtype(),
-        stored: Stored::Values(matrix),
+        stored: StoredWeights::Values(matrix),
     })
 }
 
@@ -441,7 +441,7 @@ pub fn quantize_activations(
     Ok(QuantizedTensor {
         shape: x.shape().clone(),
         dtype: x.dtype(),
-        stored: Stored::Values(matrix),
+        stored: StoredWeights::Values(matrix),
     })
 }
 

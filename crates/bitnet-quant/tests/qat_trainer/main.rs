@@ -6,10 +6,10 @@ mod best;
 
 use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::{
-    CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method,
-    OptimizerConfig, Outcome, Progressive, QATConfig, QATTrainer, Schedule, Shape, Stage, Step,
-    Stopped, StraightThroughEstimator, Task, TelemetryConfig, backward, checkpoints, read_log,
-    recompute,
+    CheckpointConfig, EarlyStopping, Event, LayerRecord, Linear, Linears, LogRecord,
+    OptimizerConfig, OptimizerMethod, Outcome, Progressive, QATConfig, QATTrainer, Schedule,
+    ScheduleShape, Stage, Stopped, StraightThroughEstimator, Task, TelemetryConfig, TrainingStep,
+    backward, checkpoints, read_log, recompute,
 };
 use bitnet_quant::{Error, Result};
 use candle_core::{DType, Device, Module, Tensor};
@@ -184,7 +184,7 @@ fn config(folder: &Path) -> QATConfig {
         },
         schedule: Schedule {
             warmup: 3,
-            shape: Shape::TWO_STAGE,
+            shape: ScheduleShape::TWO_STAGE,
             floor: 0.01,
         },
         checkpoint: Some(CheckpointConfig {
@@ -207,7 +207,7 @@ fn train(
     config: &QATConfig,
     stop_after: Option<u64>,
     resume: bool,
-) -> Result<(Outcome, Vec<Step>)> {
+) -> Result<(Outcome, Vec<TrainingStep>)> {
     let mut trainer = QATTrainer::new(config.clone())?;
     let vars = task.vars.clone();
     if matches!(task.layers[0], Linear::Full(_)) {
@@ -231,7 +231,7 @@ fn train(
     Ok((outcome, steps))
 }
 
-fn losses(steps: &[Step]) -> Vec<(u64, u64, u64)> {
+fn losses(steps: &[TrainingStep]) -> Vec<(u64, u64, u64)> {
     steps
         .iter()
         .map(|s| (s.step, s.loss.to_bits(), s.gradient_norm.to_bits()))
@@ -314,8 +314,8 @@ fn killed_between_checkpoints() -> Result<()> {
     let of_steps = |path: &Path| -> Result<Vec<u64>> {
         Ok(read_log(path)?
             .iter()
-            .filter(|l| matches!(l, Line::Step(_)))
-            .map(Line::step)
+            .filter(|l| matches!(l, LogRecord::Step(_)))
+            .map(LogRecord::step)
             .collect())
     };
     assert_eq!(
@@ -372,7 +372,7 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
         "{error}"
     );
     let mut sgd = config.clone();
-    sgd.optimizer.method = Method::Sgd {
+    sgd.optimizer.method = OptimizerMethod::Sgd {
         momentum: 0.0,
         nesterov: false,
     };
@@ -531,7 +531,7 @@ fn stops_early_where_nothing_improves() -> Result<()> {
 #[test]
 fn accumulation_and_gradient_scaling() -> Result<()> {
     let sgd = OptimizerConfig {
-        method: Method::Sgd {
+        method: OptimizerMethod::Sgd {
             momentum: 0.0,
             nesterov: false,
         },
@@ -540,7 +540,7 @@ fn accumulation_and_gradient_scaling() -> Result<()> {
         group: vec![],
     };
     let schedule = Schedule {
-        shape: Shape::Constant,
+        shape: ScheduleShape::Constant,
         ..Schedule::default()
     };
     let config = QATConfig {
@@ -619,7 +619,7 @@ fn telemetry_by_hand() -> Result<()> {
     let log = read_log(&folder.path().join("log.jsonl"))?;
     assert_eq!(
         log.iter()
-            .filter(|line| matches!(line, Line::Layer(_)))
+            .filter(|line| matches!(line, LogRecord::Layer(_)))
             .count(),
         24
     );
@@ -734,7 +734,7 @@ fn recomputed_segments_take_less_memory() -> Result<()> {
 fn configurations_survive_toml_and_json() -> Result<()> {
     let mut config = config(Path::new("run"));
     config.early_stopping = Some(EarlyStopping::default());
-    config.optimizer.method = Method::Sgd {
+    config.optimizer.method = OptimizerMethod::Sgd {
         momentum: 0.5,
         nesterov: true,
     };
@@ -745,12 +745,12 @@ fn configurations_survive_toml_and_json() -> Result<()> {
     let config = QATConfig::from_toml(text)?;
     assert_eq!(
         config.schedule.shape,
-        Shape::TwoStage {
+        ScheduleShape::TwoStage {
             midway: 0.5,
             drop: 0.25
         }
     );
-    let Method::AdamW(betas) = config.optimizer.method else {
+    let OptimizerMethod::AdamW(betas) = config.optimizer.method else {
         panic!("{config:?}")
     };
     assert_eq!((betas.beta1, betas.beta2), (0.9, 0.95));
