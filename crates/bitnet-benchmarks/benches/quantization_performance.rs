@@ -2,8 +2,8 @@
 
 mod common;
 
-use bitnet_benchmarks::operations::{Group, Rivals};
+use bitnet_benchmarks::selection::{OperationGroup, Rivals};
 
 fn main() {
-    common::run(&[Group::Quantization], Rivals::All);
+    common::run(&[OperationGroup::Quantization], Rivals::All);
 }

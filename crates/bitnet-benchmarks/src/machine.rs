@@ -1,239 +1,17 @@
-//! What the machine is and what it can do at most.
+//! What the system tells about this machine.
 
-use crate::measure::Timed;
-use crate::results::{Cache, Facts, Unit};
-use bitnet_kernels::machine::{Instruction, Memory, Pages, read, stream, write};
-use bitnet_kernels::{Isa, Kernels, Pool};
-use std::cell::OnceCell;
-use std::fmt;
-use std::hint::black_box;
-use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError};
+use crate::results::{CpuCache, MachineFacts};
+use bitnet_kernels::Kernels;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Something that limits an operation. The order has no meaning but to sort by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ceiling {
-    /// Reading memory that no cache holds, on huge pages.
-    MemoryRead,
-    /// The same on 4 KiB pages.
-    MemoryReadSmallPages,
-    /// Writing memory past the caches.
-    MemoryStream,
-    /// Writing memory through the caches, which read it first.
-    MemoryWrite,
-    /// Reading what L2 holds.
-    L2Read,
-    /// Writing what L2 holds.
-    L2Write,
-    /// Multiplying and adding on registers.
-    Peak(Instruction),
-}
-
-/// The int8 products that an instruction set has, if their peak is known.
-pub fn dot_product(isa: Isa) -> Option<Instruction> {
-    let instruction = match isa {
-        Isa::Sse41 => Instruction::Maddubs128,
-        Isa::Avx2 => Instruction::Maddubs256,
-        Isa::AvxVnni => Instruction::Dpbusd256,
-        Isa::Avx512 | Isa::Avx512Vbmi => Instruction::Dpbusd512,
-        _ => return None,
-    };
-    instruction.is_available().then_some(instruction)
-}
-
-impl Ceiling {
-    /// All that can be measured here.
-    pub fn all() -> Vec<Self> {
-        let memory = [
-            Self::MemoryRead,
-            Self::MemoryReadSmallPages,
-            Self::MemoryStream,
-            Self::MemoryWrite,
-            Self::L2Read,
-            Self::L2Write,
-        ];
-        memory
-            .into_iter()
-            .chain(Instruction::all().map(Self::Peak))
-            .collect()
-    }
-
-    /// What it is counted in.
-    pub const fn unit(self) -> Unit {
-        if matches!(self, Self::Peak(_)) {
-            Unit::Macs
-        } else {
-            Unit::Bytes
-        }
-    }
-}
-
-impl fmt::Display for Ceiling {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::MemoryRead => f.pad("memory read, huge pages"),
-            Self::MemoryReadSmallPages => f.pad("memory read, small pages"),
-            Self::MemoryStream => f.pad("memory write, non-temporal"),
-            Self::MemoryWrite => f.pad("memory write, through caches"),
-            Self::L2Read => f.pad("L2 read"),
-            Self::L2Write => f.pad("L2 write"),
-            Self::Peak(instruction) => instruction.fmt(f),
-        }
-    }
-}
-
-/// Calls that it takes to go once through the working set.
-const CALLS: usize = 16;
-
-/// The ceilings, measured with some threads over a working set.
-#[derive(Debug)]
-pub struct Machine {
-    pool: Arc<Pool>,
-    working_set: usize,
-    l2: usize,
-    large: OnceCell<Memory>,
-    written: OnceCell<Vec<Mutex<Memory>>>,
-}
-
-impl Machine {
-    /// `working_set` in bytes is what no cache is to hold.
-    pub fn new(pool: Arc<Pool>, working_set: usize) -> Self {
-        Self {
-            pool,
-            working_set,
-            l2: l2_bytes(),
-            large: OnceCell::new(),
-            written: OnceCell::new(),
-        }
-    }
-
-    /// The threads that measure.
-    pub fn pool(&self) -> &Arc<Pool> {
-        &self.pool
-    }
-
-    /// Bytes that no cache is to hold.
-    pub fn working_set(&self) -> usize {
-        self.working_set
-    }
-
-    /// Bytes of L2, of all threads.
-    pub fn l2(&self) -> usize {
-        self.l2 * self.pool.threads()
-    }
-
-    /// Bytes of a thread that its L2 holds beside as much again and what else there is: a quarter
-    /// of it.
-    pub fn in_l2(&self) -> usize {
-        self.l2 / 4
-    }
-
-    pub(crate) fn timed(&self, ceiling: Ceiling) -> Timed<'_> {
-        let threads = self.pool.threads();
-        match ceiling {
-            Ceiling::MemoryRead => self.reading(
-                self.large
-                    .get_or_init(|| Memory::new(self.working_set, Pages::Huge)),
-            ),
-            Ceiling::MemoryReadSmallPages => {
-                self.reading(Box::new(Memory::new(self.working_set, Pages::Small)))
-            }
-            Ceiling::MemoryStream => self.writing(self.written(), stream),
-            Ceiling::MemoryWrite => self.writing(self.written(), write),
-            Ceiling::L2Read => self.in_cache(|words| {
-                black_box(read(words));
-            }),
-            Ceiling::L2Write => self.in_cache(|words| write(words, 3)),
-            Ceiling::Peak(instruction) => {
-                const ROUNDS: usize = 2000;
-                let amount = (threads * ROUNDS * instruction.multiply_adds()) as f64;
-                Timed {
-                    amount,
-                    call: Box::new(move || self.pool.run(threads, |_| instruction.run(ROUNDS))),
-                }
-            }
-        }
-    }
-
-    /// Reads a part of the memory in each call, and the next in the next.
-    fn reading<'a>(&'a self, memory: impl Deref<Target = Memory> + 'a) -> Timed<'a> {
-        let (threads, words) = (self.pool.threads(), memory.words().len() / CALLS);
-        let mut call = 0;
-        let read = move || {
-            let words = &memory.words()[call * words..][..words];
-            self.pool.run(threads, |part| {
-                black_box(read(
-                    &words[part * words.len() / threads..(part + 1) * words.len() / threads],
-                ));
-            });
-            call = (call + 1) % CALLS;
-        };
-        Timed {
-            amount: (8 * words) as f64,
-            call: Box::new(read),
-        }
-    }
-
-    /// Goes over what L2 holds, many times in a call: a part may run on another core than in the
-    /// last one, and then fetches its words once.
-    fn in_cache(&self, work: fn(&mut [u64])) -> Timed<'_> {
-        const TIMES: usize = 16;
-        let threads = self.pool.threads();
-        let parts: Vec<_> = (0..threads)
-            .map(|_| Mutex::new(Memory::new(self.in_l2(), Pages::Huge)))
-            .collect();
-        let amount = (TIMES * threads * locked(&parts[0]).bytes()) as f64;
-        let call = move || {
-            self.pool.run(threads, |part| {
-                let mut memory = locked(&parts[part]);
-                (0..TIMES).for_each(|_| work(memory.words_mut()));
-            });
-        };
-        Timed {
-            amount,
-            call: Box::new(call),
-        }
-    }
-
-    fn written(&self) -> &[Mutex<Memory>] {
-        let parts = CALLS * self.pool.threads();
-        self.written.get_or_init(|| {
-            (0..parts)
-                .map(|_| Mutex::new(Memory::new(self.working_set / parts, Pages::Huge)))
-                .collect()
-        })
-    }
-
-    fn writing<'a>(&'a self, parts: &'a [Mutex<Memory>], fill: fn(&mut [u64], u64)) -> Timed<'a> {
-        let threads = self.pool.threads();
-        let mut at = 0;
-        let call = move || {
-            self.pool.run(threads, |part| {
-                fill(locked(&parts[at + part]).words_mut(), 3)
-            });
-            at = (at + threads) % parts.len();
-        };
-        Timed {
-            amount: (threads * locked(&parts[0]).bytes()) as f64,
-            call: Box::new(call),
-        }
-    }
-}
-
-/// Nothing panics while it holds one.
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What the system tells about the machine.
-pub fn facts() -> Facts {
+/// Processor, caches, memory and instruction sets of this machine.
+pub fn facts() -> MachineFacts {
     let cpuinfo = text("/proc/cpuinfo");
     let cpu = field(&cpuinfo, "model name")
         .or_else(|| field(&cpuinfo, "Hardware"))
         .unwrap_or("unknown");
     let model = field(&cpuinfo, "model").map_or(String::new(), |model| format!(", model {model}"));
-    Facts {
+    MachineFacts {
         cpu: format!("{cpu}{model}"),
         processors: processors(),
         caches: caches(),
@@ -248,23 +26,24 @@ pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// What no cache holds: four times the last cache (the fourth part of it that may remain by chance
-/// matters little), 256 MiB at least, and at most a twelfth of the memory that is available,
-/// because every contender has its own.
+/// Default size of a working set in bytes that caches do not hold: four times the last cache (so
+/// at most a quarter of it remains cached), 256 MiB at least, and at most a twelfth of the
+/// available memory, because every contender has its own copy.
 pub fn working_set() -> usize {
     let last = caches().iter().map(|c| c.bytes).max().unwrap_or(64 << 20);
     let most = available().map_or(1 << 30, |bytes| bytes / 12);
     (4 * last).max(256 << 20).min(most.max(16 << 20)) as usize
 }
 
-fn l2_bytes() -> usize {
+/// Size of one L2 cache in bytes.
+pub(crate) fn l2_bytes() -> usize {
     caches()
         .iter()
         .find(|c| c.level == 2)
         .map_or(512 << 10, |c| c.bytes as usize)
 }
 
-fn caches() -> Vec<Cache> {
+fn caches() -> Vec<CpuCache> {
     let read = |index: usize| {
         let file = |name: &str| {
             text(&format!(
@@ -277,7 +56,7 @@ fn caches() -> Vec<Cache> {
             None => (size.trim().strip_suffix('M')?, 1 << 20),
         };
         let kind = file("type").trim().to_owned();
-        Some(Cache {
+        Some(CpuCache {
             level: file("level").trim().parse().ok()?,
             kind,
             bytes: number.parse::<u64>().ok()? * factor,
@@ -295,12 +74,12 @@ fn available() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Empty where there is no such file.
+/// Contents of a file, or nothing where there is no such file.
 fn text(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// The value after `name` and a colon.
+/// The value of the line `name: value`.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines()
         .filter_map(|line| line.split_once(':'))
@@ -308,7 +87,7 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
         .map(|(_, value)| value.trim())
 }
 
-/// Now, as `2026-01-31T23:59:59Z`.
+/// The current time in UTC, as `2026-01-31T23:59:59Z`.
 pub fn now() -> String {
     date(
         SystemTime::now()
@@ -317,8 +96,8 @@ pub fn now() -> String {
     )
 }
 
-/// Seconds since 1970 in the Gregorian calendar, counted in years that begin in March, so that a
-/// leap day is the last of its year.
+/// Date of a number of seconds since 1970. Years are counted from March, so that a leap day is the
+/// last day of its year.
 fn date(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day) = (days / 146_097, days % 146_097);
@@ -354,18 +133,6 @@ mod tests {
             (1_798_761_599, "2026-12-31T23:59:59Z"),
         ] {
             assert_eq!(date(seconds), expected);
-        }
-    }
-
-    #[test]
-    fn every_ceiling_can_be_measured() {
-        for threads in [1, 2] {
-            let machine = Machine::new(Arc::new(Pool::new(threads).unwrap()), 1 << 20);
-            for ceiling in Ceiling::all() {
-                let mut timed = machine.timed(ceiling);
-                (0..2 * CALLS + 1).for_each(|_| (timed.call)());
-                assert!(timed.amount > 0.0, "{ceiling}");
-            }
         }
     }
 }

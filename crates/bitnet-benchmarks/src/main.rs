@@ -1,4 +1,4 @@
-//! The program `bitnet-benchmarks`. Exit status: 0 done, 1 a contender computes something wrong, 2
+//! The program `bitnet-benchmarks`. Exit status: 0 done, 1 a contender computes a wrong result, 2
 //! bad usage or bad input.
 
 mod args;
@@ -6,34 +6,35 @@ mod compare;
 mod table;
 
 use anyhow::Result;
-use args::{Cli, Command};
-use bitnet_benchmarks::measure::Wrong;
+use args::{BenchmarkArgs, BenchmarkCommand};
+use bitnet_benchmarks::measure::WrongResult;
+use bitnet_benchmarks::output_file::OutputFile;
 use bitnet_benchmarks::report;
-use bitnet_benchmarks::results::{Document, Target};
+use bitnet_benchmarks::results::BenchmarkDocument;
 use clap::Parser;
 use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match BenchmarkArgs::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => return fail(&usage(&error)),
         Err(help) => help.exit(),
     };
     let result = match &cli.command {
-        Command::Compare(args) => compare::compare(args),
-        Command::Measure(args) => compare::measure(args),
-        Command::Report(args) => draw(args),
+        BenchmarkCommand::Compare(args) => compare::compare(args),
+        BenchmarkCommand::Measure(args) => compare::measure(args),
+        BenchmarkCommand::Report(args) => draw(args),
     };
     result.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
 
-fn draw(args: &args::ReportArgs) -> Result<()> {
-    let document = Document::read(&args.input)?;
-    Target::new(&args.output)?.write(&report::html(&document))
+fn draw(args: &args::BenchmarkReportArgs) -> Result<()> {
+    let document = BenchmarkDocument::read(&args.input)?;
+    OutputFile::new(&args.output)?.write(&report::html(&document))
 }
 
-/// What is wrong with the command line, in one line: clap says it in the first paragraph.
+/// The first paragraph of a clap error, in one line.
 fn usage(error: &clap::Error) -> anyhow::Error {
     let text = error.to_string();
     let lines = text
@@ -49,9 +50,9 @@ fn usage(error: &clap::Error) -> anyhow::Error {
     )
 }
 
-/// One line on stderr, and the exit status.
+/// Prints the error in one line on stderr and returns the exit status.
 fn fail(error: &anyhow::Error) -> ExitCode {
-    if let Some(compare::Failed(status)) = error.downcast_ref() {
+    if let Some(compare::FailedProcess(status)) = error.downcast_ref() {
         return ExitCode::from(*status);
     }
     let line: String = format!("{error:#}")
@@ -59,5 +60,5 @@ fn fail(error: &anyhow::Error) -> ExitCode {
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect();
     let _ = writeln!(std::io::stderr(), "error: {line}");
-    ExitCode::from(if error.is::<Wrong>() { 1 } else { 2 })
+    ExitCode::from(if error.is::<WrongResult>() { 1 } else { 2 })
 }

@@ -1,36 +1,36 @@
 //! The document that `compare` writes and `report` reads.
 
-use crate::operations::Group;
+use crate::selection::OperationGroup;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
-/// What `format` says.
+/// The value of `format`.
 pub const FORMAT: &str = "bitnet-benchmarks";
-/// The version that is written and read.
+/// The version of the document that this program writes and reads.
 pub const VERSION: u32 = 1;
-/// No document is larger.
+/// Limit on the size of a document in bytes.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// Smallest, median and largest of some measurements.
+/// Smallest, median and largest value of the turns.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Spread {
-    /// The smallest.
+pub struct MedianRange {
+    /// The smallest value.
     pub smallest: f64,
-    /// The middle one; of an even number the upper of two.
+    /// The median; for an even number of turns the upper of the middle two.
     pub median: f64,
-    /// The largest.
+    /// The largest value.
     pub largest: f64,
 }
 
-impl Spread {
-    /// Of at least one measurement.
+impl MedianRange {
+    /// Summarizes the values of all turns.
     ///
     /// # Panics
-    /// If there is none.
-    pub fn of(mut all: Vec<f64>) -> Self {
+    /// If `all` is empty.
+    pub fn from_turns(mut all: Vec<f64>) -> Self {
         all.sort_by(f64::total_cmp);
         Self {
             smallest: all[0],
@@ -40,22 +40,22 @@ impl Spread {
     }
 }
 
-/// What is counted.
+/// Unit of a rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Unit {
-    /// Bytes a second.
+pub enum RateUnit {
+    /// Bytes per second.
     #[serde(rename = "B/s")]
     Bytes,
-    /// Weights a second.
+    /// Weights per second.
     #[serde(rename = "weights/s")]
     Weights,
-    /// Multiply-adds a second.
+    /// Multiply-adds per second.
     #[serde(rename = "MAC/s")]
     Macs,
 }
 
-impl Unit {
-    /// In billions.
+impl RateUnit {
+    /// Name of the unit times 10⁹.
     pub const fn giga(self) -> &'static str {
         match self {
             Self::Bytes => "GB/s",
@@ -65,116 +65,115 @@ impl Unit {
     }
 }
 
-/// One contender in one case.
+/// The measurements of one contender in one case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Row {
-    /// Group of the operation.
-    pub group: Group,
+pub struct ContenderRow {
+    /// OperationGroup of the operation.
+    pub group: OperationGroup,
     /// The operation.
     pub operation: String,
-    /// On what: N × K of the weights, and where they are.
+    /// Shape of the data, N × K for weights, and where the data lies.
     pub shape: String,
-    /// With how many threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Who.
+    /// Name of the contender.
     pub contender: String,
     /// Whether it is this engine.
     pub ours: bool,
-    /// Unit of `rate`.
-    pub unit: Unit,
-    /// Turns it took part in.
+    /// RateUnit of `rate`.
+    pub unit: RateUnit,
+    /// Number of turns in which the contender ran.
     pub turns: usize,
-    /// What it does in a second.
-    pub rate: Spread,
-    /// Which ceiling is nearest, if one is known.
+    /// Work per second.
+    pub rate: MedianRange,
+    /// Name of the nearest ceiling, if one is known.
     pub ceiling: Option<String>,
-    /// The share of that ceiling, measured in the same turns: 1 is all of it.
-    pub share: Option<Spread>,
-    /// With whom it is compared.
+    /// Share of that ceiling, measured in the same turns; 1 is the whole ceiling.
+    pub share: Option<MedianRange>,
+    /// Name of the contender that it is compared with.
     pub base: Option<String>,
-    /// How many times as fast `base` is, turn by turn.
-    pub ratio: Option<Spread>,
+    /// Time of this contender divided by that of `base`, turn by turn.
+    pub ratio: Option<MedianRange>,
 }
 
 /// A ceiling, measured before the operations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CeilingRow {
-    /// What.
+    /// Name of the ceiling.
     pub name: String,
-    /// With how many threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Unit of `rate`.
-    pub unit: Unit,
-    /// What the machine does in a second.
-    pub rate: Spread,
+    /// RateUnit of `rate`.
+    pub unit: RateUnit,
+    /// What the machine reaches per second.
+    pub rate: MedianRange,
 }
 
 /// One cache.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Cache {
-    /// 1 is the nearest.
+pub struct CpuCache {
+    /// Level; 1 is nearest to the core.
     pub level: u32,
     /// Data, Instruction or Unified.
     pub kind: String,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
 }
 
-/// The machine, as far as the system tells.
+/// What the system tells about the machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Facts {
+pub struct MachineFacts {
     /// Name of the processor.
     pub cpu: String,
     /// Logical processors that this process may use.
     pub processors: usize,
     /// The caches that the first processor sees.
-    pub caches: Vec<Cache>,
-    /// Memory that was available.
+    pub caches: Vec<CpuCache>,
+    /// Available memory in bytes.
     pub available_bytes: Option<u64>,
     /// Operating system and architecture.
     pub system: String,
-    /// Instruction sets that the kernels can use here, narrow to wide.
+    /// Instruction sets that the kernels can use on this machine, narrow to wide.
     pub isas: Vec<String>,
 }
 
-/// A whole run.
+/// The document: all results of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Document {
+pub struct BenchmarkDocument {
     /// Always [`FORMAT`].
     pub format: String,
     /// Always [`VERSION`].
     pub version: u32,
     /// Version of this program.
     pub program: String,
-    /// When it began, by the system's clock, in UTC.
+    /// Start of the run in UTC, by the system's clock.
     pub date: String,
     /// The command line.
     pub command: Vec<String>,
-    /// The machine.
-    pub machine: Facts,
-    /// Turns of a case.
+    /// The machine that ran.
+    pub machine: MachineFacts,
+    /// Number of turns of a case.
     pub turns: usize,
-    /// Bytes that are cycled through where data comes from memory.
+    /// Size in bytes of a working set that comes from memory.
     pub working_set_bytes: usize,
-    /// The ceilings.
+    /// The ceilings, for each number of threads.
     pub ceilings: Vec<CeilingRow>,
-    /// The contenders.
-    pub rows: Vec<Row>,
+    /// The contenders of all cases.
+    pub rows: Vec<ContenderRow>,
 }
 
-impl Document {
+impl BenchmarkDocument {
     /// Parses a document.
     ///
     /// # Errors
-    /// If it is not one, or of another version.
+    /// If the text is no document of this format and version.
     pub fn parse(text: &str) -> Result<Self> {
-        // What it is comes before whether all of it is right, so that the message is about the
-        // cause.
+        // Format and version are checked before the rest, so that the message names the cause.
         #[derive(Deserialize)]
         struct Head {
             format: String,
@@ -194,7 +193,7 @@ impl Document {
     /// Reads a document from a file.
     ///
     /// # Errors
-    /// If there is none, or what [`Document::parse`] finds.
+    /// If the file cannot be read, or as [`BenchmarkDocument::parse`] finds.
     pub fn read(path: &Path) -> Result<Self> {
         let read = || -> Result<Self> {
             let mut text = String::new();
@@ -207,45 +206,5 @@ impl Document {
             Self::parse(&text)
         };
         read().with_context(|| path.display().to_string())
-    }
-}
-
-/// A file that is there whole or not at all: written beside its name and renamed.
-#[derive(Debug)]
-pub struct Target<'a> {
-    path: &'a Path,
-    file: tempfile::NamedTempFile,
-}
-
-impl<'a> Target<'a> {
-    /// Before the work, so that a place that cannot be written to costs no time.
-    ///
-    /// # Errors
-    /// If nothing can be written there.
-    pub fn new(path: &'a Path) -> Result<Self> {
-        let open = || -> Result<_> {
-            if path.is_dir() {
-                bail!("is a folder");
-            }
-            let folder = path
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
-            Ok(tempfile::NamedTempFile::new_in(folder)?)
-        };
-        let file = open().with_context(|| path.display().to_string())?;
-        Ok(Self { path, file })
-    }
-
-    /// Writes it and gives it its name.
-    ///
-    /// # Errors
-    /// If the system does not write it.
-    pub fn write(mut self, text: &str) -> Result<()> {
-        let result = self
-            .file
-            .write_all(text.as_bytes())
-            .and_then(|()| self.file.persist(self.path).map(drop).map_err(|e| e.error));
-        result.with_context(|| self.path.display().to_string())
     }
 }

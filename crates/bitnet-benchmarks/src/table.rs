@@ -1,10 +1,10 @@
-//! The results as text.
+//! The results as text for the terminal.
 
-use bitnet_benchmarks::results::{Document, Spread};
+use bitnet_benchmarks::results::{BenchmarkDocument, ContenderRow, MedianRange};
 use std::fmt::Write;
 
 /// Tables with aligned columns: the ceilings, then each case.
-pub(crate) fn text(document: &Document) -> String {
+pub(crate) fn text(document: &BenchmarkDocument) -> String {
     let machine = &document.machine;
     let mut out = format!(
         "{}, {} processor(s), {}; {}\n",
@@ -16,7 +16,7 @@ pub(crate) fn text(document: &Document) -> String {
     let set = document.working_set_bytes >> 20;
     let _ = writeln!(
         out,
-        "median (smallest … largest) of {} turns; {set} MiB are cycled through where data comes from memory",
+        "median (smallest … largest) of {} turns; working set of data from memory: {set} MiB",
         document.turns
     );
     let head = ["ceiling", "threads", "rate"].map(String::from).to_vec();
@@ -30,8 +30,7 @@ pub(crate) fn text(document: &Document) -> String {
     table(&mut out, head, rows.collect());
     let mut rest = document.rows.as_slice();
     while let Some(first) = rest.first() {
-        let case =
-            |r: &bitnet_benchmarks::results::Row| (r.operation.clone(), r.shape.clone(), r.threads);
+        let case = |r: &ContenderRow| (r.operation.clone(), r.shape.clone(), r.threads);
         let (rows, after) = rest.split_at(
             rest.iter()
                 .position(|r| case(r) != case(first))
@@ -48,7 +47,7 @@ pub(crate) fn text(document: &Document) -> String {
             "share of the ceiling".into(),
             "ours is × as fast".into(),
         ];
-        let row = |r: &bitnet_benchmarks::results::Row| {
+        let row = |r: &ContenderRow| {
             let share = r
                 .share
                 .as_ref()
@@ -68,17 +67,17 @@ pub(crate) fn text(document: &Document) -> String {
     out
 }
 
-fn giga(spread: &Spread) -> String {
+fn giga(spread: &MedianRange) -> String {
     scaled(spread, 1e-9, if spread.median < 10e9 { 2 } else { 1 })
 }
 
-fn scaled(spread: &Spread, factor: f64, digits: usize) -> String {
+fn scaled(spread: &MedianRange, factor: f64, digits: usize) -> String {
     let [low, median, high] = [spread.smallest, spread.median, spread.largest]
         .map(|x| format!("{:.digits$}", x * factor));
     format!("{median} ({low} … {high})")
 }
 
-/// The first column is aligned left, the others right.
+/// Appends a table. The first column is aligned left, the others right.
 fn table(out: &mut String, head: Vec<String>, rows: Vec<Vec<String>>) {
     let all: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
     let width = |c: usize| {

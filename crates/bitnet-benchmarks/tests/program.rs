@@ -1,8 +1,8 @@
 //! The program as people run it: what it writes, what the report shows, and what it says to bad
 //! input. Never how fast anything is.
 
-use bitnet_benchmarks::operations::Group;
-use bitnet_benchmarks::results::{Document, Row, Spread};
+use bitnet_benchmarks::results::{BenchmarkDocument, ContenderRow, MedianRange};
+use bitnet_benchmarks::selection::OperationGroup;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -58,7 +58,7 @@ fn compare_and_report() {
         String::from_utf8(output.stderr).unwrap(),
     );
     assert!(output.status.success(), "{errors}");
-    let document = Document::read(&folder.path().join("results.json")).unwrap();
+    let document = BenchmarkDocument::read(&folder.path().join("results.json")).unwrap();
 
     assert_eq!(document.turns, 2);
     assert_eq!(document.working_set_bytes, 1 << 20);
@@ -78,7 +78,7 @@ fn compare_and_report() {
             .iter()
             .map(|r| r.group.to_string())
             .collect::<BTreeSet<_>>(),
-        Group::ALL.map(|g| g.to_string()).into()
+        OperationGroup::ALL.iter().map(|g| g.to_string()).collect()
     );
     for threads in [1, 2] {
         assert!(
@@ -88,7 +88,7 @@ fn compare_and_report() {
                 .any(|c| c.threads == threads && c.name == "memory read, huge pages")
         );
     }
-    let sound = |s: &Spread| {
+    let sound = |s: &MedianRange| {
         s.smallest > 0.0 && s.smallest <= s.median && s.median <= s.largest && s.largest.is_finite()
     };
     assert!(document.ceilings.iter().all(|c| sound(&c.rate)));
@@ -128,14 +128,14 @@ fn compare_and_report() {
             );
         }
     }
-    let of = |group: Group, threads: usize| {
+    let of = |group: OperationGroup, threads: usize| {
         document
             .rows
             .iter()
             .filter(move |r| r.group == group && r.threads == threads)
     };
     for rival in ["candle f32", "candle Q8_0", "candle Q4_0", "gemm crate f32"] {
-        for (group, cases) in [(Group::Gemv, 2), (Group::Gemm, 4)] {
+        for (group, cases) in [(OperationGroup::Gemv, 2), (OperationGroup::Gemm, 4)] {
             for threads in [1, 2] {
                 assert_eq!(
                     of(group, threads).filter(|r| r.contender == rival).count(),
@@ -168,7 +168,7 @@ fn compare_and_report() {
 }
 
 /// The page needs nothing from elsewhere and shows every row.
-fn complete(page: &str, document: &Document) {
+fn complete(page: &str, document: &BenchmarkDocument) {
     for outside in ["http", "//", "src=", "<link", "<script", "@import", "url("] {
         assert!(
             !page.contains(outside),
@@ -177,7 +177,7 @@ fn complete(page: &str, document: &Document) {
     }
     let sections: Vec<String> = page.split("<section>").skip(1).map(plain).collect();
     for row in &document.rows {
-        let Row {
+        let ContenderRow {
             operation,
             shape,
             threads,
@@ -188,7 +188,7 @@ fn complete(page: &str, document: &Document) {
             .iter()
             .find(|s| s.trim_start().starts_with(&title))
             .unwrap_or_else(|| panic!("no section {title}"));
-        let shown = |s: &Spread, factor: f64, digits: usize| {
+        let shown = |s: &MedianRange, factor: f64, digits: usize| {
             let [low, median, high] =
                 [s.smallest, s.median, s.largest].map(|x| format!("{:.digits$}", x * factor));
             format!("{median} ({low} … {high})")

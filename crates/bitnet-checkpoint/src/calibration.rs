@@ -14,6 +14,7 @@
 
 use crate::{Error, Result};
 use bitnet_core::Precision;
+use bitnet_formats::replace;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -344,17 +345,13 @@ impl Calibration {
         Ok(calibration)
     }
 
-    /// Writes JSON: beside the path first, then renamed.
+    /// Writes JSON, or replaces it.
     ///
     /// # Errors
     /// [`Error::File`] if it cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string(self).map_err(|e| Error::Recipe(e.to_string()))?;
-        let mut beside = path.as_os_str().to_os_string();
-        beside.push(".part");
-        let beside = std::path::PathBuf::from(beside);
-        std::fs::write(&beside, text).map_err(bitnet_formats::Error::io(&beside, "write"))?;
-        Ok(std::fs::rename(&beside, path).map_err(bitnet_formats::Error::io(path, "rename to"))?)
+        Ok(replace::write_file(path, text.as_bytes())?)
     }
 }
 
@@ -386,19 +383,12 @@ pub fn importance(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet_core::random::Random;
 
-    /// Normal-looking numbers, sums of uniform ones.
+    /// Normally distributed numbers.
     fn numbers(n: usize, scale: f32) -> Vec<f32> {
-        let mut state = 1u64;
-        let mut uniform = || {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-        };
-        (0..n)
-            .map(|_| scale * (0..12).map(|_| uniform()).sum::<f32>())
-            .collect()
+        let mut random = Random::new(1);
+        (0..n).map(|_| scale * random.normal() as f32).collect()
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What was lost between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
-use crate::rows::{Scratch, strip_rows, windows, with_rows};
+use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
@@ -44,7 +44,7 @@ impl Comparison {
     /// Error sums over all tensors, or over those that are quantized.
     pub fn total(&self, only_quantized: Scope) -> ErrorStats {
         self.scoped(only_quantized)
-            .fold(ErrorStats::default(), |sum, t| sum.then(t.error))
+            .fold(ErrorStats::default(), |sum, t| sum.merge(t.error))
     }
 
     /// Bits per weight over all tensors, or over those that are quantized.
@@ -82,7 +82,7 @@ pub fn compare(
     quantized: &Source,
     progress: &dyn Progress,
 ) -> Result<Comparison> {
-    let pairing = Pairing::new(original, quantized)?;
+    let pairing = TensorPairs::new(original, quantized)?;
     let mut tensors = vec![];
     for tensor in original
         .tensors
@@ -105,7 +105,7 @@ pub fn compare(
         }
         let error = with_rows(original, tensor, None, |a| {
             with_rows(quantized, other, order.as_deref(), |b| {
-                // Rows of blocks may be shorter than those of the matrix: go by the longer, which
+                // WeightRows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
                 let (a, b) = (a.reshaped(cols), b.reshaped(cols));
@@ -113,14 +113,14 @@ pub fn compare(
                 for window in windows(a.count, strip_rows(cols)) {
                     let parts: Vec<Result<ErrorStats>> = window
                         .into_par_iter()
-                        .map_init(Scratch::default, |scratch, range: Range<usize>| {
+                        .map_init(StripBuffers::default, |scratch, range: Range<usize>| {
                             a.read(range.clone(), &mut scratch.bytes, &mut scratch.weights)?;
                             b.read(range, &mut scratch.bytes, &mut scratch.back)?;
                             Ok(ErrorStats::measure(&scratch.weights, &scratch.back))
                         })
                         .collect();
                     for part in parts {
-                        error = error.then(part?);
+                        error = error.merge(part?);
                     }
                 }
                 Ok(error)
@@ -151,17 +151,17 @@ pub fn compare(
 }
 
 /// How names of two checkpoints belong together.
-struct Pairing<'a> {
+struct TensorPairs<'a> {
     original: &'a Source,
     quantized: &'a Source,
     /// Architecture and heads, if one is a GGUF with ggml's names and the other is not.
-    model: Option<(Architecture, HeadCounts)>,
+    model: Option<(&'static Architecture, HeadCounts)>,
 }
 
 /// The counterpart of a tensor and, for each of its rows, the row there.
 type Paired<'a> = (&'a Tensor, Option<Vec<usize>>);
 
-impl<'a> Pairing<'a> {
+impl<'a> TensorPairs<'a> {
     fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
         let ggml_names = |s: &Source| s.tensors.iter().any(|t| t.name.starts_with("blk."));
         let mut model = None;
@@ -199,13 +199,13 @@ impl<'a> Pairing<'a> {
             }
             let rows = tensor.shape.first().copied().unwrap_or(0);
             if self.original.kind == Kind::Gguf {
-                name = arch::hf_name(&tensor.name);
+                name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
-                    order = arch::row_order(architecture, heads, hf, rows)?;
+                    order = architecture.gguf_rows(heads, hf, rows)?;
                 }
             } else {
-                name = arch::gguf_name(&tensor.name);
-                order = arch::hf_row_order(architecture, heads, &tensor.name, rows)?;
+                name = architecture.gguf_tensor(&tensor.name);
+                order = architecture.hf_rows(heads, &tensor.name, rows)?;
             }
         }
         match name.as_deref().and_then(|name| self.quantized.find(name)) {

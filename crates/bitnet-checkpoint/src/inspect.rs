@@ -1,7 +1,7 @@
 //! What a checkpoint holds, in honest bits, and what looks wrong in it.
 
 use crate::Result;
-use crate::rows::{Scratch, strip_rows, windows, with_rows};
+use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
 use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
@@ -13,7 +13,7 @@ use std::ops::Range;
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
-pub struct TensorInfo {
+pub struct TensorSummary {
     /// Its name.
     pub name: String,
     /// Its shape.
@@ -37,7 +37,7 @@ pub struct Finding {
     pub what: String,
 }
 
-impl TensorInfo {
+impl TensorSummary {
     /// Number of weights.
     pub fn weights(&self) -> u64 {
         self.shape.iter().product::<usize>() as u64
@@ -50,7 +50,7 @@ impl TensorInfo {
 }
 
 /// Lists every tensor; reads no weights.
-pub fn tensors(source: &Source) -> Vec<TensorInfo> {
+pub fn tensors(source: &Source) -> Vec<TensorSummary> {
     source
         .tensors
         .iter()
@@ -61,7 +61,7 @@ pub fn tensors(source: &Source) -> Vec<TensorInfo> {
                     (source.stored[*i].dtype.to_string(), None)
                 }
             };
-            TensorInfo {
+            TensorSummary {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
                 stored_as,
@@ -143,21 +143,21 @@ fn lint_floats(
         for window in windows(rows.count, strip_rows(rows.cols)) {
             let parts: Vec<Result<(Moments, usize)>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, range: Range<usize>| {
+                .map_init(StripBuffers::default, |scratch, range: Range<usize>| {
                     rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
                     let mut part = (Moments::EMPTY, 0);
                     for row in scratch.weights.chunks(rows.cols.max(1)) {
                         let moments = kernels.moments(row);
                         let ternary =
                             moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
-                        part = (part.0.then(moments), part.1 + usize::from(ternary));
+                        part = (part.0.merge(moments), part.1 + usize::from(ternary));
                     }
                     Ok(part)
                 })
                 .collect();
             for part in parts {
                 let part = part?;
-                all = all.then(part.0);
+                all = all.merge(part.0);
                 ternary_rows += part.1;
             }
         }

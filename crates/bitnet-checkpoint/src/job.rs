@@ -7,30 +7,31 @@
 //!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
 //! ```
 //!
-//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! StripGranule and their order do not depend on the number of threads, so neither do the bytes. Memory
 //! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
 //! matrix as a whole.
 
 use crate::plan::Job;
 use crate::rows::thread_pool;
 use crate::target::{check_target, place_folder};
-use crate::worker::{Message, Worker};
+use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
 use bitnet_core::Granularity;
 use bitnet_core::stats::ErrorStats;
-pub use bitnet_formats::output::Existing;
 use bitnet_formats::output::Writer;
+use bitnet_formats::replace;
+pub use bitnet_formats::replace::Existing;
 use bitnet_kernels::Kernels;
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 /// Sees a job advance.
 pub trait Progress: Sync {
-    /// Work on a tensor begins.
+    /// Action on a tensor begins.
     fn tensor(&self, _name: &str) {}
     /// This many more bytes of the input are done.
     fn advance(&self, _bytes: u64) {}
@@ -113,14 +114,14 @@ pub struct Summary {
 /// that cannot be quantized, and [`Error::File`] for what cannot be read or written.
 pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summary> {
     let start = Instant::now();
+    if job.sidecars.is_some() {
+        replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
+    }
     check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
-    let folder = job.sidecars.is_some().then(|| {
-        // Without a slash at the end, behind which the ending would be a name of its own.
-        let mut name = target.components().as_path().as_os_str().to_os_string();
-        name.push(".");
-        name.push(bitnet_formats::output::PARTIAL);
-        PathBuf::from(name)
-    });
+    let folder = job
+        .sidecars
+        .is_some()
+        .then(|| replace::beside(target, replace::PARTIAL));
     let pool = thread_pool(options.threads)?;
     let file = match &folder {
         Some(folder) => match fs::create_dir(folder) {
@@ -152,7 +153,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .collect();
 
     let (writer, outcome) = std::thread::scope(|scope| {
-        let (sender, receiver) = sync_channel::<Message>(4);
+        let (sender, receiver) = sync_channel::<WriterMessage>(4);
         let thread = scope.spawn(move || {
             let mut writer = writer;
             for message in receiver {
@@ -164,10 +165,10 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         });
         let worked = pool.install(|| {
             let mut fresh = vec![];
-            for unit in &job.units[resumed.min(job.units.len())..] {
+            for tensor_job in &job.tensor_jobs[resumed.min(job.tensor_jobs.len())..] {
                 let worker = Worker {
                     job,
-                    unit,
+                    tensor_job,
                     options,
                     out: &sender,
                 };
@@ -197,9 +198,12 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         }
     };
     reports.extend(fresh);
-    let file_bytes = writer
-        .finish(options.existing)
-        .map_err(|e| clean(e.into()))?;
+    // The folder is ours, whatever an earlier run left in it.
+    let existing = match folder {
+        Some(_) => Existing::Replace,
+        None => options.existing,
+    };
+    let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
     if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
         place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
     }

@@ -160,13 +160,13 @@ pub fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
                     for row in rows {
                         matrix.dequantize_row_into(row, back);
                         error =
-                            error.then(ErrorStats::measure(&weights[row * cols..][..cols], back));
+                            error.merge(ErrorStats::measure(&weights[row * cols..][..cols], back));
                     }
                     error
                 },
             )
             .collect();
-        error = parts.into_iter().fold(error, ErrorStats::then);
+        error = parts.into_iter().fold(error, ErrorStats::merge);
     }
     error
 }

@@ -1,4 +1,4 @@
-//! Rows of a tensor as f32, read strip by strip from wherever they are.
+//! WeightRows of a tensor as f32, read strip by strip from wherever they are.
 
 use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
 const STRIP_WEIGHTS: usize = 1 << 18;
-/// Strips for each thread that are in memory together: enough that no thread waits long for the
+/// StripGranule for each thread that are in memory together: enough that no thread waits long for the
 /// slowest.
 const STRIPS_PER_THREAD: usize = 4;
-/// Rows of a tensor as f32, wherever they come from.
-pub(crate) struct Rows<'a> {
+/// WeightRows of a tensor as f32, wherever they come from.
+pub(crate) struct WeightRows<'a> {
     source: &'a Source,
-    from: Origin<'a>,
+    from: RowSource<'a>,
     /// Number of rows.
     pub(crate) count: usize,
     /// Weights of a row.
@@ -26,20 +26,20 @@ pub(crate) struct Rows<'a> {
 }
 
 #[derive(Clone, Copy)]
-enum Origin<'a> {
+enum RowSource<'a> {
     Stored(usize),
     Matrix(&'a Matrix),
 }
 
 /// Buffers that a thread keeps.
 #[derive(Default)]
-pub(crate) struct Scratch {
+pub(crate) struct StripBuffers {
     pub(crate) bytes: Vec<u8>,
     pub(crate) weights: Vec<f32>,
     pub(crate) back: Vec<f32>,
 }
 
-impl Rows<'_> {
+impl WeightRows<'_> {
     /// Reads rows `rows` into `out`; `bytes` is scratch.
     pub(crate) fn read(
         &self,
@@ -50,17 +50,17 @@ impl Rows<'_> {
         let cols = self.cols;
         out.resize(rows.len() * cols, 0.0);
         match (&self.from, self.order) {
-            (Origin::Stored(stored), None) => {
+            (RowSource::Stored(stored), None) => {
                 self.source
                     .read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?
             }
-            (Origin::Stored(stored), Some(order)) => {
+            (RowSource::Stored(stored), Some(order)) => {
                 for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
                     self.source
                         .read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
                 }
             }
-            (Origin::Matrix(matrix), order) => {
+            (RowSource::Matrix(matrix), order) => {
                 for (row, out) in rows.zip(out.chunks_mut(cols.max(1))) {
                     matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
                 }
@@ -71,15 +71,15 @@ impl Rows<'_> {
 }
 
 /// A tensor as one granule: its strips, read anew at each pass.
-pub(crate) struct Strips<'a> {
-    pub(crate) rows: &'a Rows<'a>,
-    /// Rows of a strip.
+pub(crate) struct StripGranule<'a> {
+    pub(crate) rows: &'a WeightRows<'a>,
+    /// WeightRows of a strip.
     pub(crate) strip: usize,
     /// Set to stop.
     pub(crate) interrupt: &'a AtomicBool,
 }
 
-impl Granule for Strips<'_> {
+impl Granule for StripGranule<'_> {
     type Error = Error;
 
     fn fold<T: Send>(
@@ -94,7 +94,7 @@ impl Granule for Strips<'_> {
             }
             let parts: Vec<Result<T>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, rows| {
+                .map_init(StripBuffers::default, |scratch, rows| {
                     let first = rows.start * self.rows.cols;
                     self.rows
                         .read(rows, &mut scratch.bytes, &mut scratch.weights)?;
@@ -138,7 +138,7 @@ pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Ra
     })
 }
 
-/// Rows of a strip.
+/// WeightRows of a strip.
 pub(crate) fn strip_rows(cols: usize) -> usize {
     (STRIP_WEIGHTS / cols.max(1)).max(1)
 }
@@ -163,7 +163,7 @@ pub(crate) fn with_rows<T>(
     source: &Source,
     tensor: &Tensor,
     order: Option<&[usize]>,
-    f: impl FnOnce(&Rows<'_>) -> Result<T>,
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {
     let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
     match &tensor.content {
@@ -174,9 +174,9 @@ pub(crate) fn with_rows<T>(
             } else {
                 cols
             };
-            f(&Rows {
+            f(&WeightRows {
                 source,
-                from: Origin::Stored(*stored),
+                from: RowSource::Stored(*stored),
                 count: tensor.elements() / cols.max(1),
                 cols,
                 order,
@@ -186,9 +186,9 @@ pub(crate) fn with_rows<T>(
             let matrix = source.matrix(&tensor.name, q)?;
             // The same weights in the same order, if the matrix of the file has other rows than the
             // tensor.
-            f(&Rows {
+            f(&WeightRows {
                 source,
-                from: Origin::Matrix(&matrix),
+                from: RowSource::Matrix(&matrix),
                 count: matrix.spec.rows,
                 cols: matrix.spec.cols,
                 order: order.filter(|_| matrix.spec.rows == rows),
@@ -197,7 +197,7 @@ pub(crate) fn with_rows<T>(
     }
 }
 
-impl Rows<'_> {
+impl WeightRows<'_> {
     /// The same weights in rows of another length.
     pub(crate) fn reshaped(&self, cols: usize) -> Self {
         Self {

@@ -3,10 +3,10 @@
 use crate::plan::Sidecar;
 use crate::{Error, Result};
 use bitnet_formats::Source;
-use bitnet_formats::output::Existing;
+use bitnet_formats::replace::{self, Existing};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The target must not be what is read or a folder around it, and must not exist unless it may be
 /// replaced. Of folders only models may, and only by folders.
@@ -72,31 +72,12 @@ pub(crate) fn place_folder(
         }
         .map_err(FileError::io(&path, "write"))?;
     }
-    let rename =
-        |from: &Path, to: &Path| fs::rename(from, to).map_err(FileError::io(to, "rename to"));
-    if !target.exists() {
-        return Ok(rename(folder, target)?);
-    }
-    if existing == Existing::Refuse {
+    if existing == Existing::Refuse && target.exists() {
         return Err(Error::Exists {
             path: target.to_path_buf(),
         });
     }
-    // The old one keeps its bytes until the new one has its name.
-    let mut old = folder.as_os_str().to_os_string();
-    old.push("-replaced");
-    let old = PathBuf::from(old);
-    rename(target, &old)?;
-    if let Err(error) = rename(folder, target) {
-        let _ = fs::rename(&old, target);
-        return Err(error.into());
-    }
-    let removed = if old.is_dir() {
-        fs::remove_dir_all(&old)
-    } else {
-        fs::remove_file(&old)
-    };
-    Ok(removed.map_err(FileError::io(&old, "remove"))?)
+    Ok(replace::place_folder(folder, target, existing)?)
 }
 
 /// Whether a folder holds a model and nothing else: files beside a config.json and weights.

@@ -2,15 +2,14 @@
 //! thread in order.
 
 use crate::job::{Options, TensorReport};
-use crate::plan::{Job, Pack, Unit, Work};
-use crate::rows::{Rows, Scratch, Strips, strip_rows, windows, with_rows};
+use crate::plan::{Action, Job, Pack, TensorJob};
+use crate::rows::{StripBuffers, StripGranule, WeightRows, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
-use bitnet_core::scheme::ScaleStorage;
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
-use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, Scheme, ZeroPoints};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
 use bitnet_formats::output::Writer;
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
@@ -25,14 +24,14 @@ const MEASURED: usize = 1 << 14;
 const COPY_BYTES: usize = 4 << 20;
 
 /// What the writer thread is told.
-pub(crate) enum Message {
+pub(crate) enum WriterMessage {
     Append(usize, Vec<u8>),
     End(usize),
     Layout(String, &'static str),
     Commit(serde_json::Value),
 }
 
-impl Message {
+impl WriterMessage {
     pub(crate) fn apply(self, writer: &mut Writer) -> bitnet_formats::Result<()> {
         match self {
             Self::Append(index, bytes) => writer.append(index, &bytes),
@@ -48,13 +47,13 @@ impl Message {
 
 pub(crate) struct Worker<'a> {
     pub(crate) job: &'a Job<'a>,
-    pub(crate) unit: &'a Unit,
+    pub(crate) tensor_job: &'a TensorJob,
     pub(crate) options: &'a Options<'a>,
-    pub(crate) out: &'a SyncSender<Message>,
+    pub(crate) out: &'a SyncSender<WriterMessage>,
 }
 
 impl Worker<'_> {
-    fn send(&self, message: Message) -> Result<()> {
+    fn send(&self, message: WriterMessage) -> Result<()> {
         // The writer is gone only after an error of its own, which then counts.
         self.out.send(message).map_err(|_| Error::Interrupted)
     }
@@ -68,7 +67,7 @@ impl Worker<'_> {
     }
 
     fn advance(&self, share: usize, of: usize) {
-        let Some(index) = self.unit.tensor else {
+        let Some(index) = self.tensor_job.tensor else {
             return;
         };
         let bytes = self.job.source.tensors[index].bytes(self.job.source);
@@ -78,7 +77,7 @@ impl Worker<'_> {
     }
 
     fn error(&self, error: Error) -> Error {
-        match (error, self.unit.tensor) {
+        match (error, self.tensor_job.tensor) {
             (Error::Core(source), Some(index)) => {
                 let tensor = &self.job.source.tensors[index];
                 let path = tensor
@@ -99,15 +98,15 @@ impl Worker<'_> {
 
     pub(crate) fn run(&self) -> Result<TensorReport> {
         self.check_interrupt()?;
-        self.options.progress.tensor(&self.unit.name);
-        let report = match &self.unit.work {
-            Work::Literal(bytes) => self.literal(bytes),
-            Work::Copy => self.copy(),
-            Work::Cast(dtype) => self.cast(*dtype),
-            Work::Pack(pack) => self.pack(pack),
+        self.options.progress.tensor(&self.tensor_job.name);
+        let report = match &self.tensor_job.action {
+            Action::Literal(bytes) => self.literal(bytes),
+            Action::Copy => self.copy(),
+            Action::Cast(dtype) => self.cast(*dtype),
+            Action::Pack(pack) => self.pack(pack),
         }
         .map_err(|e| self.error(e))?;
-        self.send(Message::Commit(
+        self.send(WriterMessage::Commit(
             serde_json::to_value(&report).unwrap_or_default(),
         ))?;
         Ok(report)
@@ -115,11 +114,11 @@ impl Worker<'_> {
 
     fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
         let weights = self
-            .unit
+            .tensor_job
             .tensor
             .map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
         TensorReport {
-            name: self.unit.name.clone(),
+            name: self.tensor_job.name.clone(),
             became: became.to_string(),
             layout: None,
             granularity: None,
@@ -127,19 +126,19 @@ impl Worker<'_> {
             bytes,
             error: None,
             entropy: None,
-            note: self.unit.note.clone(),
+            note: self.tensor_job.note.clone(),
         }
     }
 
     fn literal(&self, bytes: &[u8]) -> Result<TensorReport> {
-        self.send(Message::Append(self.unit.data, bytes.to_vec()))?;
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::Append(self.tensor_job.data, bytes.to_vec()))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report("f32", bytes.len() as u64))
     }
 
     fn copy(&self) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(index) = self.unit.tensor else {
+        let Some(index) = self.tensor_job.tensor else {
             return Ok(self.report("nothing", 0));
         };
         let tensor = &source.tensors[index];
@@ -151,10 +150,13 @@ impl Worker<'_> {
         let mut buffer = vec![];
         let send = |buffer: &mut Vec<u8>| -> Result<()> {
             self.advance(buffer.len(), len as usize);
-            self.send(Message::Append(self.unit.data, std::mem::take(buffer)))?;
+            self.send(WriterMessage::Append(
+                self.tensor_job.data,
+                std::mem::take(buffer),
+            ))?;
             self.check_interrupt()
         };
-        match &self.unit.rows {
+        match &self.tensor_job.rows {
             None => {
                 let mut at = 0;
                 while at < len {
@@ -176,15 +178,20 @@ impl Worker<'_> {
                 send(&mut buffer)?;
             }
         }
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report(format!("copied {}", source.stored[stored].dtype), len))
     }
 
-    /// Calls `f` with the rows of the unit's tensor.
-    fn with_rows<T>(&self, f: impl FnOnce(&Rows<'_>) -> Result<T>) -> Result<T> {
+    /// Calls `f` with the rows of the tensor.
+    fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
-        match self.unit.tensor {
-            Some(index) => with_rows(source, &source.tensors[index], self.unit.rows.as_deref(), f),
+        match self.tensor_job.tensor {
+            Some(index) => with_rows(
+                source,
+                &source.tensors[index],
+                self.tensor_job.rows.as_deref(),
+                f,
+            ),
             None => Err(Error::Recipe("a literal has no rows".into())),
         }
     }
@@ -197,7 +204,7 @@ impl Worker<'_> {
                 let done: usize = window.iter().map(Range::len).sum();
                 let parts: Vec<Result<Vec<u8>>> = window
                     .into_par_iter()
-                    .map_init(Scratch::default, |scratch, range| {
+                    .map_init(StripBuffers::default, |scratch, range| {
                         let first = range.start * rows.cols;
                         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
                         let lost = scratch
@@ -220,13 +227,13 @@ impl Worker<'_> {
                 for part in parts {
                     let part = part?;
                     total += part.len() as u64;
-                    self.send(Message::Append(self.unit.data, part))?;
+                    self.send(WriterMessage::Append(self.tensor_job.data, part))?;
                 }
                 self.advance(done, count);
             }
             Ok(total)
         })?;
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report(to, bytes))
     }
 
@@ -239,7 +246,12 @@ impl Worker<'_> {
         }
     }
 
-    fn quantize(&self, pack: &Pack, scheme: &Scheme, rows: &Rows<'_>) -> Result<TensorReport> {
+    fn quantize(
+        &self,
+        pack: &Pack,
+        scheme: &Scheme,
+        rows: &WeightRows<'_>,
+    ) -> Result<TensorReport> {
         let spec = &pack.spec;
         let chunk = pack
             .layout
@@ -255,7 +267,7 @@ impl Worker<'_> {
                     .transpose()?;
                 Some(fit(
                     &self.options.kernels,
-                    &Strips {
+                    &StripGranule {
                         rows,
                         strip,
                         interrupt: self.options.interrupt,
@@ -281,9 +293,9 @@ impl Worker<'_> {
         let mut packed_bytes = 0;
         for window in windows(if spec.cols == 0 { 0 } else { spec.rows }, strip) {
             self.check_interrupt()?;
-            let parts: Vec<Result<Part>> = window
+            let parts: Vec<Result<QuantizedStrip>> = window
                 .into_par_iter()
-                .map_init(Scratch::default, |scratch, range| {
+                .map_init(StripBuffers::default, |scratch, range| {
                     self.quantize_strip(
                         pack,
                         scheme,
@@ -298,7 +310,7 @@ impl Worker<'_> {
             for part in parts {
                 let part = part?;
                 let (count, first) = (part.matrix.spec.rows, part.first_row);
-                error = error.then(part.error);
+                error = error.merge(part.error);
                 histogram.merge(&part.histogram);
                 if let Some(whole) = &mut whole {
                     for plane in 0..spec.planes {
@@ -309,7 +321,7 @@ impl Worker<'_> {
                     }
                 } else {
                     packed_bytes += part.packed.len() as u64;
-                    self.send(Message::Append(self.unit.data, part.packed))?;
+                    self.send(WriterMessage::Append(self.tensor_job.data, part.packed))?;
                 }
                 place_granules(spec, first, &part.matrix.scales, &mut scales);
                 place_granules(spec, first, &part.matrix.zero_points, &mut zeros);
@@ -323,7 +335,7 @@ impl Worker<'_> {
         if let Some(values) = whole {
             let bytes = self.pack_whole(pack, &values, &scales, &mut layout)?;
             packed_bytes += bytes.len() as u64;
-            self.send(Message::Append(self.unit.data, bytes))?;
+            self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
         }
         let bytes = packed_bytes + self.finish_matrix(pack, &scales, &zeros)?;
         let mut report = self.packed_report(pack, layout, bytes);
@@ -340,12 +352,12 @@ impl Worker<'_> {
         &self,
         pack: &Pack,
         scheme: &Scheme,
-        rows: &Rows<'_>,
+        rows: &WeightRows<'_>,
         fitted: Option<&Fitted>,
         packed_by_strip: bool,
         range: Range<usize>,
-        scratch: &mut Scratch,
-    ) -> Result<Part> {
+        scratch: &mut StripBuffers,
+    ) -> Result<QuantizedStrip> {
         let first_row = range.start;
         rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
         let cols = pack.spec.cols;
@@ -365,7 +377,7 @@ impl Worker<'_> {
             for (part, weights) in weights.chunks(MEASURED).enumerate() {
                 let back = &mut scratch.back[..weights.len()];
                 matrix.dequantize_part_into(row, part * MEASURED, back);
-                error = error.then(ErrorStats::measure(weights, back));
+                error = error.merge(ErrorStats::measure(weights, back));
             }
         }
         let mut histogram = CodeHistogram::default();
@@ -383,7 +395,7 @@ impl Worker<'_> {
             )?;
             matrix.values = vec![];
         }
-        Ok(Part {
+        Ok(QuantizedStrip {
             first_row,
             packed,
             matrix,
@@ -394,7 +406,7 @@ impl Worker<'_> {
 
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(tensor) = self.unit.tensor.map(|i| &source.tensors[i]) else {
+        let Some(tensor) = self.tensor_job.tensor.map(|i| &source.tensors[i]) else {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
@@ -403,7 +415,7 @@ impl Worker<'_> {
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
         let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
-        if let Some(order) = &self.unit.rows {
+        if let Some(order) = &self.tensor_job.rows {
             matrix = matrix.select_rows(order);
         }
         for scale in &mut matrix.scales {
@@ -420,7 +432,7 @@ impl Worker<'_> {
         let mut layout = pack.layout;
         let bytes = self.pack_whole(pack, &matrix.values, &matrix.scales, &mut layout)?;
         let mut total = bytes.len() as u64;
-        self.send(Message::Append(self.unit.data, bytes))?;
+        self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
         total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
         self.advance(1, 1);
         Ok(self.packed_report(pack, layout, total))
@@ -455,23 +467,26 @@ impl Worker<'_> {
             None => {
                 let (picked, bytes) = pack::auto(&pack.spec, values, scales)?;
                 *layout = Some(picked);
-                self.send(Message::Layout(self.unit.name.clone(), picked.name()))?;
+                self.send(WriterMessage::Layout(
+                    self.tensor_job.name.clone(),
+                    picked.name(),
+                ))?;
                 Ok(bytes)
             }
         }
     }
 
-    /// Writes scales and zero points where they are stored apart, and ends the unit's tensors.
+    /// Writes scales and zero points where they are stored apart, and ends the written tensors.
     /// Returns the bytes written.
     fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
-        self.send(Message::End(self.unit.data))?;
+        self.send(WriterMessage::End(self.tensor_job.data))?;
         let mut total = 0;
         let mut put = |index: usize, bytes: Vec<u8>| -> Result<()> {
             total += bytes.len() as u64;
-            self.send(Message::Append(index, bytes))?;
-            self.send(Message::End(index))
+            self.send(WriterMessage::Append(index, bytes))?;
+            self.send(WriterMessage::End(index))
         };
-        if let Some(index) = self.unit.scale {
+        if let Some(index) = self.tensor_job.scale {
             let mut bytes = vec![];
             let storage = ScaleStorage {
                 dtype: pack.scale_dtype,
@@ -482,7 +497,7 @@ impl Worker<'_> {
                 .for_each(|&s| pack.scale_dtype.write(storage.to_stored(s), &mut bytes));
             put(index, bytes)?;
         }
-        if let Some(index) = self.unit.zero {
+        if let Some(index) = self.tensor_job.zero {
             let bytes = match pack.spec.zero_points {
                 ZeroPoints::F32 => zeros.iter().flat_map(|z| z.to_le_bytes()).collect(),
                 _ => zeros.iter().map(|&z| z as i8 as u8).collect(),
@@ -513,7 +528,7 @@ impl Worker<'_> {
 }
 
 /// A quantized strip.
-struct Part {
+struct QuantizedStrip {
     first_row: usize,
     packed: Vec<u8>,
     /// Its values are gone if it is packed.

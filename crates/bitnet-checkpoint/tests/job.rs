@@ -4,6 +4,7 @@ use bitnet_checkpoint::job::{self, Existing, Options, Summary};
 use bitnet_checkpoint::{Job, Recipe, Source};
 use bitnet_core::ops::Scalar;
 use bitnet_core::quantize::quantize;
+use bitnet_core::random::Random;
 use bitnet_core::scheme::Threshold;
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Matrix, Scheme};
@@ -17,13 +18,10 @@ use std::path::Path;
 const SHAPE: (usize, usize) = (1500, 701);
 
 fn weights() -> Vec<f32> {
-    let mut x = 7u64;
+    let mut random = Random::new(7);
     (0..SHAPE.0 * SHAPE.1)
         .map(|_| {
-            x = x
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            let u = ((x >> 40) as f32 + 0.5) / (1u64 << 24) as f32;
+            let u = ((random.bits() >> 40) as f32 + 0.5) / (1u64 << 24) as f32;
             // Heavier tails than normal.
             (u / (1.0 - u)).ln() * 0.02
         })
@@ -72,19 +70,12 @@ fn strips_give_what_the_whole_matrix_gives() {
     let w = weights();
     write(&input, &w);
     let source = Source::open(&input).unwrap();
-    let thresholds = [
-        Threshold::Absmean,
-        Threshold::Mean,
-        Threshold::Median,
-        Threshold::Adaptive,
-        Threshold::Optimal,
-    ];
     for granularity in [
         Granularity::Tensor,
         Granularity::Channel,
         Granularity::Group(100),
     ] {
-        for threshold in thresholds {
+        for &threshold in Threshold::PLAIN {
             let out = folder
                 .path()
                 .join(format!("{threshold}-{granularity}.safetensors"));

@@ -5,9 +5,12 @@ use crate::model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
 use crate::train::TrainArgs;
 use bitnet_checkpoint::recipe::Preset;
 use bitnet_checkpoint::recipe::{Choices, Format, Rule, Target};
+use bitnet_core::pack;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
+use bitnet_formats::gguf::GgmlType;
 use bitnet_formats::hf::LinearClass;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -61,12 +64,18 @@ pub(crate) struct InputArgs {
     pub(crate) open: OpenArgs,
 }
 
+/// The layouts that an I2_S tensor may have.
+fn i2s_orders() -> PossibleValuesParser {
+    let layouts = pack::of_ggml_type(GgmlType::I2S.id());
+    layouts.map(|layout| layout.name()).into()
+}
+
 /// What a file may leave open.
 #[derive(Debug, Args)]
 pub(crate) struct OpenArgs {
     /// Order of codes in I2_S tensors that another program wrote, which the file does not say:
     /// i2_s, i2_s-g64, i2_s-x4.
-    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = ["i2_s", "i2_s-g64", "i2_s-x4"])]
+    #[arg(long, value_name = "NAME", default_value = "i2_s", value_parser = i2s_orders())]
     pub(crate) i2s_order: String,
 }
 
@@ -146,7 +155,7 @@ pub(crate) struct QuantizeArgs {
     pub(crate) exclude: Vec<String>,
     /// Precision for the tensors that a glob matches, excluded ones too; may be given several
     /// times.
-    #[arg(long, value_name = "GLOB=PRECISION", value_parser = parse_rule)]
+    #[arg(long, value_name = "GLOB=PRECISION")]
     pub(crate) rule: Vec<Rule>,
     #[command(flatten)]
     pub(crate) choices: ChoiceArgs,
@@ -213,20 +222,6 @@ impl ChoiceArgs {
             layout: self.layout.clone(),
         }
     }
-}
-
-pub(crate) fn parse_rule(s: &str) -> Result<Rule, String> {
-    let (glob, precision) = s.rsplit_once('=').ok_or("expected GLOB=PRECISION")?;
-    let precision = precision
-        .parse()
-        .map_err(|e: bitnet_core::Error| e.to_string())?;
-    Ok(Rule {
-        glob: glob.into(),
-        choices: Choices {
-            precision: Some(precision),
-            ..Choices::default()
-        },
-    })
 }
 
 /// A gate's limit. NaN would let everything pass.

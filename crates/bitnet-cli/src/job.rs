@@ -128,7 +128,7 @@ pub(crate) fn totals(tensors: &[TensorReport], file_bytes: u64) -> Totals {
         error: quantized
             .iter()
             .filter_map(|t| t.error)
-            .fold(ErrorStats::default(), ErrorStats::then),
+            .fold(ErrorStats::default(), ErrorStats::merge),
         quantized_bits: bits(
             quantized.iter().map(|t| t.bytes).sum(),
             quantized.iter().map(|t| t.weights).sum(),

@@ -1,13 +1,12 @@
 //! Flags of `bitnet train`, each over the configuration file.
 
-use crate::args::parse_rule;
 use bitnet_core::Granularity;
 use bitnet_core::scheme::Threshold;
 use bitnet_quant::Activations;
 use bitnet_quant::qat::{EarlyStopping, Progressive, StraightThroughEstimator};
 use bitnet_quant::recipe::{Choices, Format, Rule, Target};
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
-use bitnet_train::run::Place;
+use bitnet_train::run::RunOutput;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
@@ -111,7 +110,7 @@ pub(crate) struct CommonArgs {
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<String>,
     /// Precision of the layers that a glob matches; may be given several times.
-    #[arg(long, value_name = "GLOB=PRECISION", value_parser = parse_rule)]
+    #[arg(long, value_name = "GLOB=PRECISION")]
     pub(crate) rule: Vec<Rule>,
     /// binary, ternary, int2, int3, int4, int8 [default: ternary].
     #[arg(long)]
@@ -271,8 +270,8 @@ impl CommonArgs {
         .over(&recipe.default);
     }
 
-    pub(crate) fn place(&self) -> Place {
-        Place {
+    pub(crate) fn output(&self) -> RunOutput {
+        RunOutput {
             out: self.out.clone(),
             resume: self.resume,
             every: self.every,

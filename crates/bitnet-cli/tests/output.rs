@@ -220,6 +220,35 @@ fn a_target_that_another_process_writes() {
     }
 }
 
+/// A folder replaces another by two renames. After a kill between them the next run gives the old
+/// one its name back, and after the second it removes the old one.
+#[test]
+fn a_replacement_that_was_killed() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    let args = ["quantize", "m", "--out", "out"];
+    let force = [&args[..], &["--force"]].concat();
+    dir.run(&args).is(0);
+    let whole = dir.files();
+    let replaced = dir.at("out.bitnet-partial-replaced");
+
+    fs::rename(dir.at("out"), &replaced).unwrap();
+    dir.run(&args).refused(&["out", "exists already"]);
+    assert!(dir.files() == whole);
+    fs::rename(dir.at("out"), &replaced).unwrap();
+    dir.run(&force).is(0);
+    assert!(dir.files() == whole);
+
+    dir.write("out.bitnet-partial-replaced/config.json", "{}");
+    dir.run(&force).is(0);
+    assert!(dir.files() == whole);
+
+    // The weights are finished, the folder has not its name yet.
+    fs::rename(dir.at("out"), dir.at("out.bitnet-partial")).unwrap();
+    dir.run(&args).is(0);
+    assert!(dir.files() == whole);
+}
+
 #[test]
 fn a_folder_named_with_a_slash() {
     let dir = Dir::new();

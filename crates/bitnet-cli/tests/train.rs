@@ -700,6 +700,23 @@ fn fine_tuning_begins_where_the_model_is() {
     assert_eq!(report["parameters"], 852_608);
     assert!(dir.at("run/packed/tokenizer.json").exists());
     dir.refuses(&with(&base, &["--out", "x", "--hidden", "64"]), &["--from"]);
+
+    // A graph that is not there is no llama.
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let bytes = std::fs::read(format!("{assets}/{file}")).unwrap();
+        dir.write(&format!("qwen3/{file}"), bytes);
+    }
+    let mut config: Value = serde_json::from_slice(&dir.read("qwen3/config.json")).unwrap();
+    config["model_type"] = "qwen3".into();
+    dir.write("qwen3/config.json", config.to_string());
+    let from_qwen3: Vec<&str> = base
+        .iter()
+        .map(|arg| if *arg == assets { "qwen3" } else { arg })
+        .collect();
+    dir.refuses(
+        &with(&from_qwen3, &["--out", "x"]),
+        &["qwen3/config.json: model_type", "'llama' or 'bitnet'"],
+    );
 }
 
 /// Starts a run, waits for a checkpoint of the quantized model, sends a signal, and returns the

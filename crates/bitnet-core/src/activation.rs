@@ -1,10 +1,9 @@
-//! Activations: absmax integers and signs, one scale for each token or for the whole tensor.
+//! Quantization of activations: absmax integers and signs, one scale per token or per tensor.
 
-use crate::names::named;
 use crate::scheme::Rounding;
-use crate::{Error, Result};
+use crate::{Error, Result, named};
 
-/// What activations become.
+/// How activations are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationMethod {
     /// `q = clip(round(x · 127 / m), −128, 127)` with `m = max(max|x|, 1e-5)`; the scale is `m /
@@ -19,7 +18,7 @@ pub enum ActivationMethod {
 
 named!(ActivationMethod, "activation method", { Int8 = "int8", Int4 = "int4", Sign = "sign" });
 
-/// What one activation scale covers.
+/// Which activations share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationGranularity {
     /// Each token, i.e. each row of X.
@@ -30,12 +29,12 @@ pub enum ActivationGranularity {
 
 named!(ActivationGranularity, "activation granularity", { Token = "token", Tensor = "tensor" });
 
-/// Quantized activations, `x ≈ scale · value`.
+/// Quantized activations: `x ≈ scale · value`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Activations {
+pub struct QuantizedActivations {
     /// Values, `[M, K]` row-major.
     pub values: Vec<i8>,
-    /// One scale for each token, or one in all.
+    /// One scale for each token, or one scale in total.
     pub scales: Vec<f32>,
 }
 
@@ -60,8 +59,8 @@ pub fn quantize(
     method: ActivationMethod,
     granularity: ActivationGranularity,
     rounding: Rounding,
-) -> Result<Activations> {
-    let mut out = Activations {
+) -> Result<QuantizedActivations> {
+    let mut out = QuantizedActivations {
         values: vec![],
         scales: vec![],
     };
@@ -69,7 +68,7 @@ pub fn quantize(
     Ok(out)
 }
 
-/// [`quantize`] into memory that is there: allocates only where `out` has never held so many.
+/// [`quantize`] into the buffers of `out`, which grow only if they are too small.
 ///
 /// # Errors
 /// As [`quantize`]; `out` is then as it was.
@@ -77,7 +76,7 @@ pub fn quantize_into(
     x: &[f32],
     cols: usize,
     (method, granularity, rounding): (ActivationMethod, ActivationGranularity, Rounding),
-    out: &mut Activations,
+    out: &mut QuantizedActivations,
 ) -> Result<()> {
     if cols == 0 || !x.len().is_multiple_of(cols) {
         return Err(Error::Length {

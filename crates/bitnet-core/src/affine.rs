@@ -1,15 +1,48 @@
 //! Integers of 2, 3, 4 and 8 bits: `q = clip(round(w / s) + z, −2^(b−1), 2^(b−1) − 1)`, `w ≈ s·(q −
 //! z)`.
 
-use crate::Result;
+use crate::fitted::{Encoder, Fitted};
 use crate::granule::{Granule, Importance};
 use crate::ops::{Moments, Ops, Uniform};
-use crate::quantize::{Coder, Fitted};
-use crate::scheme::Rounding;
-use crate::scheme::{Clip, Mapping, Precision, ScaleStorage};
+use crate::scheme::{Clip, Mapping, Rounding};
+use crate::{Precision, Result, ScaleStorage};
 
 /// Shares of the range that [`Clip::Search`] tries, in 64ths.
 const SHARES: std::ops::RangeInclusive<u32> = 16..=64;
+
+/// The quantizer of a granule whose weights lie in min … max.
+fn quantizer(
+    (min, max): (f64, f64),
+    (precision, mapping): (Precision, Mapping),
+    (storage, rounding): (ScaleStorage, Rounding),
+) -> Result<Uniform> {
+    let (low, high) = precision.range();
+    let mut uniform = Uniform {
+        scale: 0.0,
+        zero: 0.0,
+        low,
+        high,
+        rounding,
+    };
+    match mapping {
+        Mapping::Symmetric => uniform.scale = storage.round(max.max(-min) / f64::from(high))?,
+        Mapping::Asymmetric => {
+            let (min, max) = (min.min(0.0), max.max(0.0));
+            uniform.scale =
+                storage.round((max - min) / f64::from(i32::from(high) - i32::from(low)))?;
+            if uniform.scale > 0.0 {
+                let zero = (f64::from(low) - min / f64::from(uniform.scale)).round_ties_even();
+                uniform.zero = zero.clamp(f64::from(low), f64::from(high)) as f32;
+            }
+        }
+    }
+    // The largest value must not dequantize to infinity.
+    let reach = f32::from(high).max(-f32::from(low)) + uniform.zero.abs();
+    while !(uniform.scale * reach).is_finite() {
+        uniform.scale = storage.round(f64::from(uniform.scale) * 0.99)?;
+    }
+    Ok(uniform)
+}
 
 /// Chooses scale and zero point of one granule.
 pub(crate) fn fit<G: Granule + ?Sized>(
@@ -17,7 +50,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     granule: &G,
     moments: &Moments,
     (precision, mapping, clip): (Precision, Mapping, Clip),
-    (storage, rounding): (ScaleStorage, Rounding),
+    stored: (ScaleStorage, Rounding),
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && clip != Clip::Search {
@@ -26,34 +59,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         ))
         .into());
     }
-    let (low, high) = precision.range();
-    let quantizer = |min: f64, max: f64| -> Result<Uniform> {
-        let mut uniform = Uniform {
-            scale: 0.0,
-            zero: 0.0,
-            low,
-            high,
-            rounding,
-        };
-        match mapping {
-            Mapping::Symmetric => uniform.scale = storage.round(max.max(-min) / f64::from(high))?,
-            Mapping::Asymmetric => {
-                let (min, max) = (min.min(0.0), max.max(0.0));
-                uniform.scale =
-                    storage.round((max - min) / f64::from(i32::from(high) - i32::from(low)))?;
-                if uniform.scale > 0.0 {
-                    let zero = (f64::from(low) - min / f64::from(uniform.scale)).round_ties_even();
-                    uniform.zero = zero.clamp(f64::from(low), f64::from(high)) as f32;
-                }
-            }
-        }
-        // The largest value must not stand for infinity.
-        let reach = f32::from(high).max(-f32::from(low)) + uniform.zero.abs();
-        while !(uniform.scale * reach).is_finite() {
-            uniform.scale = storage.round(f64::from(uniform.scale) * 0.99)?;
-        }
-        Ok(uniform)
-    };
+    let quantizer = |min, max| quantizer((min, max), (precision, mapping), stored);
     let (min, max) = (f64::from(moments.min), f64::from(moments.max));
     let uniform = match clip {
         Clip::None => quantizer(min, max)?,
@@ -66,31 +72,41 @@ pub(crate) fn fit<G: Granule + ?Sized>(
                 .map(|i| f64::from(i) / 64.0)
                 .map(|share| quantizer(share * min, share * max))
                 .collect::<Result<Vec<_>>>()?;
-            let errors = granule.fold(
-                |offset, w| {
-                    candidates
-                        .iter()
-                        .map(|q| error(ops, offset, w, importance, q))
-                        .collect::<Vec<_>>()
-                },
-                |mut a, b| {
-                    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-                    a
-                },
-            )?;
-            // The widest range wins a tie: it saturates least.
-            let best = (0..errors.len())
-                .rev()
-                .min_by(|&a, &b| errors[a].total_cmp(&errors[b]))
-                .unwrap_or(errors.len() - 1);
-            candidates[best]
+            search(ops, granule, &candidates, importance)?
         }
     };
     Ok(Fitted {
         scales: [uniform.scale, 0.0, 0.0],
         zero_point: uniform.zero,
-        coder: Coder::Uniform(uniform),
+        encoder: Encoder::Uniform(uniform),
     })
+}
+
+/// The candidate with the least squared error.
+fn search<G: Granule + ?Sized>(
+    ops: &impl Ops,
+    granule: &G,
+    candidates: &[Uniform],
+    importance: Option<Importance<'_>>,
+) -> Result<Uniform, G::Error> {
+    let errors = granule.fold(
+        |offset, w| {
+            candidates
+                .iter()
+                .map(|q| error(ops, offset, w, importance, q))
+                .collect::<Vec<_>>()
+        },
+        |mut a, b| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+            a
+        },
+    )?;
+    // The widest range wins a tie: it saturates least.
+    let best = (0..errors.len())
+        .rev()
+        .min_by(|&a, &b| errors[a].total_cmp(&errors[b]))
+        .unwrap_or(errors.len() - 1);
+    Ok(candidates[best])
 }
 
 fn error(

@@ -1,11 +1,11 @@
 //! Binary weights: two levels, at ±s or anywhere.
 
+use crate::cut::{above, best_cut};
+use crate::fitted::{Encoder, Fitted};
 use crate::granule::{Granule, Importance};
 use crate::ops::{Above, Key, Moments, Ops};
-use crate::quantize::{Coder, Fitted};
-use crate::scheme::{BinarySplit, ScaleStorage};
-use crate::ternary::best_cut;
-use crate::{Error, Result};
+use crate::scheme::BinarySplit;
+use crate::{Error, Result, ScaleStorage};
 
 /// Chooses the two levels of one granule. The rules are at [`BinarySplit`].
 ///
@@ -29,18 +29,18 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     let (cut, upper, lower) = match split {
         BinarySplit::Zero => {
             let scale = storage.round(moments.mean_abs())?;
-            let coder = match stochastic {
-                Some(seed) => Coder::Stochastic { seed, scale },
-                None => Coder::Split(0.0),
+            let encoder = match stochastic {
+                Some(seed) => Encoder::Stochastic { seed, scale },
+                None => Encoder::Split(0.0),
             };
-            return Ok(Fitted::one(scale, coder));
+            return Ok(Fitted::one(scale, encoder));
         }
         BinarySplit::Mean => {
             let at = mean as f32;
             // `Above` is strict and a weight at the mean counts as upper.
             let upper = granule.fold(
                 |_, w| ops.above(w, None, Key::Signed, at.next_down()),
-                Above::then,
+                Above::merge,
             )?;
             let below = Above {
                 count: 0,
@@ -52,8 +52,8 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         BinarySplit::Optimal => {
             let (cut, upper) = best_cut(ops, granule, &moments.extent(), importance, Key::Signed)?;
             let all = granule.fold(
-                |i, w| crate::ternary::above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY),
-                Above::then,
+                |i, w| above(ops, i, w, importance, Key::Signed, f32::NEG_INFINITY),
+                Above::merge,
             )?;
             let below = Above {
                 count: 0,
@@ -66,7 +66,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     };
     let (low, high) = match (lower.weight > 0.0, upper.weight > 0.0) {
         (true, true) => (lower.mean(), upper.mean()),
-        // All weights are one number m: levels 0 and 2m or so would do; ±m needs no zero point.
+        // All weights are one number m: with the levels ±m the zero point is 0.
         _ => (-mean.abs(), mean.abs()),
     };
     let scale = storage.round((high - low) / 2.0)?;
@@ -74,7 +74,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         // Two levels too close together for the type of the scale: one level for all.
         return Ok(Fitted::one(
             storage.round(mean.abs())?,
-            Coder::Constant(if mean < 0.0 { -1 } else { 1 }),
+            Encoder::Constant(if mean < 0.0 { -1 } else { 1 }),
         ));
     }
     let zero_point = (-(low + high) / 2.0 / f64::from(scale)) as f32;
@@ -86,15 +86,6 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     Ok(Fitted {
         scales: [scale, 0.0, 0.0],
         zero_point,
-        coder: Coder::Split(at),
+        encoder: Encoder::Split(at),
     })
-}
-
-/// A uniform number in [0, 1) for position `index`: splitmix64 of seed and position, so that order
-/// and threads do not matter.
-pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
-    let mut x = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((x ^ (x >> 31)) >> 40) as f32 / (1u32 << 24) as f32
 }

@@ -1,22 +1,21 @@
-//! The logical quantized matrix: values, scales and zero points, apart from any byte layout.
+//! The logical quantized matrix: values, scales and zero points, independent of any byte layout.
 
-use crate::scheme::{Granularity, Precision, ScaleDtype};
-use crate::{Error, Result};
+use crate::{Error, Granularity, Precision, Result, ScaleDtype};
 use serde::{Deserialize, Serialize};
 
-/// How zero points are stored, if there are any: `w ≈ scale · (value − zero_point)`.
+/// Whether there are zero points, and how they are stored: `w ≈ scale · (value − zero_point)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ZeroPoints {
-    /// Symmetric: every zero point is 0 and none is stored.
+    /// Symmetric: every zero point is 0, none is stored.
     None,
     /// One signed integer per granule, in the range of the precision.
     I8,
-    /// One f32 per granule: binary with two free levels, where the middle lies anywhere.
+    /// One f32 per granule: binary with two free levels.
     F32,
 }
 
-/// Everything about a quantized matrix except its numbers.
+/// The shape and the conventions of a quantized matrix.
 ///
 /// ```
 /// use bitnet_core::{Granularity, MatrixSpec, Precision};
@@ -35,7 +34,7 @@ pub struct MatrixSpec {
     pub precision: Precision,
     /// Number of trit planes: `W ≈ Σ_p scale_p · T_p`. 1 except for ternary with several planes.
     pub planes: usize,
-    /// What one scale covers.
+    /// Which weights share a scale.
     pub granularity: Granularity,
     /// How scales are stored; every scale is exactly representable in it.
     pub scale_dtype: ScaleDtype,
@@ -67,7 +66,7 @@ impl MatrixSpec {
         self.planes * self.rows * self.cols
     }
 
-    /// Weights that the matrix stands for, `N · K`: the denominator of bits per weight.
+    /// Number of weights, `N · K`: the denominator of bits per weight.
     pub fn weights_len(&self) -> usize {
         self.rows * self.cols
     }
@@ -106,6 +105,15 @@ impl MatrixSpec {
         }
     }
 
+    /// Bytes of one stored zero point.
+    pub(crate) fn zero_point_bytes(&self) -> usize {
+        match self.zero_points {
+            ZeroPoints::None => 0,
+            ZeroPoints::I8 => 1,
+            ZeroPoints::F32 => 4,
+        }
+    }
+
     /// The same matrix with another number of rows: a horizontal strip of it.
     pub fn with_rows(&self, rows: usize) -> Self {
         Self {
@@ -125,8 +133,8 @@ impl MatrixSpec {
             rows: self.rows,
             cols: self.cols,
         };
-        // Sixteen bytes a value is more than any buffer that this engine makes from one; a side
-        // alone counts too, where the other is 0.
+        // No buffer of this engine takes more than sixteen bytes a value. Each side is checked too,
+        // because the other one may be 0.
         const MOST: usize = isize::MAX as usize / 64;
         let side = self.rows.max(self.cols);
         let cells = self
@@ -267,8 +275,8 @@ impl Matrix {
 
     /// The same matrix with scales of another granularity, if that loses nothing.
     ///
-    /// Finer is always possible. Coarser is possible where the granules that would share a scale
-    /// have equal ones; those whose weights are all 0 do not count, whatever scale they have.
+    /// A finer granularity is always possible. A coarser one is possible if the granules that would
+    /// share a scale have equal scales; granules of zeros are ignored.
     ///
     /// # Errors
     /// [`Error::Scheme`] naming the two scales that differ.
@@ -300,8 +308,7 @@ impl Matrix {
                         self.scales[from],
                         self.zero_points.get(from).copied().unwrap_or(0.0),
                     );
-                    // Under the scale 0 every value stands for 0; under another one only the value
-                    // 0 does.
+                    // With scale 0 every value means 0; with another scale only the value 0 does.
                     if scale.0 == 0.0
                         && spec.zero_points == ZeroPoints::None
                         && spec.precision.contains(0)
@@ -377,6 +384,29 @@ impl Matrix {
             scales: granules(&self.scales),
             zero_points: granules(&self.zero_points),
             spec,
+        }
+    }
+
+    /// Bytes of the matrix in memory: one for each value; scales and zero points in their stored
+    /// types.
+    pub fn memory_footprint(&self) -> usize {
+        self.values.len()
+            + self.scales.len() * self.spec.scale_dtype.bytes()
+            + self.zero_points.len() * self.spec.zero_point_bytes()
+    }
+
+    /// The scale of a matrix with a single scale.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for a matrix with several scales.
+    pub fn single_scale(&self) -> Result<f32> {
+        match (self.spec.granularity, &self.scales[..]) {
+            (Granularity::Tensor, &[scale]) | (_, &[scale]) => Ok(scale),
+            _ => Err(Error::Length {
+                what: "scales",
+                expected: 1,
+                got: self.scales.len(),
+            }),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The error type of this crate: a variant is a cause, its fields are the numbers a person needs.
+//! The error type of this crate: a variant for each cause, with the numbers that explain it.
 
-/// What can go wrong in quantizing, packing and unpacking a matrix.
+/// Errors of quantizing, packing and unpacking a matrix.
 ///
-/// No variant knows a file or a tensor name; the crates above add them.
+/// Files and tensor names are unknown here; the crates above add them.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -14,14 +14,14 @@ pub enum Error {
         /// The offending weight.
         value: f32,
     },
-    /// A slice does not have the length its shape asks for.
+    /// The length of a slice does not fit the shape.
     #[error("{what}: expected {expected} elements, got {got}")]
     Length {
         /// Which slice.
         what: &'static str,
-        /// Elements that the shape asks for.
+        /// Length by the shape.
         expected: usize,
-        /// Elements in the slice.
+        /// Length of the slice.
         got: usize,
     },
     /// A value cannot be written with the precision or the layout.
@@ -31,20 +31,20 @@ pub enum Error {
         index: usize,
         /// The offending value.
         got: i32,
-        /// The values allowed, in words.
+        /// The allowed values.
         expected: &'static str,
     },
-    /// Packed bytes hold a pattern that no writer of the layout produces.
+    /// The packed bytes are invalid: no writer of the layout produces them.
     #[error("{layout}: byte {offset} holds {what}")]
     Corrupt {
         /// The layout's name.
         layout: &'static str,
         /// Offset into the packed bytes.
         offset: usize,
-        /// What is wrong there.
+        /// The invalid pattern.
         what: String,
     },
-    /// The layout cannot hold such a matrix.
+    /// The layout cannot hold the matrix.
     #[error("layout {layout} cannot hold this matrix: {why}")]
     Unsupported {
         /// The layout's name.
@@ -52,25 +52,25 @@ pub enum Error {
         /// The constraint, with the offending number.
         why: String,
     },
-    /// A name that is in no registry.
+    /// An unknown name.
     #[error("unknown {what} '{got}', expected one of {expected}")]
     UnknownName {
-        /// What was looked up.
+        /// The kind of name.
         what: &'static str,
-        /// The name given.
+        /// The unknown name.
         got: String,
-        /// The names there are.
+        /// The known names.
         expected: String,
     },
-    /// A scheme asks for something that does not exist.
+    /// The scheme is invalid.
     #[error("invalid scheme: {0}")]
     Scheme(String),
-    /// A product of sizes does not fit the address space.
+    /// The matrix does not fit the address space.
     #[error("a matrix of {rows} × {cols} is too large for this machine")]
     TooLarge {
-        /// Rows asked for.
+        /// Rows of the matrix.
         rows: usize,
-        /// Columns asked for.
+        /// Columns of the matrix.
         cols: usize,
     },
 }

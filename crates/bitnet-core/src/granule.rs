@@ -2,21 +2,21 @@
 
 use crate::{Error, Result};
 
-/// Weights that share one scale, visited as often as a rule needs them.
+/// Weights that share one scale; a rule may visit them several times.
 ///
-/// A row in memory is one, and so is a tensor that is read strip by strip from a file that does not
-/// fit memory.
+/// A row in memory is a granule, and so is a tensor that is larger than memory and read strip by
+/// strip.
 pub trait Granule {
-    /// What a visit can fail with.
+    /// Errors of a visit.
     type Error: From<Error>;
 
     /// Calls `map` with the offset and the weights of each strip and joins the results in the order
     /// of the data.
     ///
-    /// Strips may be visited by several threads at once; they are the same at each visit.
+    /// Several threads may visit strips at once. Every visit cuts the same strips.
     ///
     /// # Errors
-    /// Where the weights cannot be read.
+    /// If the weights cannot be read.
     fn fold<T: Send>(
         &self,
         map: impl Fn(usize, &[f32]) -> T + Sync,
@@ -24,8 +24,8 @@ pub trait Granule {
     ) -> Result<T, Self::Error>;
 }
 
-/// Weights of a strip of a granule in memory. Sums depend on it in their last bits, so everything
-/// that folds over memory cuts there.
+/// Weights of a strip of a granule in memory. The last bits of sums depend on it, so every fold over
+/// memory cuts there.
 pub const STRIP: usize = 1 << 18;
 
 impl Granule for [f32] {
@@ -70,8 +70,7 @@ impl<'a> Importance<'a> {
         Ok(Self(columns))
     }
 
-    /// The importance of columns `start..start + len`. A stretch where all are 0 counts as equally
-    /// important.
+    /// The importance of columns `start..start + len`; `None`, i.e. equal importance, if all are 0.
     pub(crate) fn columns(&self, start: usize, len: usize) -> Option<Self> {
         let part = &self.0[start..start + len];
         part.iter().any(|&h| h > 0.0).then_some(Self(part))

@@ -1,8 +1,7 @@
-//! Packed matrices that know their layout, and scratch memory that is used again.
+//! Packed matrices that know their layout, and a pool of scratch memory.
 
-use crate::codes::ZeroPoints;
 use crate::pack::{self, Layout};
-use crate::{Error, Granularity, Matrix, MatrixSpec, Result, ScaleDtype};
+use crate::{Matrix, MatrixSpec, Result};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,7 +60,7 @@ impl BitNetTensor {
         })
     }
 
-    /// The values and scales in it.
+    /// Unpacks values and scales.
     ///
     /// # Errors
     /// Those of [`Layout::unpack`].
@@ -103,70 +102,21 @@ impl BitNetTensor {
     /// Bytes of values, scales and zero points. Integer zero points count one byte each, as they
     /// are stored.
     pub fn memory_footprint(&self) -> usize {
-        self.bytes.len() + self.scales.len() + self.zero_points.len() * zero_point_bytes(&self.spec)
-    }
-}
-
-/// Bytes of one stored zero point.
-fn zero_point_bytes(spec: &MatrixSpec) -> usize {
-    match spec.zero_points {
-        ZeroPoints::None => 0,
-        ZeroPoints::I8 => 1,
-        ZeroPoints::F32 => 4,
-    }
-}
-
-impl Matrix {
-    /// Bytes of the matrix as it is in memory: a byte for each value, scales and zero points as
-    /// they would be stored.
-    pub fn memory_footprint(&self) -> usize {
-        self.values.len()
-            + self.scales.len() * self.spec.scale_dtype.bytes()
-            + self.zero_points.len() * zero_point_bytes(&self.spec)
-    }
-
-    /// The one scale of a matrix that has only one.
-    ///
-    /// # Errors
-    /// [`Error::Length`] for a matrix with several.
-    pub fn single_scale(&self) -> Result<f32> {
-        match (self.spec.granularity, &self.scales[..]) {
-            (Granularity::Tensor, &[scale]) | (_, &[scale]) => Ok(scale),
-            _ => Err(Error::Length {
-                what: "scales",
-                expected: 1,
-                got: self.scales.len(),
-            }),
-        }
-    }
-}
-
-impl ScaleDtype {
-    /// The number in little-endian bytes that [`ScaleDtype::write`] made.
-    ///
-    /// # Panics
-    /// If `bytes` is not [`ScaleDtype::bytes`] long.
-    pub fn read(self, bytes: &[u8]) -> f32 {
-        match (self, bytes) {
-            (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-            (Self::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
-            (Self::Bf16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
-            _ => panic!("{} bytes for a scale of type {self}", bytes.len()),
-        }
+        self.bytes.len() + self.scales.len() + self.zero_points.len() * self.spec.zero_point_bytes()
     }
 }
 
 /// Scratch memory for many threads: slices that begin at a multiple of 64 bytes and go back to the
 /// pool when they are dropped.
 ///
-/// Lengths are rounded up to powers of two, each with its shelf; taking and returning holds the
-/// shelf's lock for one push or pop. What the program needed once it does not allocate again.
+/// Lengths are rounded up to powers of two, each with its own stack and lock. Memory is allocated
+/// only when the stack is empty, and never freed before the pool.
 ///
 /// ```
 /// use bitnet_core::memory::HybridMemoryPool;
 /// let pool = HybridMemoryPool::new();
 /// pool.take(1000)[0] = 1.0;
-/// let again = pool.take(600); // the same memory; its contents are whatever they are
+/// let again = pool.take(600); // the same memory, with unspecified contents
 /// assert_eq!((again.len(), pool.allocations()), (600, 1));
 /// ```
 pub struct HybridMemoryPool {
@@ -180,7 +130,7 @@ pub struct HybridMemoryPool {
 const ALIGN: usize = 64;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is behind these locks is whole at every moment.
+    // A panic while the lock is held leaves the stack valid.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -202,7 +152,7 @@ impl HybridMemoryPool {
     }
 
     /// `len` floats with unspecified contents.
-    pub fn take(&self, len: usize) -> Scratch<'_> {
+    pub fn take(&self, len: usize) -> PooledFloats<'_> {
         let class = len.max(ALIGN).next_power_of_two();
         let shelf = &self.shelves[class.ilog2() as usize];
         let taken = lock(shelf).pop();
@@ -218,7 +168,7 @@ impl HybridMemoryPool {
             // The specification of `align_offset` allows it to know nothing.
             _ => 0,
         };
-        Scratch {
+        PooledFloats {
             shelf,
             buffer,
             start,
@@ -249,33 +199,33 @@ impl fmt::Debug for HybridMemoryPool {
 }
 
 /// Floats lent by a pool.
-pub struct Scratch<'a> {
+pub struct PooledFloats<'a> {
     shelf: &'a Mutex<Vec<Vec<f32>>>,
     buffer: Vec<f32>,
     start: usize,
     len: usize,
 }
 
-impl Deref for Scratch<'_> {
+impl Deref for PooledFloats<'_> {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         &self.buffer[self.start..][..self.len]
     }
 }
 
-impl DerefMut for Scratch<'_> {
+impl DerefMut for PooledFloats<'_> {
     fn deref_mut(&mut self) -> &mut [f32] {
         &mut self.buffer[self.start..][..self.len]
     }
 }
 
-impl Drop for Scratch<'_> {
+impl Drop for PooledFloats<'_> {
     fn drop(&mut self) {
         lock(self.shelf).push(std::mem::take(&mut self.buffer));
     }
 }
 
-impl fmt::Debug for Scratch<'_> {
+impl fmt::Debug for PooledFloats<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.iter()).finish()
     }

@@ -1,7 +1,6 @@
-//! What a layer of a network is, and what its parts may become.
+//! Kinds of layers, their parts, and the precision of each part.
 
-use crate::names::named;
-use crate::{Error, Precision, Result};
+use crate::{Error, Precision, Result, named};
 
 /// Kinds of layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -26,17 +25,18 @@ pub enum ComponentType {
     Weights,
     /// The layer's input.
     Activations,
-    /// What is added to the output.
+    /// The vector added to the output.
     Bias,
 }
 
 named!(ComponentType, "component", { Weights = "weights", Activations = "activations", Bias = "bias" });
 
 impl LayerType {
-    /// What a component becomes unless somebody says otherwise; `None`: it stays float.
+    /// The precision of a component by default; `None`: it stays float.
     ///
-    /// Matrices become ternary and their inputs int8 (b1.58); tables int8, because nothing averages
-    /// the errors of a row that is looked up; gains and biases stay, because they save nothing.
+    /// Matrices become ternary and their inputs int8 (b1.58). Tables become int8: a row that is
+    /// looked up is used alone, so its errors do not average out. Gains and biases stay float: they
+    /// are small.
     pub const fn default_precision(self, component: ComponentType) -> Option<Precision> {
         match (self, component) {
             (Self::Linear | Self::Convolution, ComponentType::Weights) => Some(Precision::Ternary),
@@ -47,7 +47,7 @@ impl LayerType {
     }
 }
 
-/// One layer: its kind and shapes, and where it departs from the precision of its kind.
+/// One layer: its kind and shapes, and the precisions that differ from those of its kind.
 ///
 /// ```
 /// use bitnet_core::Precision;
@@ -76,15 +76,15 @@ pub struct LayerPrecisionSpec {
     pub output_shape: Vec<usize>,
     /// Shape of the weights, output features first.
     pub weight_shape: Vec<usize>,
-    /// Weights, if not as [`LayerType::default_precision`] says.
+    /// Precision of the weights; `None` for [`LayerType::default_precision`].
     pub weights: Option<Precision>,
-    /// Activations, if not as it says: [`Precision::Int8`], [`Precision::Int4`] or
-    /// [`Precision::Binary`] (signs).
+    /// Precision of the activations: [`Precision::Int8`], [`Precision::Int4`] or
+    /// [`Precision::Binary`] (signs); `None` for the default.
     pub activations: Option<Precision>,
 }
 
 impl LayerPrecisionSpec {
-    /// What a component becomes; `None`: it stays float.
+    /// The precision of a component; `None`: it stays float.
     pub fn precision(&self, component: ComponentType) -> Option<Precision> {
         let own = match component {
             ComponentType::Weights => self.weights,
@@ -94,8 +94,7 @@ impl LayerPrecisionSpec {
         own.or(self.layer_type.default_precision(component))
     }
 
-    /// Checks that the shapes fit one another and that activations have a precision that exists for
-    /// them.
+    /// Checks that the shapes fit one another and that the precision of activations exists.
     ///
     /// # Errors
     /// [`Error::Scheme`] naming the layer and the two numbers that differ.
@@ -115,7 +114,7 @@ impl LayerPrecisionSpec {
                 dims.end()
             ));
         }
-        // Axis of the features in input and output, and how many features the weights ask for.
+        // Axis of the features in input and output, and their number by the weights.
         let (input, output) = match self.layer_type {
             LayerType::Linear => (
                 Some((x.len().wrapping_sub(1), w[1])),

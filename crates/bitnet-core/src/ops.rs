@@ -10,7 +10,7 @@ use crate::scheme::Rounding;
 /// Strided partial results of every reduction.
 pub const LANES: usize = 16;
 
-/// What one pass over weights tells about them.
+/// Statistics of weights from one pass.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Moments {
     /// Number of weights.
@@ -21,9 +21,9 @@ pub struct Moments {
     pub sum_abs: f64,
     /// Σ w².
     pub sum_sq: f64,
-    /// Smallest weight; +∞ if there is none.
+    /// Smallest weight; +∞ without weights.
     pub min: f32,
-    /// Largest weight; −∞ if there is none.
+    /// Largest weight; −∞ without weights.
     pub max: f32,
     /// Smallest |w| other than 0; +∞ if all are 0.
     pub min_nonzero: f32,
@@ -44,8 +44,8 @@ impl Moments {
         finite: true,
     };
 
-    /// The moments of these weights followed by those of `next`.
-    pub fn then(self, next: Self) -> Self {
+    /// The moments of these weights and those of `next`, which come after them.
+    pub fn merge(self, next: Self) -> Self {
         Self {
             count: self.count + next.count,
             sum: self.sum + next.sum,
@@ -58,12 +58,12 @@ impl Moments {
         }
     }
 
-    /// max |w|, 0 if there is no weight.
+    /// max |w|, 0 without weights.
     pub fn max_abs(&self) -> f32 {
         self.max.max(-self.min).max(0.0)
     }
 
-    /// mean |w|, 0 if there is no weight.
+    /// mean |w|, 0 without weights.
     pub fn mean_abs(&self) -> f64 {
         if self.count == 0 {
             0.0
@@ -72,7 +72,7 @@ impl Moments {
         }
     }
 
-    /// Root mean square, 0 if there is no weight.
+    /// Root mean square, 0 without weights.
     pub fn rms(&self) -> f64 {
         if self.count == 0 {
             0.0
@@ -96,8 +96,8 @@ impl Moments {
     }
 }
 
-/// What the rules for one trit plane ask of a pass over weights: less than [`Moments`], and so at
-/// the speed of memory.
+/// Statistics of one pass for the rules of one trit plane: fewer than [`Moments`], so that the pass
+/// runs at the speed of memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Magnitudes {
     /// Number of weights.
@@ -105,15 +105,15 @@ pub struct Magnitudes {
     /// Σ |w|, the bits of [`Moments::sum_abs`]. Finite exactly if every weight is; the other fields
     /// mean nothing if it is not.
     pub sum: f64,
-    /// max |w|, 0 if there is no weight.
+    /// max |w|, 0 without weights.
     pub max: f32,
     /// Whether every weight is −max, 0 or +max.
     pub ternary: bool,
 }
 
 impl Magnitudes {
-    /// These weights followed by those of `next`.
-    pub fn then(self, next: Self) -> Self {
+    /// The magnitudes of these weights and those of `next`.
+    pub fn merge(self, next: Self) -> Self {
         let same = self.max == next.max || self.max == 0.0 || next.max == 0.0;
         Self {
             count: self.count + next.count,
@@ -123,7 +123,7 @@ impl Magnitudes {
         }
     }
 
-    /// mean |w|, 0 if there is no weight.
+    /// mean |w|, 0 without weights.
     pub fn mean(&self) -> f64 {
         if self.count == 0 {
             0.0
@@ -156,17 +156,17 @@ pub struct Extent {
 /// Weighted count and sum of the weights on one side of a threshold.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Above {
-    /// Number of weights there.
+    /// Number of weights.
     pub count: u64,
-    /// Σ h, the importance there (the count, where there is no importance).
+    /// Σ h of their importance; without importance, the count.
     pub weight: f64,
     /// Σ h·u, with u = |w| or w.
     pub sum: f64,
 }
 
 impl Above {
-    /// This side followed by the same side of the next weights.
-    pub fn then(self, next: Self) -> Self {
+    /// This side and the same side of the weights after these.
+    pub fn merge(self, next: Self) -> Self {
         Self {
             count: self.count + next.count,
             weight: self.weight + next.weight,
@@ -174,7 +174,7 @@ impl Above {
         }
     }
 
-    /// Σhu / Σh; 0 where nothing is.
+    /// Σhu / Σh; 0 for an empty side.
     pub fn mean(&self) -> f64 {
         if self.weight > 0.0 {
             self.sum / self.weight
@@ -196,7 +196,7 @@ pub enum Key {
 impl Key {
     /// The key of one weight.
     #[inline(always)]
-    pub fn of(self, w: f32) -> f32 {
+    pub fn apply(self, w: f32) -> f32 {
         match self {
             Self::Magnitude => w.abs(),
             Self::Signed => w,
@@ -215,7 +215,7 @@ pub struct Uniform {
     pub low: i8,
     /// Largest value.
     pub high: i8,
-    /// What happens at ties.
+    /// How ties are rounded.
     pub rounding: Rounding,
 }
 
@@ -231,7 +231,7 @@ impl Uniform {
         (self.rounding.round(x) + self.zero).clamp(f32::from(self.low), f32::from(self.high))
     }
 
-    /// What the value stands for: `scale · (q − zero)`.
+    /// The weight of a value: `scale · (q − zero)`.
     #[inline(always)]
     pub fn dequantize(&self, value: f32) -> f32 {
         self.scale * (value - self.zero)
@@ -260,14 +260,14 @@ impl Cuts {
     }
 
     /// The cuts of `q = clip(round(w / scale), −1, 1)`, exactly: division and rounding are
-    /// monotone, so there are such, and they are within a few ulps of ±scale/2. `scale` is finite
+    /// monotone, so these cuts exist, within a few ulps of ±scale/2. `scale` is finite
     /// and not negative; 0 encodes everything as 0.
     pub fn rounding(scale: f32, rounding: Rounding) -> Self {
         if scale == 0.0 {
             return Self::NONE;
         }
-        // At least an ulp above scale/2, w/scale is at least 2⁻²⁴/1.99… above 1/2, more than half
-        // the way to the next number.
+        // One ulp above scale/2, w/scale is at least 2⁻²⁴/1.99… above 1/2: more than half-way to
+        // the next number.
         if rounding == Rounding::HalfEven && scale >= 2.0 * f32::MIN_POSITIVE {
             return Self::symmetric(scale / 2.0);
         }
@@ -300,7 +300,7 @@ impl Cuts {
 
 /// The loops. The default bodies are the scalar oracle; an override must return the same bits.
 ///
-/// `h`, where there is one, is the importance of each weight and has the length of `w`.
+/// `h`, if given, is the importance of each weight and has the length of `w`.
 pub trait Ops: Sync {
     /// One pass of statistics.
     fn moments(&self, w: &[f32]) -> Moments {
@@ -467,10 +467,10 @@ pub fn magnitudes_each(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
 #[inline(always)]
 pub fn inside(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
     for w in w.chunks(LANES) {
-        // No branch on the keys: it would be mispredicted for many.
+        // No branch on the keys: it would often be mispredicted.
         let (mut found, mut count) = ([0.0; LANES], 0);
         for &w in w {
-            let u = key.of(w);
+            let u = key.apply(w);
             found[count] = u;
             count += usize::from((low < u) & (u <= high));
         }
@@ -487,18 +487,18 @@ pub fn above_both(w: &[f32], key: Key, t: [f32; 2]) -> [Above; 2] {
     for chunk in chunks {
         for i in 0..2 {
             for lane in 0..LANES {
-                let u = key.of(chunk[lane]);
+                let u = key.apply(chunk[lane]);
                 count[i][lane] += u32::from(u > t[i]);
             }
             for lane in 0..LANES {
-                let u = key.of(chunk[lane]);
+                let u = key.apply(chunk[lane]);
                 sum[i][lane] += f64::from(if u > t[i] { u } else { 0.0 });
             }
         }
     }
     for (lane, &w) in tail.iter().enumerate() {
         for i in 0..2 {
-            let u = key.of(w);
+            let u = key.apply(w);
             count[i][lane] += u32::from(u > t[i]);
             sum[i][lane] += f64::from(if u > t[i] { u } else { 0.0 });
         }
@@ -523,7 +523,7 @@ pub fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
     match h {
         None => {
             let mut add = |lane: usize, w: f32| {
-                let u = key.of(w);
+                let u = key.apply(w);
                 let over = u > t;
                 count[lane] += u32::from(over);
                 sum[lane] += f64::from(if over { u } else { 0.0 });
@@ -543,7 +543,7 @@ pub fn above(w: &[f32], h: Option<&[f32]>, key: Key, t: f32) -> Above {
         }
         Some(h) => {
             let mut add = |lane: usize, w: f32, h: f32| {
-                let u = key.of(w);
+                let u = key.apply(w);
                 let over = u > t;
                 count[lane] += u32::from(over);
                 let h = f64::from(if over { h } else { 0.0 });

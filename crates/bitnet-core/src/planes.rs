@@ -2,103 +2,16 @@
 //!
 //! With p planes a weight takes one of 3^p sums of ±α_k and 0. For fixed αs the best codes are the
 //! nearest level; for fixed codes the best αs solve a p × p linear system. Neither step raises the
-//! squared error, so the two alternate until nothing moves. The levels are symmetric about 0: only
+//! squared error, so the two alternate until they converge. The levels are symmetric about 0: only
 //! |w| matters, and the sums that the system needs are counts and sums of |w| between neighbouring
 //! midpoints.
 
+use crate::cut::{above, best_cut};
+use crate::fitted::{Encoder, Fitted};
 use crate::granule::{Granule, Importance};
+use crate::levels::{MAX_LEVELS, MAX_PLANES, PlaneLevels};
 use crate::ops::{Above, Key, Moments, Ops};
-use crate::quantize::{Coder, Fitted};
-use crate::scheme::ScaleStorage;
-use crate::ternary::{above, best_cut};
-use crate::{Error, Result};
-
-/// Most planes there are.
-pub(crate) const MAX_PLANES: usize = 3;
-/// Levels ≥ 0 of [`MAX_PLANES`] planes: (3³ + 1) / 2.
-const MAX_LEVELS: usize = 14;
-
-/// The levels ≥ 0 that a set of αs makes, in ascending order, and the trits that make them.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Levels {
-    len: usize,
-    planes: usize,
-    level: [f32; MAX_LEVELS],
-    trits: [[i8; MAX_PLANES]; MAX_LEVELS],
-}
-
-impl Levels {
-    /// The one level 0: a granule without weight.
-    pub(crate) const ZERO: Self = Self {
-        len: 1,
-        planes: MAX_PLANES,
-        level: [0.0; MAX_LEVELS],
-        trits: [[0; MAX_PLANES]; MAX_LEVELS],
-    };
-
-    fn new(alpha: &[f32]) -> Self {
-        let combinations = 3usize.pow(alpha.len() as u32);
-        let mut all: Vec<(f32, [i8; MAX_PLANES])> = (0..combinations)
-            .map(|i| {
-                let mut trits = [0i8; MAX_PLANES];
-                let mut sum = 0.0f32;
-                for (k, &a) in alpha.iter().enumerate() {
-                    trits[k] = (i / 3usize.pow(k as u32) % 3) as i8 - 1;
-                    sum = if k == 0 {
-                        a * f32::from(trits[k])
-                    } else {
-                        sum + a * f32::from(trits[k])
-                    };
-                }
-                (sum, trits)
-            })
-            .filter(|(sum, _)| *sum >= 0.0)
-            .collect();
-        // Equal sums: the fewest non-zero trits, so that zero is all zeros.
-        let cost =
-            |t: &[i8; MAX_PLANES]| t.iter().map(|t| u32::from(t.unsigned_abs())).sum::<u32>();
-        all.sort_by(|a, b| {
-            a.0.total_cmp(&b.0)
-                .then(cost(&a.1).cmp(&cost(&b.1)))
-                .then(b.1.cmp(&a.1))
-        });
-        all.dedup_by(|later, first| later.0 == first.0);
-        let mut levels = Self {
-            len: all.len().min(MAX_LEVELS),
-            planes: alpha.len(),
-            level: [0.0; MAX_LEVELS],
-            trits: [[0; MAX_PLANES]; MAX_LEVELS],
-        };
-        for (i, (level, trits)) in all.into_iter().take(MAX_LEVELS).enumerate() {
-            levels.level[i] = level;
-            levels.trits[i] = trits;
-        }
-        levels
-    }
-
-    /// Midpoint between level `i` and level `i + 1`: |w| above it belongs to the upper one.
-    fn midpoint(&self, i: usize) -> f32 {
-        self.level[i] + (self.level[i + 1] - self.level[i]) / 2.0
-    }
-
-    /// Writes the trits of each weight, one slice for each plane.
-    pub(crate) fn encode(&self, w: &[f32], out: &mut [&mut [i8]]) {
-        let mut midpoints = [f32::INFINITY; MAX_LEVELS];
-        for (i, midpoint) in midpoints.iter_mut().enumerate().take(self.len - 1) {
-            *midpoint = self.midpoint(i);
-        }
-        for (i, &w) in w.iter().enumerate() {
-            let level = midpoints
-                .iter()
-                .map(|&m| usize::from(w.abs() > m))
-                .sum::<usize>();
-            for (k, out) in out.iter_mut().enumerate() {
-                let trit = self.trits[level][k];
-                out[i] = if w < 0.0 { -trit } else { trit };
-            }
-        }
-    }
-}
+use crate::{Error, Result, ScaleStorage};
 
 /// Squared error, up to the constant Σh·w², and the normal equations `A·α = b` of the codes nearest
 /// to `levels`.
@@ -112,7 +25,7 @@ fn normal<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
     importance: Option<Importance<'_>>,
-    levels: &Levels,
+    levels: &PlaneLevels,
 ) -> Result<Normal, G::Error> {
     // Above each midpoint; index 0 stands for everything.
     let sides = granule.fold(
@@ -125,7 +38,7 @@ fn normal<G: Granule + ?Sized>(
             sides
         },
         |mut x, y| {
-            x.iter_mut().zip(y).for_each(|(x, y)| *x = x.then(y));
+            x.iter_mut().zip(y).for_each(|(x, y)| *x = x.merge(y));
             x
         },
     )?;
@@ -208,7 +121,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
         return Ok(Fitted {
             scales,
             zero_point: 0.0,
-            coder: Coder::Levels(Levels::new(&scales[..planes])),
+            encoder: Encoder::Levels(PlaneLevels::new(&scales[..planes])),
         });
     }
     let (_, kept) = best_cut(ops, granule, &moments.extent(), importance, Key::Magnitude)?;
@@ -229,7 +142,12 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     for mut alpha in starts {
         let mut last = f64::INFINITY;
         for _ in 0..40 {
-            let n = normal(ops, granule, importance, &Levels::new(&alpha[..planes]))?;
+            let n = normal(
+                ops,
+                granule,
+                importance,
+                &PlaneLevels::new(&alpha[..planes]),
+            )?;
             if best.is_none_or(|(_, error)| n.error < error) {
                 best = Some((alpha, n.error));
             }
@@ -252,6 +170,6 @@ pub(crate) fn fit<G: Granule + ?Sized>(
     Ok(Fitted {
         scales,
         zero_point: 0.0,
-        coder: Coder::Levels(Levels::new(&scales[..planes])),
+        encoder: Encoder::Levels(PlaneLevels::new(&scales[..planes])),
     })
 }

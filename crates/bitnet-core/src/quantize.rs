@@ -1,84 +1,22 @@
 //! From weights to a [`Matrix`]: fit the parameters of each granule, then encode with them.
 
 use crate::granule::{Granule, Importance};
-use crate::ops::{Cuts, Magnitudes, Moments, Ops, Uniform};
-use crate::planes::Levels;
-use crate::scheme::{Granularity, Method, ScaleForm, ScaleRule, Scheme, Threshold};
-use crate::{Error, Matrix, Result, ZeroPoints, affine, binary, planes, ternary};
+use crate::levels::{MAX_PLANES, PlaneLevels};
+use crate::ops::{Cuts, Magnitudes, Moments, Ops};
+use crate::scheme::{Method, ScaleRule, Scheme, Threshold};
+use crate::{
+    Error, Granularity, Matrix, MatrixSpec, Result, ScaleForm, ZeroPoints, affine, binary, planes,
+    ternary,
+};
 
-/// Everything that encoding a granule needs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Fitted {
-    /// Scale of each plane, as it will be stored.
-    pub scales: [f32; 3],
-    /// Zero point; 0 where there is none.
-    pub zero_point: f32,
-    pub(crate) coder: Coder,
-}
-
-/// How weights of a granule become values.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Coder {
-    /// Every value is this one: a granule without weight.
-    Constant(i8),
-    /// `[w > high] − [w < low]`.
-    Cut(Cuts),
-    /// `clip(round(w / s) + z)`.
-    Uniform(Uniform),
-    /// `+1 if w ≥ at else −1`.
-    Split(f32),
-    /// `+1` with probability `clip((w/scale + 1)/2, 0, 1)`, else −1.
-    Stochastic { seed: u64, scale: f32 },
-    /// The nearest of the levels that several planes make.
-    Levels(Levels),
-}
-
-impl Fitted {
-    pub(crate) fn one(scale: f32, coder: Coder) -> Self {
-        Self {
-            scales: [scale, 0.0, 0.0],
-            zero_point: 0.0,
-            coder,
-        }
-    }
-
-    /// Where the values change, if they are −1, 0 and +1 of one plane.
-    pub fn cuts(&self) -> Option<Cuts> {
-        match self.coder {
-            Coder::Cut(cuts) => Some(cuts),
-            Coder::Constant(0) => Some(Cuts::NONE),
-            _ => None,
-        }
-    }
-
-    /// Writes the values of `w`; `index` is the position of `w[0]` in the matrix, `out` has one
-    /// slice for each plane.
-    pub fn encode(&self, ops: &impl Ops, w: &[f32], index: usize, out: &mut [&mut [i8]]) {
-        let one = &mut *out[0];
-        match &self.coder {
-            Coder::Constant(value) => one.fill(*value),
-            Coder::Cut(cut) => ops.encode_cut(w, *cut, one),
-            Coder::Uniform(uniform) => ops.encode_uniform(w, uniform, one),
-            Coder::Split(at) => one
-                .iter_mut()
-                .zip(w)
-                .for_each(|(q, &w)| *q = if w >= *at { 1 } else { -1 }),
-            Coder::Stochastic { seed, scale } => {
-                for (i, (q, &w)) in one.iter_mut().zip(w).enumerate() {
-                    let up = binary::uniform(*seed, (index + i) as u64) < (w / scale + 1.0) / 2.0;
-                    *q = if up { 1 } else { -1 };
-                }
-            }
-            Coder::Levels(levels) => levels.encode(w, out),
-        }
-    }
-}
+use crate::fitted::Encoder;
+pub use crate::fitted::Fitted;
 
 /// Chooses the parameters of one granule.
 ///
 /// # Errors
 /// [`Error::NotFinite`] with the position inside the granule, [`Error::Scheme`] for a scheme or an
-/// importance that does not apply, and whatever reading the granule can fail with.
+/// importance that does not apply, and the granule's own errors when it cannot be read.
 pub fn fit<G: Granule + ?Sized>(
     ops: &impl Ops,
     granule: &G,
@@ -86,10 +24,10 @@ pub fn fit<G: Granule + ?Sized>(
     importance: Option<Importance<'_>>,
 ) -> Result<Fitted, G::Error> {
     if let Method::Ternary { planes: 1, .. } = scheme.method {
-        let sizes = granule.fold(|_, w| ops.magnitudes(w), Magnitudes::then)?;
+        let sizes = granule.fold(|_, w| ops.magnitudes(w), Magnitudes::merge)?;
         return fit_trits(ops, granule, &sizes, scheme, importance);
     }
-    let moments = granule.fold(|_, w| ops.moments(w), Moments::then)?;
+    let moments = granule.fold(|_, w| ops.moments(w), Moments::merge)?;
     if !moments.finite {
         return not_finite(granule);
     }
@@ -121,8 +59,7 @@ pub fn fit<G: Granule + ?Sized>(
             )
         }
     }?;
-    // A scale that became 0 in its type: what a reader will see is zeros, so zeros are what is
-    // written.
+    // The scale is 0 once rounded to its type: a reader would see zeros, so zeros are written.
     Ok(if fitted.scales[0] == 0.0 {
         dead(scheme)?
     } else {
@@ -130,7 +67,7 @@ pub fn fit<G: Granule + ?Sized>(
     })
 }
 
-/// [`fit`] for a scheme of one trit plane, of a granule whose `sizes` are known.
+/// [`fit`] for a scheme of one trit plane and a granule whose magnitudes are known.
 ///
 /// # Errors
 /// As [`fit`]; [`Error::Scheme`] for any other scheme.
@@ -171,8 +108,8 @@ pub fn fit_trits<G: Granule + ?Sized>(
     })
 }
 
-/// Scale and cuts of a granule that `sizes` alone decide, as [`fit_trits`] does: absmean of weights
-/// that are finite and not ternary already. `None` where the weights are to be looked at again.
+/// [`fit_trits`] from `sizes` alone: absmean of weights that are finite and not ternary already.
+/// `None` where that needs another pass over the weights.
 #[inline]
 pub fn fit_absmean(sizes: &Magnitudes, scheme: &Scheme) -> Option<(f32, Cuts)> {
     let Method::Ternary {
@@ -207,16 +144,37 @@ fn not_finite<T, G: Granule + ?Sized>(granule: &G) -> Result<T, G::Error> {
 
 /// A granule of zeros.
 fn dead(scheme: &Scheme) -> Result<Fitted> {
-    let coder = match scheme.method {
-        Method::Ternary { planes, .. } if planes > 1 => Coder::Levels(Levels::ZERO),
-        Method::Binary { .. } => Coder::Constant(1),
-        _ => Coder::Constant(0),
+    let encoder = match scheme.method {
+        Method::Ternary { planes, .. } if planes > 1 => Encoder::Levels(PlaneLevels::ZERO),
+        Method::Binary { .. } => Encoder::Constant(1),
+        _ => Encoder::Constant(0),
     };
     let scale = match scheme.scale_form {
         ScaleForm::Direct => 0.0,
         ScaleForm::Inverse => scheme.scale_storage().round(0.0)?,
     };
-    Ok(Fitted::one(scale, coder))
+    Ok(Fitted::one(scale, encoder))
+}
+
+/// Checks the length of a slice.
+fn check_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        Ok(())
+    } else {
+        Err(Error::Length {
+            what,
+            expected,
+            got,
+        })
+    }
+}
+
+/// The zero points of a matrix, all 0; empty if it has none.
+fn empty_zero_points(spec: &MatrixSpec) -> Vec<f32> {
+    match spec.zero_points {
+        ZeroPoints::None => vec![],
+        ZeroPoints::I8 | ZeroPoints::F32 => vec![0.0; spec.scales_len()],
+    }
 }
 
 /// Quantizes a strip of rows, `weights` of shape `[weights.len() / cols, cols]`, whose first row is
@@ -228,8 +186,8 @@ fn dead(scheme: &Scheme) -> Result<Fitted> {
 ///
 /// # Errors
 /// [`Error::Length`] for a strip that is not whole rows or an importance that is not `cols` long,
-/// [`Error::NotFinite`] with the position in the whole matrix, [`Error::Scheme`] for what the
-/// scheme cannot be.
+/// [`Error::NotFinite`] with the position in the whole matrix, [`Error::Scheme`] for a scheme that
+/// does not exist.
 pub fn quantize_rows(
     ops: &impl Ops,
     weights: &[f32],
@@ -246,12 +204,8 @@ pub fn quantize_rows(
             got: weights.len(),
         });
     }
-    if let Some(h) = importance.filter(|h| h.len() != cols) {
-        return Err(Error::Length {
-            what: "importance",
-            expected: cols,
-            got: h.len(),
-        });
+    if let Some(h) = importance {
+        check_length("importance", cols, h.len())?;
     }
     if fitted.is_some() != (scheme.granularity == Granularity::Tensor) {
         return Err(Error::Scheme(
@@ -262,14 +216,7 @@ pub fn quantize_rows(
     let spec = scheme.spec(weights.len() / cols, cols)?;
     let mut values = vec![0i8; spec.values_len()];
     let mut scales = vec![0.0; spec.scales_len()];
-    let mut zero_points = vec![
-        0.0;
-        if spec.zero_points == ZeroPoints::None {
-            0
-        } else {
-            spec.scales_len()
-        }
-    ];
+    let mut zero_points = empty_zero_points(&spec);
     let mut planes: Vec<&mut [i8]> = if weights.is_empty() {
         vec![]
     } else {
@@ -277,34 +224,23 @@ pub fn quantize_rows(
     };
     let width = spec.granule_cols();
     for (row, weights) in weights.chunks(cols).enumerate() {
-        for (granule, w) in weights.chunks(width).enumerate() {
-            let (start, index) = (
-                row * cols + granule * width,
-                (first_row + row) * cols + granule * width,
-            );
-            let part = importance.and_then(|h| h.columns(granule * width, w.len()));
+        for (column, w) in (0..).step_by(width).zip(weights.chunks(width)) {
+            // Where the granule begins in the strip and in the matrix.
+            let (start, index) = (row * cols + column, (first_row + row) * cols + column);
+            let part = importance.and_then(|h| h.columns(column, w.len()));
             let fitted = match fitted {
                 Some(fitted) => *fitted,
-                None => fit(ops, w, scheme, part).map_err(|e| match e {
-                    Error::NotFinite {
-                        index: inside,
-                        value,
-                    } => Error::NotFinite {
-                        index: index + inside,
-                        value,
-                    },
-                    other => other,
-                })?,
+                None => fit(ops, w, scheme, part).map_err(|e| moved(e, index))?,
             };
-            let mut out: [&mut [i8]; planes::MAX_PLANES] = Default::default();
+            let mut out: [&mut [i8]; MAX_PLANES] = Default::default();
             for (out, plane) in out.iter_mut().zip(&mut planes) {
                 *out = &mut plane[start..start + w.len()];
             }
             fitted.encode(ops, w, index, &mut out[..spec.planes]);
             for plane in 0..spec.planes {
-                scales[spec.scale_index(plane, row, granule * width)] = fitted.scales[plane];
+                scales[spec.scale_index(plane, row, column)] = fitted.scales[plane];
             }
-            if let Some(zero) = zero_points.get_mut(spec.scale_index(0, row, granule * width)) {
+            if let Some(zero) = zero_points.get_mut(spec.scale_index(0, row, column)) {
                 *zero = fitted.zero_point;
             }
         }
@@ -317,11 +253,22 @@ pub fn quantize_rows(
     })
 }
 
+/// An error about a granule that begins at weight `start` of the matrix.
+fn moved(error: Error, start: usize) -> Error {
+    match error {
+        Error::NotFinite { index, value } => Error::NotFinite {
+            index: start + index,
+            value,
+        },
+        other => other,
+    }
+}
+
 /// Quantizes a matrix in memory, `weights` of shape `[rows, cols]`.
 ///
-/// `importance`, one non-negative number for each column, weighs the squared error; the optimal
-/// threshold, trit planes, the optimal binary split and the clip search use it, other rules refuse
-/// it.
+/// `importance`, one non-negative number for each column, weighs the squared error. The optimal
+/// threshold, trit planes, the optimal binary split and the clip search use it; with other rules it
+/// is an error.
 ///
 /// # Errors
 /// As [`quantize_rows`].
@@ -334,52 +281,22 @@ pub fn quantize(
     importance: Option<&[f32]>,
 ) -> Result<Matrix> {
     let spec = scheme.spec(rows, cols)?;
-    if weights.len() != spec.weights_len() {
-        return Err(Error::Length {
-            what: "weights",
-            expected: spec.weights_len(),
-            got: weights.len(),
-        });
-    }
+    check_length("weights", spec.weights_len(), weights.len())?;
     if weights.is_empty() {
-        let scales = vec![0.0; spec.scales_len()];
-        let zero_points = if spec.zero_points == ZeroPoints::None {
-            vec![]
-        } else {
-            scales.clone()
-        };
         return Ok(Matrix {
-            spec,
             values: vec![],
-            scales,
-            zero_points,
+            scales: vec![0.0; spec.scales_len()],
+            zero_points: empty_zero_points(&spec),
+            spec,
         });
     }
-    let fitted = match scheme.granularity {
-        Granularity::Tensor => {
-            if let Some(h) = importance.filter(|h| h.len() != cols) {
-                return Err(Error::Length {
-                    what: "importance",
-                    expected: cols,
-                    got: h.len(),
-                });
-            }
-            Some(fit(
-                ops,
-                weights,
-                scheme,
-                importance.map(Importance::new).transpose()?,
-            )?)
-        }
-        Granularity::Channel | Granularity::Group(_) => None,
-    };
-    quantize_rows(
-        ops,
-        weights,
-        cols,
-        0,
-        scheme,
-        fitted.as_ref(),
-        importance.filter(|_| fitted.is_none()),
-    )
+    if scheme.granularity != Granularity::Tensor {
+        return quantize_rows(ops, weights, cols, 0, scheme, None, importance);
+    }
+    if let Some(h) = importance {
+        check_length("importance", cols, h.len())?;
+    }
+    let importance = importance.map(Importance::new).transpose()?;
+    let fitted = fit(ops, weights, scheme, importance)?;
+    quantize_rows(ops, weights, cols, 0, scheme, Some(&fitted), None)
 }

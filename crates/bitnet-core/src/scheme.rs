@@ -1,171 +1,12 @@
-//! What to quantize to and how: plain, serialisable data that every crate above shares.
+//! Schemes: the precision and the rule by which a matrix is quantized, as plain, serialisable data.
 
-use crate::codes::ZeroPoints;
-use crate::names::{as_string, named};
-use crate::{Error, MatrixSpec, Result};
+use crate::{
+    Error, Granularity, MatrixSpec, Precision, Result, ScaleDtype, ScaleForm, ScaleStorage,
+    ZeroPoints, named,
+};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
 
-/// Alphabet of the quantized values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// {−1, +1}.
-    Binary,
-    /// {−1, 0, +1}, log2 3 = 1.585 bits.
-    Ternary,
-    /// −2 … 1.
-    Int2,
-    /// −4 … 3.
-    Int3,
-    /// −8 … 7.
-    Int4,
-    /// −128 … 127.
-    Int8,
-}
-
-named!(Precision, "precision", { Binary = "binary", Ternary = "ternary", Int2 = "int2", Int3 = "int3", Int4 = "int4", Int8 = "int8" });
-
-impl Precision {
-    /// Smallest and largest value.
-    pub const fn range(self) -> (i8, i8) {
-        match self {
-            Self::Binary | Self::Ternary => (-1, 1),
-            Self::Int2 => (-2, 1),
-            Self::Int3 => (-4, 3),
-            Self::Int4 => (-8, 7),
-            Self::Int8 => (-128, 127),
-        }
-    }
-
-    /// Bits of one code in a fixed-width layout.
-    pub const fn code_bits(self) -> u32 {
-        match self {
-            Self::Binary => 1,
-            Self::Ternary | Self::Int2 => 2,
-            Self::Int3 => 3,
-            Self::Int4 => 4,
-            Self::Int8 => 8,
-        }
-    }
-
-    /// Number of distinct values.
-    pub const fn levels(self) -> usize {
-        match self {
-            Self::Ternary => 3,
-            other => 1 << other.code_bits(),
-        }
-    }
-
-    /// Whether `value` belongs to the alphabet.
-    pub const fn contains(self, value: i8) -> bool {
-        let (low, high) = self.range();
-        low <= value && value <= high && !(matches!(self, Self::Binary) && value == 0)
-    }
-
-    /// The alphabet in words, for messages.
-    pub const fn alphabet(self) -> &'static str {
-        match self {
-            Self::Binary => "{-1, 1}",
-            Self::Ternary => "{-1, 0, 1}",
-            Self::Int2 => "-2..=1",
-            Self::Int3 => "-4..=3",
-            Self::Int4 => "-8..=7",
-            Self::Int8 => "-128..=127",
-        }
-    }
-}
-
-/// What one scale covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Granularity {
-    /// One scale for the matrix.
-    Tensor,
-    /// One scale for each row of W (output channel).
-    Channel,
-    /// One scale for each run of this many columns of a row; the last run of a row may be shorter.
-    Group(usize),
-}
-
-impl fmt::Display for Granularity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tensor => f.pad("tensor"),
-            Self::Channel => f.pad("channel"),
-            Self::Group(g) => f.pad(&format!("group:{g}")),
-        }
-    }
-}
-
-impl FromStr for Granularity {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let unknown = || Error::UnknownName {
-            what: "granularity",
-            got: s.into(),
-            expected: "tensor, channel, group:N with N ≥ 1".into(),
-        };
-        match s {
-            "tensor" => Ok(Self::Tensor),
-            "channel" => Ok(Self::Channel),
-            _ => match s.strip_prefix("group:").and_then(|g| g.parse().ok()) {
-                Some(g) if g > 0 => Ok(Self::Group(g)),
-                _ => Err(unknown()),
-            },
-        }
-    }
-}
-
-as_string!(Granularity);
-
-/// How a scale is stored. Codes are chosen knowing the scale after this rounding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ScaleDtype {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-named!(ScaleDtype, "scale type", { F32 = "f32", F16 = "f16", Bf16 = "bf16" });
-
-impl ScaleDtype {
-    /// The nearest number that the type holds (ties to even), as f32.
-    ///
-    /// ```
-    /// use bitnet_core::ScaleDtype;
-    /// assert_eq!(ScaleDtype::Bf16.round(1.003), 1.0);
-    /// assert_eq!(ScaleDtype::F32.round(1.003), 1.003);
-    /// ```
-    pub fn round(self, scale: f32) -> f32 {
-        match self {
-            Self::F32 => scale,
-            Self::F16 => half::f16::from_f32(scale).to_f32(),
-            Self::Bf16 => half::bf16::from_f32(scale).to_f32(),
-        }
-    }
-
-    /// Bytes of one stored scale.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// Appends `scale` as little-endian bytes.
-    pub fn write(self, scale: f32, out: &mut Vec<u8>) {
-        match self {
-            Self::F32 => out.extend(scale.to_le_bytes()),
-            Self::F16 => out.extend(half::f16::from_f32(scale).to_le_bytes()),
-            Self::Bf16 => out.extend(half::bf16::from_f32(scale).to_le_bytes()),
-        }
-    }
-}
-
-/// What `round` does with a number half-way between two integers.
+/// How a number half-way between two integers is rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Rounding {
     /// To the even neighbour, as IEEE 754, torch and numpy do.
@@ -201,14 +42,14 @@ pub enum Threshold {
     /// `Δ = 0.7·mean|W|`, `q = sign(W)·[|W| > Δ]`, `s = mean|W|` over the kept (ternary weight
     /// networks, Li et al. 2016, arXiv:1605.04711).
     Mean,
-    /// `Δ = 0.8·median|W|`, then as [`Threshold::Mean`]: outliers do not move it.
+    /// `Δ = 0.8·median|W|`, then as [`Threshold::Mean`]: robust against outliers.
     Median,
     /// `Δ = t(ρ)·mean|W|` with `ρ = mean|W| / rms(W)`, then as [`Threshold::Mean`].
     ///
     /// `t` is the factor that is optimal for the generalised normal distribution with that ρ: 0.667
-    /// for uniform weights, 0.767 for normal, 1.0 for Laplace, more for heavier tails. It follows
-    /// the shape of the weights with two moments, where `Mean` assumes one shape for all and
-    /// `Optimal` needs many passes.
+    /// for uniform weights, 0.767 for normal, 1.0 for Laplace, more for heavier tails. It adapts to
+    /// the shape of the distribution with two moments; `Mean` assumes one shape, `Optimal` needs
+    /// many passes.
     Adaptive,
     /// The exact minimum of `Σ h·(w − s·q)²` over `Δ` and `s`: the k largest |w|, k maximising `(Σ
     /// h|w|)² / Σ h`, and `s = Σ h|w| / Σ h`.
@@ -217,47 +58,22 @@ pub enum Threshold {
     Factor(f32),
 }
 
-impl fmt::Display for Threshold {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Absmean => f.pad("absmean"),
-            Self::Mean => f.pad("mean"),
-            Self::Median => f.pad("median"),
-            Self::Adaptive => f.pad("adaptive"),
-            Self::Optimal => f.pad("optimal"),
-            Self::Factor(factor) => f.pad(&format!("factor:{factor}")),
-        }
-    }
-}
-
-impl FromStr for Threshold {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "absmean" => Ok(Self::Absmean),
-            "mean" => Ok(Self::Mean),
-            "median" => Ok(Self::Median),
-            "adaptive" => Ok(Self::Adaptive),
-            "optimal" => Ok(Self::Optimal),
-            _ => s
-                .strip_prefix("factor:")
-                .and_then(|x| x.parse().ok())
-                .map(Self::Factor)
-                .ok_or_else(|| Error::UnknownName {
-                    what: "threshold",
-                    got: s.into(),
-                    expected: "absmean, mean, median, adaptive, optimal, factor:X".into(),
-                }),
-        }
-    }
-}
-
-as_string!(Threshold);
+named!(
+    Threshold, "threshold",
+    {
+        Absmean = "absmean",
+        Mean = "mean",
+        Median = "median",
+        Adaptive = "adaptive",
+        Optimal = "optimal",
+    },
+    { Factor { 0: f32 } = "factor": "X" }
+);
 
 /// Where the scale of a ternary granule comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ScaleRule {
-    /// As the threshold rule says. Every rule but [`Threshold::Absmean`] says least squares.
+    /// The scale of the threshold rule: least squares for every rule but [`Threshold::Absmean`].
     #[default]
     Rule,
     /// `s = (W·Q) / (Q·Q)`: the best scale for the codes that the rule chose.
@@ -266,146 +82,7 @@ pub enum ScaleRule {
 
 named!(ScaleRule, "scale rule", { Rule = "rule", LeastSquares = "least-squares" });
 
-/// Whether the container stores a scale or its inverse.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ScaleForm {
-    /// The scale.
-    #[default]
-    Direct,
-    /// 1/scale, as HF `bitlinear` folders do. The scale that counts is then `1/x` in f32 for the
-    /// stored x.
-    Inverse,
-}
-
-named!(ScaleForm, "scale form", { Direct = "direct", Inverse = "inverse" });
-
-/// Everything about the storage of a scale: what it becomes between the quantizer and a reader.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ScaleStorage {
-    /// Type of the stored number.
-    pub dtype: ScaleDtype,
-    /// What the number is.
-    pub form: ScaleForm,
-}
-
-impl ScaleStorage {
-    /// What is stored for the scale of an all-zero granule where inverses are stored: finite in
-    /// every type, as 1/0 is not.
-    pub const DEAD_INVERSE: f32 = 32768.0;
-
-    /// The number that is stored for a scale: itself, or the f32 whose inverse it is.
-    ///
-    /// Inverting twice may be off by one in the last place, so a neighbour whose inverse is exactly
-    /// `scale` is taken where there is one.
-    pub fn to_stored(self, scale: f32) -> f32 {
-        match self.form {
-            ScaleForm::Direct => scale,
-            ScaleForm::Inverse if scale == 0.0 => Self::DEAD_INVERSE,
-            ScaleForm::Inverse => {
-                let near = scale.recip();
-                let candidates = [
-                    self.dtype.round(near),
-                    near,
-                    near.next_up(),
-                    near.next_down(),
-                ];
-                candidates
-                    .into_iter()
-                    .find(|x| x.recip() == scale)
-                    .unwrap_or(near)
-            }
-        }
-    }
-
-    /// The scale that a reader will find.
-    ///
-    /// # Errors
-    /// [`Error::Scheme`] if the type cannot hold it.
-    pub fn round(self, scale: f64) -> Result<f32> {
-        let nearest = self.back(self.nearest(self.exact(scale)));
-        if nearest.is_finite() {
-            Ok(nearest)
-        } else {
-            Err(self.too_large(scale))
-        }
-    }
-
-    /// The storable scale nearest to `scale`, and its neighbour on the other side of `scale` (f32
-    /// scales have none: both are the same). A scale that is too small for the type becomes 0, and
-    /// the granule then holds only zeros; one that is too large is an error.
-    ///
-    /// # Errors
-    /// [`Error::Scheme`] if the type cannot hold it.
-    pub fn around(self, scale: f64) -> Result<(f32, f32)> {
-        let exact = self.exact(scale);
-        let nearest = self.nearest(exact);
-        let other = match self.dtype {
-            ScaleDtype::F32 => nearest,
-            ScaleDtype::F16 | ScaleDtype::Bf16 => {
-                // Neighbours of a positive number differ by one in the last bit that the type
-                // keeps; rounding repairs subnormals.
-                let step = if self.dtype == ScaleDtype::F16 {
-                    1 << 13
-                } else {
-                    1 << 16
-                };
-                let bits = nearest.to_bits();
-                let bits = if f64::from(nearest) < exact {
-                    bits.saturating_add(step)
-                } else {
-                    bits.saturating_sub(step)
-                };
-                self.dtype.round(f32::from_bits(bits))
-            }
-        };
-        let (nearest, other) = (self.back(nearest), self.back(other));
-        if !nearest.is_finite() {
-            return Err(self.too_large(scale));
-        }
-        Ok((nearest, if other.is_finite() { other } else { nearest }))
-    }
-
-    /// What would be stored if the type held every number.
-    fn exact(self, scale: f64) -> f64 {
-        match self.form {
-            ScaleForm::Direct => scale,
-            ScaleForm::Inverse if scale == 0.0 => f64::from(Self::DEAD_INVERSE),
-            ScaleForm::Inverse => scale.recip(),
-        }
-    }
-
-    /// What is stored.
-    fn nearest(self, exact: f64) -> f32 {
-        let nearest = self.dtype.round(exact as f32);
-        if self.form == ScaleForm::Direct || nearest.is_finite() {
-            return nearest;
-        }
-        // The inverse of a tiny scale: the largest number of the type stands for the smallest scale
-        // there is.
-        match self.dtype {
-            ScaleDtype::F32 => f32::MAX,
-            ScaleDtype::F16 => half::f16::MAX.to_f32(),
-            ScaleDtype::Bf16 => half::bf16::MAX.to_f32(),
-        }
-    }
-
-    /// The scale that a stored number stands for.
-    fn back(self, stored: f32) -> f32 {
-        match self.form {
-            ScaleForm::Direct => stored,
-            ScaleForm::Inverse => stored.recip(),
-        }
-    }
-
-    fn too_large(self, scale: f64) -> Error {
-        Error::Scheme(format!(
-            "a scale of {scale:e} does not fit {} ({})",
-            self.dtype, self.form
-        ))
-    }
-}
-
-/// How two levels are placed for binary weights.
+/// The two levels of binary weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BinarySplit {
     /// `q = +1 if w ≥ 0 else −1`, `s = mean|W|`: the least squared error that `±s` can reach
@@ -432,7 +109,7 @@ pub enum Mapping {
 
 named!(Mapping, "mapping", { Symmetric = "symmetric", Asymmetric = "asymmetric" });
 
-/// How much of the range of an integer granule is kept; what lies outside saturates.
+/// How much of the range of an integer granule is kept; weights outside it saturate.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Clip {
     /// All of it.
@@ -444,38 +121,13 @@ pub enum Clip {
     Search,
 }
 
-impl fmt::Display for Clip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => f.pad("none"),
-            Self::Rms(times) => f.pad(&format!("rms:{times}")),
-            Self::Search => f.pad("search"),
-        }
-    }
-}
+named!(
+    Clip, "clip",
+    { None = "none", Search = "search" },
+    { Rms { 0: f32 } = "rms": "X" }
+);
 
-impl FromStr for Clip {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "none" => Ok(Self::None),
-            "search" => Ok(Self::Search),
-            _ => s
-                .strip_prefix("rms:")
-                .and_then(|x| x.parse().ok())
-                .map(Self::Rms)
-                .ok_or_else(|| Error::UnknownName {
-                    what: "clip",
-                    got: s.into(),
-                    expected: "none, search, rms:X".into(),
-                }),
-        }
-    }
-}
-
-as_string!(Clip);
-
-/// What to quantize to, and by which rule.
+/// The values, and the rule that chooses them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Method {
@@ -493,8 +145,8 @@ pub enum Method {
     Binary {
         /// Where the two levels are.
         split: BinarySplit,
-        /// `Some(seed)`: `q = +1` with probability `clip((w/s + 1)/2, 0, 1)`, reproducible,
-        /// independent of the number of threads.
+        /// `Some(seed)`: `q = +1` with probability `clip((w/s + 1)/2, 0, 1)`. The result depends
+        /// on the seed, not on the number of threads.
         stochastic: Option<u64>,
     },
     /// Two's complement integers.
@@ -525,14 +177,14 @@ pub enum Method {
 pub struct Scheme {
     /// Alphabet and rule.
     pub method: Method,
-    /// What one scale covers.
+    /// Which weights share a scale.
     pub granularity: Granularity,
     /// How scales are stored.
     pub scale_dtype: ScaleDtype,
     /// Whether the container stores scales or their inverses.
     #[serde(default)]
     pub scale_form: ScaleForm,
-    /// What happens at ties.
+    /// How ties are rounded.
     pub rounding: Rounding,
 }
 
@@ -607,7 +259,8 @@ impl Scheme {
         }
     }
 
-    /// Whether the rule can weigh errors by the importance of their columns. The others refuse one.
+    /// Whether the rule can weigh errors by the importance of their columns. With other rules an
+    /// importance is an error.
     pub fn uses_importance(&self) -> bool {
         match self.method {
             Method::Ternary {
@@ -692,7 +345,7 @@ impl Scheme {
                 }
             }
         }
-        // The inverse of a stored number is an f32, whatever the number's own type is.
+        // The inverse of a stored number of any type is an f32.
         let scale_dtype = if self.scale_form == ScaleForm::Inverse {
             ScaleDtype::F32
         } else {

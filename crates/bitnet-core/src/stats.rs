@@ -1,11 +1,11 @@
-//! What quantization lost: streaming error statistics of `(w, ŵ)` pairs and of codes.
+//! Error of quantization: streaming statistics of `(w, ŵ)` pairs and of codes.
 
 use serde::{Deserialize, Serialize};
 
-/// Sums over pairs of an original weight `w` and its reconstruction `ŵ`, from which every figure
-/// follows.
+/// Sums over pairs of an original weight `w` and its reconstruction `ŵ`. All figures follow from
+/// them.
 ///
-/// Strips may be measured apart and joined with [`ErrorStats::then`].
+/// Strips can be measured separately and joined with [`ErrorStats::merge`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct ErrorStats {
     /// Pairs.
@@ -72,8 +72,8 @@ impl ErrorStats {
         }
     }
 
-    /// These pairs followed by `next`.
-    pub fn then(self, next: Self) -> Self {
+    /// The statistics of these pairs and those of `next`.
+    pub fn merge(self, next: Self) -> Self {
         Self {
             count: self.count + next.count,
             signal: self.signal + next.signal,
@@ -105,7 +105,7 @@ impl ErrorStats {
         self.share(self.absolute)
     }
 
-    /// `10·log10(Σw² / Σ(w − ŵ)²)` in dB; +∞ where nothing was lost.
+    /// `10·log10(Σw² / Σ(w − ŵ)²)` in dB; +∞ without any error.
     pub fn sqnr_db(&self) -> f64 {
         if self.noise == 0.0 {
             f64::INFINITY
@@ -114,7 +114,7 @@ impl ErrorStats {
         }
     }
 
-    /// `Σwŵ / √(Σw²·Σŵ²)`; 1 where both are all zero, 0 where one is.
+    /// `Σwŵ / √(Σw²·Σŵ²)`; 1 if both are all zero, 0 if one is.
     pub fn cosine(&self) -> f64 {
         let norm = (self.signal * self.power).sqrt();
         match norm > 0.0 {
@@ -148,7 +148,7 @@ impl Default for CodeHistogram {
 impl CodeHistogram {
     /// Counts `values`.
     pub fn add(&mut self, values: &[i8]) {
-        // Four tables, so that a run of one value does not wait for its own last store.
+        // Four tables: in a run of equal values each increment would wait for the previous store.
         let mut tables = [[0u32; 256]; 4];
         for part in values.chunks(1 << 30) {
             let (quads, tail) = part.as_chunks::<4>();
@@ -181,7 +181,7 @@ impl CodeHistogram {
         self.0[usize::from(value as u8)]
     }
 
-    /// Order-0 entropy in bits per value: the least that coding value by value can reach.
+    /// Order-0 entropy in bits per value: the lower bound of coding value by value.
     pub fn entropy_bits(&self) -> f64 {
         let n: u64 = self.0.iter().sum();
         self.0

@@ -5,6 +5,7 @@
 //! those of i2_s and hf-bitnet by independent ports.
 
 use bitnet_core::pack::by_name;
+use bitnet_core::random::GoldenStream;
 use bitnet_core::{Error, Granularity, MatrixSpec, Precision, ScaleDtype};
 
 const TQ1_0: &str = "35a01c4841984ca19268615183a01bfc73da1a7f6ae951193999db596f507a194e818759b000bd09e27e080c037504ff407c3017003c";
@@ -26,12 +27,8 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 fn trits(n: usize) -> Vec<i8> {
-    let mut x = 1u32;
-    let next = || {
-        x = x.wrapping_mul(1664525).wrapping_add(1013904223);
-        ((x >> 24) % 3) as i8 - 1
-    };
-    std::iter::repeat_with(next).take(n).collect()
+    let mut stream = GoldenStream::new(1);
+    (0..n).map(|_| stream.trit()).collect()
 }
 
 fn spec(rows: usize, cols: usize, precision: Precision, scale_dtype: ScaleDtype) -> MatrixSpec {
@@ -472,10 +469,9 @@ fn patterns_that_no_writer_produces() {
 /// prose of the layout alone.
 #[test]
 fn entropy_is_frozen() {
-    let mut x = 1u32;
+    let mut stream = GoldenStream::new(1);
     let next = || {
-        x = x.wrapping_mul(1664525).wrapping_add(1013904223);
-        let u = (x >> 16 & 0xff) as i32;
+        let u = (stream.bits() >> 16 & 0xff) as i32;
         if u % 8 == 0 {
             (u / 8 - 16).clamp(-1, 1) as i8
         } else {

@@ -1,29 +1,9 @@
 //! What every layout of the registry promises, for every precision it takes.
 
 use bitnet_core::pack::{Layout, PackedLen, Unpacked, auto, bits_per_weight, by_name, layouts};
+use bitnet_core::random::Random;
 use bitnet_core::{Error, Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use proptest::prelude::*;
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ x >> 31
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn normal(&mut self) -> f64 {
-        let mut unit = || (self.next() >> 11) as f64 / (1u64 << 53) as f64;
-        (-2.0 * (1.0 - unit()).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos()
-    }
-}
 
 fn alphabet(precision: Precision) -> Vec<i8> {
     (i8::MIN..=i8::MAX)
@@ -41,9 +21,9 @@ fn values(spec: &MatrixSpec, style: u64, random: &mut Random) -> Vec<i8> {
         alphabet[alphabet.len() / 2],
     );
     let n = spec.values_len();
-    let mut any = |odds: u64| {
+    let mut any = |odds: usize| {
         if random.below(odds) == 0 {
-            alphabet[random.below(alphabet.len() as u64) as usize]
+            alphabet[random.below(alphabet.len())]
         } else {
             middle
         }
@@ -60,7 +40,7 @@ fn values(spec: &MatrixSpec, style: u64, random: &mut Random) -> Vec<i8> {
         _ => {
             let mut values = vec![middle; n];
             if n > 0 {
-                values[random.below(n as u64) as usize] = last;
+                values[random.below(n)] = last;
             }
             values
         }
@@ -236,7 +216,7 @@ proptest! {
     #[test]
     fn packed_and_unpacked_is_the_same(seed: u64, rows in 0usize..40, cells in 0usize..1000, planes in 1usize..4, style in 0..STYLES, coarse in 0usize..5) {
         let granularity = [Granularity::Tensor, Granularity::Channel, Granularity::Group(32), Granularity::Group(256), Granularity::Group(7)][coarse];
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         each(|layout, precision| {
             let Some(mut spec) = fitted(layout, rows, cells / rows.max(1), precision, granularity) else { return };
             if layout.check(&MatrixSpec { planes, ..spec.clone() }).is_ok() {
@@ -244,13 +224,13 @@ proptest! {
             }
             let (values, scales) = (values(&spec, style, &mut random), scales(&spec, &mut random));
             let bytes = round_trip(layout, &spec, &values, &scales);
-            strips(layout, &spec, &values, &scales, 1 + random.below(3) as usize, &bytes);
+            strips(layout, &spec, &values, &scales, 1 + random.below(3), &bytes);
         });
     }
 
     #[test]
     fn damage_is_an_error_or_another_matrix(seed: u64, rows in 1usize..5, cols in 1usize..80, style in 0..STYLES) {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         each(|layout, precision| {
             let Some(spec) = fitted(layout, rows, cols, precision, Granularity::Channel) else { return };
             let (values, scales) = (values(&spec, style, &mut random), scales(&spec, &mut random));
@@ -263,8 +243,8 @@ proptest! {
             for _ in 0..40 {
                 let mut damaged = bytes.clone();
                 for _ in 0..=random.below(3) {
-                    let at = random.below(damaged.len() as u64) as usize;
-                    damaged[at] = random.next() as u8;
+                    let at = random.below(damaged.len());
+                    damaged[at] = random.bits() as u8;
                 }
                 if let Ok(found) = layout.unpack(&spec, &damaged) {
                     accepted(layout, &spec, &damaged, found);
@@ -275,15 +255,15 @@ proptest! {
 
     #[test]
     fn garbage_is_an_error_or_a_matrix(seed: u64, rows in 0usize..5, cols in 0usize..80) {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         each(|layout, precision| {
             let Some(spec) = fitted(layout, rows, cols, precision, Granularity::Tensor) else { return };
-            let bound = layout.packed_len(&spec).bound() as u64;
+            let bound = layout.packed_len(&spec).bound();
             for _ in 0..20 {
                 let variable = matches!(layout.packed_len(&spec), PackedLen::AtMost(_));
                 let len = if variable { random.below(bound + 3) } else { bound };
                 let few = random.below(2) == 0;
-                let mut bytes: Vec<u8> = (0..len).map(|_| if few { random.below(4) as u8 } else { random.next() as u8 }).collect();
+                let mut bytes: Vec<u8> = (0..len).map(|_| if few { random.below(4) as u8 } else { random.bits() as u8 }).collect();
                 if variable && bytes.len() > 4 {
                     // The header and the tag right, so that the body is looked at.
                     let body = (bytes.len() - 4) as u32;
@@ -299,7 +279,7 @@ proptest! {
 
     #[test]
     fn auto_is_the_shortest_of_our_own(seed: u64, rows in 0usize..20, cols in 0usize..200, style in 0..STYLES) {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         for precision in Precision::ALL.iter().copied() {
             let spec = MatrixSpec::new(rows, cols, precision, Granularity::Tensor);
             let (values, scales) = (values(&spec, style, &mut random), scales(&spec, &mut random));
@@ -315,7 +295,7 @@ proptest! {
 /// Blocks of 16 rows, of one row, and of one row that is longer than a block would be.
 #[test]
 fn long_blocks() {
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     for (rows, cols) in [
         (37, 4096),
         (3, 40_000),
@@ -363,7 +343,7 @@ fn entropy_bits(values: &[i8]) -> f64 {
 /// 1.55 bits, headers and all.
 #[test]
 fn entropy_comes_close_to_the_entropy() {
-    let mut random = Random(2);
+    let mut random = Random::new(2);
     let layout = by_name("entropy").unwrap();
     let spec = MatrixSpec::new(64, 4096, Precision::Ternary, Granularity::Tensor);
     let ternary: Vec<i8> = (0..spec.values_len())
@@ -492,7 +472,7 @@ fn refusals_leave_the_output_alone() {
     }
     each(|layout, precision| {
         let spec = fitted(layout, 4, 256, precision, Granularity::Channel).unwrap();
-        let good = values(&spec, 0, &mut Random(3));
+        let good = values(&spec, 0, &mut Random::new(3));
         let scales = vec![0.5; spec.scales_len()];
         let mut out = vec![1];
         let mut refuse = |values: &[i8], scales: &[f32]| {

@@ -56,22 +56,20 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     made.metadata
         .push(("general.file_type".into(), Value::U32(0)));
     let tied = config["tie_word_embeddings"] == true;
-    let (architecture, counts) = (
-        Architecture::from_hf_config(config)?,
-        HeadCounts::from_hf_config(config)?,
-    );
+    let (architecture, counts) = (made.architecture, HeadCounts::from_hf_config(config)?);
     let (mut infos, mut data) = (vec![], vec![]);
     for tensor in source
         .tensors
         .iter()
         .filter(|t| !(tied && t.name == "lm_head.weight"))
     {
-        let name = arch::gguf_name(&tensor.name)
+        let name = architecture
+            .gguf_tensor(&tensor.name)
             .ok_or_else(|| format!("no GGUF name for '{}'", tensor.name))?;
         let bytes = rows(
             source,
             tensor,
-            arch::row_order(architecture, counts, &tensor.name, tensor.shape[0])?,
+            architecture.gguf_rows(counts, &tensor.name, tensor.shape[0])?,
         )?;
         infos.push(OutTensor {
             name,
@@ -124,9 +122,10 @@ fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     }
     let mut tensors = vec![];
     for tensor in &source.tensors {
-        let name = arch::hf_name(&tensor.name)
+        let name = architecture
+            .hf_tensor(&tensor.name)
             .ok_or_else(|| format!("no Hugging Face name for '{}'", tensor.name))?;
-        let order = arch::hf_row_order(architecture, counts, &name, tensor.shape[0])?;
+        let order = architecture.hf_rows(counts, &name, tensor.shape[0])?;
         tensors.push((name, tensor.shape.clone(), rows(source, tensor, order)?));
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {

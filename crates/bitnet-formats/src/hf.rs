@@ -8,9 +8,8 @@ use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// What `weight_scale` means on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// What `weight_scale` means on disk. The names are those of config.json.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinearClass {
     /// `bitlinear`, the default: the file holds 1/scale.
     BitLinear,
@@ -18,33 +17,15 @@ pub enum LinearClass {
     AutoBitLinear,
 }
 
-impl LinearClass {
-    /// The name in config.json.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::BitLinear => "bitlinear",
-            Self::AutoBitLinear => "autobitlinear",
-        }
-    }
+bitnet_core::named!(LinearClass, "linear_class", {
+    BitLinear = "bitlinear",
+    AutoBitLinear = "autobitlinear",
+});
 
+impl LinearClass {
     /// Whether the file holds 1/scale.
     pub const fn is_reciprocal(self) -> bool {
         matches!(self, Self::BitLinear)
-    }
-}
-
-impl std::str::FromStr for LinearClass {
-    type Err = bitnet_core::Error;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        match s {
-            "bitlinear" => Ok(Self::BitLinear),
-            "autobitlinear" => Ok(Self::AutoBitLinear),
-            _ => Err(bitnet_core::Error::UnknownName {
-                what: "linear_class",
-                got: s.into(),
-                expected: "bitlinear, autobitlinear".into(),
-            }),
-        }
     }
 }
 

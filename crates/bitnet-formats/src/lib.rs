@@ -21,6 +21,7 @@ pub mod gguf;
 pub mod hf;
 pub mod logical;
 pub mod output;
+pub mod replace;
 pub mod safetensors;
 pub mod source;
 

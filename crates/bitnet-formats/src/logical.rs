@@ -6,7 +6,7 @@ use crate::gguf::GgmlType;
 use crate::hf::{BitnetConfig, Mode};
 use crate::source::{Kind, OpenOptions, Source, Stored};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout, PackedLen};
+use bitnet_core::pack::{self, Layout, LayoutOrigin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use safetensors::Dtype;
 
@@ -167,7 +167,7 @@ pub(crate) fn tensors(source: &Source, options: &OpenOptions) -> Result<Vec<Tens
 /// layer. Nothing here knows how to say that in another container.
 fn refuse_biases(source: &Source, found: &[(usize, Tensor)]) -> Result<()> {
     for (_, tensor) in found.iter().filter(
-        |(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.name() == "hf-bitnet"),
+        |(_, t)| matches!(&t.content, Content::Quantized(q) if q.layout.origin() == LayoutOrigin::HfBitnet),
     ) {
         let bias = tensor
             .name
@@ -231,7 +231,7 @@ fn from_document(source: &Source, name: &str, packed: &Packed) -> Result<Tensor>
         zero_points: packed.zero_point.as_deref().map(find).transpose()?,
     };
     if let Some(bitnet) = source.bitnet
-        && layout.name() == "hf-bitnet"
+        && layout.origin() == LayoutOrigin::HfBitnet
         && bitnet.linear_class.is_reciprocal() != packed.reciprocal
     {
         return Err(Error::config(
@@ -274,9 +274,12 @@ fn check(source: &Source, name: &str, q: &Quantized) -> Result<()> {
     q.spec.validate().map_err(Error::matrix(path, name))?;
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
     let expected = match source.kind {
-        // The other two orders are read under the same type, and never written.
-        Kind::Gguf if q.layout.name().starts_with("i2_s") => Some(StoredType::Ggml(GgmlType::I2S)),
-        Kind::Gguf => ggml_type_of(q.layout.name()).map(StoredType::Ggml),
+        Kind::Gguf => match q.layout.origin() {
+            LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) => {
+                GgmlType::from_id(id).map(StoredType::Ggml)
+            }
+            LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
+        },
         Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
     };
     let got = source.stored[q.packed].dtype;
@@ -422,7 +425,9 @@ fn from_hf(
         scale_dtype,
         ..MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor)
     };
-    let layout = pack::by_name("hf-bitnet").map_err(Error::matrix(path, name))?;
+    let Some(layout) = pack::of_origin(LayoutOrigin::HfBitnet).next() else {
+        return Ok(None);
+    };
     let q = Quantized {
         spec,
         layout,
@@ -451,29 +456,23 @@ fn foreign_block(
     let StoredType::Ggml(ggml) = stored.dtype else {
         return Ok(None);
     };
-    let Some((layout, precision)) = foreign_layout(ggml) else {
-        return Ok(None);
-    };
     if source.kind != Kind::Gguf || stored.shape.is_empty() {
         return Ok(None);
     }
     let path = source.file_of(index);
     let cols = stored.shape[stored.shape.len() - 1];
     let rows = stored.elements() / cols.max(1);
-    let (granularity, scale_dtype) = match ggml {
-        GgmlType::I2S => (Granularity::Tensor, ScaleDtype::F32),
-        other => (Granularity::Group(other.block_len()), ScaleDtype::F16),
-    };
-    let spec = MatrixSpec {
-        scale_dtype,
-        ..MatrixSpec::new(rows, cols, precision, granularity)
-    };
     let layout = if ggml == GgmlType::I2S {
-        &options.i2s_layout
+        pack::by_name(&options.i2s_layout).map_err(Error::matrix(path, &stored.name))?
     } else {
-        layout
+        match pack::of_ggml_type(ggml.id()).next() {
+            Some(layout) => layout,
+            None => return Ok(None),
+        }
     };
-    let layout = pack::by_name(layout).map_err(Error::matrix(path, &stored.name))?;
+    let Some(spec) = layout.foreign_spec(rows, cols) else {
+        return Ok(None);
+    };
     let q = Quantized {
         spec,
         layout,
@@ -485,30 +484,10 @@ fn foreign_block(
     Ok(Some(q))
 }
 
-/// The wire layout of a low-bit GGUF type. Q8_0 and Q4_0 of other writers are read as floats,
-/// exactly.
-fn foreign_layout(ggml: GgmlType) -> Option<(&'static str, Precision)> {
-    match ggml {
-        GgmlType::Tq1_0 => Some(("tq1_0", Precision::Ternary)),
-        GgmlType::Tq2_0 => Some(("tq2_0", Precision::Ternary)),
-        GgmlType::Q2_0 => Some(("q2_0", Precision::Ternary)),
-        GgmlType::Q1_0 => Some(("q1_0", Precision::Binary)),
-        // Which of the three orders it is, the caller says.
-        GgmlType::I2S => Some(("i2_s", Precision::Ternary)),
-        _ => None,
-    }
-}
-
 /// The GGUF type that stores a wire layout, if there is one.
-pub fn ggml_type_of(layout: &str) -> Option<GgmlType> {
-    match layout {
-        "tq1_0" => Some(GgmlType::Tq1_0),
-        "tq2_0" => Some(GgmlType::Tq2_0),
-        "q2_0" => Some(GgmlType::Q2_0),
-        "q1_0" => Some(GgmlType::Q1_0),
-        "q8_0" => Some(GgmlType::Q8_0),
-        "q4_0" => Some(GgmlType::Q4_0),
-        "i2_s" => Some(GgmlType::I2S),
-        _ => None,
+pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
+    match layout.origin() {
+        LayoutOrigin::Ggml(id) => GgmlType::from_id(id),
+        LayoutOrigin::Own | LayoutOrigin::HfBitnet | LayoutOrigin::GgmlVariant(_) => None,
     }
 }

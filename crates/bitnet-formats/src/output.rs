@@ -11,16 +11,16 @@
 use crate::document::{Checksum, Document};
 use crate::dtype::StoredType;
 use crate::gguf;
+pub use crate::replace::{Existing, PARTIAL};
+use crate::replace::{beside, create_partial, place_file};
 use crate::{Error, Result, document, io, logical, safetensors};
-use bitnet_core::pack::PackedLen;
+use bitnet_core::pack::{self, PackedLen};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-/// Ending of the unfinished file.
-pub const PARTIAL: &str = "bitnet-partial";
 /// Ending of the journal beside it.
 pub const JOURNAL: &str = "bitnet-journal";
 
@@ -31,15 +31,6 @@ pub enum Container {
     Safetensors(Vec<(String, String)>),
     /// GGUF with these keys, to which the document is added.
     Gguf(Vec<(String, gguf::Value)>),
-}
-
-/// What happens to a target that exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Existing {
-    /// It is an error.
-    Refuse,
-    /// It is replaced when the new one is complete.
-    Replace,
 }
 
 /// A tensor to be written.
@@ -123,13 +114,6 @@ pub struct Writer {
     notes: Vec<serde_json::Value>,
 }
 
-fn with_ending(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(".");
-    name.push(ending);
-    name.into()
-}
-
 /// The document as the file holds it. Every checksum has 32 digits, so its length does not depend
 /// on them.
 fn document_json(document: &Document) -> String {
@@ -144,7 +128,7 @@ impl Writer {
     /// [`Error::Io`] if the folder cannot be written, [`Error::File`] if another process writes the
     /// same target or the header does not fit.
     pub fn open(target: &Path, mut layout: Layout) -> Result<Self> {
-        let (partial, journal_path) = (with_ending(target, PARTIAL), with_ending(target, JOURNAL));
+        let (partial, journal_path) = (beside(target, PARTIAL), beside(target, JOURNAL));
         let blank = "0".repeat(32);
         layout.document.checksums = layout
             .tensors
@@ -251,9 +235,7 @@ impl Writer {
             .set_len(good as u64)
             .map_err(Error::io(&self.journal_path, "write"))?;
         if good == 0 {
-            self.file
-                .set_len(0)
-                .map_err(Error::io(&self.partial, "write"))?;
+            self.file = create_partial(&self.partial)?;
             let title = serde_json::to_string(&Title {
                 job: self.layout.job.clone(),
             })
@@ -481,8 +463,7 @@ impl Writer {
         // The journal first: a kill between the two leaves a file to be written again, and never a
         // finished one with a journal beside it.
         fs::remove_file(&self.journal_path).map_err(Error::io(&self.journal_path, "remove"))?;
-        place_file(&self.partial, &self.target, existing)
-            .map_err(Error::io(&self.target, "rename to"))?;
+        place_file(&self.partial, &self.target, existing)?;
         Ok(len)
     }
 
@@ -490,21 +471,6 @@ impl Writer {
     pub fn abandon(self) {
         let _ = fs::remove_file(&self.partial);
         let _ = fs::remove_file(&self.journal_path);
-    }
-}
-
-/// Gives a finished file its name.
-fn place_file(from: &Path, to: &Path, existing: Existing) -> std::io::Result<()> {
-    if existing == Existing::Replace {
-        return fs::rename(from, to);
-    }
-    // A link is refused where the name is taken meanwhile; a rename would replace what is there.
-    match fs::hard_link(from, to) {
-        Ok(()) => fs::remove_file(from),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(error),
-        // A file system without links.
-        Err(_) if !to.exists() => fs::rename(from, to),
-        Err(error) => Err(error),
     }
 }
 
@@ -539,7 +505,7 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
             let mut document = layout.document.clone();
             for packed in document.tensors.values_mut() {
                 if packed.layout == AUTO {
-                    packed.layout = LONGEST_LAYOUT.into();
+                    packed.layout = pack::longest_own_name().into();
                 }
             }
             let mut worst = tensors.clone();
@@ -569,8 +535,6 @@ fn place(target: &Path, layout: &Layout) -> Result<(u64, Vec<Option<u64>>, u64)>
 
 /// Name in the document until a layout is picked.
 pub const AUTO: &str = "auto";
-/// As long as any layout's name.
-const LONGEST_LAYOUT: &str = "byte-aligned";
 
 fn safetensors_header(
     metadata: &[(String, String)],
@@ -640,10 +604,78 @@ fn gguf_header(
     })
 }
 
-/// Whether a layout of that name can be stored in such a container.
-pub fn stores(container: &Container, layout: &str) -> bool {
+/// Whether a container can hold a layout.
+pub fn stores(container: &Container, layout: &dyn pack::Layout) -> bool {
     match container {
         Container::Safetensors(_) => true,
         Container::Gguf(_) => logical::ggml_type_of(layout).is_some(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(job: &str, byte: u8) -> (Layout, [u8; 4]) {
+        let layout = Layout {
+            container: Container::Safetensors(vec![]),
+            document: Document {
+                version: document::VERSION,
+                generator: "test".into(),
+                recipe: serde_json::Value::Null,
+                tensors: BTreeMap::new(),
+                checksums: BTreeMap::new(),
+                files: BTreeMap::new(),
+                metadata: String::new(),
+                digest: String::new(),
+            },
+            tensors: vec![OutTensor {
+                name: "a".into(),
+                shape: vec![4],
+                dtype: StoredType::U8,
+                len: PackedLen::Exact(4),
+            }],
+            job: job.into(),
+        };
+        (layout, [byte; 4])
+    }
+
+    fn write(target: &Path, job: &str, byte: u8) -> Result<Writer> {
+        let (layout, bytes) = layout(job, byte);
+        let mut writer = Writer::open(target, layout)?;
+        writer.append(0, &bytes)?;
+        writer.end(0)?;
+        writer.commit(serde_json::Value::Null)?;
+        Ok(writer)
+    }
+
+    /// A kill after the link and before the removal: the partial file and the finished one are the
+    /// same, and what is written next must not reach the finished one.
+    #[test]
+    fn a_second_name_of_the_finished_file_is_not_written_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out.safetensors");
+        write(&target, "one", 1)
+            .unwrap()
+            .finish(Existing::Refuse)
+            .unwrap();
+        let whole = fs::read(&target).unwrap();
+        for job in ["one", "two"] {
+            fs::hard_link(&target, beside(&target, PARTIAL)).unwrap();
+            // Killed once more, before it ends.
+            let writer = write(&target, job, 2).unwrap();
+            drop(writer);
+            assert_eq!(fs::read(&target).unwrap(), whole, "{job}");
+            let writer = Writer::open(&target, layout(job, 2).0).unwrap();
+            assert!(writer.is_done(0));
+            writer.abandon();
+            assert_eq!(fs::read(&target).unwrap(), whole, "{job}");
+        }
+        write(&target, "two", 2)
+            .unwrap()
+            .finish(Existing::Replace)
+            .unwrap();
+        assert_ne!(fs::read(&target).unwrap(), whole);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

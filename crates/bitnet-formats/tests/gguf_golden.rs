@@ -1,5 +1,6 @@
 //! Against files that Python's gguf package wrote (scripts/make-gguf-golden.py).
 
+use bitnet_core::random::GoldenStream;
 use bitnet_formats::gguf::{
     Array, GgmlType, Header, OutTensor, TensorInfo, Value, decode, encode_header, has_decoder,
 };
@@ -216,13 +217,8 @@ fn writes_what_python_wrote() {
 /// Blocks that ggml's C functions wrote for ternary values from a generator: the values come back.
 #[test]
 fn ternary_values_from_c() {
-    let mut state = 1u32;
-    let values: Vec<i8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        ((state >> 24) % 3) as i8 - 1
-    })
-    .take(256)
-    .collect();
+    let mut stream = GoldenStream::new(1);
+    let values: Vec<i8> = (0..256).map(|_| stream.trit()).collect();
     let check = |ggml_type: GgmlType, hex: &str, value: fn(i8) -> f32| {
         let bytes: Vec<u8> = (0..hex.len())
             .step_by(2)

@@ -1,4 +1,4 @@
-//! Weights that stay the integers they are stored as, under float activations.
+//! Weights that keep their stored integer codes in memory, with float activations.
 
 use crate::{Error, Result};
 use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
@@ -7,7 +7,7 @@ use bitnet_formats::gguf::{GgmlType, Integers, integers};
 use bitnet_kernels::Pool;
 use bitnet_kernels::dense::{BLOCK, BlockType, Blocks, Codes, ScaleType};
 
-/// How the blocks of a GGUF type are held: codes of 5 and 6 bits in 8, everything else as it is.
+/// Block type in memory for a GGUF type: 5- and 6-bit codes become 8-bit, the rest is unchanged.
 pub(crate) fn type_of_gguf(stored: GgmlType) -> Option<BlockType> {
     let (codes, scales, minimum) = match stored {
         GgmlType::Q4_0 => (Codes::Int4, ScaleType::F16, false),
@@ -27,7 +27,7 @@ pub(crate) fn type_of_gguf(stored: GgmlType) -> Option<BlockType> {
     })
 }
 
-/// The blocks of a stored tensor, a strip at a time.
+/// Reads the blocks of a stored tensor, one strip of rows at a time.
 pub(crate) fn of_gguf(
     pool: &Pool,
     source: &Source,
@@ -71,7 +71,8 @@ pub(crate) fn of_gguf(
     })
 }
 
-/// How a quantized matrix of one plane without zero points is held exactly, if it can be.
+/// Block type that holds a quantized matrix exactly, if there is one. The matrix must have one
+/// plane and no zero points.
 pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
     let spec = &matrix.spec;
     if spec.planes != 1 || spec.zero_points != ZeroPoints::None {
@@ -85,7 +86,7 @@ pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
         Precision::Int8 => Codes::Int8,
         _ => Codes::Int4,
     };
-    // An f32 for 64 columns is as long as a binary16 for each 32.
+    // One f32 scale per 64 columns takes as many bytes as one f16 scale per 32.
     let halves = codes != Codes::Trits
         && group < 2 * BLOCK
         && fits(BLOCK)
@@ -104,7 +105,7 @@ pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
     (halves || fits(line)).then_some(kind)
 }
 
-/// A matrix in the type that [`type_of`] found.
+/// Converts a matrix to the block type that [`type_of`] returned.
 pub(crate) fn of_matrix(
     pool: &Pool,
     matrix: &Matrix,
@@ -142,7 +143,7 @@ pub(crate) fn of_matrix(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::Random;
+    use bitnet_core::random::Random;
     use bitnet_core::{Granularity, MatrixSpec};
     use bitnet_formats::gguf::{OutTensor, decode, encode_header};
 
@@ -159,8 +160,8 @@ mod tests {
         GgmlType::Q6K,
     ];
 
-    /// A file of one tensor for each type, of random blocks whose weights are finite, and their
-    /// bytes.
+    /// Writes a file with one tensor per type, of random blocks with finite weights. Returns the
+    /// bytes of each tensor.
     fn file(path: &std::path::Path, rows: usize, cols: usize) -> Vec<Vec<u8>> {
         let mut random = Random::new(7);
         let mut tensors = vec![];
@@ -169,7 +170,7 @@ mod tests {
             let mut bytes = vec![];
             while bytes.len() < rows * ggml_type.row_bytes(cols).unwrap() {
                 let block: Vec<u8> = (0..ggml_type.block_bytes())
-                    .map(|_| random.next() as u8)
+                    .map(|_| random.bits() as u8)
                     .collect();
                 let mut weights = vec![0.0; ggml_type.block_len()];
                 decode(ggml_type, &block, &mut weights).unwrap();
@@ -312,7 +313,7 @@ mod tests {
                 spec.scale_dtype = scale_dtype;
                 let (low, high) = precision.range();
                 let span = i64::from(high) - i64::from(low) + 1;
-                let mut value = || (i64::from(low) + (random.next() % span as u64) as i64) as i8;
+                let mut value = || (i64::from(low) + (random.bits() % span as u64) as i64) as i8;
                 let values = (0..9 * 200).map(|_| {
                     loop {
                         let v = value();
@@ -331,7 +332,7 @@ mod tests {
                         }
                 };
                 let scales = (0..spec.scales_len())
-                    .map(|_| scale(random.next()))
+                    .map(|_| scale(random.bits()))
                     .collect();
                 let matrix = Matrix {
                     spec,

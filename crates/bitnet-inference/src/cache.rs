@@ -1,45 +1,26 @@
-//! Keys and values of the tokens that were seen.
+//! The KV cache: keys and values of earlier tokens.
 
-use crate::{Config, Error, Result};
+use crate::Config;
 use bitnet_kernels::dense::Cached;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-/// How keys and values are kept.
+/// Type of the keys and values in a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CacheType {
-    /// 32 bits: nothing is lost.
+    /// f32, lossless.
     F32,
-    /// binary16.
+    /// f16.
     #[default]
     F16,
-    /// 8-bit integers with one scale for each position and head.
+    /// 8-bit integers with one scale per position and head.
     Int8,
 }
 
-impl CacheType {
-    /// The name on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Int8 => "int8",
-        }
-    }
-}
-
-impl std::str::FromStr for CacheType {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        [Self::F32, Self::F16, Self::Int8]
-            .into_iter()
-            .find(|t| t.name() == s)
-            .ok_or_else(|| Error::Option {
-                option: "cache type",
-                expected: "f32, f16 or int8",
-                got: format!("'{s}'"),
-            })
-    }
-}
+bitnet_core::named!(CacheType, "cache type", {
+    F32 = "f32",
+    F16 = "f16",
+    Int8 = "int8",
+});
 
 /// Keys or values of one layer, `[kv_heads, capacity, head_dim]`.
 #[derive(Debug, Clone)]
@@ -50,7 +31,7 @@ enum Store {
     Int8(Vec<i8>, Vec<f32>),
 }
 
-/// Keys and values of one sequence, all layers.
+/// Keys and values of one sequence in all layers.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<[Store; 2]>,
@@ -61,7 +42,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Room for `capacity` positions of a model.
+    /// An empty cache for `capacity` positions.
     pub fn new(config: &Config, capacity: usize, kind: CacheType) -> Self {
         let positions = config.kv_heads * capacity;
         let elements = positions * config.head_dim;
@@ -80,7 +61,7 @@ impl KvCache {
         }
     }
 
-    /// Positions that are filled.
+    /// Number of filled positions.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -90,17 +71,17 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Positions that there is room for.
+    /// Largest number of positions.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Forgets all positions from `len` on.
+    /// Drops all positions from `len` on.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 
-    /// Bytes of all layers.
+    /// Size in bytes, all layers.
     pub fn bytes(&self) -> usize {
         let store = |s: &Store| match s {
             Store::F32(v) => 4 * v.len(),
@@ -110,7 +91,7 @@ impl KvCache {
         self.layers.iter().flatten().map(store).sum()
     }
 
-    /// Writes the key and the value of one token, all heads.
+    /// Writes the key and the value of one token for all heads.
     pub(crate) fn write(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]) {
         let (d, capacity) = (self.head_dim, self.capacity);
         for (store, x) in self.layers[layer].iter_mut().zip([key, value]) {

@@ -1,7 +1,7 @@
 //! Chat templates: jinja, as Hugging Face tokenizers and GGUF files carry them.
 
 use crate::tokenizer::read_json;
-use crate::{Error, Model, Result};
+use crate::{Error, Result};
 use bitnet_formats::arch::gguf_bpe;
 use bitnet_formats::{Kind, Source};
 use minijinja::syntax::SyntaxConfig;
@@ -10,17 +10,17 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
 
-/// A turn of a conversation.
+/// A message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
-    /// Who speaks: `system`, `user` or `assistant`.
+pub struct ChatMessage {
+    /// The speaker: `system`, `user` or `assistant`.
     pub role: String,
-    /// What is said.
+    /// The text.
     pub content: String,
 }
 
-impl Message {
-    /// A turn.
+impl ChatMessage {
+    /// A message by `role`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self {
             role: role.into(),
@@ -29,14 +29,14 @@ impl Message {
     }
 }
 
-/// A compiled template and the names of the special tokens it may use.
+/// A compiled template, with the texts of the special tokens that it may name.
 #[derive(Debug)]
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     specials: Vec<(&'static str, String)>,
 }
 
-/// What `tokenizer_config.json` calls the tokens that a template may name.
+/// Keys of `tokenizer_config.json` for the tokens that a template may name.
 const SPECIALS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
 
 impl ChatTemplate {
@@ -101,8 +101,8 @@ impl ChatTemplate {
         })
     }
 
-    /// The conversation up to where the answer begins.
-    fn render(&self, messages: &[Message]) -> Result<String> {
+    /// The text of a conversation up to the start of the answer.
+    pub(crate) fn render(&self, messages: &[ChatMessage]) -> Result<String> {
         let messages: Vec<Jinja> = messages
             .iter()
             .map(|m| context! { role => &m.role, content => &m.content })
@@ -125,7 +125,7 @@ fn bad(error: minijinja::Error) -> Error {
     Error::Template(error.to_string())
 }
 
-/// A template, or the one called `default` among several.
+/// The template, or the one named `default` if there are several.
 fn named_default(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -133,25 +133,6 @@ fn named_default(value: &Value) -> Option<String> {
             .as_str()
             .map(Into::into),
         _ => None,
-    }
-}
-
-impl Model {
-    /// Whether the model has a chat template.
-    pub fn can_chat(&self) -> bool {
-        self.template().is_some()
-    }
-
-    /// The tokens of a conversation up to where the answer begins, by the model's chat template.
-    ///
-    /// # Errors
-    /// [`Error::Template`] if there is none or it fails; [`Error::Tokenizer`].
-    pub fn chat_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let template = self.template().ok_or_else(|| {
-            Error::Template("the model has none; give it a text to go on with instead".into())
-        })?;
-        // The template writes every special token itself.
-        self.tokenizer()?.encode(&template.render(messages)?, false)
     }
 }
 
@@ -164,7 +145,7 @@ mod tests {
     #[test]
     fn templates_render_as_in_transformers() {
         let template = ChatTemplate::new(CHATML, vec![]).unwrap();
-        let text = template.render(&[Message::new("user", "Hi")]).unwrap();
+        let text = template.render(&[ChatMessage::new("user", "Hi")]).unwrap();
         assert_eq!(
             text,
             "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -173,7 +154,9 @@ mod tests {
         let text = "{% set loop_messages = messages %}{% for message in loop_messages %}\n{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: '.strip() + ' ' }}{% endif %}";
         let template =
             ChatTemplate::new(text, vec![("bos_token", "<|begin_of_text|>".into())]).unwrap();
-        let text = template.render(&[Message::new("user", " Hi ")]).unwrap();
+        let text = template
+            .render(&[ChatMessage::new("user", " Hi ")])
+            .unwrap();
         assert_eq!(text, "<|begin_of_text|>User: Hi<|eot_id|>Assistant: ");
     }
 

@@ -1,37 +1,27 @@
-//! What a graph needs to know, read from config.json or from the keys of a GGUF. What is not known
-//! is an error.
+//! The config of a graph, read from config.json or from the keys of a GGUF. An entry that no graph
+//! supports is an error.
 
 use crate::Result;
-use bitnet_formats::arch::{self, Architecture, HfConfig};
+use bitnet_formats::arch::{self, Activation, Architecture, DecoderGraph, HfConfig};
 use bitnet_formats::{Error, Kind, Source, document};
 use bitnet_kernels::dense::Pairing;
 use serde_json::Value;
 use std::path::Path;
 
-/// The function between the gate and the product of the feed-forward layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + e^−x)`.
-    Silu,
-    /// `max(x, 0)²`.
-    Relu2,
-}
-
-/// Rotary position embedding: pair i of a head of d elements turns by `position · theta^(−2i/d) /
-/// divisor_i`.
+/// Rotary position embedding: pair i of a head with d elements rotates by
+/// `position · theta^(−2i/d) / divisor_i`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// The base.
     pub theta: f64,
-    /// Which elements make a pair. Hugging Face folders: halves. GGUF: adjacent ones in `llama`,
-    /// halves in `bitnet`.
+    /// Which elements form a pair. Hugging Face folders: halves. GGUF: as the architecture says.
     pub pairing: Pairing,
-    /// Divisors of the frequencies, d/2 of them; none means 1.
+    /// Divisors of the d/2 frequencies; none means 1.
     pub divisors: Option<Vec<f32>>,
 }
 
 impl Rope {
-    /// Frequencies of the d/2 pairs, in radians for each position.
+    /// Frequencies of the d/2 pairs, in radians per position.
     pub(crate) fn frequencies(&self, head_dim: usize) -> Vec<f32> {
         let frequency = |i: usize| {
             let divisor = self.divisors.as_ref().map_or(1.0, |d| f64::from(d[i]));
@@ -41,52 +31,53 @@ impl Rope {
     }
 }
 
-/// The facts of a model's graph.
+/// The config of a model: the architecture and sizes of its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Which graph.
-    pub architecture: Architecture,
-    /// Elements of a token's state.
+    /// The description of the architecture.
+    pub architecture: &'static Architecture,
+    /// The equations of the layers.
+    pub graph: DecoderGraph,
+    /// Elements of the residual stream.
     pub hidden: usize,
-    /// Elements between the feed-forward matrices.
+    /// Elements of the feed-forward product.
     pub ffn: usize,
     /// Number of layers.
     pub layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads; a divisor of `heads`.
+    /// Number of key and value heads; a divisor of `heads`.
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Number of tokens that there are.
+    /// Size of the vocabulary.
     pub vocab: usize,
-    /// Positions that the model was made for.
+    /// Number of positions that the model was trained for.
     pub context: usize,
-    /// What is added to the mean square in each norm.
+    /// ε of the norms, added to the mean square.
     pub norm_eps: f32,
-    /// The feed-forward layer's function.
+    /// Activation function of the feed-forward gate.
     pub activation: Activation,
-    /// Position embedding.
+    /// Rotary position embedding.
     pub rope: Rope,
-    /// Whether the embedding is the output matrix too.
+    /// Whether the embedding is also the output matrix.
     pub tied: bool,
     /// Whether q, k, v and o have biases.
     pub attention_bias: bool,
     /// Whether gate, up and down have biases.
     pub mlp_bias: bool,
-    /// Token that texts begin with, if the config names one.
+    /// Token at the start of texts, if the config names one.
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
 }
 
 impl Config {
-    /// The config of an open checkpoint.
+    /// Reads the config of an open checkpoint.
     ///
     /// # Errors
-    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that this
-    /// engine has no graph for, for a key that is missing, and for keys that contradict one
-    /// another.
+    /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that no
+    /// graph supports, for a missing key, and for keys that contradict each other.
     pub fn read(source: &Source) -> Result<Self> {
         match (source.kind, &source.config) {
             (Kind::Gguf, _) => Self::from_gguf(source),
@@ -100,21 +91,13 @@ impl Config {
         }
     }
 
-    /// From a config.json.
+    /// Reads a config.json; `path` is for messages.
     ///
     /// # Errors
     /// As [`Config::read`].
     pub fn from_hf(path: &Path, value: &Value) -> Result<Self> {
-        let architecture = Architecture::from_hf_config(value).map_err(|_| {
-            Error::config(
-                path,
-                "model_type",
-                "'llama' or 'bitnet'",
-                value
-                    .get("model_type")
-                    .map_or("none".into(), Value::to_string),
-            )
-        })?;
+        let architecture = Architecture::from_hf_config(path, value)?;
+        let graph = architecture.inference_graph(path)?;
         let config = HfConfig { path, value };
         let (hidden, heads) = (
             config.size("hidden_size")?,
@@ -143,7 +126,7 @@ impl Config {
                 )
                 .into());
         }
-        if architecture == Architecture::Bitnet && heads * head_dim != hidden {
+        if architecture.heads_fill_hidden && heads * head_dim != hidden {
             return Err(config
                 .bad(
                     "head_dim",
@@ -157,8 +140,10 @@ impl Config {
         let divisors = rope
             .freqs
             .or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
+        let default_eps = architecture.hf_defaults.map(|d| d.rms_norm_eps);
         let read = Self {
             architecture,
+            graph,
             hidden,
             ffn: config.size("intermediate_size")?,
             layers: config.size("num_hidden_layers")?,
@@ -167,11 +152,8 @@ impl Config {
             head_dim,
             vocab: config.size("vocab_size")?,
             context: config.size("max_position_embeddings")?,
-            norm_eps: config.float_or("rms_norm_eps", architecture, 1e-6)? as f32,
-            activation: match arch::activation(&config, architecture)? {
-                "relu2" => Activation::Relu2,
-                _ => Activation::Silu,
-            },
+            norm_eps: config.float_or("rms_norm_eps", default_eps)? as f32,
+            activation: architecture.activation(&config)?,
             rope: Rope {
                 theta: rope.theta,
                 pairing: Pairing::Halves,
@@ -187,19 +169,17 @@ impl Config {
         Ok(read)
     }
 
-    /// Keys of a GGUF become those of a config.json, whose reader is the only one.
+    /// Converts the keys of a GGUF to a config.json and reads that.
     fn from_gguf(source: &Source) -> Result<Self> {
         let path = &source.path;
         for (key, value) in &source.gguf {
-            let known = |key: &str| KNOWN_GGUF_KEYS.contains(&key);
-            if let Some((prefix, key)) = key.split_once('.')
-                && matches!(prefix, "llama" | "bitnet" | "bitnet-b1" | "bitnet-25")
-                && !known(key.strip_prefix("58.").unwrap_or(key))
-                && format!("{prefix}.{key}") != document::KEY
+            if let Some((architecture, rest)) = arch::strip_prefix(key)
+                && !architecture.gguf_keys.contains(&rest)
+                && key != document::KEY
             {
                 return Err(Error::config(
                     path,
-                    format!("{prefix}.{key}"),
+                    key,
                     "a key that this engine's graph follows",
                     value.preview(80),
                 )
@@ -213,10 +193,9 @@ impl Config {
                 .map(|i| source.stored[i].shape.clone())
         };
         let mut config = Self::from_hf(path, &arch::hf_config(path, &source.gguf, &shape)?)?;
-        config.rope.pairing = match config.architecture {
-            Architecture::Llama => Pairing::Adjacent,
-            Architecture::Bitnet => Pairing::Halves,
-        };
+        if config.architecture.gguf_adjacent_pairs {
+            config.rope.pairing = Pairing::Adjacent;
+        }
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
             let mut divisors = vec![0.0; source.stored[stored].elements()];
             source.read_floats(stored, 0..divisors.len(), &mut vec![], &mut divisors)?;
@@ -234,7 +213,7 @@ impl Config {
             }
             config.rope.divisors = Some(divisors);
         }
-        // llama.cpp ends an answer at the end of a turn too.
+        // As in llama.cpp, the end of a turn also ends the text.
         let turn = source
             .gguf
             .iter()
@@ -249,7 +228,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Bounds that later arithmetic rests on.
+    /// Checks the bounds that keep later arithmetic from overflowing.
     fn check(&self, path: &Path) -> Result<()> {
         let bounded = |key: &str, n: usize, most: usize| {
             if n <= most {
@@ -274,32 +253,7 @@ impl Config {
     }
 }
 
-/// What `llama` and `bitnet` files say, behind the prefix, that the graph follows or that says
-/// nothing about it.
-const KNOWN_GGUF_KEYS: [&str; 20] = [
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "vocab_size",
-    "hidden_activation",
-    "tensor_data_layout",
-    "attention.causal",
-    "tie_word_embeddings",
-];
-
-/// One token or several.
+/// The tokens of a key that holds one token or a list.
 fn tokens(config: &HfConfig<'_>, key: &str) -> Result<Vec<u32>> {
     let one = |v: &Value| {
         v.as_u64()

@@ -2,32 +2,32 @@
 
 use std::path::PathBuf;
 
-/// What can go wrong between a path and a text.
+/// Errors of loading and running a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file is not what it should be: its config, its tensors, their bytes.
+    /// A checkpoint has a wrong config, tensor or byte.
     #[error(transparent)]
     File(#[from] bitnet_formats::Error),
-    /// A matrix is not what the kernels take.
+    /// The kernels reject a matrix.
     #[error("{}: tensor '{tensor}': {source}", path.display())]
     Matrix {
         /// The file.
         path: PathBuf,
         /// The tensor's name.
         tensor: String,
-        /// Why not.
+        /// The reason.
         source: bitnet_kernels::Error,
     },
-    /// The instruction set asked for is not there.
+    /// The requested instruction set is not available.
     #[error(transparent)]
     Kernels(#[from] bitnet_kernels::Error),
-    /// The system starts no more threads.
+    /// The system did not start the threads.
     #[error("cannot start {threads} threads: {source}")]
     Threads {
-        /// The number asked for.
+        /// The requested number.
         threads: usize,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
     /// The tokenizer cannot be used.
@@ -35,21 +35,21 @@ pub enum Error {
     Tokenizer {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         what: String,
     },
     /// The chat template cannot be used.
     #[error("chat template: {0}")]
     Template(String),
-    /// The text does not fit.
+    /// The text exceeds the context.
     #[error("{got} tokens do not fit the context of {context}")]
     Context {
-        /// Tokens of the text.
+        /// Number of tokens of the text.
         got: usize,
-        /// Tokens that fit.
+        /// Size of the context in tokens.
         context: usize,
     },
-    /// A token that the vocabulary does not have.
+    /// A token outside the vocabulary.
     #[error("token {got} is outside the vocabulary of {vocab}")]
     Token {
         /// The token.
@@ -57,26 +57,26 @@ pub enum Error {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// There is nothing to begin with.
-    #[error("an empty prompt: there is no token to begin with, and the tokenizer adds none")]
+    /// The prompt has no token.
+    #[error("an empty prompt: it has no token, and the tokenizer adds none")]
     EmptyPrompt,
     /// Activations became NaN or infinite.
     #[error("{at}: the activations are not finite numbers")]
     NotFinite {
-        /// Where it was noticed.
+        /// The layer, or the output.
         at: String,
     },
-    /// An option has a value that means nothing.
+    /// An option has an invalid value.
     #[error("{option}: expected {expected}, got {got}")]
     Option {
         /// The option's name.
         option: &'static str,
-        /// What it takes.
+        /// The accepted values.
         expected: &'static str,
-        /// What it was given.
+        /// The given value.
         got: String,
     },
-    /// The caller asked to stop.
+    /// The caller interrupted the computation.
     #[error("interrupted")]
     Interrupted,
 }

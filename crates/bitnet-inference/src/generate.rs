@@ -1,25 +1,25 @@
-//! Text from a model, token by token.
+//! Generation of text, token by token.
 
 use crate::cache::{CacheType, KvCache};
-use crate::run::{Scratch, Step, Want};
+use crate::forward::{ForwardBuffers, ForwardStep, WantedLogits};
 use crate::sample::{Sampler, Sampling};
 use crate::tokenizer::TextStream;
 use crate::{Error, Model, Result};
 use std::time::{Duration, Instant};
 
-/// Tokens of a prompt that go through the graph together.
+/// Number of prompt tokens that one forward pass computes.
 pub(crate) const BATCH: usize = 512;
 
-/// What is generated, and until when.
+/// Options of a generation.
 #[derive(Debug, Clone)]
 pub struct GenerateOptions {
-    /// Most tokens.
+    /// Largest number of tokens.
     pub max_tokens: usize,
-    /// How they are chosen.
+    /// How tokens are chosen.
     pub sampling: Sampling,
-    /// Texts that end the generation; they are not part of it.
+    /// Texts that end the generation and are not part of it.
     pub stop: Vec<String>,
-    /// Go on after the model's own end of text.
+    /// Whether to continue after the model's end of text.
     pub ignore_eos: bool,
 }
 
@@ -41,7 +41,7 @@ pub enum Finish {
     EndOfText,
     /// A stop text appeared.
     Stop,
-    /// As many tokens as were asked for.
+    /// `max_tokens` tokens were generated.
     MaxTokens,
     /// The context is full.
     Context,
@@ -52,19 +52,19 @@ pub enum Finish {
 pub struct Token {
     /// Its id.
     pub id: u32,
-    /// The text that became certain with it: whole characters, and nothing that may be the
-    /// beginning of a stop text. The last token brings what was held back.
+    /// The text that is complete with it: whole characters, without a possible start of a stop
+    /// text. The last token has the rest.
     pub text: String,
 }
 
-/// How long the parts of a generation took.
+/// Times of a generation.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Timings {
-    /// Tokens of the prompt that were computed; those already in the cache are not among them.
+    /// Number of prompt tokens that were computed, without those that were in the cache.
     pub prompt_tokens: usize,
     /// Time for them.
     pub prompt: Duration,
-    /// Decode steps: generated tokens after the first.
+    /// Number of decode steps: generated tokens after the first.
     pub decoded_tokens: usize,
     /// Time for them.
     pub decode: Duration,
@@ -82,20 +82,20 @@ impl Timings {
     }
 }
 
-/// A sequence that grows: its cache, and the tokens in it.
+/// A sequence that grows: its tokens and their cache.
 #[derive(Debug)]
 pub struct Session<'m> {
     model: &'m Model,
     cache: KvCache,
     tokens: Vec<u32>,
-    scratch: Scratch,
+    scratch: ForwardBuffers,
 }
 
 impl Model {
-    /// An empty session with room for `context` tokens.
+    /// An empty session for `context` tokens.
     ///
     /// # Errors
-    /// [`Error::Option`] for no room at all, or more than the model was made for.
+    /// [`Error::Option`] for a context of 0 or beyond that of the model.
     pub fn session(&self, context: usize, cache: CacheType) -> Result<Session<'_>> {
         if context == 0 || context > self.config().context {
             let got = format!(
@@ -112,16 +112,16 @@ impl Model {
             model: self,
             cache: KvCache::new(self.config(), context, cache),
             tokens: Vec::with_capacity(context),
-            scratch: Scratch::default(),
+            scratch: ForwardBuffers::default(),
         })
     }
 
-    /// What the model goes on with after a text, as an iterator of tokens. The context is the
-    /// model's, or what the prompt and `max_tokens` need of it.
+    /// Continues a text: an iterator of tokens. The context is the model's, or as much of it as the
+    /// prompt and `max_tokens` need.
     ///
     /// # Errors
     /// [`Error::Context`] for a prompt that leaves no room, [`Error::EmptyPrompt`],
-    /// [`Error::Tokenizer`], and [`Error::Option`] for sampling that means nothing.
+    /// [`Error::Tokenizer`], and [`Error::Option`] for invalid sampling options.
     pub fn generate(&self, prompt: &str, options: &GenerateOptions) -> Result<Generation<'_>> {
         let tokens = self.tokenizer()?.encode(prompt, true)?;
         let context = tokens
@@ -139,7 +139,7 @@ impl<'m> Session<'m> {
         &self.tokens
     }
 
-    /// Positions that there is room for.
+    /// Largest number of tokens.
     pub fn context(&self) -> usize {
         self.cache.capacity()
     }
@@ -149,14 +149,14 @@ impl<'m> Session<'m> {
         self.cache.bytes()
     }
 
-    /// Forgets everything; the room stays.
+    /// Drops all tokens; the memory stays.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.cache.truncate(0);
     }
 
-    /// Makes `tokens` the content of the session: what it begins with already is kept, the rest
-    /// computed. Returns the logits after the last one and the number of tokens that were computed.
+    /// Sets the tokens of the session. Keeps the cache of the common prefix and computes the rest.
+    /// Returns the logits after the last token and the number of computed tokens.
     ///
     /// # Errors
     /// As [`Model::forward`].
@@ -171,7 +171,7 @@ impl<'m> Session<'m> {
         let Some(last) = tokens.len().checked_sub(1) else {
             return Err(Error::EmptyPrompt);
         };
-        // The last token is computed again if need be: its logits are wanted.
+        // The last token is always computed, because its logits are needed.
         let same = self
             .tokens
             .iter()
@@ -183,12 +183,12 @@ impl<'m> Session<'m> {
         for part in tokens[same..].chunks(BATCH) {
             let end = self.tokens.len() + part.len();
             let want = if end == tokens.len() {
-                Want::Last
+                WantedLogits::Last
             } else {
-                Want::Nothing
+                WantedLogits::Nothing
             };
             self.model.forward(
-                &mut [Step {
+                &mut [ForwardStep {
                     cache: &mut self.cache,
                     tokens: part,
                     want,
@@ -200,23 +200,22 @@ impl<'m> Session<'m> {
         Ok((&self.scratch.logits, tokens.len() - same))
     }
 
-    /// Appends one token; the logits after it.
+    /// Appends a token and returns the logits after it.
     ///
     /// # Errors
     /// As [`Model::forward`].
     pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
-        let step = Step {
+        let step = ForwardStep {
             cache: &mut self.cache,
             tokens: &[token],
-            want: Want::Last,
+            want: WantedLogits::Last,
         };
         self.model.forward(&mut [step], &mut self.scratch)?;
         self.tokens.push(token);
         Ok(&self.scratch.logits)
     }
 
-    /// What the model goes on with after `prompt`; [`Generation::into_session`] gives the session
-    /// back.
+    /// Generates after `prompt`. [`Generation::into_session`] returns the session.
     ///
     /// # Errors
     /// As [`Model::generate`].
@@ -229,14 +228,14 @@ impl<'m> Session<'m> {
     }
 }
 
-/// A text under way: an iterator of its tokens.
+/// A generation in progress: an iterator of its tokens.
 #[derive(Debug)]
 pub struct Generation<'m> {
     session: Session<'m>,
     stream: TextStream<'m>,
     sampler: Sampler,
     options: GenerateOptions,
-    /// Text that may be the beginning of a stop text.
+    /// Text that may be the start of a stop text.
     held: String,
     /// The token after those in the session.
     next: u32,
@@ -274,22 +273,22 @@ impl<'m> Generation<'m> {
         })
     }
 
-    /// Why it ended; none while it has not.
+    /// Why the generation ended; none while it runs.
     pub fn finish(&self) -> Option<Finish> {
         self.finish
     }
 
-    /// How long it took so far.
+    /// The times so far.
     pub fn timings(&self) -> Timings {
         self.timings
     }
 
-    /// The session with the prompt and what was generated, as far as it went through the model.
+    /// The session with the prompt and the generated tokens, as far as the model has computed them.
     pub fn into_session(self) -> Session<'m> {
         self.session
     }
 
-    /// Makes a token of the text, and the one after it.
+    /// Returns the next token and computes the one after it.
     fn step(&mut self) -> Result<Token> {
         let id = self.next;
         self.made += 1;
@@ -353,7 +352,7 @@ impl Iterator for Generation<'_> {
     }
 }
 
-/// Bytes at the end of `text` that a stop text may begin with.
+/// Number of bytes at the end of `text` that may be the start of a stop text.
 fn stop_prefix(text: &str, stop: &[String]) -> usize {
     let longest = |stop: &String| {
         (1..stop.len())

@@ -12,13 +12,16 @@
 //! # Ok::<(), bitnet_inference::Error>(())
 //! ```
 //!
-//! [`Model::load`] takes a Hugging Face folder or a GGUF and follows the facts in its config
-//! ([`Config`]); what it does not know is an error. Weights are copied into the layouts of the
-//! kernels, so the files may change or vanish once it returns. [`Model::forward`] is the graph over
-//! batches of sequences; [`Session`] generates on one of them; [`perplexity`] measures.
+//! Start with [`Model::load`]: it opens a Hugging Face folder or a GGUF and copies the weights into
+//! the layouts of the kernels, so the files may change or vanish afterwards. Its options are in
+//! [`LoadOptions`]. An entry of the config ([`Config`]) that the graphs do not support is an error.
+//! - [`Model::generate`] continues a text; [`Session`] keeps the cache between calls.
+//! - [`Model::chat_tokens`] applies the chat template to a conversation.
+//! - [`Model::forward`] computes logits of batches of sequences.
+//! - [`perplexity`] measures a model on a text, or compares two models.
 //!
-//! Logits depend on weights and tokens alone: the number of threads, the instruction set, and what
-//! else is computed together change no bit.
+//! Logits depend on weights and tokens only: the number of threads, the instruction set and the
+//! other sequences of a batch change no bit.
 #![forbid(unsafe_code)]
 
 mod arch;
@@ -27,24 +30,24 @@ mod cache;
 mod chat;
 mod config;
 mod error;
+mod forward;
 mod generate;
 mod linear;
 mod load;
 mod model;
 pub mod perplexity;
-mod random;
-mod run;
 mod sample;
-mod shape;
+mod synthetic;
 mod tokenizer;
 
+pub use bitnet_formats::arch::Activation;
 pub use cache::{CacheType, KvCache};
-pub use chat::Message;
-pub use config::{Activation, Config, Rope};
+pub use chat::ChatMessage;
+pub use config::{Config, Rope};
 pub use error::{Error, Result};
+pub use forward::{ForwardBuffers, ForwardStep, WantedLogits};
 pub use generate::{Finish, GenerateOptions, Generation, Session, Timings, Token};
 pub use load::{ActivationType, FloatType};
 pub use model::{LoadOptions, Model};
-pub use run::{Scratch, Step, Want};
 pub use sample::{Sampler, Sampling};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -1,80 +1,79 @@
-//! Linear layers: the one place that calls the matrix kernels.
+//! Linear layers. This file alone calls the matrix kernels.
 //!
-//! A ternary layer of a model that was trained so quantizes its input to int8 with one absmax scale
-//! for each token, and multiplies integers. Every other layer multiplies floats.
+//! A ternary layer of a model trained with int8 activations quantizes its input, with one absmax
+//! scale per token, and multiplies integers. Every other layer multiplies floats.
 
 use crate::Result;
 use bitnet_kernels::dense::Matrix;
 use bitnet_kernels::matmul::{Activations, Prepacked};
 use bitnet_kernels::{Kernels, Pool};
 
-/// What every step of a graph computes with.
+/// The kernels and threads of a model.
 #[derive(Debug)]
-pub(crate) struct Machine {
+pub(crate) struct KernelPool {
     pub(crate) kernels: Kernels,
     pub(crate) pool: Pool,
 }
 
-/// The weights of a layer `(N, K)`.
+/// The weights of a linear layer, `(N, K)`.
 #[derive(Debug)]
-pub(crate) enum Weights {
+pub(crate) enum LinearWeights {
     /// Ternary weights with int8 activations.
     Ternary(Prepacked),
-    /// Anything with float activations.
+    /// Weights of any kind with float activations.
     Dense(Matrix),
 }
 
 /// `y = x · Wᵀ + bias`.
 #[derive(Debug)]
-pub(crate) struct Linear {
-    pub(crate) weights: Weights,
+pub(crate) struct LinearLayer {
+    pub(crate) weights: LinearWeights,
     pub(crate) bias: Option<Vec<f32>>,
 }
 
-/// The input of linear layers, `[tokens, K]`: floats for those that multiply floats, and quantized
-/// once for the others, however many layers of one shape read it.
+/// The input of linear layers, `[tokens, K]`: floats for layers that multiply floats, int8 for
+/// ternary layers. Layers of the same K share one quantization.
 #[derive(Debug, Default)]
-pub(crate) struct Input {
+pub(crate) struct LayerInput {
     floats: Vec<f32>,
     quantized: Option<Activations>,
-    /// Whether `quantized` is the input of now; if not, it is room for another.
+    /// Whether `quantized` holds the current input; otherwise it is a free buffer.
     fresh: bool,
 }
 
-impl Input {
-    /// The elements, if they were last written for something that multiplies floats.
+impl LayerInput {
+    /// The elements, if the last `write` was for layers that multiply floats.
     pub(crate) fn floats(&self) -> &[f32] {
         &self.floats
     }
 
-    /// Writes the input of `layers`, `cols` elements of each token by `fill`, on the pool. Where
-    /// all of them multiply integers, the floats of a token go no further than the cache of the
-    /// thread that quantizes them.
+    /// Writes the input of `layers` on the pool; `fill(token, out)` computes the `cols` elements of
+    /// a token. If all layers multiply integers, each thread quantizes a token at once and its
+    /// floats stay in cache.
     ///
     /// # Errors
-    /// [`bitnet_core::Error::NotFinite`], wrapped, if a token that is to be quantized holds NaN or
-    /// infinity.
+    /// [`bitnet_core::Error::NotFinite`], wrapped, if a quantized token holds NaN or infinity.
     pub(crate) fn write(
         &mut self,
-        machine: &Machine,
-        layers: &[&Linear],
+        runtime: &KernelPool,
+        layers: &[&LinearLayer],
         (tokens, cols): (usize, usize),
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Result<()> {
         if let [
-            Linear {
-                weights: Weights::Ternary(w),
+            LinearLayer {
+                weights: LinearWeights::Ternary(w),
                 ..
             },
             ..,
         ] = layers
         {
-            let mut quantized = self.room(w)?;
+            let mut quantized = self.buffer_for(w)?;
             let all = layers
                 .iter()
-                .all(|l| matches!(&l.weights, Weights::Ternary(w) if quantized.fits(w)));
+                .all(|l| matches!(&l.weights, LinearWeights::Ternary(w) if quantized.fits(w)));
             if all {
-                quantized.requantize_rows(&machine.kernels, &machine.pool, w, tokens, &fill)?;
+                quantized.requantize_rows(&runtime.kernels, &runtime.pool, w, tokens, &fill)?;
             }
             (self.quantized, self.fresh) = (Some(quantized), all);
             if all {
@@ -83,12 +82,12 @@ impl Input {
         }
         self.fresh = false;
         self.floats.resize(tokens * cols, 0.0);
-        machine.pool.for_chunks(&mut self.floats, cols, fill);
+        runtime.pool.for_chunks(&mut self.floats, cols, fill);
         Ok(())
     }
 
-    /// Activations for these weights, or room for them.
-    fn room(&mut self, w: &Prepacked) -> Result<Activations> {
+    /// The quantized activations, if they fit these weights, or an empty buffer that does.
+    fn buffer_for(&mut self, w: &Prepacked) -> Result<Activations> {
         match self.quantized.take() {
             Some(same) if same.fits(w) => Ok(same),
             _ => {
@@ -99,34 +98,39 @@ impl Input {
     }
 }
 
-impl Linear {
+impl LinearLayer {
     /// Bytes of the weights in memory.
     pub(crate) fn bytes(&self) -> usize {
         match &self.weights {
-            Weights::Ternary(w) => w.memory(),
-            Weights::Dense(w) => w.bytes(),
+            LinearWeights::Ternary(w) => w.memory(),
+            LinearWeights::Dense(w) => w.bytes(),
         }
     }
 
-    /// Multiply-adds of a token, if they are of integers.
+    /// Integer multiply-adds per token; 0 for a layer that multiplies floats.
     pub(crate) fn integer_products(&self) -> usize {
         match &self.weights {
-            Weights::Ternary(w) => w.rows() * w.cols(),
-            Weights::Dense(_) => 0,
+            LinearWeights::Ternary(w) => w.rows() * w.cols(),
+            LinearWeights::Dense(_) => 0,
         }
     }
 
     /// `out = x · Wᵀ + bias`, `[tokens, N]`.
     ///
     /// # Errors
-    /// [`bitnet_core::Error::NotFinite`], wrapped, if the input holds NaN or infinity and had to be
-    /// quantized.
-    pub(crate) fn apply(&self, machine: &Machine, x: &mut Input, out: &mut [f32]) -> Result<()> {
-        let (kernels, pool, bias) = (&machine.kernels, &machine.pool, self.bias.as_deref());
+    /// [`bitnet_core::Error::NotFinite`], wrapped, if the input is quantized and holds NaN or
+    /// infinity.
+    pub(crate) fn apply(
+        &self,
+        runtime: &KernelPool,
+        x: &mut LayerInput,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (kernels, pool, bias) = (&runtime.kernels, &runtime.pool, self.bias.as_deref());
         match &self.weights {
-            Weights::Dense(w) => kernels.dense_matmul(pool, w, &x.floats, bias, out),
-            Weights::Ternary(w) => {
-                let mut quantized = x.room(w)?;
+            LinearWeights::Dense(w) => kernels.dense_matmul(pool, w, &x.floats, bias, out),
+            LinearWeights::Ternary(w) => {
+                let mut quantized = x.buffer_for(w)?;
                 if !x.fresh {
                     quantized.requantize(kernels, &x.floats)?;
                 }

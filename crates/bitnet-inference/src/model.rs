@@ -1,35 +1,34 @@
 //! A model in memory, and its forward pass.
 
-use crate::arch::Layer;
-use crate::chat::ChatTemplate;
-use crate::linear::{Linear, Machine};
-use crate::load::{ActivationType, FloatType, Loader, Provider};
-use crate::run::{Norm, Run, Scratch, Step, located};
-use crate::shape::MadeUp;
+use crate::arch::GraphLayer;
+use crate::chat::{ChatMessage, ChatTemplate};
+use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located};
+use crate::linear::{KernelPool, LinearLayer};
+use crate::load::{ActivationType, CheckpointLoader, FloatType, WeightProvider};
+use crate::synthetic::SyntheticWeights;
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_formats::Source;
-use bitnet_formats::arch::Architecture;
 use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::Matrix;
 use bitnet_kernels::{Kernels, Pool};
 use std::path::Path;
 use std::sync::PoisonError;
 
-/// How a model is loaded.
+/// Options of [`Model::load_with`].
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Threads; 0 for one on each core.
+    /// Number of threads; 0 for one per core.
     pub threads: usize,
     /// The instruction set.
     pub kernels: Kernels,
-    /// Inputs of ternary layers.
+    /// Type of the inputs of ternary layers.
     pub activations: ActivationType,
-    /// How linear layers with float activations are held.
+    /// Type in memory of linear layers with float activations.
     pub weights: FloatType,
-    /// How embedding and output matrix are held.
+    /// Type in memory of embedding and output matrix.
     pub embedding: FloatType,
-    /// What the files may leave open.
+    /// How to open the checkpoint.
     pub open: OpenOptions,
 }
 
@@ -47,13 +46,13 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    fn machine(&self) -> Result<Machine> {
+    fn runtime(&self) -> Result<KernelPool> {
         let threads = match self.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
         };
         let pool = Pool::new(threads).map_err(|source| Error::Threads { threads, source })?;
-        Ok(Machine {
+        Ok(KernelPool {
             kernels: self.kernels,
             pool,
         })
@@ -64,18 +63,50 @@ impl LoadOptions {
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    machine: Machine,
-    /// `(vocab, hidden)`.
-    embedding: Matrix,
-    /// `(vocab, hidden)`; none where it is the embedding.
-    head: Option<Matrix>,
-    norm: Norm,
-    layers: Vec<Layer>,
-    /// Radians for each position, of the pairs of a head.
+    runtime: KernelPool,
+    weights: ModelWeights,
+    /// Radians per position of each pair of a head.
     frequencies: Vec<f32>,
     tokenizer: Result<Tokenizer, Error>,
     template: Option<ChatTemplate>,
     notes: Vec<String>,
+}
+
+/// All weights of a model.
+#[derive(Debug)]
+struct ModelWeights {
+    /// `(vocab, hidden)`.
+    embedding: Matrix,
+    /// `(vocab, hidden)`; none if the embedding is the output matrix.
+    head: Option<Matrix>,
+    /// The norm before the output matrix.
+    norm: NormGain,
+    layers: Vec<GraphLayer>,
+}
+
+impl ModelWeights {
+    /// Loads layers in parallel on the threads of the pool.
+    fn load(provider: &dyn WeightProvider, runtime: &KernelPool) -> Result<Self> {
+        let config = provider.config();
+        let embedding = provider.embedding("model.embed_tokens", config.vocab, config.hidden)?;
+        let head = if config.tied {
+            None
+        } else {
+            Some(provider.embedding("lm_head", config.vocab, config.hidden)?)
+        };
+        let norm = provider.norm("model.norm", config.hidden)?;
+        let mut layers: Vec<Option<Result<GraphLayer>>> =
+            (0..config.layers).map(|_| None).collect();
+        runtime.pool.for_chunks(&mut layers, 1, |i, layer| {
+            layer[0] = Some(GraphLayer::load(provider, i))
+        });
+        Ok(Self {
+            embedding,
+            head,
+            norm,
+            layers: layers.into_iter().flatten().collect::<Result<_>>()?,
+        })
+    }
 }
 
 impl Model {
@@ -87,60 +118,39 @@ impl Model {
         Self::load_with(path, &LoadOptions::default())
     }
 
-    /// [`Model::load`] with choices. A model without a usable tokenizer loads; [`Model::tokenizer`]
-    /// says what is wrong with it.
+    /// [`Model::load`] with options. A model without a usable tokenizer loads; [`Model::tokenizer`]
+    /// then returns the reason.
     ///
     /// # Errors
-    /// [`Error::File`] for an unreadable checkpoint, a config that no graph follows, a tensor that
+    /// [`Error::File`] for an unreadable checkpoint, a config that no graph supports, a tensor that
     /// is missing, has another shape, holds NaN or has no place in the graph; [`Error::Matrix`] for
-    /// a matrix that the kernels do not take; [`Error::Threads`].
+    /// a matrix that the kernels reject; [`Error::Threads`].
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
         let source = Source::open_with(path.as_ref(), &options.open)?;
         let config = Config::read(&source)?;
-        let machine = options.machine()?;
-        let recipe = source
-            .document
-            .as_ref()
-            .is_some_and(|d| d.recipe["activations"] == "int8");
-        let trained =
-            config.architecture == Architecture::Bitnet || source.bitnet.is_some() || recipe;
+        let runtime = options.runtime()?;
+        let trained_with_int8 = trained_with_int8(&source, &config);
         let int8 = match options.activations {
-            ActivationType::Auto => trained,
+            ActivationType::Auto => trained_with_int8,
             ActivationType::Int8 => true,
             ActivationType::Float => false,
         };
         let floats = [options.weights, options.embedding];
-        let loader = Loader {
+        let loader = CheckpointLoader {
             source: &source,
             config: &config,
-            machine: &machine,
+            runtime: &runtime,
             int8,
             floats,
             used: Default::default(),
             buffers: Default::default(),
-            losses: Default::default(),
+            rounding: Default::default(),
         };
-        // A large vocabulary takes as long as many layers. What building it needs is given back
-        // before there are weights, or beside few of them.
-        let read = || Tokenizer::read(&source, &config);
-        let (tokenizer, loaded) = if machine.pool.threads() == 1 {
-            (read(), weights(&loader, &machine))
-        } else {
-            std::thread::scope(|scope| {
-                let beside = scope.spawn(read);
-                let loaded = weights(&loader, &machine);
-                (
-                    beside
-                        .join()
-                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                    loaded,
-                )
-            })
-        };
-        let (embedding, head, norm, layers) = loaded?;
+        let (tokenizer, weights) = load_parts(&source, &config, &loader, &runtime);
+        let weights = weights?;
         loader.check_all_used()?;
         let mut notes = source.notes.clone();
-        if int8 != trained {
+        if int8 != trained_with_int8 {
             let (uses, says) = if int8 {
                 ("int8", "nothing about it")
             } else {
@@ -150,59 +160,49 @@ impl Model {
                 "inputs of ternary layers are {uses}, where the model says {says}"
             ));
         }
-        let losses = loader
-            .losses
+        let rounding = loader
+            .rounding
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
         notes.extend(
-            losses
+            rounding
                 .iter()
                 .zip(["linear layers", "embedding and output matrix"])
                 .zip(floats)
-                .filter_map(|((l, w), f)| l.note(w, f)),
+                .filter_map(|((error, what), held)| error.note(what, held)),
         );
         let template = ChatTemplate::read(&source)?;
-        let mut model = Self::new(config, machine, embedding, head, norm, layers);
+        let mut model = Self::new(config, runtime, weights);
         (model.tokenizer, model.template, model.notes) = (tokenizer, template, notes);
         Ok(model)
     }
 
-    /// A model of this shape with made-up ternary weights: good for measuring speed and memory and
-    /// for nothing else. It has no tokenizer.
+    /// A model of this shape with synthetic ternary weights and no tokenizer, for measurements of
+    /// speed and memory only.
     ///
     /// # Errors
-    /// [`Error::Threads`], and [`Error::Kernels`] for a shape that the kernels do not take.
-    pub fn made_up(config: Config, options: &LoadOptions) -> Result<Self> {
-        let machine = options.machine()?;
-        let provider = MadeUp {
+    /// [`Error::Threads`], and [`Error::Kernels`] for a shape that the kernels reject.
+    pub fn synthetic(config: Config, options: &LoadOptions) -> Result<Self> {
+        let runtime = options.runtime()?;
+        let provider = SyntheticWeights {
             config: &config,
-            machine: &machine,
+            runtime: &runtime,
             embedding: options.embedding,
         };
-        let (embedding, head, norm, layers) = weights(&provider, &machine)?;
-        Ok(Self::new(config, machine, embedding, head, norm, layers))
+        let weights = ModelWeights::load(&provider, &runtime)?;
+        Ok(Self::new(config, runtime, weights))
     }
 
-    fn new(
-        config: Config,
-        machine: Machine,
-        embedding: Matrix,
-        head: Option<Matrix>,
-        norm: Norm,
-        layers: Vec<Layer>,
-    ) -> Self {
+    fn new(config: Config, runtime: KernelPool, weights: ModelWeights) -> Self {
         let frequencies = config.rope.frequencies(config.head_dim);
         let tokenizer = Err(Error::Tokenizer {
             path: "the model".into(),
-            what: "made-up weights have none".into(),
+            what: "synthetic weights have none".into(),
         });
         Self {
             config,
-            machine,
-            embedding,
-            head,
-            norm,
-            layers,
+            runtime,
+            weights,
             frequencies,
             tokenizer,
             template: None,
@@ -218,7 +218,7 @@ impl Model {
     /// The tokenizer.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] that says why the model has none that can be used.
+    /// [`Error::Tokenizer`] with the reason, if the model has no usable tokenizer.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().map_err(|e| match e {
             Error::Tokenizer { path, what } => Error::Tokenizer {
@@ -232,79 +232,131 @@ impl Model {
         })
     }
 
-    pub(crate) fn template(&self) -> Option<&ChatTemplate> {
-        self.template.as_ref()
-    }
-
-    /// What was assumed on loading, each a sentence for a person.
+    /// Sentences for the user about what was assumed or rounded on loading.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Threads that it runs on.
+    /// Number of threads.
     pub fn threads(&self) -> usize {
-        self.machine.pool.threads()
+        self.runtime.pool.threads()
     }
 
     /// Bytes of the weights in memory.
     pub fn bytes(&self) -> usize {
-        let linear: usize = self
-            .layers
+        let ModelWeights {
+            embedding,
+            head,
+            layers,
+            ..
+        } = &self.weights;
+        let linear: usize = layers
             .iter()
-            .flat_map(Layer::linears)
+            .flat_map(GraphLayer::linears)
             .map(|l| l.bytes())
             .sum();
-        linear + self.embedding.bytes() + self.head.as_ref().map_or(0, Matrix::bytes)
+        linear + embedding.bytes() + head.as_ref().map_or(0, Matrix::bytes)
     }
 
-    /// Bytes of the weights that a decoded token reads: all but the embedding, where it is not the
+    /// Bytes of the weights that a decoded token reads: without the embedding, unless it is the
     /// output matrix too.
     pub fn bytes_per_token(&self) -> usize {
-        self.bytes()
-            - if self.head.is_some() {
-                self.embedding.bytes()
-            } else {
-                0
-            }
+        match &self.weights.head {
+            Some(_) => self.bytes() - self.weights.embedding.bytes(),
+            None => self.bytes(),
+        }
     }
 
-    /// Multiply-adds of integers in a pass over `tokens` tokens of which the logits of `wanted` are
-    /// asked for.
+    /// Integer multiply-adds in a pass over `tokens` tokens that computes the logits of `wanted`.
     pub fn integer_products(&self, tokens: usize, wanted: usize) -> usize {
-        let of = |layers: &[&Linear], tokens: usize| {
-            tokens * layers.iter().map(|l| l.integer_products()).sum::<usize>()
+        let products = |linears: &[&LinearLayer], tokens: usize| {
+            tokens * linears.iter().map(|l| l.integer_products()).sum::<usize>()
         };
-        let last = self.layers.len().saturating_sub(1);
-        let layers = self.layers.iter().map(Layer::linears).enumerate();
-        // The last layer's attention reads all tokens; what follows it concerns those that are
-        // wanted.
+        let layers = &self.weights.layers;
+        let last = layers.len().saturating_sub(1);
+        // In the last layer, q, k and v see all tokens, the rest only the wanted ones.
         layers
-            .map(|(i, layers)| {
-                of(&layers[..3], tokens) + of(&layers[3..], if i == last { wanted } else { tokens })
+            .iter()
+            .map(GraphLayer::linears)
+            .enumerate()
+            .map(|(i, linears)| {
+                let after_attention = if i == last { wanted } else { tokens };
+                products(&linears[..3], tokens) + products(&linears[3..], after_attention)
             })
             .sum()
     }
 
-    /// Runs tokens of one or several sequences through the graph. Their keys and values go into the
-    /// caches.
-    ///
-    /// Returns the logits that the steps want, in their order, `[wanted, vocab]`. After an error
-    /// the caches are as long as before.
+    /// Whether the model has a chat template.
+    pub fn can_chat(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// The tokens of a conversation up to the start of the answer, by the model's chat template.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`] for a step without tokens, [`Error::Token`] for one outside the
-    /// vocabulary, [`Error::Context`] where a cache has no room, [`Error::NotFinite`] where
+    /// [`Error::Template`] if there is none or it fails; [`Error::Tokenizer`].
+    pub fn chat_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::Template("the model has none; give it a text to continue instead".into())
+        })?;
+        // The template writes every special token itself.
+        self.tokenizer()?.encode(&template.render(messages)?, false)
+    }
+
+    /// Runs tokens of one or several sequences through the graph. Their keys and values enter the
+    /// caches.
+    ///
+    /// Returns the requested logits in the order of the steps, `[wanted, vocab]`. After an error
+    /// the caches have their former lengths.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] for a step without tokens, [`Error::Token`] for a token outside the
+    /// vocabulary, [`Error::Context`] for a cache that is too short, [`Error::NotFinite`] if
     /// activations become NaN or infinite.
     ///
     /// # Panics
     /// If a cache was made for a model of another shape.
     pub fn forward<'s>(
         &self,
-        steps: &mut [Step<'_>],
-        scratch: &'s mut Scratch,
+        steps: &mut [ForwardStep<'_>],
+        buffers: &'s mut ForwardBuffers,
     ) -> Result<&'s [f32]> {
         let (hidden, vocab) = (self.config.hidden, self.config.vocab);
-        scratch.places.clear();
+        self.place(steps, buffers)?;
+        self.embed(steps, buffers);
+        let mut pass = ForwardPass {
+            runtime: &self.runtime,
+            config: &self.config,
+            buffers,
+            steps,
+        };
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            layer
+                .forward(&mut pass, i)
+                .map_err(located(|| format!("layer {i}")))?;
+        }
+        pass.norm(&self.weights.norm, &[])?;
+        let wanted = pass.buffers.x.len() / hidden;
+        for step in steps {
+            step.cache.len += step.tokens.len();
+        }
+        buffers.logits.resize(wanted * vocab, 0.0);
+        let KernelPool { kernels, pool } = &self.runtime;
+        let head = self.weights.head.as_ref();
+        kernels.dense_matmul(
+            pool,
+            head.unwrap_or(&self.weights.embedding),
+            buffers.normed.floats(),
+            None,
+            &mut buffers.logits,
+        );
+        Ok(&buffers.logits)
+    }
+
+    /// Checks the steps and writes the step and position of each token.
+    fn place(&self, steps: &[ForwardStep<'_>], buffers: &mut ForwardBuffers) -> Result<()> {
+        let vocab = self.config.vocab;
+        buffers.places.clear();
         for (i, step) in steps.iter().enumerate() {
             let (first, len, capacity) =
                 (step.cache.len(), step.tokens.len(), step.cache.capacity());
@@ -320,69 +372,61 @@ impl Model {
             if let Some(&got) = step.tokens.iter().find(|&&t| t as usize >= vocab) {
                 return Err(Error::Token { got, vocab });
             }
-            scratch
+            let positions = first..first + len;
+            buffers
                 .places
-                .extend((first..first + len).map(|position| (i, position)));
+                .extend(positions.map(|position| (i, position)));
         }
-        scratch.x.resize(scratch.places.len() * hidden, 0.0);
+        Ok(())
+    }
+
+    /// Writes the embeddings and the rotation angles of the tokens.
+    fn embed(&self, steps: &[ForwardStep<'_>], buffers: &mut ForwardBuffers) {
+        let hidden = self.config.hidden;
+        buffers.x.resize(buffers.places.len() * hidden, 0.0);
         let tokens = steps.iter().flat_map(|s| s.tokens);
-        tokens
-            .zip(scratch.x.chunks_exact_mut(hidden))
-            .for_each(|(&token, x)| self.embedding.row_into(token as usize, x));
-        scratch.angles.clear();
-        for &(_, position) in &scratch.places {
-            scratch.angles.extend(self.frequencies.iter().map(|f| {
-                // The angle is rounded to f32 as the models' own code has it; its sine and cosine
-                // are exact.
+        for (&token, x) in tokens.zip(buffers.x.chunks_exact_mut(hidden)) {
+            self.weights.embedding.row_into(token as usize, x);
+        }
+        buffers.angles.clear();
+        for &(_, position) in &buffers.places {
+            buffers.angles.extend(self.frequencies.iter().map(|f| {
+                // The angle is rounded to f32 as in the models' own code; its sine and cosine are
+                // computed in f64.
                 let (sin, cos) = f64::from(position as f32 * f).sin_cos();
                 (cos as f32, sin as f32)
             }));
         }
-        let mut run = Run {
-            machine: &self.machine,
-            config: &self.config,
-            scratch,
-            steps,
-        };
-        for (i, layer) in self.layers.iter().enumerate() {
-            layer
-                .forward(&mut run, i)
-                .map_err(located(|| format!("layer {i}")))?;
-        }
-        run.norm(&self.norm, &[])?;
-        let wanted = run.scratch.x.len() / hidden;
-        steps
-            .iter_mut()
-            .for_each(|step| step.cache.len += step.tokens.len());
-        scratch.logits.resize(wanted * vocab, 0.0);
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        self.machine.kernels.dense_matmul(
-            &self.machine.pool,
-            head,
-            scratch.normed.floats(),
-            None,
-            &mut scratch.logits,
-        );
-        Ok(&scratch.logits)
     }
 }
 
-type Parts = (Matrix, Option<Matrix>, Norm, Vec<Layer>);
+/// Whether the checkpoint says that its ternary layers were trained with int8 activations.
+fn trained_with_int8(source: &Source, config: &Config) -> bool {
+    let recipe = source.document.as_ref();
+    config.architecture.int8_activations
+        || source.bitnet.is_some()
+        || recipe.is_some_and(|d| d.recipe["activations"] == "int8")
+}
 
-/// All weights, layers side by side on the threads of the pool.
-fn weights(provider: &dyn Provider, machine: &Machine) -> Result<Parts> {
-    let config = provider.config();
-    let embedding = provider.embedding("model.embed_tokens", config.vocab, config.hidden)?;
-    let head = if config.tied {
-        None
-    } else {
-        Some(provider.embedding("lm_head", config.vocab, config.hidden)?)
-    };
-    let norm = provider.norm("model.norm", config.hidden)?;
-    let mut layers: Vec<Option<Result<Layer>>> = (0..config.layers).map(|_| None).collect();
-    machine.pool.for_chunks(&mut layers, 1, |i, layer| {
-        layer[0] = Some(Layer::load(provider, i))
-    });
-    let layers = layers.into_iter().flatten().collect::<Result<_>>()?;
-    Ok((embedding, head, norm, layers))
+/// Reads tokenizer and weights, in parallel if there are threads: a large vocabulary takes as long
+/// as many layers.
+fn load_parts(
+    source: &Source,
+    config: &Config,
+    provider: &dyn WeightProvider,
+    runtime: &KernelPool,
+) -> (Result<Tokenizer>, Result<ModelWeights>) {
+    let tokenizer = || Tokenizer::read(source, config);
+    let weights = || ModelWeights::load(provider, runtime);
+    if runtime.pool.threads() == 1 {
+        return (tokenizer(), weights());
+    }
+    std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(tokenizer);
+        let weights = weights();
+        let tokenizer = tokenizer
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (tokenizer, weights)
+    })
 }

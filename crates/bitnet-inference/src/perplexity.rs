@@ -1,36 +1,37 @@
-//! How well a model predicts a text, and how far its predictions are from another model's.
+//! Perplexity of a model on a text, and divergence from a reference model.
 //!
-//! The text is cut into windows of `context` tokens, each `stride` after the one before. A window
-//! scores the tokens that no window before it has scored, so every token but the first is scored
-//! once, and with a stride of half the context every later one has half a context at least before
-//! it.
+//! The text is cut into windows of `context` tokens that start `stride` tokens apart. A window
+//! scores the tokens that no earlier window scored, so every token but the first is scored once.
+//! With a stride of half the context, each token after the first window has at least half a context
+//! before it.
 //!
 //! ```text
 //! perplexity = exp(mean of −ln p(token | tokens before it in its window))
-//! KL = mean of Σ_t p_ref(t) · ln(p_ref(t) / p(t))        same top = share of positions where both find the same token likeliest
+//! KL = mean of Σ_t p_ref(t) · ln(p_ref(t) / p(t))
+//! same top = share of positions where both models have the same likeliest token
 //! ```
 //!
-//! Standard errors treat scored tokens as independent, which they nearly are.
+//! Standard errors treat the scored tokens as independent.
 
 use crate::cache::{CacheType, KvCache};
-use crate::run::{Scratch, Step, Want};
+use crate::forward::{ForwardBuffers, ForwardStep, WantedLogits};
 use crate::{Error, Model, Result};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How a text is cut.
+/// How a text is cut into windows.
 #[derive(Debug, Clone, Copy)]
 pub struct Windows {
     /// Tokens of a window.
     pub context: usize,
-    /// Tokens from the start of one window to that of the next; from 1 to `context`.
+    /// Tokens between the starts of two windows, from 1 to `context`.
     pub stride: usize,
-    /// How keys and values are kept.
+    /// Type of the KV cache.
     pub cache: CacheType,
 }
 
 impl Windows {
-    /// Windows of a text of `len` tokens: its tokens, and of those the first that is scored.
+    /// The windows of a text of `len` tokens, each with its first scored token.
     fn of(&self, len: usize) -> Result<Vec<(Range<usize>, usize)>> {
         let bad = |option, expected, got: usize| {
             Err(Error::Option {
@@ -51,7 +52,7 @@ impl Windows {
         let (mut windows, mut scored, mut start) = (vec![], 1, 0);
         while scored < len {
             let end = (start + self.context).min(len);
-            // A window that begins with a token not scored yet has nothing to predict it from.
+            // The first token of a window has no context, so it is not scored.
             scored = scored.max(start + 1);
             if scored < end {
                 windows.push((start..end, scored));
@@ -63,7 +64,7 @@ impl Windows {
     }
 }
 
-/// Mean and standard error of many numbers.
+/// Mean and standard error of numbers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Mean {
     count: u64,
@@ -78,24 +79,24 @@ impl Mean {
         self.squares += x * x;
     }
 
-    /// How many.
+    /// Count of the numbers.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// Their mean.
+    /// Mean of the numbers.
     pub fn mean(&self) -> f64 {
         self.sum / self.count.max(1) as f64
     }
 
-    /// The standard error of the mean, taking them as independent.
+    /// Standard error of the mean, for independent numbers.
     pub fn error(&self) -> f64 {
         let n = self.count.max(2) as f64;
         ((self.squares / n - (self.sum / n).powi(2)).max(0.0) / (n - 1.0)).sqrt()
     }
 }
 
-/// What one model makes of a text.
+/// The loss of one model on a text.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Perplexity {
     /// −ln p of the scored tokens, in nats.
@@ -103,46 +104,46 @@ pub struct Perplexity {
 }
 
 impl Perplexity {
-    /// e to the mean loss.
+    /// The perplexity, exp(mean loss).
     pub fn value(&self) -> f64 {
         self.loss.mean().exp()
     }
 
-    /// Its standard error, by the derivative of exp.
+    /// Standard error of the perplexity, by the derivative of exp.
     pub fn error(&self) -> f64 {
         self.value() * self.loss.error()
     }
 }
 
-/// What two models make of a text.
+/// A model compared with a reference on a text.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Comparison {
+pub struct PerplexityComparison {
     /// The model.
     pub model: Perplexity,
     /// The reference.
     pub reference: Perplexity,
-    /// The model's loss less the reference's, token by token: its error is smaller than those of
-    /// the two, since they miss the same tokens.
+    /// The model's loss minus the reference's, token by token. Its standard error is smaller than
+    /// those of the two losses, because these are correlated.
     pub difference: Mean,
     /// Kullback–Leibler divergence from the reference, in nats.
     pub divergence: Mean,
-    /// 1 where both find the same token likeliest, else 0.
+    /// 1 where both have the same likeliest token, else 0.
     pub same_top: Mean,
 }
 
-/// What is told while it runs: tokens done and tokens in all.
-pub type Progress<'a> = &'a dyn Fn(usize, usize);
+/// Called with the number of tokens done and the total.
+pub type TokenProgress<'a> = &'a dyn Fn(usize, usize);
 
-/// The perplexity of a text under a model.
+/// Measures the perplexity of a model on a text.
 ///
 /// # Errors
-/// [`Error::Option`] for windows that mean nothing or a text of less than two tokens; as
+/// [`Error::Option`] for invalid windows or a text of less than two tokens; as
 /// [`Model::forward`]; [`Error::Interrupted`].
 pub fn perplexity(
     model: &Model,
     tokens: &[u32],
     windows: &Windows,
-    progress: Progress<'_>,
+    progress: TokenProgress<'_>,
     interrupt: &AtomicBool,
 ) -> Result<Perplexity> {
     let mut result = Perplexity::default();
@@ -161,7 +162,7 @@ pub fn perplexity(
     Ok(result)
 }
 
-/// Two models on the same text.
+/// Compares a model with a reference on the same text.
 ///
 /// # Errors
 /// As [`perplexity()`]; [`Error::Option`] for models with vocabularies of different sizes.
@@ -170,9 +171,9 @@ pub fn compare(
     reference: &Model,
     tokens: &[u32],
     windows: &Windows,
-    progress: Progress<'_>,
+    progress: TokenProgress<'_>,
     interrupt: &AtomicBool,
-) -> Result<Comparison> {
+) -> Result<PerplexityComparison> {
     let (ours, theirs) = (model.config().vocab, reference.config().vocab);
     if ours != theirs {
         return Err(Error::Option {
@@ -181,7 +182,7 @@ pub fn compare(
             got: format!("{theirs} tokens, not {ours}"),
         });
     }
-    let mut result = Comparison::default();
+    let mut result = PerplexityComparison::default();
     let mut shares = vec![0.0; theirs];
     sweep(
         &[model, reference],
@@ -197,7 +198,7 @@ pub fn compare(
             result.reference.loss.add(other);
             result.difference.add(loss - other);
             let both = logits[0].iter().zip(logits[1]).zip(&shares);
-            // Rounding may leave −1e-17 of a divergence that is 0.
+            // Rounding may turn a divergence of 0 into −1e-17.
             let divergence: f64 = both
                 .map(|((&a, &b), share)| {
                     share * ((f64::from(b) - q.log_sum) - (f64::from(a) - p.log_sum))
@@ -211,7 +212,7 @@ pub fn compare(
     Ok(result)
 }
 
-/// The sum and the top of a softmax.
+/// The logarithm of the denominator of a softmax, and its likeliest token.
 struct Softmax {
     log_sum: f64,
     top: usize,
@@ -246,15 +247,15 @@ fn log_softmax(logits: &[f32], shares: &mut [f64]) -> Result<Softmax> {
     Ok(Softmax { log_sum, top })
 }
 
-/// Tokens whose logits are in memory together.
+/// Number of tokens whose logits are in memory at once.
 const BATCH: usize = 64;
 
-/// Calls `each` with every model's logits before a scored token, and that token.
+/// Calls `each` for every scored token with the logits of all models at the token before it.
 fn sweep(
     models: &[&Model],
     tokens: &[u32],
     windows: &Windows,
-    progress: Progress<'_>,
+    progress: TokenProgress<'_>,
     interrupt: &AtomicBool,
     mut each: impl FnMut(&[&[f32]], u32) -> Result<()>,
 ) -> Result<()> {
@@ -263,16 +264,17 @@ fn sweep(
         .iter()
         .map(|m| KvCache::new(m.config(), windows.context, windows.cache))
         .collect();
-    let mut scratches: Vec<Scratch> = models.iter().map(|_| Scratch::default()).collect();
+    let mut scratches: Vec<ForwardBuffers> =
+        models.iter().map(|_| ForwardBuffers::default()).collect();
     for (window, first) in all {
         caches.iter_mut().for_each(|c| c.truncate(0));
-        // The logits of token i − 1 predict token i, so the last token of a window is not computed.
+        // The logits of token i − 1 predict token i, so the last token of a window is left out.
         let cuts = [
-            (window.start, first - 1, Want::Nothing),
-            (first - 1, window.end - 1, Want::All),
+            (window.start, first - 1, WantedLogits::Nothing),
+            (first - 1, window.end - 1, WantedLogits::All),
         ];
         for (start, end, want) in cuts {
-            let batch = if want == Want::All {
+            let batch = if want == WantedLogits::All {
                 BATCH
             } else {
                 crate::generate::BATCH
@@ -286,7 +288,7 @@ fn sweep(
                 for ((model, cache), scratch) in models.iter().zip(&mut caches).zip(&mut scratches)
                 {
                     logits.push(model.forward(
-                        &mut [Step {
+                        &mut [ForwardStep {
                             cache,
                             tokens: part,
                             want,
@@ -294,7 +296,7 @@ fn sweep(
                         scratch,
                     )?);
                 }
-                if want == Want::All {
+                if want == WantedLogits::All {
                     for i in 0..part.len() {
                         let rows: Vec<&[f32]> = logits
                             .iter()

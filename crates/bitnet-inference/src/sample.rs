@@ -1,29 +1,29 @@
-//! Choosing the next token.
+//! Sampling: the choice of the next token.
 
-use crate::random::Random;
 use crate::{Error, Result};
+use bitnet_core::random::Random;
 
-/// How tokens are chosen. The steps apply in this order, as in Hugging Face transformers:
+/// Options of sampling. The steps apply in this order, as in Hugging Face transformers:
 /// repetition penalty, temperature, top-k, top-p, min-p.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by this; 0 takes the likeliest token.
+    /// Divisor of the logits; 0 always takes the likeliest token.
     pub temperature: f32,
-    /// Only the k likeliest tokens; 0 for all.
+    /// Keeps the k likeliest tokens; 0 keeps all.
     pub top_k: usize,
-    /// Only the likeliest tokens that together reach this probability; 1 for all.
+    /// Keeps the likeliest tokens that together reach this probability; 1 keeps all.
     pub top_p: f32,
-    /// Only tokens at least this share as likely as the likeliest; 0 for all.
+    /// Keeps tokens whose probability is at least this share of the largest; 0 keeps all.
     pub min_p: f32,
-    /// Logits of tokens that occurred are divided by this where positive and multiplied where
-    /// negative; 1 for none.
+    /// Penalty on tokens that occurred: divides positive logits, multiplies negative ones; 1 for no
+    /// penalty.
     pub repetition_penalty: f32,
-    /// What randomness begins with: the same seed, model and prompt give the same text.
+    /// Random seed. The same seed, model and prompt give the same text.
     pub seed: u64,
 }
 
 impl Default for Sampling {
-    /// The likeliest token, always.
+    /// Always the likeliest token.
     fn default() -> Self {
         Self {
             temperature: 0.0,
@@ -37,10 +37,10 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Refuses numbers that mean nothing.
+    /// Rejects invalid numbers.
     ///
     /// # Errors
-    /// [`Error::Option`] naming the number.
+    /// [`Error::Option`] with the name of the number.
     pub fn check(&self) -> Result<()> {
         let check = |option, x: f32, ok: bool, expected| {
             if ok {
@@ -82,7 +82,7 @@ impl Sampling {
     }
 }
 
-/// Chooses one token after another.
+/// Chooses tokens by their logits.
 #[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
@@ -95,7 +95,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler at the beginning of its random numbers.
+    /// A sampler with the random numbers of `sampling.seed`.
     ///
     /// # Errors
     /// As [`Sampling::check`].
@@ -110,7 +110,7 @@ impl Sampler {
         })
     }
 
-    /// Tells of a token that is in the text.
+    /// Records a token of the text, for the repetition penalty.
     pub fn accept(&mut self, token: u32) {
         if self.sampling.repetition_penalty != 1.0 {
             let token = token as usize;
@@ -121,90 +121,113 @@ impl Sampler {
         }
     }
 
-    /// The next token by these logits.
+    /// Chooses the next token.
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a logit is NaN or infinite.
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
-        let s = &self.sampling;
         if !logits.iter().fold(true, |ok, x| ok & x.is_finite()) {
             return Err(Error::NotFinite {
                 at: "output".into(),
             });
         }
-        let penalised = |(i, &x): (usize, &f32)| {
-            let seen = self.seen.get(i).is_some_and(|&s| s);
-            match seen {
-                true if x > 0.0 => x / s.repetition_penalty,
-                true => x * s.repetition_penalty,
-                false => x,
-            }
-        };
-        if s.temperature == 0.0 {
-            let first =
-                |best: (usize, f32), next: (usize, f32)| if next.1 > best.1 { next } else { best };
-            let all = logits
-                .iter()
-                .enumerate()
-                .map(|(i, x)| (i, penalised((i, x))));
-            return Ok(all.fold((0, f32::NEG_INFINITY), first).0 as u32);
+        if self.sampling.temperature == 0.0 {
+            return Ok(self.likeliest(logits));
         }
-        self.candidates.clear();
-        self.candidates.extend(
-            logits
-                .iter()
-                .enumerate()
-                .map(|(i, x)| (i as u32, penalised((i, x)) / s.temperature)),
-        );
+        let mut candidates = std::mem::take(&mut self.candidates);
+        candidates.clear();
+        candidates.extend(logits.iter().enumerate().map(|(id, &logit)| {
+            (
+                id as u32,
+                self.penalised(id, logit) / self.sampling.temperature,
+            )
+        }));
+        self.candidates = candidates;
         let top = self
             .candidates
             .iter()
             .fold(f32::NEG_INFINITY, |m, c| m.max(c.1));
-        let weight = |logit: f32| f64::from(logit - top).exp();
-        if s.top_k > 0 && s.top_k < self.candidates.len() {
-            likeliest_first(&mut self.candidates, s.top_k);
-            self.candidates.truncate(s.top_k);
+        self.filter(top);
+        Ok(self.draw(top))
+    }
+
+    /// The logit of a token after the repetition penalty.
+    fn penalised(&self, id: usize, logit: f32) -> f32 {
+        let penalty = self.sampling.repetition_penalty;
+        match self.seen.get(id) {
+            Some(true) if logit > 0.0 => logit / penalty,
+            Some(true) => logit * penalty,
+            _ => logit,
+        }
+    }
+
+    /// The first token with the largest logit.
+    fn likeliest(&self, logits: &[f32]) -> u32 {
+        let mut best = (0, f32::NEG_INFINITY);
+        for (id, &logit) in logits.iter().enumerate() {
+            let logit = self.penalised(id, logit);
+            if logit > best.1 {
+                best = (id, logit);
+            }
+        }
+        best.0 as u32
+    }
+
+    /// Applies top-k, top-p and min-p to the candidates; `top` is the largest logit.
+    fn filter(&mut self, top: f32) {
+        let (s, candidates) = (&self.sampling, &mut self.candidates);
+        if s.top_k > 0 && s.top_k < candidates.len() {
+            likeliest_first(candidates, s.top_k);
+            candidates.truncate(s.top_k);
         }
         if s.top_p < 1.0 {
-            let all: f64 = self.candidates.iter().map(|c| weight(c.1)).sum();
+            let all: f64 = candidates.iter().map(|c| weight(c.1, top)).sum();
             let enough = f64::from(s.top_p) * all;
-            // Sort as many as it takes, twice as many each time.
+            // Sorts the 64 likeliest, then twice as many, until they reach the share.
             let mut sorted = 64;
             let kept = loop {
-                likeliest_first(&mut self.candidates, sorted);
+                likeliest_first(candidates, sorted);
                 let mut sum = 0.0;
-                let reached = self.candidates.iter().take(sorted).position(|c| {
-                    sum += weight(c.1);
+                let reached = candidates.iter().take(sorted).position(|c| {
+                    sum += weight(c.1, top);
                     sum >= enough
                 });
                 match reached {
                     Some(i) => break i + 1,
-                    None if sorted >= self.candidates.len() => break self.candidates.len(),
+                    None if sorted >= candidates.len() => break candidates.len(),
                     None => sorted *= 2,
                 }
             };
-            self.candidates.truncate(kept);
+            candidates.truncate(kept);
         }
         if s.min_p > 0.0 {
-            self.candidates
-                .retain(|c| weight(c.1) >= f64::from(s.min_p));
+            candidates.retain(|c| weight(c.1, top) >= f64::from(s.min_p));
         }
+    }
+
+    /// Draws one of the candidates by their probabilities.
+    fn draw(&mut self, top: f32) -> u32 {
         self.probabilities.clear();
         self.probabilities
-            .extend(self.candidates.iter().map(|c| weight(c.1)));
+            .extend(self.candidates.iter().map(|c| weight(c.1, top)));
         let mut left = self.random.uniform() * self.probabilities.iter().sum::<f64>();
         for (candidate, p) in self.candidates.iter().zip(&self.probabilities) {
             left -= p;
             if left < 0.0 {
-                return Ok(candidate.0);
+                return candidate.0;
             }
         }
-        // Rounding has left a crumb: the last one that can be.
-        Ok(self.candidates.last().map_or(0, |c| c.0))
+        // Rounding may leave a rest; then it is the last candidate.
+        self.candidates.last().map_or(0, |c| c.0)
     }
 }
 
-/// Brings the `count` likeliest to the front, sorted; of equals the smaller id goes first.
+/// The probability of a logit relative to that of the largest, `top`.
+fn weight(logit: f32, top: f32) -> f64 {
+    f64::from(logit - top).exp()
+}
+
+/// Moves the `count` likeliest candidates to the front, sorted; ties by id.
 fn likeliest_first(candidates: &mut [(u32, f32)], count: usize) {
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let count = count.min(candidates.len());
@@ -218,7 +241,7 @@ fn likeliest_first(candidates: &mut [(u32, f32)], count: usize) {
 mod tests {
     use super::*;
 
-    /// Shares of tokens over many draws.
+    /// Shares of the tokens in many draws.
     fn shares(sampling: Sampling, logits: &[f32], seen: &[u32]) -> Vec<f64> {
         let mut sampler = Sampler::new(sampling).unwrap();
         seen.iter().for_each(|&t| sampler.accept(t));

@@ -13,17 +13,16 @@ use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerW
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Token to put first where the settings ask for one and the tokenizer's own template does not
-    /// add it.
+    /// Start token that the settings request and the tokenizer's own template does not add.
     first: Option<u32>,
 }
 
 impl Tokenizer {
-    /// The tokenizer of an open checkpoint.
+    /// Reads the tokenizer of an open checkpoint.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if there is none, it cannot be used, or it has tokens that the model
-    /// has not.
+    /// [`Error::Tokenizer`] if there is none, it cannot be used, or it has more tokens than the
+    /// model.
     pub(crate) fn read(source: &Source, config: &Config) -> Result<Self> {
         let bad = |path: &Path, what: String| Error::Tokenizer {
             path: path.to_path_buf(),
@@ -39,7 +38,7 @@ impl Tokenizer {
             let bytes = fs::read(&path).map_err(|e| bad(&path, e.to_string()))?;
             let mut inner =
                 tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
-            // Limits for training batches are no limits here.
+            // Padding and truncation are for training batches.
             inner.with_padding(None);
             inner
                 .with_truncation(None)
@@ -75,11 +74,11 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The tokens of a text. `special` adds those that the tokenizer puts around every text. The
-    /// texts of special tokens become those tokens.
+    /// The tokens of a text. `special` adds the tokens that the tokenizer puts around every text.
+    /// The names of special tokens in the text become those tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where the tokenizer finds none.
+    /// [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = self
             .inner
@@ -95,10 +94,10 @@ impl Tokenizer {
             .collect())
     }
 
-    /// The text of tokens, special ones left out.
+    /// The text of tokens, without special tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where the tokenizer's decoder fails.
+    /// [`Error::Tokenizer`] if the decoder fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         self.inner
             .decode(tokens, true)
@@ -113,14 +112,14 @@ impl Tokenizer {
         self.inner.token_to_id(text)
     }
 
-    /// The text of one token as the vocabulary has it, special ones too.
+    /// The text of a token in the vocabulary, also of a special token.
     pub fn name(&self, token: u32) -> Option<String> {
         self.inner.id_to_token(token)
     }
 }
 
-/// What `tokenizers` makes of the same tokenizer.json, without writing the vocabulary as JSON and
-/// reading it again.
+/// Builds the tokenizer of a GGUF. It equals that of its tokenizer.json, but the vocabulary is not
+/// written and parsed as JSON.
 fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> {
     let part = |name: &str| gguf.frame[name].clone();
     let vocab: Vocab = gguf
@@ -158,7 +157,8 @@ fn gguf_kind(source: &Source) -> String {
     };
     let (model, pre) = (get("tokenizer.ggml.model"), get("tokenizer.ggml.pre"));
     format!(
-        "expected a byte-level BPE vocabulary with words that are known, got model {model}, pre {pre}"
+        "expected a byte-level BPE vocabulary with words that are known, got model {model}, pre \
+         {pre}"
     )
 }
 
@@ -173,34 +173,35 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     }
 }
 
-/// Text of tokens that come one at a time: never half a character.
+/// Decodes tokens one at a time into whole characters.
 ///
-/// Every piece is what the tokens since a safe point decode to, less what was said of them. So
-/// decoders that look at neighbours (spaces of sentence pieces, bytes of one character) see them.
+/// Each piece is the text of the tokens since a safe point, without the part that was returned
+/// before. So decoders that depend on neighbours (spaces of sentence pieces, bytes of one
+/// character) see them.
 #[derive(Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
     tokens: Vec<u32>,
-    /// Tokens before this one are done with.
+    /// Index of the safe point.
     start: usize,
-    /// Tokens before this one have been said.
-    said: usize,
+    /// Number of tokens whose text was returned.
+    returned: usize,
 }
 
 impl<'t> TextStream<'t> {
-    /// Text that follows `before`.
+    /// A stream of text that follows the tokens `before`.
     pub fn new(tokenizer: &'t Tokenizer, before: &[u32]) -> Self {
         let tokens = before[before.len().saturating_sub(6)..].to_vec();
-        let said = tokens.len();
+        let returned = tokens.len();
         Self {
             tokenizer,
             tokens,
             start: 0,
-            said,
+            returned,
         }
     }
 
-    /// The text that became certain with this token; empty in the middle of a character.
+    /// The text that is complete with this token; empty in the middle of a character.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -214,7 +215,7 @@ impl<'t> TextStream<'t> {
         Ok(text)
     }
 
-    /// What is left at the end, with � for an unfinished character.
+    /// The rest of the text, with � for an incomplete character.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -225,18 +226,20 @@ impl<'t> TextStream<'t> {
     }
 
     fn advance(&mut self) {
-        if self.said < self.tokens.len() {
-            self.start = self.said;
-            self.said = self.tokens.len();
+        if self.returned < self.tokens.len() {
+            self.start = self.returned;
+            self.returned = self.tokens.len();
         }
-        // The safe point moves on, so the buffer need not grow with the text.
+        // Drops the tokens before the safe point, so that the buffer does not grow with the text.
         self.tokens.drain(..self.start);
-        self.said -= self.start;
+        self.returned -= self.start;
         self.start = 0;
     }
 
     fn rest(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.tokens[self.start..self.said])?;
+        let before = self
+            .tokenizer
+            .decode(&self.tokens[self.start..self.returned])?;
         let all = self.tokenizer.decode(&self.tokens[self.start..])?;
         Ok(all.get(before.len()..).unwrap_or_default().to_string())
     }

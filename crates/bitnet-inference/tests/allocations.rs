@@ -28,7 +28,7 @@ fn a_decoded_token_allocates_nothing() {
             embedding,
             ..LoadOptions::default()
         };
-        let model = Model::made_up(Config::shape("tiny").unwrap(), &options).unwrap();
+        let model = Model::synthetic(Config::shape("tiny").unwrap(), &options).unwrap();
         decodes_without_allocating("bitnet, made up", &model);
     }
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");

@@ -1,7 +1,9 @@
 //! Logits of tiny random models against those that transformers computed in f32:
 //! scripts/make-inference-golden.py made both.
 
-use bitnet_inference::{CacheType, FloatType, KvCache, LoadOptions, Model, Scratch, Step, Want};
+use bitnet_inference::{
+    CacheType, FloatType, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model, WantedLogits,
+};
 use bitnet_kernels::Kernels;
 use safetensors::{Dtype, SafeTensors};
 use std::fs;
@@ -78,21 +80,24 @@ fn load(path: &Path, threads: usize, kernels: Kernels) -> Model {
 
 /// The prompt in one pass, then one token at a time.
 fn as_generated(model: &Model, tokens: &[u32], cache: CacheType) -> Vec<f32> {
-    let (mut cache, mut scratch) = (KvCache::new(model.config(), 64, cache), Scratch::default());
-    let step = Step {
+    let (mut cache, mut scratch) = (
+        KvCache::new(model.config(), 64, cache),
+        ForwardBuffers::default(),
+    );
+    let step = ForwardStep {
         cache: &mut cache,
         tokens: &tokens[..PROMPT],
-        want: Want::All,
+        want: WantedLogits::All,
     };
     let mut logits = model.forward(&mut [step], &mut scratch).unwrap().to_vec();
     for token in tokens[PROMPT..].chunks(1) {
         logits.extend(
             model
                 .forward(
-                    &mut [Step {
+                    &mut [ForwardStep {
                         cache: &mut cache,
                         tokens: token,
-                        want: Want::Last,
+                        want: WantedLogits::Last,
                     }],
                     &mut scratch,
                 )
@@ -174,7 +179,7 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
         let model = load(&folder(name), 2, Kernels::detect());
         let vocab = model.config().vocab;
         let expected = first.unwrap();
-        let mut scratch = Scratch::default();
+        let mut scratch = ForwardBuffers::default();
         // All tokens in one pass, in odd pieces, and one by one.
         for piece in [golden.tokens.len(), 7, 1] {
             let mut cache = KvCache::new(model.config(), 40, CacheType::F16);
@@ -183,10 +188,10 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
                 logits.extend(bits(
                     model
                         .forward(
-                            &mut [Step {
+                            &mut [ForwardStep {
                                 cache: &mut cache,
                                 tokens,
-                                want: Want::All,
+                                want: WantedLogits::All,
                             }],
                             &mut scratch,
                         )
@@ -200,20 +205,20 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
         let [a, b, c] = &mut caches;
         let other: Vec<u32> = golden.tokens.iter().rev().copied().collect();
         let mut steps = [
-            Step {
+            ForwardStep {
                 cache: a,
                 tokens: &golden.tokens[..30],
-                want: Want::Last,
+                want: WantedLogits::Last,
             },
-            Step {
+            ForwardStep {
                 cache: b,
                 tokens: &other,
-                want: Want::Nothing,
+                want: WantedLogits::Nothing,
             },
-            Step {
+            ForwardStep {
                 cache: c,
                 tokens: &golden.tokens[..12],
-                want: Want::All,
+                want: WantedLogits::All,
             },
         ];
         let logits = bits(model.forward(&mut steps, &mut scratch).unwrap());
@@ -230,15 +235,15 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
         );
         let [a, _, c] = &mut caches;
         let mut steps = [
-            Step {
+            ForwardStep {
                 cache: c,
                 tokens: &golden.tokens[12..14],
-                want: Want::Last,
+                want: WantedLogits::Last,
             },
-            Step {
+            ForwardStep {
                 cache: a,
                 tokens: &golden.tokens[30..31],
-                want: Want::Last,
+                want: WantedLogits::Last,
             },
         ];
         let logits = bits(model.forward(&mut steps, &mut scratch).unwrap());
@@ -452,15 +457,15 @@ fn tokens_and_lengths_that_do_not_fit() {
     let model = load(&folder("llama-f32"), 1, Kernels::detect());
     let (mut cache, mut scratch) = (
         KvCache::new(model.config(), 8, CacheType::F16),
-        Scratch::default(),
+        ForwardBuffers::default(),
     );
     let mut message = |tokens: &[u32]| {
         let error = model
             .forward(
-                &mut [Step {
+                &mut [ForwardStep {
                     cache: &mut cache,
                     tokens,
-                    want: Want::Last,
+                    want: WantedLogits::Last,
                 }],
                 &mut scratch,
             )

@@ -4,6 +4,7 @@
 //! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one
 //! thread and the widest instruction set.
 
+use bitnet_core::random::Random;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::{self, Instruction, Memory, Pages};
 use bitnet_kernels::matmul::{Activations, Prepacked};
@@ -65,14 +66,10 @@ fn against(mut ceiling: Work<'_>, mut work: Work<'_>, scale: f64) -> String {
 }
 
 fn matrix(rows: usize, cols: usize) -> Matrix {
-    let mut state = 1u32;
-    let mut trit = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        ((state >> 16) % 3) as i8 - 1
-    };
+    let mut random = Random::new(1);
     let spec = MatrixSpec::new(rows, cols, Precision::Ternary, Granularity::Tensor);
     Matrix {
-        values: (0..rows * cols).map(|_| trit()).collect(),
+        values: (0..rows * cols).map(|_| random.trit()).collect(),
         scales: vec![0.02],
         zero_points: vec![],
         spec,

@@ -4,6 +4,7 @@
 //! without an instruction set, all of them.
 
 use bitnet_core::pack::{Layout, by_name};
+use bitnet_core::random::Random;
 use bitnet_core::scheme::{Scheme, Threshold};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
 use bitnet_kernels::machine::{self, Memory, Pages};
@@ -153,26 +154,19 @@ fn words<T: Number>(of: &[T]) -> &[u64] {
 /// Bell-shaped floats.
 fn weights(n: usize, pages: Pages) -> Buffer<f32> {
     let mut w = Buffer::<f32>::new(n, pages);
-    let mut state = 1u64;
+    let mut random = Random::new(1);
     for w in w.iter_mut() {
-        let mut sum = 0.0;
-        for _ in 0..3 {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            sum += (state >> 40) as f32 / (1 << 24) as f32 - 0.5;
-        }
-        *w = sum * 0.03;
+        let sum: f64 = (0..3).map(|_| random.uniform() - 0.5).sum();
+        *w = sum as f32 * 0.03;
     }
     w
 }
 
 fn trits(n: usize, pages: Pages) -> Buffer<i8> {
-    let mut state = 1u32;
+    let mut random = Random::new(1);
     let mut trits = Buffer::<i8>::new(n, pages);
     for trit in trits.iter_mut() {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        *trit = ((state >> 16) % 3) as i8 - 1;
+        *trit = random.trit();
     }
     trits
 }

@@ -1,6 +1,7 @@
 //! Float products, attention and elementwise steps against f64, and every instruction set and
 //! thread count against one another.
 
+use bitnet_core::random::Random;
 use bitnet_kernels::dense::{
     Attention, BLOCK, BlockRow, BlockType, Blocks, Cached, Codes, Data, Heads, Matrix, Pairing,
     SUPER, ScaleType, Strip, f16_to_f32, quantize_int4, quantize_int8,
@@ -9,13 +10,8 @@ use bitnet_kernels::{Error, Kernels, Pool};
 use std::sync::Mutex;
 
 fn random(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
+    let mut random = Random::new(seed);
+    let mut next = || random.uniform() as f32 - 0.5;
     (0..n).map(|_| next() + next() + next()).collect()
 }
 

@@ -2,18 +2,16 @@
 //! from the kernel layout.
 
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
+use bitnet_core::random::nth;
 use bitnet_core::scheme::Rounding;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ZeroPoints, pack};
 use bitnet_kernels::matmul::{Activations, MAX_COLS, PANEL, Parts, Prepacked, Stream};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use proptest::prelude::*;
 
-/// Thoroughly mixed bits of `i` (the finaliser of splitmix64).
+/// Random bits that depend on `i` alone.
 fn mix(i: usize) -> u64 {
-    let i = (i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let i = (i ^ (i >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let i = (i ^ (i >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    i ^ (i >> 31)
+    nth(i as u64, 0)
 }
 
 fn byte(i: usize) -> i8 {

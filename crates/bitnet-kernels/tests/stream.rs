@@ -4,6 +4,7 @@
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
 use bitnet_core::pack::{by_name, layouts};
+use bitnet_core::random::Random;
 use bitnet_core::scheme::{Rounding, ScaleRule, Scheme, Threshold};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, quantize};
 use bitnet_kernels::stream::{
@@ -46,32 +47,13 @@ fn everywhere(mut each: impl FnMut(Kernels, &Pool) -> Result<(), String>) {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-struct Random(u64);
+fn trits(random: &mut Random, n: usize) -> Vec<i8> {
+    (0..n).map(|_| random.trit()).collect()
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 33
-    }
-
-    fn trits(&mut self, n: usize) -> Vec<i8> {
-        (0..n).map(|_| (self.next() % 3) as i8 - 1).collect()
-    }
-
-    /// Bell-shaped.
-    fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n)
-            .map(|_| {
-                (0..4)
-                    .map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5)
-                    .sum::<f32>()
-                    * 0.05
-            })
-            .collect()
-    }
+/// Normally distributed.
+fn floats(random: &mut Random, n: usize) -> Vec<f32> {
+    (0..n).map(|_| random.normal() as f32 * 0.03).collect()
 }
 
 fn spec(rows: usize, cols: usize, granularity: Granularity, scale_dtype: ScaleDtype) -> MatrixSpec {
@@ -136,7 +118,7 @@ fn check_layout(
 
 #[test]
 fn dense_layouts_of_every_length() {
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     for cols in COLS {
         for (rows, granularity) in [
             (1, Granularity::Tensor),
@@ -144,7 +126,10 @@ fn dense_layouts_of_every_length() {
             (4, Granularity::Group(24)),
         ] {
             let spec = spec(rows, cols, granularity, ScaleDtype::F32);
-            let (values, scales) = (random.trits(rows * cols), random.floats(spec.scales_len()));
+            let (values, scales) = (
+                trits(&mut random, rows * cols),
+                floats(&mut random, spec.scales_len()),
+            );
             everywhere(|kernels, pool| {
                 check_layout("two-bit", &spec, &values, &scales, kernels, pool)?;
                 check_layout("base-3", &spec, &values, &scales, kernels, pool)
@@ -154,7 +139,7 @@ fn dense_layouts_of_every_length() {
                 ..spec.clone()
             };
             let values: Vec<i8> = (0..rows * cols)
-                .map(|_| (random.next() % 4) as i8 - 2)
+                .map(|_| random.below(4) as i8 - 2)
                 .collect();
             everywhere(|kernels, pool| {
                 check_layout("two-bit", &int2, &values, &scales, kernels, pool)
@@ -165,11 +150,11 @@ fn dense_layouts_of_every_length() {
 
 #[test]
 fn many_rows_in_many_parts() {
-    let mut random = Random(2);
+    let mut random = Random::new(2);
     let shapes = [(2, 400_001), (700, 1280), (701, 1283), (40_000, 19)];
     for (rows, cols) in shapes.into_iter().take(if emulated() { 1 } else { 4 }) {
         let spec = spec(rows, cols, Granularity::Channel, ScaleDtype::F32);
-        let (values, scales) = (random.trits(rows * cols), random.floats(rows));
+        let (values, scales) = (trits(&mut random, rows * cols), floats(&mut random, rows));
         everywhere(|kernels, pool| {
             check_layout("two-bit", &spec, &values, &scales, kernels, pool)?;
             check_layout("base-3", &spec, &values, &scales, kernels, pool)
@@ -180,9 +165,9 @@ fn many_rows_in_many_parts() {
 /// Outputs so large that they are written past the caches, at every alignment.
 #[test]
 fn large_outputs() {
-    let mut random = Random(3);
+    let mut random = Random::new(3);
     let spec = spec(4099, 4096, Granularity::Tensor, ScaleDtype::F32);
-    let values = random.trits(spec.values_len());
+    let values = trits(&mut random, spec.values_len());
     let layout = by_name("two-bit").expect("a layout");
     let mut packed = vec![];
     layout
@@ -221,10 +206,10 @@ fn large_outputs() {
 
 #[test]
 fn foreign_layouts() {
-    let mut random = Random(4);
+    let mut random = Random::new(4);
     let shapes = [(4, 256), (12, 512), (8, 1280), (6, 256), (400, 2560)];
     for (rows, cols) in shapes.into_iter().take(if emulated() { 4 } else { 5 }) {
-        let values = random.trits(rows * cols);
+        let values = trits(&mut random, rows * cols);
         let scale = |dtype: ScaleDtype| dtype.round(0.037);
         let tensor = spec(rows, cols, Granularity::Tensor, ScaleDtype::F32);
         let f16 = spec(rows, cols, Granularity::Tensor, ScaleDtype::F16);
@@ -281,7 +266,7 @@ fn foreign_layouts() {
 /// says.
 #[test]
 fn every_damaged_byte_is_seen() {
-    let mut random = Random(5);
+    let mut random = Random::new(5);
     let names = [
         "two-bit",
         "base-3",
@@ -305,7 +290,7 @@ fn every_damaged_byte_is_seen() {
                 ScaleDtype::F32
             };
             let spec = spec(rows, cols, Granularity::Tensor, dtype);
-            let values = random.trits(rows * cols);
+            let values = trits(&mut random, rows * cols);
             let mut bytes = vec![];
             layout
                 .pack_into(&spec, &values, &[0.5], &mut bytes)
@@ -467,15 +452,8 @@ fn check_quantize(
 }
 
 fn schemes() -> Vec<Scheme> {
-    let thresholds = [
-        Threshold::Absmean,
-        Threshold::Mean,
-        Threshold::Median,
-        Threshold::Optimal,
-        Threshold::Adaptive,
-        Threshold::Factor(0.6),
-    ];
-    let mut all: Vec<Scheme> = thresholds.map(Scheme::ternary).to_vec();
+    let thresholds = Threshold::PLAIN.iter().chain(&[Threshold::Factor(0.6)]);
+    let mut all: Vec<Scheme> = thresholds.map(|&t| Scheme::ternary(t)).collect();
     for rounding in [Rounding::HalfAway, Rounding::HalfUp] {
         all.push(Scheme { rounding, ..all[0] });
     }
@@ -492,10 +470,10 @@ fn schemes() -> Vec<Scheme> {
 
 #[test]
 fn quantize_and_pack_is_quantize_then_pack() {
-    let mut random = Random(6);
+    let mut random = Random::new(6);
     let shapes = [(1, 1), (3, 33), (4, 256), (3, 1291)];
     for (rows, cols) in shapes.into_iter().take(if emulated() { 2 } else { 4 }) {
-        let w = random.floats(rows * cols);
+        let w = floats(&mut random, rows * cols);
         let halves: Vec<f16> = w.iter().map(|&w| f16::from_f32(w)).collect();
         let brains: Vec<bf16> = w.iter().map(|&w| bf16::from_f32(w)).collect();
         let wide_halves: Vec<f32> = halves.iter().map(|h| h.to_f32()).collect();
@@ -537,10 +515,9 @@ fn quantize_and_pack_is_quantize_then_pack() {
 /// More than one strip of the tensor, and a sum whose last bits depend on the order.
 #[test]
 fn a_large_tensor_has_the_scale_of_core() {
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let (rows, cols) = (if emulated() { 129 } else { 300 }, 2049);
-    let w: Vec<f32> = random
-        .floats(rows * cols)
+    let w: Vec<f32> = floats(&mut random, rows * cols)
         .into_iter()
         .map(|w| w * w * w * 1e5)
         .collect();
@@ -554,9 +531,9 @@ fn a_large_tensor_has_the_scale_of_core() {
 
 #[test]
 fn ternary_in_the_same_ternary_out() {
-    let mut random = Random(8);
+    let mut random = Random::new(8);
     let (rows, cols) = (5, 1283);
-    let trits = random.trits(rows * cols);
+    let trits = trits(&mut random, rows * cols);
     for scheme in schemes().into_iter().take(9) {
         for granularity in [
             Granularity::Tensor,
@@ -713,9 +690,9 @@ fn check_token(x: &[f32], group: usize, stride: usize) {
 
 #[test]
 fn tokens_of_every_length() {
-    let mut random = Random(9);
+    let mut random = Random::new(9);
     for cols in COLS {
-        let x = random.floats(cols);
+        let x = floats(&mut random, cols);
         check_token(&x, cols, cols);
         check_token(&x, 48, 64);
         check_token(&x.iter().map(|x| x * 1e-6).collect::<Vec<_>>(), 7, 7);

@@ -1,6 +1,7 @@
 //! Optimizer steps on every instruction set: the bits of the plain loops, which follow the
 //! equations in f64.
 
+use bitnet_core::random::Random;
 use bitnet_kernels::update::{Adam, Decay, Sgd};
 use bitnet_kernels::{Isa, Kernels};
 
@@ -8,13 +9,8 @@ const LENGTHS: [usize; 9] = [0, 1, 7, 15, 16, 17, 33, 255, 1025];
 
 /// Numbers of several magnitudes.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as f32 / (1u64 << 31) as f32
-    };
+    let mut random = Random::new(seed);
+    let mut next = || random.uniform() as f32;
     (0..n)
         .map(|_| (next() - 0.5) * 10f32.powf(next() * 6.0 - 4.0))
         .collect()

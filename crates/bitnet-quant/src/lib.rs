@@ -9,7 +9,7 @@
 //! | [`checkpoint`], [`Job`], [`Recipe`] | whole models; re-exported from `bitnet-checkpoint` |
 //!
 //! Features: `tensor` (layers and quantizers on candle), `calibration`, `advanced` (mixed
-//! precision), `qat` (training), `plot` (drawings of a training's log).
+//! precision), `qat` (training).
 #![forbid(unsafe_code)]
 
 mod error;

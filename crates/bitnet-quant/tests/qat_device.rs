@@ -8,6 +8,7 @@
 //! `qat/graph_tests.rs` tests the results of these operations on the CPU.
 #![cfg(feature = "qat")]
 
+use bitnet_core::random::Random;
 use bitnet_quant::qat::{
     CheckpointConfig, Linear, Linears, Optimizer, QATConfig, QATTrainer, Rates,
     StraightThroughEstimator, Task,
@@ -29,14 +30,10 @@ fn device() -> Option<Device> {
 
 /// Numbers in (−1, 1).
 fn numbers(seed: u64, shape: &[usize], device: &Device) -> Result<Tensor> {
-    let mut state = seed + 1;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0
-    };
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
+    let mut random = Random::new(seed);
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| (2.0 * random.uniform() - 1.0) as f32)
+        .collect();
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 

@@ -1,8 +1,9 @@
-//! Time and memory of training steps: quantized layers beside the full-precision twin, on the same
+//! Time and memory of training steps: quantized layers against the full-precision twin, on the same
 //! data, in turns.
 //!
 //! ```sh
-//! cargo run --release -p bitnet-train --example steps            # a table in Markdown; --rounds N, default 15
+//! # Prints a table in Markdown; --rounds N, default 15.
+//! cargo run --release -p bitnet-train --example steps
 //! ```
 
 use bitnet_quant::QuantizationConfig;
@@ -10,9 +11,11 @@ use bitnet_quant::qat::{
     Linears, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare,
 };
 use bitnet_train::folder;
-use bitnet_train::models::{CnnConfig, Decoder, DecoderShape, ImageModel, ImageShape, MlpConfig};
+use bitnet_train::models::{
+    CnnConfig, DecoderModel, DecoderShape, ImageModel, ImageShape, MlpConfig,
+};
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::{Random, variables};
+use bitnet_train::variables::{stream, variables};
 use candle_core::{Device, Tensor};
 use candle_nn::{AdamW, Optimizer as _, ParamsAdamW, VarMap};
 use std::path::Path;
@@ -29,15 +32,15 @@ const STEPS: usize = 4;
 /// A model with one batch.
 enum Case {
     Image(ImageModel, Tensor, Tensor),
-    Text(Box<Decoder>, Tensor, Tensor),
+    Text(Box<DecoderModel>, Tensor, Tensor),
 }
 
 impl Case {
-    /// A model with the same weights and data each time.
+    /// A model with the same weights and data in every call.
     fn new(name: &str) -> Result<(Self, VarMap)> {
         let vars = VarMap::new();
         let vb = variables(&vars, 1);
-        let mut random = Random::new(1, "data");
+        let mut random = stream(1, "data");
         let mut image = |shape: ImageShape, batch: usize| -> Result<Self> {
             let pixels: Vec<f32> = (0..batch * 784).map(|_| random.normal() as f32).collect();
             let labels: Vec<u32> = (0..batch).map(|_| random.below(10) as u32).collect();
@@ -80,7 +83,7 @@ impl Case {
                 };
                 let shape = if name == "decoder-1m" { small } else { large };
                 let (batch, context) = (16, 128);
-                let decoder = Decoder::new(
+                let decoder = DecoderModel::new(
                     Path::new(name),
                     &shape.config_json(256, context)?,
                     context,
@@ -113,7 +116,7 @@ impl Case {
     }
 }
 
-/// What updates the weights.
+/// The optimizer that updates the weights.
 enum Update {
     Candle(AdamW),
     Ours(Box<Optimizer>),
@@ -184,7 +187,7 @@ fn peak() -> Result<f64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1e3)
 }
 
-/// Peak memory of another process that trains one model and nothing else.
+/// Peak memory of a process that trains this model only.
 fn measured(name: &str, kind: &str) -> Result<f64> {
     let output = Command::new(std::env::current_exe()?)
         .args(["memory", name, kind])
@@ -213,7 +216,8 @@ fn main() -> Result<()> {
         _ => return Err("expected nothing, or --rounds N".into()),
     };
     println!(
-        "| model | twin, candle's AdamW | twin, our AdamW | quantized | to candle's | to ours | memory of twin | quantized | ratio |"
+        "| model | twin, candle's AdamW | twin, our AdamW | quantized | to candle's | to ours \
+         | memory of twin | quantized | ratio |"
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     for name in MODELS {
@@ -226,7 +230,7 @@ fn main() -> Result<()> {
         for round in 0..=rounds {
             for (runner, times) in runners.iter_mut().zip(&mut times) {
                 let seconds = runner.step()?;
-                // The first one is for caches and pages.
+                // The first round warms up caches and pages.
                 if round > 0 {
                     times.push(seconds);
                 }
@@ -236,7 +240,8 @@ fn main() -> Result<()> {
         let [candle, ours, quantized] = times.map(median);
         let (full_memory, memory) = (measured(name, "full")?, measured(name, "quantized")?);
         println!(
-            "| {name} | {:.1} ms | {:.1} ms | {:.1} ms | {:.2} x | {:.2} x | {full_memory:.0} MB | {memory:.0} MB | {:.2} x |",
+            "| {name} | {:.1} ms | {:.1} ms | {:.1} ms | {:.2} x | {:.2} x \
+             | {full_memory:.0} MB | {memory:.0} MB | {:.2} x |",
             candle * 1e3,
             ours * 1e3,
             quantized * 1e3,

@@ -1,4 +1,4 @@
-//! What a run is told: one document for flags, TOML and the folder that it writes.
+//! The settings of a run: one document for the flags, the TOML file and run.toml.
 
 use crate::models::DecoderShape;
 use crate::{Error, Result};
@@ -8,22 +8,22 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A classifier of images.
+/// Settings of an image classifier.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageConfig {
-    /// What is learnt from.
+    /// The images.
     pub data: ImageData,
-    /// What learns.
+    /// The network.
     pub model: ImageModelConfig,
-    /// How the run goes.
+    /// The run.
     pub run: RunConfig,
-    /// How both the full-precision twin and the quantized model are trained.
+    /// The training of the full-precision twin and of the quantized model.
     pub training: QATConfig,
 }
 
 impl ImageConfig {
-    /// Leaves the first convolution in floats unless a rule says something about it.
+    /// Excludes the first convolution from quantization.
     pub fn complete(&mut self) {
         const FIRST: &str = "conv.0.weight";
         let recipe = &mut self.training.quantization;
@@ -53,42 +53,28 @@ impl Default for ImageData {
     }
 }
 
-/// Which network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// The kinds of networks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Network {
     /// A multilayer perceptron.
     #[default]
     Mlp,
-    /// A small convolutional network, whose first layer stays in floats: it has 9 inputs.
+    /// A small convolutional network. Its first layer has 9 inputs and stays in floats.
     Cnn,
 }
 
-impl std::str::FromStr for Network {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "mlp" => Ok(Self::Mlp),
-            "cnn" => Ok(Self::Cnn),
-            _ => Err(Error::option(
-                "model.network",
-                "mlp or cnn",
-                format!("'{s}'"),
-            )),
-        }
-    }
-}
+bitnet_core::named!(Network, "network", { Mlp = "mlp", Cnn = "cnn" });
 
-/// A network by its sizes.
+/// Kind and sizes of a network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageModelConfig {
-    /// Which one.
+    /// The kind.
     pub network: Network,
-    /// Elements of each hidden layer of the perceptron, or channels of each convolution. Default:
-    /// 512, 512; 32, 64.
+    /// Elements of each hidden layer of the perceptron (default 512, 512), or channels of each
+    /// convolution (default 32, 64).
     pub sizes: Vec<usize>,
-    /// Elements of the layer behind the convolutions.
+    /// Elements of the layer after the convolutions.
     pub dense: usize,
     /// Whether an RMS norm precedes every layer but the first.
     pub norm: bool,
@@ -105,17 +91,17 @@ impl Default for ImageModelConfig {
     }
 }
 
-/// A language model.
+/// Settings of a language model.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LmConfig {
-    /// What is learnt from.
+    /// The text.
     pub data: TextData,
-    /// What learns.
+    /// The decoder.
     pub model: LmModelConfig,
-    /// How the run goes.
+    /// The run.
     pub run: RunConfig,
-    /// How both the full-precision twin and the quantized model are trained.
+    /// The training of the full-precision twin and of the quantized model.
     pub training: QATConfig,
 }
 
@@ -125,13 +111,13 @@ pub struct LmConfig {
 pub struct TextData {
     /// The files, UTF-8.
     pub text: Vec<PathBuf>,
-    /// A tokenizer.json. Default: that of the model begun from; bytes where there is none.
+    /// A tokenizer.json. Default: that of the initial model; bytes if there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// Share of each file, at its end, that is held out.
+    /// Share of each file to hold out, at its end.
     pub held_out: f64,
-    /// Most held-out tokens that are measured on; 0: all. Taken from the whole of them at equal
-    /// distances, a window each.
+    /// Largest number of held-out tokens to measure on; 0: all. Windows are taken at equal
+    /// distances.
     pub measured: usize,
 }
 
@@ -146,17 +132,17 @@ impl Default for TextData {
     }
 }
 
-/// A decoder from a folder, or from scratch.
+/// A decoder, from a folder or with random weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LmModelConfig {
-    /// A folder with config.json, float weights and perhaps a tokenizer.json to begin from. Then
-    /// `shape` says nothing.
+    /// Folder of the initial model: config.json, float weights and perhaps tokenizer.json. Then
+    /// `shape` is ignored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from: Option<PathBuf>,
     /// Tokens of a window.
     pub context: usize,
-    /// A new decoder.
+    /// Shape of a decoder with random weights.
     pub shape: DecoderShape,
 }
 
@@ -170,23 +156,23 @@ impl Default for LmModelConfig {
     }
 }
 
-/// How a run goes.
+/// Settings of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// What all randomness is drawn from.
+    /// Random seed.
     pub seed: u64,
-    /// Images, or windows, of a micro-batch.
+    /// Number of images or windows in a micro-batch.
     pub batch: usize,
-    /// Whether the full-precision twin is trained first, from the same start on the same data: the
-    /// report compares with it.
+    /// Whether to train the full-precision twin first, from the same initial weights on the same
+    /// data, as the baseline of the report.
     pub twin: bool,
-    /// Whether the quantized model begins with the twin's weights instead of the twin's start.
+    /// Whether the quantized model starts from the twin's final weights, not its initial ones.
     pub fine_tune: bool,
-    /// What is also learnt from.
+    /// The teacher for distillation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<Teacher>,
-    /// How much the teacher counts.
+    /// Weights of the distillation terms.
     pub distillation: Distillation,
 }
 
@@ -203,7 +189,7 @@ impl Default for RunConfig {
     }
 }
 
-/// A model to learn from.
+/// A teacher for distillation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Teacher {
@@ -232,19 +218,19 @@ impl From<Teacher> for String {
     }
 }
 
-/// `loss = (1 − logits)·L + logits·KL + hidden·MSE + relations·R`, L the cross-entropy with the
-/// data.
+/// `loss = (1 − logits)·L + logits·KL + hidden·MSE + relations·R`, where L is the cross-entropy
+/// with the data.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Distillation {
-    /// Share of the divergence from the teacher's outputs.
+    /// Share of the KL divergence from the teacher's outputs.
     pub logits: f64,
-    /// Temperature of both outputs in it.
+    /// Temperature of both outputs in that divergence.
     pub temperature: f64,
-    /// Weight of the distance of hidden states; decoders with as many layers of the same size.
+    /// Weight of the distance of hidden states; decoders with equal numbers and sizes of layers.
     pub hidden: f64,
     /// Weight of the divergence of the last layer's relations among queries, keys and values;
-    /// decoders.
+    /// decoders only.
     pub relations: f64,
 }
 
@@ -312,7 +298,7 @@ impl RunConfig {
 /// Reads a configuration in TOML.
 ///
 /// # Errors
-/// [`Error::Config`] with what is wrong and where.
+/// [`Error::Config`] with the error and its line.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let bad = |what: String| Error::Config {
         path: path.to_path_buf(),

@@ -1,4 +1,4 @@
-//! The teacher's part of a loss.
+//! Distillation: the terms of a loss that compare student and teacher.
 
 use crate::config::Distillation;
 use crate::models::Trace;
@@ -20,8 +20,8 @@ pub(crate) fn logits(
         + (logits_loss(student, teacher, how.temperature)? * how.logits)?)?)
 }
 
-/// `loss`, and the mean distance of hidden states, and the mean divergence of the three relations
-/// of the last layer, as weighted.
+/// Adds to `loss` the weighted mean distance of hidden states and the weighted mean divergence of
+/// the three relations of the last layer.
 pub(crate) fn traces(
     mut loss: Tensor,
     student: &Trace,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// What can go wrong between data and a trained model.
+/// Errors of a training run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,35 +15,35 @@ pub enum Error {
     /// The packed model cannot be run.
     #[error(transparent)]
     Inference(#[from] bitnet_inference::Error),
-    /// candle could not do it.
+    /// An operation of candle failed.
     #[error(transparent)]
     Candle(Box<candle_core::Error>),
-    /// Data are not what they should be.
+    /// A data file has wrong content.
     #[error("{}: expected {expected}, got {got}", path.display())]
     Data {
         /// The file.
         path: PathBuf,
-        /// What should be there.
+        /// The expected content.
         expected: String,
-        /// What is there.
+        /// The content.
         got: String,
     },
-    /// A setting that means nothing, or that contradicts another.
+    /// A setting is invalid or contradicts another.
     #[error("{option}: expected {expected}, got {got}")]
     Option {
-        /// Its name.
+        /// Name of the setting.
         option: String,
-        /// What it takes.
+        /// The accepted values.
         expected: String,
-        /// What it was given.
+        /// The given value.
         got: String,
     },
-    /// A configuration file is not one.
+    /// A configuration file cannot be read.
     #[error("{}: {what}", path.display())]
     Config {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with its line.
+        /// The error, with its line.
         what: String,
     },
     /// The tokenizer cannot be used.
@@ -51,7 +51,7 @@ pub enum Error {
     Tokenizer {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         what: String,
     },
 }

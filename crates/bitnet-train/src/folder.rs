@@ -1,6 +1,7 @@
-//! Folders in the manner of Hugging Face: config.json, model.safetensors, and what belongs to them.
+//! Model folders as Hugging Face has them: config.json, model.safetensors and tokenizer files.
 
 use crate::{Error, Result};
+use bitnet_formats::replace::{Existing, PARTIAL, beside, place_folder, recover_folder, remove};
 use bitnet_formats::{Content, Source};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -19,7 +20,7 @@ pub fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {
         .collect()
 }
 
-/// Their values by name.
+/// The values of the variables by name.
 pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
     sorted(vars)
         .into_iter()
@@ -27,11 +28,11 @@ pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
         .collect()
 }
 
-/// Sets every variable from the tensor of its name in a checkpoint of floats.
+/// Sets every variable to the tensor of its name in a float checkpoint.
 ///
 /// # Errors
 /// [`Error::File`] for a tensor that is missing, has another shape, is quantized or not finite, and
-/// for one that no variable takes.
+/// for a tensor without a variable.
 pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     let vars = sorted(vars);
     for (name, var) in &vars {
@@ -41,15 +42,15 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
         Some(extra) => Err(bitnet_formats::Error::tensor(
             &source.path,
             &extra.name,
-            "no tensor, for it has no place in the model",
-            "one",
+            "only tensors that the model's training graph has",
+            "one that has no place in it",
         )
         .into()),
         None => Ok(()),
     }
 }
 
-/// A tensor of floats.
+/// Reads a float tensor of this shape.
 ///
 /// # Errors
 /// As [`load`].
@@ -85,8 +86,8 @@ pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// Writes a folder: weights in f32, config.json, and other files by name. It appears whole or not
-/// at all.
+/// Writes a folder with weights in f32, config.json and other files by name. The folder gets its
+/// name when it is complete.
 ///
 /// # Errors
 /// [`Error::File`] if the folder exists or cannot be written.
@@ -102,6 +103,29 @@ pub fn save(
         }
         .into());
     }
+    write(path, Existing::Refuse, tensors, config, files)
+}
+
+/// [`save`], also over a folder that exists.
+///
+/// # Errors
+/// [`Error::File`] if the folder cannot be written.
+pub fn replace(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &Value,
+    files: &[(String, Vec<u8>)],
+) -> Result<()> {
+    write(path, Existing::Replace, tensors, config, files)
+}
+
+fn write(
+    path: &Path,
+    existing: Existing,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &Value,
+    files: &[(String, Vec<u8>)],
+) -> Result<()> {
     let mut stored = vec![];
     for (name, tensor) in tensors {
         stored.push((name, tensor.dims().to_vec(), bytes(tensor)?));
@@ -125,19 +149,11 @@ pub fn save(
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let weights =
         safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
-    // Beside its target, so that a rename can give it its name.
-    let mut partial = path.as_os_str().to_os_string();
-    partial.push(".");
-    partial.push(bitnet_formats::output::PARTIAL);
-    let partial = Path::new(&partial);
+    let partial = beside(path, PARTIAL);
+    recover_folder(&partial, path)?;
     let written = (|| {
-        match fs::remove_dir_all(partial) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(bitnet_formats::Error::io(partial, "remove")(e));
-            }
-            _ => {}
-        }
-        fs::create_dir_all(partial).map_err(bitnet_formats::Error::io(partial, "create"))?;
+        remove(&partial)?;
+        fs::create_dir_all(&partial).map_err(bitnet_formats::Error::io(&partial, "create"))?;
         let write = |name: &str, bytes: &[u8]| {
             fs::write(partial.join(name), bytes)
                 .map_err(bitnet_formats::Error::io(&partial.join(name), "write"))
@@ -147,10 +163,10 @@ pub fn save(
         files
             .iter()
             .try_for_each(|(name, bytes)| write(name, bytes))?;
-        fs::rename(partial, path).map_err(bitnet_formats::Error::io(path, "rename to"))
+        place_folder(&partial, path, existing)
     })();
     if written.is_err() {
-        let _ = fs::remove_dir_all(partial);
+        let _ = remove(&partial);
     }
     Ok(written?)
 }
@@ -165,7 +181,7 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
         .collect())
 }
 
-/// The variables of a map as constants, of which no graph is kept.
+/// The variables of a map as constants, without gradients.
 pub fn constants(vars: &VarMap) -> VarBuilder<'static> {
     VarBuilder::from_tensors(
         tensors(vars).into_iter().collect(),

@@ -1,12 +1,13 @@
-//! Classifiers of images: what a run does with them.
+//! The workload of image classifiers.
 
 use crate::config::{Distillation, ImageConfig, Network};
 use crate::data::Images;
-use crate::data::images::Order;
+use crate::data::images::EpochOrder;
 use crate::distill;
 use crate::models::{CnnConfig, ImageModel, ImageShape, MlpConfig};
-use crate::random::variables;
-use crate::run::{Work, restore, state};
+use crate::run::Workload;
+use crate::run::resume::{check_task_state, task_state};
+use crate::variables::variables;
 use crate::{Error, Result, folder, ops};
 use bitnet_formats::Content;
 use bitnet_quant::qat::{Linear, Linears, Task};
@@ -16,17 +17,17 @@ use candle_nn::{VarBuilder, VarMap};
 use serde_json::Value;
 use std::path::Path;
 
-/// Images that are measured at a time.
+/// Number of images per evaluation batch.
 const MEASURED: usize = 500;
 
-/// The images of a run, and the shape of its model.
+/// Image classification: the images of a run and the shape of its model.
 #[derive(Debug)]
-pub struct ImageWork {
+pub struct ImageWorkload {
     shape: ImageShape,
     json: Value,
     train: Images,
     test: Images,
-    /// Mean and deviation of the pixels that are learnt from.
+    /// Mean and standard deviation of the training pixels.
     moments: (f64, f64),
     batch: usize,
     seed: u64,
@@ -35,12 +36,12 @@ pub struct ImageWork {
     quantization: QuantizationConfig,
 }
 
-impl ImageWork {
+impl ImageWorkload {
     /// Reads the images.
     ///
     /// # Errors
     /// As [`Images::read`]; [`Error::Data`] for test images of another size, [`Error::Option`] for
-    /// a shape that means nothing.
+    /// an invalid shape.
     pub fn new(config: &ImageConfig) -> Result<Self> {
         config.run.validate()?;
         let (folder, classes) = (&config.data.folder, config.data.classes);
@@ -62,7 +63,7 @@ impl ImageWork {
         if test.size() != (height, width) {
             return Err(Error::data(
                 folder,
-                format!("test images of {height} × {width} pixels, as those to learn from"),
+                format!("test images of {height} × {width} pixels, as for training"),
                 format!("{:?}", test.size()),
             ));
         }
@@ -107,7 +108,7 @@ impl ImageWork {
         })
     }
 
-    /// Share of the test images whose likeliest class is another one than theirs.
+    /// Share of the test images that the model classifies wrongly.
     fn error(&self, model: &ImageModel) -> candle_core::Result<f64> {
         let all: Vec<u32> = (0..self.test.len() as u32).collect();
         let mut wrong = 0;
@@ -124,7 +125,7 @@ impl ImageWork {
     }
 }
 
-impl Work for ImageWork {
+impl Workload for ImageWorkload {
     type Model = ImageModel;
 
     fn metric(&self) -> &'static str {
@@ -135,7 +136,7 @@ impl Work for ImageWork {
         ImageModel::new(&self.shape, vb)
     }
 
-    fn begin(&self, _: &VarMap) -> Result<()> {
+    fn load_initial(&self, _: &VarMap) -> Result<()> {
         Ok(())
     }
 
@@ -147,18 +148,18 @@ impl Work for ImageWork {
         Ok(vec![])
     }
 
-    fn task<'w>(
-        &'w self,
+    fn task<'t>(
+        &'t self,
         model: ImageModel,
         vars: VarMap,
         teacher: Option<ImageModel>,
-    ) -> Box<dyn Task + 'w> {
+    ) -> Box<dyn Task + 't> {
         Box::new(ImageTask {
-            work: self,
+            workload: self,
             model,
             vars,
             teacher,
-            order: Order::new(self.seed, self.train.len()),
+            order: EpochOrder::new(self.seed, self.train.len()),
         })
     }
 
@@ -190,7 +191,7 @@ impl Work for ImageWork {
         ImageModel::new(&model, &folder::constants(&vars))
     }
 
-    /// Runs the layers of a folder as they are there: packed ones in integers.
+    /// Runs the layers of a folder, packed layers in integers.
     fn measure(&self, path: &Path) -> Result<f64> {
         let source = Source::open(path)?;
         let vars = VarMap::new();
@@ -216,12 +217,12 @@ impl Work for ImageWork {
     }
 }
 
-struct ImageTask<'w> {
-    work: &'w ImageWork,
+struct ImageTask<'t> {
+    workload: &'t ImageWorkload,
     model: ImageModel,
     vars: VarMap,
     teacher: Option<ImageModel>,
-    order: Order,
+    order: EpochOrder,
 }
 
 impl Task for ImageTask<'_> {
@@ -230,9 +231,11 @@ impl Task for ImageTask<'_> {
     }
 
     fn loss(&mut self, step: u64, micro: u64) -> bitnet_quant::Result<Tensor> {
-        let work = self.work;
-        let indices = self.order.batch(step * work.accumulate + micro, work.batch);
-        let (images, labels) = work.train.batch(&indices, work.moments)?;
+        let workload = self.workload;
+        let indices = self
+            .order
+            .batch(step * workload.accumulate + micro, workload.batch);
+        let (images, labels) = workload.train.batch(&indices, workload.moments)?;
         let logits = self.model.forward(&images)?;
         let loss = ops::cross_entropy(&logits, &labels)?;
         match &self.teacher {
@@ -241,13 +244,13 @@ impl Task for ImageTask<'_> {
                 loss,
                 &logits,
                 &teacher.forward(&images)?,
-                &work.distillation,
+                &workload.distillation,
             ),
         }
     }
 
     fn evaluate(&mut self) -> bitnet_quant::Result<f64> {
-        Ok(self.work.error(&self.model)?)
+        Ok(self.workload.error(&self.model)?)
     }
 
     fn linears(&mut self) -> Option<&mut dyn Linears> {
@@ -255,21 +258,21 @@ impl Task for ImageTask<'_> {
     }
 
     fn state(&self) -> Value {
-        let work = self.work;
-        state(
-            work.seed,
-            work.batch,
-            &work.distillation,
+        let workload = self.workload;
+        task_state(
+            workload.seed,
+            workload.batch,
+            &workload.distillation,
             self.teacher.is_some(),
-            work.train.checksum(),
+            workload.train.checksum(),
         )
     }
 
     fn restore(&mut self, state: &Value) -> bitnet_quant::Result<()> {
-        restore(state, &self.state())
+        check_task_state(state, &self.state())
     }
 
     fn batch(&self) -> (u64, &'static str) {
-        (self.work.batch as u64, "images")
+        (self.workload.batch as u64, "images")
     }
 }

@@ -1,10 +1,11 @@
-//! Language models: what a run does with them.
+//! The workload of language models.
 
 use crate::config::{Distillation, LmConfig};
 use crate::data::{Text, Vocabulary, text};
-use crate::models::Decoder;
-use crate::random::variables;
-use crate::run::{Work, restore, state};
+use crate::models::DecoderModel;
+use crate::run::Workload;
+use crate::run::resume::{check_task_state, task_state};
+use crate::variables::variables;
 use crate::{Error, Result, distill, folder, ops};
 use bitnet_inference::perplexity::{Windows, perplexity};
 use bitnet_inference::{ActivationType, CacheType, LoadOptions, Model};
@@ -17,36 +18,36 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Tokens that are measured at a time.
+/// Number of tokens per evaluation batch.
 const MEASURED: usize = 4096;
 
-/// The text of a run, and the shape of its model.
+/// Language modelling: the text of a run and the shape of its model.
 #[derive(Debug)]
-pub struct LmWork {
+pub struct LmWorkload {
     json: Value,
-    /// config.json, for messages.
+    /// Path of config.json, for messages.
     json_path: PathBuf,
     from: Option<Source>,
     vocabulary: Vocabulary,
     train: Vec<u32>,
-    /// Whole windows.
+    /// The windows to measure on.
     measured: Vec<u32>,
     context: usize,
     batch: usize,
     seed: u64,
     accumulate: u64,
     distillation: Distillation,
-    /// What the inputs of packed layers are.
+    /// Type of the inputs of packed layers.
     activations: ActivationType,
 }
 
-impl LmWork {
+impl LmWorkload {
     /// Reads model and text.
     ///
     /// # Errors
     /// As [`Source::open`], [`Vocabulary::read`] and [`Text::read`]; [`Error::Tokenizer`] for a
-    /// vocabulary with tokens that the model has not, [`Error::Data`] for a text that is too short,
-    /// [`Error::Option`] for a shape or context that means nothing.
+    /// vocabulary larger than the model's, [`Error::Data`] for a text that is too short,
+    /// [`Error::Option`] for an invalid shape or context.
     pub fn new(config: &LmConfig) -> Result<Self> {
         config.run.validate()?;
         let (data, model, context) = (&config.data, &config.model, config.model.context);
@@ -59,7 +60,8 @@ impl LmWork {
             .as_ref()
             .map(|folder| folder.join("tokenizer.json"))
             .filter(|path| path.exists());
-        let vocabulary = match data.tokenizer.as_deref().or(own.as_deref()) {
+        let tokenizer = data.tokenizer.clone().or(own);
+        let vocabulary = match &tokenizer {
             Some(path) => Vocabulary::read(path)?,
             None => Vocabulary::Bytes,
         };
@@ -80,12 +82,9 @@ impl LmWork {
             ),
         };
         let facts = bitnet_inference::Config::from_hf(&json_path, &json)?;
+        facts.architecture.training_graph(&json_path)?;
         if vocabulary.len() > facts.vocab {
-            let path = data
-                .tokenizer
-                .clone()
-                .or(own)
-                .unwrap_or_else(|| "bytes".into());
+            let path = tokenizer.unwrap_or_else(|| "bytes".into());
             let what = format!(
                 "expected at most {} tokens, the model's vocabulary, got {}",
                 facts.vocab,
@@ -95,18 +94,8 @@ impl LmWork {
         }
         let text = Text::read(&data.text, &vocabulary, data.held_out)?;
         text.check(&data.text[0], context)?;
-        let activations = match config.training.quantization.activations.unwrap_or_default() {
-            Activations::Int8 => ActivationType::Int8,
-            Activations::Float => ActivationType::Float,
-            other => {
-                let got = format!("{other:?}").to_lowercase();
-                return Err(Error::option(
-                    "training.quantization.activations",
-                    "int8 or float, which packed language models run with",
-                    got,
-                ));
-            }
-        };
+        let activations =
+            activation_type(config.training.quantization.activations.unwrap_or_default())?;
         Ok(Self {
             json,
             json_path,
@@ -123,12 +112,12 @@ impl LmWork {
         })
     }
 
-    fn decoder(&self, vb: &VarBuilder<'_>) -> Result<Decoder> {
-        Decoder::new(&self.json_path, &self.json, self.context, vb)
+    fn decoder(&self, vb: &VarBuilder<'_>) -> Result<DecoderModel> {
+        DecoderModel::new(&self.json_path, &self.json, self.context, vb)
     }
 
-    /// Mean of −ln p over all tokens of the windows but the first of each, in nats.
-    fn loss(&self, decoder: &Decoder) -> candle_core::Result<f64> {
+    /// Mean of −ln p in nats over the tokens of the windows, without the first of each.
+    fn loss(&self, decoder: &DecoderModel) -> candle_core::Result<f64> {
         let (mut sum, mut count, context) = (0.0, 0, self.context);
         for part in self.measured.chunks(MEASURED.div_ceil(context) * context) {
             let rows = part.len() / context;
@@ -142,13 +131,26 @@ impl LmWork {
     }
 }
 
+/// The type of activations in the inference engine.
+fn activation_type(activations: Activations) -> Result<ActivationType> {
+    match activations {
+        Activations::Int8 => Ok(ActivationType::Int8),
+        Activations::Float => Ok(ActivationType::Float),
+        other => Err(Error::option(
+            "training.quantization.activations",
+            "int8 or float, which packed language models run with",
+            format!("{other:?}").to_lowercase(),
+        )),
+    }
+}
+
 fn checksum(tokens: &[u32]) -> u64 {
     let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
     xxh3_64(&bytes)
 }
 
-/// Whole windows of a text, at most so many tokens if that is not 0, at equal distances; at least
-/// one.
+/// Whole windows of a text at equal distances: at most `most` tokens unless that is 0, and at least
+/// one window.
 fn windows(tokens: &[u32], context: usize, most: usize) -> Vec<u32> {
     let all = tokens.len() / context;
     let taken = if most == 0 {
@@ -162,18 +164,18 @@ fn windows(tokens: &[u32], context: usize, most: usize) -> Vec<u32> {
         .collect()
 }
 
-impl Work for LmWork {
-    type Model = Decoder;
+impl Workload for LmWorkload {
+    type Model = DecoderModel;
 
     fn metric(&self) -> &'static str {
         "loss"
     }
 
-    fn build(&self, vb: &VarBuilder<'_>) -> Result<Decoder> {
+    fn build(&self, vb: &VarBuilder<'_>) -> Result<DecoderModel> {
         self.decoder(vb)
     }
 
-    fn begin(&self, vars: &VarMap) -> Result<()> {
+    fn load_initial(&self, vars: &VarMap) -> Result<()> {
         self.from
             .iter()
             .try_for_each(|source| folder::load(vars, source))
@@ -181,7 +183,7 @@ impl Work for LmWork {
 
     fn config_json(&self) -> Value {
         let mut json = self.json.clone();
-        // What is written is f32, whatever it was read from.
+        // The weights are written in f32.
         for key in ["torch_dtype", "dtype"] {
             if let Some(dtype) = json.get_mut(key) {
                 *dtype = "float32".into();
@@ -194,21 +196,21 @@ impl Work for LmWork {
         self.vocabulary.files()
     }
 
-    fn task<'w>(
-        &'w self,
-        model: Decoder,
+    fn task<'t>(
+        &'t self,
+        model: DecoderModel,
         vars: VarMap,
-        teacher: Option<Decoder>,
-    ) -> Box<dyn Task + 'w> {
+        teacher: Option<DecoderModel>,
+    ) -> Box<dyn Task + 't> {
         Box::new(LmTask {
-            work: self,
+            workload: self,
             model,
             vars,
             teacher,
         })
     }
 
-    fn teacher(&self, path: &Path) -> Result<Decoder> {
+    fn teacher(&self, path: &Path) -> Result<DecoderModel> {
         let source = Source::open(path)?;
         let json = source
             .config
@@ -239,12 +241,12 @@ impl Work for LmWork {
             return Err(Error::data(path, expected, format!("{got:?}")));
         }
         let vars = VarMap::new();
-        Decoder::new(&json_path, &json, self.context, &variables(&vars, 0))?;
+        DecoderModel::new(&json_path, &json, self.context, &variables(&vars, 0))?;
         folder::load(&vars, &source)?;
-        Decoder::new(&json_path, &json, self.context, &folder::constants(&vars))
+        DecoderModel::new(&json_path, &json, self.context, &folder::constants(&vars))
     }
 
-    /// By the inference engine, whatever is in the folder.
+    /// Measures with the inference engine.
     fn measure(&self, path: &Path) -> Result<f64> {
         let model = Model::load_with(
             path,
@@ -269,11 +271,11 @@ impl Work for LmWork {
     }
 }
 
-struct LmTask<'w> {
-    work: &'w LmWork,
-    model: Decoder,
+struct LmTask<'t> {
+    workload: &'t LmWorkload,
+    model: DecoderModel,
     vars: VarMap,
-    teacher: Option<Decoder>,
+    teacher: Option<DecoderModel>,
 }
 
 impl Task for LmTask<'_> {
@@ -282,24 +284,24 @@ impl Task for LmTask<'_> {
     }
 
     fn loss(&mut self, step: u64, micro: u64) -> bitnet_quant::Result<Tensor> {
-        let work = self.work;
+        let workload = self.workload;
         let (tokens, targets) = text::batch(
-            &work.train,
-            work.seed,
-            step * work.accumulate + micro,
-            work.batch,
-            work.context,
+            &workload.train,
+            workload.seed,
+            step * workload.accumulate + micro,
+            workload.batch,
+            workload.context,
         )?;
         let Some(teacher) = &self.teacher else {
             return Ok(ops::cross_entropy(&self.model.forward(&tokens)?, &targets)?);
         };
-        if work.distillation.hidden == 0.0 && work.distillation.relations == 0.0 {
+        if workload.distillation.hidden == 0.0 && workload.distillation.relations == 0.0 {
             let logits = self.model.forward(&tokens)?;
             return distill::logits(
                 ops::cross_entropy(&logits, &targets)?,
                 &logits,
                 &teacher.forward(&tokens)?,
-                &work.distillation,
+                &workload.distillation,
             );
         }
         let (logits, trace) = self.model.forward_traced(&tokens)?;
@@ -308,13 +310,13 @@ impl Task for LmTask<'_> {
             ops::cross_entropy(&logits, &targets)?,
             &logits,
             &aim,
-            &work.distillation,
+            &workload.distillation,
         )?;
-        distill::traces(loss, &trace, &teacher, &work.distillation)
+        distill::traces(loss, &trace, &teacher, &workload.distillation)
     }
 
     fn evaluate(&mut self) -> bitnet_quant::Result<f64> {
-        Ok(self.work.loss(&self.model)?)
+        Ok(self.workload.loss(&self.model)?)
     }
 
     fn linears(&mut self) -> Option<&mut dyn Linears> {
@@ -322,24 +324,27 @@ impl Task for LmTask<'_> {
     }
 
     fn state(&self) -> Value {
-        let work = self.work;
-        let mut state = state(
-            work.seed,
-            work.batch,
-            &work.distillation,
+        let workload = self.workload;
+        let mut state = task_state(
+            workload.seed,
+            workload.batch,
+            &workload.distillation,
             self.teacher.is_some(),
-            checksum(&work.train),
+            checksum(&workload.train),
         );
-        state["context"] = work.context.into();
+        state["context"] = workload.context.into();
         state
     }
 
     fn restore(&mut self, state: &Value) -> bitnet_quant::Result<()> {
-        restore(state, &self.state())
+        check_task_state(state, &self.state())
     }
 
     fn batch(&self) -> (u64, &'static str) {
-        ((self.work.batch * self.work.context) as u64, "tokens")
+        (
+            (self.workload.batch * self.workload.context) as u64,
+            "tokens",
+        )
     }
 }
 

@@ -1,4 +1,4 @@
-//! What docs/training.md shows of the settings is what they are.
+//! The settings shown in docs/training.md parse and have their documented values.
 
 use bitnet_quant::qat::{EarlyStopping, Stage};
 use bitnet_train::config::ImageConfig;

@@ -2,11 +2,11 @@
 
 use bitnet_quant::QuantizationConfig;
 use bitnet_quant::qat::{
-    Betas, Method, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare,
+    Betas, Optimizer, OptimizerConfig, OptimizerMethod, Rates, StraightThroughEstimator, prepare,
 };
-use bitnet_train::models::{Decoder, DecoderShape};
+use bitnet_train::models::{DecoderModel, DecoderShape};
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::variables;
+use bitnet_train::variables::variables;
 use candle_core::{Device, Tensor};
 use candle_nn::VarMap;
 use serde_json::Value;
@@ -55,7 +55,7 @@ fn ten_steps_of_decoders_are_those_of_torch() {
         let (x, targets) = (tokens(&case["tokens"]), tokens(&case["targets"]));
         let vars = VarMap::new();
         let json = shape.config_json(size("vocab"), x.dim(1).unwrap()).unwrap();
-        let mut decoder = Decoder::new(
+        let mut decoder = DecoderModel::new(
             "golden".as_ref(),
             &json,
             x.dim(1).unwrap(),
@@ -92,7 +92,7 @@ fn ten_steps_of_decoders_are_those_of_torch() {
             eps: 1e-6,
         };
         let config = OptimizerConfig {
-            method: Method::AdamW(betas),
+            method: OptimizerMethod::AdamW(betas),
             learning_rate: 0.004,
             weight_decay: 0.1,
             ..OptimizerConfig::default()
@@ -105,7 +105,7 @@ fn ten_steps_of_decoders_are_those_of_torch() {
         );
         for (step, expected) in floats(&case["losses"]).iter().enumerate() {
             let loss = cross_entropy(&decoder.forward(&x).unwrap(), &targets).unwrap();
-            // Some 60 operations in f32, one after another.
+            // About 60 consecutive operations in f32.
             close(&format!("{name}: loss {step}"), &loss, &[*expected], 2e-5);
             let gradients = loss.backward().unwrap();
             if step == 0 {
@@ -124,8 +124,8 @@ fn ten_steps_of_decoders_are_those_of_torch() {
             optimizer.step(&gradients, Rates::default()).unwrap();
         }
         for (of, var) in &all {
-            // Adam divides by the size of a gradient, and so makes the error of a small one large:
-            // ten steps of 0.004 against weights around 1.
+            // Adam divides by the size of a gradient, which enlarges the error of a small one: ten
+            // steps of 0.004 against weights around 1.
             close(
                 &format!("{name}: {of}"),
                 var.as_tensor(),

@@ -1,11 +1,11 @@
-//! Each operation against the same function written with candle's own operations, and its gradients
-//! against those and against differences.
+//! Each operation and its gradients against the same function in candle's operations, and against
+//! difference quotients.
 
 use bitnet_train::ops::{self, Angles};
 use candle_core::{D, Device, Result, Tensor, Var};
 
 fn normal(shape: &[usize], seed: u64) -> Var {
-    let mut random = bitnet_train::random::Random::new(seed, "gradients");
+    let mut random = bitnet_train::variables::stream(seed, "gradients");
     let values: Vec<f32> = (0..shape.iter().product())
         .map(|_| random.normal() as f32)
         .collect();
@@ -67,7 +67,7 @@ fn rms_norm() {
             let root = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?.sqrt()?;
             x.broadcast_div(&root)?.broadcast_mul(&gain)
         };
-        // Sums of up to 130 rows of numbers around 1: 130 · 2⁻²⁴ and room.
+        // Sums of up to 130 rows of numbers around 1: 130 · 2⁻²⁴ and a margin.
         same(&[&x, &gain], || ops::rms_norm(&x, &gain, 1e-5), plain, 1e-4);
     }
 }
@@ -234,7 +234,7 @@ fn patches_make_a_convolution() {
 #[test]
 fn pooling_gives_the_gradient_to_one_of_equals() {
     let x = normal(&[2, 6, 4, 3], 1);
-    // Not candle's own pooling: its gradient is a quarter of what it should be.
+    // Not candle's pooling, whose gradient is a quarter of the right value.
     let plain = || x.reshape(&[2, 3, 2, 2, 2, 3][..])?.max(4)?.max(2);
     same(&[&x], || ops::max_pool(&x), plain, 1e-6);
     let equal = Var::from_tensor(

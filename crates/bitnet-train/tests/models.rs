@@ -1,14 +1,14 @@
-//! Models against the inference engine, against finite differences, and in what they accept.
+//! Models against the inference engine and difference quotients, and their rejection of bad input.
 
-use bitnet_inference::{CacheType, Model, Scratch, Step, Want};
+use bitnet_inference::{CacheType, ForwardBuffers, ForwardStep, Model, WantedLogits};
 use bitnet_quant::Source;
 use bitnet_quant::qat::Linears;
 use bitnet_train::folder;
 use bitnet_train::models::{
-    Cnn, CnnConfig, Decoder, DecoderShape, ImageModel, ImageShape, Mlp, MlpConfig,
+    Cnn, CnnConfig, DecoderModel, DecoderShape, ImageModel, ImageShape, Mlp, MlpConfig,
 };
 use bitnet_train::ops::cross_entropy;
-use bitnet_train::random::{Random, variables};
+use bitnet_train::variables::{stream, variables};
 use candle_core::{Device, Tensor};
 use candle_nn::VarMap;
 use std::path::Path;
@@ -30,13 +30,13 @@ fn names(model: &mut dyn Linears) -> Vec<String> {
 fn inferred(folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let model = Model::load(folder).unwrap();
     let mut cache = bitnet_inference::KvCache::new(model.config(), tokens.len(), CacheType::F32);
-    let mut scratch = Scratch::default();
+    let mut scratch = ForwardBuffers::default();
     model
         .forward(
-            &mut [Step {
+            &mut [ForwardStep {
                 cache: &mut cache,
                 tokens,
-                want: Want::All,
+                want: WantedLogits::All,
             }],
             &mut scratch,
         )
@@ -44,7 +44,7 @@ fn inferred(folder: &Path, tokens: &[u32]) -> Vec<f32> {
         .to_vec()
 }
 
-fn check_against_inference(decoder: &Decoder, folder: &Path) {
+fn check_against_inference(decoder: &DecoderModel, folder: &Path) {
     let tokens: Vec<u32> = (0..24)
         .map(|i| (i * 37 + 11) % decoder.config().vocab as u32)
         .collect();
@@ -74,7 +74,8 @@ fn the_decoder_computes_what_the_inference_engine_does() {
     let source = Source::open(ASSETS.as_ref()).unwrap();
     let vars = VarMap::new();
     let config = source.config.clone().unwrap();
-    let mut decoder = Decoder::new(ASSETS.as_ref(), &config, 24, &variables(&vars, 0)).unwrap();
+    let mut decoder =
+        DecoderModel::new(ASSETS.as_ref(), &config, 24, &variables(&vars, 0)).unwrap();
     folder::load(&vars, &source).unwrap();
     check_against_inference(&decoder, ASSETS.as_ref());
     let names = names(&mut decoder);
@@ -109,7 +110,8 @@ fn what_is_written_is_what_is_run() {
         };
         let config = shape.config_json(50, 32).unwrap();
         let vars = VarMap::new();
-        let mut decoder = Decoder::new("new".as_ref(), &config, 32, &variables(&vars, 5)).unwrap();
+        let mut decoder =
+            DecoderModel::new("new".as_ref(), &config, 32, &variables(&vars, 5)).unwrap();
         let work = tempfile::tempdir().unwrap();
         let path = work.path().join("model");
         folder::save(&path, &folder::tensors(&vars), &config, &[]).unwrap();
@@ -132,7 +134,7 @@ fn a_checkpoint_of_another_shape_or_with_other_tensors_is_refused() {
     let make = |layers| {
         let vars = VarMap::new();
         let config = shape(layers).config_json(9, 8).unwrap();
-        Decoder::new("new".as_ref(), &config, 8, &variables(&vars, 1)).unwrap();
+        DecoderModel::new("new".as_ref(), &config, 8, &variables(&vars, 1)).unwrap();
         (vars, config)
     };
     let (two, config) = make(2);
@@ -175,7 +177,7 @@ fn a_checkpoint_of_another_shape_or_with_other_tensors_is_refused() {
 /// The derivative along a random direction of all variables is that of the difference quotient.
 fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
     let gradients = loss().backward().unwrap();
-    let mut random = Random::new(3, "direction");
+    let mut random = stream(3, "direction");
     let (mut slope, mut directions) = (0.0, vec![]);
     let mut all: Vec<_> = vars
         .data()
@@ -221,7 +223,7 @@ fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
         }
         f64::from(loss().to_scalar::<f32>().unwrap())
     };
-    // Small beside the embedding's deviation of 0.02, and large beside the rounding of a loss of 2.
+    // Small against the embedding's deviation of 0.02, large against the rounding of a loss of 2.
     let h = 1e-4;
     let difference = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
     assert!(
@@ -243,7 +245,7 @@ fn slopes_of_the_decoders_are_those_of_differences() {
             ..Default::default()
         };
         let vars = VarMap::new();
-        let decoder = Decoder::new(
+        let decoder = DecoderModel::new(
             "new".as_ref(),
             &shape.config_json(11, 6).unwrap(),
             6,
@@ -265,6 +267,47 @@ fn slopes_of_the_decoders_are_those_of_differences() {
     }
 }
 
+/// A qwen3 is a llama with norms of q and k: trained as llama it would lose them.
+#[test]
+fn a_model_without_a_training_graph_is_refused() {
+    let json = DecoderShape::default().config_json(11, 6).unwrap();
+    let mut qwen3 = json.clone();
+    qwen3["model_type"] = "qwen3".into();
+    let path = Path::new("config.json");
+    let error = DecoderModel::new(path, &qwen3, 6, &variables(&VarMap::new(), 2)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "config.json: model_type: expected 'llama' or 'bitnet', got \"qwen3\""
+    );
+    let shape = DecoderShape {
+        architecture: "qwen3".into(),
+        ..Default::default()
+    };
+    let message = shape.config_json(11, 6).unwrap_err().to_string();
+    assert!(
+        message.contains("expected llama or bitnet, got 'qwen3'"),
+        "{message}"
+    );
+
+    let vars = VarMap::new();
+    DecoderModel::new(path, &json, 6, &variables(&vars, 2)).unwrap();
+    let mut tensors = folder::tensors(&vars);
+    let name = "model.layers.0.self_attn.q_norm.weight";
+    let norm = Tensor::ones(32, candle_core::DType::F32, &Device::Cpu).unwrap();
+    tensors.insert(name.into(), norm);
+    let dir = tempfile::tempdir().unwrap();
+    let written = dir.path().join("model");
+    folder::save(&written, &tensors, &json, &[]).unwrap();
+    let message = folder::load(&vars, &Source::open(&written).unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains(name) && message.contains("training graph"),
+        "{message}"
+    );
+    assert_eq!(message.lines().count(), 1);
+}
+
 #[test]
 fn slopes_of_the_image_models_are_those_of_differences() {
     let mlp = ImageShape::Mlp(MlpConfig {
@@ -284,7 +327,7 @@ fn slopes_of_the_image_models_are_those_of_differences() {
     for shape in [mlp, cnn] {
         let vars = VarMap::new();
         let model = ImageModel::new(&shape, &variables(&vars, 2)).unwrap();
-        let mut random = Random::new(1, "images");
+        let mut random = stream(1, "images");
         let images: Vec<f32> = (0..7 * 64).map(|_| random.normal() as f32).collect();
         let images = Tensor::from_vec(images, (7, 64), &Device::Cpu).unwrap();
         let labels = Tensor::new(&[0u32, 1, 2, 3, 4, 0, 2], &Device::Cpu).unwrap();
@@ -334,7 +377,7 @@ fn shapes_that_mean_nothing_are_refused() {
     .config_json(9, 8)
     .unwrap();
     assert!(
-        Decoder::new("new".as_ref(), &config, 9, &vb())
+        DecoderModel::new("new".as_ref(), &config, 9, &vb())
             .unwrap_err()
             .to_string()
             .contains("1 to 8")

@@ -1,8 +1,11 @@
-//! Values to packed bytes.
+//! Packing: values to packed bytes.
 
-use super::{Case, Contender, Group, Planned, Rivals, kernels, trits};
-use crate::machine::{Ceiling, Machine};
-use crate::results::Unit;
+use super::data::{kernels, same, trits};
+use crate::case::{Case, Contender, PlannedCase};
+use crate::ceiling::Ceiling;
+use crate::results::RateUnit;
+use crate::selection::{OperationGroup, Rivals};
+use crate::testbed::Testbed;
 use anyhow::Result;
 use bitnet_core::{Granularity, MatrixSpec, Precision, pack};
 use bitnet_kernels::stream;
@@ -11,18 +14,20 @@ use std::sync::Arc;
 /// Columns of the matrix.
 const COLS: usize = 2560;
 
-pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
+pub(super) fn plan(rivals: Rivals) -> Vec<PlannedCase> {
     let planned = |layout: &'static str| {
-        Planned::new(Group::Packing, format!("i8 to {layout}"), move |machine| {
-            case(layout, rivals, machine)
-        })
+        PlannedCase::new(
+            OperationGroup::Packing,
+            format!("i8 to {layout}"),
+            move |testbed| case(layout, rivals, testbed),
+        )
     };
     ["two-bit", "base-3"].into_iter().map(planned).collect()
 }
 
-fn case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
-    let threads = machine.pool().threads();
-    let rows = (machine.in_l2() * threads / COLS).max(1);
+fn case(layout: &str, rivals: Rivals, testbed: &Testbed) -> Result<Case> {
+    let threads = testbed.pool().threads();
+    let rows = (testbed.in_l2() * threads / COLS).max(1);
     let spec = MatrixSpec::new(rows, COLS, Precision::Ternary, Granularity::Tensor);
     let (layout, values) = (pack::by_name(layout)?, Arc::new(trits(rows * COLS)));
     let mut expected = vec![];
@@ -33,7 +38,7 @@ fn case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
             Arc::clone(&values),
             Arc::clone(&expected),
             spec.clone(),
-            Arc::clone(machine.pool()),
+            Arc::clone(testbed.pool()),
         );
         let call = move |(result, bytes): &mut (bitnet_core::Result<()>, Vec<u8>)| {
             bytes.clear();
@@ -41,7 +46,7 @@ fn case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
         };
         let check = move |(result, bytes): &(bitnet_core::Result<()>, Vec<u8>)| {
             result.as_ref().map_err(ToString::to_string)?;
-            super::same("packed bytes", &expected, bytes)
+            same("packed bytes", &expected, bytes)
         };
         let contender = Contender::new(
             format!("bitnet {}", kernels.isa()),
@@ -52,11 +57,11 @@ fn case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
         contender.ours().limited(Ceiling::L2Read, rows * COLS)
     };
     Ok(Case {
-        group: Group::Packing,
+        group: OperationGroup::Packing,
         operation: format!("i8 to {}", layout.name()),
         shape: format!("{rows}×{COLS} i8 in L2"),
         threads,
-        unit: Unit::Bytes,
+        unit: RateUnit::Bytes,
         amount: (rows * COLS) as f64,
         contenders: kernels(rivals).into_iter().map(contender).collect(),
     })

@@ -1,8 +1,12 @@
-//! Floats to values: weights to packed ternary codes, activations to int8.
+//! Quantization: weights to packed ternary codes, activations to int8.
 
-use super::{Case, Contender, Group, Planned, Rivals, kernels, rivals, weights};
-use crate::machine::{Ceiling, Machine};
-use crate::results::Unit;
+use super::data::{kernels, same, weights};
+use super::rivals;
+use crate::case::{Case, Contender, PlannedCase};
+use crate::ceiling::Ceiling;
+use crate::results::RateUnit;
+use crate::selection::{OperationGroup, Rivals};
+use crate::testbed::Testbed;
 use anyhow::Result;
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
@@ -13,12 +17,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Columns of the weights.
 const COLS: usize = 4096;
-/// Weights that are quantized in a call, 64 MiB of them.
+/// Weights of a call, 64 MiB in f32.
 const MATRIX: usize = 4096 * COLS;
-/// Activations of a token.
+/// Activations per token.
 const TOKEN: usize = 2560;
 
-pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
+pub(super) fn plan(rivals: Rivals) -> Vec<PlannedCase> {
     let ternary = [
         (
             "absmean, one scale, to two-bit",
@@ -49,27 +53,29 @@ pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
         .into_iter()
         .map(|(name, threshold, granularity, passes)| {
             let scheme = Scheme::ternary(threshold).with_granularity(granularity);
-            Planned::new(Group::Quantization, name, move |machine| {
-                ternary_case(name, scheme, passes, rivals, machine)
+            PlannedCase::new(OperationGroup::Quantization, name, move |testbed| {
+                ternary_case(name, scheme, passes, rivals, testbed)
             })
         });
     let tokens = "absmax int8, a scale for each token";
     ternary
-        .chain([Planned::new(Group::Quantization, tokens, move |machine| {
-            tokens_case(tokens, rivals, machine)
-        })])
+        .chain([PlannedCase::new(
+            OperationGroup::Quantization,
+            tokens,
+            move |testbed| tokens_case(tokens, rivals, testbed),
+        )])
         .collect()
 }
 
-/// Weights from memory to packed codes; the data is read `passes` times.
+/// Weights from memory to packed codes. The algorithm reads them `passes` times.
 fn ternary_case(
     name: &str,
     scheme: Scheme,
     passes: usize,
     rivals: Rivals,
-    machine: &Machine,
+    testbed: &Testbed,
 ) -> Result<Case> {
-    let rows = MATRIX.min(machine.working_set() / 4).div_ceil(COLS);
+    let rows = MATRIX.min(testbed.working_set() / 4).div_ceil(COLS);
     let matrix = weights(rows * COLS);
     let layout = pack::by_name("two-bit")?;
     let expected = bitnet_core::quantize::quantize(&Scalar, &matrix, rows, COLS, &scheme, None)?;
@@ -82,14 +88,14 @@ fn ternary_case(
     )?;
     let expected = Arc::new((bytes, expected.scales));
     let data =
-        Arc::new(matrix.repeat((machine.working_set() / size_of_val(matrix.as_slice())).max(1)));
+        Arc::new(matrix.repeat((testbed.working_set() / size_of_val(matrix.as_slice())).max(1)));
 
     let mut contenders = vec![];
     for kernels in kernels(rivals) {
         let (data, expected, pool) = (
             Arc::clone(&data),
             Arc::clone(&expected),
-            Arc::clone(machine.pool()),
+            Arc::clone(testbed.pool()),
         );
         let call =
             move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::Packed>>)| {
@@ -105,8 +111,8 @@ fn ternary_case(
                 .ok_or("no result")?
                 .as_ref()
                 .map_err(ToString::to_string)?;
-            super::same("packed bytes", &expected.0, &packed.bytes)?;
-            super::same("scales", &expected.1, &packed.scales)
+            same("packed bytes", &expected.0, &packed.bytes)?;
+            same("scales", &expected.1, &packed.scales)
         };
         let contender =
             Contender::new(format!("bitnet {}", kernels.isa()), (0, None), call, check).ours();
@@ -121,24 +127,24 @@ fn ternary_case(
         );
     }
     Ok(Case {
-        group: Group::Quantization,
+        group: OperationGroup::Quantization,
         operation: name.into(),
         shape: format!("{rows}×{COLS} f32 from memory"),
-        threads: machine.pool().threads(),
-        unit: Unit::Bytes,
+        threads: testbed.pool().threads(),
+        unit: RateUnit::Bytes,
         amount: (4 * rows * COLS) as f64,
         contenders,
     })
 }
 
-/// Activations, their values and their scales.
+/// Activations of some tokens, their int8 values and their scales.
 type Tokens = Mutex<(Vec<f32>, Vec<i8>, Vec<f32>)>;
 
-/// Tokens in L2 to int8; with several threads each has its own tokens.
-fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
+/// Tokens in L2 to int8. Each thread has its own tokens.
+fn tokens_case(name: &str, rivals: Rivals, testbed: &Testbed) -> Result<Case> {
     let (threads, tokens) = (
-        machine.pool().threads(),
-        (machine.in_l2() / (4 * TOKEN)).max(1),
+        testbed.pool().threads(),
+        (testbed.in_l2() / (4 * TOKEN)).max(1),
     );
     let x = Arc::new(weights(tokens * TOKEN));
     let expected = activation::quantize(
@@ -153,7 +159,7 @@ fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
         let (x, expected, pool) = (
             Arc::clone(&x),
             Arc::clone(&expected),
-            Arc::clone(machine.pool()),
+            Arc::clone(testbed.pool()),
         );
         let parts: Vec<_> = (0..threads)
             .map(|_| Mutex::new((x.to_vec(), vec![0i8; x.len()], vec![f32::NAN; tokens])))
@@ -171,8 +177,8 @@ fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
         let check = move |parts: &Vec<Tokens>| {
             parts.iter().try_for_each(|part| {
                 let (_, q, scales) = &*part.lock().unwrap_or_else(PoisonError::into_inner);
-                super::same("values", &expected.values, q)?;
-                super::same("scales", &expected.scales, scales)
+                same("values", &expected.values, q)?;
+                same("scales", &expected.scales, scales)
             })
         };
         let read = 4 * threads * tokens * TOKEN;
@@ -181,11 +187,11 @@ fn tokens_case(name: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
             .limited(Ceiling::L2Read, read)
     };
     Ok(Case {
-        group: Group::Quantization,
+        group: OperationGroup::Quantization,
         operation: name.into(),
         shape: format!("rows of {TOKEN} f32 in L2"),
         threads,
-        unit: Unit::Bytes,
+        unit: RateUnit::Bytes,
         amount: (4 * threads * tokens * TOKEN) as f64,
         contenders: kernels(rivals).into_iter().map(contender).collect(),
     })

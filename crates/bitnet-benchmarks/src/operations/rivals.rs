@@ -1,110 +1,59 @@
-//! Other engines on the same data. candle and rayon take their number of threads from the
-//! environment when they are first used, which is why the program has a process for each number of
-//! threads.
+//! Other engines on the same data. candle and rayon read their number of threads from the
+//! environment at their first use, so the program starts a process for each number of threads.
 
-use super::products::{FROM_FLOATS, Product};
-use super::{Contender, Shape};
+use super::product::{ProductInputs, Reference};
+use crate::case::Contender;
+use crate::selection::WeightShape;
 use anyhow::Result;
 use bitnet_kernels::machine::Instruction;
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{CpuStorage, Device, Module, Storage, Tensor};
 use std::sync::Arc;
 
-/// Threads that rivals use in this process.
+/// Number of threads that rivals use in this process.
 pub fn threads() -> usize {
     candle_core::utils::get_num_threads()
 }
 
-/// What a product must be for some tokens, each with the error it may have.
-pub(super) struct Reference {
-    rows: usize,
-    tokens: Vec<usize>,
-    /// Value and bound, for each of `tokens` all rows.
-    expected: Vec<(f64, f64)>,
-}
+/// Index of our contender that quantizes float activations, with which the rivals are compared.
+pub(super) const FROM_FLOATS: usize = 1;
 
-impl Reference {
-    /// Multiply-adds that computing it may take.
-    const MACS: usize = 1 << 27;
-
-    /// `expected(row, token)` for every row and up to eight tokens, the first and the last among
-    /// them.
-    pub(super) fn new(product: &Product, expected: impl Fn(usize, usize) -> (f64, f64)) -> Self {
-        let rows = product.shape.n;
-        let count = (Self::MACS / (rows * product.shape.k))
-            .clamp(2, 8)
-            .min(product.tokens);
-        let tokens: Vec<_> = (0..count)
-            .map(|i| i * (product.tokens - 1) / (count - 1).max(1))
-            .collect();
-        let expected = tokens
-            .iter()
-            .flat_map(|&token| (0..rows).map(move |row| (row, token)))
-            .map(|(row, token)| expected(row, token));
-        Self {
-            rows,
-            expected: expected.collect(),
-            tokens,
-        }
-    }
-
-    /// Of floats: `x · w` in f64, wrong by at most `relative · Σ|x·w| + error · Σ|w|`, with an
-    /// error of each activation.
-    pub(super) fn of_floats(product: &Product, weights: &[f32], relative: f64, error: f64) -> Self {
-        let (k, x) = (product.shape.k, product.float_activations());
-        Self::new(product, |row, token| {
-            let pairs = weights[row * k..][..k]
-                .iter()
-                .zip(&x[token * k..][..k])
-                .map(|(&w, &x)| (f64::from(w), f64::from(x)));
-            let (sum, size, norm) = pairs.fold((0.0, 0.0, 0.0), |(s, a, n), (w, x)| {
-                (s + w * x, a + (w * x).abs(), n + w.abs())
-            });
-            (sum, relative * size + error * norm)
-        })
-    }
-
-    /// The first value of `y`, `[M, N]`, that is too far off.
-    pub(super) fn check(&self, y: &[f32]) -> Result<(), String> {
-        for (token, expected) in self.tokens.iter().zip(self.expected.chunks(self.rows)) {
-            for (row, (&got, &(value, bound))) in
-                y[token * self.rows..].iter().zip(expected).enumerate()
-            {
-                let off = (f64::from(got) - value).abs();
-                if off.is_nan() || off > bound {
-                    return Err(format!(
-                        "token {token}, row {row}: expected {value:.6} ± {bound:.1e}, got {got}"
-                    ));
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Those of the matrix products: candle with f32, Q8_0 and Q4_0 weights, and the gemm crate.
-pub(super) fn products(product: &Arc<Product>) -> Result<Vec<Contender>> {
-    let Shape { n, k } = product.shape;
-    let weights = product.float_weights();
+/// Rivals of the matrix products: candle with f32, Q8_0 and Q4_0 weights, and the gemm crate.
+pub(super) fn products(product: &Arc<ProductInputs>) -> Result<Vec<Contender>> {
+    // Rivals start from float activations.
     let x = Tensor::from_vec(
         product.float_activations(),
-        (product.tokens, k),
+        (product.tokens, product.shape.k),
         &Device::Cpu,
     )?;
-    // Rivals begin with float activations too.
-    let add = |contender: Contender, bytes: usize, peak: Option<Instruction>| {
-        contender
-            .limits([product.reading(bytes), product.multiplying(peak)])
-            .against(FROM_FLOATS)
-    };
+    let mut contenders = float_products(product, &x)?;
+    for (name, dtype) in BLOCKS {
+        if product.shape.k.is_multiple_of(dtype.block_size()) {
+            contenders.push(block_product(product, &x, name, dtype)?);
+        }
+    }
+    Ok(contenders)
+}
 
+/// A rival that reads `bytes` of weights and multiplies with the instruction `peak` at best.
+fn rival(
+    contender: Contender,
+    product: &ProductInputs,
+    bytes: usize,
+    peak: Option<Instruction>,
+) -> Contender {
+    contender
+        .limits([product.reading(bytes), product.multiplying(peak)])
+        .against(FROM_FLOATS)
+}
+
+/// candle and the gemm crate with f32 weights.
+fn float_products(product: &Arc<ProductInputs>, x: &Tensor) -> Result<Vec<Contender>> {
+    let WeightShape { n, k } = product.shape;
+    let weights = product.float_weights();
     // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
-    let reference = Arc::new(Reference::of_floats(
-        product,
-        &weights,
-        (k + 2) as f64 * f64::from(f32::EPSILON),
-        0.0,
-    ));
+    let error = (k + 2) as f64 * f64::from(f32::EPSILON);
+    let reference = Arc::new(Reference::of_floats(product, &weights, error, 0.0));
     let bytes = size_of_val(weights.as_slice());
     let mut copies = vec![];
     for _ in 0..product.copies(bytes) {
@@ -112,54 +61,46 @@ pub(super) fn products(product: &Arc<Product>) -> Result<Vec<Contender>> {
     }
     let fma = Instruction::all().find(|i| !i.is_int8());
     let gemm = gemm_crate(product, copies.clone(), Arc::clone(&reference));
-    let mut contenders = vec![add(
-        candle("candle f32", x.clone(), copies, &reference, |x, w| {
-            x.matmul(&w.t()?)
-        }),
-        bytes,
-        fma,
-    )];
-    contenders.push(add(gemm, bytes, fma));
-
-    let int8 = Instruction::all().find(|i| i.is_int8());
-    for (name, dtype) in BLOCKS {
-        if !k.is_multiple_of(dtype.block_size()) {
-            continue;
-        }
-        let quantized =
-            QTensor::quantize(&Tensor::from_slice(&weights, (n, k), &Device::Cpu)?, dtype)?;
-        let dequantized = quantized
-            .dequantize(&Device::Cpu)?
-            .flatten_all()?
-            .to_vec1::<f32>()?;
-        // Activations become bytes with steps of max/127 at most, rounded.
-        let step = f64::from(
-            product
-                .float_activations()
-                .iter()
-                .fold(0.0f32, |m, x| m.max(x.abs())),
-        ) / 127.0;
-        let reference = Reference::of_floats(product, &dequantized, 1e-3, 0.51 * step);
-        let (data, bytes) = (quantized.data()?, quantized.storage_size_in_bytes());
-        let mut copies = vec![];
-        for _ in 0..product.copies(bytes) {
-            let storage = QStorage::from_data(data.clone(), &Device::Cpu, dtype)?;
-            copies.push(QMatMul::from_qtensor(QTensor::new(storage, (n, k))?)?);
-        }
-        // candle may repack the weights at their first product, which is not what is measured.
-        copies.iter().try_for_each(|w| w.forward(&x).map(drop))?;
-        contenders.push(add(
-            candle(name, x.clone(), copies, &Arc::new(reference), |x, w| {
-                w.forward(x)
-            }),
-            bytes,
-            int8,
-        ));
-    }
-    Ok(contenders)
+    let multiply = |x: &Tensor, w: &Tensor| x.matmul(&w.t()?);
+    let candle = candle("candle f32", x.clone(), copies, &reference, multiply);
+    Ok([candle, gemm]
+        .map(|contender| rival(contender, product, bytes, fma))
+        .into())
 }
 
-/// candle's product with each of the copies in its turn; it makes a new tensor for each result.
+/// candle with weights in blocks.
+fn block_product(
+    product: &ProductInputs,
+    x: &Tensor,
+    name: &str,
+    dtype: GgmlDType,
+) -> Result<Contender> {
+    let WeightShape { n, k } = product.shape;
+    let weights = Tensor::from_slice(&product.float_weights(), (n, k), &Device::Cpu)?;
+    let quantized = QTensor::quantize(&weights, dtype)?;
+    let dequantized = quantized
+        .dequantize(&Device::Cpu)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    // Activations are rounded to int8 with a step of at most max/127.
+    let activations = product.float_activations();
+    let largest = activations.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let error = 0.51 * (f64::from(largest) / 127.0);
+    let reference = Arc::new(Reference::of_floats(product, &dequantized, 1e-3, error));
+    let (data, bytes) = (quantized.data()?, quantized.storage_size_in_bytes());
+    let mut copies = vec![];
+    for _ in 0..product.copies(bytes) {
+        let storage = QStorage::from_data(data.clone(), &Device::Cpu, dtype)?;
+        copies.push(QMatMul::from_qtensor(QTensor::new(storage, (n, k))?)?);
+    }
+    // candle may repack the weights at their first product, which is not measured.
+    copies.iter().try_for_each(|w| w.forward(x).map(drop))?;
+    let candle = candle(name, x.clone(), copies, &reference, |x, w| w.forward(x));
+    let int8 = Instruction::all().find(|i| i.is_int8());
+    Ok(rival(candle, product, bytes, int8))
+}
+
+/// candle's product, with the next copy of the weights in each call; every result is a new tensor.
 fn candle<W: 'static>(
     name: &str,
     x: Tensor,
@@ -168,19 +109,24 @@ fn candle<W: 'static>(
     product: impl Fn(&Tensor, &W) -> candle_core::Result<Tensor> + 'static,
 ) -> Contender {
     let reference = Arc::clone(reference);
-    let call = move |(at, y): &mut (usize, Made<Tensor>)| {
+    let call = move |(at, y): &mut (usize, CallResult<Tensor>)| {
         *y = Some(product(&x, &copies[*at]));
         *at = (*at + 1) % copies.len();
     };
-    let check =
-        move |(_, y): &(usize, Made<Tensor>)| reference.check(&floats(Ok(made(y)?.clone()))?);
+    let check = move |(_, y): &(usize, CallResult<Tensor>)| {
+        reference.check(&floats(Ok(result(y)?.clone()))?)
+    };
     Contender::new(name, (0, None), call, check)
 }
 
-/// The gemm crate, f32: what candle calls too, into a result that is there already. It reads the
+/// The gemm crate, f32, which candle calls too. It writes into an existing result and reads the
 /// weights of candle's tensors.
-fn gemm_crate(product: &Arc<Product>, copies: Vec<Tensor>, reference: Arc<Reference>) -> Contender {
-    let Shape { n, k } = product.shape;
+fn gemm_crate(
+    product: &Arc<ProductInputs>,
+    copies: Vec<Tensor>,
+    reference: Arc<Reference>,
+) -> Contender {
+    let WeightShape { n, k } = product.shape;
     let (m, x) = (product.tokens, product.float_activations());
     let parallelism = if threads() > 1 {
         gemm::Parallelism::Rayon(threads())
@@ -199,8 +145,8 @@ fn gemm_crate(product: &Arc<Product>, copies: Vec<Tensor>, reference: Arc<Refere
             y.as_mut_ptr(),
             [n, k].map(usize::cast_signed),
         );
-        // SAFETY: y is M × N, x is M × K and w, transposed, is K × N, all row-major and of the
-        // lengths that were just checked.
+        // SAFETY: y is M × N, x is M × K and w, transposed, is K × N, all row-major; the assertion
+        // above checked their lengths.
         unsafe {
             gemm::gemm(
                 m,
@@ -234,17 +180,17 @@ fn gemm_crate(product: &Arc<Product>, copies: Vec<Tensor>, reference: Arc<Refere
     )
 }
 
-/// Relative error of a number in f16, with some for the roundings around it.
+/// Bound on the relative error of a number in f16 and of the roundings around it.
 const SCALE: f32 = 1.0 / 1024.0;
-/// The block types of candle.
+/// The block types of candle that are measured.
 const BLOCKS: [(&str, GgmlDType); 2] = [
     ("candle Q8_0", GgmlDType::Q8_0),
     ("candle Q4_0", GgmlDType::Q4_0),
 ];
 
-/// Whether blocks of 32 hold the weights as well as they can: half a step of max/127 in Q8_0; in
-/// Q4_0 a step of max/8, which is what the largest on the other side is off. The scale is an f16
-/// and off by [`SCALE`] of itself.
+/// Checks dequantized blocks of 32 against the weights. The bound is half a step of max/127 in Q8_0
+/// and a whole step of max/8 in Q4_0, which is the error of the largest value of the other sign. To
+/// this comes [`SCALE`], the error of the f16 scale.
 fn near(dtype: GgmlDType, weights: &[f32], got: &[f32]) -> Result<(), String> {
     let step = if dtype == GgmlDType::Q8_0 {
         0.5 / 127.0
@@ -277,11 +223,12 @@ fn near(dtype: GgmlDType, weights: &[f32], got: &[f32]) -> Result<(), String> {
     }
 }
 
-/// What a call of candle left.
-type Made<T> = Option<candle_core::Result<T>>;
+/// The result of the last call of candle.
+type CallResult<T> = Option<candle_core::Result<T>>;
 
-fn made<T>(made: &Made<T>) -> Result<&T, String> {
-    made.as_ref()
+fn result<T>(result: &CallResult<T>) -> Result<&T, String> {
+    result
+        .as_ref()
         .ok_or("no result")?
         .as_ref()
         .map_err(ToString::to_string)
@@ -293,7 +240,7 @@ fn floats(tensor: candle_core::Result<Tensor>) -> Result<Vec<f32>, String> {
         .map_err(|e| e.to_string())
 }
 
-/// candle's way from floats to blocks, matrix by matrix of `weights`.
+/// candle's quantization of floats to blocks. The calls take the matrices of `weights` in turn.
 pub(super) fn quantization(weights: &[f32], matrix: usize, cols: usize) -> Result<Vec<Contender>> {
     let parts = weights
         .chunks_exact(matrix)
@@ -302,27 +249,29 @@ pub(super) fn quantization(weights: &[f32], matrix: usize, cols: usize) -> Resul
     let mut contenders = vec![];
     for (name, dtype) in BLOCKS {
         let (tensors, first) = (all.clone(), weights[..matrix].to_vec());
-        let call = move |(at, q): &mut (usize, Made<QTensor>)| {
+        let call = move |(at, q): &mut (usize, CallResult<QTensor>)| {
             *q = Some(QTensor::quantize(&tensors[*at], dtype));
             *at = (*at + 1) % tensors.len();
         };
-        let check = move |(_, q): &(usize, Made<QTensor>)| {
-            near(dtype, &first, &floats(made(q)?.dequantize(&Device::Cpu))?)
+        let check = move |(_, q): &(usize, CallResult<QTensor>)| {
+            near(dtype, &first, &floats(result(q)?.dequantize(&Device::Cpu))?)
         };
         contenders.push(Contender::new(name, (0, None), call, check));
     }
     Ok(contenders)
 }
 
-/// candle's way from blocks to floats.
+/// candle's dequantization of blocks to floats.
 pub(super) fn dequantization(weights: &Arc<Vec<f32>>, cols: usize) -> Result<Vec<Contender>> {
     let mut contenders = vec![];
     for (name, dtype) in BLOCKS {
         let tensor = Tensor::from_slice(weights, (weights.len() / cols, cols), &Device::Cpu)?;
         let (quantized, weights) = (QTensor::quantize(&tensor, dtype)?, Arc::clone(weights));
-        let call = move |out: &mut Made<Tensor>| *out = Some(quantized.dequantize(&Device::Cpu));
-        let check =
-            move |out: &Made<Tensor>| near(dtype, &weights, &floats(Ok(made(out)?.clone()))?);
+        let call =
+            move |out: &mut CallResult<Tensor>| *out = Some(quantized.dequantize(&Device::Cpu));
+        let check = move |out: &CallResult<Tensor>| {
+            near(dtype, &weights, &floats(Ok(result(out)?.clone()))?)
+        };
         contenders.push(Contender::new(name, None, call, check));
     }
     Ok(contenders)
@@ -331,22 +280,6 @@ pub(super) fn dequantization(weights: &Arc<Vec<f32>>, cols: usize) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_wrong_product_is_noticed() {
-        let reference = Reference {
-            rows: 2,
-            tokens: vec![0, 2],
-            expected: vec![(1.0, 0.1), (2.0, 0.1), (3.0, 0.1), (4.0, 0.1)],
-        };
-        let right = [1.05, 2.0, 9.0, 9.0, 3.0, 3.95];
-        assert_eq!(reference.check(&right), Ok(()));
-        for (i, value) in [(0, 1.2), (1, f32::NAN), (5, -4.0)] {
-            let mut wrong = right;
-            wrong[i] = value;
-            assert!(reference.check(&wrong).is_err(), "{value} at {i}");
-        }
-    }
 
     #[test]
     fn wrong_blocks_are_noticed() {

@@ -1,48 +1,57 @@
-//! Packed bytes to values and to floats.
+//! Unpacking: packed bytes to values and to floats.
 
-use super::{Case, Contender, Group, Planned, Rivals, kernels, rivals, trits};
-use crate::machine::{Ceiling, Machine};
-use crate::results::Unit;
+use super::data::{kernels, same, trits};
+use super::rivals;
+use crate::case::{Case, Contender, PlannedCase};
+use crate::ceiling::Ceiling;
+use crate::results::RateUnit;
+use crate::selection::{OperationGroup, Rivals};
+use crate::testbed::Testbed;
 use anyhow::Result;
 use bitnet_core::pack::{self, Layout};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype};
-use bitnet_kernels::stream;
+use bitnet_kernels::{Kernels, stream};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
 /// Columns of the matrix.
 const COLS: usize = 2560;
-/// Values of a matrix that no cache is to hold, in bytes.
+/// Bytes of the values of a matrix that goes to memory.
 const LARGE: usize = 64 << 20;
 
-/// Where the results go.
+/// Scales of an unpacked matrix, if the layout stores them.
+type Unpacked = bitnet_core::Result<Option<Vec<f32>>>;
+
+/// The destination of the results.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum To {
+enum Destination {
     L2,
     Memory,
 }
 
-pub(super) fn plan(rivals: Rivals) -> Vec<Planned> {
+pub(super) fn plan(rivals: Rivals) -> Vec<PlannedCase> {
     let unpack = [
-        ("two-bit", To::L2),
-        ("two-bit", To::Memory),
-        ("base-3", To::L2),
-        ("base-3", To::Memory),
-        ("tq1_0", To::L2),
-        ("tq2_0", To::L2),
+        ("two-bit", Destination::L2),
+        ("two-bit", Destination::Memory),
+        ("base-3", Destination::L2),
+        ("base-3", Destination::Memory),
+        ("tq1_0", Destination::L2),
+        ("tq2_0", Destination::L2),
     ];
     let unpack = unpack.into_iter().map(|(layout, to)| {
-        Planned::new(
-            Group::Simd,
+        PlannedCase::new(
+            OperationGroup::Simd,
             format!("{layout} to i8, {to:?}"),
-            move |machine| unpack_case(layout, to, rivals, machine),
+            move |testbed| unpack_case(layout, to, rivals, testbed),
         )
     });
     let dequantize = ["two-bit", "base-3"].into_iter().map(|layout| {
-        Planned::new(Group::Simd, format!("{layout} to f32"), move |machine| {
-            dequantize_case(layout, rivals, machine)
-        })
+        PlannedCase::new(
+            OperationGroup::Simd,
+            format!("{layout} to f32"),
+            move |testbed| dequantize_case(layout, rivals, testbed),
+        )
     });
     unpack.chain(dequantize).collect()
 }
@@ -72,95 +81,84 @@ fn packed(layout: &dyn Layout, rows: usize) -> Result<(Matrix, Vec<u8>)> {
     Ok((matrix, bytes))
 }
 
-fn unpack_case(layout: &str, to: To, rivals: Rivals, machine: &Machine) -> Result<Case> {
-    let threads = machine.pool().threads();
+/// Packed bytes to values in L2 or memory.
+fn unpack_case(layout: &str, to: Destination, rivals: Rivals, testbed: &Testbed) -> Result<Case> {
+    let threads = testbed.pool().threads();
     let rows = match to {
-        To::L2 => machine.in_l2() * threads / COLS,
-        To::Memory => LARGE.min(machine.working_set()) / COLS,
+        Destination::L2 => testbed.in_l2() * threads / COLS,
+        Destination::Memory => LARGE.min(testbed.working_set()) / COLS,
     };
     let rows = rows.max(1);
     let layout = pack::by_name(layout)?;
     let (matrix, bytes) = packed(layout, rows)?;
     let (matrix, bytes) = (Arc::new(matrix), Arc::new(bytes));
-    let copies = if to == To::L2 {
-        1
-    } else {
-        (machine.working_set() / (rows * COLS)).max(1)
+    let (copies, place, ceiling) = match to {
+        Destination::L2 => (1, "L2", Ceiling::L2Write),
+        Destination::Memory => {
+            let copies = (testbed.working_set() / (rows * COLS)).max(1);
+            (copies, "memory", Ceiling::MemoryStream)
+        }
     };
-    // One set of outputs for all, who write the same into it; `check` comes after each.
+    // The contenders share the outputs: each writes the same values and is checked before the next.
     let outputs = Rc::new(RefCell::new(vec![vec![9i8; rows * COLS]; copies]));
-    let contender = |kernels: bitnet_kernels::Kernels| {
+    let contender = |kernels: Kernels| {
         let (matrix, bytes, pool) = (
             Arc::clone(&matrix),
             Arc::clone(&bytes),
-            Arc::clone(machine.pool()),
+            Arc::clone(testbed.pool()),
         );
-        let (spec, outputs, written) = (
-            matrix.spec.clone(),
-            Rc::clone(&outputs),
-            Rc::clone(&outputs),
-        );
-        let call = move |(result, at): &mut (bitnet_core::Result<Option<Vec<f32>>>, usize)| {
+        let (spec, outputs) = (matrix.spec.clone(), Rc::clone(&outputs));
+        let written = Rc::clone(&outputs);
+        let call = move |(result, at): &mut (Unpacked, usize)| {
             *at = (*at + 1) % copies;
-            *result = stream::unpack(
-                kernels,
-                &pool,
-                layout,
-                &spec,
-                &bytes,
-                &mut outputs.borrow_mut()[*at],
-            );
+            let out = &mut outputs.borrow_mut()[*at];
+            *result = stream::unpack(kernels, &pool, layout, &spec, &bytes, out);
         };
-        let check = move |(result, at): &(bitnet_core::Result<Option<Vec<f32>>>, usize)| {
+        let check = move |(result, at): &(Unpacked, usize)| {
             let scales = result.as_ref().map_err(ToString::to_string)?;
-            scales.as_ref().map_or(Ok(()), |scales| {
-                super::same("scales", &matrix.scales, scales)
-            })?;
-            super::same("values", &matrix.values, &written.borrow()[*at])?;
-            // The next one is not to find this result there.
-            written.borrow_mut()[*at].fill(9);
+            if let Some(scales) = scales {
+                same("scales", &matrix.scales, scales)?;
+            }
+            let out = &mut written.borrow_mut()[*at];
+            same("values", &matrix.values, out)?;
+            // Clears the result, so that the next contender cannot pass with it.
+            out.fill(9);
             Ok(())
         };
-        let contender = Contender::new(
+        Contender::new(
             format!("bitnet {}", kernels.isa()),
             (Ok(None), 0),
             call,
             check,
         )
-        .ours();
-        match to {
-            To::L2 => contender.limited(Ceiling::L2Write, rows * COLS),
-            To::Memory => contender.limited(Ceiling::MemoryStream, rows * COLS),
-        }
+        .ours()
+        .limited(ceiling, rows * COLS)
     };
     Ok(Case {
-        group: Group::Simd,
+        group: OperationGroup::Simd,
         operation: format!("{} to i8", layout.name()),
-        shape: format!(
-            "{rows}×{COLS} i8 to {}",
-            if to == To::L2 { "L2" } else { "memory" }
-        ),
+        shape: format!("{rows}×{COLS} i8 to {place}"),
         threads,
-        unit: Unit::Bytes,
+        unit: RateUnit::Bytes,
         amount: (rows * COLS) as f64,
         contenders: kernels(rivals).into_iter().map(contender).collect(),
     })
 }
 
 /// Packed bytes to floats in L2.
-fn dequantize_case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Case> {
-    let threads = machine.pool().threads();
-    let rows = (machine.in_l2() * threads / (4 * COLS)).max(1);
+fn dequantize_case(layout: &str, rivals: Rivals, testbed: &Testbed) -> Result<Case> {
+    let threads = testbed.pool().threads();
+    let rows = (testbed.in_l2() * threads / (4 * COLS)).max(1);
     let layout = pack::by_name(layout)?;
     let (matrix, bytes) = packed(layout, rows)?;
     let expected = Arc::new(matrix.dequantize());
     let (matrix, bytes) = (Arc::new(matrix), Arc::new(bytes));
-    let contender = |kernels: bitnet_kernels::Kernels| {
+    let contender = |kernels: Kernels| {
         let (matrix, bytes, expected, pool) = (
             Arc::clone(&matrix),
             Arc::clone(&bytes),
             Arc::clone(&expected),
-            Arc::clone(machine.pool()),
+            Arc::clone(testbed.pool()),
         );
         let call = move |(result, out): &mut (bitnet_core::Result<()>, Vec<f32>)| {
             *result = stream::dequantize(
@@ -175,7 +173,7 @@ fn dequantize_case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Ca
         };
         let check = move |(result, out): &(bitnet_core::Result<()>, Vec<f32>)| {
             result.as_ref().map_err(ToString::to_string)?;
-            super::same("weights", &expected, out)
+            same("weights", &expected, out)
         };
         let state = (Ok(()), vec![f32::NAN; rows * COLS]);
         let contender = Contender::new(format!("bitnet {}", kernels.isa()), state, call, check);
@@ -186,11 +184,11 @@ fn dequantize_case(layout: &str, rivals: Rivals, machine: &Machine) -> Result<Ca
         contenders.extend(rivals::dequantization(&expected, COLS)?);
     }
     Ok(Case {
-        group: Group::Simd,
+        group: OperationGroup::Simd,
         operation: format!("{} to f32", layout.name()),
         shape: format!("{rows}×{COLS} f32 to L2"),
         threads,
-        unit: Unit::Bytes,
+        unit: RateUnit::Bytes,
         amount: (4 * rows * COLS) as f64,
         contenders,
     })

@@ -7,8 +7,7 @@ use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
-use bitnet_core::scheme::{ScaleForm, Scheme};
-use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ZeroPoints};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
 use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, Packed};
 use bitnet_formats::hf::{LinearClass, Mode};
@@ -24,7 +23,7 @@ pub const GENERATOR: &str = concat!("bitnet-quant ", env!("CARGO_PKG_VERSION"));
 
 /// What happens to one tensor.
 #[derive(Debug, Clone)]
-pub(crate) enum Work {
+pub(crate) enum Action {
     /// The stored bytes, as they are.
     Copy,
     /// Floats of this type.
@@ -53,12 +52,12 @@ pub(crate) struct Pack {
 
 /// One tensor's work.
 #[derive(Debug, Clone)]
-pub(crate) struct Unit {
+pub(crate) struct TensorJob {
     /// Index into the source's tensors; none for a literal.
     pub(crate) tensor: Option<usize>,
     /// Its name in the output.
     pub(crate) name: String,
-    pub(crate) work: Work,
+    pub(crate) action: Action,
     /// For each row of the output the row of the source.
     pub(crate) rows: Option<Vec<usize>>,
     /// Indices of the written tensors: data, scales, zero points.
@@ -82,7 +81,7 @@ pub(crate) enum Sidecar {
 #[derive(Debug)]
 pub struct Job<'a> {
     pub(crate) source: &'a Source,
-    pub(crate) units: Vec<Unit>,
+    pub(crate) tensor_jobs: Vec<TensorJob>,
     pub(crate) layout: output::Layout,
     /// Files of the output folder by name; `None` if the output is one file.
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
@@ -247,7 +246,7 @@ impl<'a> Job<'a> {
 
     /// Bytes that will be read, for a progress bar.
     pub fn input_bytes(&self) -> u64 {
-        self.units
+        self.tensor_jobs
             .iter()
             .filter_map(|u| u.tensor)
             .map(|t| self.source.tensors[t].bytes(self.source))
@@ -259,8 +258,8 @@ impl<'a> Job<'a> {
 #[derive(Debug, Clone, Copy)]
 enum Naming {
     Same,
-    ToGguf(Architecture, HeadCounts),
-    ToHf(Architecture, HeadCounts),
+    ToGguf(&'static Architecture, HeadCounts),
+    ToHf(&'static Architecture, HeadCounts),
 }
 
 pub(crate) struct Builder<'a> {
@@ -269,7 +268,7 @@ pub(crate) struct Builder<'a> {
     naming: Naming,
     linear_class: LinearClass,
     container: Container,
-    pub(crate) units: Vec<Unit>,
+    pub(crate) tensor_jobs: Vec<TensorJob>,
     pub(crate) tensors: Vec<OutTensor>,
     packed: BTreeMap<String, Packed>,
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
@@ -316,7 +315,7 @@ impl<'a> Builder<'a> {
             naming: Naming::Same,
             linear_class: linear_class.unwrap_or(LinearClass::BitLinear),
             container: Container::Gguf(vec![]),
-            units: vec![],
+            tensor_jobs: vec![],
             tensors: vec![],
             packed: BTreeMap::new(),
             sidecars: None,
@@ -387,15 +386,15 @@ impl<'a> Builder<'a> {
         &mut self,
         tensor: Option<usize>,
         name: String,
-        work: Work,
+        action: Action,
         rows: Option<Vec<usize>>,
         (data, scale, zero): (usize, Option<usize>, Option<usize>),
         note: Option<String>,
     ) {
-        self.units.push(Unit {
+        self.tensor_jobs.push(TensorJob {
             tensor,
             name,
-            work,
+            action,
             rows,
             data,
             scale,
@@ -448,7 +447,7 @@ impl<'a> Builder<'a> {
         self.push(
             Some(index),
             name,
-            Work::Copy,
+            Action::Copy,
             rows,
             (data, None, None),
             None,
@@ -466,7 +465,7 @@ impl<'a> Builder<'a> {
         self.push(
             Some(index),
             name,
-            Work::Cast(dtype),
+            Action::Cast(dtype),
             rows,
             (data, None, None),
             note,
@@ -510,7 +509,9 @@ impl<'a> Builder<'a> {
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
-                let ggml = ggml_type_of(layout_name)
+                let ggml = pack
+                    .layout
+                    .and_then(ggml_type_of)
                     .map(StoredType::Ggml)
                     .unwrap_or(StoredType::U8);
                 (name.clone(), tensor.shape.clone(), ggml)
@@ -572,7 +573,7 @@ impl<'a> Builder<'a> {
         self.push(
             Some(index),
             name,
-            Work::Pack(pack),
+            Action::Pack(pack),
             rows,
             (data, scale, zero),
             note,
@@ -618,13 +619,13 @@ impl<'a> Builder<'a> {
         for file in &self.source.files {
             job += &format!("\n{} {} {:?}", file.path.display(), file.len, file.modified);
         }
-        for unit in &self.units {
-            job += &format!("\n{unit:?}");
+        for tensor_job in &self.tensor_jobs {
+            job += &format!("\n{tensor_job:?}");
         }
         let job = format!("{:032x}", xxh3_128(job.as_bytes()));
         Ok(Job {
             source: self.source,
-            units: self.units,
+            tensor_jobs: self.tensor_jobs,
             layout: output::Layout {
                 container: self.container,
                 document,

@@ -3,118 +3,168 @@
 use super::{Builder, Pack};
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, Layout};
-use bitnet_core::scheme::ScaleForm;
-use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype};
+use bitnet_core::pack::{self, Layout, LayoutOrigin};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{Content, Scales, StoredType, output};
+use bitnet_formats::{Content, Scales, StoredType, Tensor, output};
 
 impl Builder<'_> {
+    /// Plans the quantization of a matrix: the first layout and scales that can hold it.
     pub(crate) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
         let tensor = &self.source.tensors[index];
         let Target::Quantized(precision) = choices.target() else {
             return self.keep(index);
         };
-        let Some((rows, cols)) = tensor.matrix_shape() else {
+        let Some(shape) = tensor.matrix_shape() else {
             return self.keep(index);
         };
         let named = match choices.layout.as_deref() {
             None => None,
-            Some(output::AUTO)
-                if self.format == Format::Safetensors && !self.given.contains_key(&tensor.name) =>
-            {
-                return self.quantize_auto(index, choices);
-            }
-            Some(output::AUTO) if self.format == Format::Safetensors => None,
-            Some(output::AUTO) => {
+            Some(output::AUTO) if self.format != Format::Safetensors => {
                 return Err(Error::Recipe(
                     "layout auto picks among our own layouts, which only safetensors holds".into(),
                 ));
             }
+            Some(output::AUTO) if self.given.contains_key(&tensor.name) => None,
+            Some(output::AUTO) => return self.quantize_auto(index, choices),
             Some(name) => Some(pack::by_name(name)?),
         };
-        let allowed: Vec<&'static dyn Layout> = match named {
-            Some(layout)
-                if output::stores(&self.container, layout.name())
-                    && self.format != Format::HfBitnet =>
-            {
-                vec![layout]
-            }
-            Some(layout) if self.format == Format::HfBitnet && layout.name() == "hf-bitnet" => {
-                vec![layout]
-            }
-            Some(layout) => {
-                return Err(Error::Recipe(format!(
-                    "format {} does not hold layout {}",
-                    self.format_name(),
-                    layout.name()
-                )));
-            }
-            None => default_layouts(self.format, precision)?,
-        };
+        let allowed = self.allowed_layouts(named, precision)?;
         if self.format == Format::HfBitnet {
-            if let Some(dtype) = choices.scale_dtype.filter(|&d| d != self.model_dtype()) {
-                let model = self.model_dtype();
-                return Err(Error::Recipe(format!(
-                    "format hf-bitnet stores scales in the model's type {model}, not {dtype}"
-                )));
-            }
-            let bias = tensor
-                .name
-                .strip_suffix("weight")
-                .and_then(|layer| self.source.find(&format!("{layer}bias")));
-            if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
-                let why = format!(
-                    "linear_class autobitlinear multiplies the bias '{}' by the scale too; bitlinear does not",
-                    bias.name
-                );
-                return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
-                    layout: "hf-bitnet",
-                    why,
-                }));
-            }
+            self.check_hf_bitnet(tensor, choices, allowed[0])?;
         }
         if let Some(matrix) = self.given.remove(&tensor.name) {
-            if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
-                let (expected, got) = (rows * cols, matrix.spec.weights_len());
-                return Err(self.tensor_error(tensor)(bitnet_core::Error::Length {
-                    what: "given values",
-                    expected,
-                    got,
-                }));
-            }
-            let known = Known {
-                spec: matrix.spec.clone(),
-                layout: None,
-                inverses: None,
-                given: Some(Box::new(matrix)),
-            };
-            return self.place(index, known, choices.layout.as_deref());
+            return self.quantize_given(index, shape, matrix, choices.layout.as_deref());
         }
+        match self.first_fit(tensor, shape, choices, &allowed)? {
+            Fit::Pack(pack) => self.pack(index, *pack, None),
+            Fit::None {
+                refusal,
+                shape_is_to_blame,
+            } if named.is_none() && shape_is_to_blame && self.format != Format::Safetensors => {
+                self.keep_unquantized(index, &refusal)
+            }
+            Fit::None { refusal, .. } => Err(self.tensor_error(tensor)(refusal)),
+        }
+    }
+
+    /// The layouts to try: the one that was named, if the container holds it, or the defaults.
+    fn allowed_layouts(
+        &self,
+        named: Option<&'static dyn Layout>,
+        precision: Precision,
+    ) -> Result<Vec<&'static dyn Layout>> {
+        let Some(layout) = named else {
+            return default_layouts(self.format, precision);
+        };
+        if self.holds(layout) {
+            Ok(vec![layout])
+        } else {
+            Err(self.does_not_hold(layout))
+        }
+    }
+
+    /// Whether the output format holds a layout.
+    fn holds(&self, layout: &dyn Layout) -> bool {
+        match self.format {
+            Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Safetensors | Format::Gguf => output::stores(&self.container, layout),
+        }
+    }
+
+    fn does_not_hold(&self, layout: &dyn Layout) -> Error {
+        Error::Recipe(format!(
+            "format {} does not hold layout {}",
+            self.format,
+            layout.name()
+        ))
+    }
+
+    /// Refuses what an HF bitnet folder cannot say about a layer: another scale type, and a bias
+    /// that the linear class would scale.
+    fn check_hf_bitnet(
+        &self,
+        tensor: &Tensor,
+        choices: &Choices,
+        layout: &dyn Layout,
+    ) -> Result<()> {
+        let model = self.model_dtype();
+        if let Some(dtype) = choices.scale_dtype.filter(|&dtype| dtype != model) {
+            return Err(Error::Recipe(format!(
+                "format hf-bitnet stores scales in the model's type {model}, not {dtype}"
+            )));
+        }
+        let bias = tensor
+            .name
+            .strip_suffix("weight")
+            .and_then(|layer| self.source.find(&format!("{layer}bias")));
+        if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
+            let why = format!(
+                "linear_class autobitlinear multiplies the bias '{}' by the scale too; \
+                 bitlinear does not",
+                bias.name
+            );
+            return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
+                layout: layout.name(),
+                why,
+            }));
+        }
+        Ok(())
+    }
+
+    /// Packs values that the caller gave instead of quantizing the weights.
+    fn quantize_given(
+        &mut self,
+        index: usize,
+        (rows, cols): (usize, usize),
+        matrix: Matrix,
+        layout: Option<&str>,
+    ) -> Result<()> {
+        if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
+            let tensor = &self.source.tensors[index];
+            return Err(self.tensor_error(tensor)(bitnet_core::Error::Length {
+                what: "given values",
+                expected: rows * cols,
+                got: matrix.spec.weights_len(),
+            }));
+        }
+        let known = KnownValues {
+            spec: matrix.spec.clone(),
+            layout: None,
+            inverses: None,
+            given: Some(Box::new(matrix)),
+        };
+        self.repack(index, known, layout)
+    }
+
+    /// The first of the allowed layouts, with the first of its scale choices, that holds the
+    /// matrix.
+    fn first_fit(
+        &self,
+        tensor: &Tensor,
+        (rows, cols): (usize, usize),
+        choices: &Choices,
+        allowed: &[&'static dyn Layout],
+    ) -> Result<Fit> {
+        let form = self.scale_form();
         let mut first_refusal = None;
         let mut possible = false;
-        for &layout in &allowed {
+        for &layout in allowed {
             for (granularity, dtype) in self.scale_choices(layout, choices) {
-                let form = if self.format == Format::HfBitnet && self.linear_class.is_reciprocal() {
-                    ScaleForm::Inverse
-                } else {
-                    ScaleForm::Direct
-                };
                 let Some(scheme) = choices.scheme(granularity, dtype, form)? else {
-                    return self.keep(index);
+                    continue;
                 };
                 let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
                 match layout.check(&spec) {
                     Ok(()) if self.format == Format::HfBitnet && rows % 4 != 0 => {
-                        first_refusal.get_or_insert(bitnet_core::Error::Unsupported {
-                            layout: layout.name(),
-                            why: format!(
-                                "transformers needs a multiple of 4 rows, and it has {rows}"
-                            ),
-                        });
+                        let why =
+                            format!("transformers needs a multiple of 4 rows, and it has {rows}");
+                        let layout = layout.name();
+                        first_refusal
+                            .get_or_insert(bitnet_core::Error::Unsupported { layout, why });
                     }
                     Ok(()) => {
-                        let pack = Pack {
+                        return Ok(Fit::Pack(Box::new(Pack {
                             scheme: Some(scheme),
                             spec,
                             layout: Some(layout),
@@ -122,45 +172,63 @@ impl Builder<'_> {
                             scale_form: form,
                             importance: None,
                             given: None,
-                        };
-                        return self.pack(index, pack, None);
+                        })));
                     }
                     Err(why) => {
-                        // Whether the shape is to blame, or what the user asked for.
-                        let free = Choices {
-                            granularity: None,
-                            scale_dtype: None,
-                            ..choices.clone()
-                        };
-                        possible |= self.scale_choices(layout, &free).iter().any(|&(g, d)| {
-                            choices
-                                .scheme(g, d, form)
-                                .ok()
-                                .flatten()
-                                .and_then(|s| s.spec(rows, cols).ok())
-                                .is_some_and(|s| layout.check(&s).is_ok())
-                        });
+                        possible |= self.fits_with_other_scales(layout, (rows, cols), choices);
                         first_refusal.get_or_insert(why);
                     }
                 }
             }
         }
-        let refusal =
-            first_refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
-        let fallback = named.is_none() && !possible && self.format != Format::Safetensors;
-        if !fallback {
-            return Err(self.tensor_error(tensor)(refusal));
-        }
+        Ok(Fit::None {
+            refusal: first_refusal.unwrap_or_else(no_layout),
+            shape_is_to_blame: !possible,
+        })
+    }
+
+    /// Whether a layout would hold the matrix if the user had not chosen granularity and scale
+    /// type.
+    fn fits_with_other_scales(
+        &self,
+        layout: &dyn Layout,
+        (rows, cols): (usize, usize),
+        choices: &Choices,
+    ) -> bool {
+        let free = Choices {
+            granularity: None,
+            scale_dtype: None,
+            ..choices.clone()
+        };
+        let form = self.scale_form();
+        self.scale_choices(layout, &free)
+            .iter()
+            .filter_map(|&(granularity, dtype)| {
+                choices.scheme(granularity, dtype, form).ok().flatten()
+            })
+            .filter_map(|scheme| scheme.spec(rows, cols).ok())
+            .any(|spec| layout.check(&spec).is_ok())
+    }
+
+    /// Keeps a tensor that no layout of the container can hold, with a note.
+    fn keep_unquantized(&mut self, index: usize, refusal: &bitnet_core::Error) -> Result<()> {
         let note = format!("not quantized: {refusal}");
-        match self.format {
-            Format::Gguf => self.cast(index, ScaleDtype::F16, Some(format!("{note}; kept as F16"))),
-            _ => {
-                self.keep(index)?;
-                if let Some(unit) = self.units.last_mut() {
-                    unit.note = Some(note);
-                }
-                Ok(())
-            }
+        if self.format == Format::Gguf {
+            return self.cast(index, ScaleDtype::F16, Some(format!("{note}; kept as F16")));
+        }
+        self.keep(index)?;
+        if let Some(job) = self.tensor_jobs.last_mut() {
+            job.note = Some(note);
+        }
+        Ok(())
+    }
+
+    /// Whether the output stores scales or their inverses.
+    fn scale_form(&self) -> ScaleForm {
+        if self.format == Format::HfBitnet && self.linear_class.is_reciprocal() {
+            ScaleForm::Inverse
+        } else {
+            ScaleForm::Direct
         }
     }
 
@@ -199,15 +267,7 @@ impl Builder<'_> {
     ) -> Vec<(Granularity, ScaleDtype)> {
         let granularities: Vec<Granularity> = match choices.granularity {
             Some(granularity) => vec![granularity],
-            None if self.format == Format::HfBitnet || layout.name() == "hf-bitnet" => {
-                vec![Granularity::Tensor]
-            }
-            None if layout.stores_scales() => [32, 64, 128, 256]
-                .map(Granularity::Group)
-                .into_iter()
-                .chain([Granularity::Channel, Granularity::Tensor])
-                .collect(),
-            None => vec![Granularity::Channel],
+            None => layout.default_granularities().to_vec(),
         };
         let dtypes = match choices.scale_dtype {
             Some(dtype) => vec![dtype],
@@ -246,15 +306,8 @@ impl Builder<'_> {
             .unwrap_or(ScaleDtype::F32)
     }
 
-    pub(super) fn format_name(&self) -> &'static str {
-        match self.format {
-            Format::Safetensors => "safetensors",
-            Format::HfBitnet => "hf-bitnet",
-            Format::Gguf => "gguf",
-        }
-    }
-
-    /// The values of a quantized source as they are, in a layout of that name or in one that suits.
+    /// Packs the values of a quantized source again: in the layout of that name, or in one that
+    /// holds them.
     pub(super) fn recode(&mut self, index: usize, layout: Option<&str>) -> Result<()> {
         let Content::Quantized(q) = &self.source.tensors[index].content else {
             return self.keep(index);
@@ -266,143 +319,148 @@ impl Builder<'_> {
             } => Some(index),
             _ => None,
         };
-        self.place(
-            index,
-            Known {
-                spec: q.spec.clone(),
-                layout: Some(q.layout),
-                inverses,
-                given: None,
-            },
-            layout,
-        )
+        let known = KnownValues {
+            spec: q.spec.clone(),
+            layout: Some(q.layout),
+            inverses,
+            given: None,
+        };
+        self.repack(index, known, layout)
     }
 
-    /// Values that are known, in a layout of that name or in one that suits.
-    fn place(&mut self, index: usize, known: Known, layout: Option<&str>) -> Result<()> {
-        let tensor = &self.source.tensors[index];
-        let Known {
-            spec: of,
-            layout: own,
-            inverses,
-            given,
-        } = known;
-        let layouts = match (layout, self.format) {
-            (Some(output::AUTO), Format::Safetensors) => {
-                let pack = Pack {
-                    scheme: None,
-                    scale_dtype: of.scale_dtype,
-                    spec: of,
-                    layout: None,
-                    scale_form: ScaleForm::Direct,
-                    importance: None,
-                    given,
-                };
-                return self.pack(index, pack, None);
-            }
+    /// Packs known values in the layout of that name, or in one that holds them.
+    fn repack(&mut self, index: usize, known: KnownValues, layout: Option<&str>) -> Result<()> {
+        if layout == Some(output::AUTO) && self.format == Format::Safetensors {
+            let pack = Pack {
+                scheme: None,
+                scale_dtype: known.spec.scale_dtype,
+                spec: known.spec,
+                layout: None,
+                scale_form: ScaleForm::Direct,
+                importance: None,
+                given: known.given,
+            };
+            return self.pack(index, pack, None);
+        }
+        let layouts = match (layout, known.layout) {
             (Some(name), _) => vec![pack::by_name(name)?],
-            (None, Format::HfBitnet) => default_layouts(self.format, of.precision)?,
-            (None, _) => match own {
-                Some(own)
-                    if output::stores(&self.container, own.name()) && own.name() != "hf-bitnet" =>
-                {
-                    vec![own]
-                }
-                _ => default_layouts(self.format, of.precision)?,
-            },
+            (None, Some(own))
+                if self.format != Format::HfBitnet
+                    && output::stores(&self.container, own)
+                    && own.origin() != LayoutOrigin::HfBitnet =>
+            {
+                vec![own]
+            }
+            (None, _) => default_layouts(self.format, known.spec.precision)?,
         };
         let mut refusal = None;
         for layout in layouts {
-            if !output::stores(&self.container, layout.name())
-                || (self.format == Format::HfBitnet && layout.name() != "hf-bitnet")
-            {
-                return Err(Error::Recipe(format!(
-                    "format {} does not hold layout {}",
-                    self.format_name(),
-                    layout.name()
-                )));
+            if !output::stores(&self.container, layout) || !self.holds(layout) {
+                return Err(self.does_not_hold(layout));
             }
-            let granularities = [of.granularity]
-                .into_iter()
-                .chain([32, 64, 128, 256].map(Granularity::Group))
-                .chain([Granularity::Tensor]);
-            for granularity in granularities {
-                for dtype in [of.scale_dtype, ScaleDtype::F16, ScaleDtype::F32] {
-                    let spec = MatrixSpec {
-                        granularity,
-                        scale_dtype: dtype,
-                        ..of.clone()
-                    };
-                    match layout.check(&spec) {
-                        Err(why) => refusal = refusal.or(Some(why)),
-                        Ok(()) => {
-                            let hf = self.format == Format::HfBitnet;
-                            let form = if hf && self.linear_class.is_reciprocal() {
-                                ScaleForm::Inverse
-                            } else {
-                                ScaleForm::Direct
-                            };
-                            // The type of the stored numbers, and the type that every scale has
-                            // when it is read again.
-                            let (stored, spec) = match (form, inverses) {
-                                (ScaleForm::Inverse, Some(index)) => {
-                                    (self.scale_dtype_of(index), spec)
-                                }
-                                (ScaleForm::Inverse, _) => (
-                                    ScaleDtype::F32,
-                                    MatrixSpec {
-                                        scale_dtype: ScaleDtype::F32,
-                                        ..spec
-                                    },
-                                ),
-                                // transformers gives weight_scale the type of the model.
-                                (ScaleForm::Direct, _) if hf => (
-                                    self.model_dtype(),
-                                    MatrixSpec {
-                                        scale_dtype: self.model_dtype(),
-                                        ..spec
-                                    },
-                                ),
-                                (ScaleForm::Direct, _) => (dtype, spec),
-                            };
-                            let from = of.scale_dtype;
-                            let note = match form {
-                                ScaleForm::Inverse if spec.scale_dtype == from && stored != ScaleDtype::F32 => None,
-                                ScaleForm::Inverse => {
-                                    Some("codes exact, scales to the last bit of f32: their inverses are stored".to_string())
-                                }
-                                ScaleForm::Direct if spec.scale_dtype == from || spec.scale_dtype == ScaleDtype::F32 => None,
-                                ScaleForm::Direct => Some(format!("codes exact, scales rounded from {from} to {stored}")),
-                            };
-                            let pack = Pack {
-                                scheme: None,
-                                spec,
-                                layout: Some(layout),
-                                scale_dtype: stored,
-                                scale_form: form,
-                                importance: None,
-                                given,
-                            };
-                            return self.pack(index, pack, note);
-                        }
+            for spec in with_other_scales(&known.spec) {
+                match layout.check(&spec) {
+                    Err(why) => refusal = refusal.or(Some(why)),
+                    Ok(()) => {
+                        let (stored, spec) = self.stored_scales(spec, known.inverses);
+                        let form = self.scale_form();
+                        let note = scale_note(known.spec.scale_dtype, &spec, stored, form);
+                        let pack = Pack {
+                            scheme: None,
+                            spec,
+                            layout: Some(layout),
+                            scale_dtype: stored,
+                            scale_form: form,
+                            importance: None,
+                            given: known.given,
+                        };
+                        return self.pack(index, pack, note);
                     }
                 }
             }
         }
-        let refusal = refusal.unwrap_or_else(|| bitnet_core::Error::Scheme("no layout".into()));
-        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&of) {
-            return self.cast(
-                index,
-                ScaleDtype::F32,
-                Some(format!("not packed: {refusal}; kept exactly, as F32")),
-            );
+        let refusal = refusal.unwrap_or_else(no_layout);
+        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&known.spec) {
+            let note = format!("not packed: {refusal}; kept exactly, as F32");
+            return self.cast(index, ScaleDtype::F32, Some(note));
         }
-        Err(self.tensor_error(tensor)(refusal))
+        Err(self.tensor_error(&self.source.tensors[index])(refusal))
+    }
+
+    /// The type in which the output stores scales, and the spec with the type that every scale has
+    /// when it is read again.
+    fn stored_scales(&self, spec: MatrixSpec, inverses: Option<usize>) -> (ScaleDtype, MatrixSpec) {
+        let with_dtype = |dtype, spec| MatrixSpec {
+            scale_dtype: dtype,
+            ..spec
+        };
+        match (self.scale_form(), inverses) {
+            (ScaleForm::Inverse, Some(index)) => (self.scale_dtype_of(index), spec),
+            (ScaleForm::Inverse, None) => (ScaleDtype::F32, with_dtype(ScaleDtype::F32, spec)),
+            // transformers gives weight_scale the type of the model.
+            (ScaleForm::Direct, _) if self.format == Format::HfBitnet => {
+                (self.model_dtype(), with_dtype(self.model_dtype(), spec))
+            }
+            (ScaleForm::Direct, _) => (spec.scale_dtype, spec),
+        }
     }
 }
 
-/// Values and scales that nothing chooses any more.
-struct Known {
+/// The outcome of looking for a layout.
+enum Fit {
+    Pack(Box<Pack>),
+    None {
+        /// Why the first layout cannot hold the matrix.
+        refusal: bitnet_core::Error,
+        /// Whether no choice of scales would help.
+        shape_is_to_blame: bool,
+    },
+}
+
+fn no_layout() -> bitnet_core::Error {
+    bitnet_core::Error::Scheme("no layout".into())
+}
+
+/// The spec with the granularities and scale types that hold the same scales, its own first.
+fn with_other_scales(spec: &MatrixSpec) -> Vec<MatrixSpec> {
+    let granularities = [spec.granularity]
+        .into_iter()
+        .chain([32, 64, 128, 256].map(Granularity::Group))
+        .chain([Granularity::Tensor]);
+    let dtypes = [spec.scale_dtype, ScaleDtype::F16, ScaleDtype::F32];
+    granularities
+        .flat_map(|granularity| {
+            dtypes.map(|scale_dtype| MatrixSpec {
+                granularity,
+                scale_dtype,
+                ..spec.clone()
+            })
+        })
+        .collect()
+}
+
+/// What the user must know about scales that were of type `from`.
+fn scale_note(
+    from: ScaleDtype,
+    spec: &MatrixSpec,
+    stored: ScaleDtype,
+    form: ScaleForm,
+) -> Option<String> {
+    let same = spec.scale_dtype == from;
+    match form {
+        ScaleForm::Inverse if same && stored != ScaleDtype::F32 => None,
+        ScaleForm::Inverse => Some(
+            "codes exact, scales to the last bit of f32: their inverses are stored".to_string(),
+        ),
+        ScaleForm::Direct if same || spec.scale_dtype == ScaleDtype::F32 => None,
+        ScaleForm::Direct => Some(format!(
+            "codes exact, scales rounded from {from} to {stored}"
+        )),
+    }
+}
+
+/// Values and scales that need no quantizer.
+struct KnownValues {
     spec: MatrixSpec,
     /// The layout that they have.
     layout: Option<&'static dyn Layout>,
@@ -429,27 +487,23 @@ pub(super) fn default_layouts(
     format: Format,
     precision: Precision,
 ) -> Result<Vec<&'static dyn Layout>> {
-    let names: &[&str] = match (format, precision) {
-        (Format::Safetensors, Precision::Binary) => &["one-bit"],
-        (Format::Safetensors, Precision::Ternary | Precision::Int2) => &["two-bit"],
-        (Format::Safetensors, Precision::Int3) => &["three-bit"],
-        (Format::Safetensors, Precision::Int4) => &["four-bit"],
-        (Format::Safetensors, Precision::Int8) => &["i8"],
-        (Format::HfBitnet, Precision::Ternary) => &["hf-bitnet"],
-        (Format::Gguf, Precision::Ternary) => &["tq2_0", "q2_0"],
-        (Format::Gguf, Precision::Binary) => &["q1_0"],
-        (Format::Gguf, Precision::Int4) => &["q4_0"],
-        (Format::Gguf, Precision::Int8) => &["q8_0"],
-        (Format::HfBitnet, other) => {
-            return Err(Error::Recipe(format!(
-                "format hf-bitnet holds ternary weights, not {other}"
-            )));
+    let found: Vec<&'static dyn Layout> = pack::layouts()
+        .iter()
+        .copied()
+        .filter(|layout| layout.default_for().contains(&precision))
+        .filter(|layout| match format {
+            Format::Safetensors => layout.origin() == LayoutOrigin::Own,
+            Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
+        })
+        .collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    Err(Error::Recipe(match format {
+        Format::HfBitnet => format!("format hf-bitnet holds ternary weights, not {precision}"),
+        Format::Safetensors | Format::Gguf => {
+            format!("format {format} has no type for {precision}")
         }
-        (Format::Gguf, other) => {
-            return Err(Error::Recipe(format!(
-                "format gguf has no type for {other}"
-            )));
-        }
-    };
-    names.iter().map(|name| Ok(pack::by_name(name)?)).collect()
+    }))
 }

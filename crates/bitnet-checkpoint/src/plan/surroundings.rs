@@ -1,7 +1,7 @@
 //! What a file has besides its tensors: metadata, names and row orders, config.json and the other
 //! files of a folder.
 
-use super::{Builder, Naming, Sidecar, Work};
+use super::{Action, Builder, Naming, Sidecar};
 use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
@@ -48,7 +48,7 @@ impl Builder<'_> {
             self.push(
                 None,
                 arch::ROPE_FREQS.into(),
-                Work::Literal(bytes),
+                Action::Literal(bytes),
                 None,
                 (data, None, None),
                 None,
@@ -149,16 +149,14 @@ impl Builder<'_> {
         Ok(Some(match self.naming {
             Naming::Same => (tensor.name.clone(), None),
             Naming::ToGguf(architecture, heads) => {
-                let name = arch::gguf_name(&tensor.name).ok_or_else(|| unknown("GGUF"))?;
-                (
-                    name,
-                    arch::row_order(architecture, heads, &tensor.name, rows)?,
-                )
+                let name = architecture.gguf_tensor(&tensor.name);
+                let order = architecture.gguf_rows(heads, &tensor.name, rows);
+                (name.ok_or_else(|| unknown("GGUF"))?, order?)
             }
             Naming::ToHf(architecture, heads) => {
-                let name =
-                    arch::hf_name(&tensor.name).ok_or_else(|| unknown("a Hugging Face folder"))?;
-                let order = arch::hf_row_order(architecture, heads, &name, rows)?;
+                let name = architecture.hf_tensor(&tensor.name);
+                let name = name.ok_or_else(|| unknown("a Hugging Face folder"))?;
+                let order = architecture.hf_rows(heads, &name, rows)?;
                 (name, order)
             }
         }))
@@ -178,10 +176,10 @@ impl Builder<'_> {
             // Linear layers that stay as they are must be named, or transformers expects packed
             // weights for them.
             let mut keep: Vec<String> = self
-                .units
+                .tensor_jobs
                 .iter()
                 .filter(|u| {
-                    !matches!(u.work, Work::Pack(_)) && self.tensors[u.data].shape.len() == 2
+                    !matches!(u.action, Action::Pack(_)) && self.tensors[u.data].shape.len() == 2
                 })
                 .filter_map(|u| u.name.strip_suffix(".weight").map(str::to_string))
                 .filter(|n| !n.contains("embed") && !n.contains("norm"))

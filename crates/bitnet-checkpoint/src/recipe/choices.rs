@@ -1,10 +1,9 @@
 //! What one tensor becomes, and the choices that say how.
 
 use crate::{Error, Result};
-use bitnet_core::scheme::{
-    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Threshold,
-};
-use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
+use bitnet_core::pack;
+use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Threshold};
+use bitnet_core::{Granularity, Precision, ScaleDtype, ScaleForm, Scheme, as_string};
 use bitnet_formats::output::AUTO;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -43,24 +42,18 @@ impl FromStr for Target {
             .map_err(|_: bitnet_core::Error| bitnet_core::Error::UnknownName {
                 what: "precision",
                 got: s.into(),
-                expected: "binary, ternary, int2, int3, int4, int8, f32, f16, bf16, keep".into(),
+                expected: Precision::ALL
+                    .iter()
+                    .map(|precision| precision.name())
+                    .chain(ScaleDtype::ALL.iter().map(|dtype| dtype.name()))
+                    .chain(["keep"])
+                    .collect::<Vec<_>>()
+                    .join(", "),
             })
     }
 }
 
-impl Serialize for Target {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Target {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
+as_string!(Target);
 
 /// Choices for one tensor; what is absent is inherited, at last from the defaults of precision and
 /// format.
@@ -320,14 +313,8 @@ impl LayoutChoice {
     /// The name of the layout for values of this precision.
     pub fn name(self, precision: Precision) -> &'static str {
         match self {
-            Self::Bytes => "i8",
-            Self::Plain => match precision {
-                Precision::Binary => "one-bit",
-                Precision::Ternary | Precision::Int2 => "two-bit",
-                Precision::Int3 => "three-bit",
-                Precision::Int4 => "four-bit",
-                Precision::Int8 => "i8",
-            },
+            Self::Bytes => pack::plain(Precision::Int8).name(),
+            Self::Plain => pack::plain(precision).name(),
             Self::Smallest => AUTO,
         }
     }

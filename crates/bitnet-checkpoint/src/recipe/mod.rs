@@ -15,7 +15,7 @@ pub use sections::{Activations, Compute, MAX_THREADS, Machine, PrecisionControlC
 pub use selector::{compile, escape};
 
 use crate::{Error, Result};
-use bitnet_core::Precision;
+use bitnet_core::{Precision, named};
 use bitnet_formats::hf::LinearClass;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -24,8 +24,7 @@ use std::str::FromStr;
 pub const VERSION: u32 = 1;
 
 /// The container to be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
     /// safetensors with packed uint8 tensors and scales: one file, or a folder if the path has no
     /// ending.
@@ -37,21 +36,11 @@ pub enum Format {
     Gguf,
 }
 
-impl FromStr for Format {
-    type Err = bitnet_core::Error;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        match s {
-            "safetensors" => Ok(Self::Safetensors),
-            "hf-bitnet" => Ok(Self::HfBitnet),
-            "gguf" => Ok(Self::Gguf),
-            _ => Err(bitnet_core::Error::UnknownName {
-                what: "format",
-                got: s.into(),
-                expected: "safetensors, hf-bitnet, gguf".into(),
-            }),
-        }
-    }
-}
+named!(Format, "format", {
+    Safetensors = "safetensors",
+    HfBitnet = "hf-bitnet",
+    Gguf = "gguf",
+});
 
 /// Choices for the tensors that a glob matches.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -62,6 +51,28 @@ pub struct Rule {
     /// The choices, over those of the recipe.
     #[serde(flatten)]
     pub choices: Choices,
+}
+
+impl FromStr for Rule {
+    type Err = bitnet_core::Error;
+
+    /// `GLOB=PRECISION`.
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let (glob, precision) =
+            s.rsplit_once('=')
+                .ok_or_else(|| bitnet_core::Error::UnknownName {
+                    what: "rule",
+                    got: s.into(),
+                    expected: "GLOB=PRECISION".into(),
+                })?;
+        Ok(Self {
+            glob: glob.into(),
+            choices: Choices {
+                precision: Some(precision.parse()?),
+                ..Choices::default()
+            },
+        })
+    }
 }
 
 impl<'de> Deserialize<'de> for Rule {
@@ -233,7 +244,8 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bitnet_core::scheme::{ScaleForm, Threshold};
+    use bitnet_core::ScaleForm;
+    use bitnet_core::scheme::Threshold;
     use bitnet_core::{Granularity, ScaleDtype};
 
     #[test]
@@ -308,7 +320,10 @@ mod tests {
 
     #[test]
     fn presets_are_valid_distinct_and_survive_toml_and_json() {
-        let all = Preset::ALL.map(|p| p.build().unwrap());
+        let all = Preset::ALL
+            .iter()
+            .map(|p| p.build().unwrap())
+            .collect::<Vec<_>>();
         for (i, config) in all.iter().enumerate() {
             config.validate().unwrap();
             assert_eq!(

@@ -3,10 +3,8 @@
 use super::{Activations, Choices, PrecisionControlConfig, Recipe, Target};
 use crate::Result;
 use bitnet_core::scheme::{Clip, Mapping, Threshold};
-use bitnet_core::{Granularity, Precision, ScaleDtype};
+use bitnet_core::{Granularity, Precision, ScaleDtype, named};
 use bitnet_formats::output::AUTO;
-use std::fmt;
-use std::str::FromStr;
 
 /// Settings for a purpose. Each says in [`Preset::summary`] what it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,26 +22,6 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::BitNetOptimized,
-        Self::PerformanceOptimized,
-        Self::AccuracyOptimized,
-        Self::MemoryOptimized,
-        Self::Balanced,
-    ];
-
-    /// The name on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::BitNetOptimized => "bitnet",
-            Self::PerformanceOptimized => "performance",
-            Self::AccuracyOptimized => "accuracy",
-            Self::MemoryOptimized => "memory",
-            Self::Balanced => "balanced",
-        }
-    }
-
     /// What it consists of, for people.
     pub const fn summary(self) -> &'static str {
         match self {
@@ -161,25 +139,13 @@ impl Preset {
     }
 }
 
-impl fmt::Display for Preset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Preset {
-    type Err = bitnet_core::Error;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|p| p.name() == s)
-            .ok_or_else(|| bitnet_core::Error::UnknownName {
-                what: "preset",
-                got: s.into(),
-                expected: Self::ALL.map(Self::name).join(", "),
-            })
-    }
-}
+named!(Preset, "preset", {
+    BitNetOptimized = "bitnet",
+    PerformanceOptimized = "performance",
+    AccuracyOptimized = "accuracy",
+    MemoryOptimized = "memory",
+    Balanced = "balanced",
+});
 
 impl Recipe {
     /// b1.58: ternary absmean with one scale for the tensor, int8 activations.

@@ -3,10 +3,11 @@
 use super::{Candidate, select};
 use crate::calibration::{Calibration, importance};
 use crate::job::Options;
-use crate::plan::{Builder, Work};
-use crate::recipe::Search;
-use crate::recipe::{Choices, Format, Recipe, Rule, Target};
-use crate::rows::{Rows, Scratch, Strips, strip_rows, thread_pool, windows, with_rows};
+use crate::plan::{Action, Builder};
+use crate::recipe::{Choices, Format, Recipe, Rule, Search, Target, escape};
+use crate::rows::{
+    StripBuffers, StripGranule, WeightRows, strip_rows, thread_pool, windows, with_rows,
+};
 use crate::target::check_target;
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
@@ -14,16 +15,16 @@ use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::{Clip, Mapping, Threshold};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
-use bitnet_formats::Source;
+use bitnet_formats::{Source, Tensor};
 use rayon::prelude::*;
 use std::path::Path;
 
-/// The recipe with the search carried out: a rule for each tensor that `default` would have
-/// decided, and no search.
+/// Runs the search of a recipe. Returns the recipe without the search, with one rule for each tensor
+/// that `default` would have decided.
 ///
-/// Tensors that a rule of the recipe matches stay as it says; if it quantizes them, they count in
-/// the budget. With a calibration errors are weighted by the second moments of the channels, and
-/// every tensor searched must be in it.
+/// Tensors that a rule of the recipe matches keep that rule. If the rule quantizes them, they count
+/// in the budget. A calibration weights errors by the second moments of the channels; it must cover
+/// every searched tensor.
 ///
 /// # Errors
 /// [`Error::Recipe`] for a budget that no setting reaches, before anything is read;
@@ -41,124 +42,178 @@ pub fn resolve(
     recipe.validate()?;
     let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
     check_target(source, builder.sidecars.is_some(), out, options.existing)?;
-    let selector = recipe.selector(source)?;
-    let grid = grid(recipe.format, &recipe.default)?;
-    let (mut fixed_bytes, mut weights) = (0, 0);
-    let mut tensors = vec![];
-    for (index, tensor) in source.tensors.iter().enumerate() {
-        let Some(choices) = selector.choices(tensor) else {
-            continue;
-        };
-        if selector.has_rule(&tensor.name) {
-            if matches!(choices.target(), Target::Quantized(_))
-                && let Some((bytes, _)) = builder.planned(index, &choices)?
-            {
-                fixed_bytes += bytes;
-                weights += tensor.elements() as u64;
-            }
-            continue;
-        }
-        let mut refusal = None;
-        let mut possible = vec![];
-        for choices in &grid {
-            match builder.planned(index, choices) {
-                Ok(Some((bytes, scheme))) => possible.push((choices.clone(), bytes, scheme)),
-                Ok(None) => {}
-                Err(error) => refusal = refusal.or(Some(error)),
-            }
-        }
-        match (possible.is_empty(), refusal) {
-            (true, Some(error)) => return Err(error),
-            // No low-bit layout holds it: it stays float, whatever is chosen.
-            (true, None) => continue,
-            (false, _) => {}
-        }
-        weights += tensor.elements() as u64;
-        tensors.push((
-            tensor,
-            importance(calibration, &tensor.name, tensor.matrix_shape())?,
-            possible,
-        ));
-    }
-    if tensors.is_empty() {
-        return Err(Error::Recipe(format!(
-            "the search has no tensor of {} to choose for",
-            source.path.display()
-        )));
-    }
-    let budget = search
-        .target_bpw
-        .map(|bits| (bits * weights as f64 / 8.0).floor() as u64);
-    let least: u64 = fixed_bytes
-        + tensors
-            .iter()
-            .map(|t| t.2.iter().map(|p| p.1).min().unwrap_or(0))
-            .sum::<u64>();
-    if let (Some(budget), Some(bits)) = (budget, search.target_bpw)
-        && least > budget
-    {
-        let reachable = least as f64 * 8.0 / weights as f64;
-        return Err(Error::Recipe(format!(
-            "target_bpw {bits}: the smallest settings take {reachable:.3} bits per weight"
-        )));
-    }
-    let pool = thread_pool(options.threads)?;
-    let mut candidates = vec![];
-    for (tensor, importance, possible) in &tensors {
-        options.progress.tensor(&tensor.name);
-        let schemes: Vec<Scheme> = possible.iter().map(|p| p.2).collect();
-        let cols = tensor.matrix_shape().map_or(1, |s| s.1);
-        let errors = pool.install(|| {
-            with_rows(source, tensor, None, |rows| {
-                measure(
-                    &rows.reshaped(cols),
-                    &schemes,
-                    importance.as_deref(),
-                    options,
-                )
-            })
-        })?;
-        let one = |((choices, bytes, _), (error, stats)): (
-            &(Choices, u64, Scheme),
-            (f64, ErrorStats),
-        )| Candidate {
-            choices: choices.clone(),
-            bytes: *bytes,
-            error,
-            sqnr_db: stats.sqnr_db(),
-        };
-        candidates.push(possible.iter().zip(errors).map(one).collect::<Vec<_>>());
-        options.progress.advance(tensor.bytes(source));
-    }
+    let plan = SearchPlan::new(source, recipe, &mut builder, calibration)?;
+    let budget = plan.budget(search)?;
+    let candidates = plan.measure(source, options)?;
     let best = select(
         &candidates,
-        budget.map(|b| b - fixed_bytes),
+        budget.map(|b| b - plan.fixed_bytes),
         search.min_sqnr,
     )?;
     let mut resolved = Recipe {
         search: None,
         ..recipe.clone()
     };
-    for ((tensor, ..), (candidates, pick)) in tensors.iter().zip(candidates.iter().zip(best.picks))
-    {
-        resolved.rules.push(Rule {
-            glob: globset::escape(&tensor.name),
+    let picked = plan.tensors.iter().zip(candidates.iter().zip(best.picks));
+    resolved
+        .rules
+        .extend(picked.map(|(searched, (candidates, pick))| Rule {
+            glob: escape(&searched.tensor.name),
             choices: candidates[pick].choices.clone(),
-        });
-    }
+        }));
     Ok(resolved)
 }
 
-/// Settings to choose among. What the default says of granularity, scales and rounding holds for
-/// all.
+/// A tensor that the search chooses for.
+struct SearchedTensor<'a> {
+    tensor: &'a Tensor,
+    importance: Option<Vec<f32>>,
+    /// The settings that the container can hold: choices, bytes, scheme.
+    possible: Vec<(Choices, u64, Scheme)>,
+}
+
+/// What the search chooses among.
+struct SearchPlan<'a> {
+    tensors: Vec<SearchedTensor<'a>>,
+    /// Bytes of the tensors that rules of the recipe quantize.
+    fixed_bytes: u64,
+    /// Weights that the budget covers.
+    weights: u64,
+}
+
+impl<'a> SearchPlan<'a> {
+    fn new(
+        source: &'a Source,
+        recipe: &Recipe,
+        builder: &mut Builder<'_>,
+        calibration: Option<&Calibration>,
+    ) -> Result<Self> {
+        let selector = recipe.selector(source)?;
+        let grid = grid(recipe.format, &recipe.default)?;
+        let mut plan = Self {
+            tensors: vec![],
+            fixed_bytes: 0,
+            weights: 0,
+        };
+        for (index, tensor) in source.tensors.iter().enumerate() {
+            let Some(choices) = selector.choices(tensor) else {
+                continue;
+            };
+            if selector.has_rule(&tensor.name) {
+                if matches!(choices.target(), Target::Quantized(_))
+                    && let Some((bytes, _)) = builder.planned(index, &choices)?
+                {
+                    plan.fixed_bytes += bytes;
+                    plan.weights += tensor.elements() as u64;
+                }
+                continue;
+            }
+            let possible = possible_settings(builder, index, &grid)?;
+            if possible.is_empty() {
+                // No low-bit layout holds it: it stays float, whatever is chosen.
+                continue;
+            }
+            plan.weights += tensor.elements() as u64;
+            plan.tensors.push(SearchedTensor {
+                tensor,
+                importance: importance(calibration, &tensor.name, tensor.matrix_shape())?,
+                possible,
+            });
+        }
+        if plan.tensors.is_empty() {
+            return Err(Error::Recipe(format!(
+                "the search has no tensor of {} to choose for",
+                source.path.display()
+            )));
+        }
+        Ok(plan)
+    }
+
+    /// The budget in bytes, if the search has one.
+    fn budget(&self, search: &Search) -> Result<Option<u64>> {
+        let Some(bits) = search.target_bpw else {
+            return Ok(None);
+        };
+        let budget = (bits * self.weights as f64 / 8.0).floor() as u64;
+        let smallest = |searched: &SearchedTensor<'_>| {
+            searched.possible.iter().map(|p| p.1).min().unwrap_or(0)
+        };
+        let least = self.fixed_bytes + self.tensors.iter().map(smallest).sum::<u64>();
+        if least > budget {
+            let reachable = least as f64 * 8.0 / self.weights as f64;
+            return Err(Error::Recipe(format!(
+                "target_bpw {bits}: the smallest settings take {reachable:.3} bits per weight"
+            )));
+        }
+        Ok(Some(budget))
+    }
+
+    /// Quantizes each tensor with each of its settings and measures the error.
+    fn measure(&self, source: &Source, options: &Options<'_>) -> Result<Vec<Vec<Candidate>>> {
+        let pool = thread_pool(options.threads)?;
+        let mut candidates = vec![];
+        for searched in &self.tensors {
+            let tensor = searched.tensor;
+            options.progress.tensor(&tensor.name);
+            let schemes: Vec<Scheme> = searched.possible.iter().map(|p| p.2).collect();
+            let cols = tensor.matrix_shape().map_or(1, |s| s.1);
+            let importance = searched.importance.as_deref();
+            let errors = pool.install(|| {
+                with_rows(source, tensor, None, |rows| {
+                    measure(&rows.reshaped(cols), &schemes, importance, options)
+                })
+            })?;
+            let settings = searched.possible.iter().zip(errors);
+            candidates.push(
+                settings
+                    .map(|((choices, bytes, _), (error, stats))| Candidate {
+                        choices: choices.clone(),
+                        bytes: *bytes,
+                        error,
+                        sqnr_db: stats.sqnr_db(),
+                    })
+                    .collect(),
+            );
+            options.progress.advance(tensor.bytes(source));
+        }
+        Ok(candidates)
+    }
+}
+
+/// The settings of the grid that the container can hold for a tensor; none if it would stay float.
+fn possible_settings(
+    builder: &mut Builder<'_>,
+    index: usize,
+    grid: &[Choices],
+) -> Result<Vec<(Choices, u64, Scheme)>> {
+    let mut refusal = None;
+    let mut possible = vec![];
+    for choices in grid {
+        match builder.planned(index, choices) {
+            Ok(Some((bytes, scheme))) => possible.push((choices.clone(), bytes, scheme)),
+            Ok(None) => {}
+            Err(error) => refusal = refusal.or(Some(error)),
+        }
+    }
+    match refusal {
+        Some(error) if possible.is_empty() => Err(error),
+        _ => Ok(possible),
+    }
+}
+
+/// The settings that the search chooses among. Granularity, scales and rounding of the default apply
+/// to all of them.
+///
+/// # Errors
+/// [`Error::Recipe`] for a format with one precision only.
 pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
-    let of = |precision| Choices {
+    let with_precision = |precision| Choices {
         precision: Some(Target::Quantized(precision)),
         ..Choices::default()
     };
     let ternary = Choices {
         threshold: Some(Threshold::Optimal),
-        ..of(Precision::Ternary)
+        ..with_precision(Precision::Ternary)
     };
     let planes = |n| Choices {
         planes: Some(n),
@@ -166,7 +221,7 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
     };
     let int = |precision| Choices {
         clip: Some(Clip::Search),
-        ..of(precision)
+        ..with_precision(precision)
     };
     let shifted = |precision| Choices {
         mapping: Some(Mapping::Asymmetric),
@@ -175,7 +230,7 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
     let grid: Vec<(Choices, &[usize])> = match format {
         // 0 stands for one scale for each channel.
         Format::Safetensors => vec![
-            (of(Precision::Binary), &[0, 128, 64]),
+            (with_precision(Precision::Binary), &[0, 128, 64]),
             (ternary.clone(), &[0, 256, 128, 64, 32]),
             (shifted(Precision::Int2), &[64, 32]),
             (planes(2), &[0, 128, 64]),
@@ -186,7 +241,7 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
             (int(Precision::Int8), &[0, 64]),
         ],
         Format::Gguf => [
-            of(Precision::Binary),
+            with_precision(Precision::Binary),
             ternary,
             int(Precision::Int4),
             int(Precision::Int8),
@@ -234,7 +289,7 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
 /// `Σ h·(w − ŵ)²` and the plain figures of each scheme, in one pass over the rows. A scheme that
 /// cannot hold the weights loses infinitely.
 fn measure(
-    rows: &Rows<'_>,
+    rows: &WeightRows<'_>,
     schemes: &[Scheme],
     importance: Option<&[f32]>,
     options: &Options<'_>,
@@ -251,7 +306,7 @@ fn measure(
                     .transpose()?;
                 fit(
                     &kernels,
-                    &Strips {
+                    &StripGranule {
                         rows,
                         strip,
                         interrupt: options.interrupt,
@@ -271,7 +326,7 @@ fn measure(
         }
         let parts: Vec<Result<Vec<(f64, ErrorStats)>>> = window
             .into_par_iter()
-            .map_init(Scratch::default, |scratch, range| {
+            .map_init(StripBuffers::default, |scratch, range| {
                 let first = range.start;
                 rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
                 scratch.back.resize(cols, 0.0);
@@ -302,7 +357,7 @@ fn measure(
                                     .map(|((w, v), h)| f64::from(*h) * f64::from(w - v).powi(2))
                                     .sum(),
                             };
-                            stats = stats.then(error);
+                            stats = stats.merge(error);
                         }
                         Ok((weighted, stats))
                     };
@@ -312,14 +367,14 @@ fn measure(
         for part in parts {
             sums.iter_mut()
                 .zip(part?)
-                .for_each(|(sum, (weighted, stats))| *sum = (sum.0 + weighted, sum.1.then(stats)));
+                .for_each(|(sum, (weighted, stats))| *sum = (sum.0 + weighted, sum.1.merge(stats)));
         }
     }
     Ok(sums)
 }
 
 impl Search {
-    /// Least error within so many bits per weight.
+    /// The least error within `target_bpw` bits per weight.
     pub fn within(target_bpw: f64) -> Self {
         Self {
             target_bpw: Some(target_bpw),
@@ -327,8 +382,8 @@ impl Search {
         }
     }
 
-    /// Fewest bytes with at least so many dB for each tensor.
-    pub fn of_quality(min_sqnr: f64) -> Self {
+    /// The fewest bytes with at least `min_sqnr` dB for each tensor.
+    pub fn with_min_sqnr(min_sqnr: f64) -> Self {
         Self {
             target_bpw: None,
             min_sqnr: Some(min_sqnr),
@@ -339,10 +394,10 @@ impl Search {
 impl Builder<'_> {
     /// Bytes and scheme of a tensor with these choices; `None` if it would stay float.
     fn planned(&mut self, index: usize, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
-        let (units, outs) = (self.units.len(), self.tensors.len());
+        let (jobs, outs) = (self.tensor_jobs.len(), self.tensors.len());
         self.quantize(index, choices)?;
-        let scheme = match self.units.last().map(|u| &u.work) {
-            Some(Work::Pack(pack)) if self.units.len() > units => pack.scheme,
+        let scheme = match self.tensor_jobs.last().map(|u| &u.action) {
+            Some(Action::Pack(pack)) if self.tensor_jobs.len() > jobs => pack.scheme,
             _ => None,
         };
         Ok(scheme.map(|scheme| {

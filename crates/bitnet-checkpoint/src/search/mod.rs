@@ -5,9 +5,10 @@
 //! minimise Σ_t error(t, choice_t)   subject to   Σ_t bytes(t, choice_t) ≤ budget
 //! ```
 //!
-//! A multiple-choice knapsack, solved exactly: a dynamic programme over the tensors keeps the pairs
-//! of bytes and error that no other pair beats, and drops those that cannot end below the best
-//! solution known, as the linear relaxation of the tensors still to come shows.
+//! A multiple-choice knapsack, solved exactly by dynamic programming over the tensors. It keeps the
+//! partial selections that no other beats in both bytes and error. It drops a partial selection when
+//! the linear relaxation of the remaining tensors shows that it cannot end below the best known
+//! solution.
 
 mod job;
 
@@ -16,8 +17,9 @@ pub use job::{grid, resolve};
 use crate::recipe::Choices;
 use crate::{Error, Result};
 
-/// Pairs that are kept at once; beyond, the least promising are dropped and the result says so.
-const MOST_STATES: usize = 1 << 20;
+/// Most partial selections kept at once. Beyond, the least promising are dropped and the result
+/// says so.
+const MAX_PARTIAL: usize = 1 << 20;
 
 /// What a tensor may become.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,10 +87,40 @@ pub fn select(
             "a budget of {budget} bytes: the smallest settings that are allowed take {least}"
         )));
     }
-    let mut rest = Relaxation::new(&options);
-    let bound = rest.rounded(&options, budget);
-    // States of each step: bytes, error, the state that it came from, the option taken.
-    let mut steps: Vec<Vec<State>> = vec![vec![State {
+    let (steps, exact) = partial_selections(&options, budget);
+    let end = steps.last().and_then(|last| {
+        last.iter()
+            .enumerate()
+            .min_by(|a, b| a.1.error.total_cmp(&b.1.error))
+    });
+    let Some((mut at, end)) = end else {
+        return Err(Error::Recipe("no selection fits the budget".into()));
+    };
+    let mut picks = vec![0; options.len()];
+    for (i, options) in options.iter().enumerate().rev() {
+        let partial = &steps[i + 1][at];
+        picks[i] = options[partial.option as usize].pick;
+        at = partial.from as usize;
+    }
+    Ok(Selection {
+        picks,
+        bytes: end.bytes,
+        error: end.error,
+        exact,
+    })
+}
+
+/// The undominated choices for the first tensors, after each tensor; and whether none was dropped
+/// that could have led to the best selection.
+fn partial_selections(
+    options: &[Vec<ParetoPoint>],
+    budget: u64,
+) -> (Vec<Vec<PartialSelection>>, bool) {
+    let mut rest = Relaxation::new(options);
+    let bound = rest.rounded(options, budget);
+    // Sums of the same errors in another order differ in the last bits; that drops nothing.
+    let limit = bound + 1e-9 * bound.abs();
+    let mut steps = vec![vec![PartialSelection {
         bytes: 0,
         error: 0.0,
         from: 0,
@@ -98,11 +130,11 @@ pub fn select(
     for (i, options) in options.iter().enumerate() {
         rest.remove(i);
         let mut next = vec![];
-        for (from, state) in steps[i].iter().enumerate() {
+        for (from, partial) in steps[i].iter().enumerate() {
             for (option, point) in options.iter().enumerate() {
-                let (bytes, error) = (state.bytes + point.bytes, state.error + point.error);
+                let (bytes, error) = (partial.bytes + point.bytes, partial.error + point.error);
                 if bytes + rest.least <= budget {
-                    next.push(State {
+                    next.push(PartialSelection {
                         bytes,
                         error,
                         from: from as u32,
@@ -118,63 +150,44 @@ pub fn select(
             lowest = lowest.min(s.error);
             better
         });
-        // Sums of the same errors in another order differ in the last bits; nothing is dropped for
-        // that.
-        let limit = bound + 1e-9 * bound.abs();
         next.retain(|s| s.error + rest.error(budget - s.bytes) <= limit);
-        if next.len() > MOST_STATES {
+        if next.len() > MAX_PARTIAL {
             exact = false;
             next.sort_by_cached_key(|s| (s.error + rest.error(budget - s.bytes)).to_bits());
-            next.truncate(MOST_STATES);
+            next.truncate(MAX_PARTIAL);
             next.sort_unstable_by_key(|s| s.bytes);
         }
         steps.push(next);
     }
-    let end = steps.last().and_then(|last| {
-        last.iter()
-            .enumerate()
-            .min_by(|a, b| a.1.error.total_cmp(&b.1.error))
-    });
-    let Some((mut at, end)) = end else {
-        return Err(Error::Recipe("no selection fits the budget".into()));
-    };
-    let mut picks = vec![0; options.len()];
-    for (i, options) in options.iter().enumerate().rev() {
-        let state = &steps[i + 1][at];
-        picks[i] = options[state.option as usize].pick;
-        at = state.from as usize;
-    }
-    Ok(Selection {
-        picks,
-        bytes: end.bytes,
-        error: end.error,
-        exact,
-    })
+    (steps, exact)
 }
 
+/// Choices for the first tensors.
 #[derive(Debug, Clone, Copy)]
-struct State {
+struct PartialSelection {
     bytes: u64,
     error: f64,
+    /// Index of the partial selection before it.
     from: u32,
+    /// Index of the point chosen for the last tensor.
     option: u32,
 }
 
 /// A candidate that no other beats in both size and error.
 #[derive(Debug, Clone, Copy)]
-struct Point {
+struct ParetoPoint {
     bytes: u64,
     error: f64,
     pick: usize,
 }
 
 /// The candidates worth considering, small to large.
-fn pareto(all: &[Candidate], min_sqnr: Option<f64>) -> Result<Vec<Point>> {
-    let mut points: Vec<Point> = all
+fn pareto(all: &[Candidate], min_sqnr: Option<f64>) -> Result<Vec<ParetoPoint>> {
+    let mut points: Vec<ParetoPoint> = all
         .iter()
         .enumerate()
         .filter(|(_, c)| min_sqnr.is_none_or(|least| c.sqnr_db >= least) && c.error.is_finite())
-        .map(|(pick, c)| Point {
+        .map(|(pick, c)| ParetoPoint {
             bytes: c.bytes,
             error: c.error,
             pick,
@@ -202,7 +215,7 @@ fn pareto(all: &[Candidate], min_sqnr: Option<f64>) -> Result<Vec<Point>> {
 
 /// A step along the lower convex hull of a tensor's points.
 #[derive(Debug, Clone, Copy)]
-struct Segment {
+struct HullStep {
     tensor: usize,
     bytes: u64,
     gain: f64,
@@ -210,7 +223,7 @@ struct Segment {
     point: usize,
 }
 
-impl Segment {
+impl HullStep {
     fn slope(&self) -> f64 {
         self.gain / self.bytes as f64
     }
@@ -219,7 +232,7 @@ impl Segment {
 /// The linear relaxation of some tensors: convex hulls instead of points.
 struct Relaxation {
     /// Steepest first.
-    segments: Vec<Segment>,
+    segments: Vec<HullStep>,
     /// Bytes and gain of the segments before each, and of all.
     before: Vec<(u64, f64)>,
     /// Size and error of the smallest point of each tensor, and their sums.
@@ -229,12 +242,12 @@ struct Relaxation {
 }
 
 impl Relaxation {
-    fn new(options: &[Vec<Point>]) -> Self {
+    fn new(options: &[Vec<ParetoPoint>]) -> Self {
         let mut segments = vec![];
         for (tensor, points) in options.iter().enumerate() {
             let mut hull = vec![0];
             for (i, p) in points.iter().enumerate().skip(1) {
-                let slope = |a: usize, b: &Point| {
+                let slope = |a: usize, b: &ParetoPoint| {
                     (points[a].error - b.error) / (b.bytes - points[a].bytes) as f64
                 };
                 while let [.., a, b] = hull[..]
@@ -246,7 +259,7 @@ impl Relaxation {
             }
             segments.extend(hull.windows(2).map(|w| {
                 let (a, b) = (&points[w[0]], &points[w[1]]);
-                Segment {
+                HullStep {
                     tensor,
                     bytes: b.bytes - a.bytes,
                     gain: a.error - b.error,
@@ -292,23 +305,23 @@ impl Relaxation {
     /// The least error that any choice for these tensors could have in `bytes`, which are at least
     /// `self.least`.
     fn error(&self, bytes: u64) -> f64 {
-        let room = bytes - self.least;
-        let full = self.before.partition_point(|b| b.0 <= room) - 1;
+        let left = bytes - self.least;
+        let full = self.before.partition_point(|b| b.0 <= left) - 1;
         let part = self
             .segments
             .get(full)
-            .map_or(0.0, |s| (room - self.before[full].0) as f64 * s.slope());
+            .map_or(0.0, |s| (left - self.before[full].0) as f64 * s.slope());
         self.error - self.before[full].1 - part
     }
 
-    /// The error of a selection that fits: the steepest segments first, as long as there is room.
-    fn rounded(&self, options: &[Vec<Point>], budget: u64) -> f64 {
-        let mut room = budget - self.least;
+    /// The error of a selection that fits: the steepest segments first, while bytes are left.
+    fn rounded(&self, options: &[Vec<ParetoPoint>], budget: u64) -> f64 {
+        let mut left = budget - self.least;
         let mut at = vec![0; options.len()];
         let mut full = vec![false; options.len()];
         for s in &self.segments {
-            if s.bytes <= room && !full[s.tensor] {
-                room -= s.bytes;
+            if s.bytes <= left && !full[s.tensor] {
+                left -= s.bytes;
                 at[s.tensor] = s.point;
             } else {
                 full[s.tensor] = true;
@@ -321,6 +334,7 @@ impl Relaxation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet_core::random::Random;
     use proptest::prelude::*;
 
     fn brute(tensors: &[Vec<Candidate>], budget: u64, min_sqnr: f64) -> Option<f64> {
@@ -376,17 +390,12 @@ mod tests {
 
     #[test]
     fn many_tensors_of_odd_sizes_stay_exact() {
-        let mut state = 7u64;
-        let mut next = || {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            state >> 33
-        };
+        let mut random = Random::new(7);
+        let mut below = |n| random.below(n) as u64;
         let tensors: Vec<Vec<Candidate>> = (0..200)
             .map(|_| {
-                let weights = 1000 + next() % 100_000;
-                let power = (1 + next() % 1000) as f64;
+                let weights = 1000 + below(100_000);
+                let power = (1 + below(1000)) as f64;
                 let one = |bits: u64| Candidate {
                     choices: Choices::default(),
                     bytes: weights * bits / 8 + bits % 3,

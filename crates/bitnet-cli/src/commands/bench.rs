@@ -21,8 +21,8 @@ pub(crate) fn run(args: &BenchArgs, out: &mut Output) -> anyhow::Result<Answer> 
             Model::load_with(path, &options)?,
         ),
         (None, Some(shape)) => (
-            format!("{shape}, made-up weights"),
-            Model::made_up(Config::shape(shape)?, &options)?,
+            format!("{shape}, synthetic weights"),
+            Model::synthetic(Config::shape(shape)?, &options)?,
         ),
         (None, None) => anyhow::bail!("a model or --shape"),
     };

@@ -6,7 +6,7 @@ use crate::commands::run::finish_name;
 use crate::model::{ChatArgs, speed, speed_json};
 use crate::print::Output;
 use anyhow::Context;
-use bitnet_inference::{Finish, Message};
+use bitnet_inference::{ChatMessage, Finish};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,8 +38,8 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let system = args
         .system
         .as_ref()
-        .map(|text| Message::new("system", text));
-    let mut messages: Vec<Message> = system.into_iter().collect();
+        .map(|text| ChatMessage::new("system", text));
+    let mut messages: Vec<ChatMessage> = system.into_iter().collect();
     let mut turns = vec![];
     let terminal = std::io::stdin().is_terminal();
     loop {
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
         if line.is_empty() {
             continue;
         }
-        messages.push(Message::new("user", line));
+        messages.push(ChatMessage::new("user", line));
         let tokens = model.chat_tokens(&messages)?;
         if tokens.len() >= context {
             messages.pop();
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
         }
         eprintln!("{}", speed(&timings));
         turns.push(json!({"user": line, "assistant": text, "finish": finish_name(finish), "speed": speed_json(&timings)}));
-        messages.push(Message::new("assistant", text));
+        messages.push(ChatMessage::new("assistant", text));
     }
     if terminal {
         let _ = writeln!(std::io::stderr());

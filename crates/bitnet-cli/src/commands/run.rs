@@ -4,7 +4,7 @@ use crate::model::{RunArgs, speed, speed_json};
 use crate::print::Output;
 use crate::{Answer, job};
 use anyhow::Context;
-use bitnet_inference::{Error, Finish, Message};
+use bitnet_inference::{ChatMessage, Error, Finish};
 use serde_json::json;
 use std::io::Read;
 use std::sync::atomic::Ordering;
@@ -35,7 +35,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
     };
     let model = args.load.load(&args.model)?;
     let tokens = if args.chat {
-        model.chat_tokens(&[Message::new("user", prompt)])?
+        model.chat_tokens(&[ChatMessage::new("user", prompt)])?
     } else {
         model.tokenizer()?.encode(&prompt, true)?
     };

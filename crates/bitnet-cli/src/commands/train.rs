@@ -6,21 +6,21 @@ use crate::{Answer, job};
 use bitnet_checkpoint::Error as CheckpointError;
 use bitnet_quant::qat::{Event, QATConfig};
 use bitnet_train::config::RunConfig;
-use bitnet_train::run::{Observer, Phase, Report, Work, run as run_work};
-use bitnet_train::{Error, ImageWork, LmWork};
+use bitnet_train::run::{Phase, RunObserver, RunReport, Workload, run as run_workload};
+use bitnet_train::{Error, ImageWorkload, LmWorkload};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
 pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let (report, say): (Report, fn(f64) -> String) = match &args.what {
+    let (report, say): (RunReport, fn(f64) -> String) = match &args.what {
         What::Image(args) => {
             let config = args.configuration()?;
-            let work = ImageWork::new(&config)?;
+            let workload = ImageWorkload::new(&config)?;
             (
                 train(
-                    &work,
+                    &workload,
                     &config.run,
                     &config.training,
                     &document(&config)?,
@@ -31,10 +31,10 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
         }
         What::Lm(args) => {
             let config = args.configuration()?;
-            let work = LmWork::new(&config)?;
+            let workload = LmWorkload::new(&config)?;
             (
                 train(
-                    &work,
+                    &workload,
                     &config.run,
                     &config.training,
                     &document(&config)?,
@@ -48,38 +48,44 @@ pub(crate) fn run(args: &TrainArgs, out: &mut Output) -> anyhow::Result<Answer> 
     Ok(Answer::Yes)
 }
 
-fn train<W: Work>(
-    work: &W,
+fn train<W: Workload>(
+    workload: &W,
     run: &RunConfig,
     training: &QATConfig,
     document: &str,
     args: &CommonArgs,
-) -> anyhow::Result<Report> {
+) -> anyhow::Result<RunReport> {
     let mut watch = Watch {
         bar: None,
         quiet: args.quiet,
-        metric: work.metric(),
+        metric: workload.metric(),
     };
-    run_work(work, run, training, document, &args.place(), &mut watch).map_err(
-        |error| match error {
-            Error::Quant(bitnet_quant::Error::Checkpoint(CheckpointError::Exists { path }))
-                if path == args.out =>
-            {
-                anyhow::anyhow!(
-                    "{} exists already; --resume goes on with the run in it",
-                    path.display()
-                )
-            }
-            Error::Quant(bitnet_quant::Error::Checkpoint(
-                interrupted @ CheckpointError::Interrupted,
-            )) => anyhow::Error::new(interrupted)
-                .context("interrupted; the same command with --resume goes on from here"),
-            other => other.into(),
-        },
+    run_workload(
+        workload,
+        run,
+        training,
+        document,
+        &args.output(),
+        &mut watch,
     )
+    .map_err(|error| match error {
+        Error::Quant(bitnet_quant::Error::Checkpoint(CheckpointError::Exists { path }))
+            if path == args.out =>
+        {
+            anyhow::anyhow!(
+                "{} exists already; --resume goes on with the run in it",
+                path.display()
+            )
+        }
+        Error::Quant(bitnet_quant::Error::Checkpoint(
+            interrupted @ CheckpointError::Interrupted,
+        )) => anyhow::Error::new(interrupted)
+            .context("interrupted; the same command with --resume goes on from here"),
+        other => other.into(),
+    })
 }
 
-fn print(report: &Report, say: fn(f64) -> String, out: &mut Output) {
+fn print(report: &RunReport, say: fn(f64) -> String, out: &mut Output) {
     let lines = [
         ("full precision", report.full),
         ("quantized after training", report.ptq),
@@ -125,7 +131,7 @@ struct Watch {
     metric: &'static str,
 }
 
-impl Observer for Watch {
+impl RunObserver for Watch {
     fn on(&mut self, phase: Phase, event: &Event<'_>) -> ControlFlow<()> {
         match event {
             Event::Begin { step, steps } => {

@@ -1,6 +1,7 @@
 //! Small checkpoints written byte by byte, and the program run on them.
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
+use bitnet_core::random::Random;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -62,13 +63,8 @@ pub(crate) fn safetensors(tensors: &[T]) -> Vec<u8> {
 
 /// Numbers that depend on the seed only.
 pub(crate) fn random(seed: u64) -> impl FnMut() -> u64 {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
+    let mut random = Random::new(seed);
+    move || random.bits()
 }
 
 /// Weights that are nearly normal: sums of eight uniform numbers.

@@ -1,16 +1,16 @@
-//! The choice of a layout by size.
+//! Choosing the smallest layout.
 
-use super::{Layout, OWN, PackedLen, layouts};
+use super::{Layout, PackedLen, own};
 use crate::{MatrixSpec, Result};
 
 /// The shortest of our own layouts for this matrix, and the packed bytes.
 ///
 /// Layouts of fixed length are compared by that length without packing; the others are packed and
-/// measured. Of equally short ones the first of [`layouts`] wins. `scales` are not stored: our own
+/// measured. Among equally short ones the first of [`layouts`](super::layouts) wins. `scales` are not stored: our own
 /// layouts leave them to the container.
 ///
 /// # Errors
-/// Those of [`Layout::pack_into`].
+/// As [`Layout::pack_into`].
 ///
 /// ```
 /// use bitnet_core::{Granularity, MatrixSpec, Precision, pack};
@@ -26,9 +26,9 @@ pub fn auto(
 ) -> Result<(&'static dyn Layout, Vec<u8>)> {
     spec.validate()?;
     let mut best: Option<(usize, &'static dyn Layout, Option<Vec<u8>>)> = None;
-    // `i8` holds every precision; its error is the answer should not even it hold this matrix.
+    // `i8` holds every precision, so its error explains a matrix that no layout holds.
     let mut refusal = None;
-    for &layout in &layouts()[..OWN] {
+    for layout in own() {
         if let Err(e) = layout.check(spec) {
             refusal = Some(e);
             continue;
@@ -60,8 +60,8 @@ pub fn auto(
 /// Bits per weight, everything that is stored counted: `8 · (packed + scale bytes) / (N · K)`; 0
 /// for a matrix without weights.
 ///
-/// `scale_bytes` are those outside the packed bytes. Several planes stand for the same weights, so
-/// all of them count.
+/// `scale_bytes` counts scales outside the packed bytes. All planes count, since they belong to the
+/// same weights.
 pub fn bits_per_weight(packed_bytes: usize, scale_bytes: usize, spec: &MatrixSpec) -> f64 {
     match spec.weights_len() {
         0 => 0.0,

@@ -8,7 +8,7 @@
 //! −1 +1 0 0 −1 | +1     0 + 2·3 + 1·9 + 1·27 + 0·81 = 42,   2
 //! ```
 
-use super::{Bad, Layout, PackedLen, Unpacked, check_len, check_precision, check_values};
+use super::{Bad, FastPath, Layout, PackedLen, Unpacked, check_len, check_precision, check_values};
 use crate::{MatrixSpec, Precision, Result};
 
 /// Five trits a byte.
@@ -38,6 +38,10 @@ impl Layout for Base3 {
 
     fn summary(&self) -> &'static str {
         "ternary, 5 values a byte, 1.6 bits per weight (ours)"
+    }
+
+    fn fast_path(&self) -> Option<FastPath> {
+        Some(FastPath::BaseThree)
     }
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {

@@ -15,7 +15,8 @@
 //! row.
 
 use super::{
-    Bad, Layout, PackedLen, Unpacked, check_len, check_precision, check_values, first_outside,
+    Bad, FastPath, Layout, PackedLen, Unpacked, check_len, check_precision, check_values,
+    first_outside,
 };
 use crate::{Error, MatrixSpec, Precision, Result};
 
@@ -27,14 +28,16 @@ pub(super) struct Bits {
     precisions: &'static [Precision],
     /// A row takes a multiple of this many bytes.
     align: usize,
+    fast_path: Option<FastPath>,
 }
 
-/// {−1, +1} in one bit.
+/// {−1, +1}, one bit.
 pub(super) const ONE_BIT: Bits = Bits {
     name: "one-bit",
     summary: "binary, 8 values a byte, 1 bit per weight (ours)",
     precisions: &[Precision::Binary],
     align: 1,
+    fast_path: None,
 };
 
 /// Ternary and int2 in two bits.
@@ -43,6 +46,7 @@ pub(super) const TWO_BIT: Bits = Bits {
     summary: "ternary and int2, 4 values a byte, 2 bits per weight (ours)",
     precisions: &[Precision::Ternary, Precision::Int2],
     align: 1,
+    fast_path: Some(FastPath::TwoBit),
 };
 
 /// −4 … 3 in three bits.
@@ -51,6 +55,7 @@ pub(super) const THREE_BIT: Bits = Bits {
     summary: "int3, 8 values in 3 bytes, 3 bits per weight (ours)",
     precisions: &[Precision::Int3],
     align: 1,
+    fast_path: None,
 };
 
 /// −8 … 7 in four bits.
@@ -59,6 +64,7 @@ pub(super) const FOUR_BIT: Bits = Bits {
     summary: "int4, 2 values a byte, 4 bits per weight (ours)",
     precisions: &[Precision::Int4],
     align: 1,
+    fast_path: None,
 };
 
 /// `two-bit` with rows on cache lines.
@@ -67,6 +73,7 @@ pub(super) const BYTE_ALIGNED: Bits = Bits {
     summary: "ternary and int2, 4 values a byte, each row padded to 64 bytes (ours)",
     precisions: &[Precision::Ternary, Precision::Int2],
     align: 64,
+    fast_path: None,
 };
 
 impl Bits {
@@ -88,6 +95,18 @@ impl Layout for Bits {
 
     fn summary(&self) -> &'static str {
         self.summary
+    }
+
+    fn default_for(&self) -> &'static [Precision] {
+        if self.align == 1 {
+            self.precisions
+        } else {
+            &[]
+        }
+    }
+
+    fn fast_path(&self) -> Option<FastPath> {
+        self.fast_path
     }
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {

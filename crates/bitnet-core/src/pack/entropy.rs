@@ -20,9 +20,8 @@
 //! slot = x mod M;   the symbol with c ≤ slot < c + f;   x ← f · (x div M) + slot − c;   if x < 2^16: x ← 2^16 · x + next word
 //! ```
 //!
-//! The states begin within 2^16 … 2^32 − 1, and end at exactly 2^16 with no word left. That last
-//! check makes the model and the words vouch for one another: a body that passes it is what a
-//! writer would make of these values and these frequencies.
+//! The states begin within 2^16 … 2^32 − 1, and end at exactly 2^16 with no word left. A body that
+//! passes this last check is the one that a writer makes of these values and frequencies.
 
 use super::framed::{Coder, Framed, ends, read_varint, write_varint};
 use super::{Bad, base3, bits};
@@ -39,8 +38,8 @@ const STORED: u8 = 0;
 const CODED: u8 = 1;
 /// States stay in `LOW ..= u32::MAX` between symbols.
 const LOW: u32 = 1 << 16;
-/// Lanes of a long block, and how long that is: four states are a dozen bytes more, and keep four
-/// multiplications in flight.
+/// Lanes of a long block, and its smallest length: four states take a dozen bytes more and keep
+/// four multiplications in flight.
 const LANES: usize = 4;
 const LANES_FROM: usize = 4096;
 
@@ -192,7 +191,7 @@ fn encode_coded(precision: Precision, values: &[i8], out: &mut Vec<u8>) {
         ranges[usize::from(value(precision, s).cast_unsigned())] = (f as u32, sum);
         sum += f as u32;
     }
-    // The decoder reads forwards what is written here backwards.
+    // Encoded backwards, because the decoder reads forwards.
     let lanes = if values.len() < LANES_FROM { 1 } else { LANES };
     let mut states = [LOW; LANES];
     let mut words = Vec::with_capacity(values.len() / 8);
@@ -209,9 +208,9 @@ fn encode_coded(precision: Precision, values: &[i8], out: &mut Vec<u8>) {
     out.extend(words.iter().rev().flat_map(|w| w.to_le_bytes()));
 }
 
-/// What one slot of 0 … M − 1 decodes to.
+/// The symbol of one slot of 0 … M − 1.
 #[derive(Clone, Copy, Default)]
-struct Slot {
+struct DecodeSlot {
     /// Frequency of the symbol.
     freq: u16,
     /// Distance of the slot from the symbol's first.
@@ -219,7 +218,7 @@ struct Slot {
     value: i8,
 }
 
-impl Slot {
+impl DecodeSlot {
     /// The state after this symbol, before it takes a word. With `x ≥ 2^16` it is at least 4 and
     /// never overflows.
     #[inline]
@@ -230,7 +229,7 @@ impl Slot {
 
 /// The slots that the frequencies at the beginning of the body describe, M of them, and where the
 /// states begin.
-fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), Bad> {
+fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<DecodeSlot>, usize), Bad> {
     let mut at = 0;
     let total = 1usize << scale_bits(precision);
     let mut slots = Vec::with_capacity(total);
@@ -250,7 +249,7 @@ fn read_slots(precision: Precision, body: &[u8]) -> Result<(Vec<Slot>, usize), B
             ));
         }
         // At most 2^14, so it fits.
-        slots.extend((0..freq as u16).map(|offset| Slot {
+        slots.extend((0..freq as u16).map(|offset| DecodeSlot {
             freq: freq as u16,
             offset,
             value: value(precision, s),
@@ -288,7 +287,7 @@ fn decode_coded(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<
 
 /// Decodes states and words, which begin at `at` of the body. `slots` has `2^BITS` entries.
 fn decode_words<const BITS: u32, const N: usize>(
-    slots: &[Slot],
+    slots: &[DecodeSlot],
     body: &[u8],
     at: usize,
     values: &mut [i8],

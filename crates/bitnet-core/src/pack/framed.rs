@@ -1,40 +1,39 @@
-//! Streams of self-delimiting blocks: the frame of the layouts whose length depends on the values.
+//! Layouts of variable length: a stream of self-delimiting blocks.
 //!
 //! ```text
 //! packed matrix = block block …                      block = u32 LE length of the body, body
-//! a block covers max(1, 65536 / K) stacked rows, the last block of the matrix what is left
+//! a block covers max(1, 65536 / K) stacked rows, the last block of the matrix the remaining rows
 //! ```
 //!
-//! Blocks know nothing of one another, so strips of rows cut at block boundaries can be packed
-//! apart and concatenated, and a corrupt block is found where it is. What a body looks like is the
-//! [`Coder`]'s.
+//! Blocks are independent, so strips of rows cut at block boundaries can be packed separately and
+//! concatenated, and damage stays inside its block. A [`Coder`] defines the body.
 
 use super::{Bad, Layout, PackedLen, Unpacked, check_precision, check_values, unsupported};
 use crate::{Error, MatrixSpec, Precision, Result};
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
-/// About as many values as a block covers.
+/// Target number of values of a block.
 const BLOCK_VALUES: usize = 1 << 16;
 /// Bytes before each body.
 const HEADER: usize = 4;
-/// Widest row; a block holds at least one.
+/// Largest number of columns: a block holds at least one row.
 const MOST_COLUMNS: usize = 1 << 16;
 
-/// The body of a block. It holds `n` values; neither `n` nor the precision is in it.
+/// Codes the body of a block. The reader knows the number of values and the precision.
 pub(super) trait Coder: Send + Sync + Debug {
     const NAME: &'static str;
     const SUMMARY: &'static str;
     const PRECISIONS: &'static [Precision];
 
-    /// No body of `n ≥ 1` values is longer.
+    /// Upper bound of the length of a body of `n ≥ 1` values.
     fn bound(precision: Precision, n: usize) -> usize;
 
-    /// Appends the body of `values`: at least one, all in the alphabet.
+    /// Appends the body of `values`, which has at least one value, all in the alphabet.
     fn encode(precision: Precision, values: &[i8], out: &mut Vec<u8>);
 
-    /// Decodes all of `body` into all of `values`. Takes any bytes; on [`Bad`] the values are
-    /// anything.
+    /// Decodes all of `body` into all of `values`. Accepts any bytes; after [`Bad`] the values are
+    /// unspecified.
     fn decode(precision: Precision, body: &[u8], values: &mut [i8]) -> Result<(), Bad>;
 }
 
@@ -69,8 +68,8 @@ impl<C: Coder> Layout for Framed<C> {
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {
         check_precision(C::NAME, spec, C::PRECISIONS)?;
-        // A few bytes can stand for a block of equal values: its size is what bounds the memory
-        // that a hostile file makes a reader ask for.
+        // A few bytes can encode a block of equal values, so the size of a block bounds the memory
+        // that a malicious file can make a reader allocate.
         if spec.cols > MOST_COLUMNS {
             return Err(unsupported(
                 C::NAME,
@@ -120,8 +119,8 @@ impl<C: Coder> Layout for Framed<C> {
             expected,
             got: bytes.len(),
         };
-        // A block takes at least its header and a byte: the sizes in `spec` are only trusted as far
-        // as the bytes bear them out.
+        // A block takes at least its header and one byte: the sizes in `spec` are checked against
+        // the number of bytes before anything is allocated.
         let least = spec.values_len().div_ceil(block_values(spec)) * (HEADER + 1);
         if bytes.len() < least {
             return Err(length(least));
@@ -160,8 +159,8 @@ pub(super) fn write_varint(mut n: usize, out: &mut Vec<u8>) {
     out.push(n as u8);
 }
 
-/// Reads what [`write_varint`] wrote at `*at` and moves `*at` behind it. Refuses a number longer
-/// than it needs to be or above 2^56.
+/// Reads a number of [`write_varint`] at `*at` and advances `*at`. Rejects a number that is longer
+/// than necessary or above 2^56.
 pub(super) fn read_varint(body: &[u8], at: &mut usize) -> Result<usize, Bad> {
     let start = *at;
     let mut n = 0u64;
@@ -179,7 +178,7 @@ pub(super) fn read_varint(body: &[u8], at: &mut usize) -> Result<usize, Bad> {
     Err(Bad::new(start, "a number of more than 56 bits"))
 }
 
-/// The body is over before its values are.
+/// The body ends before its last value.
 pub(super) fn ends(body: &[u8]) -> Bad {
     Bad::new(body.len(), "the end of the block, before all of its values")
 }

@@ -3,12 +3,12 @@
 //!
 //! Blocks follow one another along the row, rows follow one another without padding. Every block
 //! holds a scale of its own; here a granule covers whole blocks, so all blocks of a granule hold
-//! the same one. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
-//! block. The scale may be negative (ggml writes such in some types) and is finite.
+//! the same scale. A foreign file whose blocks differ is read with [`Granularity::Group`] of one
+//! block. The scale is finite; it may be negative (ggml writes negative scales in some types).
 
 use super::{
-    Bad, Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision,
-    check_scales, check_values, unsupported,
+    Bad, FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
+    check_precision, check_scales, check_values, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result, ScaleDtype};
 use half::f16;
@@ -20,6 +20,13 @@ pub(super) trait Block: Send + Sync + Debug {
     const NAME: &'static str;
     const SUMMARY: &'static str;
     const PRECISION: Precision;
+    /// The number of the type in GGUF.
+    const GGML_TYPE: u32;
+    /// Whether GGUF stores the precision in this type when the user names no layout.
+    const DEFAULT: bool;
+    /// Whether tensors of other programs are read as codes, and not as floats.
+    const READ_AS_CODES: bool;
+    const FAST_PATH: Option<FastPath> = None;
     /// Values of a block.
     const VALUES: usize;
     /// Bytes of a block, the scale among them.
@@ -83,6 +90,26 @@ impl<B: Block> Layout for Ggml<B> {
 
     fn stores_scales(&self) -> bool {
         true
+    }
+
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::Ggml(B::GGML_TYPE)
+    }
+
+    fn default_for(&self) -> &'static [Precision] {
+        const { if B::DEFAULT { &[B::PRECISION] } else { &[] } }
+    }
+
+    fn foreign_spec(&self, rows: usize, cols: usize) -> Option<MatrixSpec> {
+        let granularity = Granularity::Group(B::VALUES);
+        B::READ_AS_CODES.then(|| MatrixSpec {
+            scale_dtype: ScaleDtype::F16,
+            ..MatrixSpec::new(rows, cols, B::PRECISION, granularity)
+        })
+    }
+
+    fn fast_path(&self) -> Option<FastPath> {
+        B::FAST_PATH
     }
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {

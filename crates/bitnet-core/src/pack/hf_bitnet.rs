@@ -12,8 +12,8 @@
 //! ```
 
 use super::{
-    Layout, PackedLen, Unpacked, check_len, check_plain, check_precision, check_values, quads,
-    unsupported,
+    FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_len, check_plain, check_precision,
+    check_values, quads, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result};
 
@@ -28,6 +28,22 @@ impl Layout for HfBitnet {
 
     fn summary(&self) -> &'static str {
         "ternary, 4 rows a byte, per-tensor scale outside, 2 bits per weight (Hugging Face transformers)"
+    }
+
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::HfBitnet
+    }
+
+    fn default_for(&self) -> &'static [Precision] {
+        &[Precision::Ternary]
+    }
+
+    fn default_granularities(&self) -> &'static [Granularity] {
+        &[Granularity::Tensor]
+    }
+
+    fn fast_path(&self) -> Option<FastPath> {
+        Some(FastPath::QuarterRows)
     }
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {

@@ -17,17 +17,20 @@
 
 use super::{Bad, is_stored, quads, unsupported};
 use super::{
-    Layout, PackedLen, Unpacked, check_cols, check_len, check_plain, check_precision, check_scales,
-    check_values,
+    FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
+    check_precision, check_scales, check_values,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result};
 
 /// Bytes after the codes.
 const TRAILER: usize = 32;
 
+/// The number of the type in GGUF.
+const GGML_TYPE: u32 = 36;
+
 /// Which values share a byte.
 #[derive(Debug)]
-enum Order {
+enum CodeOrder {
     /// A quarter of this many values of a row apart.
     Group(usize),
     /// Four rows, at the same column.
@@ -39,36 +42,41 @@ enum Order {
 pub(super) struct I2S {
     name: &'static str,
     summary: &'static str,
-    order: Order,
+    order: CodeOrder,
+    /// Whether GGUF files are written in this order.
+    written: bool,
 }
 
 /// The order of x86 builds.
 pub(super) const GROUPS_OF_128: I2S = I2S {
     name: "i2_s",
     summary: "ternary, 128 values in 32 bytes, one f32 scale inside, 2 bits per weight (bitnet.cpp)",
-    order: Order::Group(128),
+    order: CodeOrder::Group(128),
+    written: true,
 };
 
 /// The order of ARM builds.
 pub(super) const GROUPS_OF_64: I2S = I2S {
     name: "i2_s-g64",
     summary: "ternary, 64 values in 16 bytes, one f32 scale inside, 2 bits per weight (bitnet.cpp on ARM)",
-    order: Order::Group(64),
+    order: CodeOrder::Group(64),
+    written: false,
 };
 
 /// Four rows interleaved.
 pub(super) const FOUR_ROWS: I2S = I2S {
     name: "i2_s-x4",
     summary: "ternary, 4 rows a byte, one f32 scale inside, 2 bits per weight (bitnet.cpp, interleaved)",
-    order: Order::Rows,
+    order: CodeOrder::Rows,
+    written: false,
 };
 
 impl I2S {
     /// Values of a group; 1 stands for the 0 of a matrix without columns, whose groups are none.
     fn group(&self, spec: &MatrixSpec) -> usize {
         match self.order {
-            Order::Group(values) => values,
-            Order::Rows => (4 * spec.cols).max(1),
+            CodeOrder::Group(values) => values,
+            CodeOrder::Rows => (4 * spec.cols).max(1),
         }
     }
 }
@@ -86,6 +94,30 @@ impl Layout for I2S {
         true
     }
 
+    fn origin(&self) -> LayoutOrigin {
+        if self.written {
+            LayoutOrigin::Ggml(GGML_TYPE)
+        } else {
+            LayoutOrigin::GgmlVariant(GGML_TYPE)
+        }
+    }
+
+    fn foreign_spec(&self, rows: usize, cols: usize) -> Option<MatrixSpec> {
+        Some(MatrixSpec::new(
+            rows,
+            cols,
+            Precision::Ternary,
+            Granularity::Tensor,
+        ))
+    }
+
+    fn fast_path(&self) -> Option<FastPath> {
+        Some(match self.order {
+            CodeOrder::Group(values) => FastPath::GroupQuarters(values),
+            CodeOrder::Rows => FastPath::FourRows,
+        })
+    }
+
     fn check(&self, spec: &MatrixSpec) -> Result<()> {
         check_precision(self.name, spec, &[Precision::Ternary])?;
         check_plain(self.name, spec)?;
@@ -99,9 +131,9 @@ impl Layout for I2S {
             ));
         }
         match self.order {
-            Order::Group(values) => check_cols(self.name, spec, values),
-            Order::Rows if spec.rows.is_multiple_of(4) => Ok(()),
-            Order::Rows => Err(unsupported(
+            CodeOrder::Group(values) => check_cols(self.name, spec, values),
+            CodeOrder::Rows if spec.rows.is_multiple_of(4) => Ok(()),
+            CodeOrder::Rows => Err(unsupported(
                 self.name,
                 format!(
                     "it interleaves 4 rows and {} rows leave {}",

@@ -19,6 +19,10 @@ impl Layout for Int8 {
         "one signed byte a value, any precision, 8 bits per weight (ours)"
     }
 
+    fn default_for(&self) -> &'static [Precision] {
+        &[Precision::Int8]
+    }
+
     fn check(&self, spec: &MatrixSpec) -> Result<()> {
         check_precision(self.name(), spec, Precision::ALL)
     }

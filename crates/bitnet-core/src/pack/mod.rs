@@ -1,12 +1,13 @@
 //! Wire layouts: one file each behind one trait, and a registry by name.
 //!
-//! A layout turns the values of a matrix into bytes and back. Most leave scales to the container;
-//! the block types of ggml carry them inside ([`Layout::stores_scales`]). Layouts are little-endian
-//! and the same on every machine; docs/formats.md draws them.
+//! A layout turns the values of a matrix into bytes and back. Most layouts leave the scales to the
+//! container; the block types of ggml hold them inside ([`Layout::stores_scales`]). Layouts are
+//! little-endian and the same on every machine; docs/formats.md describes each of them.
 
 mod auto;
 mod base3;
 mod bits;
+mod checks;
 mod entropy;
 mod framed;
 mod ggml;
@@ -22,10 +23,11 @@ mod tq_blocks;
 
 pub use auto::{auto, bits_per_weight};
 
-use crate::{Error, MatrixSpec, Precision, Result, ScaleDtype, ZeroPoints};
+use crate::{Error, Granularity, MatrixSpec, Precision, Result};
+use checks::*;
 use std::fmt::Debug;
 
-/// Size of the packed bytes, as far as it is known before packing.
+/// Size of the packed bytes, before packing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PackedLen {
     /// Exactly this many bytes.
@@ -43,14 +45,49 @@ impl PackedLen {
     }
 }
 
-/// What [`Layout::unpack`] finds in the bytes.
+/// The result of [`Layout::unpack`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Unpacked {
     /// Values, `[planes · N, K]` row-major.
     pub values: Vec<i8>,
-    /// The scales, if the layout carries them, in the order and number of
+    /// The scales, if the layout holds them, in the order and number of
     /// [`MatrixSpec::scales_len`].
     pub scales: Option<Vec<f32>>,
+}
+
+/// Who defines a layout, and so which files can hold it. Our safetensors files hold every layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayoutOrigin {
+    /// Ours, without scales inside. `auto` picks among these.
+    Own,
+    /// The packed weights of Hugging Face's `bitnet` folders.
+    HfBitnet,
+    /// The tensor type of ggml with this number: GGUF files hold it.
+    Ggml(u32),
+    /// A variant of a ggml type with another order of bytes. GGUF has no number for it: it is read
+    /// when the user names it, and never written.
+    GgmlVariant(u32),
+}
+
+/// The arrangement of the codes of a layout that `bitnet-kernels` has a loop for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FastPath {
+    /// Rows of two-bit codes, four a byte, the first in the low bits.
+    TwoBit,
+    /// Rows of trits, five a byte.
+    BaseThree,
+    /// Four two-bit codes a byte, a quarter of the rows apart, the first in the low bits.
+    QuarterRows,
+    /// Four two-bit codes a byte from each group of 128 or 64 values of a row, a quarter of the
+    /// group apart, the first in the high bits; then the scale as f32 and padding.
+    GroupQuarters(usize),
+    /// Four two-bit codes a byte, of four rows at the same column, the first in the high bits; then
+    /// the scale as f32 and padding.
+    FourRows,
+    /// Blocks of ggml's TQ1_0.
+    Tq1,
+    /// Blocks of ggml's TQ2_0.
+    Tq2,
 }
 
 /// One wire layout.
@@ -58,7 +95,7 @@ pub trait Layout: Send + Sync + Debug {
     /// The name in files and on the command line.
     fn name(&self) -> &'static str;
 
-    /// One line for people: block size, bits per weight, whose layout it is.
+    /// A short description: block size, bits per weight, who defines it.
     fn summary(&self) -> &'static str;
 
     /// Whether the bytes hold the scales too.
@@ -66,25 +103,65 @@ pub trait Layout: Send + Sync + Debug {
         false
     }
 
-    /// Whether such a matrix fits: its alphabet, its number of columns, its granularity.
+    /// Who defines the layout.
+    fn origin(&self) -> LayoutOrigin {
+        LayoutOrigin::Own
+    }
+
+    /// The precisions for which it is picked when the user names no layout. Of several layouts of
+    /// one origin the first of [`layouts`] that takes the matrix is picked.
+    fn default_for(&self) -> &'static [Precision] {
+        &[]
+    }
+
+    /// The granularities to try when the user names none, the finest first: where the layout
+    /// stores a scale for each block anyway, a finer one costs nothing.
+    fn default_granularities(&self) -> &'static [Granularity] {
+        if self.stores_scales() {
+            &[
+                Granularity::Group(32),
+                Granularity::Group(64),
+                Granularity::Group(128),
+                Granularity::Group(256),
+                Granularity::Channel,
+                Granularity::Tensor,
+            ]
+        } else {
+            &[Granularity::Channel]
+        }
+    }
+
+    /// The spec of a tensor of this layout in a file of another program, which says nothing but the
+    /// layout and the shape. `None` where such a tensor is read as floats.
+    fn foreign_spec(&self, _rows: usize, _cols: usize) -> Option<MatrixSpec> {
+        None
+    }
+
+    /// The loop of `bitnet-kernels` that reads it, if it has one. The results are those of
+    /// [`Layout::unpack`].
+    fn fast_path(&self) -> Option<FastPath> {
+        None
+    }
+
+    /// Whether the layout can hold the matrix: its alphabet, number of columns, granularity.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the constraint and the offending number.
     fn check(&self, spec: &MatrixSpec) -> Result<()>;
 
-    /// Size of the packed bytes of such a matrix.
+    /// Size of the packed bytes of a matrix.
     fn packed_len(&self, spec: &MatrixSpec) -> PackedLen;
 
-    /// If `Some(r)`: the stacked rows may be cut after each multiple of `r` rows, and the packed
-    /// strips, one after another, are the packed matrix. `None`: the matrix packs only as a whole.
+    /// `Some(r)`: the stacked rows can be cut at multiples of `r` rows, and the packed strips,
+    /// concatenated, are the packed matrix. `None`: the matrix can only be packed as a whole.
     fn chunk_rows(&self, spec: &MatrixSpec) -> Option<usize>;
 
     /// Appends the packed bytes of `values` (`[planes · N, K]`) to `out`. `scales` is read only
     /// where [`Layout::stores_scales`].
     ///
     /// # Errors
-    /// What [`Layout::check`] finds; [`Error::Length`] for a slice that does not fit `spec`;
-    /// [`Error::Value`] for a value outside the alphabet. `out` is then as it was.
+    /// The errors of [`Layout::check`]; [`Error::Length`] for a slice that does not fit `spec`;
+    /// [`Error::Value`] for a value outside the alphabet. On an error `out` is unchanged.
     fn pack_into(
         &self,
         spec: &MatrixSpec,
@@ -93,28 +170,24 @@ pub trait Layout: Send + Sync + Debug {
         out: &mut Vec<u8>,
     ) -> Result<()>;
 
-    /// The values in `bytes`, which must be exactly one packed matrix.
+    /// Unpacks `bytes`, which must be exactly one packed matrix.
     ///
     /// # Errors
-    /// What [`Layout::check`] finds; [`Error::Length`] if the number of bytes is wrong;
+    /// The errors of [`Layout::check`]; [`Error::Length`] if the number of bytes is wrong;
     /// [`Error::Corrupt`] for a pattern that no writer produces. Never panics and never allocates
-    /// more than `spec` asks for.
+    /// more than the matrix of `spec` needs.
     fn unpack(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Unpacked>;
 
-    /// The scales in `bytes`, if the layout holds them: those of [`Layout::unpack`], whose patterns
-    /// of values may go unread.
+    /// The scales in `bytes`, if the layout holds them. Values need not be read.
     ///
     /// # Errors
-    /// As [`Layout::unpack`], as far as bytes are read.
+    /// As [`Layout::unpack`], for the bytes that are read.
     fn scales(&self, spec: &MatrixSpec, bytes: &[u8]) -> Result<Option<Vec<f32>>> {
         Ok(self.unpack(spec, bytes)?.scales)
     }
 }
 
-/// How many of [`layouts`], from the front, are our own. None of these carries scales.
-const OWN: usize = 11;
-
-/// Every layout there is, our own first.
+/// All layouts. Of several that fit equally well the first is taken.
 pub fn layouts() -> &'static [&'static dyn Layout] {
     &[
         &bits::ONE_BIT,
@@ -141,10 +214,10 @@ pub fn layouts() -> &'static [&'static dyn Layout] {
     ]
 }
 
-/// The layout of that name.
+/// The layout with this name.
 ///
 /// # Errors
-/// [`Error::UnknownName`] that lists the names there are.
+/// [`Error::UnknownName`], with the known names.
 pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
     layouts()
         .iter()
@@ -161,168 +234,42 @@ pub fn by_name(name: &str) -> Result<&'static dyn Layout> {
         })
 }
 
-/// A pattern that no writer produces, found by a coder that sees only a part of the packed bytes.
-#[derive(Debug, PartialEq)]
-struct Bad {
-    /// Offset into the bytes that the coder was given.
-    offset: usize,
-    what: String,
-}
-
-impl Bad {
-    fn new(offset: usize, what: impl Into<String>) -> Self {
-        Self {
-            offset,
-            what: what.into(),
-        }
-    }
-
-    /// The error for it, given where the coder's bytes begin.
-    fn at(self, layout: &'static str, start: usize) -> Error {
-        Error::Corrupt {
-            layout,
-            offset: start + self.offset,
-            what: self.what,
-        }
-    }
-}
-
-fn unsupported(layout: &'static str, why: impl Into<String>) -> Error {
-    Error::Unsupported {
-        layout,
-        why: why.into(),
-    }
-}
-
-/// What every layout asks for: a valid spec, with rows and columns that can be counted in bytes, in
-/// one of the layout's precisions.
-fn check_precision(
-    layout: &'static str,
-    spec: &MatrixSpec,
-    precisions: &[Precision],
-) -> Result<()> {
-    spec.validate()?;
-    // A matrix of no columns may still have any number of rows, and the reverse: no product with
-    // them is to overflow.
-    let limit = isize::MAX as usize / 64;
-    if spec.rows > limit || spec.cols > limit {
-        return Err(Error::TooLarge {
-            rows: spec.rows,
-            cols: spec.cols,
-        });
-    }
-    if precisions.contains(&spec.precision) {
-        return Ok(());
-    }
-    let names = precisions
+/// The layouts of an origin, in the order of [`layouts`].
+pub fn of_origin(origin: LayoutOrigin) -> impl Iterator<Item = &'static dyn Layout> {
+    layouts()
         .iter()
-        .map(|p| p.name())
-        .collect::<Vec<_>>()
-        .join(", ");
-    Err(unsupported(
-        layout,
-        format!("it holds {names} and the matrix is {}", spec.precision),
-    ))
+        .copied()
+        .filter(move |layout| layout.origin() == origin)
 }
 
-/// The foreign layouts have no place for a second plane or for zero points.
-fn check_plain(layout: &'static str, spec: &MatrixSpec) -> Result<()> {
-    if spec.planes != 1 {
-        return Err(unsupported(
-            layout,
-            format!("it holds 1 plane and the matrix has {}", spec.planes),
-        ));
-    }
-    if spec.zero_points != ZeroPoints::None {
-        return Err(unsupported(
-            layout,
-            format!(
-                "it has no zero points and the matrix has {:?} ones",
-                spec.zero_points
-            ),
-        ));
-    }
-    Ok(())
+fn own() -> impl Iterator<Item = &'static dyn Layout> {
+    of_origin(LayoutOrigin::Own)
 }
 
-/// `K % block = 0`.
-fn check_cols(layout: &'static str, spec: &MatrixSpec, block: usize) -> Result<()> {
-    if spec.cols.is_multiple_of(block) {
-        return Ok(());
-    }
-    Err(unsupported(
-        layout,
-        format!(
-            "rows are cut into blocks of {block} and {} columns leave {}",
-            spec.cols,
-            spec.cols % block
-        ),
-    ))
+/// The plain layout of a precision: ours, with a fixed number of bits for each value.
+///
+/// ```
+/// use bitnet_core::{Precision, pack};
+/// assert_eq!(pack::plain(Precision::Ternary).name(), "two-bit");
+/// ```
+pub fn plain(precision: Precision) -> &'static dyn Layout {
+    own()
+        .find(|layout| layout.default_for().contains(&precision))
+        .unwrap_or(&int8::Int8)
 }
 
-/// The number of values and that each is in the alphabet.
-fn check_values(spec: &MatrixSpec, values: &[i8]) -> Result<()> {
-    check_len("values", spec.values_len(), values.len())?;
-    match first_outside(spec.precision, values) {
-        None => Ok(()),
-        Some(index) => Err(Error::Value {
-            index,
-            got: i32::from(values[index]),
-            expected: spec.precision.alphabet(),
-        }),
-    }
+/// The longest name of the layouts that `auto` picks among.
+pub fn longest_own_name() -> &'static str {
+    own()
+        .map(|layout| layout.name())
+        .max_by_key(|name| name.len())
+        .unwrap_or_default()
 }
 
-/// The first value that is not in the alphabet.
-fn first_outside(precision: Precision, values: &[i8]) -> Option<usize> {
-    // A branch-free pass over all of it, and the search only if there is something to find.
-    let (low, high) = precision.range();
-    let bad = match precision {
-        Precision::Int8 => 0,
-        Precision::Binary => values
-            .iter()
-            .fold(0u8, |bad, &v| bad | u8::from((v != 1) & (v != -1))),
-        _ => values
-            .iter()
-            .fold(0u8, |bad, &v| bad | u8::from((v < low) | (v > high))),
-    };
-    if bad == 0 {
-        None
-    } else {
-        values.iter().position(|&v| !precision.contains(v))
-    }
-}
-
-/// The number of scales, and that each is a finite number of the type it will be stored in.
-fn check_scales(
-    layout: &'static str,
-    spec: &MatrixSpec,
-    dtype: ScaleDtype,
-    scales: &[f32],
-) -> Result<()> {
-    check_len("scales", spec.scales_len(), scales.len())?;
-    match scales.iter().position(|&s| !is_stored(dtype, s)) {
-        None => Ok(()),
-        Some(i) => Err(unsupported(
-            layout,
-            format!("scale {i} is {:?}, which is no finite {dtype}", scales[i]),
-        )),
-    }
-}
-
-/// Whether the type holds exactly this number, and it is finite.
-fn is_stored(dtype: ScaleDtype, scale: f32) -> bool {
-    scale.is_finite() && dtype.round(scale).to_bits() == scale.to_bits()
-}
-
-fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        Ok(())
-    } else {
-        Err(Error::Length {
-            what,
-            expected,
-            got,
-        })
-    }
+/// The possible layouts of a tensor of this ggml type: first the one that is written, then its
+/// variants.
+pub fn of_ggml_type(id: u32) -> impl Iterator<Item = &'static dyn Layout> {
+    layouts().iter().copied().filter(move |layout| {
+        matches!(layout.origin(), LayoutOrigin::Ggml(i) | LayoutOrigin::GgmlVariant(i) if i == id)
+    })
 }

@@ -55,6 +55,9 @@ impl Block for Q2 {
     const SUMMARY: &'static str =
         "ternary, 64 values in 18 bytes with an f16 scale, 2.25 bits per weight (ggml Q2_0)";
     const PRECISION: Precision = Precision::Ternary;
+    const GGML_TYPE: u32 = 42;
+    const DEFAULT: bool = true;
+    const READ_AS_CODES: bool = true;
     const VALUES: usize = 64;
     const BYTES: usize = 18;
     const SCALE_AT: usize = 0;
@@ -73,6 +76,9 @@ impl Block for Q1 {
     const SUMMARY: &'static str =
         "binary, 128 values in 18 bytes with an f16 scale, 1.125 bits per weight (ggml Q1_0)";
     const PRECISION: Precision = Precision::Binary;
+    const GGML_TYPE: u32 = 41;
+    const DEFAULT: bool = true;
+    const READ_AS_CODES: bool = true;
     const VALUES: usize = 128;
     const BYTES: usize = 18;
     const SCALE_AT: usize = 0;
@@ -91,6 +97,9 @@ impl Block for Q8 {
     const SUMMARY: &'static str =
         "int8, 32 values in 34 bytes with an f16 scale, 8.5 bits per weight (ggml Q8_0)";
     const PRECISION: Precision = Precision::Int8;
+    const GGML_TYPE: u32 = 8;
+    const DEFAULT: bool = true;
+    const READ_AS_CODES: bool = false;
     const VALUES: usize = 32;
     const BYTES: usize = 34;
     const SCALE_AT: usize = 0;
@@ -114,6 +123,9 @@ impl Block for Q4 {
     const SUMMARY: &'static str =
         "int4, 32 values in 18 bytes with an f16 scale, 4.5 bits per weight (ggml Q4_0)";
     const PRECISION: Precision = Precision::Int4;
+    const GGML_TYPE: u32 = 2;
+    const DEFAULT: bool = true;
+    const READ_AS_CODES: bool = false;
     const VALUES: usize = 32;
     const BYTES: usize = 18;
     const SCALE_AT: usize = 0;

@@ -18,7 +18,7 @@
 //! fifth digit is not 0, and code 3 in tq2_0.
 
 use super::ggml::{Block, Ggml};
-use super::{Bad, quads};
+use super::{Bad, FastPath, quads};
 use crate::{Precision, Result};
 
 /// 1.6875 bits per weight.
@@ -90,6 +90,10 @@ impl Block for Tq1 {
     const SUMMARY: &'static str =
         "ternary, 256 values in 54 bytes with an f16 scale, 1.6875 bits per weight (ggml TQ1_0)";
     const PRECISION: Precision = Precision::Ternary;
+    const GGML_TYPE: u32 = 34;
+    const DEFAULT: bool = false;
+    const READ_AS_CODES: bool = true;
+    const FAST_PATH: Option<FastPath> = Some(FastPath::Tq1);
     const VALUES: usize = 256;
     const BYTES: usize = 54;
     const SCALE_AT: usize = 52;
@@ -141,6 +145,10 @@ impl Block for Tq2 {
     const SUMMARY: &'static str =
         "ternary, 256 values in 66 bytes with an f16 scale, 2.0625 bits per weight (ggml TQ2_0)";
     const PRECISION: Precision = Precision::Ternary;
+    const GGML_TYPE: u32 = 35;
+    const DEFAULT: bool = true;
+    const READ_AS_CODES: bool = true;
+    const FAST_PATH: Option<FastPath> = Some(FastPath::Tq2);
     const VALUES: usize = 256;
     const BYTES: usize = 66;
     const SCALE_AT: usize = 64;

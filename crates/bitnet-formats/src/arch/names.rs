@@ -1,104 +1,88 @@
-//! Tensor names: Hugging Face llama and bitnet on one side, GGUF on the other.
+//! Tensor names: Hugging Face on one side, GGUF on the other.
 
-/// Modules outside the layers.
-const GLOBAL: [(&str, &str); 3] = [
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-    ("lm_head", "output"),
-];
+use super::architecture::Architecture;
 
-/// Modules of one layer: `model.layers.N.` here, `blk.N.` there.
-const LAYER: [(&str, &str); 11] = [
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.attn_sub_norm", "attn_sub_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("mlp.ffn_sub_norm", "ffn_sub_norm"),
-];
-
-/// The GGUF name of a Hugging Face llama or bitnet tensor; `None` for a name that GGUF has no place
-/// for.
-///
-/// ```
-/// use bitnet_formats::arch::{gguf_name, hf_name};
-/// assert_eq!(gguf_name("model.layers.7.self_attn.o_proj.weight").as_deref(), Some("blk.7.attn_output.weight"));
-/// assert_eq!(hf_name("blk.7.attn_output.weight").as_deref(), Some("model.layers.7.self_attn.o_proj.weight"));
-/// assert_eq!(gguf_name("model.layers.7.self_attn.rotary_emb.inv_freq"), None);
-/// ```
-pub fn gguf_name(hf_name: &str) -> Option<String> {
-    rename(hf_name, "model.layers.", "blk.", |(hf, gguf)| (hf, gguf))
-}
-
-/// The Hugging Face name of a GGUF tensor of a llama or bitnet model; the inverse of [`gguf_name`].
-pub fn hf_name(gguf_name: &str) -> Option<String> {
-    rename(gguf_name, "blk.", "model.layers.", |(hf, gguf)| (gguf, hf))
-}
-
-fn rename(
-    name: &str,
-    layers: &str,
-    new_layers: &str,
-    pair: fn((&'static str, &'static str)) -> (&'static str, &'static str),
-) -> Option<String> {
-    let (module, kind) = name.rsplit_once('.')?;
-    if !matches!(kind, "weight" | "bias") {
-        return None;
+impl Architecture {
+    /// The GGUF name of a Hugging Face tensor; `None` for a name that GGUF has no place for.
+    ///
+    /// ```
+    /// use bitnet_formats::arch::LLAMA;
+    /// let (hf, gguf) = ("model.layers.7.self_attn.o_proj.weight", "blk.7.attn_output.weight");
+    /// assert_eq!(LLAMA.gguf_tensor(hf).as_deref(), Some(gguf));
+    /// assert_eq!(LLAMA.hf_tensor(gguf).as_deref(), Some(hf));
+    /// assert_eq!(LLAMA.gguf_tensor("model.layers.7.self_attn.rotary_emb.inv_freq"), None);
+    /// ```
+    pub fn gguf_tensor(&self, hf: &str) -> Option<String> {
+        self.rename(hf, ["model.layers.", "blk."], |(hf, gguf)| (hf, gguf))
     }
-    let find = |table: &[(&'static str, &'static str)], module: &str| {
-        table
-            .iter()
-            .map(|&p| pair(p))
-            .find(|(from, _)| *from == module)
-            .map(|(_, to)| to)
-    };
-    match module.strip_prefix(layers) {
-        None => Some(format!("{}.{kind}", find(&GLOBAL, module)?)),
-        Some(rest) => {
-            let (number, module) = rest.split_once('.')?;
-            // The number is written back as it was read: one spelling for each layer.
-            let layer: u32 = number
-                .parse()
-                .ok()
-                .filter(|n: &u32| n.to_string() == number)?;
-            Some(format!(
-                "{new_layers}{layer}.{}.{kind}",
-                find(&LAYER, module)?
-            ))
+
+    /// The Hugging Face name of a GGUF tensor; the inverse of [`Architecture::gguf_tensor`].
+    pub fn hf_tensor(&self, gguf: &str) -> Option<String> {
+        self.rename(gguf, ["blk.", "model.layers."], |(hf, gguf)| (gguf, hf))
+    }
+
+    fn rename(
+        &self,
+        name: &str,
+        [layers, new_layers]: [&str; 2],
+        direction: fn(ModuleNames) -> ModuleNames,
+    ) -> Option<String> {
+        let (module, kind) = name.rsplit_once('.')?;
+        if !matches!(kind, "weight" | "bias") {
+            return None;
+        }
+        let find = |table: &[ModuleNames], module: &str| {
+            let mut pairs = table.iter().map(|&pair| direction(pair));
+            pairs.find(|(from, _)| *from == module).map(|(_, to)| to)
+        };
+        match module.strip_prefix(layers) {
+            None => Some(format!("{}.{kind}", find(self.modules, module)?)),
+            Some(rest) => {
+                let (number, module) = rest.split_once('.')?;
+                // The number is written back as it was read: one spelling for each layer.
+                let layer: u32 = number
+                    .parse()
+                    .ok()
+                    .filter(|n: &u32| n.to_string() == number)?;
+                let module = find(self.layer_modules, module)?;
+                Some(format!("{new_layers}{layer}.{module}.{kind}"))
+            }
         }
     }
 }
+
+/// A module's name in Hugging Face folders and in GGUF files.
+type ModuleNames = (&'static str, &'static str);
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::super::architecture::{ARCHITECTURES, LLAMA};
 
     #[test]
     fn every_name_goes_round() {
-        let mut seen = std::collections::BTreeSet::new();
-        for kind in ["weight", "bias"] {
-            let global =
-                GLOBAL.map(|(hf, gguf)| (format!("{hf}.{kind}"), format!("{gguf}.{kind}")));
-            let layers = [0, 9, 131].into_iter().flat_map(|n| {
-                LAYER.map(|(hf, gguf)| {
-                    (
-                        format!("model.layers.{n}.{hf}.{kind}"),
-                        format!("blk.{n}.{gguf}.{kind}"),
-                    )
-                })
-            });
-            for (hf, gguf) in global.into_iter().chain(layers) {
-                assert_eq!(gguf_name(&hf).as_ref(), Some(&gguf), "{hf}");
-                assert_eq!(hf_name(&gguf).as_ref(), Some(&hf), "{gguf}");
-                assert!(seen.insert(hf) && seen.insert(gguf), "names are distinct");
+        for architecture in ARCHITECTURES {
+            let (modules, layer) = (architecture.modules, architecture.layer_modules);
+            let mut seen = std::collections::BTreeSet::new();
+            for kind in ["weight", "bias"] {
+                let global = modules
+                    .iter()
+                    .map(|(hf, gguf)| (format!("{hf}.{kind}"), format!("{gguf}.{kind}")));
+                let layers = [0, 9, 131].into_iter().flat_map(|n| {
+                    layer.iter().map(move |(hf, gguf)| {
+                        (
+                            format!("model.layers.{n}.{hf}.{kind}"),
+                            format!("blk.{n}.{gguf}.{kind}"),
+                        )
+                    })
+                });
+                for (hf, gguf) in global.chain(layers) {
+                    assert_eq!(architecture.gguf_tensor(&hf).as_ref(), Some(&gguf), "{hf}");
+                    assert_eq!(architecture.hf_tensor(&gguf).as_ref(), Some(&hf), "{gguf}");
+                    assert!(seen.insert(hf) && seen.insert(gguf), "names are distinct");
+                }
             }
+            assert_eq!(seen.len(), 2 * 2 * (modules.len() + 3 * layer.len()));
         }
-        assert_eq!(seen.len(), 2 * 2 * (3 + 3 * 11));
     }
 
     #[test]
@@ -114,7 +98,7 @@ mod tests {
             "model.layers.0.weight",
             "blk.0.attn_q.weight",
         ] {
-            assert_eq!(gguf_name(name), None, "{name}");
+            assert_eq!(LLAMA.gguf_tensor(name), None, "{name}");
         }
         for name in [
             "rope_freqs.weight",
@@ -123,7 +107,7 @@ mod tests {
             "blk.-1.ffn_up.weight",
             "lm_head.weight",
         ] {
-            assert_eq!(hf_name(name), None, "{name}");
+            assert_eq!(LLAMA.hf_tensor(name), None, "{name}");
         }
     }
 }

@@ -8,7 +8,8 @@
 //! | Unigram | `t5`, which searches the likeliest pieces and knows no byte tokens | none |
 //! | anything else, or none | `none` | none |
 
-use super::{find, shown};
+use super::keys::GgufKeys;
+use super::values::{find, shown};
 use crate::gguf::{self, Array};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -842,7 +843,7 @@ pub fn gguf_bpe(metadata: &[(String, gguf::Value)]) -> Option<GgufTokenizer<'_>>
     {
         settings["chat_template"] = template.into();
     }
-    if let Some(length) = super::metadata::Keys::new(Path::new("GGUF metadata"), metadata)
+    if let Some(length) = GgufKeys::new(Path::new("GGUF metadata"), metadata)
         .ok()
         .and_then(|k| k.size("context_length").ok())
     {

@@ -1,42 +1,42 @@
-//! `llama`: Llama 1 to 3, Falcon3, Falcon-E, TriLM, SmolLM2 and what shares their graph, ternary or
+//! `llama`: Llama 1 to 3, Falcon3, Falcon-E, TriLM, SmolLM2 and others with this graph, ternary or
 //! not.
 //!
 //! ```text
-//! h = x + o · Attention(RMS_in(x))                    grouped-query attention with rotary positions
-//! y = h + down · (silu(gate · z) ⊙ (up · z))          z = RMS_post(h)
+//! h = x + o · Attention(RMS_in(x))              grouped-query attention with rotary positions
+//! y = h + down · (silu(gate · z) ⊙ (up · z))    z = RMS_post(h)
 //! logits = head · RMS(y)
 //! ```
 
 use crate::Result;
-use crate::linear::Linear;
-use crate::load::Provider;
-use crate::run::{Norm, Run};
+use crate::forward::{ForwardPass, NormGain};
+use crate::linear::LinearLayer;
+use crate::load::WeightProvider;
 
 /// Weights of a layer. Shapes are (N, K); D = heads · head_dim, V = kv_heads · head_dim.
 #[derive(Debug)]
-pub(crate) struct Layer {
+pub(crate) struct LlamaLayer {
     /// `[hidden]`.
-    pub(crate) attention_norm: Norm,
+    pub(crate) attention_norm: NormGain,
     /// `(D, hidden)`.
-    pub(crate) q: Linear,
+    pub(crate) q: LinearLayer,
     /// `(V, hidden)`.
-    pub(crate) k: Linear,
+    pub(crate) k: LinearLayer,
     /// `(V, hidden)`.
-    pub(crate) v: Linear,
+    pub(crate) v: LinearLayer,
     /// `(hidden, D)`.
-    pub(crate) o: Linear,
+    pub(crate) o: LinearLayer,
     /// `[hidden]`.
-    pub(crate) ffn_norm: Norm,
+    pub(crate) ffn_norm: NormGain,
     /// `(ffn, hidden)`.
-    pub(crate) gate: Linear,
+    pub(crate) gate: LinearLayer,
     /// `(ffn, hidden)`.
-    pub(crate) up: Linear,
+    pub(crate) up: LinearLayer,
     /// `(hidden, ffn)`.
-    pub(crate) down: Linear,
+    pub(crate) down: LinearLayer,
 }
 
-impl Layer {
-    pub(crate) fn load(provider: &dyn Provider, layer: usize) -> Result<Self> {
+impl LlamaLayer {
+    pub(crate) fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
         let c = provider.config();
         let (d, v) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |module: &str| format!("model.layers.{layer}.{module}");
@@ -64,7 +64,7 @@ impl Layer {
         })
     }
 
-    pub(crate) fn forward(&self, run: &mut Run<'_, '_>, layer: usize) -> Result<()> {
+    pub(crate) fn forward(&self, run: &mut ForwardPass<'_, '_>, layer: usize) -> Result<()> {
         run.norm(&self.attention_norm, &[&self.q, &self.k, &self.v])?;
         run.attention(layer, [&self.q, &self.k, &self.v])?;
         run.attention_out(&self.o, None)?;
@@ -72,7 +72,7 @@ impl Layer {
         run.feed_forward([&self.gate, &self.up], &self.down, None)
     }
 
-    pub(crate) fn linears(&self) -> [&Linear; 7] {
+    pub(crate) fn linears(&self) -> [&LinearLayer; 7] {
         [
             &self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down,
         ]

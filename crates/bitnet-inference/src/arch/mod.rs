@@ -1,30 +1,32 @@
 //! The graphs, one file each.
 
-pub(crate) mod bitnet;
-pub(crate) mod llama;
+mod bitnet;
+mod llama;
 
 use crate::Result;
-use crate::linear::Linear;
-use crate::load::Provider;
-use crate::run::Run;
-use bitnet_formats::arch::Architecture;
+use crate::forward::ForwardPass;
+use crate::linear::LinearLayer;
+use crate::load::WeightProvider;
+use bitnet::BitnetLayer;
+use bitnet_formats::arch::DecoderGraph;
+use llama::LlamaLayer;
 
 /// A layer of one of the graphs.
 #[derive(Debug)]
-pub(crate) enum Layer {
-    Llama(llama::Layer),
-    Bitnet(bitnet::Layer),
+pub(crate) enum GraphLayer {
+    Llama(LlamaLayer),
+    Bitnet(BitnetLayer),
 }
 
-impl Layer {
-    pub(crate) fn load(provider: &dyn Provider, layer: usize) -> Result<Self> {
-        Ok(match provider.config().architecture {
-            Architecture::Llama => Self::Llama(llama::Layer::load(provider, layer)?),
-            Architecture::Bitnet => Self::Bitnet(bitnet::Layer::load(provider, layer)?),
+impl GraphLayer {
+    pub(crate) fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
+        Ok(match provider.config().graph {
+            DecoderGraph::Llama => Self::Llama(LlamaLayer::load(provider, layer)?),
+            DecoderGraph::Bitnet => Self::Bitnet(BitnetLayer::load(provider, layer)?),
         })
     }
 
-    pub(crate) fn forward(&self, run: &mut Run<'_, '_>, layer: usize) -> Result<()> {
+    pub(crate) fn forward(&self, run: &mut ForwardPass<'_, '_>, layer: usize) -> Result<()> {
         match self {
             Self::Llama(l) => l.forward(run, layer),
             Self::Bitnet(l) => l.forward(run, layer),
@@ -32,7 +34,7 @@ impl Layer {
     }
 
     /// q, k, v, o, gate, up, down.
-    pub(crate) fn linears(&self) -> [&Linear; 7] {
+    pub(crate) fn linears(&self) -> [&LinearLayer; 7] {
         match self {
             Self::Llama(l) => l.linears(),
             Self::Bitnet(l) => l.linears(),

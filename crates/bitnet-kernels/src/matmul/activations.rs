@@ -22,7 +22,7 @@ pub struct Activations {
     /// What the next quantization writes into: these stay as they are until it has succeeded.
     spare: Quantized,
     /// One token before it is laid out.
-    token: activation::Activations,
+    token: activation::QuantizedActivations,
 }
 
 /// How the columns of a row are laid out: groups, each padded to whole steps.
@@ -174,7 +174,7 @@ impl Activations {
             shape,
             data,
             spare: Quantized::default(),
-            token: activation::Activations {
+            token: activation::QuantizedActivations {
                 values: vec![],
                 scales: vec![],
             },

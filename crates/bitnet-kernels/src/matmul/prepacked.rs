@@ -5,7 +5,7 @@ use super::coding::{Coding, Values};
 use super::{PANEL, STEP_BYTES, Stream, lay, trits};
 use crate::lines::{Line, Lines};
 use crate::{Error, Kernels, Pool};
-use bitnet_core::pack::Layout;
+use bitnet_core::pack::{FastPath, Layout};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ZeroPoints};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -158,10 +158,12 @@ impl Prepacked {
         let spec = parts.spec;
         layout.check(spec)?;
         let expected = layout.packed_len(spec).bound();
-        let strip = match (layout.name(), layout.chunk_rows(spec)) {
+        let strip = match (layout.fast_path(), layout.chunk_rows(spec)) {
             // Row r and those a quarter of the matrix further on share bytes: a strip is four
             // panels.
-            ("hf-bitnet", _) if spec.rows.is_multiple_of(4 * PANEL) && bytes.len() == expected => {
+            (Some(FastPath::QuarterRows), _)
+                if spec.rows.is_multiple_of(4 * PANEL) && bytes.len() == expected =>
+            {
                 return Self::from_quarters(unpack, parts, bytes, stream, pool);
             }
             (_, Some(chunk))

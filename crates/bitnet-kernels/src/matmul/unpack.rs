@@ -44,7 +44,11 @@ impl Prepacked {
         for group in 0..self.groups() {
             let group_cols = self.group_cols(group);
             for (number, index) in self.group_steps(group).enumerate() {
-                unpack(coding, self.codes(panel, plane, index..index + 1), &mut codes);
+                unpack(
+                    coding,
+                    self.codes(panel, plane, index..index + 1),
+                    &mut codes,
+                );
                 let first = group_cols.start + number * step;
                 let last = group_cols.end.min(first + step);
                 for (row, values) in values.chunks_mut(cols).enumerate() {

@@ -3,7 +3,7 @@
 use super::{each, plain};
 use crate::stream::loops::Loops;
 use crate::{Kernels, Pool};
-use bitnet_core::pack::Layout;
+use bitnet_core::pack::{FastPath, Layout};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, Result, ZeroPoints};
 use half::f16;
 use std::sync::Mutex;
@@ -30,10 +30,10 @@ pub(super) enum Dense {
 impl Dense {
     /// `None` where the layout is another one.
     pub(super) fn of(layout: &dyn Layout, spec: &MatrixSpec) -> Option<Self> {
-        match (layout.name(), spec.precision) {
-            ("two-bit", Precision::Ternary) => Some(Self::TwoBit { bias: 1, top: 2 }),
-            ("two-bit", Precision::Int2) => Some(Self::TwoBit { bias: 2, top: 3 }),
-            ("base-3", Precision::Ternary) => Some(Self::Base3),
+        match (layout.fast_path()?, spec.precision) {
+            (FastPath::TwoBit, Precision::Ternary) => Some(Self::TwoBit { bias: 1, top: 2 }),
+            (FastPath::TwoBit, Precision::Int2) => Some(Self::TwoBit { bias: 2, top: 3 }),
+            (FastPath::BaseThree, Precision::Ternary) => Some(Self::Base3),
             _ => None,
         }
     }
@@ -164,7 +164,9 @@ pub fn unpack(
         };
         let done = match Dense::of(layout, spec) {
             Some(dense) => job.dense(dense, bytes, values).then_some(None),
-            None => job.foreign(layout.name(), bytes, values),
+            None => layout
+                .fast_path()
+                .and_then(|path| job.foreign(path, bytes, values)),
         };
         if let Some(scales) = done {
             return Ok(scales);
@@ -254,24 +256,25 @@ impl Unpack<'_> {
 
     /// The scales if there are any; `None` for a layout without a loop of its own, and for bytes
     /// that no writer makes.
-    fn foreign(&self, name: &str, bytes: &[u8], values: &mut [i8]) -> Option<Option<Vec<f32>>> {
-        match name {
-            "hf-bitnet" if self.spec.rows.is_multiple_of(4) => {
+    fn foreign(&self, path: FastPath, bytes: &[u8], values: &mut [i8]) -> Option<Option<Vec<f32>>> {
+        match path {
+            FastPath::QuarterRows if self.spec.rows.is_multiple_of(4) => {
                 self.quads(bytes, LOW_FIRST, values).then_some(None)
             }
-            "i2_s" | "i2_s-g64" | "i2_s-x4" => {
+            FastPath::GroupQuarters(_) | FastPath::FourRows => {
                 let (codes, trailer) = bytes.split_at(values.len() / 4);
-                let done = match name {
+                let done = match path {
                     // SAFETY: the loops come from `Kernels::loops`.
-                    "i2_s" => self.all(
+                    FastPath::GroupQuarters(128) => self.all(
                         codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
                         |(b, v)| unsafe { (self.loops.unpack_quads_32)(b, HIGH_FIRST, v) },
                     ),
                     // SAFETY: as above.
-                    "i2_s-g64" => self.all(
+                    FastPath::GroupQuarters(64) => self.all(
                         codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
                         |(b, v)| unsafe { (self.loops.unpack_quads_16)(b, HIGH_FIRST, v) },
                     ),
+                    FastPath::GroupQuarters(_) => return None,
                     _ => {
                         let cols = self.spec.cols;
                         codes
@@ -286,11 +289,11 @@ impl Unpack<'_> {
                 (done && stored).then(|| Some(vec![scale]))
             }
             // SAFETY: the loops come from `Kernels::loops`.
-            "tq1_0" => self.blocks::<54>(52, bytes, values, |b, v| unsafe {
+            FastPath::Tq1 => self.blocks::<54>(52, bytes, values, |b, v| unsafe {
                 (self.loops.unpack_tq1)(b, v)
             }),
             // SAFETY: as above.
-            "tq2_0" => self.blocks::<66>(64, bytes, values, |b, v| unsafe {
+            FastPath::Tq2 => self.blocks::<66>(64, bytes, values, |b, v| unsafe {
                 (self.loops.unpack_tq2)(b, v)
             }),
             _ => None,

@@ -19,11 +19,13 @@ use crate::tensor::latent::Stage;
 use crate::tensor::with_host_floats;
 use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
+use bitnet_formats::replace::{self, Existing};
 use bitnet_formats::safetensors::Header;
 use candle_core::Tensor;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -113,29 +115,48 @@ pub(crate) fn path(folder: &Path, step: u64) -> PathBuf {
     folder.join(format!("step-{step:09}"))
 }
 
-/// The checkpoints of a folder, oldest first: steps and paths.
+/// The checkpoints of a folder, oldest first: steps and paths. One whose replacement was killed gets
+/// its name back.
 ///
 /// # Errors
 /// [`FileError::Io`] if the folder is there and cannot be read.
 pub fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let entries = match fs::read_dir(folder) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-        entries => entries.map_err(FileError::io(folder, "read"))?,
-    };
+    recover(folder)?;
     let mut found = vec![];
-    for entry in entries {
-        let entry = entry.map_err(FileError::io(folder, "read"))?;
-        let name = entry.file_name();
+    for name in names(folder)? {
         let step = name
             .to_str()
             .and_then(|n| n.strip_prefix("step-"))
             .filter(|n| n.len() >= 9 && n.bytes().all(|b| b.is_ascii_digit()));
         if let Some(step) = step.and_then(|n| n.parse().ok()) {
-            found.push((step, entry.path()));
+            found.push((step, folder.join(name)));
         }
     }
     found.sort();
     Ok(found)
+}
+
+fn names(folder: &Path) -> Result<Vec<OsString>> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+        entries => entries.map_err(FileError::io(folder, "read"))?,
+    };
+    let name = |entry: std::io::Result<fs::DirEntry>| Ok(entry?.file_name());
+    let names: std::io::Result<_> = entries.map(name).collect();
+    Ok(names.map_err(FileError::io(folder, "read"))?)
+}
+
+/// Ends the replacement of a checkpoint that was killed.
+fn recover(folder: &Path) -> Result<()> {
+    for name in names(folder)? {
+        let name = name.to_string_lossy();
+        if let Some(partial) = name.strip_suffix("-replaced").map(|n| folder.join(n))
+            && partial.extension().is_some_and(|e| e == PARTIAL)
+        {
+            replace::recover_folder(&partial, &partial.with_extension(""))?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes a checkpoint, then removes those that are too many. Returns its path.
@@ -146,15 +167,13 @@ pub(crate) fn write(
     mut state: TrainingState,
 ) -> Result<PathBuf> {
     fs::create_dir_all(&config.folder).map_err(FileError::io(&config.folder, "create"))?;
+    recover(&config.folder)?;
     remove_unfinished(&config.folder);
     let target = path(&config.folder, state.step);
     let partial = target.with_extension(PARTIAL);
     let result = fill(&partial, optimizer, telemetry, &mut state).and_then(|()| {
-        if target.exists() {
-            fs::remove_dir_all(&target).map_err(FileError::io(&target, "replace"))?;
-        }
-        fs::rename(&partial, &target).map_err(FileError::io(&target, "rename to"))?;
-        sync(&config.folder)
+        replace::place_folder(&partial, &target, Existing::Replace)?;
+        Ok(replace::sync_folder(&config.folder)?)
     });
     if let Err(error) = result {
         let _ = fs::remove_dir_all(&partial);
@@ -215,18 +234,7 @@ fn fill(
     file.write_all(&json)
         .and_then(|()| file.sync_all())
         .map_err(FileError::io(&path, "write"))?;
-    sync(folder)
-}
-
-/// Makes the names in a folder last.
-fn sync(folder: &Path) -> Result<()> {
-    #[cfg(unix)]
-    File::open(folder)
-        .and_then(|f| f.sync_all())
-        .map_err(FileError::io(folder, "write"))?;
-    #[cfg(not(unix))]
-    let _ = folder;
-    Ok(())
+    Ok(replace::sync_folder(folder)?)
 }
 
 fn variables(optimizer: &Optimizer) -> Vec<TensorEntry> {

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::recipe::Choices;
 use crate::{Activations, QuantizationConfig, Result};
+use bitnet_core::random::Random;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, Scheme, Threshold};
 use bitnet_core::{Granularity, ScaleDtype};
 use candle_core::backprop::GradStore;
@@ -18,16 +19,9 @@ use candle_nn::VarMap;
 
 /// Numbers about 0 with a variance of 1/3 of `size`², which depend on the seed alone.
 fn numbers(seed: u64, shape: &[usize], size: f32) -> Tensor {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) as f32 / (1u64 << 30) as f32 - 1.0) * size
-    };
-    let values: Vec<f32> = (0..shape.iter().product::<usize>() + 8)
-        .map(|_| next())
-        .skip(8)
+    let mut random = Random::new(seed);
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| (2.0 * random.uniform() - 1.0) as f32 * size)
         .collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }

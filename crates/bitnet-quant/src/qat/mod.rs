@@ -8,8 +8,6 @@ mod events;
 mod graph_tests;
 mod linear;
 mod optimizer;
-#[cfg(feature = "plot")]
-pub mod plot;
 mod prepare;
 mod progressive;
 mod recompute;

@@ -5,16 +5,16 @@ use super::events::{LayerRecord, LogRecord};
 use super::linear::{Linear, Linears};
 use super::sums::sum_squares;
 use super::tensor_file::{PutBytes, TensorEntry};
+use crate::Result;
 use crate::tensor::with_host_floats;
-use crate::{Error, Result};
-use bitnet_formats::Error as FileError;
+use bitnet_formats::{Error as FileError, replace};
 use bitnet_kernels::Kernels;
 use candle_core::backprop::GradStore;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 /// Weights of a layer whose gradients are followed from step to step.
@@ -307,12 +307,10 @@ impl Log {
         } else {
             vec![]
         };
-        let temporary = path.with_extension("partial");
-        let mut file = File::create(&temporary).map_err(FileError::io(&temporary, "create"))?;
-        for line in earlier.iter().filter(|line| line.step() <= step) {
-            put(&mut file, &temporary, line)?;
-        }
-        fs::rename(&temporary, path).map_err(FileError::io(path, "rename to"))?;
+        let file = replace::write_file_with(path, |file| {
+            let mut kept = earlier.iter().filter(|line| line.step() <= step);
+            kept.try_for_each(|line| put(file, line))
+        })?;
         Ok(Self {
             path: path.to_path_buf(),
             file,
@@ -320,23 +318,22 @@ impl Log {
     }
 
     pub(crate) fn append(&mut self, record: &LogRecord) -> Result<()> {
-        put(&mut self.file, &self.path, record)
+        Ok(put(&mut self.file, record).map_err(FileError::io(&self.path, "write"))?)
     }
 }
 
-fn put(file: &mut File, path: &Path, line: &LogRecord) -> Result<()> {
-    let mut text = serde_json::to_string(line).map_err(Error::recipe)?;
+fn put(file: &mut File, line: &LogRecord) -> io::Result<()> {
+    let mut text = serde_json::to_string(line)?;
     text.push('\n');
-    Ok(file
-        .write_all(text.as_bytes())
-        .map_err(FileError::io(path, "write"))?)
+    file.write_all(text.as_bytes())
 }
 
 /// Reads the log of a training. A last line without its end, of a training that was killed, is left
 /// out.
 ///
 /// # Errors
-/// [`Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
+/// [`crate::Error::File`] for a file that cannot be read, or with the number of a line that is not a
+/// line of a log.
 pub fn read_log(path: &Path) -> Result<Vec<LogRecord>> {
     let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
     let (mut lines, mut text) = (vec![], vec![]);

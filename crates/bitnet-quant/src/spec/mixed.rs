@@ -2,8 +2,8 @@
 //! the search of [`crate::search`].
 
 use crate::calibration::{Calibration, importance};
+use crate::recipe::PrecisionControlConfig;
 use crate::recipe::{Choices, Format, Target};
-use crate::recipe::{LayoutChoice, PrecisionControlConfig};
 use crate::search::{self, Candidate};
 use crate::spec::{PrecisionAdjustment, PrecisionController};
 use crate::tensor::quantizer::{
@@ -277,7 +277,7 @@ impl MixedPrecisionQuantizer {
         let mut quantized = quantize_tensor(&self.runtime, weights, &scheme, None)?;
         quantized.pack_with(match choices.layout.as_deref() {
             Some(name) => layout_named(name)?,
-            None => Some(pack::by_name(LayoutChoice::Plain.name(precision))?),
+            None => Some(pack::plain(precision)),
         })?;
         Ok(quantized)
     }
@@ -371,7 +371,7 @@ impl MixedPrecisionQuantizer {
                         };
                         let quantized = matrix::quantize(kernels, w, shape, &scheme, h.as_deref())?;
                         let spec = &quantized.spec;
-                        let layout = pack::by_name(LayoutChoice::Plain.name(spec.precision))?;
+                        let layout = pack::plain(spec.precision);
                         let zero = if spec.zero_points == ZeroPoints::None {
                             0
                         } else {

@@ -106,14 +106,7 @@ impl QuantizedTensor {
     /// # Errors
     /// As [`QuantizedTensor::pack_with`].
     pub fn pack_weights(&mut self) -> Result<()> {
-        let name = match self.spec().precision {
-            Precision::Binary => "one-bit",
-            Precision::Ternary | Precision::Int2 => "two-bit",
-            Precision::Int3 => "three-bit",
-            Precision::Int4 => "four-bit",
-            Precision::Int8 => "i8",
-        };
-        self.pack_with(Some(pack::by_name(name)?))
+        self.pack_with(Some(pack::plain(self.spec().precision)))
     }
 
     /// Packs the values in a layout; with `None` in the smallest of all.

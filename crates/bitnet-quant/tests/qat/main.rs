@@ -5,6 +5,7 @@
 mod losses;
 mod schedule;
 
+use bitnet_core::random::Random;
 use bitnet_core::{Granularity, Precision};
 use bitnet_quant::qat::{
     Linear, Linears, QatLinear, Stage, StraightThroughEstimator, convert, prepare,
@@ -14,18 +15,15 @@ use bitnet_quant::{Activations, QuantizationConfig, Result};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{Optimizer, VarBuilder, VarMap};
 use serde_json::Value;
+use std::cell::RefCell;
 
 const CPU: Device = Device::Cpu;
 
-thread_local!(static STATE: std::cell::Cell<u64> = const { std::cell::Cell::new(158) });
+thread_local!(static RANDOM: RefCell<Random> = const { RefCell::new(Random::new(158)) });
 
-/// Uniform in (0, 1], the same in each run (splitmix64).
+/// Uniform in (0, 1], the same in each run.
 fn uniform() -> f64 {
-    let state = STATE.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
-    STATE.set(state);
-    let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((z ^ (z >> 31)) >> 11).wrapping_add(1) as f64 / (1u64 << 53) as f64
+    RANDOM.with_borrow_mut(|random| ((random.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64)
 }
 
 /// Normally distributed (Box and Muller).

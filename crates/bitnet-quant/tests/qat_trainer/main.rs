@@ -4,6 +4,7 @@
 
 mod best;
 
+use bitnet_core::random::Random;
 use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::{
     CheckpointConfig, EarlyStopping, Event, LayerRecord, Linear, Linears, LogRecord,
@@ -19,14 +20,10 @@ use std::path::Path;
 
 /// Numbers in (−1, 1) that depend on the seed alone.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0
-    };
-    (0..n + 8).map(|_| next()).skip(8).collect()
+    let mut random = Random::new(seed);
+    (0..n)
+        .map(|_| (2.0 * random.uniform() - 1.0) as f32)
+        .collect()
 }
 
 /// Two layers that learn a fixed map of 16 numbers to 4.
@@ -437,6 +434,23 @@ fn damaged_checkpoints_are_refused() -> Result<()> {
         std::fs::write(path.join(file), &good).unwrap();
     }
     train(&mut Mlp::new(24)?, &config, None, true)?;
+    Ok(())
+}
+
+/// A checkpoint that is written again, as after a resume, replaces its folder by two renames. A
+/// kill between them leaves the old one beside its name.
+#[test]
+fn killed_while_a_checkpoint_is_replaced() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path());
+    train(&mut Mlp::new(24)?, &config, Some(13), false)?;
+    let checkpoints = &config.checkpoint.as_ref().unwrap().folder;
+    let path = checkpoints.join("step-000000013");
+    let replaced = checkpoints.join("step-000000013.partial-replaced");
+    std::fs::rename(&path, &replaced).unwrap();
+    let (_, steps) = train(&mut Mlp::new(24)?, &config, None, true)?;
+    assert_eq!(steps[0].step, 14);
+    assert!(!replaced.exists());
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! idx files, plain or gzip: a magic number `00 00 08 d`, d big-endian u32 sizes, then bytes.
+//! idx files, plain or gzip: the magic number `00 00 08 d`, d sizes as big-endian u32, then bytes.
 
 use crate::{Error, Result};
 use flate2::read::GzDecoder;
@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-/// Most elements of a file: 60,000 images of 784 pixels are 2^25.5.
+/// Limit on the elements of a file; 60,000 images of 784 pixels are 2^25.5.
 pub const MAX_ELEMENTS: usize = 1 << 31;
 
 /// Unsigned bytes with their shape.
@@ -18,11 +18,11 @@ pub struct Bytes {
     pub data: Vec<u8>,
 }
 
-/// Reads an idx file of unsigned bytes with so many dimensions.
+/// Reads an idx file of unsigned bytes with `dimensions` dimensions.
 ///
 /// # Errors
-/// [`Error::File`] for what cannot be opened; [`Error::Data`] for another magic number, sizes
-/// beyond [`MAX_ELEMENTS`], and more or fewer bytes than the sizes say.
+/// [`Error::File`] for a file that cannot be read; [`Error::Data`] for another magic number, sizes
+/// beyond [`MAX_ELEMENTS`], and a number of bytes that does not match the sizes.
 pub fn read(path: &Path, dimensions: u8) -> Result<Bytes> {
     let io = |e| Error::from(bitnet_formats::Error::io(path, "read")(e));
     let mut file =
@@ -78,8 +78,8 @@ fn parse(
         )
     })?;
     let mut data = vec![];
-    // One byte more than there should be, to see that there is none; the buffer grows with what is
-    // there.
+    // Reads up to one byte more than expected, to notice a longer file. The buffer grows with the
+    // bytes that exist, not with the claimed size.
     reader
         .take(elements as u64 + 1)
         .read_to_end(&mut data)

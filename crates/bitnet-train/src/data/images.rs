@@ -1,13 +1,13 @@
-//! Labelled images of a folder in the manner of MNIST.
+//! Labelled images in the files of MNIST.
 
 use super::idx;
-use crate::random::Random;
+use crate::variables::stream;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-/// Images of one size, with their classes.
+/// Images of one size with their classes.
 #[derive(Debug, Clone)]
 pub struct Images {
     height: usize,
@@ -21,18 +21,18 @@ pub struct Images {
 pub type Batch = (Tensor, Tensor);
 
 impl Images {
-    /// `{part}-images-idx3-ubyte` and `{part}-labels-idx1-ubyte` of a folder, each plain or with
-    /// `.gz`; parts are `train` and `t10k`.
+    /// Reads `{part}-images-idx3-ubyte` and `{part}-labels-idx1-ubyte` of a folder, each plain or
+    /// with `.gz`; parts are `train` and `t10k`.
     ///
     /// # Errors
-    /// As [`idx::read`]; [`Error::Data`] for files that are missing, hold no image, or do not
-    /// belong together, and for a label that is not below `classes`.
+    /// As [`idx::read`]; [`Error::Data`] for missing or empty files, different numbers of images
+    /// and labels, and a label that is not below `classes`.
     pub fn read(folder: &Path, part: &str, classes: usize) -> Result<Self> {
         let images = find(folder, &format!("{part}-images-idx3-ubyte"))?;
         let labels = find(folder, &format!("{part}-labels-idx1-ubyte"))?;
         let (pixels, targets) = (idx::read(&images, 3)?, idx::read(&labels, 1)?);
         let [count, height, width] = pixels.shape[..] else {
-            unreachable!("three dimensions were asked for")
+            unreachable!("read with three dimensions")
         };
         if count == 0 || height == 0 || width == 0 {
             return Err(Error::data(
@@ -68,12 +68,12 @@ impl Images {
         })
     }
 
-    /// How many.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
 
-    /// Whether there are none, which [`Images::read`] does not allow.
+    /// Whether there are no images, which [`Images::read`] rejects.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
@@ -88,13 +88,13 @@ impl Images {
         (self.height, self.width)
     }
 
-    /// How many classes there are.
+    /// Number of classes.
     pub fn classes(&self) -> usize {
         self.classes
     }
 
-    /// Mean and standard deviation of the pixels, each as a share of 255; the deviation of a single
-    /// colour counts as 1.
+    /// Mean and standard deviation of the pixels as shares of 255. A deviation of 0 is returned
+    /// as 1.
     pub fn moments(&self) -> (f64, f64) {
         let n = self.pixels.len() as f64;
         let (sum, squares) = self.pixels.iter().fold((0u64, 0u64), |(s, q), &p| {
@@ -112,10 +112,10 @@ impl Images {
         )
     }
 
-    /// Images by index, their pixels as `(p / 255 − mean) / deviation`.
+    /// A batch of images by index, with pixels `(p / 255 − mean) / deviation`.
     ///
     /// # Errors
-    /// None that the images could cause.
+    /// None that depends on the images.
     ///
     /// # Panics
     /// If an index is not below [`Images::len`].
@@ -154,18 +154,18 @@ fn find(folder: &Path, name: &str) -> Result<PathBuf> {
         .ok_or_else(|| Error::data(folder, format!("{name} or {name}.gz"), "neither"))
 }
 
-/// Which examples a step takes: each epoch in an order of its own, and every batch full, so that a
-/// batch may end one epoch and begin the next.
+/// The order of the examples: shuffled anew in each epoch. Every batch is full, so a batch may span
+/// two epochs.
 #[derive(Debug, Clone)]
-pub struct Order {
+pub struct EpochOrder {
     seed: u64,
     len: usize,
-    /// The epoch whose order is at hand.
+    /// The current epoch and its order.
     epoch: Option<(u64, Vec<u32>)>,
 }
 
-impl Order {
-    /// The order of `len` examples, at least one, under a seed.
+impl EpochOrder {
+    /// The order of `len` examples, at least one, for a seed.
     pub fn new(seed: u64, len: usize) -> Self {
         Self {
             seed,
@@ -174,7 +174,7 @@ impl Order {
         }
     }
 
-    /// Batch number `index` of `size` examples: the same whatever was asked for before.
+    /// Batch number `index` of `size` examples. It does not depend on earlier calls.
     pub fn batch(&mut self, index: u64, size: usize) -> Vec<u32> {
         let first = u128::from(index) * size as u128;
         (first..first + size as u128)
@@ -186,7 +186,7 @@ impl Order {
                 if self.epoch.as_ref().is_none_or(|(now, _)| *now != epoch) {
                     self.epoch = Some((
                         epoch,
-                        Random::new(self.seed, &format!("epoch {epoch}")).permutation(self.len),
+                        stream(self.seed, &format!("epoch {epoch}")).permutation(self.len),
                     ));
                 }
                 self.epoch.as_ref().map_or(0, |(_, order)| order[place])
@@ -248,15 +248,15 @@ mod tests {
     }
 
     #[test]
-    fn batches_do_not_depend_on_what_was_asked_before_and_cover_each_epoch() {
-        let mut order = Order::new(3, 10);
+    fn batches_do_not_depend_on_earlier_calls_and_cover_each_epoch() {
+        let mut order = EpochOrder::new(3, 10);
         let all: Vec<Vec<u32>> = (0..5).map(|i| order.batch(i, 4)).collect();
-        assert_eq!(Order::new(3, 10).batch(3, 4), all[3]);
+        assert_eq!(EpochOrder::new(3, 10).batch(3, 4), all[3]);
         for epoch in all.concat().chunks(10) {
             let mut sorted = epoch.to_vec();
             sorted.sort_unstable();
             assert_eq!(sorted, (0..10).collect::<Vec<u32>>());
         }
-        assert_ne!(Order::new(4, 10).batch(0, 4), all[0]);
+        assert_ne!(EpochOrder::new(4, 10).batch(0, 4), all[0]);
     }
 }

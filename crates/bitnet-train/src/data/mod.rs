@@ -1,4 +1,4 @@
-//! What models learn from: images in idx files, and text.
+//! Training data: images in idx files, and text.
 
 pub mod idx;
 pub mod images;

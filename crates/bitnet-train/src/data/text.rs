@@ -1,20 +1,20 @@
-//! Text as tokens, and windows of them.
+//! Text as tokens, and windows of it.
 
-use crate::random::Random;
+use crate::variables::stream;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// How text becomes tokens.
+/// The tokens of text.
 #[derive(Debug, Clone)]
 pub enum Vocabulary {
     /// 256 tokens, one for each byte.
     Bytes,
     /// A tokenizer.json.
     File {
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
         /// The tokenizer.
         tokenizer: Box<tokenizers::Tokenizer>,
@@ -22,7 +22,7 @@ pub enum Vocabulary {
 }
 
 impl Vocabulary {
-    /// The tokenizer in a tokenizer.json.
+    /// Reads a tokenizer.json.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if it cannot be read or used.
@@ -34,7 +34,7 @@ impl Vocabulary {
         let bytes = fs::read(path).map_err(|e| bad(e.to_string()))?;
         let mut tokenizer =
             tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(e.to_string()))?;
-        // Limits for training batches are no limits here.
+        // Padding and truncation are for training batches.
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)
@@ -45,7 +45,7 @@ impl Vocabulary {
         })
     }
 
-    /// Number of tokens: one more than the largest.
+    /// Size of the vocabulary: the largest token plus one.
     pub fn len(&self) -> usize {
         match self {
             Self::Bytes => 256,
@@ -57,15 +57,15 @@ impl Vocabulary {
         }
     }
 
-    /// Whether there are no tokens at all.
+    /// Whether the vocabulary is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The tokens of a text, without any that the tokenizer puts around texts.
+    /// The tokens of a text, without the tokens that the tokenizer puts around texts.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where the tokenizer fails.
+    /// [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match self {
             Self::Bytes => Ok(text.bytes().map(u32::from).collect()),
@@ -80,7 +80,7 @@ impl Vocabulary {
         }
     }
 
-    /// The tokenizer.json that says the same, and the tokenizer_config.json beside it.
+    /// Contents of tokenizer.json and tokenizer_config.json for this vocabulary.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the file cannot be read again.
@@ -89,7 +89,10 @@ impl Vocabulary {
         match self {
             Self::Bytes => {
                 let config = json!({
-                    "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": false, "add_eos_token": false, "clean_up_tokenization_spaces": false,
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "add_bos_token": false,
+                    "add_eos_token": false,
+                    "clean_up_tokenization_spaces": false,
                 });
                 Ok(vec![
                     ("tokenizer.json".into(), text(&byte_tokenizer())),
@@ -114,10 +117,10 @@ impl Vocabulary {
     }
 }
 
-/// A byte-level BPE without merges whose token b is byte b.
+/// A byte-level BPE without merges, in which token b is byte b.
 ///
-/// Byte-level BPE writes each byte as a character that can be seen: those of Latin-1 that can stand
-/// for themselves, the others from U+0100 on in order (the table of GPT-2).
+/// Byte-level BPE writes each byte as a visible character (the table of GPT-2): visible characters
+/// of Latin-1 stand for themselves, the other bytes are U+0100 and following, in order.
 fn byte_tokenizer() -> Value {
     let visible = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut others = 0;
@@ -132,37 +135,50 @@ fn byte_tokenizer() -> Value {
         let letter = char::from_u32(code).map(String::from).unwrap_or_default();
         vocabulary.insert(letter, byte.into());
     }
+    let byte_level = json!({
+        "type": "ByteLevel",
+        "add_prefix_space": false,
+        "trim_offsets": false,
+        "use_regex": false,
+    });
     json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
         "added_tokens": [],
         "normalizer": null,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+        "pre_tokenizer": byte_level,
         "post_processor": null,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+        "decoder": byte_level,
         "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "fuse_unk": false, "byte_fallback": false, "vocab": vocabulary, "merges": [],
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "vocab": vocabulary,
+            "merges": [],
         },
     })
 }
 
-/// Tokens to learn from and tokens to be measured on.
+/// The tokens of a text in two parts.
 #[derive(Debug, Clone)]
 pub struct Text {
-    /// What is learnt from.
+    /// Tokens to train on.
     pub train: Vec<u32>,
-    /// What is held out.
+    /// Tokens to measure on.
     pub held_out: Vec<u32>,
 }
 
 impl Text {
-    /// The tokens of text files; the last `share` of each is held out.
+    /// Reads text files and holds out the last `share` of the tokens of each.
     ///
     /// # Errors
-    /// [`Error::Data`] for a file that is not UTF-8 or empty, [`Error::File`] for one that cannot
-    /// be read, [`Error::Option`] for a share that is not between 0 and 1, as
+    /// [`Error::Data`] for a file that is empty or not UTF-8, [`Error::File`] for a file that
+    /// cannot be read, [`Error::Option`] for a share that is not between 0 and 1, and errors of
     /// [`Vocabulary::encode`].
     pub fn read(paths: &[PathBuf], vocabulary: &Vocabulary, share: f64) -> Result<Self> {
         if !(share > 0.0 && share < 1.0) {
@@ -184,10 +200,10 @@ impl Text {
         Ok(all)
     }
 
-    /// Refuses what is too short for windows of `context` tokens.
+    /// Rejects a text that is too short for windows of `context` tokens.
     ///
     /// # Errors
-    /// [`Error::Data`] with the first file.
+    /// [`Error::Data`] with the path of the first file.
     pub fn check(&self, path: &Path, context: usize) -> Result<()> {
         for (what, tokens) in [("to learn from", &self.train), ("held out", &self.held_out)] {
             if tokens.len() <= context {
@@ -216,14 +232,14 @@ fn read(path: &Path) -> Result<String> {
     })
 }
 
-/// Batch number `index`: `size` windows of `context + 1` tokens at random places, as tokens `[size,
-/// context]` and those that follow them.
+/// Batch number `index`: `size` windows of `context + 1` tokens at random positions. Returns tokens
+/// `[size, context]` and their successors.
 ///
 /// # Errors
-/// None that the tokens could cause.
+/// None that depends on the tokens.
 ///
 /// # Panics
-/// If there are not more than `context` tokens.
+/// If there are at most `context` tokens.
 pub fn batch(
     tokens: &[u32],
     seed: u64,
@@ -231,7 +247,7 @@ pub fn batch(
     size: usize,
     context: usize,
 ) -> candle_core::Result<(Tensor, Tensor)> {
-    let mut random = Random::new(seed, &format!("windows {index}"));
+    let mut random = stream(seed, &format!("windows {index}"));
     let starts: Vec<usize> = (0..size)
         .map(|_| random.below(tokens.len() - context))
         .collect();
@@ -341,7 +357,7 @@ mod tests {
                 .unwrap(),
             x
         );
-        // The last window that fits is the whole text but its first token.
+        // The only window that fits is the whole text.
         batch(&tokens, 1, 0, 1, 49).unwrap();
     }
 }

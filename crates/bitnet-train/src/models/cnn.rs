@@ -15,7 +15,7 @@ pub struct CnnConfig {
     pub height: usize,
     /// Width of an image in pixels.
     pub width: usize,
-    /// Channels of each convolution; each halves height and width, which must be even for it.
+    /// Channels of each convolution, which halves height and width; both must be even before it.
     pub channels: Vec<usize>,
     /// Elements of the layer between the convolutions and the logits.
     pub dense: usize,
@@ -26,12 +26,12 @@ pub struct CnnConfig {
 }
 
 /// `x ← max_pool(relu(conv3×3(norm(x)) + b))` for each convolution, then a hidden layer and the
-/// logits. Convolutions are `conv.0`, …, with weights `[out, 3·3·in]` in the order row, column,
-/// channel; the others `dense.0` and `dense.1`.
+/// logits. Convolutions are named `conv.0`, …, with weights `[out, 3·3·in]` in the order row,
+/// column, channel; the other layers `dense.0` and `dense.1`.
 #[derive(Debug)]
 pub struct Cnn {
     size: (usize, usize),
-    /// Each with the norm before it, of its input channels.
+    /// Each with the norm of its input channels.
     convolutions: Vec<(Linear, Option<Tensor>)>,
     dense: [(Linear, Option<Tensor>); 2],
 }
@@ -40,8 +40,7 @@ impl Cnn {
     /// A network with the variables of `vb`.
     ///
     /// # Errors
-    /// [`Error::Option`] for a size of 0 or one that cannot be halved, and variables of another
-    /// shape.
+    /// [`Error::Option`] for a size that is 0 or cannot be halved, and variables of another shape.
     pub fn new(config: &CnnConfig, vb: &VarBuilder<'_>) -> Result<Self> {
         let (mut height, mut width, mut inputs) = (config.height, config.width, 1);
         let norm = |first: bool, name: String, len| {

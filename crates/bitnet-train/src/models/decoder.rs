@@ -1,10 +1,10 @@
-//! The decoders of [`bitnet_inference`], as graphs with gradients: llama, and bitnet with its
-//! sub-norms and squared relu.
+//! The decoders of [`bitnet_inference`] as graphs with gradients: llama, and bitnet with its
+//! sub-norms and squared ReLU.
 
 use super::gain;
 use crate::ops::{self, Angles};
 use crate::{Error, Result};
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph};
 use bitnet_inference::{Activation, Config};
 use bitnet_quant::qat::{Linear, Linears};
 use candle_core::{Module, Tensor};
@@ -13,25 +13,25 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// The shape of a decoder that is made from scratch.
+/// The shape of a decoder with random weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DecoderShape {
     /// `llama`, or `bitnet`: with sub-norms and `relu²`.
     pub architecture: String,
-    /// Elements of a token's state.
+    /// Elements of the residual stream.
     pub hidden: usize,
-    /// Elements between the feed-forward matrices.
+    /// Elements of the feed-forward product.
     pub ffn: usize,
     /// Number of layers.
     pub layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads, a divisor of `heads`.
+    /// Number of key and value heads, a divisor of `heads`.
     pub kv_heads: usize,
-    /// Base of the rotary positions.
+    /// Base of the rotary position embedding.
     pub rope_theta: f64,
-    /// Whether the embedding is the output matrix too.
+    /// Whether the embedding is also the output matrix.
     pub tied: bool,
 }
 
@@ -52,25 +52,25 @@ impl Default for DecoderShape {
 }
 
 impl DecoderShape {
-    /// The config.json of Hugging Face that says the same.
+    /// The config.json of this shape.
     ///
     /// # Errors
-    /// [`Error::Option`] for an architecture that there is no graph for.
+    /// [`Error::Option`] for an architecture without a graph.
     pub fn config_json(&self, vocabulary: usize, context: usize) -> Result<Value> {
-        let (class, activation) = match self.architecture.as_str() {
-            "llama" => ("LlamaForCausalLM", "silu"),
-            "bitnet" => ("BitNetForCausalLM", "relu2"),
-            other => {
-                return Err(Error::option(
-                    "model.architecture",
-                    "llama or bitnet",
-                    format!("'{other}'"),
-                ));
-            }
+        let Some(architecture) =
+            Architecture::by_name(&self.architecture).filter(|a| a.training.is_some())
+        else {
+            let trained = ARCHITECTURES.into_iter().filter(|a| a.training.is_some());
+            let names: Vec<&str> = trained.map(|a| a.name).collect();
+            return Err(Error::option(
+                "model.architecture",
+                names.join(" or "),
+                format!("'{}'", self.architecture),
+            ));
         };
         Ok(json!({
-            "architectures": [class],
-            "model_type": self.architecture,
+            "architectures": [architecture.hf_class],
+            "model_type": architecture.name,
             "hidden_size": self.hidden,
             "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers,
@@ -79,7 +79,7 @@ impl DecoderShape {
             "head_dim": self.hidden / self.heads.max(1),
             "vocab_size": vocabulary,
             "max_position_embeddings": context,
-            "hidden_act": activation,
+            "hidden_act": architecture.new_activation.name(),
             "rms_norm_eps": 1e-6,
             "rope_theta": self.rope_theta,
             "rope_scaling": null,
@@ -94,7 +94,7 @@ impl DecoderShape {
 
 /// Weights of a layer; D = heads · head_dim, V = kv_heads · head_dim.
 #[derive(Debug)]
-struct Layer {
+struct DecoderLayer {
     /// `[hidden]`.
     attention_norm: Tensor,
     /// Q `(D, hidden)`, K and V `(V, hidden)`, O `(hidden, D)`.
@@ -109,26 +109,26 @@ struct Layer {
     ffn_sub_norm: Option<Tensor>,
 }
 
-/// What a forward pass went through, for distillation.
+/// Intermediate results of a forward pass, for distillation.
 #[derive(Debug, Default)]
 pub struct Trace {
     /// The residual stream after each layer, `[B, T, hidden]`.
     pub hidden: Vec<Tensor>,
-    /// Queries `[B, T, D]`, keys and values `[B, T, V]` of the last layer, not yet turned by their
-    /// positions; and a number of heads that divides all.
+    /// Queries `[B, T, D]`, keys and values `[B, T, V]` of the last layer before rotation, and a
+    /// number of heads that divides D and V.
     pub relations: Option<([Tensor; 3], usize)>,
 }
 
-/// A decoder; the equations are in `bitnet_inference`'s `arch`. Variables have the names of Hugging
-/// Face.
+/// A decoder. The equations are in `arch` of `bitnet_inference`. Variables have their Hugging Face
+/// names.
 #[derive(Debug)]
-pub struct Decoder {
+pub struct DecoderModel {
     config: Config,
     /// `(vocab, hidden)`.
     embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<DecoderLayer>,
     norm: Tensor,
-    /// `(vocab, hidden)`; none where it is the embedding.
+    /// `(vocab, hidden)`; none if the embedding is the output matrix.
     head: Option<Linear>,
     angles: Angles,
 }
@@ -136,102 +136,78 @@ pub struct Decoder {
 const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const FFN: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
-impl Decoder {
-    /// A decoder of this config.json with the variables of `vb`; new ones are drawn as
-    /// `initializer_range` and the linear layers say. `positions` of them can be used at a time.
-    ///
-    /// # Errors
-    /// As [`Config::from_hf`]; [`Error::Option`] for rotary positions that are scaled, or more
-    /// positions than the model has; variables of another shape.
-    pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
-        let config = Config::from_hf(path, json)?;
-        if config.rope.divisors.is_some() {
-            return Err(Error::option(
-                "rope_scaling",
-                "none, in a model to be trained",
-                json["rope_scaling"].to_string(),
-            ));
-        }
-        if positions == 0 || positions > config.context {
-            return Err(Error::option(
-                "context",
-                format!("1 to {}, the positions of the model", config.context),
-                positions,
-            ));
-        }
-        if !config.head_dim.is_multiple_of(2) {
-            return Err(Error::option("head_dim", "an even number", config.head_dim));
-        }
-        let deviation = json
-            .get("initializer_range")
-            .and_then(Value::as_f64)
-            .unwrap_or(0.02);
+impl DecoderLayer {
+    fn new(config: &Config, graph: DecoderGraph, vb: &VarBuilder<'_>) -> Result<Self> {
+        let (hidden, ffn) = (config.hidden, config.ffn);
         let (d, v) = (
             config.heads * config.head_dim,
             config.kv_heads * config.head_dim,
         );
-        let model = vb.pp("model");
-        let embedding = Init::Randn {
-            mean: 0.0,
-            stdev: deviation,
+        let (attention, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
+        let project = |i: usize, inputs, outputs| {
+            let vb = attention.pp(ATTENTION[i]);
+            Linear::new(inputs, outputs, config.attention_bias, &vb)
         };
+        let feed = |i: usize, inputs, outputs| {
+            Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]))
+        };
+        let sub_norm = |vb: VarBuilder<'_>, len| match graph {
+            DecoderGraph::Bitnet => gain(&vb, len).map(Some),
+            DecoderGraph::Llama => Ok(None),
+        };
+        Ok(Self {
+            attention_norm: gain(&vb.pp("input_layernorm"), hidden)?,
+            attention: [
+                project(0, hidden, d)?,
+                project(1, hidden, v)?,
+                project(2, hidden, v)?,
+                project(3, d, hidden)?,
+            ],
+            attention_sub_norm: sub_norm(attention.pp("attn_sub_norm"), d)?,
+            ffn_norm: gain(&vb.pp("post_attention_layernorm"), hidden)?,
+            ffn: [
+                feed(0, hidden, ffn)?,
+                feed(1, hidden, ffn)?,
+                feed(2, ffn, hidden)?,
+            ],
+            ffn_sub_norm: sub_norm(mlp.pp("ffn_sub_norm"), ffn)?,
+        })
+    }
+}
+
+impl DecoderModel {
+    /// A decoder of this config.json with the variables of `vb`, for up to `positions` positions.
+    /// New embeddings are drawn with the deviation `initializer_range`.
+    ///
+    /// # Errors
+    /// As [`Config::from_hf`] and [`Architecture::training_graph`]; [`Error::Option`] for scaled
+    /// rotary positions or more positions than the model has; variables of another shape.
+    pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
+        let config = Config::from_hf(path, json)?;
+        let graph = config.architecture.training_graph(path)?;
+        check_trainable(&config, json, positions)?;
+        let deviation = json
+            .get("initializer_range")
+            .and_then(Value::as_f64)
+            .unwrap_or(0.02);
+        let (model, layers) = (vb.pp("model"), vb.pp("model.layers"));
         let embedding = model.pp("embed_tokens").get_with_hints(
             (config.vocab, config.hidden),
             "weight",
-            embedding,
+            Init::Randn {
+                mean: 0.0,
+                stdev: deviation,
+            },
         )?;
-        let bitnet = config.architecture == Architecture::Bitnet;
-        let mut layers = vec![];
-        for i in 0..config.layers {
-            let vb = model.pp("layers").pp(i);
-            let (attention, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
-            let project = |i: usize, inputs, outputs| {
-                Linear::new(
-                    inputs,
-                    outputs,
-                    config.attention_bias,
-                    &attention.pp(ATTENTION[i]),
-                )
-            };
-            let feed = |i: usize, inputs, outputs| {
-                Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]))
-            };
-            let sub_norm = |vb: VarBuilder<'_>, len| {
-                if bitnet {
-                    gain(&vb, len).map(Some)
-                } else {
-                    Ok(None)
-                }
-            };
-            layers.push(Layer {
-                attention_norm: gain(&vb.pp("input_layernorm"), config.hidden)?,
-                attention: [
-                    project(0, config.hidden, d)?,
-                    project(1, config.hidden, v)?,
-                    project(2, config.hidden, v)?,
-                    project(3, d, config.hidden)?,
-                ],
-                attention_sub_norm: sub_norm(attention.pp("attn_sub_norm"), d)?,
-                ffn_norm: gain(&vb.pp("post_attention_layernorm"), config.hidden)?,
-                ffn: [
-                    feed(0, config.hidden, config.ffn)?,
-                    feed(1, config.hidden, config.ffn)?,
-                    feed(2, config.ffn, config.hidden)?,
-                ],
-                ffn_sub_norm: sub_norm(mlp.pp("ffn_sub_norm"), config.ffn)?,
-            });
-        }
+        let layers = (0..config.layers).map(|i| DecoderLayer::new(&config, graph, &layers.pp(i)));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = gain(&model.pp("norm"), config.hidden)?;
         let head = if config.tied {
             None
         } else {
-            Some(Linear::new(
-                config.hidden,
-                config.vocab,
-                false,
-                &vb.pp("lm_head"),
-            )?)
+            let vb = vb.pp("lm_head");
+            Some(Linear::new(config.hidden, config.vocab, false, &vb)?)
         };
-        let norm = gain(&model.pp("norm"), config.hidden)?;
         let angles = Angles::new(config.rope.theta, config.head_dim, positions);
         Ok(Self {
             config,
@@ -243,7 +219,7 @@ impl Decoder {
         })
     }
 
-    /// The facts of the graph.
+    /// The config of the graph.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -251,15 +227,15 @@ impl Decoder {
     /// Logits `[B, T, vocab]` of tokens `[B, T]`.
     ///
     /// # Errors
-    /// For tokens outside the vocabulary and more positions than there are.
+    /// For tokens outside the vocabulary and too many positions.
     pub fn forward(&self, tokens: &Tensor) -> candle_core::Result<Tensor> {
         self.run(tokens, None)
     }
 
-    /// [`Decoder::forward`], with what it went through.
+    /// [`DecoderModel::forward`] with intermediate results.
     ///
     /// # Errors
-    /// As there.
+    /// As [`DecoderModel::forward`].
     pub fn forward_traced(&self, tokens: &Tensor) -> candle_core::Result<(Tensor, Trace)> {
         let mut trace = Trace::default();
         Ok((self.run(tokens, Some(&mut trace))?, trace))
@@ -297,7 +273,7 @@ impl Decoder {
     /// `o · sub_norm(Attention(rope(q·z), rope(k·z), v·z))`, z = RMS(x).
     fn attention(
         &self,
-        layer: &Layer,
+        layer: &DecoderLayer,
         x: &Tensor,
         trace: Option<&mut Trace>,
     ) -> candle_core::Result<Tensor> {
@@ -317,7 +293,7 @@ impl Decoder {
         let q = ops::heads_first(&q, heads, Some(&self.angles))?;
         let k = ops::heads_first(&k, kv_heads, Some(&self.angles))?;
         let v = ops::heads_first(&v, kv_heads, None)?;
-        // The queries of a group of heads stand one after another before the keys that they share.
+        // The queries of the heads that share a key head are stacked, so one product serves them.
         let grouped = q.reshape((batch, kv_heads, heads / kv_heads * positions, head_dim))?;
         let scores = grouped.matmul(&k.transpose(2, 3)?)?;
         let mixed = ops::causal_softmax(&scores, 1.0 / (head_dim as f32).sqrt())?.matmul(&v)?;
@@ -329,7 +305,7 @@ impl Decoder {
     }
 
     /// `down · sub_norm(f(gate·z) ⊙ up·z)`, z = RMS(x).
-    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn feed_forward(&self, layer: &DecoderLayer, x: &Tensor) -> candle_core::Result<Tensor> {
         let z = self.rms_norm(x, &layer.ffn_norm)?;
         let [gate, up, down] = &layer.ffn;
         let (gate, up) = (gate.forward(&z)?, up.forward(&z)?);
@@ -344,7 +320,29 @@ impl Decoder {
     }
 }
 
-impl Linears for Decoder {
+/// Rejects a config that has no graph with gradients.
+fn check_trainable(config: &Config, json: &Value, positions: usize) -> Result<()> {
+    if config.rope.divisors.is_some() {
+        return Err(Error::option(
+            "rope_scaling",
+            "none, in a model to be trained",
+            json["rope_scaling"].to_string(),
+        ));
+    }
+    if positions == 0 || positions > config.context {
+        return Err(Error::option(
+            "context",
+            format!("1 to {}, the positions of the model", config.context),
+            positions,
+        ));
+    }
+    if !config.head_dim.is_multiple_of(2) {
+        return Err(Error::option("head_dim", "an even number", config.head_dim));
+    }
+    Ok(())
+}
+
+impl Linears for DecoderModel {
     fn visit_linears(
         &mut self,
         visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MlpConfig {
-    /// Pixels of an image.
+    /// Number of pixels of an image.
     pub inputs: usize,
     /// Elements of each hidden layer.
     pub hidden: Vec<usize>,
@@ -26,7 +26,7 @@ pub struct MlpConfig {
 #[derive(Debug)]
 pub struct Mlp {
     layers: Vec<Linear>,
-    /// Of every layer but the first, `[its inputs]`.
+    /// Norms of the inputs of all layers after the first, `[inputs]`.
     norms: Vec<Option<Tensor>>,
 }
 

@@ -1,11 +1,11 @@
-//! Models that can be trained: their linear layers are [`bitnet_quant::qat::Linear`]s.
+//! Trainable models. Their linear layers are [`bitnet_quant::qat::Linear`]s.
 
 mod cnn;
 mod decoder;
 mod mlp;
 
 pub use cnn::{Cnn, CnnConfig};
-pub use decoder::{Decoder, DecoderShape, Trace};
+pub use decoder::{DecoderModel, DecoderShape, Trace};
 pub use mlp::{Mlp, MlpConfig};
 
 use bitnet_quant::qat::{Linear, Linears};
@@ -16,12 +16,12 @@ use serde::{Deserialize, Serialize};
 /// ε of the norms of image models.
 const EPS: f64 = 1e-6;
 
-/// The gain of a norm, `[len]`, ones where it is new.
+/// The gain of a norm, `[len]`; a new one is all ones.
 fn gain(vb: &VarBuilder<'_>, len: usize) -> Result<Tensor> {
     vb.get_with_hints(len, "weight", Init::Const(1.0))
 }
 
-/// A classifier of images, by its shape.
+/// Kind and sizes of an image classifier.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "model_type", rename_all = "lowercase", deny_unknown_fields)]
 pub enum ImageShape {
@@ -31,7 +31,7 @@ pub enum ImageShape {
     Cnn(CnnConfig),
 }
 
-/// A classifier of images.
+/// An image classifier.
 #[derive(Debug)]
 pub enum ImageModel {
     /// See [`Mlp`].
@@ -44,7 +44,7 @@ impl ImageModel {
     /// A model with the variables of `vb`.
     ///
     /// # Errors
-    /// For a shape that means nothing, and variables of another shape.
+    /// For an invalid shape, and variables of another shape.
     pub fn new(shape: &ImageShape, vb: &VarBuilder<'_>) -> crate::Result<Self> {
         Ok(match shape {
             ImageShape::Mlp(config) => Self::Mlp(Mlp::new(config, vb)?),

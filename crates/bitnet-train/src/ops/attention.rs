@@ -1,4 +1,4 @@
-//! What causal attention with rotary positions needs beside products.
+//! The operations of causal attention with rotary positions, except matrix products.
 
 use super::{dot, rows, slice, with};
 use bitnet_kernels::Kernels;
@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Cosine and sine of the rotary embedding: pair i of a head turns by `position · theta^(−2i/d)`,
-/// pairs being i and i + d/2.
+/// Cosine and sine of the rotary embedding: elements i and i + d/2 of a head rotate by
+/// `position · theta^(−2i/d)`.
 #[derive(Debug, Clone)]
 pub struct Angles {
     /// `[positions, d/2]`.
@@ -17,8 +17,8 @@ pub struct Angles {
 }
 
 impl Angles {
-    /// Those of `positions` positions for heads of `head_dim` elements, rounded as the inference
-    /// engine does.
+    /// The angles of `positions` positions for heads of `head_dim` elements, rounded as in the
+    /// inference engine.
     pub fn new(theta: f64, head_dim: usize, positions: usize) -> Self {
         let pairs = head_dim / 2;
         let frequencies: Vec<f32> = (0..pairs)
@@ -37,17 +37,16 @@ impl Angles {
         }
     }
 
-    /// Positions that there are angles for.
+    /// Number of positions.
     pub fn positions(&self) -> usize {
         self.table.len() / self.pairs.max(1)
     }
 }
 
-/// `[B, T, H·D]` to `[B, H, T, D]`, each head turned by the angles of its position if there are
-/// any.
+/// `[B, T, H·D]` to `[B, H, T, D]`; with `angles` each head is rotated by its position.
 ///
 /// # Errors
-/// For a tensor of another kind or shape, and more positions than there are angles.
+/// For a tensor of another type or shape, and more positions than angles.
 pub fn heads_first(x: &Tensor, heads: usize, angles: Option<&Angles>) -> Result<Tensor> {
     let (batch, positions, width) = x.dims3()?;
     if heads == 0 || !width.is_multiple_of(heads) {
@@ -76,7 +75,7 @@ pub fn heads_first(x: &Tensor, heads: usize, angles: Option<&Angles>) -> Result<
 /// `[B, H, T, D]` to `[B, T, H·D]`.
 ///
 /// # Errors
-/// For a tensor of another kind or shape.
+/// For a tensor of another type or shape.
 pub fn heads_last(x: &Tensor) -> Result<Tensor> {
     let (batch, heads, positions, d) = x.dims4()?;
     let op = Move {
@@ -88,9 +87,9 @@ pub fn heads_last(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1(op)
 }
 
-/// Heads moved before positions, or back. Moved before, they are turned.
+/// Moves heads before positions and rotates them, or moves them back.
 struct Move {
-    /// Batch, positions, heads, elements of a head.
+    /// Batch, positions, heads, elements per head.
     shape: [usize; 4],
     first: bool,
     angles: Option<Angles>,
@@ -98,7 +97,7 @@ struct Move {
 }
 
 impl Move {
-    /// Heads to the front and turned.
+    /// Moves heads to the front and rotates them.
     fn forward(&self, x: &[f32]) -> Vec<f32> {
         let [_, positions, heads, d] = self.shape;
         let mut out = vec![0.0; x.len()];
@@ -122,7 +121,7 @@ impl Move {
         out
     }
 
-    /// Positions to the front, heads turned back.
+    /// Moves positions to the front and rotates heads back.
     fn backward(&self, x: &[f32]) -> Vec<f32> {
         let [_, positions, heads, d] = self.shape;
         let mut out = vec![0.0; x.len()];
@@ -189,11 +188,11 @@ impl CustomOp1 for Move {
     }
 }
 
-/// Softmax of `scale · x` over the positions up to a row's own, 0 beyond: x `[…, R, T]`, where row
-/// r of R, a multiple of T, stands for position r mod T.
+/// Causal softmax of `scale · x`, x `[…, R, T]`: row r is position r mod T and gets 0 for later
+/// positions. R is a multiple of T.
 ///
 /// # Errors
-/// For a tensor of another kind or shape.
+/// For a tensor of another type or shape.
 pub fn causal_softmax(x: &Tensor, scale: f32) -> Result<Tensor> {
     let (r, t) = (
         x.dim(candle_core::D::Minus2)?,

@@ -1,16 +1,18 @@
-//! Convolution as a product of patches, and pooling. Images are `[B, H, W, C]`, channels last.
+//! Patches, which make a convolution a linear layer, and pooling. Images are `[B, H, W, C]`,
+//! channels last.
 
 use super::{slice, with};
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// The patches of size × size pixels around each pixel, zeros beyond the border: `[B, H, W, C]` to
-/// `[B, H, W, size·size·C]`.
+/// The patch of size × size pixels around each pixel, with zeros beyond the border: `[B, H, W, C]`
+/// to `[B, H, W, size·size·C]`.
 ///
-/// A convolution is then a linear layer, and its quantization that of one: a token is a patch.
+/// A linear layer over the patches is a convolution and is quantized as such a layer, with a patch
+/// as token.
 ///
 /// # Errors
-/// For a tensor of another kind or shape, or an even size.
+/// For a tensor of another type or shape, or an even size.
 pub fn patches(x: &Tensor, size: usize) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     if size.is_multiple_of(2) {
@@ -30,8 +32,8 @@ struct Patches {
 }
 
 impl Patches {
-    /// Calls `f` with (index in a patched image, index in an image) of each run of C elements of a
-    /// patch that lies inside, row by row.
+    /// Calls `f` with (index in the patches, index in the image) of each run of C elements inside
+    /// the image, row by row.
     fn runs(&self, mut f: impl FnMut(usize, usize)) {
         let ([_, height, width, channels], size) = (self.shape, self.size);
         let half = size / 2;
@@ -51,7 +53,7 @@ impl Patches {
         }
     }
 
-    /// Elements of an image, and of its patches.
+    /// Number of elements of an image and of its patches.
     fn sizes(&self) -> (usize, usize) {
         let [_, height, width, channels] = self.shape;
         let image = height * width * channels;
@@ -104,11 +106,11 @@ impl CustomOp1 for Patches {
     }
 }
 
-/// The largest of each 2 × 2 pixels: `[B, H, W, C]` to `[B, H/2, W/2, C]`. Of equals the first one
-/// gets the gradient.
+/// The maximum of each 2 × 2 pixels: `[B, H, W, C]` to `[B, H/2, W/2, C]`. The first of equal
+/// maxima gets the gradient.
 ///
 /// # Errors
-/// For a tensor of another kind or shape, or odd sizes.
+/// For a tensor of another type or shape, or odd sizes.
 pub fn max_pool(x: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     if !height.is_multiple_of(2) || !width.is_multiple_of(2) {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 /// `max(x, 0)`, with the gradient 0 at 0.
 ///
 /// # Errors
-/// For a tensor of another kind.
+/// For a tensor of another type.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Relu)
 }
@@ -16,7 +16,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// `silu(gate) · up` with `silu(g) = g / (1 + e^−g)`: the feed-forward gate of llama.
 ///
 /// # Errors
-/// For tensors of another kind, or of different shapes.
+/// For tensors of another type, or of different shapes.
 pub fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.contiguous()?.apply_op2(
         &up.contiguous()?,
@@ -27,7 +27,7 @@ pub fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     )
 }
 
-/// `max(gate, 0)² · up`: that of b1.58.
+/// `max(gate, 0)² · up`: the feed-forward gate of b1.58.
 ///
 /// # Errors
 /// As [`silu_gate`].
@@ -143,7 +143,7 @@ impl CustomOp2 for Gate {
     }
 }
 
-/// silu and its slope `σ · (1 + g · (1 − σ))`.
+/// SiLU and its derivative `σ · (1 + g · (1 − σ))`.
 fn silu(g: f32) -> (f32, f32) {
     let sigma = 1.0 / (1.0 + (-g).exp());
     (g * sigma, sigma * (1.0 + g * (1.0 - sigma)))

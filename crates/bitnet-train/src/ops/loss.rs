@@ -11,10 +11,10 @@ struct CrossEntropy {
 /// `mean over rows of −ln softmax(logits)[target]` in nats; logits `[…, V]`, targets u32 of the
 /// shape before V. The result is a scalar.
 ///
-/// Keeps no probabilities: the backward pass computes them again.
+/// The backward pass recomputes the probabilities.
 ///
 /// # Errors
-/// For tensors of another kind or shape, and a target that is not below V.
+/// For tensors of another type or shape, and a target that is not below V.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let targets = targets.flatten_all()?.to_vec1::<u32>()?;
     logits.contiguous()?.apply_op1(CrossEntropy { targets })
@@ -80,6 +80,6 @@ impl CustomOp1 for CrossEntropy {
 /// The largest logit and the sum of `e^(x − largest)`.
 fn normalizer(row: &[f32]) -> (f32, f32) {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    // NaN is lost by max and comes back here.
+    // `max` ignores NaN, but the sum does not.
     (max, row.iter().map(|&x| (x - max).exp()).sum())
 }

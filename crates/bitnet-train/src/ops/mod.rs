@@ -1,9 +1,9 @@
-//! Operations of models with their gradients, each one pass over its tensors.
+//! Operations with gradients, each in one pass over its tensors.
 //!
-//! candle composes these of many operations, each with a tensor to keep and two passes more in the
-//! backward one; its fused ones (`rms_norm`, `softmax_last_dim`, `rope`) have no gradient at all,
-//! and its `relu` lets the gradient through at 0. All of these take f32 on the CPU, and their
-//! results do not depend on the number of threads.
+//! candle composes these of many operations, each of which keeps a tensor and adds two passes to
+//! the backward pass. Its fused operations (`rms_norm`, `softmax_last_dim`, `rope`) have no
+//! gradient, and its `relu` passes the gradient at 0. The operations here take f32 on the CPU;
+//! their results do not depend on the number of threads.
 
 mod attention;
 mod conv;
@@ -19,7 +19,7 @@ pub use norm::rms_norm;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
 
-/// Elements that one thread takes at a time.
+/// Number of elements in one task of a thread.
 const CHUNK: usize = 1 << 13;
 
 /// The elements of a contiguous f32 storage.
@@ -43,7 +43,7 @@ fn with<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
     }
 }
 
-/// `Σ a·b`, in 16 sums side by side so that they can be vectors.
+/// `Σ a·b` in 16 partial sums, so that it vectorizes.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
     let mut sums = [0f32; 16];
@@ -56,7 +56,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
-/// The last size of a shape, and the number of rows of that size.
+/// The last dimension of a shape, and the number of rows.
 fn rows(layout: &Layout) -> Result<(usize, usize)> {
     match layout.dims() {
         [rest @ .., k] if *k > 0 => Ok((rest.iter().product(), *k)),

@@ -5,7 +5,7 @@ use bitnet_kernels::Kernels;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// Rows whose gradients of the gain are added up by one thread.
+/// Number of rows whose gain gradients one task sums.
 const ROWS: usize = 64;
 
 struct RmsNorm {
@@ -13,11 +13,11 @@ struct RmsNorm {
     kernels: Kernels,
 }
 
-/// `y = x · r · g` with `r = 1/√(mean x² + ε)`; x `[…, K]`, g `[K]`, as the inference engine
-/// computes it.
+/// `y = x · r · g` with `r = 1/√(mean x² + ε)`; x `[…, K]`, g `[K]`, rounded as in the inference
+/// engine.
 ///
 /// # Errors
-/// For tensors of another kind or shape.
+/// For tensors of another type or shape.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op2(
         gain,
@@ -85,7 +85,7 @@ impl CustomOp2 for RmsNorm {
                             sum
                         })
                         .collect();
-                    // In the order of the rows, so that threads change nothing.
+                    // In the order of the rows, so that the sum does not depend on threads.
                     sums.into_iter().fold(vec![0.0; k], |mut all, sum| {
                         all.iter_mut().zip(sum).for_each(|(a, s)| *a += s);
                         all

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::tensor::packed::PackedWeights;
 use crate::tensor::runtime::Runtime;
-use bitnet_core::{Matrix, MatrixSpec, ZeroPoints, pack};
+use bitnet_core::{Matrix, MatrixSpec, Precision, ZeroPoints, pack};
 use bitnet_kernels::stream;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -61,7 +61,7 @@ impl WeightCodes {
     pub(crate) fn prepack(&self, runtime: &Runtime) -> Result<PackedWeights> {
         match self {
             Self::TwoBit(packed) => {
-                PackedWeights::from_wire(packed, pack::by_name("two-bit")?, runtime)
+                PackedWeights::from_wire(packed, pack::plain(Precision::Ternary), runtime)
             }
             Self::Values(matrix) => PackedWeights::new(matrix, runtime),
         }
@@ -73,7 +73,7 @@ impl WeightCodes {
         let mut out = vec![0.0; spec.weights_len()];
         match self {
             Self::TwoBit(packed) => {
-                let (layout, kernels) = (pack::by_name("two-bit")?, runtime.machine.kernels);
+                let (layout, kernels) = (pack::plain(Precision::Ternary), runtime.machine.kernels);
                 stream::dequantize(
                     kernels,
                     &runtime.pool,
@@ -137,7 +137,7 @@ impl WeightCodes {
                 stream::unpack(
                     runtime.machine.kernels,
                     &runtime.pool,
-                    pack::by_name("two-bit")?,
+                    pack::plain(Precision::Ternary),
                     spec,
                     bytes,
                     &mut values,

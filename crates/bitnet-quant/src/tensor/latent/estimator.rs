@@ -1,9 +1,7 @@
 //! Straight-through estimators: how a gradient passes the rounding of weights.
 
 use crate::{Error, Result};
-use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
+use bitnet_core::named;
 
 /// How the gradient passes the rounding of weights, and whether the scale is learned.
 ///
@@ -68,53 +66,11 @@ impl StraightThroughEstimator {
     }
 }
 
-impl fmt::Display for StraightThroughEstimator {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Plain => f.pad("plain"),
-            Self::Clipped { range } => f.pad(&format!("clipped:{range}")),
-            Self::LearnedScale => f.pad("lsq"),
-            Self::Stretched => f.pad("stretched"),
-            Self::Soft { temperature } => f.pad(&format!("soft:{temperature}")),
-        }
+named!(
+    StraightThroughEstimator, "estimator",
+    { Plain = "plain", LearnedScale = "lsq", Stretched = "stretched" },
+    {
+        Clipped { range: f32 } = "clipped": "X" if |x| x.is_finite() && *x > 0.0,
+        Soft { temperature: f32 } = "soft": "X" if |x| x.is_finite() && *x > 0.0,
     }
-}
-
-impl FromStr for StraightThroughEstimator {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let (name, number) = s
-            .split_once(':')
-            .map_or((s, None), |(name, number)| (name, Some(number)));
-        let estimator = match (name, number.map(str::parse)) {
-            ("plain", None) => Self::Plain,
-            ("clipped", Some(Ok(range))) => Self::Clipped { range },
-            ("lsq", None) => Self::LearnedScale,
-            ("stretched", None) => Self::Stretched,
-            ("soft", Some(Ok(temperature))) => Self::Soft { temperature },
-            _ => {
-                return Err(Error::input(
-                    "estimator",
-                    "plain, clipped:X, lsq, stretched, soft:X",
-                    s,
-                ));
-            }
-        };
-        estimator.validate()?;
-        Ok(estimator)
-    }
-}
-
-impl Serialize for StraightThroughEstimator {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for StraightThroughEstimator {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
+);

@@ -16,9 +16,9 @@ use super::rounding::{LEAST_SCALE, WeightRounding};
 use crate::Activations;
 use crate::{Error, Result};
 use bitnet_core::scheme::{
-    BinarySplit, Clip, Mapping, Method, Rounding, ScaleForm, ScaleRule, Scheme, Threshold,
+    BinarySplit, Clip, Mapping, Method, Rounding, ScaleRule, Scheme, Threshold,
 };
-use bitnet_core::{Granularity, Precision, ScaleDtype};
+use bitnet_core::{Granularity, Precision, ScaleDtype, ScaleForm};
 use candle_core::{D, DType, Tensor};
 
 /// The layer, without its tensors.

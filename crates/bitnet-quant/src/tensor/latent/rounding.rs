@@ -177,7 +177,7 @@ impl WeightRounding {
             stream::pack(
                 kernels,
                 pool,
-                pack::by_name("two-bit")?,
+                pack::plain(Precision::Ternary),
                 &spec,
                 &values,
                 &scales,
@@ -191,7 +191,7 @@ impl WeightRounding {
             }));
         }
         if let Method::Ternary { planes: 1, .. } = self.scheme.method {
-            let layout = pack::by_name("two-bit")?;
+            let layout = pack::plain(Precision::Ternary);
             return Ok(WeightCodes::TwoBit(stream::quantize(
                 kernels,
                 pool,

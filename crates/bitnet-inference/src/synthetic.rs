@@ -1,24 +1,26 @@
-//! Models with made-up weights: the shape of a known one, to measure speed without a download.
+//! Synthetic models: the shape of a known model with generated weights, to measure speed without
+//! a download.
 
-use crate::linear::{Linear, Machine, Weights};
-use crate::load::{FloatType, Provider};
-use crate::random::Random;
-use crate::run::Norm;
+use crate::forward::NormGain;
+use crate::linear::{KernelPool, LinearLayer, LinearWeights};
+use crate::load::{FloatType, WeightProvider};
 use crate::{Activation, Config, Error, Result, Rope};
+use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
-use bitnet_formats::arch::Architecture;
+use bitnet_formats::arch::{BITNET, DecoderGraph, LLAMA};
 use bitnet_kernels::dense::{
     BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros,
 };
 use bitnet_kernels::matmul::Prepacked;
 
 impl Config {
-    /// The shape of a model by name: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
+    /// The config of a known shape: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
     ///
     /// # Errors
     /// [`Error::Option`] for another name.
     pub fn shape(name: &str) -> Result<Self> {
         let config = |architecture,
+                      graph,
                       activation,
                       hidden,
                       ffn,
@@ -31,6 +33,7 @@ impl Config {
                       theta,
                       tied| Self {
             architecture,
+            graph,
             hidden,
             ffn,
             layers,
@@ -53,16 +56,16 @@ impl Config {
             eos: vec![],
         };
         use Activation::{Relu2, Silu};
-        use Architecture::{Bitnet, Llama};
+        use DecoderGraph::{Bitnet, Llama};
         match name {
             "bitnet-2b-4t" => Ok(config(
-                Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
+                &BITNET, Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
             )),
             "llama3-8b" => Ok(config(
-                Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
+                &LLAMA, Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
             )),
             "tiny" => Ok(config(
-                Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
+                &BITNET, Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
             )),
             _ => Err(Error::Option {
                 option: "shape",
@@ -73,36 +76,36 @@ impl Config {
     }
 }
 
-/// Ternary layers with four in ten weights 0 and a scale that keeps activations of order 1; norms
-/// of ones; a normal-like embedding.
-pub(crate) struct MadeUp<'a> {
+/// Generates weights: ternary layers with 40 % zeros and a scale that keeps activations of order 1,
+/// norms of ones, and a nearly normal embedding.
+pub(crate) struct SyntheticWeights<'a> {
     pub(crate) config: &'a Config,
-    pub(crate) machine: &'a Machine,
+    pub(crate) runtime: &'a KernelPool,
     pub(crate) embedding: FloatType,
 }
 
-/// The seed of a module: the same weights on every machine.
+/// The random seed of a module.
 fn seed(module: &str) -> u64 {
     module.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
         (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
     })
 }
 
-impl Provider for MadeUp<'_> {
+impl WeightProvider for SyntheticWeights<'_> {
     fn config(&self) -> &Config {
         self.config
     }
 
-    fn norm(&self, _: &str, len: usize) -> Result<Norm> {
-        Ok(Norm(vec![1.0; len]))
+    fn norm(&self, _: &str, len: usize) -> Result<NormGain> {
+        Ok(NormGain(vec![1.0; len]))
     }
 
-    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
+    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {
         let mut random = Random::new(seed(module));
         // Ten trits from 64 bits: thresholds on six bits each.
         let mut values = vec![0i8; rows * cols];
         for chunk in values.chunks_mut(10) {
-            let mut bits = random.next();
+            let mut bits = random.bits();
             for v in chunk {
                 *v = i8::from(bits & 63 < 19) - i8::from(bits & 63 >= 45);
                 bits >>= 6;
@@ -115,20 +118,20 @@ impl Provider for MadeUp<'_> {
             scales: vec![1.3 / (cols as f32).sqrt()],
             zero_points: vec![],
         };
-        let packed = Prepacked::new(&matrix, &self.machine.pool)?;
-        Ok(Linear {
-            weights: Weights::Ternary(packed),
+        let packed = Prepacked::new(&matrix, &self.runtime.pool)?;
+        Ok(LinearLayer {
+            weights: LinearWeights::Ternary(packed),
             bias: bias.then(|| vec![0.0; rows]),
         })
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        let pool = &self.machine.pool;
-        // The sum of four uniform numbers, each a quarter of 64 bits.
+        let pool = &self.runtime.pool;
+        // A sum of four uniform numbers, 16 of the 64 bits each.
         let fill = |row: usize, out: &mut [f32]| {
             let mut random = Random::new(seed(module) ^ row as u64);
             for w in out {
-                let bits = random.next();
+                let bits = random.bits();
                 let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
                 *w = (sum as f32 / 65536.0 - 2.0) * 0.05;
             }

@@ -4,9 +4,9 @@
 //! Text in the PNG is of an 8 × 8 font that is part of the program, so that it needs no fonts of
 //! the system.
 
-use super::events::{LayerRecord, LogRecord};
 use crate::{Error, Result};
-use bitnet_formats::Error as FileError;
+use bitnet_formats::replace;
+use bitnet_quant::qat::{LayerRecord, LogRecord};
 use font8x8::UnicodeFonts;
 use plotters::backend::SVGBackend;
 use plotters::coord::Shift;
@@ -15,8 +15,6 @@ use plotters_backend::text_anchor::{HPos, VPos};
 use plotters_backend::{BackendColor, BackendCoord, BackendTextStyle, DrawingErrorKind};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 /// Pixels.
@@ -42,7 +40,7 @@ struct Panel {
 /// Draws a log as an SVG document.
 ///
 /// # Errors
-/// [`Error::Input`] for a log without steps.
+/// [`Error::Option`] for a log without steps.
 pub fn svg(log: &[LogRecord]) -> Result<String> {
     let panels = panels(log)?;
     let mut text = String::new();
@@ -50,7 +48,7 @@ pub fn svg(log: &[LogRecord]) -> Result<String> {
         SVGBackend::with_string(&mut text, SIZE).into_drawing_area(),
         &panels,
     )
-    .map_err(|e| Error::input("plot", "a drawing", e))?;
+    .map_err(|e| Error::option("plot", "a drawing", e))?;
     Ok(text)
 }
 
@@ -64,18 +62,18 @@ pub fn png(log: &[LogRecord]) -> Result<Vec<u8>> {
         rgb: vec![255; 3 * SIZE.0 as usize * SIZE.1 as usize],
     };
     let area = (&mut canvas).into_drawing_area();
-    draw(area, &panels).map_err(|e| Error::input("plot", "a drawing", e))?;
+    draw(area, &panels).map_err(|e| Error::option("plot", "a drawing", e))?;
     let mut bytes = vec![];
     let mut encoder = png::Encoder::new(&mut bytes, SIZE.0, SIZE.1);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
     let mut writer = encoder
         .write_header()
-        .map_err(|e| Error::input("plot", "a PNG", e))?;
+        .map_err(|e| Error::option("plot", "a PNG", e))?;
     writer
         .write_image_data(&canvas.rgb)
         .and_then(|()| writer.finish())
-        .map_err(|e| Error::input("plot", "a PNG", e))?;
+        .map_err(|e| Error::option("plot", "a PNG", e))?;
     Ok(bytes)
 }
 
@@ -83,31 +81,21 @@ pub fn png(log: &[LogRecord]) -> Result<Vec<u8>> {
 /// the new one is complete.
 ///
 /// # Errors
-/// [`Error::Input`] for another ending and for a log without steps, [`Error::File`] if the file
+/// [`Error::Option`] for another ending and for a log without steps, [`Error::File`] if the file
 /// cannot be written.
 pub fn save(log: &[LogRecord], path: &Path) -> Result<()> {
     let bytes = match path.extension().and_then(|e| e.to_str()) {
         Some("svg") => svg(log)?.into_bytes(),
         Some("png") => png(log)?,
         _ => {
-            return Err(Error::input(
+            return Err(Error::option(
                 "plot",
                 "a file ending in .svg or .png",
                 path.display(),
             ));
         }
     };
-    let temporary = path.with_extension("partial");
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        fs::rename(&temporary, path)
-    };
-    let written = write();
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    Ok(written.map_err(FileError::io(path, "write"))?)
+    Ok(replace::write_file(path, &bytes)?)
 }
 
 fn panels(log: &[LogRecord]) -> Result<Vec<Panel>> {
@@ -121,10 +109,11 @@ fn panels(log: &[LogRecord]) -> Result<Vec<Panel>> {
             }
             LogRecord::Evaluation(e) => evaluations.push((e.step as f64, e.value)),
             LogRecord::Layer(l) => layers.entry(&l.name).or_default().push(l),
+            _ => {}
         }
     }
     if loss.is_empty() {
-        return Err(Error::input(
+        return Err(Error::option(
             "log",
             "at least one step",
             format!("{} lines without any", log.len()),
@@ -374,7 +363,7 @@ impl DrawingBackend for &mut Canvas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qat::{Evaluation, TrainingStep};
+    use bitnet_quant::qat::{Evaluation, TrainingStep};
 
     fn log() -> Vec<LogRecord> {
         let mut log = vec![];

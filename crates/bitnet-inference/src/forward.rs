@@ -1,0 +1,302 @@
+//! The operations that graphs consist of, over all tokens of a batch, and their buffers.
+
+use crate::cache::KvCache;
+use crate::linear::{KernelPool, LayerInput, LinearLayer};
+use crate::{Activation, Config, Error, Result};
+use bitnet_kernels::dense::{Attention, Heads};
+
+/// Tokens of a long batch whose attention one task computes.
+const ATTENTION_TILE: usize = 16;
+
+/// The logits that a step returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WantedLogits {
+    /// None: the tokens only enter the cache.
+    Nothing,
+    /// The logits after the last token.
+    Last,
+    /// The logits after every token.
+    All,
+}
+
+/// The next tokens of one sequence.
+#[derive(Debug)]
+pub struct ForwardStep<'a> {
+    /// Keys and values of the sequence so far.
+    pub cache: &'a mut KvCache,
+    /// The tokens that follow, at least one.
+    pub tokens: &'a [u32],
+    /// The logits to compute.
+    pub want: WantedLogits,
+}
+
+/// Buffers of a forward pass. They grow to the largest batch and are reused, so a later pass of
+/// that size allocates nothing here.
+#[derive(Debug, Default)]
+pub struct ForwardBuffers {
+    /// The residual stream, `[tokens, hidden]`.
+    pub(crate) x: Vec<f32>,
+    /// The output of the last norm, `[tokens, hidden]`.
+    pub(crate) normed: LayerInput,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    /// The input of the output projection, `[tokens, heads · head_dim]`.
+    heads: LayerInput,
+    /// The result of attention before a sub-norm, `[tokens, heads · head_dim]`.
+    attended: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    /// The input of the down projection, `[tokens, ffn]`.
+    product: LayerInput,
+    /// The output of the attention or feed-forward block, `[tokens, hidden]`.
+    delta: Vec<f32>,
+    /// Step and position of each token.
+    pub(crate) places: Vec<(usize, usize)>,
+    /// Cosine and sine of each pair, `[tokens, head_dim / 2]`.
+    pub(crate) angles: Vec<(f32, f32)>,
+    pub(crate) logits: Vec<f32>,
+}
+
+/// The gain of an RMS norm.
+#[derive(Debug)]
+pub(crate) struct NormGain(pub(crate) Vec<f32>);
+
+/// A forward pass in progress.
+pub(crate) struct ForwardPass<'a, 'c> {
+    pub(crate) runtime: &'a KernelPool,
+    pub(crate) config: &'a Config,
+    pub(crate) buffers: &'a mut ForwardBuffers,
+    pub(crate) steps: &'a mut [ForwardStep<'c>],
+}
+
+impl ForwardPass<'_, '_> {
+    /// `normed = RMS(x) · gain`, as input of `layers`.
+    pub(crate) fn norm(&mut self, norm: &NormGain, layers: &[&LinearLayer]) -> Result<()> {
+        let (kernels, hidden, eps) = (
+            &self.runtime.kernels,
+            self.config.hidden,
+            self.config.norm_eps,
+        );
+        let x = &self.buffers.x;
+        self.buffers.normed.write(
+            self.runtime,
+            layers,
+            (x.len() / hidden, hidden),
+            |token, out| {
+                kernels.rms_norm(&x[token * hidden..][..hidden], &norm.0, eps, out);
+            },
+        )
+    }
+
+    /// `attended = Attention(rope(q·normed), rope(k·normed), v·normed)`. The new keys and values
+    /// enter the cache. After the last layer, drops the rows of tokens whose logits were not
+    /// requested.
+    pub(crate) fn attention(&mut self, layer: usize, [q, k, v]: [&LinearLayer; 3]) -> Result<()> {
+        self.project([q, k, v])?;
+        self.rotate();
+        let kv_width = self.config.kv_heads * self.config.head_dim;
+        let s = &*self.buffers;
+        for (token, &(step, position)) in s.places.iter().enumerate() {
+            let (k, v) = (
+                &s.k[token * kv_width..][..kv_width],
+                &s.v[token * kv_width..][..kv_width],
+            );
+            self.steps[step].cache.write(layer, position, k, v);
+        }
+        self.attend(layer);
+        if layer + 1 == self.config.layers {
+            self.drop_unwanted();
+        }
+        Ok(())
+    }
+
+    /// `q, k, v = W·normed`.
+    fn project(&mut self, [q, k, v]: [&LinearLayer; 3]) -> Result<()> {
+        let (tokens, config) = (self.buffers.places.len(), self.config);
+        let (width, kv_width) = (
+            config.heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+        );
+        let s = &mut *self.buffers;
+        for (linear, out, width) in [
+            (q, &mut s.q, width),
+            (k, &mut s.k, kv_width),
+            (v, &mut s.v, kv_width),
+        ] {
+            out.resize(tokens * width, 0.0);
+            linear.apply(self.runtime, &mut s.normed, out)?;
+        }
+        Ok(())
+    }
+
+    /// `q, k = rope(q), rope(k)`.
+    fn rotate(&mut self) {
+        let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
+        let pairs = config.head_dim / 2;
+        let s = &mut *self.buffers;
+        let angles = &s.angles;
+        for (x, heads) in [(&mut s.q, config.heads), (&mut s.k, config.kv_heads)] {
+            pool.for_chunks(x, heads * config.head_dim, |token, x| {
+                kernels.rotate(x, &angles[token * pairs..][..pairs], config.rope.pairing)
+            });
+        }
+    }
+
+    /// `attended = Attention(q, K, V)` over the cache. The pool splits short batches by token and
+    /// group of heads, long ones by tiles of tokens.
+    fn attend(&mut self, layer: usize) {
+        let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
+        let (tokens, steps) = (self.buffers.places.len(), &*self.steps);
+        let (width, group) = (
+            config.heads * config.head_dim,
+            config.heads / config.kv_heads * config.head_dim,
+        );
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        let s = &mut *self.buffers;
+        let (queries, places) = (&s.q, &s.places);
+        s.attended.resize(tokens * width, 0.0);
+        let attention = |(step, position): (usize, usize), head: usize| {
+            let [keys, values] = steps[step].cache.head(layer, head);
+            Attention {
+                keys,
+                values,
+                len: position + 1,
+                head_dim: config.head_dim,
+                scale,
+            }
+        };
+        if tokens < 2 * ATTENTION_TILE {
+            pool.for_chunks(&mut s.attended, group, |part, out| {
+                let (token, head) = (part / config.kv_heads, part % config.kv_heads);
+                let queries = &queries[token * width + head * group..][..group];
+                kernels.attend(&attention(places[token], head), queries, out);
+            });
+            return;
+        }
+        pool.for_chunks(&mut s.attended, ATTENTION_TILE * width, |tile, out| {
+            let places = &places[tile * ATTENTION_TILE..][..out.len() / width];
+            let queries = &queries[tile * ATTENTION_TILE * width..];
+            let mut first = 0;
+            for run in places.chunk_by(|a, b| a.0 == b.0) {
+                let heads = Heads {
+                    tokens: run.len(),
+                    width: group,
+                    stride: width,
+                };
+                for head in 0..config.kv_heads {
+                    let start = first * width + head * group;
+                    let (queries, out) = (&queries[start..], &mut out[start..]);
+                    kernels.attend_run(&attention(run[0], head), heads, queries, out);
+                }
+                first += run.len();
+            }
+        });
+    }
+
+    /// Keeps the rows of tokens whose logits were requested and drops the others.
+    fn drop_unwanted(&mut self) {
+        let (hidden, width) = (self.config.hidden, self.config.heads * self.config.head_dim);
+        let (mut first, mut wanted) = (0, 0);
+        for step in self.steps.iter() {
+            let end = first + step.tokens.len();
+            let from = match step.want {
+                WantedLogits::Nothing => end,
+                WantedLogits::Last => end - 1,
+                WantedLogits::All => first,
+            };
+            self.buffers
+                .x
+                .copy_within(from * hidden..end * hidden, wanted * hidden);
+            self.buffers
+                .attended
+                .copy_within(from * width..end * width, wanted * width);
+            wanted += end - from;
+            first = end;
+        }
+        self.buffers.x.truncate(wanted * hidden);
+        self.buffers.attended.truncate(wanted * width);
+    }
+
+    /// `x += o · heads`, where `heads` is `attended`, or its sub-norm if the graph has one.
+    pub(crate) fn attention_out(
+        &mut self,
+        o: &LinearLayer,
+        sub_norm: Option<&NormGain>,
+    ) -> Result<()> {
+        let (kernels, width, eps) = (
+            &self.runtime.kernels,
+            self.config.heads * self.config.head_dim,
+            self.config.norm_eps,
+        );
+        let s = &mut *self.buffers;
+        let attended = &s.attended;
+        s.heads.write(
+            self.runtime,
+            &[o],
+            (attended.len() / width, width),
+            |token, out| {
+                let attended = &attended[token * width..][..width];
+                match sub_norm {
+                    None => out.copy_from_slice(attended),
+                    Some(norm) => kernels.rms_norm(attended, &norm.0, eps, out),
+                }
+            },
+        )?;
+        s.delta.resize(s.x.len(), 0.0);
+        o.apply(self.runtime, &mut s.heads, &mut s.delta)?;
+        add(self.runtime, self.config.hidden, s);
+        Ok(())
+    }
+
+    /// `x += down · product`, where `product = f(gate · normed) ⊙ (up · normed)`, or its sub-norm
+    /// if the graph has one.
+    pub(crate) fn feed_forward(
+        &mut self,
+        [gate, up]: [&LinearLayer; 2],
+        down: &LinearLayer,
+        sub_norm: Option<&NormGain>,
+    ) -> Result<()> {
+        let (ffn, eps, kernels) = (self.config.ffn, self.config.norm_eps, &self.runtime.kernels);
+        let s = &mut *self.buffers;
+        let tokens = s.x.len() / self.config.hidden;
+        for (linear, out) in [(gate, &mut s.gate), (up, &mut s.up)] {
+            out.resize(tokens * ffn, 0.0);
+            linear.apply(self.runtime, &mut s.normed, out)?;
+        }
+        let (gate, up, activation) = (&s.gate, &s.up, self.config.activation);
+        s.product
+            .write(self.runtime, &[down], (tokens, ffn), |token, out| {
+                let (gate, up) = (&gate[token * ffn..][..ffn], &up[token * ffn..][..ffn]);
+                match activation {
+                    Activation::Silu => kernels.silu_mul(gate, up, out),
+                    Activation::Relu2 => kernels.relu2_mul(gate, up, out),
+                }
+                if let Some(norm) = sub_norm {
+                    kernels.rms_norm_in_place(out, &norm.0, eps);
+                }
+            })?;
+        s.delta.resize(s.x.len(), 0.0);
+        down.apply(self.runtime, &mut s.product, &mut s.delta)?;
+        add(self.runtime, self.config.hidden, s);
+        Ok(())
+    }
+}
+
+/// `x += delta`, token by token.
+fn add(runtime: &KernelPool, hidden: usize, s: &mut ForwardBuffers) {
+    let delta = &s.delta;
+    runtime.pool.for_chunks(&mut s.x, hidden, |token, x| {
+        runtime.kernels.add(x, &delta[token * hidden..][..hidden])
+    });
+}
+
+/// Adds the place to an error about activations that are not finite.
+pub(crate) fn located(at: impl Fn() -> String) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Kernels(bitnet_kernels::Error::Matrix(bitnet_core::Error::NotFinite { .. })) => {
+            Error::NotFinite { at: at() }
+        }
+        other => other,
+    }
+}

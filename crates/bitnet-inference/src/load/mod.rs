@@ -1,0 +1,64 @@
+//! Weights of a checkpoint, in the layouts of the kernels.
+
+mod dense;
+mod options;
+mod provider;
+mod rounding;
+mod tensors;
+mod ternary;
+
+pub use options::{ActivationType, FloatType};
+pub(crate) use provider::WeightProvider;
+pub(crate) use tensors::CheckpointLoader;
+
+use crate::forward::NormGain;
+use crate::linear::{LinearLayer, LinearWeights};
+use crate::{Config, Result};
+use bitnet_core::Precision;
+use bitnet_formats::Content;
+use bitnet_kernels::dense::Matrix;
+use dense::WeightUse;
+
+impl WeightProvider for CheckpointLoader<'_> {
+    fn config(&self) -> &Config {
+        self.config
+    }
+
+    fn norm(&self, module: &str, len: usize) -> Result<NormGain> {
+        Ok(NormGain(self.vector(&format!("{module}.weight"), len)?))
+    }
+
+    fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {
+        let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
+        let bias = if bias {
+            Some(self.vector(&format!("{module}.bias"), rows)?)
+        } else {
+            None
+        };
+        let multiplier = self.multiplier(module)?;
+        let quantize = self.int8
+            && match &found.tensor.content {
+                Content::Quantized(q) => {
+                    q.spec.precision == Precision::Ternary && q.spec.planes == 1
+                }
+                _ => self.is_online(module)?,
+            };
+        let weights = if quantize {
+            LinearWeights::Ternary(self.ternary(found, multiplier)?)
+        } else if self.is_online(module)? {
+            return Err(found.error(
+                "int8 activations: weights that are made ternary on load are multiplied with \
+                 nothing else",
+                "float activations",
+            ));
+        } else {
+            LinearWeights::Dense(self.dense_multiplied(found, multiplier)?)
+        };
+        Ok(LinearLayer { weights, bias })
+    }
+
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
+        self.dense(found, WeightUse::Embedding)
+    }
+}

@@ -1,0 +1,196 @@
+//! The tensors of a checkpoint, found by their Hugging Face names and checked.
+
+use super::options::FloatType;
+use super::rounding::RoundingError;
+use crate::linear::KernelPool;
+use crate::{Config, Error, Result};
+use bitnet_formats::arch;
+use bitnet_formats::{Content, Kind, Source, Tensor};
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Takes weights from a checkpoint.
+pub(crate) struct CheckpointLoader<'a> {
+    pub(crate) source: &'a Source,
+    pub(crate) config: &'a Config,
+    pub(crate) runtime: &'a KernelPool,
+    /// Whether ternary layers have int8 activations.
+    pub(crate) int8: bool,
+    /// Types in memory of linear layers and of the embedding, where their weights are floats.
+    pub(crate) floats: [FloatType; 2],
+    /// Names of the tensors that the graph has taken.
+    pub(crate) used: Mutex<HashSet<String>>,
+    /// Read buffers that are free, at most one for each thread.
+    pub(crate) buffers: Mutex<Vec<Vec<u8>>>,
+    /// Rounding errors of linear layers and of the embedding.
+    pub(crate) rounding: Mutex<[RoundingError; 2]>,
+}
+
+/// A tensor and the file that holds it.
+#[derive(Clone, Copy)]
+pub(super) struct FoundTensor<'a> {
+    pub(super) tensor: &'a Tensor,
+    pub(super) path: &'a Path,
+}
+
+impl FoundTensor<'_> {
+    pub(super) fn error(&self, expected: impl Into<String>, got: impl Into<String>) -> Error {
+        bitnet_formats::Error::tensor(self.path, &self.tensor.name, expected, got).into()
+    }
+
+    /// Rows and columns of a matrix.
+    pub(super) fn rows_and_cols(&self) -> [usize; 2] {
+        [self.tensor.shape[0], self.tensor.shape[1]]
+    }
+
+    /// The error of a matrix that the kernels reject.
+    pub(super) fn kernel_error(&self, source: bitnet_kernels::Error) -> Error {
+        Error::Matrix {
+            path: self.path.to_path_buf(),
+            tensor: self.tensor.name.clone(),
+            source,
+        }
+    }
+
+    /// Rejects NaN and infinity. `first` is the index of the first weight.
+    pub(super) fn check_finite(&self, first: usize, w: &[f32]) -> Result<()> {
+        match w.iter().position(|w| !w.is_finite()) {
+            None => Ok(()),
+            Some(i) => Err(self.not_finite(first + i, w[i].is_nan())),
+        }
+    }
+
+    pub(super) fn not_finite(&self, index: usize, nan: bool) -> Error {
+        let got = if nan { "NaN" } else { "infinity" };
+        self.error("finite weights", format!("{got} at index {index}"))
+    }
+}
+
+/// Locks a mutex whose value a panic cannot leave half changed.
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<'a> CheckpointLoader<'a> {
+    /// The tensor of a Hugging Face name, which must have this shape.
+    pub(super) fn find(&self, hf_name: &str, shape: &[usize]) -> Result<FoundTensor<'a>> {
+        let name = self.stored_name(hf_name);
+        let Some(tensor) = self.source.find(&name) else {
+            return Err(bitnet_formats::Error::tensor(
+                &self.source.path,
+                &name,
+                format!("shape {shape:?}"),
+                "no such tensor",
+            )
+            .into());
+        };
+        locked(&self.used).insert(name);
+        let found = FoundTensor {
+            tensor,
+            path: self.file_of(tensor),
+        };
+        if tensor.shape != shape {
+            return Err(found.error(
+                format!("shape {shape:?}, as config.json says"),
+                format!("{:?}", tensor.shape),
+            ));
+        }
+        if matches!(tensor.content, Content::Opaque(_)) {
+            let got = tensor
+                .stored()
+                .first()
+                .map_or(String::new(), |&i| self.source.stored[i].dtype.to_string());
+            return Err(found.error("weights of a type that this engine decodes", got));
+        }
+        Ok(found)
+    }
+
+    /// The file of a tensor's first part.
+    fn file_of(&self, tensor: &Tensor) -> &'a Path {
+        let stored = tensor.stored();
+        let first = stored.first();
+        first.map_or(self.source.path.as_path(), |&i| self.source.file_of(i))
+    }
+
+    fn stored_name(&self, hf_name: &str) -> String {
+        match self.source.kind {
+            Kind::Gguf => {
+                let name = self.config.architecture.gguf_tensor(hf_name);
+                name.unwrap_or_else(|| hf_name.into())
+            }
+            Kind::Safetensors | Kind::Folder => hf_name.into(),
+        }
+    }
+
+    /// A vector of floats: the gain of a norm or a bias.
+    pub(super) fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
+        let found = self.find(hf_name, &[len])?;
+        let Content::Float(stored) = found.tensor.content else {
+            return Err(found.error("floats", "quantized values"));
+        };
+        let mut out = vec![0.0; len];
+        self.source
+            .read_floats(stored, 0..len, &mut vec![], &mut out)?;
+        found.check_finite(0, &out)?;
+        Ok(out)
+    }
+
+    /// The number that `blk.N.<module>.scale` of a GGUF multiplies the layer with; 1 without it.
+    pub(super) fn multiplier(&self, module: &str) -> Result<f32> {
+        let name = self.stored_name(&format!("{module}.weight"));
+        let Some(name) = name
+            .strip_suffix(".weight")
+            .map(|n| format!("{n}.scale"))
+            .filter(|_| self.source.kind == Kind::Gguf)
+        else {
+            return Ok(1.0);
+        };
+        let Some(stored) = self.source.find_stored(&name) else {
+            return Ok(1.0);
+        };
+        locked(&self.used).insert(name.clone());
+        let bad = |expected: &str, got: String| {
+            let path = self.source.file_of(stored);
+            bitnet_formats::Error::tensor(path, &name, expected, got)
+        };
+        if self.source.stored[stored].elements() != 1 {
+            let shape = &self.source.stored[stored].shape;
+            return Err(bad("one number", format!("shape {shape:?}")).into());
+        }
+        let mut scale = [0.0];
+        self.source
+            .read_floats(stored, 0..1, &mut vec![], &mut scale)?;
+        if !scale[0].is_finite() {
+            return Err(bad("a finite number", scale[0].to_string()).into());
+        }
+        Ok(scale[0])
+    }
+
+    /// Rejects tensors that the graph did not take, which would be ignored silently.
+    pub(crate) fn check_all_used(&self) -> Result<()> {
+        let used = locked(&self.used);
+        for tensor in &self.source.tensors {
+            let name = tensor.name.as_str();
+            // A tied head is the embedding, whatever else the file holds. Rotation frequencies are
+            // computed or read elsewhere.
+            let known = used.contains(name)
+                || name.ends_with("rotary_emb.inv_freq")
+                || name == arch::ROPE_FREQS
+                || (self.config.tied && name == "lm_head.weight");
+            if known {
+                continue;
+            }
+            let found = FoundTensor {
+                tensor,
+                path: self.file_of(tensor),
+            };
+            let graph = self.config.architecture.name;
+            return Err(found.error(
+                format!("a tensor of the {graph} graph with this config"),
+                format!("one that it has no place for, of shape {:?}", tensor.shape),
+            ));
+        }
+        Ok(())
+    }
+}
