@@ -81,7 +81,7 @@ impl Error {
     }
 
     /// A recipe or a document that cannot be read, written or applied.
-    #[cfg(feature = "tensor")]
+    #[cfg(feature = "qat")]
     pub(crate) fn recipe(what: impl ToString) -> Self {
         bitnet_checkpoint::Error::Recipe(what.to_string()).into()
     }
