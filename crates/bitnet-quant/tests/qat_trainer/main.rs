@@ -397,7 +397,7 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     };
     assert!(
         refused(&empty, &mut Mlp::new(24)?)
-            .ends_with("expected a checkpoint to go on from, got none")
+            .ends_with("expected a checkpoint to resume from, got none")
     );
     Ok(())
 }
