@@ -5,6 +5,23 @@
 use bitnet_quant::Quantizer;
 use candle_core::{Device, Module, Tensor};
 
+/// Every path that the specification imports, but `create_enhanced_config`, which it does not use.
+#[allow(unused_imports, reason = "the test is that they resolve")]
+mod specified_paths {
+    use bitnet_core::memory::{BitNetTensor, HybridMemoryPool};
+    use bitnet_core::mixed_precision::{ComponentType, LayerPrecisionSpec, LayerType};
+    use bitnet_quant::prelude::*;
+    use bitnet_quant::{
+        BinaryThresholdMethod, BitLinear, BitLinearConfig, BitNetQuantizer,
+        ConfigurableQuantizationScheme, ConfigurationPreset, MixedPrecisionQuantizationConfig,
+        OneBitParams, OneFiveEightBitParams, PrecisionControlConfig, QuantizationConfig,
+        QuantizationScheme, QuantizationSchemeFactory, QuantizerFactory, absmean_quantize_weights,
+        create_mixed_precision_quantizer, create_precision_controller,
+    };
+    #[cfg(feature = "qat")]
+    use bitnet_quant::{QATConfig, QATTrainer, StraightThroughEstimator};
+}
+
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// The largest |a − b|.

@@ -1,15 +1,16 @@
-//! Where a training stands, on disk: a folder for each checkpoint.
+//! Checkpoints of a training: one folder each.
 //!
 //! ```text
-//! FOLDER/step-000000100/model.safetensors        the variables, f32, by name
-//!                       optimizer.safetensors    NAME.first (velocity or first moment) and NAME.second, f32
-//!                       telemetry.safetensors    what the telemetry remembers of each layer, where it is on
-//!                       state.json               steps taken, evaluations, configuration, what the task wants back, checksums of the other files
+//! FOLDER/step-000000100/model.safetensors       variables by name, f32
+//!                       optimizer.safetensors   NAME.first (velocity or first moment), NAME.second
+//!                       telemetry.safetensors   histories of the layers, if telemetry is on
+//!                       state.json              steps, evaluations, configuration, state of the
+//!                                               task, checksums of the other files
 //! ```
 //!
-//! A checkpoint is written beside its name and renamed when it is complete and on the disk, so a
-//! name always stands for a whole one, and whatever interrupts the writing leaves the earlier ones
-//! as they were.
+//! A checkpoint is written under a temporary name and renamed once it is complete and on the disk.
+//! So a `step-…` folder is always complete, and an interrupted write leaves the earlier checkpoints
+//! unchanged.
 
 use super::events::Stopped;
 use super::optimizer::{MomentStorage, Optimizer};
@@ -30,26 +31,26 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// Version that this code writes and reads.
+/// The version of the state that this code writes and reads.
 pub(crate) const VERSION: u32 = 2;
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const TELEMETRY: &str = "telemetry.safetensors";
 const STATE: &str = "state.json";
-/// Ending of an unfinished folder.
+/// Extension of an unfinished folder.
 const PARTIAL: &str = "partial";
 
-/// When checkpoints are written, where, and how many stay.
+/// Where and when checkpoints are written, and how many are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointConfig {
     /// The folder that holds them.
     pub folder: PathBuf,
-    /// Steps between two of them; 0: only at the end, where the training is stopped, and at each
-    /// evaluation that is the best so far.
+    /// Steps between two checkpoints. 0 writes one only when the training ends or stops, and after
+    /// each evaluation that is the best so far.
     #[serde(default)]
     pub every: u64,
-    /// How many of the newest stay, besides that of the best evaluation; 0: all.
+    /// How many of the newest are kept, in addition to that of the best evaluation; 0 keeps all.
     #[serde(default = "two")]
     pub keep: usize,
 }
@@ -58,7 +59,7 @@ fn two() -> usize {
     2
 }
 
-/// What is not a tensor.
+/// The part of a checkpoint that is not tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TrainingState {
@@ -68,23 +69,23 @@ pub(crate) struct TrainingState {
     pub(crate) loss: ExactFloat,
     /// Steps taken before the last evaluation, its value, and the best so far.
     pub(crate) evaluation: Option<(u64, ExactFloat, ExactFloat)>,
-    /// Steps taken before the best one, whose checkpoint is kept, and its value.
+    /// Steps taken before the best evaluation, whose checkpoint is kept, and its value.
     pub(crate) best: Option<(u64, ExactFloat)>,
-    /// Evaluations since the best one.
+    /// Evaluations since the best.
     pub(crate) worse: u64,
     /// Why the training stopped here, if it did.
     pub(crate) stopped: Option<Stopped>,
-    /// What decides the numbers of a training.
+    /// The part of the configuration that the results depend on.
     pub(crate) config: serde_json::Value,
-    /// What each layer rounds to.
+    /// How each layer rounds.
     pub(crate) layers: BTreeMap<String, LayerRounding>,
-    /// What [`super::Task::state`] said.
+    /// The result of [`super::Task::state`].
     pub(crate) task: serde_json::Value,
     /// xxh3-128 of the files beside this one.
     pub(crate) checksums: BTreeMap<String, String>,
 }
 
-/// A number whose bits survive JSON, which they do not with every reader: it is a string there.
+/// A number stored in JSON as a string, because not every reader keeps the bits of a JSON number.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub(crate) struct ExactFloat(pub(crate) f64);
@@ -102,7 +103,7 @@ impl TryFrom<String> for ExactFloat {
     }
 }
 
-/// What a layer rounds to, and how strongly.
+/// Stage and strength of the quantization of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct LayerRounding {
@@ -115,8 +116,8 @@ pub(crate) fn path(folder: &Path, step: u64) -> PathBuf {
     folder.join(format!("step-{step:09}"))
 }
 
-/// The checkpoints of a folder, oldest first: steps and paths. One whose replacement was killed gets
-/// its name back.
+/// The checkpoints of a folder, oldest first: steps and paths. An interrupted replacement is
+/// completed first.
 ///
 /// # Errors
 /// [`FileError::Io`] if the folder is there and cannot be read.
@@ -146,7 +147,7 @@ fn names(folder: &Path) -> Result<Vec<OsString>> {
     Ok(names.map_err(FileError::io(folder, "read"))?)
 }
 
-/// Ends the replacement of a checkpoint that was killed.
+/// Completes the replacement of a checkpoint that was interrupted.
 fn recover(folder: &Path) -> Result<()> {
     for name in names(folder)? {
         let name = name.to_string_lossy();
@@ -159,7 +160,7 @@ fn recover(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes a checkpoint, then removes those that are too many. Returns its path.
+/// Writes a checkpoint, then removes the oldest beyond `keep`. Returns its path.
 pub(crate) fn write(
     config: &CheckpointConfig,
     optimizer: &Optimizer,
@@ -192,7 +193,8 @@ pub(crate) fn write(
     Ok(target)
 }
 
-/// Removes what a training that was killed left behind; where that fails, the next write says so.
+/// Removes unfinished folders of a killed training. Failures are ignored: the next write reports
+/// them.
 fn remove_unfinished(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -262,7 +264,7 @@ fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (TensorEntry, &MomentS
     })
 }
 
-/// A checkpoint that fits and is undamaged, and of which nothing has been taken over.
+/// A checkpoint that has been checked: it belongs to this model and configuration and is undamaged.
 #[derive(Debug)]
 pub(crate) struct OpenCheckpoint {
     folder: PathBuf,
@@ -271,8 +273,8 @@ pub(crate) struct OpenCheckpoint {
 
 impl OpenCheckpoint {
     /// # Errors
-    /// [`Error::Mismatch`] naming what differs, for one of another model, configuration or
-    /// optimizer; [`Error::File`] for one that is damaged.
+    /// [`Error::Mismatch`] naming the difference to this model, configuration or optimizer;
+    /// [`Error::File`] for a damaged checkpoint.
     pub(crate) fn new(
         folder: &Path,
         optimizer: &Optimizer,
@@ -330,7 +332,7 @@ impl OpenCheckpoint {
         })
     }
 
-    /// Variables, moments and number of steps into the optimizer.
+    /// Loads variables, moments and the number of steps into the optimizer.
     pub(crate) fn load(&self, optimizer: &mut Optimizer) -> Result<()> {
         let model = TensorFile::open(&self.folder, MODEL, "variable", &variables(optimizer))?;
         let moments = TensorFile::open(
@@ -355,7 +357,7 @@ impl OpenCheckpoint {
         Ok(())
     }
 
-    /// What the telemetry remembered, by tensor; nothing where it was off.
+    /// The tensors of the telemetry by name; empty if it was off.
     pub(crate) fn telemetry(&self) -> Result<BTreeMap<String, Vec<u8>>> {
         if !self.state.checksums.contains_key(TELEMETRY) {
             return Ok(BTreeMap::new());
@@ -375,7 +377,7 @@ impl OpenCheckpoint {
     }
 }
 
-/// Where two documents differ first.
+/// The first difference of two documents.
 fn difference(at: &str, there: &serde_json::Value, here: &serde_json::Value) -> Option<String> {
     use serde_json::Value::{Null, Object};
     if let (Object(a), Object(b)) = (there, here) {

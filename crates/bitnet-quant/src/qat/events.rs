@@ -1,68 +1,68 @@
-//! What happens in a training: steps, evaluations, records of layers, and who hears of them.
+//! Events of a training (steps, evaluations, records of layers) and the callbacks that receive
+//! them.
 
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-/// One step that was taken.
+/// The report of one step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingStep {
     /// Counted from 1.
     pub step: u64,
-    /// How many there will be.
+    /// Steps of the whole training.
     pub steps: u64,
-    /// Mean loss of its micro-batches, before the update, with what is added to it.
+    /// Mean loss of the micro-batches before the update, regularization included.
     pub loss: f64,
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f64,
     /// Learning rate.
     pub learning_rate: f64,
-    /// Units of data, as [`Task::batch`](super::Task::batch) counts them.
+    /// Amount of data, in the unit of [`Task::batch`](super::Task::batch).
     pub units: u64,
-    /// Seconds that it took.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// One evaluation.
+/// The report of one evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Steps taken before.
     pub step: u64,
-    /// What [`Task::evaluate`](super::Task::evaluate) said.
+    /// The result of [`Task::evaluate`](super::Task::evaluate).
     pub value: f64,
-    /// The lowest so far, this one included. Those before quantization has settled, see
-    /// [`Progressive::settled`](super::Progressive::settled), say nothing about what will be
-    /// packed, and count for nothing.
+    /// The lowest value so far, this one included. Evaluations before
+    /// [`Progressive::settled`](super::Progressive::settled) do not count, because the model is not
+    /// yet quantized as it will be packed.
     pub best: f64,
 }
 
-/// What a [`Callback`] hears of.
+/// An event that a [`Callback`] receives.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// The training begins or goes on.
+    /// The training begins or resumes.
     Begin {
-        /// Steps that were taken before.
+        /// Steps taken before.
         step: u64,
-        /// How many there will be.
+        /// Steps of the whole training.
         steps: u64,
     },
     /// A step was taken.
     Step(&'a TrainingStep),
     /// The model was evaluated.
     Evaluated(&'a Evaluation),
-    /// A layer was looked at.
+    /// A layer was recorded.
     Layer(&'a LayerRecord),
     /// A checkpoint was written.
     Saved(&'a Path),
 }
 
-/// Hears of everything that happens, and may stop the training at the next step's end by
-/// [`ControlFlow::Break`].
+/// Receives every event. [`ControlFlow::Break`] stops the training at the end of the step.
 ///
-/// `()` hears nothing; a closure is a callback; of two in a tuple both hear everything.
+/// `()` ignores events, a closure is a callback, and a tuple passes each event to both its members.
 pub trait Callback {
-    /// Something happened.
+    /// Handles an event.
     fn on(&mut self, event: &Event<'_>) -> ControlFlow<()>;
 }
 
@@ -95,56 +95,56 @@ pub enum Stopped {
     Finished,
     /// Evaluations no longer improved.
     Early,
-    /// A callback said so.
+    /// A callback asked for it.
     Interrupted,
 }
 
-/// What a training came to.
+/// The result of a training.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Outcome {
     /// Steps taken.
     pub step: u64,
     /// Loss of the last step.
     pub loss: f64,
-    /// The last evaluation; none where the training was interrupted before it.
+    /// The last evaluation; `None` if the training was interrupted before the first.
     pub evaluation: Option<Evaluation>,
-    /// The evaluation of the model as the variables now hold it: where evaluations were asked for
-    /// ([`QATConfig::evaluate_every`](super::QATConfig::evaluate_every)) the best of a training that has ended. None where the
-    /// training was interrupted at a step without one.
+    /// The evaluation of the model that the variables now hold. After a complete training with
+    /// [`evaluate_every`](super::QATConfig::evaluate_every) it is the best one. `None` if the
+    /// training was interrupted at a step without an evaluation.
     pub kept: Option<Evaluation>,
     /// Why it ended.
     pub stopped: Stopped,
     /// The newest checkpoint.
     pub checkpoint: Option<PathBuf>,
-    /// Seconds of this run.
+    /// Duration of this run in seconds.
     pub seconds: f64,
 }
 
-/// One layer at one step. Shares are between 0 and 1, and "before" is the record before this one;
-/// the first has zeros there.
+/// One layer at one step. Shares are between 0 and 1. Changes are relative to the previous record
+/// of the layer, and 0 in the first one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Steps taken.
     pub step: u64,
-    /// The layer.
+    /// The name of the layer.
     pub name: String,
     /// λ, the strength of its quantization.
     pub lambda: f32,
-    /// Share of weights whose value is another one than before.
+    /// Share of weights whose value has changed.
     pub flips: f64,
-    /// Share of weights whose value changed since, in the direction opposite to their change before
-    /// that (Nagel et al. 2022).
+    /// Share of weights whose value has changed in the direction opposite to its previous change
+    /// (Nagel et al. 2022).
     pub oscillation: f64,
     /// Share of weights whose value is 0.
     pub dead_zone: f64,
     /// Mean scale.
     pub scale: f64,
-    /// Its relative change since.
+    /// Relative change of the mean scale.
     pub scale_drift: f64,
     /// Norm of the gradient of the latent weights in the last micro-batch.
     pub gradient_norm: f64,
-    /// Variance of that gradient over the steps since, the mean of at most 1024 weights that stand
-    /// at equal distances.
+    /// Variance of that gradient over the steps since the previous record, averaged over at most
+    /// 1024 evenly spaced weights.
     pub gradient_variance: f64,
 }
 
@@ -162,7 +162,7 @@ pub enum LogRecord {
 }
 
 impl LogRecord {
-    /// The step that it is about.
+    /// The step of the record.
     pub fn step(&self) -> u64 {
         match self {
             Self::Step(step) => step.step,

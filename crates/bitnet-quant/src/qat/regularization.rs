@@ -1,4 +1,4 @@
-//! What draws latent weights to the levels of their quantizer.
+//! Regularization that draws latent weights to the levels of their scheme.
 
 use super::{Linear, Linears, QatLinear};
 use crate::tensor::latent::{RoundedGranules, WeightCodes, divisor};
@@ -8,8 +8,8 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 use std::sync::OnceLock;
 
 /// Distance of weights to their levels, `mean ((w − ŵ)/s)²` over the weights of all layers in
-/// training, s being the mean scale of the layer. ŵ and s are constants of the gradient, `2·(w −
-/// ŵ)/(s²·ΣN)`. Multiplied by a small factor it is added to the loss.
+/// training, where s is the mean scale of the layer. ŵ and s get no gradient: it is `2·(w −
+/// ŵ)/(s²·ΣN)`. Add it to the loss with a small factor.
 ///
 /// # Errors
 /// [`Error::Input`] if no layer is in training, [`Error::Core`] for NaN among the weights.
@@ -36,7 +36,7 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     Ok((sum * (weights as f64).recip())?)
 }
 
-/// `Σ ((w − ŵ)/s)²` as operations of candle.
+/// `Σ ((w − ŵ)/s)²` in candle's operations.
 pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
     let (w, RoundedGranules { values, step }) = layer.rounded()?;
     let away = (w - values.broadcast_mul(&step)?)?;
@@ -46,7 +46,7 @@ pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
         .sum_all()?)
 }
 
-/// The same as one operation, on the CPU.
+/// `Σ ((w − ŵ)/s)²` as one operation, on the CPU.
 struct LevelDistance {
     layer: QatLinear,
     codes: OnceLock<WeightCodes>,

@@ -1,4 +1,4 @@
-//! Learning rate and decay over the steps of a training.
+//! Learning rate and weight decay over the steps of a training.
 
 use super::optimizer::Rates;
 use serde::{Deserialize, Serialize};
@@ -15,8 +15,8 @@ use std::f64::consts::PI;
 ///                   floor + (drop − floor)·(1 + cos πu')/2, and no decay of weights
 /// ```
 ///
-/// Two stages are those of the reports on b1.58: a high rate that is cut midway, and weights that
-/// decay only until then.
+/// Two stages follow the reports on b1.58: a high rate that is cut midway, and weight decay only
+/// until then.
 ///
 /// ```
 /// use bitnet_quant::qat::{Schedule, ScheduleShape};
@@ -28,37 +28,37 @@ use std::f64::consts::PI;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
-    /// W: steps in which the rate rises from 0.
+    /// W, the number of warm-up steps.
     pub warmup: u64,
-    /// What follows.
+    /// The shape after the warm-up.
     pub shape: ScheduleShape,
-    /// Least factor, at the end.
+    /// Factor at the end.
     pub floor: f64,
 }
 
-/// How the rate falls.
+/// How the learning rate falls.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScheduleShape {
-    /// It does not.
+    /// Not at all.
     Constant,
-    /// Along a line.
+    /// Linearly.
     Linear,
     /// Along half a cosine.
     Cosine,
-    /// Along a cosine until midway, and along another one from `drop` on.
+    /// Along a cosine until midway, then along another one from `drop`.
     #[serde(untagged)]
     TwoStage {
-        /// M/T: where the second stage begins.
+        /// M/T, where the second stage begins.
         midway: f64,
-        /// Factor there.
+        /// Factor at the beginning of the second stage.
         drop: f64,
     },
 }
 
 impl ScheduleShape {
-    /// Two stages of equal length, the second from a third of the rate: with 1.5e-3 from there to
-    /// about 8e-4, then from 5e-4 to 0.
+    /// Two stages of equal length. The second begins with a third of the rate: 1.5e-3 falls to
+    /// about 8e-4, then 5e-4 to 0.
     pub const TWO_STAGE: Self = Self::TwoStage {
         midway: 0.5,
         drop: 1.0 / 3.0,
@@ -81,7 +81,7 @@ fn cosine(t: u64, len: u64) -> f64 {
 }
 
 impl Schedule {
-    /// The factors at step `t` of `steps`, and no clipping.
+    /// The factors at step `t` of `steps`, without clipping.
     pub fn rates(&self, t: u64, steps: u64) -> Rates {
         let (since, len) = (
             t.saturating_sub(self.warmup),

@@ -1,15 +1,14 @@
-//! What is trained.
+//! The model and the data of a training.
 
 use super::linear::Linears;
 use crate::Result;
 use candle_core::Tensor;
 use candle_nn::VarMap;
 
-/// What is trained: a model with its data.
+/// A model with its data.
 ///
-/// Equal `(step, micro)` must give equal losses for equal variables, so that a training that was
-/// interrupted goes on with the same bits: draw batches, dropout and other randomness from the seed
-/// and these two numbers.
+/// The loss must be a function of the variables and `(step, micro)`, so that a resumed training has
+/// the same bits: draw batches, dropout and other randomness from the seed and these two numbers.
 pub trait Task {
     /// The variables that are trained.
     fn vars(&self) -> &VarMap;
@@ -17,28 +16,29 @@ pub trait Task {
     /// The scalar loss of micro-batch `micro` of `step`, both counted from 0.
     ///
     /// # Errors
-    /// Whatever keeps the model from computing it.
+    /// Any error of the model.
     fn loss(&mut self, step: u64, micro: u64) -> Result<Tensor>;
 
-    /// How good the model is on data that it is not trained on; lower is better.
+    /// The error on held-out data; lower is better.
     ///
     /// # Errors
     /// As [`Task::loss`].
     fn evaluate(&mut self) -> Result<f64>;
 
-    /// The model's linear layers, where it shows them: for telemetry and the schedule of
-    /// quantization.
+    /// The linear layers of the model, for telemetry and the quantization schedule; `None` if they
+    /// cannot be visited.
     fn linears(&mut self) -> Option<&mut dyn Linears> {
         None
     }
 
-    /// What, beside the variables and the step, decides the losses: the seed, which data. It is
-    /// kept in checkpoints.
+    /// Everything except variables and step that the losses depend on: the seed, the data set.
+    /// Checkpoints store it.
     fn state(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
 
-    /// A checkpoint with this state goes on: refuse what does not fit.
+    /// Called before resuming from a checkpoint with this state: return an error if it does not fit
+    /// this task.
     ///
     /// # Errors
     /// One line that names what differs.
@@ -47,7 +47,7 @@ pub trait Task {
         Ok(())
     }
 
-    /// How much a micro-batch holds, and of what: 64 images, 2048 tokens.
+    /// Size and unit of a micro-batch: 64 images, 2048 tokens.
     fn batch(&self) -> (u64, &'static str) {
         (1, "batches")
     }

@@ -1,5 +1,4 @@
-//! What happens inside the layers while they train, and the log of a training: a JSON document for
-//! each line.
+//! Records of the layers during training, and the log of a training, one JSON document per line.
 
 use super::events::{LayerRecord, LogRecord};
 use super::linear::{Linear, Linears};
@@ -17,39 +16,38 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-/// Weights of a layer whose gradients are followed from step to step.
+/// Number of weights per layer whose gradients are tracked.
 const FOLLOWED: usize = 1024;
-/// The longest line of a log that is read.
+/// Longest line of a log that is accepted.
 const LONGEST_LINE: usize = 1 << 20;
 
 /// What is recorded, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
-    /// Steps between two records of every layer; 0: none. A record costs a quantization of the
-    /// layer's weights.
+    /// Steps between two records of every layer; 0 records nothing. A record quantizes the weights
+    /// of the layer once.
     pub every: u64,
-    /// A file for steps, evaluations and records, a JSON document for each line.
+    /// The log file for steps, evaluations and records.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
 }
 
-/// What is remembered of a layer.
+/// The data of a layer that the next record refers to.
 #[derive(Debug, Default)]
 struct LayerHistory {
-    /// Values at the record before.
+    /// Values at the previous record.
     values: Vec<i8>,
-    /// Direction of the last change of each.
+    /// Direction of the last change of each value.
     directions: Vec<i8>,
     scale: f64,
-    /// Mean and sum of squared deviations of the followed gradients, over this many steps
-    /// (Welford).
+    /// Mean and sum of squared deviations of the tracked gradients over `steps` steps (Welford).
     followed: Vec<(f64, f64)>,
     steps: u64,
     norm: f64,
 }
 
-/// The memory of all layers.
+/// The histories of all layers.
 #[derive(Debug)]
 pub(crate) struct Telemetry {
     every: u64,
@@ -71,7 +69,7 @@ impl Telemetry {
         self.every > 0
     }
 
-    /// Looks at the gradients of a step.
+    /// Tracks the gradients of a step.
     pub(crate) fn gradients(&mut self, model: &mut dyn Linears, grads: &GradStore) -> Result<()> {
         model.visit_linears(&mut |name, linear| {
             let Linear::Qat(layer) = linear else {
@@ -114,8 +112,8 @@ impl Telemetry {
     }
 }
 
-/// Tensors in which a checkpoint keeps the memory of a layer: `NAME.values`, …; the numbers are
-/// scale, norm and steps.
+/// The tensors of a layer's history in a checkpoint: `NAME.values` and so on; `numbers` are scale,
+/// norm and steps.
 const PARTS: [(&str, Dtype); 4] = [
     ("values", Dtype::I8),
     ("directions", Dtype::I8),
@@ -124,7 +122,7 @@ const PARTS: [(&str, Dtype); 4] = [
 ];
 
 impl Telemetry {
-    /// What a checkpoint keeps.
+    /// The tensors that a checkpoint stores.
     pub(crate) fn entries(&self) -> Vec<TensorEntry> {
         let of_layer = |(name, memory): (&String, &LayerHistory)| {
             let shapes = [
@@ -146,7 +144,7 @@ impl Telemetry {
         self.layers.iter().flat_map(of_layer).collect()
     }
 
-    /// The bytes of one of them.
+    /// Passes the bytes of one of these tensors to `put`.
     pub(crate) fn put(&self, slot: usize, put: &mut PutBytes<'_>) -> Result<()> {
         let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else {
             return Ok(());
@@ -173,7 +171,7 @@ impl Telemetry {
         }
     }
 
-    /// Goes on with what a checkpoint kept; with nothing, where it kept nothing.
+    /// Restores the histories from the tensors of a checkpoint.
     pub(crate) fn restore(&mut self, kept: &BTreeMap<String, Vec<u8>>) {
         let floats = |name: &str, part| -> Vec<f64> {
             let bytes = kept
@@ -299,8 +297,7 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// A log that begins after `step`: of one that is there, later lines go, and at step 0 all of
-    /// them.
+    /// Opens a log after `step`: lines of later steps are removed, at step 0 all lines.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
         let earlier = if step > 0 && path.exists() {
             read_log(path)?
@@ -328,8 +325,7 @@ fn put(file: &mut File, line: &LogRecord) -> io::Result<()> {
     file.write_all(text.as_bytes())
 }
 
-/// Reads the log of a training. A last line without its end, of a training that was killed, is left
-/// out.
+/// Reads the log of a training. An incomplete last line, left by a killed training, is ignored.
 ///
 /// # Errors
 /// [`crate::Error::File`] for a file that cannot be read, or with the number of a line that is not a

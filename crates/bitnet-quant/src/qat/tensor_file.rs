@@ -1,4 +1,4 @@
-//! Files of tensors that a checkpoint writes and reads piece by piece.
+//! Files of tensors of a checkpoint, written and read in pieces.
 
 use crate::{CheckpointError, Result};
 use bitnet_formats::Error as FileError;
@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// Floats that are converted at a time.
+/// Number of floats converted at a time.
 const PIECE: usize = 1 << 16;
 
 /// A tensor to be written or read.

@@ -1,4 +1,4 @@
-//! Quantization-aware training as a configuration describes it.
+//! Quantization-aware training by a configuration.
 
 use super::checkpoint::checkpoints;
 use super::config::QATConfig;
@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use candle_nn::VarMap;
 
-/// Trains as its configuration says.
+/// Trains a [`Task`] by a [`QATConfig`].
 ///
 /// ```
 /// # use bitnet_quant::{Result, qat::{Linear, Linears, QATConfig, QATTrainer, StraightThroughEstimator, Task}};
@@ -60,7 +60,7 @@ pub struct QATTrainer {
 }
 
 impl QATTrainer {
-    /// A trainer of any number of tasks, one after another.
+    /// A trainer; it can train several tasks, one after another.
     ///
     /// # Errors
     /// As [`QATConfig::validate`].
@@ -77,12 +77,12 @@ impl QATTrainer {
         &self.config
     }
 
-    /// [`prepare`](super::prepare) by the configuration: the linear layers that it quantizes become
-    /// layers in training, with a dead-zone bias where that is configured. Returns their names.
+    /// [`prepare`](super::prepare) with the configuration of the trainer, dead-zone bias included.
+    /// Returns the names of the layers in training.
     ///
     /// # Errors
-    /// As [`prepare`](super::prepare); [`Error::Input`] for a dead-zone bias that no layer can
-    /// have.
+    /// As [`prepare`](super::prepare); [`Error::Input`] for a dead-zone bias if no layer has
+    /// ternary weights of one plane.
     pub fn prepare(&mut self, model: &mut dyn Linears, vars: &VarMap) -> Result<Vec<String>> {
         let names = super::prepare(
             model,
@@ -121,11 +121,11 @@ impl QATTrainer {
         })
     }
 
-    /// The gradients of a scalar loss, those of latent weights times `gradient_scaling`. For loops
-    /// of one's own; [`QATTrainer::run`] does it by itself.
+    /// The gradients of a scalar loss, those of latent weights times `gradient_scaling`. For a
+    /// custom training loop; [`QATTrainer::run`] does this itself.
     ///
     /// # Errors
-    /// [`Error::Input`] for a loss that is no scalar, or no number.
+    /// [`Error::Input`] for a loss that is not a scalar or not finite.
     pub fn backward_with_ste(&self, loss: &Tensor) -> Result<GradStore> {
         let value = scalar(loss)?;
         if !value.is_finite() {
@@ -134,9 +134,9 @@ impl QATTrainer {
         gradients(&self.config, &self.latent, loss)
     }
 
-    /// Puts every layer of a model where the schedule of quantization has it at `step`, 0 being the
-    /// first. A loop of one's own counts in what it likes, epochs for instance, with that many
-    /// `steps` in the configuration. Returns the names of the layers that changed their stage.
+    /// Sets stage and strength of every layer for `step`, counted from 0. A custom loop may count
+    /// in another unit, epochs for instance, if `steps` of the configuration does so too. Returns
+    /// the names of the layers that changed their stage.
     ///
     /// # Errors
     /// As [`Progressive::apply`](super::Progressive::apply).
@@ -151,12 +151,12 @@ impl QATTrainer {
             .map_or(Ok(vec![]), |progressive| progressive.apply(model, step))
     }
 
-    /// Trains from the beginning. Where checkpoints are configured, their folder must not hold any
-    /// yet.
+    /// Trains from the first step. The folder of checkpoints, if one is configured, must not hold
+    /// any.
     ///
     /// # Errors
-    /// [`Error::Diverged`] where loss or gradients are no numbers; [`Error::Exists`] for a folder
-    /// with checkpoints; whatever the task says.
+    /// [`Error::Diverged`] if loss or gradients are not finite; [`Error::Exists`] for a folder with
+    /// checkpoints; any error of the task.
     pub fn run(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
         if let Some(config) = &self.config.checkpoint
             && let Some((_, path)) = checkpoints(&config.folder)?.pop()

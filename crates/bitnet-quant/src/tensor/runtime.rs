@@ -17,15 +17,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// ```
 #[derive(Debug)]
 pub struct Runtime {
-    /// What the configuration came to on this machine.
+    /// The resolved configuration: kernels and number of threads.
     pub machine: Machine,
     /// Threads of matrix products.
     pub pool: Pool,
-    /// Scratch of forward passes.
+    /// Scratch memory of forward passes.
     pub memory: HybridMemoryPool,
     /// Prepacked activations of earlier forward passes, whose memory is used again.
     activations: Mutex<Vec<matmul::Activations>>,
-    /// Threads of quantizers; `None`: rayon's own.
+    /// Threads of quantizers; `None` for rayon's global pool.
     workers: Option<rayon::ThreadPool>,
 }
 
@@ -33,8 +33,8 @@ impl Runtime {
     /// Threads and kernels as configured.
     ///
     /// # Errors
-    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] for
-    /// threads that the system refuses.
+    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] if the
+    /// system cannot start the threads.
     pub fn new(compute: &Compute) -> Result<Arc<Self>> {
         let machine = compute.machine()?;
         if machine.threads > crate::recipe::MAX_THREADS {

@@ -1,22 +1,22 @@
-//! The rule of an optimizer and its numbers.
+//! The configuration of an optimizer.
 
 use crate::recipe::compile;
 use serde::{Deserialize, Serialize};
 
-/// The rule of a step.
+/// The method of an optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "name", deny_unknown_fields)]
 pub enum OptimizerMethod {
     /// Gradient descent with momentum.
     Sgd {
-        /// Share of the velocity that remains; 0: none is kept.
+        /// Momentum μ; 0 keeps no velocity.
         #[serde(default)]
         momentum: f64,
-        /// Whether the step looks ahead along the new velocity.
+        /// Whether to use Nesterov's momentum.
         #[serde(default)]
         nesterov: bool,
     },
-    /// Adam (Kingma, Ba 2015): decay goes through the moments.
+    /// Adam (Kingma, Ba 2015): weight decay is part of the gradient.
     Adam(Betas),
     /// Adam with decoupled decay (Loshchilov, Hutter 2019).
     AdamW(Betas),
@@ -26,11 +26,11 @@ pub enum OptimizerMethod {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Betas {
-    /// Share of the first moment that remains.
+    /// Decay rate β₁ of the first moment.
     pub beta1: f64,
-    /// Share of the second moment that remains.
+    /// Decay rate β₂ of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// ε, added to the root of the second moment.
     pub eps: f64,
 }
 
@@ -50,17 +50,17 @@ impl Default for OptimizerMethod {
     }
 }
 
-/// Variables that are treated alike.
+/// Variables with their own learning rate or weight decay.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ParameterGroup {
     /// Names of variables, as a glob.
     #[serde(rename = "match")]
     pub glob: String,
-    /// Their learning rate, as a multiple; 0 keeps them as they are.
+    /// Factor of the learning rate; 0 freezes the variables.
     #[serde(default = "one")]
     pub learning_rate: f64,
-    /// Their decay λ, where it is not that of all.
+    /// Weight decay λ of these variables instead of the common one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
 }
@@ -69,18 +69,18 @@ fn one() -> f64 {
     1.0
 }
 
-/// An optimizer by its numbers.
+/// The configuration of an optimizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerConfig {
-    /// The rule of a step.
+    /// The method of an optimizer.
     pub method: OptimizerMethod,
     /// Learning rate η.
     pub learning_rate: f64,
-    /// Decay λ of matrices. Tensors of at most one dimension (biases, norms, scales) and names with
-    /// `norm` or `scale` at the end have none.
+    /// Weight decay λ of matrices. Tensors of at most one dimension (biases, norms, scales) and
+    /// names that end with `norm` or `scale` have none.
     pub weight_decay: f64,
-    /// Exceptions; the first that matches a name holds.
+    /// Exceptions by name; the first that matches applies.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub group: Vec<ParameterGroup>,
 }
@@ -169,12 +169,12 @@ impl OptimizerConfig {
     }
 }
 
-/// What the schedules say about one step.
+/// Learning rate, weight decay and clipping of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
     /// Factor of the learning rate.
     pub learning_rate: f64,
-    /// Factor of the decay.
+    /// Factor of the weight decay.
     pub weight_decay: f64,
     /// Largest norm of all gradients together; longer ones are scaled down to it.
     pub clip: Option<f64>,

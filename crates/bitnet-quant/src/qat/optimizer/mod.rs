@@ -28,8 +28,8 @@ use parameter::Parameter;
 use rayon::prelude::*;
 use std::sync::PoisonError;
 
-/// A fused optimizer of f32 variables on the CPU; on other devices the same equations are
-/// operations of candle. It serves wherever candle takes a [`candle_nn::Optimizer`].
+/// A fused optimizer of f32 variables on the CPU; on other devices the same equations run as
+/// candle's operations. It implements [`candle_nn::Optimizer`].
 ///
 /// ```
 /// use bitnet_quant::qat::{Optimizer, OptimizerConfig, Rates};
@@ -55,16 +55,16 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// For all variables of a map, by name.
+    /// An optimizer of all variables of a map.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for numbers that make no sense, [`Error::Input`] for variables that are
-    /// not f32 or that do not exist.
+    /// [`Error::Invalid`] for invalid numbers, [`Error::Input`] if there is no variable or one that
+    /// is not contiguous f32.
     pub fn new(vars: &VarMap, config: &OptimizerConfig) -> Result<Self> {
         Self::for_variables(sorted(vars), config)
     }
 
-    /// For variables with names.
+    /// An optimizer of named variables.
     ///
     /// # Errors
     /// As [`Optimizer::new`].
@@ -72,7 +72,7 @@ impl Optimizer {
         Self::build(vars, config, |var| var.device().is_cpu())
     }
 
-    /// `fused` says for which variables our kernels step.
+    /// `fused` tells which variables the fused kernels update.
     pub(super) fn build(
         vars: Vec<(String, Var)>,
         config: &OptimizerConfig,
@@ -145,7 +145,7 @@ impl Optimizer {
         })
     }
 
-    /// The numbers it was made from.
+    /// The configuration.
     pub fn config(&self) -> &OptimizerConfig {
         &self.config
     }
@@ -155,7 +155,7 @@ impl Optimizer {
         self.steps
     }
 
-    /// Moments of a variable begin anew, because it means something else from now on.
+    /// Sets the moments of a variable to 0, because its meaning has changed.
     pub(crate) fn reset_moments(&mut self, name: &str) -> Result<()> {
         let of_name = self.parameters.iter_mut().filter(|p| p.name == name);
         of_name
@@ -164,7 +164,7 @@ impl Optimizer {
             .try_for_each(MomentStorage::zero)
     }
 
-    /// Whether every weight is a number.
+    /// Whether every weight is finite.
     pub(crate) fn is_finite(&self) -> Result<bool> {
         for p in &self.parameters {
             if !squares(self.kernels, &p.var)?.is_finite() {
@@ -182,8 +182,8 @@ impl Optimizer {
             .map(|p| p.name.as_str())
     }
 
-    /// Keeps the gradients of one micro-batch for the next [`Optimizer::step`], which uses the mean
-    /// of these and its own.
+    /// Adds the gradients of one micro-batch for the next [`Optimizer::step`], which uses the mean
+    /// of all micro-batches.
     ///
     /// # Errors
     /// [`Error::Candle`] for gradients that cannot be read.
@@ -209,9 +209,9 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One step along the mean of these gradients and the accumulated ones. Returns the norm of all
-    /// of them together, before clipping; where it is not finite, nothing is updated. Variables
-    /// without a gradient stay as they are.
+    /// Takes one step along the mean of these gradients and the accumulated ones. Returns the norm
+    /// of all gradients together, before clipping; if it is not finite, nothing is updated.
+    /// Variables without a gradient are not changed.
     ///
     /// # Errors
     /// [`Error::Candle`] for gradients that cannot be read.
@@ -270,7 +270,7 @@ pub(crate) fn sorted(vars: &VarMap) -> Vec<(String, Var)> {
 impl candle_nn::Optimizer for Optimizer {
     type Config = OptimizerConfig;
 
-    /// Variables are named by their place: "0", "1", …
+    /// Variables are named by their index: "0", "1", …
     fn new(vars: Vec<Var>, config: OptimizerConfig) -> candle_core::Result<Self> {
         let named = vars
             .into_iter()

@@ -1,4 +1,4 @@
-//! One step of one variable: in place on the CPU, in candle's operations elsewhere.
+//! One step of one variable: in place on the CPU, in candle's operations on other devices.
 
 use super::config::{Betas, OptimizerMethod};
 use super::parameter::{MomentStorage, Parameter, host, tensor};
@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use std::cell::RefCell;
 
 impl OptimizerMethod {
-    /// Step `t`, counted from 1, for gradients times `scale`.
+    /// The rule of step `t`, counted from 1; gradients are multiplied by `scale`.
     pub(super) fn step(self, t: i32, rate: f64, decay: f64, scale: f32) -> StepRule {
         let coupled = Decay {
             scale,
@@ -139,7 +139,7 @@ struct FusedUpdate<'a> {
     second: &'a mut [f32],
 }
 
-/// candle's way to write into a variable.
+/// The operation by which candle writes into a variable.
 struct UpdateInPlace<'a>(RefCell<FusedUpdate<'a>>);
 
 impl InplaceOp1 for UpdateInPlace<'_> {

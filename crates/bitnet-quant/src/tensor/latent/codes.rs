@@ -8,12 +8,12 @@ use bitnet_kernels::stream;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// Weights as values and scales, from the forward pass to the backward pass.
+/// Values and scales of quantized weights.
 #[derive(Debug, Clone)]
 pub(crate) enum WeightCodes {
     /// One plane of trits, four to a byte.
     TwoBit(stream::Packed),
-    /// Anything else, a byte for each value.
+    /// Any other matrix, a byte for each value.
     Values(Matrix),
 }
 
@@ -57,7 +57,7 @@ impl WeightCodes {
         }
     }
 
-    /// In the layout of the kernels.
+    /// The weights in the kernel layout.
     pub(crate) fn prepack(&self, runtime: &Runtime) -> Result<PackedWeights> {
         match self {
             Self::TwoBit(packed) => {
@@ -92,7 +92,7 @@ impl WeightCodes {
         Ok(out)
     }
 
-    /// `beta·Σ of the weights whose value is 0` of each row.
+    /// For each row, `beta·Σ` of the weights whose value is 0.
     pub(crate) fn sums_of_zeros(
         &self,
         w: &[f32],
@@ -112,7 +112,7 @@ impl WeightCodes {
             .collect())
     }
 
-    /// Adds `beta·of_rows[n]` to the elements of row n, where the value is 0.
+    /// Adds `beta·of_rows[n]` to the elements of row n whose value is 0.
     pub(crate) fn add_to_zeros(
         &self,
         of_rows: &[f32],
@@ -147,7 +147,7 @@ impl WeightCodes {
         }
     }
 
-    /// Values, one byte each.
+    /// The values as a matrix, one byte each.
     pub(crate) fn into_matrix(self, runtime: &Runtime) -> Result<Matrix> {
         match self {
             Self::Values(matrix) => Ok(matrix),

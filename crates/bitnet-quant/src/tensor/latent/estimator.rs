@@ -16,28 +16,28 @@ use bitnet_core::named;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum StraightThroughEstimator {
-    /// `m = 1` (Bengio et al. 2013, arXiv:1308.3432; b1.58 trains so). The scale is the scheme's
-    /// and a constant of the gradient.
+    /// `m = 1` (Bengio et al. 2013, arXiv:1308.3432; as b1.58 is trained). The scale comes from the
+    /// scheme and gets no gradient.
     #[default]
     Plain,
-    /// `m = [range·low ≤ v ≤ range·high]`: weights far outside the levels stand still. `range` is
-    /// positive.
+    /// `m = [range·low ≤ v ≤ range·high]`: weights far outside the levels get no gradient. `range`
+    /// is positive.
     Clipped {
         /// Multiple of the outermost levels.
         range: f32,
     },
     /// LSQ (Esser et al. 2020, arXiv:1902.08153): s is a variable, `m = [low < v < high]`, and
-    /// `∂ŵ/∂s = q − v` where that holds, else q. The gradient of s is multiplied by `1/√(n·Qp)`, n
-    /// being the weights under one s and Qp the greatest value. Binary: `∂ŵ/∂s = q`. For schemes of
-    /// one plane without zero points.
+    /// `∂ŵ/∂s = q − v` where that holds, else q. The gradient of s is multiplied by `1/√(n·Qp)`,
+    /// where n is the number of weights under one s and Qp the greatest value. Binary: `∂ŵ/∂s = q`.
+    /// Needs a scheme of one plane without zero points.
     LearnedScale,
     /// Stretched elastic (SEQ of ParetoQ, Liu et al. 2025, arXiv:2502.02631): α is a variable,
     /// levels are the middles of k equal parts of `[−α, α]`: `ŵ ∈ {−2α/3, 0, 2α/3}` for ternary,
     /// `{−3α/4, −α/4, α/4, 3α/4}` for 2 bits, `±α` for binary; `m = [|w| < α]`, and `∂ŵ/∂α = ŵ/α −
-    /// w/α` where that holds, else `ŵ/α`; the gradient of α is multiplied as for LSQ.
+    /// w/α` where that holds, else `ŵ/α`. The gradient of α has the same factor as in LSQ.
     ///
     /// The four levels of 2 bits become the values ±1 and ±3 of int3 with the scale α/4: int2 has a
-    /// zero and they have not.
+    /// zero, these levels do not.
     Stretched,
     /// The slope of a staircase of tanh: between two levels with middle c and half distance h, `m =
     /// (1 − tanh²(u/T)) / (T·tanh(1/T))` with `u = (v − c)/h`, and 0 outside the levels (DSQ, Gong

@@ -1,15 +1,15 @@
-//! The linear layer in training as plain operations of candle, for devices that the operation of
-//! `product.rs` has no kernels for: CUDA, Metal.
+//! A latent layer in candle's own operations, for devices that `product.rs` has no kernels for:
+//! CUDA, Metal.
 //!
 //! ```text
 //! y = x̃·W̃ᵀ + b      x̃ = |x + λ·(x̂ − x)| + (x − |x|)
 //!                    W̃ = |W + λ·(Ŵ − W)| + (W − |W|)·|1 − λ + λ·m| + (s − |s|)·|λ·∂Ŵ/∂s|
 //! ```
 //!
-//! `|…|` is a value apart from the graph. What stands in brackets with one is 0, or NaN for what is
-//! not finite, and passes the gradient. WeightCodes and scales are the CPU's but where a sum of another
-//! order rounds to another scale, and for weights that are ternary already, whose scale the rules
-//! of the CPU keep. Sums over weights are taken in f64, on Metal, which has none, in f32.
+//! `|…|` is a detached value. A difference `(x − |x|)` is 0, or NaN where x is not finite, and
+//! passes the gradient. Codes and scales equal those of the CPU with two exceptions: a sum in
+//! another order may round to another scale, and the CPU keeps the scale of weights that are
+//! ternary already. Weights are summed in f64; Metal has no f64 and sums in f32.
 
 use super::estimator::StraightThroughEstimator;
 use super::rounding::{LEAST_SCALE, WeightRounding};
@@ -30,7 +30,7 @@ pub(crate) struct DeviceGraph<'a> {
     pub(crate) dead_zone: f32,
 }
 
-/// Values and the step between two of them, apart from the graph.
+/// Detached values and the step between two of them.
 pub(crate) struct RoundedGranules {
     /// `[granules, weights of one]`.
     pub(crate) values: Tensor,
@@ -39,7 +39,7 @@ pub(crate) struct RoundedGranules {
 }
 
 impl DeviceGraph<'_> {
-    /// Refuses what these operations cannot say.
+    /// Rejects schemes that these operations do not cover.
     pub(crate) fn check(&self, cols: usize) -> Result<()> {
         let Scheme {
             method,
@@ -73,7 +73,8 @@ impl DeviceGraph<'_> {
             _ => false,
         };
         if !can || scale_form != ScaleForm::Direct {
-            let expected = "ternary of one plane by absmean, mean or a factor, binary around 0, or symmetric integers, on devices other than the CPU";
+            let expected = "ternary of one plane by absmean, mean or a factor, binary around 0, or \
+                symmetric integers, on devices other than the CPU";
             return Err(Error::input("scheme", expected, format!("{method:?}")));
         }
         match granularity {
@@ -210,7 +211,7 @@ impl DeviceGraph<'_> {
         Ok(RoundedGranules { values, step })
     }
 
-    /// The number that is stored for scales: in f32, of the type that the scheme says.
+    /// A scale rounded to the type that the scheme stores, in f32.
     fn stored(&self, scale: &Tensor) -> Result<Tensor> {
         let scale = scale.to_dtype(DType::F32)?;
         let dtype = match self.rounding.scheme.scale_dtype {
@@ -250,7 +251,7 @@ impl DeviceGraph<'_> {
         Ok((mix(&still, values.broadcast_mul(step)?, lambda)? + passing)?)
     }
 
-    /// m, `[granules, weights of one]`; none where it is 1 everywhere.
+    /// The slope m, `[granules, weights of one]`; `None` if it is 1 everywhere.
     fn slope(&self, w: &Tensor, step: &Tensor) -> Result<Option<Tensor>> {
         let precision = self.rounding.levels()?;
         let (low, high) = precision.range();
@@ -288,7 +289,7 @@ impl DeviceGraph<'_> {
                 (inside * tanh.sqr()?.affine(-1.0 / most, 1.0 / most)?)?
             }
         };
-        // A granule of zeros has no range: the identity.
+        // A granule of zeros has no range: the gradient passes unchanged.
         let dead = is(step.eq(0f32)?)?;
         Ok(Some(
             slope
@@ -324,36 +325,36 @@ fn mix(x: &Tensor, quantized: Tensor, lambda: f64) -> candle_core::Result<Tensor
     }
 }
 
-/// Integers of each token by its largest magnitude, times their scale.
+/// Absmax quantization of each token, dequantized.
 fn absmax(x: &Tensor, top: f32) -> candle_core::Result<Tensor> {
     let max = x.abs()?.max_keepdim(D::Minus1)?.maximum(1e-5f32)?;
     let inverse = max.ones_like()?.affine(f64::from(top), 0.0)?.div(&max)?;
     half_even(&x.broadcast_mul(&inverse)?.clamp(-top - 1.0, top)?)?.broadcast_mul(&over(&max, top)?)
 }
 
-/// A quotient as division rounds it; candle's division by a number multiplies with its inverse.
+/// A correctly rounded quotient; candle divides by a number by multiplying with its inverse.
 fn over(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
     x.broadcast_div(&Tensor::new(by, x.device())?.to_dtype(x.dtype())?)
 }
 
-/// To the nearest integer, halves to the even one, of numbers below 2²² in magnitude: candle's own
-/// `round` takes halves away from 0. 1.5·2²³ leaves no bit below 1.
+/// Rounds numbers below 2²² in magnitude to the nearest integer, halves to even; candle's `round`
+/// takes halves away from 0. Adding 1.5·2²³ leaves no bit below 1.
 fn half_even(x: &Tensor) -> candle_core::Result<Tensor> {
     const MAGIC: f64 = 12_582_912.0;
     (x + MAGIC)? - MAGIC
 }
 
-/// A condition as 0 and 1.
+/// A condition as the numbers 0 and 1.
 fn is(condition: Tensor) -> candle_core::Result<Tensor> {
     condition.to_dtype(DType::F32)
 }
 
-/// Steps, or 1 where a step is 0 and so is what it divides.
+/// Steps as divisors: 1 where a step is 0, whose weights are all 0.
 pub(crate) fn divisor(step: &Tensor) -> candle_core::Result<Tensor> {
     step + is(step.eq(0f32)?)?
 }
 
-/// The type in which weights are summed.
+/// Converts to the type in which weights are summed.
 fn wide(x: &Tensor) -> candle_core::Result<Tensor> {
     if x.device().is_metal() {
         Ok(x.clone())

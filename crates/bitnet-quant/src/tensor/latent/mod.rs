@@ -86,13 +86,13 @@ pub struct QatLinear {
 }
 
 impl QatLinear {
-    /// A layer on latent weights `[N, K]` and a bias `[N]`, f32 on one device, quantized as
-    /// `default` of the configuration says. Learned scales are `scale`, or a new variable where
-    /// none is given.
+    /// A layer on latent weights `[N, K]` and a bias `[N]`, f32 on one device, quantized by
+    /// `default` of the configuration. Learned scales are `scale`, or a new variable if it is
+    /// `None`.
     ///
     /// # Errors
-    /// [`Error::Input`] for shapes, types, devices, and an estimator that does not go with the
-    /// scheme; [`Error::Invalid`] for a configuration that is wrong.
+    /// [`Error::Input`] for shapes, types, devices, and an estimator that does not fit the scheme;
+    /// [`Error::Invalid`] for a wrong configuration.
     pub fn new(
         weight: Tensor,
         bias: Option<Tensor>,
@@ -170,21 +170,21 @@ impl QatLinear {
         &self.target
     }
 
-    /// What the input becomes.
+    /// How the input is quantized.
     pub fn activations(&self) -> Activations {
         self.activations
     }
 
-    /// What the layer rounds to at present.
+    /// The present stage.
     pub fn stage(&self) -> Stage {
         self.stage
     }
 
-    /// Goes to another stage. Learned scales begin anew in it, in place; to keep those of a
-    /// checkpoint, load them after this.
+    /// Changes the stage and resets learned scales in place; load the scales of a checkpoint after
+    /// this.
     ///
     /// # Errors
-    /// [`Error::Core`] for a number of bits that does not exist and for NaN among the weights.
+    /// [`Error::Core`] for an unsupported number of bits and for NaN among the weights.
     pub fn set_stage(&mut self, stage: Stage) -> Result<()> {
         if stage == self.stage {
             return Ok(());
@@ -205,13 +205,12 @@ impl QatLinear {
         Ok(())
     }
 
-    /// λ, the share of the rounding that the forward pass sees: 0 for floats, 1 for what the packed
-    /// layer will compute.
+    /// λ, the strength of quantization: 0 computes in floats, 1 what the packed layer computes.
     pub fn lambda(&self) -> f32 {
         self.lambda
     }
 
-    /// Sets λ, which is kept between 0 and 1.
+    /// Sets λ, clamped to 0 … 1.
     pub fn set_lambda(&mut self, lambda: f32) {
         self.lambda = if lambda.is_nan() {
             1.0
@@ -220,19 +219,18 @@ impl QatLinear {
         };
     }
 
-    /// β, the weight of the dead-zone bias; 0, as in the beginning, for none.
+    /// β, the factor of the dead-zone bias; 0, the default, for none.
     pub fn dead_zone_bias(&self) -> f32 {
         self.dead_zone
     }
 
-    /// Sets β: weights whose value is 0 count as β times themselves in the bias of their row,
-    /// whatever the input, and so get the gradient β·∂L/∂b more, which leads them out of the dead
-    /// zone (after Tequila, Huang et al. 2025, arXiv:2509.23809, where β is 1e-3). Packed, it is a
-    /// bias.
+    /// Sets β: adds β × (sum of the zero-valued weights of a row) to the bias of the row, so that
+    /// these weights keep a gradient, β·∂L/∂b, and can leave the dead zone (after Tequila, Huang et
+    /// al. 2025, arXiv:2509.23809, with β = 1e-3). A packed layer has it in its bias.
     ///
     /// # Errors
-    /// [`Error::Input`] for a target that is not ternary of one plane, and for a β that is no
-    /// number.
+    /// [`Error::Input`] for a target that is not ternary of one plane, and for a β that is not
+    /// finite.
     pub fn set_dead_zone_bias(&mut self, beta: f32) -> Result<()> {
         if !self.has_dead_zone() {
             return Err(Error::input(
@@ -248,12 +246,12 @@ impl QatLinear {
         Ok(())
     }
 
-    /// Whether the target is ternary of one plane, which alone has a dead zone to be led out of.
+    /// Whether the target is ternary of one plane; only such weights have a dead-zone bias.
     pub(crate) fn has_dead_zone(&self) -> bool {
         matches!(self.target.method, Method::Ternary { planes: 1, .. })
     }
 
-    /// Changes the temperature of the soft estimator; of no effect on another.
+    /// Changes the temperature of the soft estimator; other estimators ignore it.
     ///
     /// # Errors
     /// [`Error::Input`] unless it is a positive number.
@@ -266,7 +264,7 @@ impl QatLinear {
         Ok(())
     }
 
-    /// Values and scales of the weights as the next forward pass at full strength has them.
+    /// Values and scales of the weights that the next forward pass with λ = 1 uses.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
@@ -291,7 +289,7 @@ impl QatLinear {
         })
     }
 
-    /// Ŵ, `[N, K]`, apart from the graph.
+    /// Ŵ, `[N, K]`, detached.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
@@ -303,7 +301,8 @@ impl QatLinear {
         )?)
     }
 
-    /// The bias `[N]` of the packed layer, on the CPU: this one's, and what the dead zone adds.
+    /// The bias `[N]` of the packed layer, on the CPU: the bias of this layer plus the dead-zone
+    /// bias.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
@@ -330,7 +329,7 @@ impl QatLinear {
         }))
     }
 
-    /// The same layer without quantization, on the same variables.
+    /// A float layer on the same variables.
     pub fn to_full(&self) -> candle_nn::Linear {
         candle_nn::Linear::new(self.weight.clone(), self.bias.clone())
     }
@@ -379,7 +378,7 @@ impl QatLinear {
         })
     }
 
-    /// y as operations of candle, whatever the device.
+    /// y in candle's operations, on any device.
     pub(crate) fn apply_graph(&self, x: &Tensor) -> Result<Tensor> {
         self.graph().forward(
             x,
@@ -416,7 +415,7 @@ impl Module for QatLinear {
     }
 }
 
-/// Columns of the weights; refuses shapes and devices that do not go together.
+/// Returns the columns of the weights; rejects shapes and devices that do not go together.
 fn check_shapes(weight: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
     let [rows, cols] = *weight.dims() else {
         return Err(Error::input(
@@ -439,7 +438,7 @@ fn check_shapes(weight: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
     Ok(cols)
 }
 
-/// The variable of learned scales where the estimator learns them: the given one, checked, or a new
+/// The variable of learned scales, if the estimator learns them: the given one, checked, or a new
 /// one.
 fn learned_scale(
     given: Option<Var>,

@@ -1,7 +1,7 @@
-//! A linear layer in training as one operation of the graph: between the passes it keeps its
+//! A latent layer as one operation of the graph. Between forward and backward pass it keeps its
 //! inputs, as any linear layer does, and the codes of its weights. The equations are at
-//! [`QatLinear`](super::QatLinear). With a dead-zone bias β, `λ·β·Σ of the weights of a row whose
-//! value is 0` is a part of b.
+//! [`QatLinear`](super::QatLinear). A dead-zone bias β adds `λ·β·Σ` of the zero-valued weights of a
+//! row to the bias of that row.
 
 use super::codes::WeightCodes;
 use super::rounding::WeightRounding;
@@ -17,7 +17,8 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, InplaceOp1, Layout, 
 use rayon::prelude::*;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// The operation: of x, W, and a vector of learned scales followed by biases, if there are any.
+/// The operation. Its arguments are x, W, and a vector of the learned scales followed by the
+/// biases, if there are any.
 pub(crate) struct QuantizedProduct {
     pub(crate) rounding: WeightRounding,
     pub(crate) activations: Activations,
@@ -27,7 +28,7 @@ pub(crate) struct QuantizedProduct {
     /// Number of learned scales.
     pub(crate) scales: usize,
     pub(crate) non_finite: NonFinite,
-    /// From the forward pass to the backward pass.
+    /// Set by the forward pass, read by the backward pass.
     pub(crate) codes: OnceLock<WeightCodes>,
 }
 
@@ -153,7 +154,7 @@ impl QuantizedProduct {
         }
     }
 
-    /// Gradients of the three arguments, of those that are part of the graph.
+    /// Gradients of the arguments that are part of the graph.
     fn backward(
         &self,
         x: &Tensor,
@@ -232,7 +233,7 @@ fn is_not_finite(error: &Error) -> bool {
     )
 }
 
-/// One token quantized and back.
+/// Quantizes and dequantizes one token.
 fn fake_token(
     kernels: Kernels,
     method: ActivationMethod,
@@ -260,7 +261,7 @@ fn fake_token(
     Ok(())
 }
 
-/// Σ over the rows of `[M, n]`: in f32 over some rows, in f64 over those sums.
+/// Sums of the columns of `[M, n]`: in f32 over 256 rows, in f64 over these sums.
 fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
     let mut sums = vec![0f64; n];
     let mut part = vec![0f32; n];
@@ -275,7 +276,7 @@ fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
     sums.into_iter().map(|sum| sum as f32).collect()
 }
 
-/// Turns ∂L/∂W̃ into ∂L/∂W where it lies.
+/// Turns ∂L/∂W̃ into ∂L/∂W in place.
 struct Surrogate<'a> {
     of: &'a QuantizedProduct,
     w: &'a [f32],

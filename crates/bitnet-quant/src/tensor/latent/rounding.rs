@@ -17,10 +17,10 @@ use bitnet_kernels::stream;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// No learned scale is smaller: what training pushes below stays a positive scale.
+/// Lower bound of learned scales: a scale stays positive whatever its gradient.
 pub(crate) const LEAST_SCALE: f32 = 1e-8;
 
-/// How the weights of a layer are rounded.
+/// How a layer rounds its weights.
 #[derive(Debug, Clone)]
 pub(crate) struct WeightRounding {
     pub(crate) scheme: Scheme,
@@ -29,7 +29,7 @@ pub(crate) struct WeightRounding {
 }
 
 impl WeightRounding {
-    /// Refuses what does not go together.
+    /// Rejects a scheme and an estimator that do not go together.
     pub(crate) fn new(
         scheme: Scheme,
         estimator: StraightThroughEstimator,
@@ -84,7 +84,7 @@ impl WeightRounding {
         })
     }
 
-    /// The spec of what this makes.
+    /// The spec of the matrix that [`WeightRounding::encode`] returns.
     fn spec(&self, (rows, cols): (usize, usize)) -> Result<MatrixSpec> {
         Ok(MatrixSpec {
             precision: self.levels()?,
@@ -92,7 +92,7 @@ impl WeightRounding {
         })
     }
 
-    /// The alphabet of the values, which is that of the scheme but for four stretched levels.
+    /// The alphabet of the values: that of the scheme, except for four stretched levels.
     pub(crate) fn levels(&self) -> Result<Precision> {
         match self.scheme.precision()? {
             Precision::Int2 if self.estimator == StraightThroughEstimator::Stretched => {
@@ -102,7 +102,7 @@ impl WeightRounding {
         }
     }
 
-    /// The learned variable in units of the step between two values.
+    /// The learned variable divided by the step between two values.
     pub(crate) fn unit(&self) -> f32 {
         match (self.estimator, self.scheme.method) {
             (StraightThroughEstimator::Stretched, Method::Ternary { .. }) => 1.5,
@@ -111,8 +111,8 @@ impl WeightRounding {
         }
     }
 
-    /// Where learned scales begin: for ternary and binary with the scale of the scheme, for
-    /// integers with the multiple of `mean|W|` that has the least squared error on normal weights.
+    /// First values of learned scales: for ternary and binary the scale of the scheme, for integers
+    /// the multiple of `mean|W|` with the least squared error on normally distributed weights.
     pub(crate) fn initial_scales(&self, w: &[f32], shape: (usize, usize)) -> Result<Vec<f32>> {
         let Method::Int { .. } = self.scheme.method else {
             let fitted = self.runtime.install(|| {
@@ -152,7 +152,7 @@ impl WeightRounding {
             .collect())
     }
 
-    /// Weights `[N, K]` to values: by the scheme, or with the learned scales.
+    /// Quantizes weights `[N, K]` by the scheme, or with learned scales.
     pub(crate) fn encode(
         &self,
         w: &[f32],

@@ -4,16 +4,34 @@ use super::codes::WeightCodes;
 use super::estimator::StraightThroughEstimator;
 use super::rounding::WeightRounding;
 use crate::Result;
-use bitnet_core::{Granularity, Precision};
+use bitnet_core::{Granularity, MatrixSpec, Precision};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// m over one granule.
+/// The slope The slope The slope The slope The slope The slope m over one granule.
 #[derive(Clone, Copy)]
 enum Slope {
-    /// 1 for weights from the first to the second number, else 0.
+    /// 1 for weights between the two numbers, else 0.
     Range(f32, f32),
     Soft(Staircase),
+}
+
+impl Slope {
+    /// Multiplies the gradient of each weight by `1 − λ + λ·m`.
+    fn scale_gradient(self, w: &[f32], lambda: f32, grad: &mut [f32]) {
+        let weights = grad.iter_mut().zip(w);
+        match self {
+            Self::Range(from, to) => {
+                let outside = 1.0 - lambda;
+                weights.for_each(|(g, &w)| {
+                    *g *= if from <= w && w <= to { 1.0 } else { outside };
+                });
+            }
+            Self::Soft(stairs) => {
+                weights.for_each(|(g, &w)| *g *= 1.0 - lambda + lambda * stairs.slope(w));
+            }
+        }
+    }
 }
 
 /// The staircase of tanh: levels from `low` to `high` in units of `step`, `2·half` apart.
@@ -36,7 +54,7 @@ impl Staircase {
             temperature: t,
         } = self;
         let v = w / step;
-        // The lower of the two levels that v is between.
+        // The lower of the two levels around v.
         let below = low
             + ((v - low) / (2.0 * half))
                 .floor()
@@ -72,8 +90,8 @@ fn scale_sums(grad: &[f32], w: &[f32], q: &[i8], range: (f32, f32)) -> (f64, f64
 }
 
 impl WeightRounding {
-    /// ∂L/∂w in place of ∂L/∂ŵ, both `[N, K]`, for `w + λ·(ŵ − w)`; ∂L/∂scale where scales are
-    /// learned.
+    /// Turns ∂L/∂ŵ, `[N, K]`, into ∂L/∂w in place, for `w + λ·(ŵ − w)`. Returns ∂L/∂scale where
+    /// scales are learned.
     pub(crate) fn surrogate(
         &self,
         w: &[f32],
@@ -102,7 +120,7 @@ impl WeightRounding {
                 let index = spec.scale_index(0, row, i * width);
                 let (step, slope) = self.slope(codes, index);
                 if step == 0.0 {
-                    // A granule of zeros has no range: the identity.
+                    // A granule of zeros has no range: the gradient passes unchanged.
                     continue;
                 }
                 if let (Some(sum), Slope::Range(from, to)) = (of_scales.get_mut(i), slope) {
@@ -119,18 +137,7 @@ impl WeightRounding {
                     };
                     *sum = f64::from(lambda) * (of_values - inside) / f64::from(self.unit());
                 }
-                match slope {
-                    Slope::Range(from, to) => {
-                        let outside = 1.0 - lambda;
-                        grad.iter_mut().zip(w).for_each(|(g, &w)| {
-                            *g *= if from <= w && w <= to { 1.0 } else { outside }
-                        });
-                    }
-                    Slope::Soft(stairs) => grad
-                        .iter_mut()
-                        .zip(w)
-                        .for_each(|(g, &w)| *g *= 1.0 - lambda + lambda * stairs.slope(w)),
-                }
+                slope.scale_gradient(w, lambda, grad);
             }
         };
         if learned {
@@ -149,27 +156,24 @@ impl WeightRounding {
                     .for_each(|(r, (grad, w))| row(r, w, grad, &mut []))
             });
         }
-        Ok(learned.then(|| {
-            let tensor = spec.granularity == Granularity::Tensor;
-            let sums = if tensor {
-                vec![of_scales.iter().sum()]
-            } else {
-                of_scales
-            };
-            let qp = f64::from(self.scheme.precision().map_or(1, |p| p.range().1));
-            let scaled = |(i, sum): (usize, f64)| {
-                let n = if tensor {
-                    spec.weights_len()
-                } else {
-                    width.min(spec.cols - i % granules * width)
-                };
-                (sum / (n as f64 * qp).sqrt()) as f32
-            };
-            sums.into_iter().enumerate().map(scaled).collect()
-        }))
+        Ok(learned.then(|| self.scale_gradients(spec, of_scales)))
     }
 
-    /// Step between two values of the granule whose scale is at `index`, and its slope.
+    /// ∂L/∂scale from the sums over each granule of a row: summed over the tensor if it has one
+    /// scale, times the factor `1/√(n·Qp)` of LSQ.
+    fn scale_gradients(&self, spec: &MatrixSpec, sums: Vec<f64>) -> Vec<f32> {
+        let (width, granules) = (spec.granule_cols(), spec.granules_per_row());
+        let qp = f64::from(self.scheme.precision().map_or(1, |p| p.range().1));
+        let scaled = |sum: f64, n: usize| (sum / (n as f64 * qp).sqrt()) as f32;
+        if spec.granularity == Granularity::Tensor {
+            return vec![scaled(sums.iter().sum(), spec.weights_len())];
+        }
+        let weights = |i: usize| width.min(spec.cols - i % granules * width);
+        let sums = sums.into_iter().enumerate();
+        sums.map(|(i, sum)| scaled(sum, weights(i))).collect()
+    }
+
+    /// The step between two values, and the slope, of the granule whose scale is at `index`.
     fn slope(&self, codes: &WeightCodes, index: usize) -> (f32, Slope) {
         let (spec, scales) = (codes.spec(), codes.scales());
         let step = (0..spec.planes)
