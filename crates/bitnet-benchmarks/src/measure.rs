@@ -90,7 +90,7 @@ impl<'a> CeilingRates<'a> {
     }
 
     /// Rates of one ceiling, turn by turn.
-    fn of(&self, ceiling: Ceiling) -> &[f64] {
+    fn rates(&self, ceiling: Ceiling) -> &[f64] {
         let at = self.ceilings.binary_search(&ceiling);
         &self.rates[at.expect("the ceilings of all contenders are measured, in sorted order")]
     }
@@ -231,7 +231,7 @@ fn rows(
     };
     let row = |(i, contender): (usize, &Contender)| {
         let share = |limit: &Limit| {
-            let rates = ceilings.of(limit.ceiling);
+            let rates = ceilings.rates(limit.ceiling);
             (
                 limit.ceiling,
                 range(i, &|turn, t| limit.cost / (t * rates[turn])),

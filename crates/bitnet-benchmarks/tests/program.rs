@@ -1,5 +1,5 @@
-//! The program as people run it: what it writes, what the report shows, and what it says to bad
-//! input. Never how fast anything is.
+//! The program from the outside: its results, its report and its messages for bad input. Speed is
+//! not tested.
 
 use bitnet_benchmarks::results::{BenchmarkDocument, ContenderRow, MedianRange};
 use bitnet_benchmarks::selection::OperationGroup;

@@ -1,11 +1,11 @@
-//! What flows into layers: ranges, a histogram and the second moment of each channel, saved to a
-//! file and used by quantizers.
+//! Statistics of layer inputs: ranges, a histogram and the second moment of each channel, saved to
+//! a file and used by quantizers.
 //!
 //! The second moments `h_k = E[x_k²]` are the importance of input channels: `Σ_k h_k·(w_k − ŵ_k)²`
 //! is the expected squared error of the output that the error of a row of weights causes, if
 //! channels are uncorrelated.
 //!
-//! The file is JSON. Another program may write it, with zeros for what it does not know:
+//! The file is JSON. Another program may write it, with zeros for unknown fields:
 //!
 //! ```text
 //! {"version": 1, "layers": {"fc.weight": {"tokens": 2, "min": -2.0, "max": 3.0, "sum_squares": [10.0, 4.25],
@@ -24,7 +24,7 @@ pub const VERSION: u32 = 1;
 /// Bins of a histogram.
 const BINS: usize = 2048;
 
-/// How a range is chosen from what was observed.
+/// The rule that chooses a range from the statistics.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Observer {
     /// ± the greatest magnitude.
@@ -38,7 +38,7 @@ pub enum Observer {
     Mse(Precision),
 }
 
-/// What was observed at the input of one layer.
+/// Statistics of the input of one layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerStatistics {
@@ -57,7 +57,7 @@ pub struct LayerStatistics {
 }
 
 impl LayerStatistics {
-    /// Nothing observed yet at an input of `channels` features.
+    /// Empty statistics of an input with `channels` features.
     pub fn new(channels: usize) -> Self {
         Self {
             tokens: 0,
@@ -113,7 +113,7 @@ impl LayerStatistics {
             return;
         }
         if self.reach == 0.0 {
-            // What was counted so far were zeros, which lie in the middle of every reach.
+            // Only zeros were counted so far; they lie in the middle of every reach.
             self.reach = 2f32.powi(magnitude.log2().ceil().clamp(-120.0, 127.0) as i32);
         }
         while self.reach < magnitude && self.reach < 2f32.powi(127) {

@@ -1,4 +1,4 @@
-//! What was lost between two checkpoints of the same model, tensor by tensor.
+//! Error between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
 use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
@@ -9,12 +9,12 @@ use bitnet_formats::{Content, Kind, Source, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Figures of one pair of tensors.
+/// Comparison of one pair of tensors.
 #[derive(Debug, Clone)]
 pub struct TensorComparison {
     /// Name in the original.
     pub name: String,
-    /// What the second checkpoint holds: a layout or an element type.
+    /// Layout or element type in the second checkpoint.
     pub stored_as: String,
     /// Whether the second checkpoint holds low-bit values.
     pub quantized: bool,
@@ -26,7 +26,7 @@ pub struct TensorComparison {
     pub bytes: u64,
 }
 
-/// Figures of two checkpoints.
+/// Comparison of two checkpoints.
 #[derive(Debug, Clone)]
 pub struct Comparison {
     /// Every tensor of the original that holds weights, in its order.
@@ -60,12 +60,12 @@ impl Comparison {
     }
 }
 
-/// Which tensors a total is over.
+/// The tensors of a total.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// All of them.
+    /// All tensors.
     All,
-    /// Those that hold low-bit values.
+    /// The tensors with low-bit values.
     Quantized,
 }
 
@@ -85,7 +85,7 @@ pub fn compare(
     let pairing = TensorPairs::new(original, quantized)?;
     let mut tensors = vec![];
     for tensor in original
-        .tensors
+        .tensors()
         .iter()
         .filter(|t| !matches!(t.content, Content::Opaque(_)))
     {
@@ -99,13 +99,13 @@ pub fn compare(
                 other.name, tensor.shape, other.shape
             );
             return Err(Error::Mismatch {
-                path: quantized.path.clone(),
+                path: quantized.path().to_path_buf(),
                 what,
             });
         }
         let error = with_rows(original, tensor, None, |a| {
             with_rows(quantized, other, order.as_deref(), |b| {
-                // WeightRows of blocks may be shorter than those of the matrix: go by the longer, which
+                // Rows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
                 let (a, b) = (a.reshaped(cols), b.reshaped(cols));
@@ -134,23 +134,23 @@ pub fn compare(
                 (q.layout.name().to_string(), Some(histogram.entropy_bits()))
             }
             Content::Float(i) | Content::Opaque(i) => {
-                (quantized.stored[*i].dtype.to_string(), None)
+                (quantized.stored(*i).dtype.to_string(), None)
             }
         };
-        progress.advance(tensor.bytes(original));
+        progress.advance(original.bytes_of(tensor));
         tensors.push(TensorComparison {
             name: tensor.name.clone(),
             stored_as,
             quantized: entropy.is_some(),
             error,
             entropy,
-            bytes: other.bytes(quantized),
+            bytes: quantized.bytes_of(other),
         });
     }
     Ok(Comparison { tensors })
 }
 
-/// How names of two checkpoints belong together.
+/// Pairs the tensors of two checkpoints by name.
 struct TensorPairs<'a> {
     original: &'a Source,
     quantized: &'a Source,
@@ -163,22 +163,22 @@ type Paired<'a> = (&'a Tensor, Option<Vec<usize>>);
 
 impl<'a> TensorPairs<'a> {
     fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
-        let ggml_names = |s: &Source| s.tensors.iter().any(|t| t.name.starts_with("blk."));
+        let ggml_names = |s: &Source| s.tensors().iter().any(|t| t.name.starts_with("blk."));
         let mut model = None;
         if ggml_names(original) != ggml_names(quantized) {
             let gguf = [original, quantized]
                 .into_iter()
-                .find(|s| s.kind == Kind::Gguf);
+                .find(|s| s.kind() == Kind::Gguf);
             let Some(gguf) = gguf else {
                 let what = "expected the original's tensor names, got those of a GGUF".to_string();
                 return Err(Error::Mismatch {
-                    path: quantized.path.clone(),
+                    path: quantized.path().to_path_buf(),
                     what,
                 });
             };
             model = Some((
-                Architecture::from_gguf(&gguf.gguf)?,
-                HeadCounts::from_gguf(&gguf.gguf)?,
+                Architecture::from_gguf(gguf.gguf())?,
+                HeadCounts::from_gguf(gguf.gguf())?,
             ));
         }
         Ok(Self {
@@ -198,7 +198,7 @@ impl<'a> TensorPairs<'a> {
                 return Ok(None);
             }
             let rows = tensor.shape.first().copied().unwrap_or(0);
-            if self.original.kind == Kind::Gguf {
+            if self.original.kind() == Kind::Gguf {
                 name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
                     order = architecture.gguf_rows(heads, hf, rows)?;
@@ -216,7 +216,7 @@ impl<'a> TensorPairs<'a> {
                     name.unwrap_or_else(|| tensor.name.clone())
                 );
                 Err(Error::Mismatch {
-                    path: self.quantized.path.clone(),
+                    path: self.quantized.path().to_path_buf(),
                     what,
                 })
             }

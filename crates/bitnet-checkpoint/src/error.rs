@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// What can go wrong with a job on a checkpoint.
+/// Errors of jobs on checkpoints.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,22 +16,22 @@ pub enum Error {
         path: PathBuf,
         /// Its name.
         tensor: String,
-        /// Why not.
+        /// The reason.
         source: bitnet_core::Error,
     },
-    /// Something is wrong with a scheme or a matrix, apart from any tensor.
+    /// An invalid scheme or matrix, without a tensor name.
     #[error(transparent)]
     Core(#[from] bitnet_core::Error),
-    /// The recipe asks for something that does not exist or does not apply.
+    /// The recipe names something that does not exist or does not apply.
     #[error("recipe: {0}")]
     Recipe(String),
-    /// Wrong fields of a configuration, all of them.
+    /// All wrong fields of a configuration.
     #[error("{} wrong: {}", if .0.len() == 1 { "one field is".into() } else { format!("{} fields are", .0.len()) }, .0.join("; "))]
     Invalid(Vec<String>),
-    /// No kernels for the instruction set asked for, or no product of such a matrix.
+    /// An unavailable instruction set, or a matrix that no kernel multiplies.
     #[error(transparent)]
     Kernels(#[from] bitnet_kernels::Error),
-    /// Statistics of activations that were never observed.
+    /// The calibration has no statistics of this layer.
     #[error("no calibration for '{0}': observe its input first")]
     NotCalibrated(String),
     /// The target exists.
@@ -40,7 +40,7 @@ pub enum Error {
         /// The target.
         path: PathBuf,
     },
-    /// The target is what is read, or a folder around it.
+    /// The target is the input, or a parent folder of it.
     #[error("{} is the input or holds it; the output needs another path", path.display())]
     SameFile {
         /// The target.
@@ -51,11 +51,11 @@ pub enum Error {
     Mismatch {
         /// The second checkpoint.
         path: PathBuf,
-        /// What differs.
+        /// The difference.
         what: String,
     },
-    /// The caller asked to stop. What is done stays, and the same job goes on from there.
-    #[error("interrupted; the same command goes on from here")]
+    /// The caller stopped the job. The same job resumes from the partial result.
+    #[error("interrupted; run the same command to resume")]
     Interrupted,
 }
 

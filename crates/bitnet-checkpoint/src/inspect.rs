@@ -1,4 +1,4 @@
-//! What a checkpoint holds, in honest bits, and what looks wrong in it.
+//! Lists the tensors of a checkpoint with their real bits per weight, and finds suspicious ones.
 
 use crate::Result;
 use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
@@ -26,14 +26,14 @@ pub struct TensorSummary {
     pub bytes: u64,
 }
 
-/// Something that looks wrong, or that a person should know.
+/// A suspicious property of a tensor, or a note for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// The tensor.
     pub tensor: String,
     /// Short name of the check.
     pub check: &'static str,
-    /// What was found.
+    /// The observation.
     pub what: String,
 }
 
@@ -52,13 +52,13 @@ impl TensorSummary {
 /// Lists every tensor; reads no weights.
 pub fn tensors(source: &Source) -> Vec<TensorSummary> {
     source
-        .tensors
+        .tensors()
         .iter()
         .map(|tensor| {
             let (stored_as, spec) = match &tensor.content {
                 Content::Quantized(q) => (q.layout.name().to_string(), Some(q.spec.clone())),
                 Content::Float(i) | Content::Opaque(i) => {
-                    (source.stored[*i].dtype.to_string(), None)
+                    (source.stored(*i).dtype.to_string(), None)
                 }
             };
             TensorSummary {
@@ -66,13 +66,13 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
                 shape: tensor.shape.clone(),
                 stored_as,
                 spec,
-                bytes: tensor.bytes(source),
+                bytes: source.bytes_of(tensor),
             }
         })
         .collect()
 }
 
-/// Reads all weights and reports what looks wrong: the checks are `dead`, `not-finite`,
+/// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,
 /// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
 /// numbers) and `k` (columns that block layouts do not divide).
 ///
@@ -80,7 +80,7 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
 /// [`crate::Error::File`] for what cannot be read.
 pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     let mut findings = vec![];
-    for tensor in &source.tensors {
+    for tensor in source.tensors() {
         let mut find = |check, what: String| {
             findings.push(Finding {
                 tensor: tensor.name.clone(),
@@ -113,7 +113,7 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                 }
             },
             Content::Float(stored) => {
-                let dtype = source.stored[*stored].dtype;
+                let dtype = source.stored(*stored).dtype;
                 if dtype.block() > 1 {
                     find(
                         "already-quantized",

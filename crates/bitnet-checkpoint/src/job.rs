@@ -1,4 +1,4 @@
-//! The main path: a whole model, tensor by tensor, in bounded memory.
+//! Runs a planned job: the whole model, tensor by tensor, in bounded memory.
 //!
 //! ```text
 //! for each tensor:                                      (this thread)           (writer thread)
@@ -7,7 +7,7 @@
 //!     read ─► f32 ─► quantize ─► measure ─► pack ─► in order ──── channel ───► checksum ─► write ─► journal
 //! ```
 //!
-//! StripGranule and their order do not depend on the number of threads, so neither do the bytes. Memory
+//! Strips and their order do not depend on the number of threads, so neither do the bytes. Memory
 //! holds a window of strips; the values of one tensor (a byte each) only where its layout packs a
 //! matrix as a whole.
 
@@ -29,37 +29,37 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
-/// Sees a job advance.
+/// Receives the progress of a job.
 pub trait Progress: Sync {
-    /// Action on a tensor begins.
+    /// A tensor starts.
     fn tensor(&self, _name: &str) {}
-    /// This many more bytes of the input are done.
+    /// `_bytes` more bytes of the input are done.
     fn advance(&self, _bytes: u64) {}
 }
 
 impl Progress for () {}
 
-/// How a job runs.
+/// Options of a run.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
     /// Threads that quantize; 0 for one on each core.
     pub threads: usize,
     /// The loops.
     pub kernels: Kernels,
-    /// Who watches.
+    /// Receives the progress.
     pub progress: &'a dyn Progress,
-    /// Set to stop at the next strip; what is done stays for the next run.
+    /// Set to stop at the next strip; the next run resumes.
     pub interrupt: &'a AtomicBool,
-    /// What happens to a target that exists.
+    /// Whether an existing target is replaced.
     pub existing: Existing,
 }
 
-/// What became of one tensor.
+/// The result for one tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TensorReport {
     /// Its name in the output.
     pub name: String,
-    /// What it became: a precision, a float type, or `copied`.
+    /// The result: a precision, a float type, or `copied`.
     pub became: String,
     /// Wire layout, if it is quantized.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -71,13 +71,13 @@ pub struct TensorReport {
     pub weights: u64,
     /// Bytes in the output, scales and padding included.
     pub bytes: u64,
-    /// What quantization lost, if this run quantized it.
+    /// Quantization error, if this run quantized it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<ErrorStats>,
     /// Order-0 entropy of the values in bits, if this run quantized it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub entropy: Option<f64>,
-    /// What a person should know.
+    /// A note for the user.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,
 }
@@ -89,7 +89,7 @@ impl TensorReport {
     }
 }
 
-/// What became of the checkpoint.
+/// The result of a job.
 #[derive(Debug, Clone)]
 pub struct Summary {
     /// Tensors, in the order of the source.
@@ -106,8 +106,8 @@ pub struct Summary {
 
 /// Runs a job and writes `target`.
 ///
-/// An interrupted run (or a killed one) leaves its work beside the target; the same job goes on
-/// from there and ends with the same bytes. Any other failure leaves nothing behind.
+/// An interrupted or killed run leaves a partial file beside the target; the same job resumes from
+/// it and ends with the same bytes. Any other failure leaves nothing behind.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::SameFile`], [`Error::Interrupted`], [`Error::Tensor`] for weights
@@ -138,7 +138,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             .iter()
             .for_each(|folder| drop(fs::remove_dir(folder)));
     })?;
-    // From here on the writer's lock is ours, and so is the folder.
+    // The writer holds its lock from here on, so this process owns the folder.
     let clean = |error: Error| {
         if let (Some(folder), false) = (&folder, matches!(error, Error::Interrupted)) {
             let _ = fs::remove_dir_all(folder);
@@ -152,42 +152,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .filter_map(|note| serde_json::from_value(note.clone()).ok())
         .collect();
 
-    let (writer, outcome) = std::thread::scope(|scope| {
-        let (sender, receiver) = sync_channel::<WriterMessage>(4);
-        let thread = scope.spawn(move || {
-            let mut writer = writer;
-            for message in receiver {
-                if let Err(error) = message.apply(&mut writer) {
-                    return (writer, Err(error));
-                }
-            }
-            (writer, Ok(()))
-        });
-        let worked = pool.install(|| {
-            let mut fresh = vec![];
-            for tensor_job in &job.tensor_jobs[resumed.min(job.tensor_jobs.len())..] {
-                let worker = Worker {
-                    job,
-                    tensor_job,
-                    options,
-                    out: &sender,
-                };
-                fresh.push(worker.run()?);
-            }
-            Ok(fresh)
-        });
-        drop(sender);
-        // A thread that panicked has said why; there is nothing better to do than to go down with
-        // it.
-        let (writer, written) = thread
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        // What the system refused comes first: it is why the channel broke.
-        match (written, worked) {
-            (Err(error), _) => (writer, Err(Error::from(error))),
-            (Ok(()), outcome) => (writer, outcome),
-        }
-    });
+    let (writer, outcome) = work(job, options, &pool, writer, resumed);
     let fresh: Vec<TensorReport> = match outcome {
         Ok(fresh) => fresh,
         Err(error) => {
@@ -213,5 +178,51 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         input_bytes: job.input_bytes(),
         resumed,
         elapsed: start.elapsed(),
+    })
+}
+
+/// Processes the tensors after the first `resumed` on the threads of `pool`, while another thread
+/// writes. Returns the writer, which a failed job abandons.
+fn work(
+    job: &Job<'_>,
+    options: &Options<'_>,
+    pool: &rayon::ThreadPool,
+    writer: Writer,
+    resumed: usize,
+) -> (Writer, Result<Vec<TensorReport>>) {
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel::<WriterMessage>(4);
+        let thread = scope.spawn(move || {
+            let mut writer = writer;
+            for message in receiver {
+                if let Err(error) = message.apply(&mut writer) {
+                    return (writer, Err(error));
+                }
+            }
+            (writer, Ok(()))
+        });
+        let worked = pool.install(|| {
+            let mut fresh = vec![];
+            for tensor_job in &job.tensor_jobs[resumed.min(job.tensor_jobs.len())..] {
+                let worker = Worker {
+                    job,
+                    tensor_job,
+                    options,
+                    out: &sender,
+                };
+                fresh.push(worker.run()?);
+            }
+            Ok(fresh)
+        });
+        drop(sender);
+        // The panicking thread has printed why; pass the panic on.
+        let (writer, written) = thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // An error of the writer comes first: it is why the channel closed.
+        match (written, worked) {
+            (Err(error), _) => (writer, Err(Error::from(error))),
+            (Ok(()), outcome) => (writer, outcome),
+        }
     })
 }

@@ -4,14 +4,14 @@
 use crate::Result;
 use crate::rows::{strip_rows, windows};
 use bitnet_core::granule::{Granule, Importance};
-use bitnet_core::quantize::{fit, quantize_rows};
+use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::ErrorStats;
-use bitnet_core::{Granularity, Matrix, Scheme, ZeroPoints};
+use bitnet_core::{Granularity, Matrix, MatrixSpec, Scheme, ZeroPoints};
 use bitnet_kernels::Kernels;
 use rayon::prelude::*;
 
-/// A matrix in memory as one granule: the strips that a file would have, so that a tensor gets the
-/// same values here and there.
+/// A matrix in memory as one granule, in the strips of a streamed file, so that a tensor gets the
+/// same values both ways.
 struct InMemory<'a> {
     weights: &'a [f32],
     strip: usize,
@@ -37,8 +37,8 @@ impl Granule for InMemory<'_> {
 /// Quantizes `weights` of `[rows, cols]`. The values do not depend on the number of threads, and
 /// are those of [`crate::job::run`].
 ///
-/// `importance`, one number for each column, counts where [`Scheme::uses_importance`] says so, and
-/// is ignored elsewhere.
+/// `importance` has one number for each column. Schemes for which [`Scheme::uses_importance`] is
+/// false ignore it.
 pub fn quantize(
     kernels: Kernels,
     weights: &[f32],
@@ -110,6 +110,11 @@ pub fn quantize(
         })
         .collect();
     let strips = strips.into_iter().collect::<Result<Vec<_>, _>>()?;
+    Ok(join_strips(spec, &strips, fitted.as_ref()))
+}
+
+/// The strips of a matrix as one matrix; `fitted` has the granule of the tensor, if it is one.
+fn join_strips(spec: MatrixSpec, strips: &[Matrix], fitted: Option<&Fitted>) -> Matrix {
     let mut whole = Matrix {
         values: Vec::with_capacity(spec.values_len()),
         scales: vec![],
@@ -117,7 +122,7 @@ pub fn quantize(
         spec,
     };
     for plane in 0..whole.spec.planes {
-        for strip in &strips {
+        for strip in strips {
             let (values, scales) = (
                 strip.values.len() / strip.spec.planes,
                 strip.scales.len() / strip.spec.planes,
@@ -125,28 +130,28 @@ pub fn quantize(
             whole
                 .values
                 .extend_from_slice(&strip.values[plane * values..][..values]);
-            if scheme.granularity != Granularity::Tensor {
+            if fitted.is_none() {
                 whole
                     .scales
                     .extend_from_slice(&strip.scales[plane * scales..][..scales]);
             }
         }
-        if let Some(fitted) = &fitted {
+        if let Some(fitted) = fitted {
             whole.scales.push(fitted.scales[plane]);
         }
     }
     if whole.spec.zero_points != ZeroPoints::None {
-        match &fitted {
+        match fitted {
             Some(fitted) => whole.zero_points.push(fitted.zero_point),
             None => whole
                 .zero_points
                 .extend(strips.iter().flat_map(|s| &s.zero_points)),
         }
     }
-    Ok(whole)
+    whole
 }
 
-/// What a matrix lost against the weights it was made from.
+/// The quantization error of a matrix against its original weights.
 pub fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
     let (rows, cols) = (matrix.spec.rows, matrix.spec.cols);
     let mut error = ErrorStats::default();

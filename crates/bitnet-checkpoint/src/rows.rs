@@ -1,20 +1,21 @@
-//! WeightRows of a tensor as f32, read strip by strip from wherever they are.
+//! Rows of a tensor as f32, read strip by strip.
 
 use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
-use bitnet_formats::{Content, Source, Tensor};
+use bitnet_formats::{Content, Source, StoredId, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Weights of a strip, as far as whole rows allow: 1 MiB of f32.
 const STRIP_WEIGHTS: usize = 1 << 18;
-/// StripGranule for each thread that are in memory together: enough that no thread waits long for the
+/// Strips in memory for each thread: enough that no thread waits long for the
 /// slowest.
 const STRIPS_PER_THREAD: usize = 4;
-/// WeightRows of a tensor as f32, wherever they come from.
+
+/// Rows of a tensor as f32: stored floats or blocks, or dequantized values.
 pub(crate) struct WeightRows<'a> {
     source: &'a Source,
     from: RowSource<'a>,
@@ -27,11 +28,11 @@ pub(crate) struct WeightRows<'a> {
 
 #[derive(Clone, Copy)]
 enum RowSource<'a> {
-    Stored(usize),
+    Stored(StoredId),
     Matrix(&'a Matrix),
 }
 
-/// Buffers that a thread keeps.
+/// Buffers of one thread.
 #[derive(Default)]
 pub(crate) struct StripBuffers {
     pub(crate) bytes: Vec<u8>,
@@ -70,12 +71,12 @@ impl WeightRows<'_> {
     }
 }
 
-/// A tensor as one granule: its strips, read anew at each pass.
+/// A tensor as one granule: each pass reads its strips again.
 pub(crate) struct StripGranule<'a> {
     pub(crate) rows: &'a WeightRows<'a>,
-    /// WeightRows of a strip.
+    /// Rows of a strip.
     pub(crate) strip: usize,
-    /// Set to stop.
+    /// Set to stop the pass.
     pub(crate) interrupt: &'a AtomicBool,
 }
 
@@ -126,8 +127,8 @@ pub(crate) fn thread_pool(n: usize) -> Result<rayon::ThreadPool> {
         .map_err(|e| Error::Recipe(format!("{n} threads: {e}")))
 }
 
-/// Row ranges of `strip` rows, as many at a time as the current threads can chew. Results are
-/// joined in the order of the strips, so what is computed does not depend on that number.
+/// Row ranges of `strip` rows, in windows that occupy all current threads. Results are joined in
+/// the order of the strips, so they do not depend on the number of threads.
 pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
     let strips = count.div_ceil(strip);
     let window = STRIPS_PER_THREAD * rayon::current_num_threads();
@@ -138,7 +139,7 @@ pub(crate) fn windows(count: usize, strip: usize) -> impl Iterator<Item = Vec<Ra
     })
 }
 
-/// WeightRows of a strip.
+/// Rows of a strip.
 pub(crate) fn strip_rows(cols: usize) -> usize {
     (STRIP_WEIGHTS / cols.max(1)).max(1)
 }
@@ -168,7 +169,7 @@ pub(crate) fn with_rows<T>(
     let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
     match &tensor.content {
         Content::Float(stored) | Content::Opaque(stored) => {
-            let blocks = source.stored[*stored].dtype.block() > 1;
+            let blocks = source.stored(*stored).dtype.block() > 1;
             let cols = if blocks {
                 tensor.shape.last().copied().unwrap_or(1)
             } else {

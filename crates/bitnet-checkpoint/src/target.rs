@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-/// The target must not be what is read or a folder around it, and must not exist unless it may be
-/// replaced. Of folders only models may, and only by folders.
+/// Rejects a target that is the input or a parent of it, or that exists without `--force`. A
+/// directory may be replaced only if it is a model directory, and only by another one.
 pub(crate) fn check_target(
     source: &Source,
     folder: bool,
@@ -19,7 +19,7 @@ pub(crate) fn check_target(
     if let Ok(target_path) = fs::canonicalize(target) {
         let inside =
             |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
-        if inside(&source.path) || source.files.iter().any(|f| inside(&f.path)) {
+        if inside(source.path()) || source.files().iter().any(|f| inside(&f.path)) {
             return Err(Error::SameFile {
                 path: target.to_path_buf(),
             });
@@ -47,7 +47,7 @@ pub(crate) fn check_target(
     Ok(())
 }
 
-/// Fills the folder with the other files of the model and gives it its name.
+/// Writes the other files of the model into the folder and renames it to the target.
 pub(crate) fn place_folder(
     folder: &Path,
     sidecars: &BTreeMap<String, Sidecar>,
@@ -55,7 +55,7 @@ pub(crate) fn place_folder(
     existing: Existing,
 ) -> Result<()> {
     use bitnet_formats::Error as FileError;
-    // What a killed run of another model left is not part of this one.
+    // Files that a killed run of another model left do not belong to this one.
     for entry in fs::read_dir(folder)
         .map_err(FileError::io(folder, "list"))?
         .filter_map(|e| e.ok())
@@ -80,7 +80,7 @@ pub(crate) fn place_folder(
     Ok(replace::place_folder(folder, target, existing)?)
 }
 
-/// Whether a folder holds a model and nothing else: files beside a config.json and weights.
+/// Whether a folder is a model folder: only files, among them config.json and weights.
 fn is_model_folder(path: &Path) -> bool {
     let Ok(entries) = fs::read_dir(path) else {
         return false;

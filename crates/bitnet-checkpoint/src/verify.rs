@@ -1,27 +1,27 @@
-//! Proof that a file holds the bytes that were written.
+//! Checks that a file holds the bytes that were written.
 
 use crate::{Error, Result};
 use bitnet_formats::document::{self, Checksum, Document};
-use bitnet_formats::{Content, Source};
+use bitnet_formats::{Content, Source, StoredId};
 use rayon::prelude::*;
 
-/// What is wrong with one part of a file.
+/// A damaged part of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {
     /// The stored tensor, or `document`.
     pub part: String,
-    /// What was found.
+    /// Expected and found.
     pub what: String,
 }
 
-/// What [`verify`] found.
+/// The result of [`verify`].
 #[derive(Debug, Clone)]
 pub struct Verification {
     /// Stored tensors whose checksum was computed.
     pub checked: usize,
     /// Bytes read.
     pub bytes: u64,
-    /// Everything that is not as it was written; empty if the file is whole.
+    /// The damaged parts; empty if the file is as written.
     pub damage: Vec<Damage>,
 }
 
@@ -31,9 +31,9 @@ pub struct Verification {
 /// # Errors
 /// [`Error::File`] if the file carries no checksums, or cannot be read.
 pub fn verify(source: &Source) -> Result<Verification> {
-    let Some(document) = &source.document else {
+    let Some(document) = source.document() else {
         return Err(bitnet_formats::Error::file(
-            &source.path,
+            source.path(),
             "a file with checksums in a bitnet.document",
             "none",
         )
@@ -42,11 +42,9 @@ pub fn verify(source: &Source) -> Result<Verification> {
     let mut damage = vec![];
     check_digest(source, document, &mut damage);
     check_surroundings(source, document, &mut damage)?;
-    let sums: Vec<Result<String>> = (0..source.stored.len())
-        .into_par_iter()
-        .map(|i| checksum(source, i))
-        .collect();
-    for (stored, sum) in source.stored.iter().zip(sums) {
+    let ids: Vec<StoredId> = source.stored_ids().collect();
+    let sums: Vec<Result<String>> = ids.par_iter().map(|&id| checksum(source, id)).collect();
+    for (stored, sum) in source.stored_tensors().iter().zip(sums) {
         let sum = sum?;
         match document.checksums.get(&stored.name) {
             Some(expected) if *expected == sum => {}
@@ -70,7 +68,7 @@ pub fn verify(source: &Source) -> Result<Verification> {
             what: "expected a stored tensor, got none".into(),
         });
     }
-    for tensor in &source.tensors {
+    for tensor in source.tensors() {
         let Content::Quantized(q) = &tensor.content else {
             continue;
         };
@@ -82,8 +80,8 @@ pub fn verify(source: &Source) -> Result<Verification> {
         }
     }
     Ok(Verification {
-        checked: source.stored.len(),
-        bytes: source.stored.iter().map(|s| s.len).sum(),
+        checked: source.stored_tensors().len(),
+        bytes: source.stored_tensors().iter().map(|s| s.len).sum(),
         damage,
     })
 }
@@ -91,7 +89,7 @@ pub fn verify(source: &Source) -> Result<Verification> {
 fn check_digest(source: &Source, document: &Document, damage: &mut Vec<Damage>) {
     let got = document.compute_digest(
         source
-            .stored
+            .stored_tensors()
             .iter()
             .map(|s| (s.name.as_str(), s.dtype.to_string(), &s.shape[..])),
     );
@@ -109,7 +107,7 @@ fn check_surroundings(
     document: &Document,
     damage: &mut Vec<Damage>,
 ) -> Result<()> {
-    let path = &source.files[0].path;
+    let path = &source.files()[0].path;
     let got = document::metadata_checksum(&source.container()).map_err(|error| {
         bitnet_formats::Error::Gguf {
             path: path.clone(),
@@ -124,7 +122,7 @@ fn check_surroundings(
     }
     let folder = path.parent().unwrap_or(std::path::Path::new("."));
     for (name, expected) in &document.files {
-        // A name from a file: never a way out of the folder.
+        // The name comes from a file: it must not lead out of the folder.
         let plain = std::path::Path::new(name)
             .file_name()
             .is_some_and(|n| n == name.as_str());
@@ -143,8 +141,8 @@ fn check_surroundings(
     Ok(())
 }
 
-fn checksum(source: &Source, stored: usize) -> Result<String> {
-    let len = source.stored[stored].len;
+fn checksum(source: &Source, stored: StoredId) -> Result<String> {
+    let len = source.stored(stored).len;
     let mut buffer = vec![0; len.min(1 << 20) as usize];
     let mut sum = Checksum::default();
     let mut at = 0;

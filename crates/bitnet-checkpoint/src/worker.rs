@@ -1,5 +1,5 @@
-//! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the writer
-//! thread in order.
+//! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the
+//! writer thread in order.
 
 use crate::job::{Options, TensorReport};
 use crate::plan::{Action, Job, Pack, TensorJob};
@@ -10,7 +10,7 @@ use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
-use bitnet_formats::output::Writer;
+use bitnet_formats::output::{OutputId, Writer};
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
 use rayon::prelude::*;
@@ -18,15 +18,15 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
-/// Weights that are reconstructed and measured at a time.
+/// Weights reconstructed and measured at a time.
 const MEASURED: usize = 1 << 14;
 /// Bytes of one piece of a copied tensor.
 const COPY_BYTES: usize = 4 << 20;
 
-/// What the writer thread is told.
+/// A message to the writer thread.
 pub(crate) enum WriterMessage {
-    Append(usize, Vec<u8>),
-    End(usize),
+    Append(OutputId, Vec<u8>),
+    End(OutputId),
     Layout(String, &'static str),
     Commit(serde_json::Value),
 }
@@ -54,7 +54,7 @@ pub(crate) struct Worker<'a> {
 
 impl Worker<'_> {
     fn send(&self, message: WriterMessage) -> Result<()> {
-        // The writer is gone only after an error of its own, which then counts.
+        // The writer thread ends early only after an error of its own, which `run` returns.
         self.out.send(message).map_err(|_| Error::Interrupted)
     }
 
@@ -70,7 +70,8 @@ impl Worker<'_> {
         let Some(index) = self.tensor_job.tensor else {
             return;
         };
-        let bytes = self.job.source.tensors[index].bytes(self.job.source);
+        let source = self.job.source;
+        let bytes = source.bytes_of(source.tensor(index));
         self.options
             .progress
             .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
@@ -79,15 +80,9 @@ impl Worker<'_> {
     fn error(&self, error: Error) -> Error {
         match (error, self.tensor_job.tensor) {
             (Error::Core(source), Some(index)) => {
-                let tensor = &self.job.source.tensors[index];
-                let path = tensor
-                    .stored()
-                    .first()
-                    .map_or(self.job.source.path.as_path(), |&i| {
-                        self.job.source.file_of(i)
-                    });
+                let tensor = self.job.source.tensor(index);
                 Error::Tensor {
-                    path: path.to_path_buf(),
+                    path: self.job.source.file_of_tensor(tensor).to_path_buf(),
                     tensor: tensor.name.clone(),
                     source,
                 }
@@ -116,7 +111,7 @@ impl Worker<'_> {
         let weights = self
             .tensor_job
             .tensor
-            .map_or(bytes / 4, |i| self.job.source.tensors[i].elements() as u64);
+            .map_or(bytes / 4, |i| self.job.source.tensor(i).elements() as u64);
         TensorReport {
             name: self.tensor_job.name.clone(),
             became: became.to_string(),
@@ -141,11 +136,11 @@ impl Worker<'_> {
         let Some(index) = self.tensor_job.tensor else {
             return Ok(self.report("nothing", 0));
         };
-        let tensor = &source.tensors[index];
+        let tensor = source.tensor(index);
         let Some(&stored) = tensor.stored().first() else {
             return Ok(self.report("nothing", 0));
         };
-        let len = source.stored[stored].len;
+        let len = source.stored(stored).len;
         let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
         let mut buffer = vec![];
         let send = |buffer: &mut Vec<u8>| -> Result<()> {
@@ -179,7 +174,7 @@ impl Worker<'_> {
             }
         }
         self.send(WriterMessage::End(self.tensor_job.data))?;
-        Ok(self.report(format!("copied {}", source.stored[stored].dtype), len))
+        Ok(self.report(format!("copied {}", source.stored(stored).dtype), len))
     }
 
     /// Calls `f` with the rows of the tensor.
@@ -188,7 +183,7 @@ impl Worker<'_> {
         match self.tensor_job.tensor {
             Some(index) => with_rows(
                 source,
-                &source.tensors[index],
+                source.tensor(index),
                 self.tensor_job.rows.as_deref(),
                 f,
             ),
@@ -278,104 +273,72 @@ impl Worker<'_> {
             }
             _ => None,
         };
-        let mut whole = (chunk.is_none()).then(|| vec![0i8; spec.values_len()]);
-        let mut scales = vec![0.0f32; spec.scales_len()];
-        let mut zeros = vec![
-            0.0f32;
-            if spec.zero_points == ZeroPoints::None {
-                0
-            } else {
-                spec.scales_len()
-            }
-        ];
-        let mut error = ErrorStats::default();
-        let mut histogram = CodeHistogram::default();
-        let mut packed_bytes = 0;
+        let strips = StripJob {
+            pack,
+            scheme,
+            rows,
+            fitted: fitted.as_ref(),
+            pack_strips: chunk.is_some(),
+        };
+        let mut done = AssembledTensor::new(spec, chunk.is_none());
         for window in windows(if spec.cols == 0 { 0 } else { spec.rows }, strip) {
             self.check_interrupt()?;
             let parts: Vec<Result<QuantizedStrip>> = window
                 .into_par_iter()
-                .map_init(StripBuffers::default, |scratch, range| {
-                    self.quantize_strip(
-                        pack,
-                        scheme,
-                        rows,
-                        fitted.as_ref(),
-                        chunk.is_some(),
-                        range,
-                        scratch,
-                    )
+                .map_init(StripBuffers::default, |buffers, range| {
+                    self.quantize_strip(&strips, range, buffers)
                 })
                 .collect();
             for part in parts {
                 let part = part?;
-                let (count, first) = (part.matrix.spec.rows, part.first_row);
-                error = error.merge(part.error);
-                histogram.merge(&part.histogram);
-                if let Some(whole) = &mut whole {
-                    for plane in 0..spec.planes {
-                        let from =
-                            &part.matrix.values[plane * count * spec.cols..][..count * spec.cols];
-                        whole[(plane * spec.rows + first) * spec.cols..][..from.len()]
-                            .copy_from_slice(from);
-                    }
-                } else {
-                    packed_bytes += part.packed.len() as u64;
+                done.add(spec, &part);
+                self.advance(part.matrix.spec.rows, spec.rows);
+                if chunk.is_some() {
                     self.send(WriterMessage::Append(self.tensor_job.data, part.packed))?;
                 }
-                place_granules(spec, first, &part.matrix.scales, &mut scales);
-                place_granules(spec, first, &part.matrix.zero_points, &mut zeros);
-                self.advance(count, spec.rows);
             }
         }
         if spec.weights_len() == 0 {
-            whole = Some(vec![]);
+            done.values = Some(vec![]);
         }
         let mut layout = pack.layout;
-        if let Some(values) = whole {
-            let bytes = self.pack_whole(pack, &values, &scales, &mut layout)?;
-            packed_bytes += bytes.len() as u64;
+        if let Some(values) = &done.values {
+            let bytes = self.pack_whole(pack, values, &done.scales, &mut layout)?;
+            done.packed_bytes += bytes.len() as u64;
             self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
         }
-        let bytes = packed_bytes + self.finish_matrix(pack, &scales, &zeros)?;
+        let bytes = done.packed_bytes + self.finish_matrix(pack, &done.scales, &done.zeros)?;
         let mut report = self.packed_report(pack, layout, bytes);
-        report.error = Some(error);
-        report.entropy = Some(histogram.entropy_bits());
+        report.error = Some(done.error);
+        report.entropy = Some(done.histogram.entropy_bits());
         Ok(report)
     }
 
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "one call site; a struct would only rename the arguments"
-    )]
     fn quantize_strip(
         &self,
-        pack: &Pack,
-        scheme: &Scheme,
-        rows: &WeightRows<'_>,
-        fitted: Option<&Fitted>,
-        packed_by_strip: bool,
+        job: &StripJob<'_>,
         range: Range<usize>,
-        scratch: &mut StripBuffers,
+        buffers: &mut StripBuffers,
     ) -> Result<QuantizedStrip> {
-        let first_row = range.start;
-        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+        let (pack, first_row) = (job.pack, range.start);
+        job.rows
+            .read(range, &mut buffers.bytes, &mut buffers.weights)?;
         let cols = pack.spec.cols;
-        let h = pack.importance.as_deref().filter(|_| fitted.is_none());
+        let h = pack.importance.as_deref().filter(|_| job.fitted.is_none());
         let mut matrix = quantize_rows(
             &self.options.kernels,
-            &scratch.weights,
+            &buffers.weights,
             cols,
             first_row,
-            scheme,
-            fitted,
+            job.scheme,
+            job.fitted,
             h,
         )?;
         let mut error = ErrorStats::default();
-        scratch.back.resize(cols.min(MEASURED), 0.0);
-        for (row, weights) in scratch.weights.chunks(cols).enumerate() {
+        buffers.back.resize(cols.min(MEASURED), 0.0);
+        for (row, weights) in buffers.weights.chunks(cols).enumerate() {
             for (part, weights) in weights.chunks(MEASURED).enumerate() {
-                let back = &mut scratch.back[..weights.len()];
+                let back = &mut buffers.back[..weights.len()];
                 matrix.dequantize_part_into(row, part * MEASURED, back);
                 error = error.merge(ErrorStats::measure(weights, back));
             }
@@ -383,7 +346,7 @@ impl Worker<'_> {
         let mut histogram = CodeHistogram::default();
         histogram.add(&matrix.values);
         let mut packed = vec![];
-        if let (Some(layout), true) = (pack.layout, packed_by_strip) {
+        if let (Some(layout), true) = (pack.layout, job.pack_strips) {
             stream::pack(
                 self.options.kernels,
                 &Pool::single(),
@@ -406,7 +369,7 @@ impl Worker<'_> {
 
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
-        let Some(tensor) = self.tensor_job.tensor.map(|i| &source.tensors[i]) else {
+        let Some(tensor) = self.tensor_job.tensor.map(|i| source.tensor(i)) else {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
@@ -476,12 +439,12 @@ impl Worker<'_> {
         }
     }
 
-    /// Writes scales and zero points where they are stored apart, and ends the written tensors.
-    /// Returns the bytes written.
+    /// Writes scales and zero points that are stored as tensors of their own, and ends the written
+    /// tensors. Returns the bytes written.
     fn finish_matrix(&self, pack: &Pack, scales: &[f32], zeros: &[f32]) -> Result<u64> {
         self.send(WriterMessage::End(self.tensor_job.data))?;
         let mut total = 0;
-        let mut put = |index: usize, bytes: Vec<u8>| -> Result<()> {
+        let mut put = |index: OutputId, bytes: Vec<u8>| -> Result<()> {
             total += bytes.len() as u64;
             self.send(WriterMessage::Append(index, bytes))?;
             self.send(WriterMessage::End(index))
@@ -527,17 +490,73 @@ impl Worker<'_> {
     }
 }
 
+/// What the strips of a tensor share.
+struct StripJob<'a> {
+    pack: &'a Pack,
+    scheme: &'a Scheme,
+    rows: &'a WeightRows<'a>,
+    /// The parameters of a tensor with one granule.
+    fitted: Option<&'a Fitted>,
+    /// Whether each strip is packed on its own.
+    pack_strips: bool,
+}
+
+/// The strips of a tensor put together.
+struct AssembledTensor {
+    /// The values; `None` if each strip is packed on its own.
+    values: Option<Vec<i8>>,
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+    error: ErrorStats,
+    histogram: CodeHistogram,
+    packed_bytes: u64,
+}
+
+impl AssembledTensor {
+    fn new(spec: &MatrixSpec, keep_values: bool) -> Self {
+        let zeros = match spec.zero_points {
+            ZeroPoints::None => 0,
+            ZeroPoints::I8 | ZeroPoints::F32 => spec.scales_len(),
+        };
+        Self {
+            values: keep_values.then(|| vec![0; spec.values_len()]),
+            scales: vec![0.0; spec.scales_len()],
+            zeros: vec![0.0; zeros],
+            error: ErrorStats::default(),
+            histogram: CodeHistogram::default(),
+            packed_bytes: 0,
+        }
+    }
+
+    /// Copies a strip to its place.
+    fn add(&mut self, spec: &MatrixSpec, strip: &QuantizedStrip) {
+        let (count, first) = (strip.matrix.spec.rows, strip.first_row);
+        self.error = self.error.merge(strip.error);
+        self.histogram.merge(&strip.histogram);
+        self.packed_bytes += strip.packed.len() as u64;
+        if let Some(values) = &mut self.values {
+            for plane in 0..spec.planes {
+                let from = &strip.matrix.values[plane * count * spec.cols..][..count * spec.cols];
+                values[(plane * spec.rows + first) * spec.cols..][..from.len()]
+                    .copy_from_slice(from);
+            }
+        }
+        place_granules(spec, first, &strip.matrix.scales, &mut self.scales);
+        place_granules(spec, first, &strip.matrix.zero_points, &mut self.zeros);
+    }
+}
+
 /// A quantized strip.
 struct QuantizedStrip {
     first_row: usize,
     packed: Vec<u8>,
-    /// Its values are gone if it is packed.
+    /// Its values are empty if the strip is packed.
     matrix: Matrix,
     error: ErrorStats,
     histogram: CodeHistogram,
 }
 
-/// Copies the granules of a strip that begins at `first_row` to their place among all of them.
+/// Copies the scales or zero points of a strip that begins at `first_row` into those of the matrix.
 fn place_granules(spec: &MatrixSpec, first_row: usize, strip: &[f32], all: &mut [f32]) {
     let per_plane = (strip.len() / spec.planes, all.len() / spec.planes);
     let first = if spec.granularity == Granularity::Tensor {

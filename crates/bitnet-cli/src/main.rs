@@ -1,73 +1,82 @@
 //! The program `bitnet`. Exit status: 0 done, 1 the answer is no, 2 bad usage or bad input, 130
-//! interrupted.
+//! interrupted. Where the reader of stdout has closed it, the program ends quietly.
 
 mod args;
+mod bench;
 mod commands;
+mod demo;
+mod generation;
 mod job;
-mod model;
 mod print;
+mod progress;
+mod report;
+mod target;
 #[cfg(feature = "train")]
-mod train;
+mod training_bar;
+mod usage;
 
+use anyhow::Context;
 use args::{Cli, Command};
 use clap::Parser;
-use std::io::Write;
+use print::{Answer, Output};
+use std::io;
 use std::process::ExitCode;
-
-/// What a command that ran to its end answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Answer {
-    /// Done, or yes.
-    Yes,
-    /// A gate failed, or the file is damaged.
-    No,
-}
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) if error.use_stderr() => return fail(&usage(&error)),
-        Err(help) => help.exit(),
+        Err(error) if usage::is_request(&error) => {
+            let result = usage::print(&error).context(print::CANNOT_WRITE);
+            return status(result.map(|()| Answer::Yes));
+        }
+        Err(error) => return fail(&anyhow::anyhow!(usage::line(&error))),
     };
-    let mut out = print::Output::new(cli.json);
-    let result = match &cli.command {
-        Command::Quantize(args) => commands::quantize::run(args, &mut out),
-        Command::Inspect(args) => commands::inspect::run(args, &mut out),
-        Command::Convert(args) => commands::convert::run(args, &mut out),
-        Command::Dequantize(args) => commands::dequantize::run(args, &mut out),
-        Command::Compare(args) => commands::compare::run(args, &mut out),
-        Command::Verify(args) => commands::verify::run(args, &mut out),
-        Command::Run(args) => commands::run::run(args, &mut out),
-        Command::Chat(args) => commands::chat::run(args, &mut out),
-        Command::Perplexity(args) => commands::perplexity::run(args, &mut out),
-        Command::Bench(args) => commands::bench::run(args, &mut out),
+    let mut out = Output::new(cli.json);
+    status(
+        run(&cli.command, &mut out).and_then(|answer| match out.flush() {
+            // The answer stands, whether or not somebody reads the figures.
+            Err(error) if is_closed_pipe(&error) => Ok(answer),
+            written => written.map(|()| answer),
+        }),
+    )
+}
+
+fn run(command: &Command, out: &mut Output) -> anyhow::Result<Answer> {
+    match command {
+        Command::Quantize(args) => commands::quantize::run(args, out),
+        Command::Inspect(args) => commands::inspect::run(args, out),
+        Command::Convert(args) => commands::convert::run(args, out),
+        Command::Dequantize(args) => commands::dequantize::run(args, out),
+        Command::Compare(args) => commands::compare::run(args, out),
+        Command::Verify(args) => commands::verify::run(args, out),
+        Command::Run(args) => commands::run::run(args, out),
+        Command::Chat(args) => commands::chat::run(args, out),
+        Command::Perplexity(args) => commands::perplexity::run(args, out),
+        Command::Bench(args) => commands::bench::run(args, out),
         #[cfg(feature = "train")]
-        Command::Train(args) => commands::train::run(args, &mut out),
-        Command::Demo(args) => commands::demo::run(args, &mut out),
-    };
+        Command::Train(args) => commands::train::run(args, out),
+        Command::Demo(args) => commands::demo::run(args, out),
+        Command::Completions(args) => commands::completions::run(args, out),
+        Command::Manual(args) => commands::manual::run(args, out),
+    }
+}
+
+/// The exit status, after one line on stderr if there is an error.
+fn status(result: anyhow::Result<Answer>) -> ExitCode {
     match result {
-        Ok(answer) => match out.flush() {
-            Ok(()) if answer == Answer::Yes => ExitCode::SUCCESS,
-            Ok(()) => ExitCode::from(1),
-            // Whoever reads our output has seen enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                ExitCode::from(u8::from(answer == Answer::No))
-            }
-            Err(error) => fail(&error.into()),
-        },
+        Ok(Answer::Yes) => ExitCode::SUCCESS,
+        Ok(Answer::No) => ExitCode::from(1),
+        // A generation whose reader has read enough.
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
 }
 
-/// What is wrong with the command line, in one line: clap says it in the first paragraph.
-fn usage(error: &clap::Error) -> anyhow::Error {
-    let text = error.to_string();
-    let lines = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.is_empty() && !line.starts_with("Usage:"));
-    let line = lines.collect::<Vec<_>>().join(" ");
-    anyhow::anyhow!("{}; see --help", line.trim_start_matches("error: "))
+/// Only stdout is a pipe that the program writes to.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// One line on stderr, and the exit status.
@@ -80,7 +89,12 @@ fn fail(error: &anyhow::Error) -> ExitCode {
         Some(bitnet_inference::Error::Interrupted)
     );
     // The messages of the crates hold their causes already; a chain would say everything twice.
-    let line = print::printable(&error.to_string().replace('\n', " "));
-    let _ = writeln!(std::io::stderr(), "error: {line}");
+    // An error of the system has no words of its own around it.
+    let cause = match error.downcast_ref::<io::Error>() {
+        Some(cause) if cause.to_string() != error.to_string() => format!(": {cause}"),
+        _ => String::new(),
+    };
+    let line = print::printable(&format!("{error}{cause}").replace('\n', " "));
+    print::stderr_line(format!("error: {line}"));
     ExitCode::from(if interrupted { 130 } else { 2 })
 }

@@ -1,8 +1,31 @@
 //! The one place that prints results: tables for people, one JSON document for programs.
 
+use anyhow::Context;
 use std::io::{self, Write};
 
-/// Collects what a command prints; nothing is printed twice, and nothing half.
+/// What a command that ran to its end answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// Done, or yes.
+    Yes,
+    /// A gate failed, or the file is damaged.
+    No,
+}
+
+/// What an error of stdout begins with.
+pub(crate) const CANNOT_WRITE: &str = "cannot write to stdout";
+
+/// A note on stderr. Where stderr cannot be written, the note is lost and nothing else happens.
+pub(crate) fn note(text: impl AsRef<str>) {
+    stderr_line(format!("note: {}", printable(text.as_ref())));
+}
+
+/// A line on stderr, if it can be written.
+pub(crate) fn stderr_line(line: impl AsRef<str>) {
+    let _ = writeln!(io::stderr(), "{}", line.as_ref());
+}
+
+/// Collects what a command prints, so that a command that fails prints nothing.
 pub(crate) struct Output {
     json: bool,
     text: String,
@@ -24,22 +47,21 @@ impl Output {
         self.text.push('\n');
     }
 
-    /// Text of a model for people, at once: not escaped but for control characters other than line
-    /// feeds and tabs.
-    pub(crate) fn stream(&mut self, text: &str) -> io::Result<()> {
+    /// Prints the text of a model at once. Of control characters only line feeds and tabs are
+    /// printed as they are.
+    pub(crate) fn stream(&mut self, text: &str) -> anyhow::Result<()> {
         if self.json {
             return Ok(());
         }
-        let mut out = io::stdout().lock();
-        let keep = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
-        text.chars().try_for_each(|c| {
-            if keep(c) {
-                write!(out, "{c}")
+        let mut shown = String::new();
+        for c in text.chars() {
+            if !c.is_control() || matches!(c, '\n' | '\t') {
+                shown.push(c);
             } else {
-                write!(out, "{}", c.escape_default())
+                shown.extend(c.escape_default());
             }
-        })?;
-        out.flush()
+        }
+        self.raw(shown.as_bytes())
     }
 
     /// A table for people.
@@ -54,13 +76,21 @@ impl Output {
         self.document = Some(document);
     }
 
-    pub(crate) fn flush(&mut self) -> io::Result<()> {
+    /// Bytes as they are, for people and programs alike.
+    pub(crate) fn raw(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         let mut out = io::stdout().lock();
-        match &self.document {
-            Some(document) if self.json => writeln!(out, "{document:#}"),
-            _ => out.write_all(self.text.as_bytes()),
-        }?;
-        out.flush()
+        out.write_all(bytes)
+            .and_then(|()| out.flush())
+            .context(CANNOT_WRITE)
+    }
+
+    /// Prints what was collected.
+    pub(crate) fn flush(&mut self) -> anyhow::Result<()> {
+        let text = match &self.document {
+            Some(document) if self.json => format!("{document:#}\n"),
+            _ => std::mem::take(&mut self.text),
+        };
+        self.raw(text.as_bytes())
     }
 }
 

@@ -214,7 +214,7 @@ fn gates_of_compare() {
         let failed = run(fail).is(1).json()["failed"].clone();
         assert!(
             !failed.as_array().unwrap().is_empty()
-                && failed[0].as_str().unwrap().contains("against"),
+                && failed[0].as_str().unwrap().contains("the limit"),
             "{gate} {failed}"
         );
     }

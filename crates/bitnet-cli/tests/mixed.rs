@@ -286,8 +286,9 @@ fn a_calibration_weighs_the_errors() {
     let source = bitnet_formats::Source::open(&dir.at("in.safetensors")).unwrap();
     let weights = {
         let (mut bytes, mut out) = (vec![], vec![0.0; 32 * 256]);
+        let first = source.stored_ids().next().unwrap();
         source
-            .read_floats(0, 0..32 * 256, &mut bytes, &mut out)
+            .read_floats(first, 0..32 * 256, &mut bytes, &mut out)
             .unwrap();
         out
     };

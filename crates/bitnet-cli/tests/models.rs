@@ -1,4 +1,4 @@
-//! Commands that run models, on the committed one and on shapes with made-up weights.
+//! Commands that run models, on the committed one and on shapes with synthetic weights.
 
 mod common;
 

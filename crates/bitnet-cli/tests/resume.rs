@@ -129,10 +129,7 @@ fn ctrl_c_leaves_work_that_the_next_run_takes_over() {
     for name in ["-INT", "-TERM"] {
         let (status, err) = stop_after(&dir, &args("out.safetensors"), JOURNAL, 1, name);
         assert_eq!(status, Some(130), "{err}");
-        assert_eq!(
-            err,
-            "error: interrupted; the same command goes on from here\n"
-        );
+        assert_eq!(err, "error: interrupted; run the same command to resume\n");
         assert!(
             dir.at(JOURNAL).exists()
                 && dir.at(PARTIAL).exists()

@@ -55,7 +55,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && clip != Clip::Search {
         return Err(crate::Error::Scheme(format!(
-            "importance with clip {clip:?}; only Search uses it"
+            "importance with clip {clip}; only search uses it"
         ))
         .into());
     }

@@ -21,7 +21,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && split != BinarySplit::Optimal {
         return Err(Error::Scheme(format!(
-            "importance with binary split {split:?}; only Optimal uses it"
+            "importance with binary split {split}; only optimal uses it"
         ))
         .into());
     }

@@ -320,7 +320,8 @@ impl Matrix {
                     } else if *found[to].get_or_insert(scale) != scale {
                         let other = found[to].unwrap_or(scale);
                         return Err(Error::Scheme(format!(
-                            "one scale for each {granularity}: row {row}, column {start} has {:e}, others {:e}",
+                            "one scale for each {granularity}: row {row}, column {start} has {:e}, \
+                             others {:e}",
                             scale.0, other.0
                         )));
                     }

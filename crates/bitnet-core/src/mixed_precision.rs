@@ -16,7 +16,12 @@ pub enum LayerType {
     Normalization,
 }
 
-named!(LayerType, "layer type", { Linear = "linear", Convolution = "convolution", Embedding = "embedding", Normalization = "normalization" });
+named!(LayerType, "layer type", {
+    Linear = "linear",
+    Convolution = "convolution",
+    Embedding = "embedding",
+    Normalization = "normalization",
+});
 
 /// Parts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -29,7 +34,11 @@ pub enum ComponentType {
     Bias,
 }
 
-named!(ComponentType, "component", { Weights = "weights", Activations = "activations", Bias = "bias" });
+named!(ComponentType, "component", {
+    Weights = "weights",
+    Activations = "activations",
+    Bias = "bias",
+});
 
 impl LayerType {
     /// The precision of a component by default; `None`: it stays float.

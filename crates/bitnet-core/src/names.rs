@@ -127,10 +127,10 @@ macro_rules! as_string {
             fn deserialize<D: $crate::names::serde::Deserializer<'de>>(
                 deserializer: D,
             ) -> ::std::result::Result<Self, D::Error> {
-                let name = <::std::borrow::Cow<'_, str> as $crate::names::serde::Deserialize>::deserialize(
-                    deserializer,
-                )?;
-                name.parse().map_err($crate::names::serde::de::Error::custom)
+                let name: ::std::borrow::Cow<'_, str> =
+                    $crate::names::serde::Deserialize::deserialize(deserializer)?;
+                name.parse()
+                    .map_err($crate::names::serde::de::Error::custom)
             }
         }
     };

@@ -19,7 +19,14 @@ pub enum Precision {
     Int8,
 }
 
-named!(Precision, "precision", { Binary = "binary", Ternary = "ternary", Int2 = "int2", Int3 = "int3", Int4 = "int4", Int8 = "int8" });
+named!(Precision, "precision", {
+    Binary = "binary",
+    Ternary = "ternary",
+    Int2 = "int2",
+    Int3 = "int3",
+    Int4 = "int4",
+    Int8 = "int8",
+});
 
 impl Precision {
     /// Smallest and largest value.

@@ -84,7 +84,11 @@ pub fn fit_trits<G: Granule + ?Sized>(
         scale,
     } = scheme.method
     else {
-        return Err(Error::Scheme(format!("one trit plane asked of {:?}", scheme.method)).into());
+        return Err(Error::Scheme(format!(
+            "a scheme of one trit plane is needed, not {:?}",
+            scheme.method
+        ))
+        .into());
     };
     if !sizes.sum.is_finite() {
         return not_finite(granule);

@@ -18,7 +18,11 @@ pub enum Rounding {
     HalfUp,
 }
 
-named!(Rounding, "rounding", { HalfEven = "half-even", HalfAway = "half-away", HalfUp = "half-up" });
+named!(Rounding, "rounding", {
+    HalfEven = "half-even",
+    HalfAway = "half-away",
+    HalfUp = "half-up",
+});
 
 impl Rounding {
     /// The integer that `x` becomes.
@@ -318,7 +322,7 @@ impl Scheme {
                 }
                 if n > 1 && threshold != Threshold::Optimal {
                     return Err(Error::Scheme(format!(
-                        "{n} trit planes with threshold {threshold:?}; several planes need Optimal"
+                        "{n} trit planes with threshold {threshold}; several planes need optimal"
                     )));
                 }
                 planes = n;
@@ -332,7 +336,7 @@ impl Scheme {
                 split,
             } => {
                 return Err(Error::Scheme(format!(
-                    "stochastic binary with split {split:?}; it needs Zero"
+                    "stochastic binary with split {split}; it needs zero"
                 )));
             }
             Method::Binary { .. } => zero_points = ZeroPoints::F32,

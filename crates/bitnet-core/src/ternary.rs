@@ -19,7 +19,7 @@ pub(crate) fn fit<G: Granule + ?Sized>(
 ) -> Result<Fitted, G::Error> {
     if importance.is_some() && threshold != Threshold::Optimal {
         return Err(Error::Scheme(format!(
-            "importance with threshold {threshold:?}; only Optimal uses it"
+            "importance with threshold {threshold}; only optimal uses it"
         ))
         .into());
     }

@@ -1,6 +1,9 @@
-//! What every layout of the registry promises, for every precision it takes.
+//! Properties of every layout in the list, for every precision that it holds.
 
-use bitnet_core::pack::{Layout, PackedLen, Unpacked, auto, bits_per_weight, by_name, layouts};
+use bitnet_core::pack::{
+    Layout, LayoutOrigin, PackedLen, Unpacked, auto, bits_per_weight, by_name, layouts,
+    of_ggml_type, of_origin, plain,
+};
 use bitnet_core::random::Random;
 use bitnet_core::{Error, Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use proptest::prelude::*;
@@ -11,7 +14,7 @@ fn alphabet(precision: Precision) -> Vec<i8> {
         .collect()
 }
 
-/// Contents that one coding or another finds hard: uniform, mostly one value, constant at either
+/// Contents that are hard for one coding or another: uniform, mostly one value, constant at either
 /// end, alternating, one exception.
 fn values(spec: &MatrixSpec, style: u64, random: &mut Random) -> Vec<i8> {
     let alphabet = alphabet(spec.precision);
@@ -55,8 +58,7 @@ fn scales(spec: &MatrixSpec, random: &mut Random) -> Vec<f32> {
         .collect()
 }
 
-/// A spec near the one asked for that the layout takes: columns and rows rounded up to what it
-/// divides them by.
+/// A spec that the layout holds: rows and columns rounded up to multiples of its block.
 fn fitted(
     layout: &dyn Layout,
     rows: usize,
@@ -153,8 +155,7 @@ fn strips(
     );
 }
 
-/// Bytes that were accepted are a matrix; where the length is fixed they are also exactly what
-/// packing that matrix gives.
+/// Accepted bytes are a matrix; if the length is fixed, packing that matrix gives the same bytes.
 fn accepted(layout: &dyn Layout, spec: &MatrixSpec, bytes: &[u8], found: Unpacked) {
     assert_eq!(found.values.len(), spec.values_len());
     assert!(
@@ -169,7 +170,7 @@ fn accepted(layout: &dyn Layout, spec: &MatrixSpec, bytes: &[u8], found: Unpacke
     }
     let again = packed(layout, spec, &found.values, &scales);
     if let PackedLen::Exact(_) = layout.packed_len(spec) {
-        // i2_s: 28 bytes that nobody reads.
+        // i2_s: 28 bytes of padding that are not read.
         let read = if layout.name().starts_with("i2_s") {
             bytes.len() - 28
         } else {
@@ -186,6 +187,36 @@ fn each(mut f: impl FnMut(&'static dyn Layout, Precision)) {
                 f(layout, precision);
             }
         }
+    }
+}
+
+#[test]
+fn a_layout_holds_what_it_says_of_itself() {
+    for &layout in layouts() {
+        let name = layout.name();
+        assert!(
+            layout.origin() != LayoutOrigin::Own || !layout.stores_scales(),
+            "{name}: `auto` leaves scales to the container"
+        );
+        for &precision in layout.default_for() {
+            let granularities = layout.default_granularities();
+            let fits = |&granularity: &Granularity| {
+                fitted(layout, 4, 256, precision, granularity)
+                    .is_some_and(|spec| spec.granularity == granularity)
+            };
+            assert!(granularities.iter().any(fits), "{name} for {precision}");
+        }
+        if let Some(spec) = layout.foreign_spec(4, 256) {
+            layout.check(&spec).unwrap();
+        }
+        if let LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) = layout.origin() {
+            let first = of_ggml_type(id).next().unwrap();
+            assert_eq!(first.origin(), LayoutOrigin::Ggml(id), "{name}");
+        }
+    }
+    for &precision in Precision::ALL {
+        let plain = plain(precision);
+        assert!(plain.origin() == LayoutOrigin::Own && plain.default_for().contains(&precision));
     }
 }
 
@@ -285,8 +316,8 @@ proptest! {
             let (values, scales) = (values(&spec, style, &mut random), scales(&spec, &mut random));
             let (chosen, bytes) = auto(&spec, &values, &scales).unwrap();
             assert!(chosen.unpack(&spec, &bytes).unwrap().values == values);
-            let own = layouts().iter().take_while(|l| l.name() != "hf-bitnet").filter(|l| l.check(&spec).is_ok());
-            let shortest = own.map(|l| (packed(*l, &spec, &values, &scales).len(), l.name())).reduce(|a, b| if b.0 < a.0 { b } else { a });
+            let own = of_origin(LayoutOrigin::Own).filter(|l| l.check(&spec).is_ok());
+            let shortest = own.map(|l| (packed(l, &spec, &values, &scales).len(), l.name())).reduce(|a, b| if b.0 < a.0 { b } else { a });
             assert_eq!(Some((bytes.len(), chosen.name())), shortest);
         }
     }
@@ -520,8 +551,8 @@ fn refusals_leave_the_output_alone() {
     });
 }
 
-/// Sizes that no machine has are refused by arithmetic, and large ones without the bytes to match
-/// before anything is allocated.
+/// Sizes beyond any memory are rejected by arithmetic, and large ones with too few bytes before
+/// anything is allocated.
 #[test]
 fn absurd_sizes() {
     let huge = isize::MAX as usize / 16;

@@ -4,7 +4,7 @@
 //!
 //! `cargo run --release -p bitnet-formats --example gguf_decode -- model.gguf > floats.bin`
 
-use bitnet_formats::gguf::{Header, OutTensor, decode, encode_header, has_decoder};
+use bitnet_formats::gguf::{GgufEntry, GgufHeader, decode, encode_header, has_decoder};
 use std::error::Error;
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write, stdout};
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .nth(1)
         .ok_or("usage: gguf_decode FILE")?;
     let mut file = File::open(path)?;
-    let header = Header::read(&file, file.metadata()?.len())?;
+    let header = GgufHeader::read(&file, file.metadata()?.len())?;
     eprintln!(
         "version {}, alignment {}, data at {}",
         header.version, header.alignment, header.data_start
@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tensors: Vec<_> = header
         .tensors
         .iter()
-        .map(|t| OutTensor {
+        .map(|t| GgufEntry {
             name: t.name.clone(),
             shape: t.shape.clone(),
             ggml_type: t.ggml_type,

@@ -6,7 +6,7 @@
 //! ```
 
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
-use bitnet_formats::gguf::{GgmlType, OutTensor, Value, encode_header};
+use bitnet_formats::gguf::{GgmlType, GgufEntry, Value, encode_header};
 use bitnet_formats::{Content, Kind, Source};
 use safetensors::{Dtype, tensor::TensorView};
 use std::error::Error;
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("two paths are needed".into());
     };
     let source = Source::open(input.as_ref())?;
-    if source.kind == Kind::Gguf {
+    if source.kind() == Kind::Gguf {
         to_folder(&source, output.as_ref())
     } else {
         to_gguf(&source, output.as_ref())
@@ -50,8 +50,8 @@ fn rows(
 }
 
 fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
-    let config = source.config.as_ref().ok_or("a model folder is needed")?;
-    let mut made = arch::gguf_metadata(&source.path, config)?;
+    let config = source.config().ok_or("a model folder is needed")?;
+    let mut made = arch::gguf_metadata(source.path(), config)?;
     made.notes.iter().for_each(|note| println!("note: {note}"));
     made.metadata
         .push(("general.file_type".into(), Value::U32(0)));
@@ -59,7 +59,7 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let (architecture, counts) = (made.architecture, HeadCounts::from_hf_config(config)?);
     let (mut infos, mut data) = (vec![], vec![]);
     for tensor in source
-        .tensors
+        .tensors()
         .iter()
         .filter(|t| !(tied && t.name == "lm_head.weight"))
     {
@@ -71,7 +71,7 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
             tensor,
             architecture.gguf_rows(counts, &tensor.name, tensor.shape[0])?,
         )?;
-        infos.push(OutTensor {
+        infos.push(GgufEntry {
             name,
             shape: tensor.shape.clone(),
             ggml_type: GgmlType::F32,
@@ -81,7 +81,7 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     }
     if let Some(freqs) = made.rope_freqs {
         let bytes: Vec<u8> = freqs.iter().flat_map(|x| x.to_le_bytes()).collect();
-        infos.push(OutTensor {
+        infos.push(GgufEntry {
             name: arch::ROPE_FREQS.into(),
             shape: vec![freqs.len()],
             ggml_type: GgmlType::F32,
@@ -103,14 +103,14 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
 
 fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let shape = |name: &str| source.find(name).map(|t| t.shape.clone());
-    let config = arch::hf_config(&source.path, &source.gguf, &shape)?;
+    let config = arch::hf_config(source.path(), source.gguf(), &shape)?;
     let (architecture, counts) = (
-        Architecture::from_gguf(&source.gguf)?,
-        HeadCounts::from_gguf(&source.gguf)?,
+        Architecture::from_gguf(source.gguf())?,
+        HeadCounts::from_gguf(source.gguf())?,
     );
     fs::create_dir_all(out)?;
     fs::write(out.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-    match arch::hf_tokenizer(&source.gguf) {
+    match arch::hf_tokenizer(source.gguf()) {
         None => println!("note: no tokenizer"),
         Some((tokenizer, settings)) => {
             fs::write(out.join("tokenizer.json"), serde_json::to_vec(&tokenizer)?)?;
@@ -121,7 +121,7 @@ fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
         }
     }
     let mut tensors = vec![];
-    for tensor in &source.tensors {
+    for tensor in source.tensors() {
         let name = architecture
             .hf_tensor(&tensor.name)
             .ok_or_else(|| format!("no Hugging Face name for '{}'", tensor.name))?;

@@ -4,8 +4,8 @@
 //! It is JSON under the key [`KEY`], in `__metadata__` of safetensors and among the keys of GGUF.
 //! docs/formats.md specifies it.
 
+use crate::container::{Container, gguf_alignment};
 use crate::gguf;
-use crate::output::Container;
 use bitnet_core::{MatrixSpec, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ pub const KEY: &str = "bitnet.document";
 /// Version that this code writes and reads.
 pub const VERSION: u32 = 1;
 
-/// Everything about a quantized file that its tensors do not say themselves.
+/// What a quantized file records besides its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
@@ -27,7 +27,7 @@ pub struct Document {
     /// The command's recipe, all defaults filled in.
     pub recipe: serde_json::Value,
     /// Quantized tensors by their name in the original model.
-    pub tensors: BTreeMap<String, Packed>,
+    pub tensors: BTreeMap<String, PackedTensor>,
     /// xxh3-128 of the bytes of each stored tensor, 32 hex digits, by stored name.
     pub checksums: BTreeMap<String, String>,
     /// xxh3-128 of each file that the writer put beside this one (config.json, tokenizer), by name.
@@ -42,7 +42,7 @@ pub struct Document {
 /// How one quantized tensor is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Packed {
+pub struct PackedTensor {
     /// Shape of the original tensor.
     pub shape: Vec<usize>,
     /// The matrix.
@@ -107,13 +107,7 @@ pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
         }
         Container::Gguf(metadata) => {
             let own: Vec<_> = metadata.iter().filter(|(k, _)| k != KEY).cloned().collect();
-            let alignment = own
-                .iter()
-                .find(|(k, _)| k == gguf::ALIGNMENT_KEY)
-                .and_then(|(_, v)| v.as_u64());
-            let alignment = alignment
-                .and_then(|a| u32::try_from(a).ok())
-                .unwrap_or(gguf::DEFAULT_ALIGNMENT);
+            let alignment = gguf_alignment(&own);
             Ok(checksum(&gguf::encode_header(&own, &[], alignment)?.bytes))
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::gguf::{self, GgmlType};
 use bitnet_core::ScaleDtype;
+use bitnet_core::pack::{Layout, LayoutOrigin};
 use safetensors::Dtype;
 use std::fmt;
 
@@ -22,7 +23,7 @@ impl StoredType {
     /// Signed bytes.
     pub const I8: Self = Self::Plain(Dtype::I8);
 
-    /// The type of a GGUF tensor; those that safetensors has too are [`StoredType::Plain`].
+    /// The type of a GGUF tensor; a type that safetensors has too is [`StoredType::Plain`].
     pub fn from_ggml(ggml: GgmlType) -> Self {
         match ggml {
             GgmlType::F32 => Self::Plain(Dtype::F32),
@@ -161,6 +162,14 @@ impl From<ScaleDtype> for StoredType {
             ScaleDtype::F16 => Dtype::F16,
             ScaleDtype::Bf16 => Dtype::BF16,
         })
+    }
+}
+
+/// The GGUF type that stores a wire layout, if there is one.
+pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
+    match layout.origin() {
+        LayoutOrigin::Ggml(id) => GgmlType::from_id(id),
+        LayoutOrigin::Own | LayoutOrigin::HfBitnet | LayoutOrigin::GgmlVariant(_) => None,
     }
 }
 

@@ -1,10 +1,10 @@
-//! The error type of this crate: every message names the file, and where there is one the tensor,
-//! and what was found there.
+//! The error type of this crate. Each message names the file, the tensor if there is one, and what
+//! was found.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong with a file.
+/// Errors of files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -13,43 +13,43 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What was tried, as a verb.
+        /// The action, as a verb.
         action: &'static str,
         /// Why not.
         source: io::Error,
     },
-    /// The file as a whole is not what it should be.
+    /// The file as a whole is invalid.
     #[error("{}: expected {expected}, got {got}", path.display())]
     File {
         /// The file or folder.
         path: PathBuf,
-        /// What should be there.
+        /// What was expected.
         expected: String,
-        /// What is there.
+        /// What was found.
         got: String,
     },
-    /// One tensor of the file is not what it should be.
+    /// One tensor of the file is invalid.
     #[error("{}: tensor '{tensor}': expected {expected}, got {got}", path.display())]
     Tensor {
         /// The file.
         path: PathBuf,
         /// The tensor's name.
         tensor: String,
-        /// What should be there.
+        /// What was expected.
         expected: String,
-        /// What is there.
+        /// What was found.
         got: String,
     },
-    /// One key of a config.json or of a file's metadata is not what it should be.
+    /// One key of a config.json or of a file's metadata is invalid.
     #[error("{}: {key}: expected {expected}, got {got}", path.display())]
     Config {
         /// The file.
         path: PathBuf,
         /// The key, dotted.
         key: String,
-        /// What should be there.
+        /// What was expected.
         expected: String,
-        /// What is there.
+        /// What was found.
         got: String,
     },
     /// The file is not a GGUF that this reader takes.
@@ -60,7 +60,7 @@ pub enum Error {
         /// Why not.
         source: crate::gguf::Error,
     },
-    /// The numbers of a tensor are not what its layout says.
+    /// The numbers of a tensor do not fit its layout.
     #[error("{}: tensor '{tensor}': {source}", path.display())]
     Matrix {
         /// The file.

@@ -1,8 +1,7 @@
 //! Hugging Face `bitnet` folders: `quantization_config` and its two scale conventions.
 //!
 //! The convention is read from config.json and nowhere else. Numbers that plainly contradict it are
-//! an error, because a reciprocal taken for a scale gives a model that runs and says nothing but
-//! noise.
+//! an error, because a reciprocal taken for a scale gives a model that runs and generates noise.
 
 use crate::{Error, Result};
 use serde_json::{Value, json};

@@ -4,28 +4,31 @@
 //! ```no_run
 //! use bitnet_formats::Source;
 //! let source = Source::open("model.gguf".as_ref())?;
-//! for tensor in &source.tensors {
-//!     println!("{} {:?} {} bytes", tensor.name, tensor.shape, tensor.bytes(&source));
+//! for tensor in source.tensors() {
+//!     println!("{} {:?} {} bytes", tensor.name, tensor.shape, source.bytes_of(tensor));
 //! }
 //! # Ok::<(), bitnet_formats::Error>(())
 //! ```
 #![forbid(unsafe_code)]
 
 mod error;
+mod grouping;
 mod io;
+mod storage;
 
 pub mod arch;
+pub mod container;
 pub mod document;
 pub mod dtype;
 pub mod gguf;
 pub mod hf;
-pub mod logical;
 pub mod output;
 pub mod replace;
 pub mod safetensors;
 pub mod source;
+pub mod tensor;
 
 pub use dtype::StoredType;
 pub use error::{Error, Result};
-pub use logical::{Content, Quantized, Scales, Tensor};
-pub use source::{Kind, Source, Stored};
+pub use source::{Kind, Source};
+pub use tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};

@@ -71,8 +71,8 @@ pub fn write_file_with(
     }
 }
 
-/// Opens a partial file to write it from the beginning. One that is there gives way to a new one
-/// instead of being cut: after a kill it may be a second name of the finished target.
+/// Creates a partial file. An existing one is removed and not truncated: after a kill it may be a
+/// second name of the finished target.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -100,8 +100,7 @@ pub fn place_file(partial: &Path, target: &Path, existing: Existing) -> Result<(
         if existing == Existing::Replace {
             return fs::rename(partial, target);
         }
-        // A link is refused where the name is taken meanwhile; a rename would replace what is
-        // there.
+        // If another process took the name meanwhile, a link fails; a rename would replace it.
         match fs::hard_link(partial, target) {
             Ok(()) => fs::remove_file(partial),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(error),
@@ -179,7 +178,7 @@ fn replaced(partial: &Path) -> PathBuf {
     name.into()
 }
 
-/// Removes a file or folder, if it is there.
+/// Removes a file or folder, if it exists.
 ///
 /// # Errors
 /// [`Error::Io`].

@@ -32,7 +32,7 @@ pub struct Entry {
 
 /// A checked header.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Header {
+pub struct SafetensorsHeader {
     /// `__metadata__`, in file order.
     pub metadata: Vec<(String, String)>,
     /// Tensors in the order of their bytes.
@@ -97,7 +97,7 @@ impl<'de> de::Deserialize<'de> for Items {
     }
 }
 
-impl Header {
+impl SafetensorsHeader {
     /// Reads and checks the header of `file`; `path` is for messages.
     ///
     /// # Errors
@@ -146,46 +146,25 @@ impl Header {
                 }
                 Item::Metadata(_) => return Err(Error::file(path, "one __metadata__", "several")),
                 Item::Tensor(name, info) => {
-                    let (begin, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
-                    let count = info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-                    let bytes = count
-                        .and_then(|n| StoredType::Plain(info.dtype).bytes(n))
-                        .map(|n| n as u64);
-                    let Some(bytes) = bytes else {
-                        return Err(Error::tensor(
-                            path,
-                            &name,
-                            "a shape of whole, countable bytes",
-                            format!("{:?} {:?}", info.dtype, info.shape),
-                        ));
-                    };
-                    if begin > end || end > data_len {
-                        return Err(Error::tensor(
-                            path,
-                            &name,
-                            format!("a byte range inside 0..{data_len}"),
-                            format!("{begin}..{end}"),
-                        ));
-                    }
-                    if end - begin != bytes {
-                        return Err(Error::tensor(
-                            path,
-                            &name,
-                            format!("{bytes} bytes for {:?} {:?}", info.dtype, info.shape),
-                            format!("{}", end - begin),
-                        ));
-                    }
+                    let len = checked_len(path, &name, &info, data_len)?;
                     header.tensors.push(Entry {
                         name,
                         shape: info.shape,
                         dtype: info.dtype,
-                        offset: 8 + size + begin,
-                        len: bytes,
+                        offset: 8 + size + info.data_offsets.0 as u64,
+                        len,
                     });
                 }
             }
         }
-        let mut names: Vec<&str> = header.tensors.iter().map(|t| t.name.as_str()).collect();
+        header.check_names(path)?;
+        header.tensors.sort_by_key(|t| (t.offset, t.len));
+        header.check_order(path, 8 + size, file_len)?;
+        Ok(header)
+    }
+
+    fn check_names(&self, path: &Path) -> Result<()> {
+        let mut names: Vec<&str> = self.tensors.iter().map(|t| t.name.as_str()).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|w| w[0] == w[1]) {
             return Err(Error::tensor(
@@ -195,9 +174,13 @@ impl Header {
                 "two",
             ));
         }
-        header.tensors.sort_by_key(|t| (t.offset, t.len));
-        let mut at = 8 + size;
-        for tensor in &header.tensors {
+        Ok(())
+    }
+
+    /// The tensors fill the file from `start` on, one after another.
+    fn check_order(&self, path: &Path, start: u64, file_len: u64) -> Result<()> {
+        let mut at = start;
+        for tensor in &self.tensors {
             if tensor.offset != at {
                 let what = if tensor.offset < at {
                     "an overlap with the one before"
@@ -220,8 +203,42 @@ impl Header {
                 format!("{file_len}"),
             ));
         }
-        Ok(header)
+        Ok(())
     }
+}
+
+/// Bytes of a tensor, if its byte range has as many and lies inside the data.
+fn checked_len(path: &Path, name: &str, info: &TensorInfo, data_len: u64) -> Result<u64> {
+    let (begin, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
+    let count = info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    let bytes = count
+        .and_then(|n| StoredType::Plain(info.dtype).bytes(n))
+        .map(|n| n as u64);
+    let Some(bytes) = bytes else {
+        return Err(Error::tensor(
+            path,
+            name,
+            "a shape of whole, countable bytes",
+            format!("{:?} {:?}", info.dtype, info.shape),
+        ));
+    };
+    if begin > end || end > data_len {
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("a byte range inside 0..{data_len}"),
+            format!("{begin}..{end}"),
+        ));
+    }
+    if end - begin != bytes {
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("{bytes} bytes for {:?} {:?}", info.dtype, info.shape),
+            format!("{}", end - begin),
+        ));
+    }
+    Ok(bytes)
 }
 
 /// A tensor of a header to be written.

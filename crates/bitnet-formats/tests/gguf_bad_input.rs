@@ -2,14 +2,14 @@
 //! by a number in the file.
 
 use bitnet_formats::gguf::{
-    Array, EncodedHeader, Error, GgmlType, Header, MAX_ARRAY_DEPTH, OutTensor, Value, decode,
+    Array, EncodedHeader, Error, GgmlType, GgufEntry, GgufHeader, MAX_ARRAY_DEPTH, Value, decode,
     encode_header,
 };
 
 const SMALL: &[u8] = include_bytes!("data/gguf/small.gguf");
 
-fn read(file: &[u8]) -> Result<Header, Error> {
-    Header::read(file, file.len() as u64)
+fn read(file: &[u8]) -> Result<GgufHeader, Error> {
+    GgufHeader::read(file, file.len() as u64)
 }
 
 /// Builds headers byte by byte.
@@ -97,7 +97,7 @@ fn truncated_anywhere() {
 #[test]
 fn shorter_than_announced() {
     for len in [0, 10, 100] {
-        let error = Header::read(&SMALL[..len], SMALL.len() as u64).unwrap_err();
+        let error = GgufHeader::read(&SMALL[..len], SMALL.len() as u64).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{error:?}");
         assert!(std::error::Error::source(&error).is_some());
     }
@@ -222,7 +222,7 @@ fn huge_array() {
 #[test]
 fn huge_string_in_a_long_file() {
     let file = Raw::start(0, 1).u64(1 << 40).data(64);
-    let error = Header::read(file.0.as_slice(), 1 << 41).unwrap_err();
+    let error = GgufHeader::read(file.0.as_slice(), 1 << 41).unwrap_err();
     assert!(
         matches!(error, Error::HeaderTooLarge { needed, .. } if needed == 1 << 40),
         "{error:?}"
@@ -482,7 +482,7 @@ fn writer_refuses_what_the_reader_would() {
             .collect();
         let tensors: Vec<_> = tensors
             .iter()
-            .map(|&(name, shape, ggml_type, len)| OutTensor {
+            .map(|&(name, shape, ggml_type, len)| GgufEntry {
                 name: name.into(),
                 shape: shape.into(),
                 ggml_type,

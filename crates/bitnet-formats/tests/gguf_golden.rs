@@ -2,17 +2,17 @@
 
 use bitnet_core::random::GoldenStream;
 use bitnet_formats::gguf::{
-    Array, GgmlType, Header, OutTensor, TensorInfo, Value, decode, encode_header, has_decoder,
+    Array, GgmlType, GgufEntry, GgufHeader, GgufTensor, Value, decode, encode_header, has_decoder,
 };
 
 const DECODE: &[u8] = include_bytes!("data/gguf/decode.gguf");
 const SMALL: &[u8] = include_bytes!("data/gguf/small.gguf");
 
-fn read(file: &[u8]) -> Header {
-    Header::read(file, file.len() as u64).unwrap()
+fn read(file: &[u8]) -> GgufHeader {
+    GgufHeader::read(file, file.len() as u64).unwrap()
 }
 
-fn data<'a>(file: &'a [u8], tensor: &TensorInfo) -> &'a [u8] {
+fn data<'a>(file: &'a [u8], tensor: &GgufTensor) -> &'a [u8] {
     &file[tensor.offset as usize..][..tensor.len as usize]
 }
 
@@ -192,7 +192,7 @@ fn writes_what_python_wrote() {
     let tensors: Vec<_> = header
         .tensors
         .iter()
-        .map(|t| OutTensor {
+        .map(|t| GgufEntry {
             name: t.name.clone(),
             shape: t.shape.clone(),
             ggml_type: t.ggml_type,

@@ -1,7 +1,7 @@
 //! Random headers survive a round trip; random damage is an error or another header, never a panic.
 
 use bitnet_formats::gguf::{
-    Array, GgmlType, Header, OutTensor, Value, decode, encode_header, has_decoder,
+    Array, GgmlType, GgufEntry, GgufHeader, Value, decode, encode_header, has_decoder,
 };
 use proptest::collection::vec;
 use proptest::num::{f32 as float32, f64 as float64};
@@ -69,7 +69,7 @@ fn value() -> impl Strategy<Value = Value> {
     ]
 }
 
-fn tensor(index: usize) -> impl Strategy<Value = OutTensor> {
+fn tensor(index: usize) -> impl Strategy<Value = GgufEntry> {
     (
         text(),
         proptest::sample::select(GgmlType::ALL),
@@ -78,7 +78,7 @@ fn tensor(index: usize) -> impl Strategy<Value = OutTensor> {
     )
         .prop_map(move |(name, ggml_type, mut shape, blocks)| {
             shape.push(blocks * ggml_type.block_len());
-            OutTensor {
+            GgufEntry {
                 name: format!("{index} {name}"),
                 len: ggml_type.tensor_bytes(&shape).unwrap(),
                 shape,
@@ -87,7 +87,7 @@ fn tensor(index: usize) -> impl Strategy<Value = OutTensor> {
         })
 }
 
-fn tensors() -> impl Strategy<Value = Vec<OutTensor>> {
+fn tensors() -> impl Strategy<Value = Vec<GgufEntry>> {
     (tensor(0), tensor(1), tensor(2), 0usize..=3)
         .prop_map(|(a, b, c, count)| [a, b, c].into_iter().take(count).collect())
 }
@@ -101,7 +101,7 @@ proptest! {
         let encoded = encode_header(&metadata, &tensors, alignment).unwrap();
         let mut file = encoded.bytes.clone();
         file.resize(encoded.file_len() as usize, 0);
-        let header = Header::read(file.as_slice(), file.len() as u64).unwrap();
+        let header = GgufHeader::read(file.as_slice(), file.len() as u64).unwrap();
         prop_assert_eq!(header.version, 3);
         prop_assert_eq!(header.alignment, alignment);
         prop_assert_eq!(header.data_start, encoded.bytes.len() as u64);
@@ -129,7 +129,7 @@ proptest! {
             file[at] = byte;
         }
         for file in [&file[..], &file[..cut]] {
-            let Ok(header) = Header::read(file, file.len() as u64) else { continue };
+            let Ok(header) = GgufHeader::read(file, file.len() as u64) else { continue };
             for t in header.tensors {
                 let bytes = &file[t.offset as usize..][..t.len as usize];
                 if has_decoder(t.ggml_type) {
@@ -142,12 +142,12 @@ proptest! {
 
     #[test]
     fn noise_never_panics(noise in vec(any::<u8>(), 0..300), pairs in 0u64..4, tensors in 0u64..4) {
-        prop_assert!(Header::read(noise.as_slice(), noise.len() as u64).is_err());
+        prop_assert!(GgufHeader::read(noise.as_slice(), noise.len() as u64).is_err());
         let mut file = b"GGUF\x03\0\0\0".to_vec();
         file.extend(tensors.to_le_bytes());
         file.extend(pairs.to_le_bytes());
         file.extend(noise);
-        let _ = Header::read(file.as_slice(), file.len() as u64);
+        let _ = GgufHeader::read(file.as_slice(), file.len() as u64);
     }
 
     #[test]

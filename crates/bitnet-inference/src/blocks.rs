@@ -2,13 +2,13 @@
 
 use crate::{Error, Result};
 use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
-use bitnet_formats::Source;
-use bitnet_formats::gguf::{GgmlType, Integers, integers};
+use bitnet_formats::gguf::{BlockIntegers, GgmlType, integers};
+use bitnet_formats::{Source, StoredId};
 use bitnet_kernels::Pool;
 use bitnet_kernels::dense::{BLOCK, BlockType, Blocks, Codes, ScaleType};
 
 /// Block type in memory for a GGUF type: 5- and 6-bit codes become 8-bit, the rest is unchanged.
-pub(crate) fn type_of_gguf(stored: GgmlType) -> Option<BlockType> {
+pub(crate) fn gguf_block_type(stored: GgmlType) -> Option<BlockType> {
     let (codes, scales, minimum) = match stored {
         GgmlType::Q4_0 => (Codes::Int4, ScaleType::F16, false),
         GgmlType::Q4_1 => (Codes::Int4, ScaleType::F16, true),
@@ -28,15 +28,15 @@ pub(crate) fn type_of_gguf(stored: GgmlType) -> Option<BlockType> {
 }
 
 /// Reads the blocks of a stored tensor, one strip of rows at a time.
-pub(crate) fn of_gguf(
+pub(crate) fn gguf_blocks(
     pool: &Pool,
     source: &Source,
-    stored: usize,
+    stored: StoredId,
     ggml_type: GgmlType,
     kind: BlockType,
     [rows, cols]: [usize; 2],
 ) -> Result<Blocks> {
-    let (path, name) = (source.file_of(stored), &source.stored[stored].name);
+    let (path, name) = (source.file_of(stored), &source.stored(stored).name);
     let bad = |e: &dyn std::fmt::Display| {
         Error::from(bitnet_formats::Error::tensor(
             path,
@@ -52,7 +52,7 @@ pub(crate) fn of_gguf(
         for (i, bytes) in bytes.chunks_exact(size.max(1)).enumerate() {
             let mut row = strip.row(i);
             let [scales, minima] = &mut row.halves;
-            let to = Integers {
+            let to = BlockIntegers {
                 codes: row.codes,
                 halves: [scales, minima],
                 factors: row.factors,
@@ -73,7 +73,7 @@ pub(crate) fn of_gguf(
 
 /// Block type that holds a quantized matrix exactly, if there is one. The matrix must have one
 /// plane and no zero points.
-pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
+pub(crate) fn block_type(matrix: &Matrix) -> Option<BlockType> {
     let spec = &matrix.spec;
     if spec.planes != 1 || spec.zero_points != ZeroPoints::None {
         return None;
@@ -105,8 +105,8 @@ pub(crate) fn type_of(matrix: &Matrix) -> Option<BlockType> {
     (halves || fits(line)).then_some(kind)
 }
 
-/// Converts a matrix to the block type that [`type_of`] returned.
-pub(crate) fn of_matrix(
+/// Converts a matrix to the block type that [`block_type`] returned.
+pub(crate) fn matrix_blocks(
     pool: &Pool,
     matrix: &Matrix,
     kind: BlockType,
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use bitnet_core::random::Random;
     use bitnet_core::{Granularity, MatrixSpec};
-    use bitnet_formats::gguf::{OutTensor, decode, encode_header};
+    use bitnet_formats::gguf::{GgufEntry, decode, encode_header};
 
     const TYPES: [GgmlType; 10] = [
         GgmlType::Q4_0,
@@ -178,7 +178,7 @@ mod tests {
                     bytes.extend(block);
                 }
             }
-            tensors.push(OutTensor {
+            tensors.push(GgufEntry {
                 name: ggml_type.to_string(),
                 shape: vec![rows, cols],
                 ggml_type,
@@ -206,8 +206,8 @@ mod tests {
         let source = Source::open(&path).unwrap();
         for (ggml_type, bytes) in TYPES.into_iter().zip(bytes) {
             let stored = source.find_stored(&ggml_type.to_string()).unwrap();
-            let kind = type_of_gguf(ggml_type).unwrap();
-            let blocks = of_gguf(
+            let kind = gguf_block_type(ggml_type).unwrap();
+            let blocks = gguf_blocks(
                 &Pool::new(2).unwrap(),
                 &source,
                 stored,
@@ -248,7 +248,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("blocks.gguf");
         file(&path, 8, 256);
-        let header = bitnet_formats::gguf::Header::read(
+        let header = bitnet_formats::gguf::GgufHeader::read(
             std::fs::File::open(&path).unwrap(),
             std::fs::metadata(&path).unwrap().len(),
         )
@@ -260,9 +260,9 @@ mod tests {
         let source = Source::open(&path).unwrap();
         let (stored, kind) = (
             source.find_stored("Q4_1").unwrap(),
-            type_of_gguf(GgmlType::Q4_1).unwrap(),
+            gguf_block_type(GgmlType::Q4_1).unwrap(),
         );
-        let message = of_gguf(
+        let message = gguf_blocks(
             &Pool::single(),
             &source,
             stored,
@@ -341,10 +341,10 @@ mod tests {
                     zero_points: vec![],
                 };
                 matrix.validate().unwrap();
-                let kind = type_of(&matrix);
+                let kind = block_type(&matrix);
                 assert_eq!(kind.map(|k| k.codes), codes, "{precision}, {granularity:?}");
                 let Some(kind) = kind else { continue };
-                let blocks = of_matrix(&Pool::single(), &matrix, kind).unwrap();
+                let blocks = matrix_blocks(&Pool::single(), &matrix, kind).unwrap();
                 let (mut row, mut expected) = (vec![0.0; 200], vec![0.0; 200]);
                 for n in 0..9 {
                     blocks.row_into(n, &mut row);

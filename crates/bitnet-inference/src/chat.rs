@@ -42,24 +42,27 @@ const SPECIALS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"]
 impl ChatTemplate {
     /// The template of an open checkpoint, if it has one.
     pub(crate) fn read(source: &Source) -> Result<Option<Self>> {
-        let (file, settings) = if source.kind == Kind::Gguf {
+        let (file, settings) = if source.kind() == Kind::Gguf {
             let template = source
-                .gguf
+                .gguf()
                 .iter()
                 .find(|(k, _)| k == "tokenizer.chat_template")
                 .and_then(|(_, v)| v.as_str());
             (
                 template.map(str::to_string),
-                gguf_bpe(&source.gguf).map(|t| t.settings),
+                gguf_bpe(source.gguf()).map(|t| t.settings),
             )
         } else {
-            let path = source.path.join("chat_template.jinja");
+            let path = source.path().join("chat_template.jinja");
             let file = match fs::read_to_string(&path) {
                 Ok(text) => Some(text),
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
                 Err(e) => return Err(bitnet_formats::Error::io(&path, "read")(e).into()),
             };
-            (file, read_json(&source.path.join("tokenizer_config.json"))?)
+            (
+                file,
+                read_json(&source.path().join("tokenizer_config.json"))?,
+            )
         };
         let settings = settings.unwrap_or_else(|| json!({}));
         let Some(text) = file.or_else(|| named_default(&settings["chat_template"])) else {
@@ -140,7 +143,11 @@ fn named_default(value: &Value) -> Option<String> {
 mod tests {
     use super::*;
 
-    const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    const CHATML: &str = "{% for message in messages %}\
+        {% if loop.first and messages[0]['role'] != 'system' %}\
+        {{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}\
+        {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\
+        {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     #[test]
     fn templates_render_as_in_transformers() {
@@ -151,7 +158,11 @@ mod tests {
             "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         );
         // b1.58-2B-4T: python's string methods, special tokens, line breaks after blocks.
-        let text = "{% set loop_messages = messages %}{% for message in loop_messages %}\n{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: '.strip() + ' ' }}{% endif %}";
+        let text = "{% set loop_messages = messages %}{% for message in loop_messages %}\n\
+            {% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}\
+            {% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}\
+            {{ content }}{% endfor %}{% if add_generation_prompt %}\
+            {{ 'Assistant: '.strip() + ' ' }}{% endif %}";
         let template =
             ChatTemplate::new(text, vec![("bos_token", "<|begin_of_text|>".into())]).unwrap();
         let text = template

@@ -79,11 +79,11 @@ impl Config {
     /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that no
     /// graph supports, for a missing key, and for keys that contradict each other.
     pub fn read(source: &Source) -> Result<Self> {
-        match (source.kind, &source.config) {
+        match (source.kind(), source.config()) {
             (Kind::Gguf, _) => Self::from_gguf(source),
-            (_, Some(config)) => Self::from_hf(&source.path.join("config.json"), config),
+            (_, Some(config)) => Self::from_hf(&source.path().join("config.json"), config),
             (..) => Err(Error::file(
-                &source.path,
+                source.path(),
                 "a folder with config.json or a GGUF: weights alone are no model",
                 "one .safetensors",
             )
@@ -171,8 +171,8 @@ impl Config {
 
     /// Converts the keys of a GGUF to a config.json and reads that.
     fn from_gguf(source: &Source) -> Result<Self> {
-        let path = &source.path;
-        for (key, value) in &source.gguf {
+        let path = source.path();
+        for (key, value) in source.gguf() {
             if let Some((architecture, rest)) = arch::strip_prefix(key)
                 && !architecture.gguf_keys.contains(&rest)
                 && key != document::KEY
@@ -190,14 +190,14 @@ impl Config {
             source
                 .find_stored(name)
                 .filter(|_| name != arch::ROPE_FREQS)
-                .map(|i| source.stored[i].shape.clone())
+                .map(|i| source.stored(i).shape.clone())
         };
-        let mut config = Self::from_hf(path, &arch::hf_config(path, &source.gguf, &shape)?)?;
+        let mut config = Self::from_hf(path, &arch::hf_config(path, source.gguf(), &shape)?)?;
         if config.architecture.gguf_adjacent_pairs {
             config.rope.pairing = Pairing::Adjacent;
         }
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
-            let mut divisors = vec![0.0; source.stored[stored].elements()];
+            let mut divisors = vec![0.0; source.stored(stored).elements()];
             source.read_floats(stored, 0..divisors.len(), &mut vec![], &mut divisors)?;
             if divisors.len() != config.head_dim / 2
                 || !divisors.iter().all(|d| d.is_finite() && *d > 0.0)
@@ -215,7 +215,7 @@ impl Config {
         }
         // As in llama.cpp, the end of a turn also ends the text.
         let turn = source
-            .gguf
+            .gguf()
             .iter()
             .find(|(key, _)| key == "tokenizer.ggml.eot_token_id")
             .and_then(|(_, v)| v.as_u64());

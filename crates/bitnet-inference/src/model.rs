@@ -149,7 +149,7 @@ impl Model {
         let (tokenizer, weights) = load_parts(&source, &config, &loader, &runtime);
         let weights = weights?;
         loader.check_all_used()?;
-        let mut notes = source.notes.clone();
+        let mut notes = source.notes().to_vec();
         if int8 != trained_with_int8 {
             let (uses, says) = if int8 {
                 ("int8", "nothing about it")
@@ -402,9 +402,9 @@ impl Model {
 
 /// Whether the checkpoint says that its ternary layers were trained with int8 activations.
 fn trained_with_int8(source: &Source, config: &Config) -> bool {
-    let recipe = source.document.as_ref();
+    let recipe = source.document();
     config.architecture.int8_activations
-        || source.bitnet.is_some()
+        || source.bitnet().is_some()
         || recipe.is_some_and(|d| d.recipe["activations"] == "int8")
 }
 

@@ -32,7 +32,7 @@ pub struct Windows {
 
 impl Windows {
     /// The windows of a text of `len` tokens, each with its first scored token.
-    fn of(&self, len: usize) -> Result<Vec<(Range<usize>, usize)>> {
+    fn split(&self, len: usize) -> Result<Vec<(Range<usize>, usize)>> {
         let bad = |option, expected, got: usize| {
             Err(Error::Option {
                 option,
@@ -155,7 +155,7 @@ pub fn perplexity(
         interrupt,
         |logits, next| {
             let p = log_softmax(logits[0], &mut [])?;
-            result.loss.add(-p.of(logits[0], next));
+            result.loss.add(-p.log_probability(logits[0], next));
             Ok(())
         },
     )?;
@@ -193,7 +193,10 @@ pub fn compare(
         |logits, next| {
             let p = log_softmax(logits[0], &mut [])?;
             let q = log_softmax(logits[1], &mut shares)?;
-            let (loss, other) = (-p.of(logits[0], next), -q.of(logits[1], next));
+            let (loss, other) = (
+                -p.log_probability(logits[0], next),
+                -q.log_probability(logits[1], next),
+            );
             result.model.loss.add(loss);
             result.reference.loss.add(other);
             result.difference.add(loss - other);
@@ -220,7 +223,7 @@ struct Softmax {
 
 impl Softmax {
     /// ln p of one token.
-    fn of(&self, logits: &[f32], token: u32) -> f64 {
+    fn log_probability(&self, logits: &[f32], token: u32) -> f64 {
         f64::from(logits[token as usize]) - self.log_sum
     }
 }
@@ -259,7 +262,7 @@ fn sweep(
     interrupt: &AtomicBool,
     mut each: impl FnMut(&[&[f32]], u32) -> Result<()>,
 ) -> Result<()> {
-    let all = windows.of(tokens.len())?;
+    let all = windows.split(tokens.len())?;
     let mut caches: Vec<KvCache> = models
         .iter()
         .map(|m| KvCache::new(m.config(), windows.context, windows.cache))
@@ -332,7 +335,7 @@ mod tests {
                 stride,
                 cache: CacheType::F16,
             }
-            .of(len)
+            .split(len)
             .unwrap();
             let mut scored = vec![0; len];
             for (window, first) in &windows {
@@ -362,10 +365,10 @@ mod tests {
             cache: CacheType::F16,
         };
         assert!(
-            windows(1, 1).of(10).is_err()
-                && windows(4, 0).of(10).is_err()
-                && windows(4, 5).of(10).is_err()
-                && windows(4, 2).of(1).is_err()
+            windows(1, 1).split(10).is_err()
+                && windows(4, 0).split(10).is_err()
+                && windows(4, 5).split(10).is_err()
+                && windows(4, 2).split(1).is_err()
         );
     }
 

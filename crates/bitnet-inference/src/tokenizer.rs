@@ -28,13 +28,13 @@ impl Tokenizer {
             path: path.to_path_buf(),
             what,
         };
-        let (path, inner, largest, settings) = if source.kind == Kind::Gguf {
-            let path = source.path.clone();
-            let tokenizer = gguf_bpe(&source.gguf).ok_or_else(|| bad(&path, gguf_kind(source)))?;
+        let (path, inner, largest, settings) = if source.kind() == Kind::Gguf {
+            let path = source.path().to_path_buf();
+            let tokenizer = gguf_bpe(source.gguf()).ok_or_else(|| bad(&path, gguf_kind(source)))?;
             let inner = build(&tokenizer).map_err(|e| bad(&path, e.to_string()))?;
             (path, inner, tokenizer.tokens.len(), tokenizer.settings)
         } else {
-            let path = source.path.join("tokenizer.json");
+            let path = source.path().join("tokenizer.json");
             let bytes = fs::read(&path).map_err(|e| bad(&path, e.to_string()))?;
             let mut inner =
                 tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
@@ -52,7 +52,7 @@ impl Tokenizer {
                 path,
                 inner,
                 largest,
-                read_json(&source.path.join("tokenizer_config.json"))?.unwrap_or(Value::Null),
+                read_json(&source.path().join("tokenizer_config.json"))?.unwrap_or(Value::Null),
             )
         };
         if largest > config.vocab {
@@ -150,7 +150,7 @@ fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> 
 fn gguf_kind(source: &Source) -> String {
     let get = |key: &str| {
         source
-            .gguf
+            .gguf()
             .iter()
             .find(|(k, _)| k == key)
             .map_or("none".into(), |(_, v)| v.preview(40))

@@ -1,5 +1,5 @@
-//! Logits of tiny random models against those that transformers computed in f32:
-//! scripts/make-inference-golden.py made both.
+//! Logits of tiny random models against logits of transformers in f32.
+//! scripts/make-inference-golden.py generates both.
 
 use bitnet_inference::{
     CacheType, FloatType, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model, WantedLogits,
@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 const PROMPT: usize = 23;
 const STEPS: usize = 16;
-/// Largest difference of a logit over the largest logit. Floats: sums of at most 76 products in
-/// f32, over two layers. Where inputs are quantized, a last bit may move an activation over a tie
-/// to its neighbour, 1/127 of the largest of its token; no such tie is in these models.
+/// Bound on the difference of a logit relative to the largest logit. Floats: sums of at most 76
+/// products in f32, over two layers. With quantized inputs a last bit could move an activation
+/// across a tie to the next code, 1/127 of the largest of its token; these models have no such tie.
 const BOUND: f32 = 2e-5;
 
 const MODELS: [&str; 10] = [
@@ -146,8 +146,8 @@ fn caches_of_fewer_bits_lose_what_they_must() {
         let (model, golden) = (load(&folder(name), 1, Kernels::detect()), golden(name));
         let [half, int8] = [CacheType::F16, CacheType::Int8]
             .map(|c| relative(&as_generated(&model, &golden.tokens, c), &golden.logits));
-        // With quantized inputs a change of a key may move any activation to its neighbour, and
-        // those of the next layer.
+        // With quantized inputs a changed key may move an activation to the next code, and so
+        // activations of the next layer.
         assert!(
             half > 0.0 && half < 0.05 && int8 < 0.3,
             "{name}: {half} {int8}"
@@ -200,7 +200,7 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
             }
             assert_eq!(logits, expected, "{name}, pieces of {piece}");
         }
-        // Three sequences together, of other lengths and wants.
+        // Three sequences together, with different lengths and requested logits.
         let mut caches = [0; 3].map(|_| KvCache::new(model.config(), 64, CacheType::F16));
         let [a, b, c] = &mut caches;
         let other: Vec<u32> = golden.tokens.iter().rev().copied().collect();
@@ -252,7 +252,7 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
     }
 }
 
-/// A copy of a model's folder that a test may spoil.
+/// A copy of a model folder that a test may change.
 fn copy(name: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors"] {
@@ -288,7 +288,7 @@ fn edit_tensor(dir: &Path, tensor: &str, edit: impl Fn(&mut [u8])) {
     fs::write(path, bytes).unwrap();
 }
 
-/// What the goldens would catch, each far beyond the bound.
+/// Errors that the goldens must detect, each far beyond the bound.
 #[test]
 fn mistakes_change_the_logits() {
     let error = |dir: &Path, name: &str| {
@@ -307,7 +307,7 @@ fn mistakes_change_the_logits() {
     edit_config(dir.path(), |c| c["hidden_act"] = "silu".into());
     let got = error(dir.path(), "bitnet-autobitlinear");
     assert!(got > 100.0 * BOUND, "activation: {got}");
-    // The scale turned round, in weights whose size does not give it away.
+    // The inverted scale, in weights whose size does not reveal it.
     for (name, class) in [
         ("llama-bitlinear", "autobitlinear"),
         ("llama-autobitlinear", "bitlinear"),
@@ -346,7 +346,7 @@ fn what_is_not_known_is_refused() {
         (
             "llama-f32",
             |c| c["model_type"] = "mamba".into(),
-            &["model_type", "'llama' or 'bitnet'", "mamba"],
+            &["model_type", "'llama'", "'bitnet'", "mamba"],
         ),
         (
             "llama-f32",
@@ -494,8 +494,7 @@ fn tokens_and_lengths_that_do_not_fit() {
 
 #[test]
 fn rounding_by_choice_says_what_it_did() {
-    // Of normal weights: 6.02 dB a bit and the shape of their blocks; bounds are wide of what any
-    // model's could be.
+    // For normal weights: 6.02 dB per bit and the effect of blocks. The bounds hold for any model.
     for (embedding, least, most) in [
         (FloatType::Int4, 15.0, 27.0),
         (FloatType::Int8, 40.0, 50.0),

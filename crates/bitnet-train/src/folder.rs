@@ -38,9 +38,13 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     for (name, var) in &vars {
         var.set(&read(source, name, var.dims())?)?;
     }
-    match source.tensors.iter().find(|t| !vars.contains_key(&t.name)) {
+    match source
+        .tensors()
+        .iter()
+        .find(|t| !vars.contains_key(&t.name))
+    {
         Some(extra) => Err(bitnet_formats::Error::tensor(
-            &source.path,
+            source.path(),
             &extra.name,
             "only tensors that the model's training graph has",
             "one that has no place in it",
@@ -57,7 +61,7 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
 pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
     let bad = |expected: String, got: String| {
         Error::from(bitnet_formats::Error::tensor(
-            &source.path,
+            source.path(),
             name,
             expected,
             got,

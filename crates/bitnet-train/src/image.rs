@@ -165,11 +165,13 @@ impl Workload for ImageWorkload {
 
     fn teacher(&self, path: &Path) -> Result<ImageModel> {
         let source = Source::open(path)?;
-        let model: ImageShape = serde_json::from_value(source.config.clone().unwrap_or_default())
-            .map_err(|e| Error::Config {
-            path: path.join("config.json"),
-            what: e.to_string(),
-        })?;
+        let model: ImageShape =
+            serde_json::from_value(source.config().cloned().unwrap_or_default()).map_err(|e| {
+                Error::Config {
+                    path: path.join("config.json"),
+                    what: e.to_string(),
+                }
+            })?;
         let sizes = |shape: &ImageShape| match shape {
             ImageShape::Mlp(m) => (m.inputs, m.classes),
             ImageShape::Cnn(c) => (c.height * c.width, c.classes),

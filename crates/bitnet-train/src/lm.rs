@@ -67,11 +67,11 @@ impl LmWorkload {
         };
         let (json, json_path) = match &from {
             Some(source) => {
-                let path = source.path.join("config.json");
-                let json = source.config.clone();
+                let path = source.path().join("config.json");
+                let json = source.config().cloned();
                 (
                     json.ok_or_else(|| {
-                        Error::data(&source.path, "a folder with config.json", "something else")
+                        Error::data(source.path(), "a folder with config.json", "something else")
                     })?,
                     path,
                 )
@@ -213,8 +213,8 @@ impl Workload for LmWorkload {
     fn teacher(&self, path: &Path) -> Result<DecoderModel> {
         let source = Source::open(path)?;
         let json = source
-            .config
-            .clone()
+            .config()
+            .cloned()
             .ok_or_else(|| Error::data(path, "a folder with config.json", "something else"))?;
         let json_path = path.join("config.json");
         let (ours, theirs) = (

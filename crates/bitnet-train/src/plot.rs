@@ -1,8 +1,6 @@
-//! Drawings of a training's log: losses and evaluations, norms of gradients, and what the layers
-//! did.
+//! Plots of a training log: losses, evaluations, gradient norms and statistics of the layers.
 //!
-//! Text in the PNG is of an 8 × 8 font that is part of the program, so that it needs no fonts of
-//! the system.
+//! Text in a PNG has an 8 × 8 font that is part of the program, so no system fonts are needed.
 
 use crate::{Error, Result};
 use bitnet_formats::replace;
@@ -17,14 +15,14 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::path::Path;
 
-/// Pixels.
+/// Width and height of a plot in pixels.
 const SIZE: (u32, u32) = (1400, 1000);
-/// Points of one line; more are averaged.
+/// Largest number of points of a curve; more are averaged.
 const POINTS: usize = 700;
 /// Width and height of a letter in a PNG.
 const LETTER: i32 = 16;
 
-/// One line of a panel.
+/// One curve of a panel.
 struct Curve {
     label: Option<String>,
     points: Vec<(f64, f64)>,
@@ -77,11 +75,11 @@ pub fn png(log: &[LogRecord]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Draws a log into a file: SVG or PNG by its ending. An earlier file of that name is replaced once
-/// the new one is complete.
+/// Draws a log into a file, as SVG or PNG by its extension. An earlier file is replaced when the new
+/// one is complete.
 ///
 /// # Errors
-/// [`Error::Option`] for another ending and for a log without steps, [`Error::File`] if the file
+/// [`Error::Option`] for another extension and for a log without steps, [`Error::File`] if the file
 /// cannot be written.
 pub fn save(log: &[LogRecord], path: &Path) -> Result<()> {
     let bytes = match path.extension().and_then(|e| e.to_str()) {
@@ -160,7 +158,7 @@ fn panels(log: &[LogRecord]) -> Result<Vec<Panel>> {
     Ok(panels)
 }
 
-/// A thin line for each layer and a thick one for their mean.
+/// A thin curve for each layer and a thick one for their mean.
 fn of_layers(
     layers: &BTreeMap<&str, Vec<&LayerRecord>>,
     value: impl Fn(&LayerRecord) -> f64,
@@ -270,7 +268,7 @@ where
     Ok(())
 }
 
-/// At most four digits.
+/// A number with about three significant digits.
 fn number(x: f64) -> String {
     match x.abs() {
         0.0 => "0".into(),
@@ -281,7 +279,7 @@ fn number(x: f64) -> String {
     }
 }
 
-/// Pixels, row by row.
+/// The pixels, row by row.
 struct Canvas {
     rgb: Vec<u8>,
 }

@@ -73,7 +73,7 @@ fn check_against_inference(decoder: &DecoderModel, folder: &Path) {
 fn the_decoder_computes_what_the_inference_engine_does() {
     let source = Source::open(ASSETS.as_ref()).unwrap();
     let vars = VarMap::new();
-    let config = source.config.clone().unwrap();
+    let config = source.config().cloned().unwrap();
     let mut decoder =
         DecoderModel::new(ASSETS.as_ref(), &config, 24, &variables(&vars, 0)).unwrap();
     folder::load(&vars, &source).unwrap();
@@ -275,19 +275,22 @@ fn a_model_without_a_training_graph_is_refused() {
     qwen3["model_type"] = "qwen3".into();
     let path = Path::new("config.json");
     let error = DecoderModel::new(path, &qwen3, 6, &variables(&VarMap::new(), 2)).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "config.json: model_type: expected 'llama' or 'bitnet', got \"qwen3\""
-    );
+    let message = error.to_string();
+    for part in [
+        "config.json: model_type: expected 'llama'",
+        "'bitnet'",
+        "got \"qwen3\"",
+    ] {
+        assert!(message.contains(part), "{message}");
+    }
     let shape = DecoderShape {
         architecture: "qwen3".into(),
         ..Default::default()
     };
     let message = shape.config_json(11, 6).unwrap_err().to_string();
-    assert!(
-        message.contains("expected llama or bitnet, got 'qwen3'"),
-        "{message}"
-    );
+    for part in ["expected llama", "bitnet", "got 'qwen3'"] {
+        assert!(message.contains(part), "{message}");
+    }
 
     let vars = VarMap::new();
     DecoderModel::new(path, &json, 6, &variables(&vars, 2)).unwrap();

@@ -112,7 +112,7 @@ impl Reference {
 
     /// The product `x · w` in f64, with the bound `relative · Σ|x·w| + error · Σ|w|`, where `error`
     /// is that of each activation.
-    pub(super) fn of_floats(
+    pub(super) fn from_floats(
         product: &ProductInputs,
         weights: &[f32],
         relative: f64,

@@ -299,7 +299,7 @@ fn others(product: &Arc<ProductInputs>) -> Result<Vec<Contender>> {
     prepacked.x = Activations::floats(&product.float_activations(), &prepacked.copies[0])?;
     // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
     let error = (product.shape.k + 3) as f64 * f64::from(f32::EPSILON);
-    prepacked.reference = Reference::of_floats(product, &product.float_weights(), error, 0.0);
+    prepacked.reference = Reference::from_floats(product, &product.float_weights(), error, 0.0);
     let reading = prepacked.reading;
     let mut floats = Arc::new(prepacked).contender(
         format!("bitnet {}, ternary × f32", kernels.isa()),

@@ -53,7 +53,7 @@ fn float_products(product: &Arc<ProductInputs>, x: &Tensor) -> Result<Vec<Conten
     let weights = product.float_weights();
     // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
     let error = (k + 2) as f64 * f64::from(f32::EPSILON);
-    let reference = Arc::new(Reference::of_floats(product, &weights, error, 0.0));
+    let reference = Arc::new(Reference::from_floats(product, &weights, error, 0.0));
     let bytes = size_of_val(weights.as_slice());
     let mut copies = vec![];
     for _ in 0..product.copies(bytes) {
@@ -86,7 +86,7 @@ fn block_product(
     let activations = product.float_activations();
     let largest = activations.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     let error = 0.51 * (f64::from(largest) / 127.0);
-    let reference = Arc::new(Reference::of_floats(product, &dequantized, 1e-3, error));
+    let reference = Arc::new(Reference::from_floats(product, &dequantized, 1e-3, error));
     let (data, bytes) = (quantized.data()?, quantized.storage_size_in_bytes());
     let mut copies = vec![];
     for _ in 0..product.copies(bytes) {

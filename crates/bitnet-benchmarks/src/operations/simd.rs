@@ -20,8 +20,8 @@ const COLS: usize = 2560;
 /// Bytes of the values of a matrix that goes to memory.
 const LARGE: usize = 64 << 20;
 
-/// Scales of an unpacked matrix, if the layout stores them.
-type Unpacked = bitnet_core::Result<Option<Vec<f32>>>;
+/// Result of unpacking: the scales, if the layout stores them.
+type UnpackResult = bitnet_core::Result<Option<Vec<f32>>>;
 
 /// The destination of the results.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -109,12 +109,12 @@ fn unpack_case(layout: &str, to: Destination, rivals: Rivals, testbed: &Testbed)
         );
         let (spec, outputs) = (matrix.spec.clone(), Rc::clone(&outputs));
         let written = Rc::clone(&outputs);
-        let call = move |(result, at): &mut (Unpacked, usize)| {
+        let call = move |(result, at): &mut (UnpackResult, usize)| {
             *at = (*at + 1) % copies;
             let out = &mut outputs.borrow_mut()[*at];
             *result = stream::unpack(kernels, &pool, layout, &spec, &bytes, out);
         };
-        let check = move |(result, at): &(Unpacked, usize)| {
+        let check = move |(result, at): &(UnpackResult, usize)| {
             let scales = result.as_ref().map_err(ToString::to_string)?;
             if let Some(scales) = scales {
                 same("scales", &matrix.scales, scales)?;

@@ -1,4 +1,4 @@
-//! What a job will do to each tensor, decided and checked before the first byte is written.
+//! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
 mod packing;
 mod surroundings;
@@ -9,11 +9,11 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
 use bitnet_formats::arch::{Architecture, HeadCounts};
-use bitnet_formats::document::{self, Document, Packed};
+use bitnet_formats::document::{self, Document, PackedTensor};
+use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::logical::ggml_type_of;
-use bitnet_formats::output::{self, Container, OutTensor};
-use bitnet_formats::{Content, Source, StoredType, Tensor, gguf};
+use bitnet_formats::output::{self, Container, OutputId, OutputTensor, OutputTensors};
+use bitnet_formats::{Content, Source, StoredType, Tensor, TensorId, gguf};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use xxhash_rust::xxh3::xxh3_128;
@@ -21,14 +21,14 @@ use xxhash_rust::xxh3::xxh3_128;
 /// Name and version in the files that are written.
 pub const GENERATOR: &str = concat!("bitnet-quant ", env!("CARGO_PKG_VERSION"));
 
-/// What happens to one tensor.
+/// The action on one tensor.
 #[derive(Debug, Clone)]
 pub(crate) enum Action {
     /// The stored bytes, as they are.
     Copy,
     /// Floats of this type.
     Cast(ScaleDtype),
-    /// Packed values: made by a scheme, or (`None`) given, or taken over from a quantized source.
+    /// Packed values: quantized by a scheme, given by the caller, or those of a quantized source.
     Pack(Pack),
     /// Bytes that no tensor of the source holds.
     Literal(Vec<u8>),
@@ -44,27 +44,27 @@ pub(crate) struct Pack {
     /// Type and meaning of scales that are stored apart.
     pub(crate) scale_dtype: ScaleDtype,
     pub(crate) scale_form: ScaleForm,
-    /// Importance of the columns, if the scheme can weigh errors by it.
+    /// Importance of the columns, if the scheme uses it.
     pub(crate) importance: Option<Vec<f32>>,
     /// Values that the source does not hold; only where there is no scheme.
     pub(crate) given: Option<Box<Matrix>>,
 }
 
-/// One tensor's work.
+/// The job of one tensor.
 #[derive(Debug, Clone)]
 pub(crate) struct TensorJob {
-    /// Index into the source's tensors; none for a literal.
-    pub(crate) tensor: Option<usize>,
+    /// The tensor of the source; none for a literal.
+    pub(crate) tensor: Option<TensorId>,
     /// Its name in the output.
     pub(crate) name: String,
     pub(crate) action: Action,
     /// For each row of the output the row of the source.
     pub(crate) rows: Option<Vec<usize>>,
-    /// Indices of the written tensors: data, scales, zero points.
-    pub(crate) data: usize,
-    pub(crate) scale: Option<usize>,
-    pub(crate) zero: Option<usize>,
-    /// What a person should know, e.g. why a tensor is not quantized.
+    /// The written tensors: data, scales, zero points.
+    pub(crate) data: OutputId,
+    pub(crate) scale: Option<OutputId>,
+    pub(crate) zero: Option<OutputId>,
+    /// A note for the user, e.g. why a tensor is not quantized.
     pub(crate) note: Option<String>,
 }
 
@@ -82,10 +82,10 @@ pub(crate) enum Sidecar {
 pub struct Job<'a> {
     pub(crate) source: &'a Source,
     pub(crate) tensor_jobs: Vec<TensorJob>,
-    pub(crate) layout: output::Layout,
+    pub(crate) layout: output::FilePlan,
     /// Files of the output folder by name; `None` if the output is one file.
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
-    /// What a person should know about the whole job.
+    /// Notes for the user about the whole job.
     pub notes: Vec<String>,
 }
 
@@ -105,10 +105,9 @@ impl<'a> Job<'a> {
         Self::quantize_weighted(source, recipe, out, BTreeMap::new(), BTreeMap::new())
     }
 
-    /// The same with values and scales that are known already, as training with learned scales
-    /// leaves them, for the tensors of these names: of them the recipe says no more than the
-    /// container and the layout. Where no layout of the container can hold such a tensor, the
-    /// floats of the source stay.
+    /// The same with given values and scales for the named tensors, as training with learned scales
+    /// produces them. For these tensors the recipe decides only container and layout. If no layout
+    /// of the container can hold a given matrix, the floats of the source stay.
     ///
     /// # Errors
     /// As [`Job::quantize`]; also for a matrix of another shape, or of a tensor that the recipe
@@ -122,8 +121,8 @@ impl<'a> Job<'a> {
         Self::quantize_weighted(source, recipe, out, BTreeMap::new(), given)
     }
 
-    /// The same with errors weighted by the second moments of the channels: for tensors that were
-    /// observed, and rules that can weigh them.
+    /// The same with errors weighted by the second moments of the channels, for the tensors in the
+    /// calibration and the rules that use importance.
     ///
     /// # Errors
     /// As [`Job::quantize`]; also for a calibration of another model.
@@ -139,13 +138,13 @@ impl<'a> Job<'a> {
             .map(|(name, l)| (name.clone(), l.second_moments()))
             .collect();
         if !source
-            .tensors
+            .tensors()
             .iter()
             .any(|t| importance.contains_key(&t.name))
         {
             return Err(Error::Recipe(format!(
                 "the calibration has no tensor of {}",
-                source.path.display()
+                source.path().display()
             )));
         }
         Self::quantize_weighted(source, recipe, out, importance, BTreeMap::new())
@@ -160,18 +159,18 @@ impl<'a> Job<'a> {
     ) -> Result<Self> {
         if recipe.search.is_some() {
             return Err(Error::Recipe(
-                "the search has to be carried out first: search::resolve".into(),
+                "the search must run first: search::resolve".into(),
             ));
         }
         let selector = recipe.selector(source)?;
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
         (builder.importance, builder.given) = (importance, given);
         let mut count = 0;
-        for (i, tensor) in source.tensors.iter().enumerate() {
+        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match selector.choices(tensor) {
                 None => builder.keep(i)?,
                 Some(choices) => {
-                    // Also for floats: a choice that does not apply to them is an error.
+                    // Floats too: a choice that does not apply to them is an error.
                     choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)?;
                     match choices.target() {
                         Target::Keep => builder.keep(i)?,
@@ -189,10 +188,15 @@ impl<'a> Job<'a> {
                 "values for '{name}', which the recipe does not quantize"
             )));
         }
-        if count == 0 && !source.tensors.iter().any(|t| selector.choices(t).is_some()) {
+        if count == 0
+            && !source
+                .tensors()
+                .iter()
+                .any(|t| selector.choices(t).is_some())
+        {
             return Err(Error::Recipe(format!(
                 "selects no tensor of {}; see --include and --exclude",
-                source.path.display()
+                source.path().display()
             )));
         }
         let recipe = Recipe {
@@ -202,11 +206,11 @@ impl<'a> Job<'a> {
         builder.finish(serde_json::to_value(recipe).unwrap_or_default())
     }
 
-    /// Writes the same values and scales in another container or layout; float tensors stay as they
-    /// are.
+    /// Writes the same values and scales in another container or layout; float tensors do not
+    /// change.
     ///
     /// # Errors
-    /// As [`Job::quantize`]; also where the source holds scales that the layout cannot.
+    /// As [`Job::quantize`]; also for scales that the layout cannot store.
     pub fn convert(
         source: &'a Source,
         format: Format,
@@ -215,7 +219,7 @@ impl<'a> Job<'a> {
         out: &std::path::Path,
     ) -> Result<Self> {
         let mut builder = Builder::new(source, format, out, linear_class)?;
-        for (i, tensor) in source.tensors.iter().enumerate() {
+        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match (&tensor.content, layout) {
                 (Content::Quantized(_), Some(layout)) => builder.recode(i, Some(layout))?,
                 _ => builder.keep(i)?,
@@ -235,7 +239,7 @@ impl<'a> Job<'a> {
         out: &std::path::Path,
     ) -> Result<Self> {
         let mut builder = Builder::new(source, Format::Safetensors, out, None)?;
-        for (i, tensor) in source.tensors.iter().enumerate() {
+        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match tensor.content {
                 Content::Opaque(_) => builder.keep(i)?,
                 _ => builder.cast(i, dtype, None)?,
@@ -244,12 +248,12 @@ impl<'a> Job<'a> {
         builder.finish(serde_json::json!({"command": "dequantize", "dtype": dtype}))
     }
 
-    /// Bytes that will be read, for a progress bar.
+    /// Bytes to read, for a progress bar.
     pub fn input_bytes(&self) -> u64 {
         self.tensor_jobs
             .iter()
             .filter_map(|u| u.tensor)
-            .map(|t| self.source.tensors[t].bytes(self.source))
+            .map(|t| self.source.bytes_of(self.source.tensor(t)))
             .sum()
     }
 }
@@ -269,8 +273,8 @@ pub(crate) struct Builder<'a> {
     linear_class: LinearClass,
     container: Container,
     pub(crate) tensor_jobs: Vec<TensorJob>,
-    pub(crate) tensors: Vec<OutTensor>,
-    packed: BTreeMap<String, Packed>,
+    pub(crate) tensors: OutputTensors,
+    packed: BTreeMap<String, PackedTensor>,
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
@@ -316,15 +320,15 @@ impl<'a> Builder<'a> {
             linear_class: linear_class.unwrap_or(LinearClass::BitLinear),
             container: Container::Gguf(vec![]),
             tensor_jobs: vec![],
-            tensors: vec![],
+            tensors: OutputTensors::default(),
             packed: BTreeMap::new(),
             sidecars: None,
-            config: source.config.clone(),
-            notes: source.notes.clone(),
+            config: source.config().cloned(),
+            notes: source.notes().to_vec(),
             importance: BTreeMap::new(),
             given: BTreeMap::new(),
         };
-        if source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
+        if source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(
                 "quantization_mode online: the model makes these weights ternary in each forward pass; here they count as floats".into(),
             );
@@ -333,7 +337,7 @@ impl<'a> Builder<'a> {
             builder.start_gguf()?;
         } else {
             let metadata = source
-                .metadata
+                .metadata()
                 .iter()
                 .filter(|(k, _)| k != document::KEY && k != "format")
                 .cloned();
@@ -351,10 +355,7 @@ impl<'a> Builder<'a> {
     }
 
     fn path(&self, tensor: &Tensor) -> PathBuf {
-        tensor.stored().first().map_or_else(
-            || self.source.path.clone(),
-            |&i| self.source.file_of(i).to_path_buf(),
-        )
+        self.source.file_of_tensor(tensor).to_path_buf()
     }
 
     fn tensor_error(&self, tensor: &Tensor) -> impl FnOnce(bitnet_core::Error) -> Error + use<> {
@@ -372,23 +373,22 @@ impl<'a> Builder<'a> {
         shape: Vec<usize>,
         dtype: StoredType,
         len: PackedLen,
-    ) -> usize {
-        self.tensors.push(OutTensor {
+    ) -> OutputId {
+        self.tensors.push(OutputTensor {
             name,
             shape,
             dtype,
             len,
-        });
-        self.tensors.len() - 1
+        })
     }
 
     fn push(
         &mut self,
-        tensor: Option<usize>,
+        tensor: Option<TensorId>,
         name: String,
         action: Action,
         rows: Option<Vec<usize>>,
-        (data, scale, zero): (usize, Option<usize>, Option<usize>),
+        (data, scale, zero): (OutputId, Option<OutputId>, Option<OutputId>),
         note: Option<String>,
     ) {
         self.tensor_jobs.push(TensorJob {
@@ -403,14 +403,14 @@ impl<'a> Builder<'a> {
         });
     }
 
-    /// The tensor as it is, as far as the container can hold it.
-    fn keep(&mut self, index: usize) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    /// Copies a tensor, or casts it if the container cannot store its type.
+    fn keep(&mut self, index: TensorId) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let stored = match &tensor.content {
             Content::Quantized(_) => return self.recode(index, None),
             Content::Float(stored) | Content::Opaque(stored) => *stored,
         };
-        let dtype = self.source.stored[stored].dtype;
+        let dtype = self.source.stored(stored).dtype;
         match (self.format, dtype) {
             // llama.cpp takes one-dimensional weights as f32 only.
             (Format::Gguf, StoredType::Plain(_))
@@ -442,7 +442,7 @@ impl<'a> Builder<'a> {
         let Some((name, rows)) = self.rename(tensor)? else {
             return Ok(());
         };
-        let len = PackedLen::Exact(self.source.stored[stored].len as usize);
+        let len = PackedLen::Exact(self.source.stored(stored).len as usize);
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype, len);
         self.push(
             Some(index),
@@ -455,8 +455,8 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn cast(&mut self, index: usize, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    fn cast(&mut self, index: TensorId, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Some((name, rows)) = self.rename(tensor)? else {
             return Ok(());
         };
@@ -473,8 +473,8 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn pack(&mut self, index: usize, mut pack: Pack, note: Option<String>) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    fn pack(&mut self, index: TensorId, mut pack: Pack, note: Option<String>) -> Result<()> {
+        let tensor = self.source.tensor(index);
         if pack.scheme.is_some_and(|s| s.uses_importance()) {
             pack.importance = self.importance.get(&tensor.name).cloned();
         }
@@ -505,7 +505,6 @@ impl<'a> Builder<'a> {
                     .unwrap_or(0),
             ),
         };
-        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
         let layout_name = pack.layout.map_or(output::AUTO, |l| l.name());
         let (packed_name, shape, dtype) = match self.format {
             Format::Gguf => {
@@ -524,9 +523,7 @@ impl<'a> Builder<'a> {
             Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
-        let mut scale = None;
-        let mut zero = None;
-        let mut entry = Packed {
+        let mut entry = PackedTensor {
             shape: tensor.shape.clone(),
             spec: spec.clone(),
             scheme: pack.scheme,
@@ -536,6 +533,29 @@ impl<'a> Builder<'a> {
             reciprocal: pack.scale_form == ScaleForm::Inverse,
             zero_point: None,
         };
+        let (scale, zero) = self.add_scale_outs(&name, &pack, &mut entry);
+        self.packed.insert(name.clone(), entry);
+        self.push(
+            Some(index),
+            name,
+            Action::Pack(pack),
+            rows,
+            (data, scale, zero),
+            note,
+        );
+        Ok(())
+    }
+
+    /// Adds the outputs of scales and zero points that are stored as tensors of their own.
+    fn add_scale_outs(
+        &mut self,
+        name: &str,
+        pack: &Pack,
+        entry: &mut PackedTensor,
+    ) -> (Option<OutputId>, Option<OutputId>) {
+        let spec = &pack.spec;
+        let stores_scales = pack.layout.is_some_and(|l| l.stores_scales());
+        let (mut scale, mut zero) = (None, None);
         let per_plane = spec.scales_len() / spec.planes;
         let mut scale_shape = match spec.granularity {
             Granularity::Group(_) => vec![spec.rows, spec.granules_per_row()],
@@ -569,16 +589,7 @@ impl<'a> Builder<'a> {
             ));
             entry.zero_point = Some(zero_name);
         }
-        self.packed.insert(name.clone(), entry);
-        self.push(
-            Some(index),
-            name,
-            Action::Pack(pack),
-            rows,
-            (data, scale, zero),
-            note,
-        );
-        Ok(())
+        (scale, zero)
     }
 
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
@@ -616,7 +627,7 @@ impl<'a> Builder<'a> {
             digest: String::new(),
         };
         let mut job = serde_json::to_string(&document).unwrap_or_default();
-        for file in &self.source.files {
+        for file in self.source.files() {
             job += &format!("\n{} {} {:?}", file.path.display(), file.len, file.modified);
         }
         for tensor_job in &self.tensor_jobs {
@@ -626,7 +637,7 @@ impl<'a> Builder<'a> {
         Ok(Job {
             source: self.source,
             tensor_jobs: self.tensor_jobs,
-            layout: output::Layout {
+            layout: output::FilePlan {
                 container: self.container,
                 document,
                 tensors: self.tensors,

@@ -6,12 +6,12 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{Content, Scales, StoredType, Tensor, output};
+use bitnet_formats::{Content, ScaleSource, StoredId, StoredType, Tensor, TensorId, output};
 
 impl Builder<'_> {
     /// Plans the quantization of a matrix: the first layout and scales that can hold it.
-    pub(crate) fn quantize(&mut self, index: usize, choices: &Choices) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    pub(crate) fn quantize(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Target::Quantized(precision) = choices.target() else {
             return self.keep(index);
         };
@@ -115,13 +115,13 @@ impl Builder<'_> {
     /// Packs values that the caller gave instead of quantizing the weights.
     fn quantize_given(
         &mut self,
-        index: usize,
+        index: TensorId,
         (rows, cols): (usize, usize),
         matrix: Matrix,
         layout: Option<&str>,
     ) -> Result<()> {
         if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
-            let tensor = &self.source.tensors[index];
+            let tensor = self.source.tensor(index);
             return Err(self.tensor_error(tensor)(bitnet_core::Error::Length {
                 what: "given values",
                 expected: rows * cols,
@@ -211,7 +211,7 @@ impl Builder<'_> {
     }
 
     /// Keeps a tensor that no layout of the container can hold, with a note.
-    fn keep_unquantized(&mut self, index: usize, refusal: &bitnet_core::Error) -> Result<()> {
+    fn keep_unquantized(&mut self, index: TensorId, refusal: &bitnet_core::Error) -> Result<()> {
         let note = format!("not quantized: {refusal}");
         if self.format == Format::Gguf {
             return self.cast(index, ScaleDtype::F16, Some(format!("{note}; kept as F16")));
@@ -232,8 +232,8 @@ impl Builder<'_> {
         }
     }
 
-    pub(super) fn quantize_auto(&mut self, index: usize, choices: &Choices) -> Result<()> {
-        let tensor = &self.source.tensors[index];
+    pub(super) fn quantize_auto(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
+        let tensor = self.source.tensor(index);
         let Some((rows, cols)) = tensor.matrix_shape() else {
             return self.keep(index);
         };
@@ -297,8 +297,8 @@ impl Builder<'_> {
     }
 
     /// The type of a stored tensor of scales.
-    pub(super) fn scale_dtype_of(&self, stored: usize) -> ScaleDtype {
-        let dtype = self.source.stored[stored].dtype;
+    pub(super) fn scale_dtype_of(&self, stored: StoredId) -> ScaleDtype {
+        let dtype = self.source.stored(stored).dtype;
         ScaleDtype::ALL
             .iter()
             .copied()
@@ -308,15 +308,15 @@ impl Builder<'_> {
 
     /// Packs the values of a quantized source again: in the layout of that name, or in one that
     /// holds them.
-    pub(super) fn recode(&mut self, index: usize, layout: Option<&str>) -> Result<()> {
-        let Content::Quantized(q) = &self.source.tensors[index].content else {
+    pub(super) fn recode(&mut self, index: TensorId, layout: Option<&str>) -> Result<()> {
+        let Content::Quantized(q) = &self.source.tensor(index).content else {
             return self.keep(index);
         };
         let inverses = match q.scales {
-            Scales::Stored {
-                index,
+            ScaleSource::Stored {
+                id,
                 reciprocal: true,
-            } => Some(index),
+            } => Some(id),
             _ => None,
         };
         let known = KnownValues {
@@ -329,7 +329,7 @@ impl Builder<'_> {
     }
 
     /// Packs known values in the layout of that name, or in one that holds them.
-    fn repack(&mut self, index: usize, known: KnownValues, layout: Option<&str>) -> Result<()> {
+    fn repack(&mut self, index: TensorId, known: KnownValues, layout: Option<&str>) -> Result<()> {
         if layout == Some(output::AUTO) && self.format == Format::Safetensors {
             let pack = Pack {
                 scheme: None,
@@ -384,12 +384,16 @@ impl Builder<'_> {
             let note = format!("not packed: {refusal}; kept exactly, as F32");
             return self.cast(index, ScaleDtype::F32, Some(note));
         }
-        Err(self.tensor_error(&self.source.tensors[index])(refusal))
+        Err(self.tensor_error(self.source.tensor(index))(refusal))
     }
 
     /// The type in which the output stores scales, and the spec with the type that every scale has
     /// when it is read again.
-    fn stored_scales(&self, spec: MatrixSpec, inverses: Option<usize>) -> (ScaleDtype, MatrixSpec) {
+    fn stored_scales(
+        &self,
+        spec: MatrixSpec,
+        inverses: Option<StoredId>,
+    ) -> (ScaleDtype, MatrixSpec) {
         let with_dtype = |dtype, spec| MatrixSpec {
             scale_dtype: dtype,
             ..spec
@@ -465,7 +469,7 @@ struct KnownValues {
     /// The layout that they have.
     layout: Option<&'static dyn Layout>,
     /// The stored tensor of their inverse scales.
-    inverses: Option<usize>,
+    inverses: Option<StoredId>,
     /// The values themselves, where the source does not hold them.
     given: Option<Box<Matrix>>,
 }

@@ -1,5 +1,5 @@
-//! What a file has besides its tensors: metadata, names and row orders, config.json and the other
-//! files of a folder.
+//! The parts of an output beside its tensors: metadata, names and row orders, config.json and the
+//! other files of a folder.
 
 use super::{Action, Builder, Naming, Sidecar};
 use crate::recipe::Format;
@@ -8,18 +8,18 @@ use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
-use bitnet_formats::output::{self, Container, OutTensor};
+use bitnet_formats::output::{self, Container, OutputTensor};
 use bitnet_formats::{Kind, StoredType, Tensor, gguf};
 use std::collections::BTreeMap;
 
 impl Builder<'_> {
     pub(super) fn start_gguf(&mut self) -> Result<()> {
         let source = self.source;
-        if source.kind == Kind::Gguf {
+        if source.kind() == Kind::Gguf {
             let keep = |k: &str| k != document::KEY && k != "general.file_type";
             self.container = Container::Gguf(
                 source
-                    .gguf
+                    .gguf()
                     .iter()
                     .filter(|(k, _)| keep(k))
                     .cloned()
@@ -27,13 +27,13 @@ impl Builder<'_> {
             );
             return Ok(());
         }
-        let Some(config) = &source.config else {
+        let Some(config) = source.config() else {
             return Err(Error::Recipe(format!(
                 "GGUF needs the model's architecture: give the folder with config.json instead of {}",
-                source.path.display()
+                source.path().display()
             )));
         };
-        let model = arch::gguf_metadata(&source.path, config)?;
+        let model = arch::gguf_metadata(source.path(), config)?;
         self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
         self.notes = model.notes;
         self.container = Container::Gguf(model.metadata);
@@ -60,10 +60,10 @@ impl Builder<'_> {
     pub(super) fn start_folder(&mut self) -> Result<()> {
         let source = self.source;
         let mut sidecars = BTreeMap::new();
-        match source.kind {
+        match source.kind() {
             Kind::Folder => {
-                let list = std::fs::read_dir(&source.path)
-                    .map_err(bitnet_formats::Error::io(&source.path, "list"))?;
+                let list = std::fs::read_dir(source.path())
+                    .map_err(bitnet_formats::Error::io(source.path(), "list"))?;
                 for entry in list.filter_map(|e| e.ok()) {
                     let (path, name) = (
                         entry.path(),
@@ -99,27 +99,27 @@ impl Builder<'_> {
                 let shape = |name: &str| {
                     source
                         .find_stored(name)
-                        .map(|i| source.stored[i].shape.clone())
+                        .map(|i| source.stored(i).shape.clone())
                 };
-                self.config = Some(arch::hf_config(&source.path, &source.gguf, &shape)?);
+                self.config = Some(arch::hf_config(source.path(), source.gguf(), &shape)?);
                 self.naming = Naming::ToHf(
-                    Architecture::from_gguf(&source.gguf)?,
-                    HeadCounts::from_gguf(&source.gguf)?,
+                    Architecture::from_gguf(source.gguf())?,
+                    HeadCounts::from_gguf(source.gguf())?,
                 );
-                match arch::hf_tokenizer(&source.gguf) {
+                match arch::hf_tokenizer(source.gguf()) {
                     Some((tokenizer, config)) => {
                         for (name, json) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", config)] {
                             let text = serde_json::to_string_pretty(&json).unwrap_or_default();
                             sidecars.insert(name.into(), Sidecar::Bytes(text.into_bytes()));
                         }
                     }
-                    None => self.notes.push("the tokenizer of this GGUF cannot be said as a tokenizer.json; it is not written".into()),
+                    None => self.notes.push("the tokenizer of this GGUF has no form as a tokenizer.json; it is not written".into()),
                 }
             }
             Kind::Safetensors => {
                 return Err(Error::Recipe(format!(
                     "a folder needs the model's config.json: give the input as a folder, or an output that ends in .safetensors instead of {}",
-                    source.path.display()
+                    source.path().display()
                 )));
             }
         }
@@ -127,8 +127,8 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Name and row order in the output; `None` for a buffer that the other container has no place
-    /// for.
+    /// Name and row order in the output; `None` for a buffer that the other container does not
+    /// store.
     pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<Vec<usize>>)>> {
         if matches!(self.naming, Naming::Same) {
             return Ok(Some((tensor.name.clone(), None)));
@@ -162,8 +162,7 @@ impl Builder<'_> {
         }))
     }
 
-    /// config.json of an output folder: what it says about quantization must be true of the tensors
-    /// beside it.
+    /// Writes config.json of an output folder so that its quantization section matches the tensors.
     pub(super) fn finish_config(&mut self) -> Result<()> {
         let (Some(sidecars), Some(config)) = (&mut self.sidecars, &mut self.config) else {
             return Ok(());
@@ -173,8 +172,7 @@ impl Builder<'_> {
         };
         object.remove("quantization_config");
         if self.format == Format::HfBitnet {
-            // Linear layers that stay as they are must be named, or transformers expects packed
-            // weights for them.
+            // transformers expects packed weights for every linear layer that is not named here.
             let mut keep: Vec<String> = self
                 .tensor_jobs
                 .iter()
@@ -192,11 +190,10 @@ impl Builder<'_> {
                 mode: Mode::Offline,
             };
             object.insert("quantization_config".into(), bitnet.to_json(&keep));
-        } else if self.source.bitnet.is_some_and(|b| b.mode == Mode::Online) {
+        } else if self.source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             let online = self
                 .source
-                .config
-                .as_ref()
+                .config()
                 .and_then(|c| c.get("quantization_config"))
                 .cloned()
                 .unwrap_or_default();
@@ -213,7 +210,7 @@ impl Builder<'_> {
 
 /// `general.file_type` of llama.cpp: the type of most bytes of the two-dimensional tensors, where
 /// it has a number.
-pub(super) fn file_type(tensors: &[OutTensor]) -> Option<u32> {
+pub(super) fn file_type(tensors: &[OutputTensor]) -> Option<u32> {
     let mut bytes: BTreeMap<u32, usize> = BTreeMap::new();
     for tensor in tensors.iter().filter(|t| t.shape.len() > 1) {
         let number = match tensor.dtype.to_ggml()? {

@@ -30,8 +30,8 @@ impl Recipe {
     }
 }
 
-/// Builds a [`Recipe`]. A setter replaces what an earlier one said; two setters that
-/// contradict each other are an error of [`build`](Self::build).
+/// Builds a [`Recipe`]. A later setter overrides an earlier one; contradicting setters are an error
+/// of [`build`](Self::build).
 #[derive(Debug, Clone, Default)]
 pub struct RecipeBuilder {
     config: Recipe,
@@ -45,7 +45,7 @@ impl RecipeBuilder {
         Self::default()
     }
 
-    /// Begins anew from a configuration.
+    /// Replaces everything set so far by a configuration.
     pub fn base(self, config: Recipe) -> Self {
         Self {
             config,
@@ -59,13 +59,13 @@ impl RecipeBuilder {
         self
     }
 
-    /// These choices over those so far.
+    /// Overrides the choices set so far.
     pub fn choices(mut self, choices: Choices) -> Self {
         self.config.default = choices.over(&self.config.default);
         self
     }
 
-    /// The precision so far.
+    /// The precision set so far.
     pub fn weight_precision(&self) -> Precision {
         self.config
             .default
@@ -81,7 +81,7 @@ impl RecipeBuilder {
         })
     }
 
-    /// Symmetric integers, or such with zero points.
+    /// Symmetric integers, or integers with zero points.
     pub fn strategy(self, mapping: Mapping) -> Self {
         self.set(|c| c.mapping = Some(mapping))
     }
@@ -95,12 +95,12 @@ impl RecipeBuilder {
         })
     }
 
-    /// What one scale covers.
+    /// Granularity of the scales.
     pub fn granularity(self, granularity: Granularity) -> Self {
         self.set(|c| c.granularity = Some(granularity))
     }
 
-    /// One scale for so many columns of a row.
+    /// One scale for each group of `columns` neighbours along a row.
     pub fn group_size(self, columns: usize) -> Self {
         self.granularity(Granularity::Group(columns))
     }
@@ -110,12 +110,12 @@ impl RecipeBuilder {
         self.set(|c| c.scale_dtype = Some(dtype))
     }
 
-    /// Integers saturate beyond so many root mean squares of their granule.
+    /// Integers saturate beyond `rms` times the root mean square of their granule.
     pub fn clip_threshold(self, rms: f32) -> Self {
         self.clip(Clip::Rms(rms))
     }
 
-    /// How much of the range of integers is kept.
+    /// Clipping of the range of integers.
     pub fn clip(self, clip: Clip) -> Self {
         self.set(|c| c.clip = Some(clip))
     }
@@ -182,13 +182,13 @@ impl RecipeBuilder {
         self.packing(level)
     }
 
-    /// How a layer's input is quantized when it runs.
+    /// Quantization of a layer's input at run time.
     pub fn activations(mut self, activations: Activations) -> Self {
         self.config.activations = Some(activations);
         self
     }
 
-    /// Other choices for the layers that a glob matches; the first that matches counts.
+    /// Choices for the layers that a glob matches; the first match applies.
     pub fn layer(mut self, glob: &str, choices: Choices) -> Self {
         self.config.rules.push(Rule {
             glob: glob.into(),
@@ -219,7 +219,7 @@ impl RecipeBuilder {
         self.control(|c| c.adjust = adjust)
     }
 
-    /// Whether precision control remembers its latest observations.
+    /// Whether precision control keeps a window of observations.
     pub fn real_time_monitoring(self, remember: bool) -> Self {
         self.control(|c| {
             c.window = if remember {
@@ -245,7 +245,7 @@ impl RecipeBuilder {
     /// The configuration, checked.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field, and setters that contradict each other.
+    /// [`Error::Invalid`] naming each wrong field and each contradiction.
     pub fn build(self) -> Result<Recipe> {
         let Self {
             mut config,

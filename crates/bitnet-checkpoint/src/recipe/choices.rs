@@ -1,4 +1,4 @@
-//! What one tensor becomes, and the choices that say how.
+//! The target of one tensor, and the choices that define it.
 
 use crate::{Error, Result};
 use bitnet_core::pack;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// What a tensor becomes.
+/// The target of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// It stays as it is.
@@ -55,12 +55,12 @@ impl FromStr for Target {
 
 as_string!(Target);
 
-/// Choices for one tensor; what is absent is inherited, at last from the defaults of precision and
-/// format.
+/// Choices for one tensor. Absent fields are inherited; the last defaults are those of precision
+/// and format.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Choices {
-    /// What the tensor becomes. Default: ternary.
+    /// Target of the tensor. Default: ternary.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<Target>,
     /// Ternary threshold rule. Default: absmean, or optimal for several planes.
@@ -84,13 +84,13 @@ pub struct Choices {
     /// Range of integers. Default: none, i.e. all of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<Clip>,
-    /// What one scale covers. Default: channel; the block of a GGUF type; tensor for hf-bitnet.
+    /// Granularity of the scales. Default: channel; the block of a GGUF type; tensor for hf-bitnet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub granularity: Option<Granularity>,
     /// How scales are stored. Default: f32; f16 in GGUF; the model's type for hf-bitnet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_dtype: Option<ScaleDtype>,
-    /// What happens at ties. Default: half-even.
+    /// Rounding of ties. Default: half-even.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rounding: Option<Rounding>,
     /// Wire layout, or `auto` for the smallest. Default: the plain layout of the precision.
@@ -105,9 +105,10 @@ macro_rules! inherit {
 }
 
 impl Choices {
-    /// These choices over those of `base`.
+    /// These choices, with absent fields from `base`.
     ///
-    /// A choice of precision does not inherit the choices that belong to another precision.
+    /// A precision other than that of `base` drops the choices that belong to the precision of
+    /// `base`.
     pub fn over(&self, base: &Self) -> Self {
         let mut base = base.clone();
         if let Some(target) = self.precision
@@ -160,7 +161,7 @@ impl Choices {
         }
     }
 
-    /// The choices made that belong to another precision.
+    /// Names of the set choices that belong to another precision.
     fn inapplicable(&self) -> impl Iterator<Item = &'static str> {
         let precision = self.precision();
         let ternary = precision == Some(Precision::Ternary);
@@ -216,8 +217,8 @@ impl Choices {
         {
             wrong.push(format!("{at}.layout: {error}"));
         }
-        // What is left are combinations: several planes with another threshold, stochastic with
-        // another split.
+        // Combinations remain: several planes with another threshold, stochastic with another
+        // split.
         if wrong.len() == before
             && let Err(error) = self.scheme(
                 self.granularity.unwrap_or(Granularity::Channel),

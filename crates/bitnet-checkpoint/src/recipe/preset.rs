@@ -2,6 +2,7 @@
 
 use super::{Activations, Choices, PrecisionControlConfig, Recipe, Target};
 use crate::Result;
+use bitnet_core::pack;
 use bitnet_core::scheme::{Clip, Mapping, Threshold};
 use bitnet_core::{Granularity, Precision, ScaleDtype, named};
 use bitnet_formats::output::AUTO;
@@ -83,7 +84,7 @@ impl Preset {
                 )
             }
             Self::PerformanceOptimized => {
-                let layout = Some("two-bit".into());
+                let layout = Some(pack::plain(Precision::Ternary).name().into());
                 let choices = Choices {
                     granularity: Some(Granularity::Channel),
                     layout,

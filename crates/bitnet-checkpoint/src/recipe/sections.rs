@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Most threads that a job takes: each holds a few strips.
 pub const MAX_THREADS: usize = 1024;
 
-/// What a layer's input becomes, one scale for each token.
+/// Quantization of a layer's input, one scale for each token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
@@ -37,15 +37,15 @@ impl Activations {
     }
 }
 
-/// What a mixed-precision search is to reach. At least one of the two.
+/// The goal of a mixed-precision search. At least one field is set.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Search {
-    /// Most bits per weight over the quantized tensors together, scales and padding included. The
-    /// summed error is then the least possible.
+    /// Maximum bits per weight over all quantized tensors, scales and padding included. The search
+    /// minimises the summed error within it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_bpw: Option<f64>,
-    /// Least SQNR of each tensor in dB. Without a budget the size is then the least possible.
+    /// Minimum SQNR of each tensor in dB. Without a budget the search minimises the size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_sqnr: Option<f64>,
 }
@@ -95,7 +95,7 @@ pub struct Compute {
     pub isa: Option<String>,
 }
 
-/// What a configuration comes to on this machine.
+/// The resolved compute settings on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Machine {
     /// Threads that will work.
@@ -169,23 +169,23 @@ impl Compute {
     }
 }
 
-/// Bounds and temper of a [`PrecisionController`].
+/// Bounds and reaction of a [`PrecisionController`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PrecisionControlConfig {
     /// Precisions that may be chosen, coarse to fine.
     pub precisions: Vec<Precision>,
-    /// The one to begin with.
+    /// Initial precision.
     pub initial: Precision,
     /// Quality below which precision is raised, in dB.
     pub min_sqnr_db: f32,
     /// Quality above which precision is lowered, in dB.
     pub max_sqnr_db: f32,
-    /// By how much the precision below must be expected to exceed `min_sqnr_db`, in dB.
+    /// Margin by which a lower precision must be expected to exceed `min_sqnr_db`, in dB.
     pub margin_db: f32,
-    /// Observations in a row that it takes.
+    /// Consecutive observations outside the bounds before the precision changes.
     pub patience: u32,
-    /// Observations that are remembered.
+    /// Number of observations kept.
     pub window: usize,
     /// Whether the precision may change; if not, the controller only observes.
     pub adjust: bool,
@@ -239,7 +239,7 @@ impl PrecisionControlConfig {
         }
     }
 
-    /// 4 dB suffice and 9 dB are too good; from ternary.
+    /// Between 4 and 9 dB; from ternary.
     pub fn aggressive() -> Self {
         Self {
             initial: Precision::Ternary,
@@ -251,7 +251,7 @@ impl PrecisionControlConfig {
         }
     }
 
-    /// For activations, of which int8, int4 and signs exist.
+    /// The same restricted to the precisions of activations: int8, int4 and signs.
     pub fn for_activations(self) -> Self {
         let precisions = vec![Precision::Binary, Precision::Int4, Precision::Int8];
         let initial = if precisions.contains(&self.initial) {

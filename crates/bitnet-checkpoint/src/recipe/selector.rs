@@ -88,10 +88,10 @@ impl Recipe {
         globs.extend(self.rules.iter().map(|r| r.glob.clone()));
         for glob in globs {
             let matcher = compile(&glob)?;
-            if !source.tensors.iter().any(|t| matcher.is_match(&t.name)) {
+            if !source.tensors().iter().any(|t| matcher.is_match(&t.name)) {
                 return Err(Error::Recipe(format!(
                     "'{glob}' matches no tensor of {}",
-                    source.path.display()
+                    source.path().display()
                 )));
             }
         }
@@ -99,11 +99,11 @@ impl Recipe {
             let target = rule.choices.over(&self.default).target();
             if target != Target::Keep
                 && !source
-                    .tensors
+                    .tensors()
                     .iter()
                     .any(|t| glob.is_match(&t.name) && can_become(t, target))
             {
-                let (glob, path) = (&rule.glob, source.path.display());
+                let (glob, path) = (&rule.glob, source.path().display());
                 return Err(Error::Recipe(format!(
                     "'{glob}' matches no tensor of {path} that can become {target}"
                 )));

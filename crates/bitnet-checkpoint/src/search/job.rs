@@ -15,12 +15,12 @@ use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::scheme::{Clip, Mapping, Threshold};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
-use bitnet_formats::{Source, Tensor};
+use bitnet_formats::{Source, Tensor, TensorId};
 use rayon::prelude::*;
 use std::path::Path;
 
-/// Runs the search of a recipe. Returns the recipe without the search, with one rule for each tensor
-/// that `default` would have decided.
+/// Runs the search of a recipe. Returns the recipe without the search, with one rule for each
+/// tensor that `default` would have decided.
 ///
 /// Tensors that a rule of the recipe matches keep that rule. If the rule quantizes them, they count
 /// in the budget. A calibration weights errors by the second moments of the channels; it must cover
@@ -72,7 +72,7 @@ struct SearchedTensor<'a> {
     possible: Vec<(Choices, u64, Scheme)>,
 }
 
-/// What the search chooses among.
+/// The tensors and settings of a search.
 struct SearchPlan<'a> {
     tensors: Vec<SearchedTensor<'a>>,
     /// Bytes of the tensors that rules of the recipe quantize.
@@ -95,7 +95,7 @@ impl<'a> SearchPlan<'a> {
             fixed_bytes: 0,
             weights: 0,
         };
-        for (index, tensor) in source.tensors.iter().enumerate() {
+        for (index, tensor) in source.tensor_ids().zip(source.tensors()) {
             let Some(choices) = selector.choices(tensor) else {
                 continue;
             };
@@ -123,7 +123,7 @@ impl<'a> SearchPlan<'a> {
         if plan.tensors.is_empty() {
             return Err(Error::Recipe(format!(
                 "the search has no tensor of {} to choose for",
-                source.path.display()
+                source.path().display()
             )));
         }
         Ok(plan)
@@ -174,7 +174,7 @@ impl<'a> SearchPlan<'a> {
                     })
                     .collect(),
             );
-            options.progress.advance(tensor.bytes(source));
+            options.progress.advance(source.bytes_of(tensor));
         }
         Ok(candidates)
     }
@@ -183,7 +183,7 @@ impl<'a> SearchPlan<'a> {
 /// The settings of the grid that the container can hold for a tensor; none if it would stay float.
 fn possible_settings(
     builder: &mut Builder<'_>,
-    index: usize,
+    index: TensorId,
     grid: &[Choices],
 ) -> Result<Vec<(Choices, u64, Scheme)>> {
     let mut refusal = None;
@@ -201,8 +201,8 @@ fn possible_settings(
     }
 }
 
-/// The settings that the search chooses among. Granularity, scales and rounding of the default apply
-/// to all of them.
+/// The settings that the search chooses among. Granularity, scales and rounding of the default
+/// apply to all of them.
 ///
 /// # Errors
 /// [`Error::Recipe`] for a format with one precision only.
@@ -393,7 +393,7 @@ impl Search {
 
 impl Builder<'_> {
     /// Bytes and scheme of a tensor with these choices; `None` if it would stay float.
-    fn planned(&mut self, index: usize, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
+    fn planned(&mut self, index: TensorId, choices: &Choices) -> Result<Option<(u64, Scheme)>> {
         let (jobs, outs) = (self.tensor_jobs.len(), self.tensors.len());
         self.quantize(index, choices)?;
         let scheme = match self.tensor_jobs.last().map(|u| &u.action) {
@@ -402,8 +402,9 @@ impl Builder<'_> {
         };
         Ok(scheme.map(|scheme| {
             (
-                self.tensors[outs..]
+                self.tensors
                     .iter()
+                    .skip(outs)
                     .map(|t| t.len.bound() as u64)
                     .sum(),
                 scheme,

@@ -1,14 +1,14 @@
-//! Mixed precision: which setting each tensor gets, so that all of them together fit a budget with
-//! the least error.
+//! Mixed precision: chooses a setting for each tensor so that the model fits a budget with the
+//! least error.
 //!
 //! ```text
 //! minimise Σ_t error(t, choice_t)   subject to   Σ_t bytes(t, choice_t) ≤ budget
 //! ```
 //!
 //! A multiple-choice knapsack, solved exactly by dynamic programming over the tensors. It keeps the
-//! partial selections that no other beats in both bytes and error. It drops a partial selection when
-//! the linear relaxation of the remaining tensors shows that it cannot end below the best known
-//! solution.
+//! partial selections that no other beats in both bytes and error. It drops a partial selection
+//! when the linear relaxation of the remaining tensors shows that it cannot end below the best
+//! known solution.
 
 mod job;
 
@@ -21,16 +21,16 @@ use crate::{Error, Result};
 /// says so.
 const MAX_PARTIAL: usize = 1 << 20;
 
-/// What a tensor may become.
+/// One setting of a tensor with its size and error.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
     /// The setting.
     pub choices: Choices,
-    /// Its real size, scales and padding included.
+    /// Real size in bytes, scales and padding included.
     pub bytes: u64,
-    /// What it loses: `Σ h·(w − ŵ)²`, h being 1 without calibration.
+    /// Error `Σ h·(w − ŵ)²`; h is 1 without calibration.
     pub error: f64,
-    /// What it loses on its own, in dB.
+    /// SQNR of the tensor in dB.
     pub sqnr_db: f64,
 }
 
@@ -43,8 +43,8 @@ pub struct Selection {
     pub bytes: u64,
     /// Their error.
     pub error: f64,
-    /// Whether no other selection within the budget has a smaller error. False only where more than
-    /// a million partial solutions had to be kept.
+    /// Whether the selection is proven optimal. False only if more than a million partial
+    /// selections had to be kept.
     pub exact: bool,
 }
 

@@ -1,10 +1,9 @@
 //! `bitnet compare`
 
-use crate::Answer;
-use crate::args::CompareArgs;
-use crate::job::Bar;
-use crate::print::{Output, Table, decibels, percent, scientific};
-use bitnet_checkpoint::compare::{Comparison, Scope, compare};
+use crate::args::checkpoint::{CompareArgs, GateArgs};
+use crate::print::{Answer, Output, Table, decibels, percent, scientific};
+use crate::progress::ByteBar;
+use bitnet_checkpoint::compare::{Comparison, Scope, TensorComparison, compare};
 use bitnet_core::stats::ErrorStats;
 use serde_json::{Value, json};
 
@@ -13,9 +12,25 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         args.open.open(&args.original)?,
         args.open.open(&args.quantized)?,
     );
-    let bar = Bar::new(original.stored.iter().map(|s| s.len).sum(), false);
+    let total = original.stored_tensors().iter().map(|s| s.len).sum();
+    let bar = ByteBar::new(total, args.quiet.quiet);
     let result = compare(&original, &quantized, &bar)?;
     drop(bar);
+    out.table(&table(&result, args.quiet.quiet));
+    let failures = gates(&args.gates, &result);
+    for failure in &failures {
+        out.line(format!("failed: {failure}"));
+    }
+    out.document(document(&result, &failures));
+    Ok(if failures.is_empty() {
+        Answer::Yes
+    } else {
+        Answer::No
+    })
+}
+
+/// The tensors, unless `totals_alone`, and the totals.
+fn table(result: &Comparison, totals_alone: bool) -> Table {
     let mut table = Table::new(&[
         "tensor",
         "stored as",
@@ -29,10 +44,10 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         "sign flips",
         "entropy",
     ]);
-    let row = |name: String, stored: String, bits: f64, e: &ErrorStats, entropy: Option<f64>| {
-        vec![
-            name,
-            stored,
+    let mut row = |name: &str, stored: &str, bits: f64, e: &ErrorStats, entropy: Option<f64>| {
+        table.row(vec![
+            name.into(),
+            stored.into(),
             format!("{bits:.3}"),
             scientific(e.mse()),
             scientific(e.mae()),
@@ -42,43 +57,41 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
             percent(e.sparsity()),
             percent(e.sign_flip_share()),
             entropy.map(|h| format!("{h:.3}")).unwrap_or_default(),
-        ]
+        ]);
     };
-    for t in &result.tensors {
-        table.row(row(
-            t.name.clone(),
-            t.stored_as.clone(),
+    for t in result.tensors.iter().filter(|_| !totals_alone) {
+        row(
+            &t.name,
+            &t.stored_as,
             t.bits_per_weight(),
             &t.error,
             t.entropy,
-        ));
+        );
     }
-    let (low, all) = (result.total(Scope::Quantized), result.total(Scope::All));
-    if low.count > 0 {
-        table.row(row(
-            "quantized tensors".into(),
-            String::new(),
-            result.bits_per_weight(Scope::Quantized),
-            &low,
-            None,
-        ));
+    for (name, scope) in [
+        ("quantized tensors", Scope::Quantized),
+        ("all tensors", Scope::All),
+    ] {
+        let error = result.total(scope);
+        if scope == Scope::All || error.count > 0 {
+            row(name, "", result.bits_per_weight(scope), &error, None);
+        }
     }
-    table.row(row(
-        "all tensors".into(),
-        String::new(),
-        result.bits_per_weight(Scope::All),
-        &all,
-        None,
-    ));
-    out.table(&table);
-    let failures = gates(args, &result);
-    for failure in &failures {
-        out.line(format!("failed: {failure}"));
-    }
+    table
+}
+
+fn document(result: &Comparison, failures: &[String]) -> Value {
     let stats = |e: &ErrorStats| {
         json!({
-            "weights": e.count, "mse": e.mse(), "mae": e.mae(), "max_error": e.max_error, "sqnr_db": e.sqnr_db(),
-            "exact": e.noise == 0.0, "cosine": e.cosine(), "sparsity": e.sparsity(), "sign_flips": e.sign_flip_share(),
+            "weights": e.count,
+            "mse": e.mse(),
+            "mae": e.mae(),
+            "max_error": e.max_error,
+            "sqnr_db": e.sqnr_db(),
+            "exact": e.noise == 0.0,
+            "cosine": e.cosine(),
+            "sparsity": e.sparsity(),
+            "sign_flips": e.sign_flip_share(),
         })
     };
     let with = |mut object: Value, more: Value| {
@@ -87,29 +100,38 @@ pub(crate) fn run(args: &CompareArgs, out: &mut Output) -> anyhow::Result<Answer
         }
         object
     };
-    out.document(json!({
-        "tensors": result.tensors.iter().map(|t| with(
-            json!({"name": t.name, "stored_as": t.stored_as, "bytes": t.bytes, "bits_per_weight": t.bits_per_weight(), "entropy_bits": t.entropy}),
-            stats(&t.error),
-        )).collect::<Vec<_>>(),
-        "quantized": with(json!({"bits_per_weight": result.bits_per_weight(Scope::Quantized)}), stats(&low)),
-        "all": with(json!({"bits_per_weight": result.bits_per_weight(Scope::All)}), stats(&all)),
+    let tensor = |t: &TensorComparison| {
+        let head = json!({
+            "name": t.name,
+            "stored_as": t.stored_as,
+            "bytes": t.bytes,
+            "bits_per_weight": t.bits_per_weight(),
+            "entropy_bits": t.entropy,
+        });
+        with(head, stats(&t.error))
+    };
+    let total = |scope: Scope| {
+        let bits = result.bits_per_weight(scope);
+        with(
+            json!({"bits_per_weight": bits}),
+            stats(&result.total(scope)),
+        )
+    };
+    json!({
+        "tensors": result.tensors.iter().map(tensor).collect::<Vec<_>>(),
+        "quantized": total(Scope::Quantized),
+        "all": total(Scope::All),
         "failed": failures,
-    }));
-    Ok(if failures.is_empty() {
-        Answer::Yes
-    } else {
-        Answer::No
     })
 }
 
-/// What each gate has against each tensor.
-fn gates(args: &CompareArgs, result: &Comparison) -> Vec<String> {
+/// The gates that fail, with tensor, figure and limit.
+fn gates(args: &GateArgs, result: &Comparison) -> Vec<String> {
     let mut failures = vec![];
     for t in &result.tensors {
         let mut gate = |limit: Option<f64>, got: f64, name: &str, fails: fn(f64, f64) -> bool| {
             if let Some(limit) = limit.filter(|&limit| fails(got, limit)) {
-                failures.push(format!("{}: {name} {got:.6} against {limit}", t.name));
+                failures.push(format!("{}: {name} is {got:.6}, the limit {limit}", t.name));
             }
         };
         gate(
@@ -134,7 +156,7 @@ fn gates(args: &CompareArgs, result: &Comparison) -> Vec<String> {
     let bits = result.bits_per_weight(Scope::Quantized);
     if let Some(limit) = args.max_bpw.filter(|&limit| bits > limit) {
         failures.push(format!(
-            "quantized tensors: {bits:.6} bits per weight against {limit}"
+            "quantized tensors: {bits:.6} bits per weight, the limit {limit}"
         ));
     }
     failures

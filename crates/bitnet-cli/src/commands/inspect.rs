@@ -1,11 +1,11 @@
 //! `bitnet inspect`
 
-use crate::Answer;
-use crate::args::InspectArgs;
-use crate::print::{Output, Table, bytes, shape};
-use bitnet_checkpoint::inspect::{lint, tensors};
+use crate::args::checkpoint::InspectArgs;
+use crate::print::{Answer, Output, Table, bytes, shape};
+use bitnet_checkpoint::inspect::{Finding, TensorSummary, lint, tensors};
 use bitnet_kernels::Kernels;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let source = args.input.open()?;
@@ -15,6 +15,86 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
     } else {
         lint(&source, Kernels::from_env()?)?
     };
+    if !args.quiet.quiet {
+        out.table(&table(&tensors));
+        out.line("");
+    }
+    let file_bytes: u64 = source.files().iter().map(|f| f.len).sum();
+    let weights: u64 = tensors.iter().map(|t| t.weights()).sum();
+    let file_bits = file_bytes as f64 * 8.0 / weights.max(1) as f64;
+    let low: Vec<_> = tensors.iter().filter(|t| t.spec.is_some()).collect();
+    let low_weights: u64 = low.iter().map(|t| t.weights()).sum();
+    let low_bits =
+        low.iter().map(|t| t.bytes).sum::<u64>() as f64 * 8.0 / low_weights.max(1) as f64;
+    if !low.is_empty() {
+        out.line(format!(
+            "{} quantized tensors, {low_weights} weights at {low_bits:.3} bits",
+            low.len()
+        ));
+    }
+    out.line(format!(
+        "{}: {} tensors, {weights} weights, {}, {file_bits:.3} bits per weight in all",
+        args.input.input.display(),
+        tensors.len(),
+        bytes(file_bytes)
+    ));
+    if let Some(document) = source.document() {
+        out.line(format!("written by {}", document.generator));
+    }
+    if let Some(bitnet) = source.bitnet() {
+        out.line(format!(
+            "quantization_config: {} ({:?})",
+            bitnet.linear_class.name(),
+            bitnet.mode
+        ));
+    }
+    for note in source.notes() {
+        out.line(format!("note: {note}"));
+    }
+    if args.quiet.quiet {
+        let mut counts = BTreeMap::new();
+        for f in &findings {
+            *counts.entry(title(f.check)).or_insert(0) += 1;
+        }
+        for (title, count) in counts {
+            out.line(format!("{title}: {count} findings"));
+        }
+    } else {
+        for f in &findings {
+            out.line(format!("{}: {}: {}", title(f.check), f.tensor, f.what));
+        }
+    }
+    out.document(json!({
+        "path": args.input.input.display().to_string(),
+        "file_bytes": file_bytes,
+        "weights": weights,
+        "bits_per_weight": file_bits,
+        "quantized_weights": low_weights,
+        "quantized_bits_per_weight": if low.is_empty() { None } else { Some(low_bits) },
+        "generator": source.document().map(|d| &d.generator),
+        "recipe": source.document().map(|d| &d.recipe),
+        "notes": source.notes(),
+        "linear_class": source.bitnet().map(|b| b.linear_class.name()),
+        "tensors": tensors.iter().map(|t| json!({
+            "name": t.name,
+            "shape": t.shape,
+            "stored_as": t.stored_as,
+            "precision": t.spec.as_ref().map(|s| s.precision.name()),
+            "planes": t.spec.as_ref().map(|s| s.planes),
+            "granularity": t.spec.as_ref().map(|s| s.granularity.to_string()),
+            "bytes": t.bytes,
+            "bits_per_weight": t.bits_per_weight(),
+        })).collect::<Vec<_>>(),
+        "findings": (!args.headers).then(|| findings.iter().map(finding_json).collect::<Vec<_>>()),
+    }));
+    Ok(Answer::Yes)
+}
+
+fn finding_json(f: &Finding) -> Value {
+    json!({"tensor": f.tensor, "check": f.check, "what": f.what})
+}
+
+fn table(tensors: &[TensorSummary]) -> Table {
     let mut table = Table::new(&[
         "tensor",
         "shape",
@@ -24,7 +104,7 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         "bytes",
         "bits/weight",
     ]);
-    for t in &tensors {
+    for t in tensors {
         let spec = t.spec.as_ref();
         let precision = spec.map(|s| {
             if s.planes > 1 {
@@ -43,65 +123,19 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
             format!("{:.3}", t.bits_per_weight()),
         ]);
     }
-    out.table(&table);
-    let file_bytes: u64 = source.files.iter().map(|f| f.len).sum();
-    let weights: u64 = tensors.iter().map(|t| t.weights()).sum();
-    let file_bits = file_bytes as f64 * 8.0 / weights.max(1) as f64;
-    let low: Vec<_> = tensors.iter().filter(|t| t.spec.is_some()).collect();
-    let low_weights: u64 = low.iter().map(|t| t.weights()).sum();
-    let low_bits =
-        low.iter().map(|t| t.bytes).sum::<u64>() as f64 * 8.0 / low_weights.max(1) as f64;
-    out.line("");
-    if !low.is_empty() {
-        out.line(format!(
-            "{} quantized tensors, {low_weights} weights at {low_bits:.3} bits",
-            low.len()
-        ));
+    table
+}
+
+/// A check of [`lint`] in words.
+fn title(check: &str) -> &str {
+    match check {
+        "dead" => "all zero",
+        "not-finite" => "not finite",
+        "already-ternary" => "ternary already",
+        "already-quantized" => "quantized already",
+        "corrupt" => "damaged",
+        "scale" => "doubtful scale",
+        "k" => "columns",
+        other => other,
     }
-    out.line(format!(
-        "{}: {} tensors, {weights} weights, {}, {file_bits:.3} bits per weight in all",
-        args.input.input.display(),
-        tensors.len(),
-        bytes(file_bytes)
-    ));
-    if let Some(document) = &source.document {
-        out.line(format!("written by {}", document.generator));
-    }
-    if let Some(bitnet) = source.bitnet {
-        out.line(format!(
-            "quantization_config: {} ({:?})",
-            bitnet.linear_class.name(),
-            bitnet.mode
-        ));
-    }
-    for note in &source.notes {
-        out.line(format!("note: {note}"));
-    }
-    for f in &findings {
-        out.line(format!("{}: {}: {}", f.check, f.tensor, f.what));
-    }
-    out.document(json!({
-        "path": args.input.input.display().to_string(),
-        "file_bytes": file_bytes,
-        "weights": weights,
-        "bits_per_weight": file_bits,
-        "quantized_weights": low_weights,
-        "quantized_bits_per_weight": if low.is_empty() { None } else { Some(low_bits) },
-        "generator": source.document.as_ref().map(|d| &d.generator),
-        "recipe": source.document.as_ref().map(|d| &d.recipe),
-        "notes": source.notes,
-        "linear_class": source.bitnet.map(|b| b.linear_class.name()),
-        "tensors": tensors.iter().map(|t| json!({
-            "name": t.name,
-            "shape": t.shape,
-            "stored_as": t.stored_as,
-            "precision": t.spec.as_ref().map(|s| s.precision.name()),
-            "planes": t.spec.as_ref().map(|s| s.planes),
-            "granularity": t.spec.as_ref().map(|s| s.granularity.to_string()),
-            "bytes": t.bytes,
-            "bits_per_weight": t.bits_per_weight(),
-        })).collect::<Vec<_>>(),
-        "findings": if args.headers { None } else { Some(findings.iter().map(|f| json!({"tensor": f.tensor, "check": f.check, "what": f.what})).collect::<Vec<_>>()) },
-    }));
-    Ok(Answer::Yes)
 }

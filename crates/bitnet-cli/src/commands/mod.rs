@@ -3,10 +3,12 @@
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod compare;
+pub(crate) mod completions;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod dequantize;
 pub(crate) mod inspect;
+pub(crate) mod manual;
 pub(crate) mod perplexity;
 pub(crate) mod quantize;
 pub(crate) mod run;

@@ -1,28 +1,86 @@
 //! `bitnet perplexity`: how well a model predicts a text.
 
-use crate::job::Bar;
-use crate::model::PerplexityArgs;
-use crate::print::Output;
-use crate::{Answer, job};
-use bitnet_checkpoint::job::Progress;
+use crate::args::model::PerplexityArgs;
+use crate::print::{Answer, Output};
+use crate::progress::{TokenBar, interrupt};
+use bitnet_inference::Model;
 use bitnet_inference::perplexity::{Mean, Perplexity, Windows, compare, perplexity};
 use serde_json::{Value, json};
-use std::cell::Cell;
 
 pub(crate) fn run(args: &PerplexityArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let text = std::fs::read_to_string(&args.text)
         .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", args.text.display()))?;
-    let model = args.load.load(&args.model)?;
+    let model = args.load.load(&args.model, &args.quiet)?;
     let reference = args
         .reference
         .as_ref()
-        .map(|path| args.load.load(path))
+        .map(|path| args.load.load(path, &args.quiet))
         .transpose()?;
-    let mut tokens = model.tokenizer()?.encode(&text, true)?;
-    if let Some(reference) = &reference {
-        let same = reference.tokenizer()?.encode(&text, true)? == tokens;
+    let tokens = tokens(args, &text, &model, reference.as_ref())?;
+    let windows = windows(args, &model, reference.as_ref())?;
+    let bar = TokenBar::new(tokens.len(), args.quiet.quiet);
+    let progress = |done: usize, _: usize| bar.set(done);
+    let interrupt = interrupt();
+    let mut document = json!({
+        "tokens": tokens.len(),
+        "context": windows.context,
+        "stride": windows.stride,
+    });
+    let name = args.model.display().to_string();
+    match &reference {
+        None => {
+            let result = perplexity(&model, &tokens, &windows, &progress, interrupt)?;
+            drop(bar);
+            out.line(line(&name, &result));
+            document["model"] = json_of(&result);
+        }
+        Some(reference) => {
+            let result = compare(&model, reference, &tokens, &windows, &progress, interrupt)?;
+            drop(bar);
+            out.line(line(&name, &result.model));
+            out.line(line("reference", &result.reference));
+            document["model"] = json_of(&result.model);
+            document["reference"] = json_of(&result.reference);
+            for (name, key, mean, unit) in [
+                (
+                    "loss above the reference's",
+                    "loss_difference",
+                    &result.difference,
+                    " nats",
+                ),
+                (
+                    "divergence from the reference",
+                    "divergence",
+                    &result.divergence,
+                    " nats",
+                ),
+                ("same likeliest token", "same_top", &result.same_top, ""),
+            ] {
+                let (value, error) = (mean.mean(), mean.error());
+                out.line(format!("{name}: {value:.5} ± {error:.5}{unit}"));
+                document[key] = mean_json(mean);
+            }
+        }
+    }
+    out.line(format!(
+        "windows of {} tokens, each {} after the one before",
+        windows.context, windows.stride
+    ));
+    out.document(document);
+    Ok(Answer::Yes)
+}
+
+/// The tokens of the text, which must be the same for both models.
+fn tokens(
+    args: &PerplexityArgs,
+    text: &str,
+    model: &Model,
+    reference: Option<&Model>,
+) -> anyhow::Result<Vec<u32>> {
+    let mut tokens = model.tokenizer()?.encode(text, true)?;
+    if let Some(reference) = reference {
         anyhow::ensure!(
-            same,
+            reference.tokenizer()?.encode(text, true)? == tokens,
             "{}: the tokenizer cuts the text into other tokens than the reference's",
             args.model.display()
         );
@@ -30,88 +88,45 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut Output) -> anyhow::Result<Ans
     if args.tokens > 0 {
         tokens.truncate(args.tokens);
     }
-    let most = model.config().context.min(
-        reference
-            .as_ref()
-            .map_or(usize::MAX, |r| r.config().context),
-    );
-    let context = if args.context == 0 {
-        most.min(512)
-    } else {
-        args.context
+    Ok(tokens)
+}
+
+/// Windows that both models have a context for.
+fn windows(
+    args: &PerplexityArgs,
+    model: &Model,
+    reference: Option<&Model>,
+) -> anyhow::Result<Windows> {
+    let contexts = [Some(model), reference].into_iter().flatten();
+    let most = contexts.map(|m| m.config().context).min().unwrap_or(0);
+    let context = match args.context {
+        0 => most.min(512),
+        n => n,
     };
     anyhow::ensure!(
         context <= most,
-        "--context: expected at most {most}, what the model was made for, got {context}"
+        "--context: expected at most {most}, the model's, got {context}"
     );
-    let stride = if args.stride == 0 {
-        context.div_ceil(2)
-    } else {
-        args.stride
-    };
-    let windows = Windows {
+    Ok(Windows {
         context,
-        stride,
+        stride: match args.stride {
+            0 => context.div_ceil(2),
+            n => n,
+        },
         cache: args.load.cache,
-    };
-    let bar = Bar::new(tokens.len() as u64, args.quiet);
-    let done = Cell::new(0);
-    let progress = |at: usize, _: usize| {
-        bar.advance(at.saturating_sub(done.replace(done.get().max(at))) as u64)
-    };
-    let interrupt = job::interrupt();
-    let mut document = json!({"tokens": tokens.len(), "context": context, "stride": stride});
-    let say = |out: &mut Output, name: &str, p: &Perplexity| {
-        let line = format!(
-            "{name}: perplexity {:.4} ± {:.4} over {} tokens",
-            p.value(),
-            p.error(),
-            p.loss.count()
-        );
-        out.line(format!(
-            "{line} ({:.4} ± {:.4} nats each)",
-            p.loss.mean(),
-            p.loss.error()
-        ));
-    };
-    match &reference {
-        None => {
-            let result = perplexity(&model, &tokens, &windows, &progress, interrupt)?;
-            drop(bar);
-            say(out, &args.model.display().to_string(), &result);
-            document["model"] = json_of(&result);
-        }
-        Some(reference) => {
-            let result = compare(&model, reference, &tokens, &windows, &progress, interrupt)?;
-            drop(bar);
-            say(out, &args.model.display().to_string(), &result.model);
-            say(out, "reference", &result.reference);
-            let line = |what: &str, m: &Mean, unit: &str| {
-                format!("{what}: {:.5} ± {:.5}{unit}", m.mean(), m.error())
-            };
-            out.line(line(
-                "loss above the reference's",
-                &result.difference,
-                " nats",
-            ));
-            out.line(line(
-                "divergence from the reference",
-                &result.divergence,
-                " nats",
-            ));
-            out.line(line("same likeliest token", &result.same_top, ""));
-            document["model"] = json_of(&result.model);
-            document["reference"] = json_of(&result.reference);
-            document["loss_difference"] = mean_json(&result.difference);
-            document["divergence"] = mean_json(&result.divergence);
-            document["same_top"] = mean_json(&result.same_top);
-        }
-    }
-    out.line(format!(
-        "windows of {context} tokens, each {stride} after the one before"
-    ));
-    out.document(document);
-    Ok(Answer::Yes)
+    })
+}
+
+/// Perplexity in one line.
+fn line(name: &str, p: &Perplexity) -> String {
+    format!(
+        "{name}: perplexity {:.4} ± {:.4} over {} tokens ({:.4} ± {:.4} nats each)",
+        p.value(),
+        p.error(),
+        p.loss.count(),
+        p.loss.mean(),
+        p.loss.error()
+    )
 }
 
 fn json_of(p: &Perplexity) -> Value {

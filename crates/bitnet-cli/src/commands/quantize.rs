@@ -1,43 +1,23 @@
 //! `bitnet quantize`
 
-use crate::args::QuantizeArgs;
-use crate::print::Output;
-use crate::{Answer, job};
+use crate::args::checkpoint::QuantizeArgs;
+use crate::print::{Answer, Output};
+use crate::{job, target};
 use bitnet_checkpoint::calibration::Calibration;
 use bitnet_checkpoint::recipe::{Recipe, Search};
 use bitnet_checkpoint::{Job, search};
 use std::path::Path;
 
 pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answer> {
-    let mut recipe = match (&args.config, args.preset) {
-        (Some(path), _) => read(path)?,
-        (None, Some(preset)) => preset.build()?,
-        (None, None) => Recipe::default(),
-    };
-    if args.config.is_none() || args.format.is_some() {
-        recipe.format = job::format(args.format, &args.job.out);
-    }
-    recipe.linear_class = args.linear_class.or(recipe.linear_class);
-    if !args.include.is_empty() {
-        recipe.include.clone_from(&args.include);
-    }
-    recipe.exclude.extend(args.exclude.iter().cloned());
-    recipe.rules.splice(0..0, args.rule.iter().cloned());
-    recipe.default = args.choices.choices().over(&recipe.default);
-    if args.target_bpw.is_some() || args.min_sqnr.is_some() {
-        let goal = recipe.search.unwrap_or_default();
-        recipe.search = Some(Search {
-            target_bpw: args.target_bpw.or(goal.target_bpw),
-            min_sqnr: args.min_sqnr.or(goal.min_sqnr),
-        });
-    }
+    let recipe = recipe(args)?;
     let calibration = args
+        .search
         .calibration
         .as_deref()
         .map(Calibration::load)
         .transpose()?;
     let source = args.input.open()?;
-    let total = source.tensors.iter().map(|t| t.bytes(&source)).sum();
+    let total = source.tensors().iter().map(|t| source.bytes_of(t)).sum();
     let recipe = job::with_options(&args.job, &recipe.compute, total, |options| {
         search::resolve(
             &source,
@@ -55,6 +35,36 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
     };
     job::run(&plan, &source, &args.job, &recipe.compute, out)?;
     Ok(Answer::Yes)
+}
+
+/// The configuration of file or preset, with the flags over it.
+fn recipe(args: &QuantizeArgs) -> anyhow::Result<Recipe> {
+    let mut recipe = match (&args.recipe.config, args.recipe.preset) {
+        (Some(path), _) => read(path)?,
+        (None, Some(preset)) => preset.build()?,
+        (None, None) => Recipe::default(),
+    };
+    let format = target::format(args.container.format, &args.job.out)?;
+    if args.recipe.config.is_none() || args.container.format.is_some() {
+        recipe.format = format;
+    }
+    recipe.linear_class = args.container.linear_class.or(recipe.linear_class);
+    let tensors = &args.tensors;
+    if !tensors.include.is_empty() {
+        recipe.include.clone_from(&tensors.include);
+    }
+    recipe.exclude.extend(tensors.exclude.iter().cloned());
+    recipe.rules.splice(0..0, tensors.rule.iter().cloned());
+    recipe.default = args.choices.choices().over(&recipe.default);
+    let search = &args.search;
+    if search.target_bpw.is_some() || search.min_sqnr.is_some() {
+        let goal = recipe.search.unwrap_or_default();
+        recipe.search = Some(Search {
+            target_bpw: search.target_bpw.or(goal.target_bpw),
+            min_sqnr: search.min_sqnr.or(goal.min_sqnr),
+        });
+    }
+    Ok(recipe)
 }
 
 fn read(path: &Path) -> anyhow::Result<Recipe> {

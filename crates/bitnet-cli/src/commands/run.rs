@@ -1,24 +1,14 @@
-//! `bitnet run`: goes on with a text.
+//! `bitnet run`: generates text from a prompt.
 
-use crate::model::{RunArgs, speed, speed_json};
-use crate::print::Output;
-use crate::{Answer, job};
+use crate::args::model::RunArgs;
+use crate::generation::{finish_name, speed, speed_json};
+use crate::print::{Answer, Output, note, stderr_line};
+use crate::progress::interrupt;
 use anyhow::Context;
 use bitnet_inference::{ChatMessage, Error, Finish};
 use serde_json::json;
 use std::io::Read;
 use std::sync::atomic::Ordering;
-
-/// The name of an end for programs.
-pub(crate) fn finish_name(finish: Option<Finish>) -> &'static str {
-    match finish {
-        Some(Finish::EndOfText) => "end_of_text",
-        Some(Finish::Stop) => "stop",
-        Some(Finish::MaxTokens) => "max_tokens",
-        Some(Finish::Context) => "context",
-        None => "interrupted",
-    }
-}
 
 pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let options = args.generate.options()?;
@@ -33,7 +23,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
             text
         }
     };
-    let model = args.load.load(&args.model)?;
+    let model = args.load.load(&args.model, &args.quiet)?;
     let tokens = if args.chat {
         model.chat_tokens(&[ChatMessage::new("user", prompt)])?
     } else {
@@ -46,7 +36,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
             .clamp(1, model.config().context),
         n => n,
     };
-    let interrupt = job::interrupt();
+    let interrupt = interrupt();
     let mut generation = model
         .session(context, args.load.cache)?
         .into_generation(&tokens, &options)?;
@@ -63,13 +53,15 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
         out.stream("\n")?;
     }
     let (finish, timings) = (generation.finish(), generation.timings());
-    if finish == Some(Finish::Context) {
-        eprintln!(
-            "note: the context of {context} positions is full; --context takes up to {}",
-            model.config().context
-        );
+    if !args.quiet.quiet {
+        if finish == Some(Finish::Context) {
+            note(format!(
+                "the context of {context} positions is full; --context takes up to {}",
+                model.config().context
+            ));
+        }
+        stderr_line(speed(&timings));
     }
-    eprintln!("{}", speed(&timings));
     out.document(json!({
         "prompt_tokens": tokens,
         "tokens": ids,

@@ -1,11 +1,10 @@
 //! `bitnet verify`
 
-use crate::Answer;
-use crate::args::VerifyArgs;
-use crate::print::{Output, bytes};
+use crate::args::checkpoint::VerifyArgs;
+use crate::print::{Answer, Output, bytes};
 use bitnet_checkpoint::verify::{Damage, Verification, verify};
 use bitnet_formats::document::KEY;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::Read;
 use std::path::Path;
 
@@ -23,8 +22,7 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
     let result = match args.input.open() {
         Ok(source) => verify(&source)?,
         Err(error @ bitnet_formats::Error::Io { .. }) => return Err(error.into()),
-        // A file of ours whose header does not hold together is damaged; anything else is no file
-        // for this command.
+        // A file of ours with a broken header is damaged; any other file is bad input.
         Err(error) if !carries_document(&args.input.input) => return Err(error.into()),
         Err(error) => Verification {
             checked: 0,
@@ -35,8 +33,10 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
             }],
         },
     };
-    for damage in &result.damage {
-        out.line(format!("damaged: {}: {}", damage.part, damage.what));
+    if !args.quiet.quiet {
+        for damage in &result.damage {
+            out.line(format!("damaged: {}: {}", part(damage), damage.what));
+        }
     }
     let path = args.input.input.display();
     match result.damage.len() {
@@ -55,11 +55,24 @@ pub(crate) fn run(args: &VerifyArgs, out: &mut Output) -> anyhow::Result<Answer>
         "whole": result.damage.is_empty(),
         "checked": result.checked,
         "bytes": result.bytes,
-        "damage": result.damage.iter().map(|d| json!({"part": d.part, "what": d.what})).collect::<Vec<_>>(),
+        "damage": result.damage.iter().map(damage_json).collect::<Vec<_>>(),
     }));
     Ok(if result.damage.is_empty() {
         Answer::Yes
     } else {
         Answer::No
     })
+}
+
+fn damage_json(damage: &Damage) -> Value {
+    json!({"part": damage.part, "what": damage.what})
+}
+
+/// The damaged part in words.
+fn part(damage: &Damage) -> &str {
+    match damage.part.as_str() {
+        "document" => "recipe and checksums",
+        "metadata" => "metadata of the container",
+        name => name,
+    }
 }

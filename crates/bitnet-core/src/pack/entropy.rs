@@ -78,7 +78,8 @@ fn stored_len(precision: Precision, n: usize) -> usize {
 
 impl Coder for Entropy {
     const NAME: &'static str = "entropy";
-    const SUMMARY: &'static str = "any precision, rANS with each block's frequencies in its header, close to the order-0 entropy (ours)";
+    const SUMMARY: &'static str = "any precision, rANS with each block's frequencies in its \
+        header, close to the order-0 entropy (ours)";
     const PRECISIONS: &'static [Precision] = Precision::ALL;
 
     fn bound(precision: Precision, n: usize) -> usize {

@@ -27,7 +27,8 @@ impl Layout for HfBitnet {
     }
 
     fn summary(&self) -> &'static str {
-        "ternary, 4 rows a byte, per-tensor scale outside, 2 bits per weight (Hugging Face transformers)"
+        "ternary, 4 rows a byte, per-tensor scale outside, 2 bits per weight (Hugging Face \
+            transformers)"
     }
 
     fn origin(&self) -> LayoutOrigin {

@@ -32,7 +32,8 @@ const SPARSE: u8 = 2;
 
 impl Coder for Hybrid {
     const NAME: &'static str = "hybrid";
-    const SUMMARY: &'static str = "ternary, the shortest of base-3, run-length and sparse for each block, at most 1.6 bits per weight and 5 bytes per block (ours)";
+    const SUMMARY: &'static str = "ternary, the shortest of base-3, run-length and sparse for \
+        each block, at most 1.6 bits per weight and 5 bytes per block (ours)";
     const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
 
     fn bound(_: Precision, n: usize) -> usize {

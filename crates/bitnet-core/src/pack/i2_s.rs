@@ -50,7 +50,8 @@ pub(super) struct I2S {
 /// The order of x86 builds.
 pub(super) const GROUPS_OF_128: I2S = I2S {
     name: "i2_s",
-    summary: "ternary, 128 values in 32 bytes, one f32 scale inside, 2 bits per weight (bitnet.cpp)",
+    summary: "ternary, 128 values in 32 bytes, one f32 scale inside, 2 bits per weight \
+        (bitnet.cpp)",
     order: CodeOrder::Group(128),
     written: true,
 };
@@ -58,7 +59,8 @@ pub(super) const GROUPS_OF_128: I2S = I2S {
 /// The order of ARM builds.
 pub(super) const GROUPS_OF_64: I2S = I2S {
     name: "i2_s-g64",
-    summary: "ternary, 64 values in 16 bytes, one f32 scale inside, 2 bits per weight (bitnet.cpp on ARM)",
+    summary: "ternary, 64 values in 16 bytes, one f32 scale inside, 2 bits per weight \
+        (bitnet.cpp on ARM)",
     order: CodeOrder::Group(64),
     written: false,
 };
@@ -66,7 +68,8 @@ pub(super) const GROUPS_OF_64: I2S = I2S {
 /// Four rows interleaved.
 pub(super) const FOUR_ROWS: I2S = I2S {
     name: "i2_s-x4",
-    summary: "ternary, 4 rows a byte, one f32 scale inside, 2 bits per weight (bitnet.cpp, interleaved)",
+    summary: "ternary, 4 rows a byte, one f32 scale inside, 2 bits per weight (bitnet.cpp, \
+        interleaved)",
     order: CodeOrder::Rows,
     written: false,
 };

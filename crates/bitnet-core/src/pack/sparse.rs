@@ -28,7 +28,8 @@ const LIST: u8 = 1;
 
 impl Coder for Sparse {
     const NAME: &'static str = "sparse";
-    const SUMMARY: &'static str = "ternary, bitmap or list of the non-zeros and a bit for each sign, length by content (ours)";
+    const SUMMARY: &'static str = "ternary, bitmap or list of the non-zeros and a bit for each \
+        sign, length by content (ours)";
     const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
 
     fn bound(_: Precision, n: usize) -> usize {

@@ -56,8 +56,8 @@ pub struct HfDefaults {
     pub activation: Activation,
 }
 
-/// What must be known about a model architecture: names, conventions and limits on both sides, and
-/// the graphs that compute it.
+/// A model architecture: names, conventions and limits in Hugging Face folders and in GGUF files,
+/// and the graphs that compute it.
 #[derive(Clone, Copy, PartialEq)]
 pub struct Architecture {
     /// `model_type` of a config.json, and the name in messages.
@@ -168,7 +168,7 @@ pub static BITNET: Architecture = Architecture {
 };
 
 /// All architectures.
-pub static ARCHITECTURES: [&Architecture; 2] = [&LLAMA, &BITNET];
+pub static ARCHITECTURES: &[&Architecture] = &[&LLAMA, &BITNET];
 
 /// Modules of a decoder outside its layers.
 const DECODER_MODULES: [(&str, &str); 3] = [
@@ -192,7 +192,7 @@ const LAYER_MODULES: [(&str, &str); 11] = [
     ("mlp.ffn_sub_norm", "ffn_sub_norm"),
 ];
 
-/// Keys of a GGUF behind the prefix that the decoder graphs follow, or that say nothing about them.
+/// Keys of a GGUF, without prefix, that the decoder graphs follow or that do not affect them.
 const DECODER_KEYS: [&str; 20] = [
     "block_count",
     "context_length",
@@ -219,7 +219,7 @@ const DECODER_KEYS: [&str; 20] = [
 impl Architecture {
     /// The architecture of a `model_type`.
     pub fn by_name(name: &str) -> Option<&'static Self> {
-        ARCHITECTURES.into_iter().find(|a| a.name == name)
+        ARCHITECTURES.iter().copied().find(|a| a.name == name)
     }
 
     /// From `model_type` of a config.json; `path` is for the message.
@@ -287,7 +287,7 @@ impl Architecture {
         of: fn(&Self) -> Option<DecoderGraph>,
     ) -> Result<DecoderGraph> {
         of(self).ok_or_else(|| {
-            let known = ARCHITECTURES.into_iter().filter(|a| of(a).is_some());
+            let known = ARCHITECTURES.iter().filter(|a| of(a).is_some());
             let expected = format!(
                 "a model that can be {used}: {}",
                 one_of(known.map(|a| a.name))
@@ -301,7 +301,7 @@ impl Architecture {
         self.gguf_names[0].name
     }
 
-    /// The activations that it may have, as a message says it: `'silu' or 'relu2'`.
+    /// The activations that it may have, as text for a message: `'silu' or 'relu2'`.
     pub(super) fn activation_names(&self) -> String {
         one_of(self.activations.iter().map(|a| a.name()))
     }
@@ -316,13 +316,11 @@ impl fmt::Debug for Architecture {
 /// Each architecture with each of its names in GGUF files.
 fn gguf_names() -> impl Iterator<Item = (&'static Architecture, &'static GgufName)> {
     ARCHITECTURES
-        .into_iter()
-        .flat_map(|a| a.gguf_names.iter().map(move |name| (a, name)))
+        .iter()
+        .flat_map(|&a| a.gguf_names.iter().map(move |name| (a, name)))
 }
 
-/// `key` without the prefix of an architecture that has it, if it is a key of one of them.
-///
-/// The longest name counts: `bitnet-b1.58.block_count` belongs to `bitnet-b1.58`.
+/// The architecture whose prefix a key has, and the key without it.
 pub fn strip_prefix(key: &str) -> Option<(&'static Architecture, &str)> {
     gguf_names().find_map(|(architecture, known)| {
         let rest = key.strip_prefix(known.name)?.strip_prefix('.')?;
@@ -350,7 +348,7 @@ mod tests {
         for architecture in ARCHITECTURES {
             let config = json!({"model_type": architecture.name});
             let found = Architecture::from_hf_config(path, &config).unwrap();
-            assert_eq!(found, architecture);
+            assert_eq!(found, *architecture);
         }
         for (config, got) in [
             (json!({"model_type": "qwen3"}), "\"qwen3\""),
@@ -379,8 +377,8 @@ mod tests {
         assert!(none.contains("got none"), "{none}");
     }
 
-    /// An architecture that can be converted has not for that reason a graph: qwen3 as llama
-    /// without its q and k norms would be another model.
+    /// Conversion needs no graph. A qwen3 model that is trained as llama would lose its norms of q
+    /// and k.
     #[test]
     fn an_architecture_without_a_graph_is_refused() {
         let qwen3 = Architecture {

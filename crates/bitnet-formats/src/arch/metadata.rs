@@ -45,7 +45,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         value: config,
     };
     let mut notes = vec![];
-    let heads = Heads::read(&config, architecture)?;
+    let heads = HeadShape::read(&config, architecture)?;
     let vocab_size = config.size("vocab_size")?;
     let activation = architecture.activation(&config)?;
     let rope = HfRope::read(&config, architecture, heads.dim)?;
@@ -81,8 +81,8 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         put("hidden_activation", activation.name().into());
         if activation == Activation::Relu2 {
             notes.push(
-                "llama.cpp from before it read bitnet.hidden_activation computes SiLU instead of \
-                 relu2 and says nothing: so does the one in llama-cpp-python 0.3.36"
+                "versions of llama.cpp that do not read bitnet.hidden_activation compute SiLU instead of \
+                 relu2 without a warning, among them the one in llama-cpp-python 0.3.36"
                     .into(),
             );
         }
@@ -101,7 +101,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
 }
 
 /// Attention heads of a config.json.
-struct Heads {
+struct HeadShape {
     hidden: usize,
     count: usize,
     kv_count: usize,
@@ -109,7 +109,7 @@ struct Heads {
     dim: usize,
 }
 
-impl Heads {
+impl HeadShape {
     fn read(config: &HfConfig, architecture: &Architecture) -> Result<Self> {
         let hidden = config.size("hidden_size")?;
         let count = config.size("num_attention_heads")?;
@@ -141,11 +141,11 @@ impl Heads {
     }
 }
 
-/// Refuses what llama.cpp's graph of the architecture has no place for.
+/// Refuses a config that llama.cpp's graph of the architecture does not support.
 fn check_limits(
     config: &HfConfig,
     architecture: &Architecture,
-    heads: &Heads,
+    heads: &HeadShape,
     notes: &mut Vec<String>,
 ) -> Result<()> {
     let name = architecture.name;
@@ -157,7 +157,7 @@ fn check_limits(
     }
     if architecture.heads_fill_hidden && heads.dim * heads.count != heads.hidden {
         let (hidden, count) = (heads.hidden, heads.count);
-        let expected = format!("{hidden} / {count}, which {name} in llama.cpp takes for granted");
+        let expected = format!("{hidden} / {count}, which {name} in llama.cpp assumes");
         return Err(config.bad("head_dim", &expected));
     }
     if !architecture.gguf_head && !config.flag("tie_word_embeddings")? {
@@ -208,8 +208,8 @@ impl Architecture {
 /// The weights are taken to be written as f32 without any quantization.
 ///
 /// # Errors
-/// [`Error::Config`] for an unsupported architecture, a missing key, or a rotary embedding that a
-/// config.json cannot say; [`Error::Tensor`] if there is no token embedding.
+/// [`Error::Config`] for an unsupported architecture, a missing key, or a rotary embedding that no
+/// config.json can express; [`Error::Tensor`] if there is no token embedding.
 pub fn hf_config(
     path: &Path,
     metadata: &[(String, gguf::Value)],
@@ -273,7 +273,7 @@ pub fn hf_config(
     Ok(config)
 }
 
-/// Dimensions of a head: of its keys, of its values, and of those that turn.
+/// Dimensions of a head. Keys, values and rotated dimensions must have the same number.
 fn head_dim(keys: &GgufKeys, hidden: usize, heads: usize) -> Result<usize> {
     let key = "attention.key_length";
     let head_dim = match keys.optional_size(key)? {

@@ -10,9 +10,9 @@ use std::f64::consts::PI;
 pub struct HfRope {
     /// The base θ.
     pub theta: f64,
-    /// What all frequencies are divided by (`linear` scaling).
+    /// Divisor of all frequencies (`linear` scaling).
     pub linear: Option<f64>,
-    /// What each frequency θ^(−2i/d) is divided by (`llama3` scaling).
+    /// Divisor of each frequency θ^(−2i/d) (`llama3` scaling).
     pub freqs: Option<Vec<f32>>,
 }
 
@@ -65,7 +65,7 @@ impl HfRope {
     }
 }
 
-/// The object that says how frequencies are scaled.
+/// The object with the scaling of the frequencies.
 struct Scaling<'a> {
     /// Its key in config.json.
     key: &'a str,
@@ -132,7 +132,7 @@ struct Llama3 {
 }
 
 impl Llama3 {
-    /// What each frequency θ^(−2i/d) is divided by. With wavelength λ and n = context/λ turns
+    /// Divisor of each frequency θ^(−2i/d). With wavelength λ and n = context/λ turns
     /// within the old context: 1 from `high` turns on, `factor` up to `low` turns, and between them
     /// 1/((1 − s)/factor + s) with s = (n − low)/(high − low).
     fn divisors(&self, theta: f64, head_dim: usize) -> Vec<f32> {

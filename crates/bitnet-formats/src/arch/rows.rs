@@ -8,7 +8,7 @@ use crate::{Error, Result, gguf};
 use serde_json::Value;
 use std::path::Path;
 
-/// Numbers of attention heads: what the row order depends on.
+/// Numbers of attention heads, on which the row order depends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadCounts {
     /// Query heads.
@@ -54,16 +54,16 @@ impl HeadCounts {
 }
 
 impl Architecture {
-    /// For each row of the GGUF tensor the row of the Hugging Face tensor to take; `None` where the
-    /// order is the same.
+    /// For each row of the GGUF tensor its row in the Hugging Face tensor; `None` if the order is
+    /// the same.
     ///
     /// Rotary embeddings turn pairs of a head's dimensions. Hugging Face pairs i with i + d/2
     /// (rotate-half) in every model. llama.cpp does so for `bitnet` (`llama_model_rope_type` puts
     /// LLM_ARCH_BITNET among the NEOX ones, "the pairs of head values are offset by n_rot/2"), but
-    /// pairs 2i with 2i + 1 for `llama` (NORM). So its converter permutes the rows of q and k, biases
-    /// included, of `LlamaModel` (`reshape(heads, 2, d/2, …).swapaxes(1, 2)`), and leaves those of
-    /// `BitnetModel` alone; bitnet.cpp's converters do the same, so the names `bitnet-b1.58` and
-    /// `bitnet-25` mean the Hugging Face order as well.
+    /// pairs 2i with 2i + 1 for `llama` (NORM). So its converter permutes the rows of q and k,
+    /// biases included, of `LlamaModel` (`reshape(heads, 2, d/2, …).swapaxes(1, 2)`), and leaves
+    /// those of `BitnetModel` alone; bitnet.cpp's converters do the same, so the names
+    /// `bitnet-b1.58` and `bitnet-25` mean the Hugging Face order as well.
     ///
     /// # Errors
     /// [`Error::Tensor`] where the rows are not whole heads of an even number of dimensions.
@@ -79,8 +79,8 @@ impl Architecture {
         })
     }
 
-    /// For each row of the Hugging Face tensor the row of the GGUF tensor to take: the inverse of
-    /// [`Architecture::gguf_rows`], which says more.
+    /// For each row of the Hugging Face tensor its row in the GGUF tensor: the inverse of
+    /// [`Architecture::gguf_rows`], where the conventions are described.
     ///
     /// # Errors
     /// As [`Architecture::gguf_rows`].

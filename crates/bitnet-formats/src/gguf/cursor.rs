@@ -7,7 +7,7 @@ use std::io::{BufReader, Read};
 
 /// What is being read, for messages.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Place<'a> {
+pub(super) enum HeaderPart<'a> {
     /// The fixed fields at the start.
     Start,
     /// The key of the metadata pair with this index.
@@ -18,13 +18,13 @@ pub(super) enum Place<'a> {
     TensorName(u64),
     /// The info of this tensor.
     Tensor(&'a str),
-    /// All metadata pairs: so many.
+    /// All metadata pairs, with their number.
     Pairs(u64),
-    /// All tensor infos: so many.
+    /// All tensor infos, with their number.
     Tensors(u64),
 }
 
-impl fmt::Display for Place<'_> {
+impl fmt::Display for HeaderPart<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Start => f.write_str("GGUF header"),
@@ -62,7 +62,7 @@ impl<R: Read> Cursor<R> {
     }
 
     /// Checks that `count` items of at least `bytes` bytes can follow.
-    pub(super) fn need(&self, place: Place<'_>, count: u64, bytes: u64) -> Result<()> {
+    pub(super) fn need(&self, place: HeaderPart<'_>, count: u64, bytes: u64) -> Result<()> {
         let needed = count.saturating_mul(bytes);
         let left = self.file_len.saturating_sub(self.pos);
         if needed > left {
@@ -93,22 +93,22 @@ impl<R: Read> Cursor<R> {
         Ok(())
     }
 
-    pub(super) fn bytes<const N: usize>(&mut self, place: Place<'_>) -> Result<[u8; N]> {
+    pub(super) fn bytes<const N: usize>(&mut self, place: HeaderPart<'_>) -> Result<[u8; N]> {
         self.need(place, 1, N as u64)?;
         let mut out = [0; N];
         self.fill(&mut out)?;
         Ok(out)
     }
 
-    pub(super) fn u32(&mut self, place: Place<'_>) -> Result<u32> {
+    pub(super) fn u32(&mut self, place: HeaderPart<'_>) -> Result<u32> {
         self.bytes(place).map(u32::from_le_bytes)
     }
 
-    pub(super) fn u64(&mut self, place: Place<'_>) -> Result<u64> {
+    pub(super) fn u64(&mut self, place: HeaderPart<'_>) -> Result<u64> {
         self.bytes(place).map(u64::from_le_bytes)
     }
 
-    pub(super) fn string(&mut self, place: Place<'_>) -> Result<String> {
+    pub(super) fn string(&mut self, place: HeaderPart<'_>) -> Result<String> {
         let len = self.u64(place)?;
         self.need(place, len, 1)?;
         let offset = self.pos;
@@ -125,7 +125,7 @@ impl<R: Read> Cursor<R> {
     /// A count, then as many items of at least `bytes` bytes, each read by `item`.
     pub(super) fn list<T>(
         &mut self,
-        place: Place<'_>,
+        place: HeaderPart<'_>,
         bytes: u64,
         mut item: impl FnMut(&mut Self) -> Result<T>,
     ) -> Result<Vec<T>> {

@@ -49,7 +49,8 @@ pub enum Error {
     },
     /// The metadata and tensor infos are longer than any real file's.
     #[error(
-        "{what} at offset {offset} needs {needed} bytes and would end beyond the header limit of {limit} bytes"
+        "{what} at offset {offset} needs {needed} bytes and would end beyond the header limit of \
+         {limit} bytes"
     )]
     HeaderTooLarge {
         /// What was being read or written.
@@ -111,7 +112,7 @@ pub enum Error {
         /// The name.
         tensor: String,
     },
-    /// A metadata value has another type than its key asks for.
+    /// A metadata value has the wrong type for its key.
     #[error("key '{key}': expected {expected}, got {got}")]
     KeyType {
         /// The metadata key.
@@ -128,9 +129,9 @@ pub enum Error {
         got: u32,
     },
     /// The metadata to be written does not announce the alignment that the data is to have.
-    #[error("alignment {expected} asked for, but key 'general.alignment' announces {got}")]
+    #[error("alignment {expected} requested, but key 'general.alignment' announces {got}")]
     AlignmentKey {
-        /// The alignment asked for.
+        /// The requested alignment.
         expected: u32,
         /// The alignment in the metadata, or the default where the key is absent.
         got: u32,
@@ -191,7 +192,8 @@ pub enum Error {
     },
     /// A tensor's data ends beyond the file.
     #[error(
-        "tensor '{tensor}': {len} bytes at offset {offset} of the data section, which has {available}"
+        "tensor '{tensor}': {len} bytes at offset {offset} of the data section, which has \
+         {available}"
     )]
     OutsideFile {
         /// The tensor's name.
@@ -205,7 +207,8 @@ pub enum Error {
     },
     /// Two tensors share bytes.
     #[error(
-        "tensor '{second}' starts at offset {offset}, inside tensor '{first}' which ends at {first_end}"
+        "tensor '{second}' starts at offset {offset}, inside tensor '{first}' which ends at \
+         {first_end}"
     )]
     Overlap {
         /// The tensor that starts first.
@@ -223,12 +226,12 @@ pub enum Error {
         /// The tensor type.
         ggml_type: GgmlType,
     },
-    /// A slice, or a tensor's data, does not have the length that its shape asks for.
+    /// A slice, or a tensor's data, does not have the length of its shape.
     #[error("{ggml_type}: expected {expected} bytes, got {got}")]
     Length {
         /// The tensor type.
         ggml_type: GgmlType,
-        /// Bytes that the number of values asks for.
+        /// Bytes that the values take.
         expected: u64,
         /// Bytes there are.
         got: u64,

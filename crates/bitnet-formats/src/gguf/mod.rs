@@ -12,7 +12,7 @@
 //! 4. padding up to a multiple of the alignment (key `general.alignment`, else 32), then the
 //!    tensors' bytes, each on such a multiple.
 //!
-//! Versions 2 and 3 share this layout. [`Header::read`] checks all of it before anything is
+//! Versions 2 and 3 share this layout. [`GgufHeader::read`] checks all of it before anything is
 //! allocated by a length from the file, [`encode_header`] writes it, and [`decode`] turns the bytes
 //! of most tensor types into floats.
 
@@ -24,12 +24,12 @@ mod types;
 mod value;
 mod writer;
 
-pub use decode::{Integers, decode, has_decoder, integers};
+pub use decode::{BlockIntegers, decode, has_decoder, integers};
 pub use error::{Error, Result};
-pub use reader::{Header, TensorInfo};
+pub use reader::{GgufHeader, GgufTensor};
 pub use types::GgmlType;
 pub use value::{Array, Value};
-pub use writer::{EncodedHeader, OutTensor, encode_header};
+pub use writer::{EncodedHeader, GgufEntry, encode_header};
 
 /// The first four bytes of a file.
 pub const MAGIC: &[u8; 4] = b"GGUF";
@@ -37,7 +37,7 @@ pub const MAGIC: &[u8; 4] = b"GGUF";
 pub const VERSION: u32 = 3;
 /// The key that sets another alignment than [`DEFAULT_ALIGNMENT`]; a u32.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
-/// Alignment of tensor data where the metadata does not say otherwise.
+/// Alignment of tensor data without [`ALIGNMENT_KEY`].
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Most dimensions that a tensor can have.
 pub const MAX_DIMS: usize = 4;

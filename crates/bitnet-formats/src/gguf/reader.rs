@@ -1,6 +1,6 @@
 //! Reading the header: metadata and where each tensor lies.
 
-use super::cursor::{Cursor, Place};
+use super::cursor::{Cursor, HeaderPart};
 use super::error::{Error, Result};
 use super::value::{Array, Value, type_id};
 use super::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, GgmlType, MAGIC, MAX_ARRAY_DEPTH, MAX_DIMS};
@@ -9,7 +9,7 @@ use std::io::Read;
 
 /// Everything before the tensor data, checked.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Header {
+pub struct GgufHeader {
     /// Version of the format, 2 or 3.
     pub version: u32,
     /// Alignment of tensor data, a power of two.
@@ -17,14 +17,14 @@ pub struct Header {
     /// Metadata in file order; no key occurs twice.
     pub metadata: Vec<(String, Value)>,
     /// Tensors in file order; no name occurs twice and no two share bytes.
-    pub tensors: Vec<TensorInfo>,
+    pub tensors: Vec<GgufTensor>,
     /// Offset of the data section from the start of the file.
     pub data_start: u64,
 }
 
 /// One tensor of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
+pub struct GgufTensor {
     /// Name, unique in the file.
     pub name: String,
     /// Dimensions, row-major, outermost first: `[out, in]` for a weight. The file holds them the
@@ -43,7 +43,7 @@ const MIN_PAIR_BYTES: u64 = 8 + 4 + 1;
 /// Name length, number of dimensions, type id and offset.
 const MIN_TENSOR_BYTES: u64 = 8 + 4 + 4 + 8;
 
-impl Header {
+impl GgufHeader {
     /// Reads the header of a file of `file_len` bytes.
     ///
     /// `reader` stands at the start of the file. Reads are buffered here, so afterwards its
@@ -56,17 +56,21 @@ impl Header {
         let mut cursor = Cursor::new(reader, file_len);
         let (version, tensor_count, pair_count) = read_start(&mut cursor)?;
 
-        cursor.need(Place::Pairs(pair_count), pair_count, MIN_PAIR_BYTES)?;
+        cursor.need(HeaderPart::Pairs(pair_count), pair_count, MIN_PAIR_BYTES)?;
         let mut metadata = Vec::new();
         for index in 0..pair_count {
-            let key = cursor.string(Place::Key(index))?;
+            let key = cursor.string(HeaderPart::Key(index))?;
             let value = read_value(&mut cursor, &key)?;
             metadata.push((key, value));
         }
         check_keys(&metadata)?;
         let alignment = alignment(&metadata)?;
 
-        cursor.need(Place::Tensors(tensor_count), tensor_count, MIN_TENSOR_BYTES)?;
+        cursor.need(
+            HeaderPart::Tensors(tensor_count),
+            tensor_count,
+            MIN_TENSOR_BYTES,
+        )?;
         let mut tensors = Vec::new();
         for index in 0..tensor_count {
             tensors.push(read_tensor(&mut cursor, index)?);
@@ -97,22 +101,22 @@ impl Header {
     }
 
     /// The tensor of this name.
-    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+    pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
         self.tensors.iter().find(|t| t.name == name)
     }
 }
 
 /// Version, number of tensors, number of metadata pairs.
 fn read_start(cursor: &mut Cursor<impl Read>) -> Result<(u32, u64, u64)> {
-    let magic = cursor.bytes(Place::Start)?;
+    let magic = cursor.bytes(HeaderPart::Start)?;
     if magic != *MAGIC {
         return Err(Error::Magic { got: magic });
     }
-    match cursor.u32(Place::Start)? {
+    match cursor.u32(HeaderPart::Start)? {
         version @ 2..=3 => Ok((
             version,
-            cursor.u64(Place::Start)?,
-            cursor.u64(Place::Start)?,
+            cursor.u64(HeaderPart::Start)?,
+            cursor.u64(HeaderPart::Start)?,
         )),
         // A small number whose bytes are in the other order.
         swapped if swapped != 0 && swapped & 0xffff == 0 => Err(Error::BigEndian {
@@ -123,7 +127,7 @@ fn read_start(cursor: &mut Cursor<impl Read>) -> Result<(u32, u64, u64)> {
 }
 
 fn read_value(cursor: &mut Cursor<impl Read>, key: &str) -> Result<Value> {
-    let place = Place::Value(key);
+    let place = HeaderPart::Value(key);
     let offset = cursor.pos();
     Ok(match cursor.u32(place)? {
         type_id::U8 => Value::U8(u8::from_le_bytes(cursor.bytes(place)?)),
@@ -156,7 +160,7 @@ fn read_array<R: Read>(cursor: &mut Cursor<R>, key: &str, depth: usize) -> Resul
             max: MAX_ARRAY_DEPTH,
         });
     }
-    let place = Place::Value(key);
+    let place = HeaderPart::Value(key);
     let offset = cursor.pos();
     Ok(match cursor.u32(place)? {
         type_id::U8 => Array::U8(cursor.list(place, 1, |c| c.bytes(place).map(u8::from_le_bytes))?),
@@ -200,7 +204,7 @@ fn read_array<R: Read>(cursor: &mut Cursor<R>, key: &str, depth: usize) -> Resul
 
 fn read_bool(cursor: &mut Cursor<impl Read>, key: &str) -> Result<bool> {
     let offset = cursor.pos();
-    match cursor.bytes(Place::Value(key))? {
+    match cursor.bytes(HeaderPart::Value(key))? {
         [0] => Ok(false),
         [1] => Ok(true),
         [got] => Err(Error::Bool {
@@ -212,9 +216,9 @@ fn read_bool(cursor: &mut Cursor<impl Read>, key: &str) -> Result<bool> {
 }
 
 /// The tensor as the file describes it: its offset still counts from the start of the data section.
-fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<TensorInfo> {
-    let name = cursor.string(Place::TensorName(index))?;
-    let place = Place::Tensor(&name);
+fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<GgufTensor> {
+    let name = cursor.string(HeaderPart::TensorName(index))?;
+    let place = HeaderPart::Tensor(&name);
     let n_dims = cursor.u32(place)?;
     if n_dims as usize > MAX_DIMS {
         return Err(Error::Dims {
@@ -238,7 +242,7 @@ fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<TensorInfo>
     let len = ggml_type
         .tensor_bytes(&shape)
         .map_err(|error| error.in_tensor(&name))?;
-    Ok(TensorInfo {
+    Ok(GgufTensor {
         name,
         shape,
         ggml_type,
@@ -249,12 +253,12 @@ fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<TensorInfo>
 
 /// Checks the tensor's place in the data section and makes its offset absolute.
 fn place_tensor(
-    tensor: &mut TensorInfo,
+    tensor: &mut GgufTensor,
     alignment: u32,
     data_start: u64,
     file_len: u64,
 ) -> Result<()> {
-    let TensorInfo {
+    let GgufTensor {
         ref name,
         offset,
         len,
@@ -280,8 +284,8 @@ fn place_tensor(
     Ok(())
 }
 
-fn check_overlap(tensors: &[TensorInfo]) -> Result<()> {
-    let mut sorted: Vec<&TensorInfo> = tensors.iter().filter(|t| t.len > 0).collect();
+fn check_overlap(tensors: &[GgufTensor]) -> Result<()> {
+    let mut sorted: Vec<&GgufTensor> = tensors.iter().filter(|t| t.len > 0).collect();
     sorted.sort_by_key(|t| t.offset);
     for pair in sorted.windows(2) {
         if let [first, second] = pair

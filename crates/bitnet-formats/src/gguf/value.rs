@@ -210,7 +210,7 @@ impl Value {
         }
     }
 
-    /// Readable text of about `max_chars` characters at most; what is left out is counted. Control
+    /// Readable text of about `max_chars` characters at most; omitted elements are counted. Control
     /// characters in strings are escaped.
     ///
     /// ```

@@ -6,7 +6,7 @@ use super::{GgmlType, MAGIC, MAX_ARRAY_DEPTH, MAX_DIMS, MAX_HEADER_BYTES, VERSIO
 
 /// A tensor to be written: everything but its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OutTensor {
+pub struct GgufEntry {
     /// Name, unique in the file. ggml's own loader accepts at most 63 bytes.
     pub name: String,
     /// Dimensions, row-major, outermost first, at most four.
@@ -20,7 +20,7 @@ pub struct OutTensor {
 /// The bytes of a file before the data section, and where the data goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncodedHeader {
-    /// Header with the padding behind it: the data section starts at `bytes.len()`.
+    /// GgufHeader with the padding behind it: the data section starts at `bytes.len()`.
     pub bytes: Vec<u8>,
     /// Where each tensor's data starts, counted from `bytes.len()`. In the order of the tensors,
     /// ascending.
@@ -56,7 +56,7 @@ impl EncodedHeader {
 /// announced under `general.alignment`.
 pub fn encode_header(
     metadata: &[(String, Value)],
-    tensors: &[OutTensor],
+    tensors: &[GgufEntry],
     alignment: u32,
 ) -> Result<EncodedHeader> {
     if !alignment.is_power_of_two() {
@@ -114,8 +114,8 @@ pub fn encode_header(
     })
 }
 
-fn put_tensor(out: &mut Vec<u8>, tensor: &OutTensor, offset: u64) -> Result<()> {
-    let OutTensor {
+fn put_tensor(out: &mut Vec<u8>, tensor: &GgufEntry, offset: u64) -> Result<()> {
+    let GgufEntry {
         name,
         shape,
         ggml_type,

@@ -58,8 +58,8 @@ impl CheckpointLoader<'_> {
                         format!("{} × {}", matrix.spec.rows, matrix.spec.cols),
                     ));
                 }
-                if let Some(kind) = blocks::type_of(&matrix).filter(|kind| choice.keeps(*kind)) {
-                    return blocks::of_matrix(&self.runtime.pool, &matrix, kind)
+                if let Some(kind) = blocks::block_type(&matrix).filter(|kind| choice.keeps(*kind)) {
+                    return blocks::matrix_blocks(&self.runtime.pool, &matrix, kind)
                         .map(Into::into)
                         .map_err(|e| found.kernel_error(e));
                 }
@@ -72,7 +72,7 @@ impl CheckpointLoader<'_> {
                 self.converted(found, used_as, &read)
             }
             Content::Float(stored) | Content::Opaque(stored) => {
-                let halves = match self.source.stored[*stored].dtype.to_string().as_str() {
+                let halves = match self.source.stored(*stored).dtype.to_string().as_str() {
                     "F16" => Some((Data::F16 as fn(Vec<u16>) -> Data, 0x7c00)),
                     "BF16" => Some((Data::Bf16 as fn(Vec<u16>) -> Data, 0x7f80)),
                     _ => None,
@@ -98,14 +98,15 @@ impl CheckpointLoader<'_> {
             Content::Quantized(q) => q.packed,
             Content::Float(stored) | Content::Opaque(stored) => *stored,
         };
-        let StoredType::Ggml(ggml_type) = self.source.stored[stored].dtype else {
+        let StoredType::Ggml(ggml_type) = self.source.stored(stored).dtype else {
             return Ok(None);
         };
-        let Some(kind) = blocks::type_of_gguf(ggml_type).filter(|kind| choice.keeps(*kind)) else {
+        let Some(kind) = blocks::gguf_block_type(ggml_type).filter(|kind| choice.keeps(*kind))
+        else {
             return Ok(None);
         };
         let (pool, shape) = (&self.runtime.pool, found.rows_and_cols());
-        blocks::of_gguf(pool, self.source, stored, ggml_type, kind, shape).map(Some)
+        blocks::gguf_blocks(pool, self.source, stored, ggml_type, kind, shape).map(Some)
     }
 
     /// Converts the rows that `read` decodes to the chosen type.

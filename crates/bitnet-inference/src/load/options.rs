@@ -1,4 +1,4 @@
-//! How the weights of a model are held in memory, and what they are multiplied with.
+//! Options of loading: types of weights in memory and of activations.
 
 use bitnet_core::named;
 use bitnet_kernels::dense::BlockType;

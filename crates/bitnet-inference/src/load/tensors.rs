@@ -78,7 +78,7 @@ impl<'a> CheckpointLoader<'a> {
         let name = self.stored_name(hf_name);
         let Some(tensor) = self.source.find(&name) else {
             return Err(bitnet_formats::Error::tensor(
-                &self.source.path,
+                self.source.path(),
                 &name,
                 format!("shape {shape:?}"),
                 "no such tensor",
@@ -97,10 +97,8 @@ impl<'a> CheckpointLoader<'a> {
             ));
         }
         if matches!(tensor.content, Content::Opaque(_)) {
-            let got = tensor
-                .stored()
-                .first()
-                .map_or(String::new(), |&i| self.source.stored[i].dtype.to_string());
+            let stored = self.source.stored(tensor.first_stored());
+            let got = stored.dtype.to_string();
             return Err(found.error("weights of a type that this engine decodes", got));
         }
         Ok(found)
@@ -108,13 +106,11 @@ impl<'a> CheckpointLoader<'a> {
 
     /// The file of a tensor's first part.
     fn file_of(&self, tensor: &Tensor) -> &'a Path {
-        let stored = tensor.stored();
-        let first = stored.first();
-        first.map_or(self.source.path.as_path(), |&i| self.source.file_of(i))
+        self.source.file_of_tensor(tensor)
     }
 
     fn stored_name(&self, hf_name: &str) -> String {
-        match self.source.kind {
+        match self.source.kind() {
             Kind::Gguf => {
                 let name = self.config.architecture.gguf_tensor(hf_name);
                 name.unwrap_or_else(|| hf_name.into())
@@ -142,7 +138,7 @@ impl<'a> CheckpointLoader<'a> {
         let Some(name) = name
             .strip_suffix(".weight")
             .map(|n| format!("{n}.scale"))
-            .filter(|_| self.source.kind == Kind::Gguf)
+            .filter(|_| self.source.kind() == Kind::Gguf)
         else {
             return Ok(1.0);
         };
@@ -154,8 +150,8 @@ impl<'a> CheckpointLoader<'a> {
             let path = self.source.file_of(stored);
             bitnet_formats::Error::tensor(path, &name, expected, got)
         };
-        if self.source.stored[stored].elements() != 1 {
-            let shape = &self.source.stored[stored].shape;
+        if self.source.stored(stored).elements() != 1 {
+            let shape = &self.source.stored(stored).shape;
             return Err(bad("one number", format!("shape {shape:?}")).into());
         }
         let mut scale = [0.0];
@@ -170,7 +166,7 @@ impl<'a> CheckpointLoader<'a> {
     /// Rejects tensors that the graph did not take, which would be ignored silently.
     pub(crate) fn check_all_used(&self) -> Result<()> {
         let used = locked(&self.used);
-        for tensor in &self.source.tensors {
+        for tensor in self.source.tensors() {
             let name = tensor.name.as_str();
             // A tied head is the embedding, whatever else the file holds. Rotation frequencies are
             // computed or read elsewhere.

@@ -6,7 +6,7 @@ use crate::linear::KernelPool;
 use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::{Content, Quantized, Scales};
+use bitnet_formats::{Content, ScaleSource, StoredMatrix};
 use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
 use serde_json::Value;
 
@@ -63,16 +63,16 @@ impl CheckpointLoader<'_> {
     fn prepacked(
         &self,
         found: FoundTensor<'_>,
-        q: &Quantized,
+        q: &StoredMatrix,
         multiplier: f32,
     ) -> Result<Option<Prepacked>> {
         let scales = match q.scales {
-            Scales::Inside if multiplier != 1.0 => return Ok(None),
-            Scales::Inside => vec![],
-            Scales::Stored { index, reciprocal } => {
-                let mut scales = vec![0.0; self.source.stored[index].elements()];
+            ScaleSource::Inside if multiplier != 1.0 => return Ok(None),
+            ScaleSource::Inside => vec![],
+            ScaleSource::Stored { id, reciprocal } => {
+                let mut scales = vec![0.0; self.source.stored(id).elements()];
                 self.source
-                    .read_floats(index, 0..scales.len(), &mut vec![], &mut scales)?;
+                    .read_floats(id, 0..scales.len(), &mut vec![], &mut scales)?;
                 scales
                     .iter_mut()
                     .for_each(|s| *s = if reciprocal { 1.0 / *s } else { *s } * multiplier);
@@ -95,10 +95,10 @@ impl CheckpointLoader<'_> {
 
     /// Whether the checkpoint makes the float weights of a module ternary in each forward pass.
     pub(super) fn is_online(&self, module: &str) -> Result<bool> {
-        let Some(bitnet) = self.source.bitnet.filter(|b| b.mode == Mode::Online) else {
+        let Some(bitnet) = self.source.bitnet().filter(|b| b.mode == Mode::Online) else {
             return Ok(false);
         };
-        let path = self.source.path.join("config.json");
+        let path = self.source.path().join("config.json");
         let bad = |key: &str, expected: &str, got: String| {
             let key = format!("quantization_config.{key}");
             bitnet_formats::Error::config(&path, key, expected, got)
@@ -111,7 +111,7 @@ impl CheckpointLoader<'_> {
             )
             .into());
         }
-        let config = self.source.config.as_ref();
+        let config = self.source.config();
         let kept = config
             .and_then(|c| c.pointer("/quantization_config/modules_to_not_convert"))
             .filter(|v| !v.is_null());

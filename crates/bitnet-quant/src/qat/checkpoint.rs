@@ -21,7 +21,7 @@ use crate::tensor::with_host_floats;
 use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_formats::replace::{self, Existing};
-use bitnet_formats::safetensors::Header;
+use bitnet_formats::safetensors::SafetensorsHeader;
 use candle_core::Tensor;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -365,7 +365,7 @@ impl OpenCheckpoint {
         let path = self.folder.join(TELEMETRY);
         let mut file = File::open(&path).map_err(FileError::io(&path, "open"))?;
         let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
-        let header = Header::read(&path, &file, len)?;
+        let header = SafetensorsHeader::read(&path, &file, len)?;
         let tensors = header.tensors.iter().map(|t| {
             let mut bytes = vec![0; t.len as usize];
             file.seek(SeekFrom::Start(t.offset))

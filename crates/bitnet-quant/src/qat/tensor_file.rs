@@ -3,7 +3,7 @@
 use crate::{CheckpointError, Result};
 use bitnet_formats::Error as FileError;
 use bitnet_formats::document::Checksum;
-use bitnet_formats::safetensors::{Header, OutEntry, encode_header};
+use bitnet_formats::safetensors::{OutEntry, SafetensorsHeader, encode_header};
 use safetensors::Dtype;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -92,7 +92,7 @@ pub(super) fn checksum(path: &Path) -> Result<String> {
 /// A file that holds exactly the wanted f32 tensors.
 pub(super) struct TensorFile {
     path: PathBuf,
-    header: Header,
+    header: SafetensorsHeader,
 }
 
 impl TensorFile {
@@ -106,7 +106,7 @@ impl TensorFile {
         let path = folder.join(file);
         let file = File::open(&path).map_err(FileError::io(&path, "open"))?;
         let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
-        let header = Header::read(&path, &file, len)?;
+        let header = SafetensorsHeader::read(&path, &file, len)?;
         let differs = |what: String| {
             Err(CheckpointError::Mismatch {
                 path: folder.to_path_buf(),

@@ -60,7 +60,7 @@ impl DecoderShape {
         let Some(architecture) =
             Architecture::by_name(&self.architecture).filter(|a| a.training.is_some())
         else {
-            let trained = ARCHITECTURES.into_iter().filter(|a| a.training.is_some());
+            let trained = ARCHITECTURES.iter().filter(|a| a.training.is_some());
             let names: Vec<&str> = trained.map(|a| a.name).collect();
             return Err(Error::option(
                 "model.architecture",

@@ -1,6 +1,6 @@
 //! The operations of causal attention with rotary positions, except matrix products.
 
-use super::{dot, rows, slice, with};
+use super::{dot, rows, slice, with_elements};
 use bitnet_kernels::Kernels;
 use bitnet_kernels::dense::Pairing;
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
@@ -177,7 +177,7 @@ impl CustomOp1 for Move {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let out = with(grad, |grad| {
+        let out = with_elements(grad, |grad| {
             if self.first {
                 self.backward(grad)
             } else {
@@ -238,8 +238,8 @@ impl CustomOp1 for CausalSoftmax {
     fn bwd(&self, _: &Tensor, p: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let t = p.dim(candle_core::D::Minus1)?;
         let mut dx = vec![0.0f32; p.elem_count()];
-        with(p, |p| {
-            with(grad, |dp| {
+        with_elements(p, |p| {
+            with_elements(grad, |dp| {
                 let inputs = p.par_chunks(t * t).zip(dp.par_chunks(t * t));
                 dx.par_chunks_mut(t * t)
                     .zip(inputs)

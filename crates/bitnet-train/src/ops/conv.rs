@@ -1,7 +1,7 @@
 //! Patches, which make a convolution a linear layer, and pooling. Images are `[B, H, W, C]`,
 //! channels last.
 
-use super::{slice, with};
+use super::{slice, with_elements};
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -88,7 +88,7 @@ impl CustomOp1 for Patches {
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (channels, (image, patched)) = (self.shape[3], self.sizes());
         let mut dx = vec![0.0; x.elem_count()];
-        with(grad, |grad| {
+        with_elements(grad, |grad| {
             if image > 0 {
                 dx.par_chunks_mut(image)
                     .zip(grad.par_chunks(patched))
@@ -171,8 +171,8 @@ impl CustomOp1 for MaxPool {
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let image: usize = self.shape[1..].iter().product();
         let mut dx = vec![0.0; x.elem_count()];
-        with(x, |x| {
-            with(grad, |grad| {
+        with_elements(x, |x| {
+            with_elements(grad, |grad| {
                 if image > 0 {
                     let inputs = x.par_chunks(image).zip(grad.par_chunks(image / 4));
                     dx.par_chunks_mut(image)

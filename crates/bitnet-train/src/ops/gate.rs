@@ -1,6 +1,6 @@
 //! Activation functions.
 
-use super::{CHUNK, slice, with};
+use super::{CHUNK, slice, with_elements};
 use bitnet_kernels::Kernels;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -63,7 +63,7 @@ impl CustomOp1 for Relu {
                 .map(|(&y, &dy)| if y > 0.0 { dy } else { 0.0 })
                 .collect()
         };
-        let dx = with(y, |y| with(grad, |dy| masked(y, dy)))??;
+        let dx = with_elements(y, |y| with_elements(grad, |dy| masked(y, dy)))??;
         Ok(Some(Tensor::from_vec(dx, y.shape(), y.device())?))
     }
 }
@@ -116,9 +116,9 @@ impl CustomOp2 for Gate {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let mut dgate = vec![0.0; gate.elem_count()];
         let mut dup = vec![0.0; up.elem_count()];
-        with(gate, |gate| {
-            with(up, |up| {
-                with(grad, |grad| {
+        with_elements(gate, |gate| {
+            with_elements(up, |up| {
+                with_elements(grad, |grad| {
                     let out = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
                     let inputs = gate
                         .par_chunks(CHUNK)

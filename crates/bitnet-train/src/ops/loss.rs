@@ -1,6 +1,6 @@
 //! Cross-entropy.
 
-use super::{rows, slice, with};
+use super::{rows, slice, with_elements};
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -56,7 +56,7 @@ impl CustomOp1 for CrossEntropy {
         let v = logits.dim(candle_core::D::Minus1)?;
         let factor = grad.to_scalar::<f32>()? / self.targets.len() as f32;
         let mut out = vec![0.0; logits.elem_count()];
-        with(logits, |logits| {
+        with_elements(logits, |logits| {
             out.par_chunks_mut(v)
                 .zip(logits.par_chunks(v))
                 .zip(&self.targets)

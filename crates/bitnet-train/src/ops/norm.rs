@@ -1,6 +1,6 @@
 //! RMS norm.
 
-use super::{dot, rows, slice, with};
+use super::{dot, rows, slice, with_elements};
 use bitnet_kernels::Kernels;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -68,9 +68,9 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let k = gain.elem_count();
         let mut dx = vec![0.0; x.elem_count()];
-        let dgain = with(x, |x| {
-            with(gain, |gain| {
-                with(grad, |grad| {
+        let dgain = with_elements(x, |x| {
+            with_elements(gain, |gain| {
+                with_elements(grad, |grad| {
                     let parts = dx
                         .par_chunks_mut(k * ROWS)
                         .zip(x.par_chunks(k * ROWS))

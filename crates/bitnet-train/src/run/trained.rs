@@ -108,7 +108,7 @@ impl TrainedLayer {
     pub(super) fn check(&self, source: &Source) -> Result<()> {
         let bad = |got: String| {
             Error::from(bitnet_formats::Error::tensor(
-                &source.path,
+                source.path(),
                 &self.name,
                 "the weights of the last step",
                 got,

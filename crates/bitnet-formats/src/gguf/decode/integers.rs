@@ -14,7 +14,7 @@ use super::kquants::{scale_min, two_bit_run};
 
 /// Where the parts of a row go. What a type does not have stays untouched.
 #[derive(Debug)]
-pub struct Integers<'a> {
+pub struct BlockIntegers<'a> {
     /// A code for each value: 0 … 15 in the 4-bit types, the bits of an `i8` in all others.
     pub codes: &'a mut [u8],
     /// Scales and minima in binary16, for each group, or for each 256 values where there are
@@ -30,7 +30,7 @@ pub struct Integers<'a> {
 /// # Errors
 /// [`Error::NoDecoder`] for another type, [`Error::RowLength`] if the codes are no whole number of
 /// blocks, [`Error::Length`] if `bytes` or the parts have another length than theirs.
-pub fn integers(ggml_type: GgmlType, bytes: &[u8], to: Integers<'_>) -> Result<()> {
+pub fn integers(ggml_type: GgmlType, bytes: &[u8], to: BlockIntegers<'_>) -> Result<()> {
     let expected = ggml_type.row_bytes(to.codes.len())?;
     if bytes.len() != expected {
         return Err(Error::Length {
@@ -137,7 +137,7 @@ fn length(ggml_type: GgmlType, expected: usize, got: usize) -> Result<()> {
 fn simple<const B: usize, const MINIMUM: bool>(
     ggml_type: GgmlType,
     bytes: &[u8],
-    to: Integers<'_>,
+    to: BlockIntegers<'_>,
     codes: impl Fn(&[u8; B], &mut [u8; 32]),
 ) -> Result<()> {
     let (blocks, [scales, minima]) = (bytes.as_chunks::<B>().0, to.halves);
@@ -161,7 +161,7 @@ fn simple<const B: usize, const MINIMUM: bool>(
 fn nested<const B: usize, const G: usize, const AT: usize, const MINIMUM: bool>(
     ggml_type: GgmlType,
     bytes: &[u8],
-    to: Integers<'_>,
+    to: BlockIntegers<'_>,
     parts: impl Fn(&[u8; B], &mut [u8; 256], [&mut [i8]; 2]),
 ) -> Result<()> {
     let (blocks, [scales, minima], [factors, minimum_factors]) =

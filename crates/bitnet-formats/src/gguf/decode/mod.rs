@@ -11,14 +11,14 @@ mod legacy;
 mod plain;
 mod ternary;
 
-pub use integers::{Integers, integers};
+pub use integers::{BlockIntegers, integers};
 
 use super::GgmlType;
 use super::error::{Error, Result};
 
-type Decoder = fn(&[u8], &mut [f32]);
+type BlockDecoder = fn(&[u8], &mut [f32]);
 
-fn decoder(ggml_type: GgmlType) -> Option<Decoder> {
+fn decoder(ggml_type: GgmlType) -> Option<BlockDecoder> {
     Some(match ggml_type {
         GgmlType::F32 => plain::f32,
         GgmlType::F16 => plain::f16,

@@ -1,5 +1,12 @@
+use super::plan::BEFORE_SPACE;
+use super::pre::{LLAMA3, QWEN2};
+use super::to_gguf::{Pairs, express};
 use super::*;
+use crate::arch::values::find;
+use crate::gguf::Array;
 use crate::gguf::Value as G;
+use serde_json::{Value, json};
+use std::fs;
 
 /// A small byte-level BPE with the words of Llama 3.
 fn byte_level() -> Value {

@@ -1,38 +1,46 @@
-//! Flags of the commands that run models, and what they have in common.
+//! Flags of the commands that run models.
 
-use crate::args::OpenArgs;
+use super::checkpoint::{OpenArgs, QuietArgs};
+use super::names::{NameParser, name};
+use crate::print::note;
 use bitnet_formats::source::OpenOptions;
 use bitnet_inference::{
-    ActivationType, CacheType, FloatType, GenerateOptions, LoadOptions, Model, Sampling, Timings,
+    ActivationType, CacheType, Config, FloatType, GenerateOptions, LoadOptions, Model, Sampling,
 };
 use bitnet_kernels::Kernels;
 use clap::Args;
-use serde_json::{Value, json};
+use clap::builder::RangedI64ValueParser;
 use std::path::{Path, PathBuf};
 
-/// Most threads: more help nobody, and each takes memory.
+/// Most threads: more are no faster, and each takes memory.
 const MAX_THREADS: usize = 1024;
 
 /// How a model is loaded and run.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Loading and computing")]
 pub(crate) struct LoadArgs {
-    #[command(flatten)]
-    open: OpenArgs,
-    /// Threads; 0 for one on each core.
+    /// Threads; 0 for one on each core
     #[arg(long, default_value_t = 0, value_name = "N")]
     threads: usize,
-    /// Inputs of ternary layers: auto (int8 where the model says it was trained so), int8, float.
-    #[arg(long, default_value = "auto", value_name = "TYPE")]
+    /// Inputs of ternary layers; auto is int8 where the model says it was trained so
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "TYPE",
+        value_parser = name::<ActivationType>()
+    )]
     activations: ActivationType,
-    /// Linear layers with float inputs, in memory: exact, bf16, int8, int4.
-    #[arg(long, default_value = "exact", value_name = "TYPE")]
+    /// Linear layers with float inputs, in memory
+    #[arg(long, default_value = "exact", value_name = "TYPE", value_parser = name::<FloatType>())]
     weights: FloatType,
-    /// Embedding and output matrix, in memory: exact, bf16, int8, int4.
-    #[arg(long, default_value = "exact", value_name = "TYPE")]
+    /// Embedding and output matrix, in memory
+    #[arg(long, default_value = "exact", value_name = "TYPE", value_parser = name::<FloatType>())]
     embedding: FloatType,
-    /// Keys and values: f32, f16, int8.
-    #[arg(long, default_value = "f16", value_name = "TYPE")]
+    /// Cached keys and values
+    #[arg(long, default_value = "f16", value_name = "TYPE", value_parser = name::<CacheType>())]
     pub(crate) cache: CacheType,
+    #[command(flatten)]
+    open: OpenArgs,
 }
 
 impl LoadArgs {
@@ -54,23 +62,26 @@ impl LoadArgs {
         })
     }
 
-    /// Loads a model and says on stderr what was assumed.
-    pub(crate) fn load(&self, path: &Path) -> anyhow::Result<Model> {
+    /// Loads a model and prints on stderr what was assumed, unless `quiet`.
+    pub(crate) fn load(&self, path: &Path, quiet: &QuietArgs) -> anyhow::Result<Model> {
         let model = Model::load_with(path, &self.options()?)?;
-        for note in model.notes() {
-            eprintln!("note: {}", crate::print::printable(note));
+        if !quiet.quiet {
+            for text in model.notes() {
+                note(text);
+            }
         }
         Ok(model)
     }
 }
 
-/// How tokens are chosen, and until when.
+/// How tokens are chosen, and when generation ends.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Generation")]
 pub(crate) struct GenerateArgs {
-    /// Most tokens to generate.
+    /// Most tokens to generate
     #[arg(long, short = 'n', default_value_t = 256, value_name = "N")]
     max_tokens: usize,
-    /// 0 takes the likeliest token.
+    /// Randomness of the choice; 0 takes the likeliest token
     #[arg(
         long,
         default_value_t = 0.0,
@@ -78,10 +89,16 @@ pub(crate) struct GenerateArgs {
         allow_negative_numbers = true
     )]
     temperature: f32,
-    /// Only the N likeliest tokens; 0 for all.
+    /// Random seed
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Text that ends the generation; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Choose among the N likeliest tokens; 0 for all
     #[arg(long, default_value_t = 0, value_name = "N")]
     top_k: usize,
-    /// Only the likeliest tokens that together reach this probability.
+    /// Choose among the likeliest tokens that together reach this probability
     #[arg(
         long,
         default_value_t = 1.0,
@@ -89,7 +106,7 @@ pub(crate) struct GenerateArgs {
         allow_negative_numbers = true
     )]
     top_p: f32,
-    /// Only tokens at least this share as likely as the likeliest.
+    /// Choose among tokens at least this share as likely as the likeliest
     #[arg(
         long,
         default_value_t = 0.0,
@@ -97,7 +114,7 @@ pub(crate) struct GenerateArgs {
         allow_negative_numbers = true
     )]
     min_p: f32,
-    /// Above 1: tokens that occurred become less likely.
+    /// Above 1: tokens that occurred become less likely
     #[arg(
         long,
         default_value_t = 1.0,
@@ -105,13 +122,7 @@ pub(crate) struct GenerateArgs {
         allow_negative_numbers = true
     )]
     repetition_penalty: f32,
-    /// What randomness begins with.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    seed: u64,
-    /// Text that ends the generation; may be given several times.
-    #[arg(long, value_name = "TEXT")]
-    stop: Vec<String>,
-    /// Go on after the model's own end of text.
+    /// Continue after the model's own end of text
     #[arg(long)]
     ignore_eos: bool,
 }
@@ -138,17 +149,19 @@ impl GenerateArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// The model: a folder with config.json, or a .gguf.
+    /// The model: a folder with config.json, or a .gguf
     pub(crate) model: PathBuf,
-    /// The text to go on with; without it, stdin.
+    /// The prompt; without it, stdin is read
     #[arg(long, short, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
-    /// Give the text as a user's message, by the model's chat template.
+    /// Send the prompt as a user's message, through the model's chat template
     #[arg(long)]
     pub(crate) chat: bool,
-    /// Positions; 0 for as many as prompt and --max-tokens need.
+    /// Positions of the context; 0 for what prompt and --max-tokens need
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) context: usize,
+    #[command(flatten)]
+    pub(crate) quiet: QuietArgs,
     #[command(flatten)]
     pub(crate) generate: GenerateArgs,
     #[command(flatten)]
@@ -157,14 +170,16 @@ pub(crate) struct RunArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ChatArgs {
-    /// The model: a folder with config.json, or a .gguf.
+    /// The model: a folder with config.json, or a .gguf
     pub(crate) model: PathBuf,
-    /// What the system message says.
+    /// Text of the system message
     #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
-    /// Positions; 0 for all that the model has, but at most 4096.
+    /// Positions of the context; 0 for the model's, at most 4096
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) context: usize,
+    #[command(flatten)]
+    pub(crate) quiet: QuietArgs,
     #[command(flatten)]
     pub(crate) generate: GenerateArgs,
     #[command(flatten)]
@@ -173,67 +188,59 @@ pub(crate) struct ChatArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PerplexityArgs {
-    /// The model: a folder with config.json, or a .gguf.
+    /// The model: a folder with config.json, or a .gguf
     pub(crate) model: PathBuf,
-    /// The text, a file.
+    /// The text, a file
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
-    /// Another model with the same vocabulary: also prints the divergence from it.
+    /// Another model with the same vocabulary, to measure the divergence from
     #[arg(long, value_name = "MODEL")]
     pub(crate) reference: Option<PathBuf>,
-    /// Tokens of a window; 0 for all that the model has, but at most 512.
+    /// Tokens of a window; 0 for the model's context, at most 512
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) context: usize,
-    /// Tokens from one window to the next; 0 for half a window.
+    /// Tokens from one window to the next; 0 for half a window
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) stride: usize,
-    /// Only this many tokens from the start; 0 for all.
+    /// Only the first N tokens of the text; 0 for all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) tokens: usize,
-    /// No progress bar.
-    #[arg(long)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) quiet: QuietArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// The model: a folder with config.json, or a .gguf.
+    /// The model: a folder with config.json, or a .gguf
     #[arg(required_unless_present = "shape", conflicts_with = "shape")]
     pub(crate) model: Option<PathBuf>,
-    /// Made-up weights of this shape: bitnet-2b-4t, llama3-8b, tiny.
-    #[arg(long, value_name = "NAME")]
+    /// Shape of a model with synthetic weights
+    #[arg(long, value_name = "NAME", value_parser = shape())]
     pub(crate) shape: Option<String>,
-    /// Tokens of the prompt.
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = count(u32::MAX))]
     pub(crate) prompt: u32,
-    /// Tokens to decode after it.
-    #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens to decode after it
+    #[arg(long, default_value_t = 32, value_name = "N", value_parser = count(u32::MAX))]
     pub(crate) tokens: u32,
-    /// Turns; medians are printed.
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// Number of repetitions; the median is reported
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = count(1000))]
     pub(crate) repeat: u32,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }
 
-/// Speeds in one line.
-pub(crate) fn speed(timings: &Timings) -> String {
-    let (prompt, decoded) = (timings.prompt_tokens, timings.decoded_tokens);
-    format!(
-        "prompt {prompt} tokens, {:.1} tokens/s; decode {decoded} tokens, {:.1} tokens/s",
-        timings.prompt_speed(),
-        timings.decode_speed()
-    )
+/// The parser of numbers from 1 to `most`.
+fn count(most: u32) -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(most))
 }
 
-/// Speeds for programs.
-pub(crate) fn speed_json(timings: &Timings) -> Value {
-    json!({
-        "prompt_tokens": timings.prompt_tokens,
-        "prompt_seconds": timings.prompt.as_secs_f64(),
-        "decoded_tokens": timings.decoded_tokens,
-        "decode_seconds": timings.decode.as_secs_f64(),
+/// The parser of shapes with synthetic weights.
+pub(crate) fn shape() -> NameParser<String> {
+    NameParser::new(|s| match Config::shape(s) {
+        Ok(_) => Ok(s.into()),
+        Err(error) => Err(error.to_string()),
     })
 }

@@ -1,0 +1,443 @@
+//! The files of a checkpoint and the tensors stored in them.
+//!
+//! Opening reads and checks headers only. Tensors are read by position: memory holds only the bytes
+//! that a caller reads, threads can read at the same time, and a file that is truncated meanwhile
+//! is an error and not a signal.
+
+use crate::container::Container;
+use crate::document::{self, Document};
+use crate::dtype::StoredType;
+use crate::gguf;
+use crate::hf::BitnetConfig;
+use crate::safetensors::SafetensorsHeader;
+use crate::tensor::{FileId, StoredId, StoredTensor};
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// The kind of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// One `.safetensors` file.
+    Safetensors,
+    /// A folder with config.json and one or more safetensors files.
+    Folder,
+    /// A `.gguf` file.
+    Gguf,
+}
+
+/// One file of the checkpoint.
+#[derive(Debug)]
+pub struct SourceFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its length in bytes when it was opened.
+    pub len: u64,
+    /// Time of its last change, if the system has one.
+    pub modified: Option<SystemTime>,
+    file: File,
+}
+
+/// What a file may leave open.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Layout of I2_S tensors that another program wrote: `i2_s`, `i2_s-g64` or `i2_s-x4`. One type
+    /// id stands for all three.
+    pub i2s_layout: String,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            i2s_layout: "i2_s".into(),
+        }
+    }
+}
+
+/// An open checkpoint: files, stored tensors, config and metadata.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    pub(crate) path: PathBuf,
+    pub(crate) kind: Kind,
+    pub(crate) files: Vec<SourceFile>,
+    /// In the order of files and bytes.
+    pub(crate) stored: Vec<StoredTensor>,
+    pub(crate) config: Option<Value>,
+    pub(crate) metadata: Vec<(String, String)>,
+    pub(crate) gguf: Vec<(String, gguf::Value)>,
+    pub(crate) document: Option<Document>,
+    pub(crate) bitnet: Option<BitnetConfig>,
+    names: HashMap<String, StoredId>,
+}
+
+impl Storage {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        let mut storage = Self {
+            path: path.to_path_buf(),
+            kind: Kind::Folder,
+            files: vec![],
+            stored: vec![],
+            config: None,
+            metadata: vec![],
+            gguf: vec![],
+            document: None,
+            bitnet: None,
+            names: HashMap::new(),
+        };
+        if meta.is_dir() {
+            storage.open_folder(path)?;
+        } else {
+            storage.open_file(path)?;
+        }
+        storage.read_document()?;
+        Ok(storage)
+    }
+
+    fn open_file(&mut self, path: &Path) -> Result<()> {
+        let file_id = self.add_file(path)?;
+        let file = &self.files[file_id.0];
+        let mut magic = [0; 4];
+        if file.len >= 4 {
+            crate::io::read_at(&file.file, &mut magic, 0).map_err(Error::io(path, "read"))?;
+        }
+        if &magic == gguf::MAGIC || path.extension().is_some_and(|e| e == "gguf") {
+            self.kind = Kind::Gguf;
+            self.add_gguf(file_id)
+        } else {
+            self.kind = Kind::Safetensors;
+            self.metadata = self.add_safetensors(file_id, None)?;
+            Ok(())
+        }
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<FileId> {
+        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let meta = file.metadata().map_err(Error::io(path, "open"))?;
+        if !meta.is_file() {
+            return Err(Error::file(path, "a regular file", "something else"));
+        }
+        self.files.push(SourceFile {
+            path: path.to_path_buf(),
+            len: meta.len(),
+            modified: meta.modified().ok(),
+            file,
+        });
+        Ok(FileId(self.files.len() - 1))
+    }
+
+    fn add_safetensors(
+        &mut self,
+        file_id: FileId,
+        only: Option<&dyn Fn(&str) -> bool>,
+    ) -> Result<Vec<(String, String)>> {
+        let file = &self.files[file_id.0];
+        let header = SafetensorsHeader::read(&file.path, &file.file, file.len)?;
+        for t in header.tensors {
+            if only.is_none_or(|only| only(&t.name)) {
+                let dtype = StoredType::Plain(t.dtype);
+                self.names
+                    .insert(t.name.clone(), StoredId(self.stored.len()));
+                self.stored.push(StoredTensor {
+                    name: t.name,
+                    shape: t.shape,
+                    dtype,
+                    file: file_id,
+                    offset: t.offset,
+                    len: t.len,
+                });
+            }
+        }
+        Ok(header.metadata)
+    }
+
+    fn add_gguf(&mut self, file_id: FileId) -> Result<()> {
+        let file = &self.files[file_id.0];
+        let header =
+            gguf::GgufHeader::read(&file.file, file.len).map_err(|source| Error::Gguf {
+                path: file.path.clone(),
+                source,
+            })?;
+        self.gguf = header.metadata;
+        let parts = self
+            .gguf
+            .iter()
+            .find(|(k, _)| k == "split.count")
+            .and_then(|(_, v)| v.as_u64());
+        if let Some(parts) = parts.filter(|&n| n > 1) {
+            return Err(Error::config(
+                &self.files[file_id.0].path,
+                "split.count",
+                "1: a GGUF in one file",
+                format!("{parts} parts"),
+            ));
+        }
+        self.stored = header
+            .tensors
+            .into_iter()
+            .map(|t| StoredTensor {
+                name: t.name,
+                shape: t.shape,
+                dtype: StoredType::from_ggml(t.ggml_type),
+                file: file_id,
+                offset: t.offset,
+                len: t.len,
+            })
+            .collect();
+        self.names = self
+            .ids()
+            .map(|id| (self.stored(id).name.clone(), id))
+            .collect();
+        Ok(())
+    }
+
+    fn open_folder(&mut self, path: &Path) -> Result<()> {
+        let config_path = path.join("config.json");
+        let config = read_json(&config_path)?;
+        let index_path = path.join("model.safetensors.index.json");
+        if index_path.exists() {
+            self.add_shards(path, &index_path)?;
+        } else {
+            self.add_only_file(path)?;
+        }
+        self.bitnet = BitnetConfig::read(&config_path, &config)?;
+        self.config = Some(config);
+        Ok(())
+    }
+
+    /// The files that the index names, and of each the tensors that the index puts there.
+    fn add_shards(&mut self, path: &Path, index_path: &Path) -> Result<()> {
+        let index = read_json(index_path)?;
+        let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
+            return Err(Error::config(
+                index_path,
+                "weight_map",
+                "an object of tensor names and files",
+                "none",
+            ));
+        };
+        let shards = shards(index_path, map)?;
+        for shard in shards {
+            let index = self.add_file(&path.join(shard))?;
+            let metadata = self.add_safetensors(
+                index,
+                Some(&|name| map.get(name).and_then(Value::as_str) == Some(shard)),
+            )?;
+            if index == FileId(0) {
+                self.metadata = metadata;
+            }
+        }
+        for (tensor, file) in map {
+            let file = file.as_str().unwrap_or_default();
+            if self.find_stored(tensor).is_none() {
+                return Err(Error::tensor(
+                    &path.join(file),
+                    tensor,
+                    "the tensor that the index puts here",
+                    "none of that name",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// model.safetensors, or the only file of weights.
+    fn add_only_file(&mut self, path: &Path) -> Result<()> {
+        let mut found: Vec<PathBuf> = fs::read_dir(path)
+            .map_err(Error::io(path, "list"))?
+            .filter_map(|entry| entry.ok().map(|e| e.path()))
+            .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+            .collect();
+        found.sort();
+        let model = path.join("model.safetensors");
+        let file = match found.as_slice() {
+            _ if found.contains(&model) => &model,
+            [one] => one,
+            [] => return Err(Error::file(path, "a .safetensors file", "none")),
+            several => {
+                return Err(Error::file(
+                    path,
+                    "model.safetensors, or model.safetensors.index.json, or a single .safetensors \
+                     file",
+                    format!("{} of them and no index", several.len()),
+                ));
+            }
+        };
+        let index = self.add_file(file)?;
+        self.metadata = self.add_safetensors(index, None)?;
+        Ok(())
+    }
+
+    fn read_document(&mut self) -> Result<()> {
+        let text = match self.kind {
+            Kind::Gguf => self
+                .gguf
+                .iter()
+                .find(|(k, _)| k == document::KEY)
+                .and_then(|(_, v)| v.as_str()),
+            _ => self
+                .metadata
+                .iter()
+                .find(|(k, _)| k == document::KEY)
+                .map(|(_, v)| v.as_str()),
+        };
+        let Some(text) = text else { return Ok(()) };
+        let path = &self.files[0].path;
+        let bad = |got: String| {
+            Error::config(
+                path,
+                document::KEY,
+                format!("a document of version {}", document::VERSION),
+                got,
+            )
+        };
+        let value: Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+        match value.get("version").and_then(Value::as_u64) {
+            Some(v) if v == u64::from(document::VERSION) => {}
+            other => return Err(bad(other.map_or("none".into(), |v| format!("version {v}")))),
+        }
+        self.document = Some(serde_json::from_value(value).map_err(|e| bad(e.to_string()))?);
+        Ok(())
+    }
+
+    /// The stored tensor.
+    pub(crate) fn stored(&self, id: StoredId) -> &StoredTensor {
+        &self.stored[id.0]
+    }
+
+    /// All stored tensors.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = StoredId> + use<> {
+        (0..self.stored.len()).map(StoredId)
+    }
+
+    /// The container's own metadata.
+    pub(crate) fn container(&self) -> Container {
+        match self.kind {
+            Kind::Gguf => Container::Gguf(self.gguf.clone()),
+            Kind::Safetensors | Kind::Folder => Container::Safetensors(self.metadata.clone()),
+        }
+    }
+
+    /// The file that holds a stored tensor.
+    pub(crate) fn file_of(&self, stored: StoredId) -> &Path {
+        &self.files[self.stored(stored).file.0].path
+    }
+
+    /// The stored tensor of that name.
+    pub(crate) fn find_stored(&self, name: &str) -> Option<StoredId> {
+        self.names.get(name).copied()
+    }
+
+    /// Fills `buffer` with the bytes of a stored tensor from byte `start` of it on.
+    ///
+    /// # Errors
+    /// [`Error::Io`], also where the file has become shorter; [`Error::Tensor`] for a range outside
+    /// the tensor.
+    pub(crate) fn read(&self, stored: StoredId, start: u64, buffer: &mut [u8]) -> Result<()> {
+        let tensor = self.stored(stored);
+        let file = &self.files[tensor.file.0];
+        match start.checked_add(buffer.len() as u64) {
+            Some(end) if end <= tensor.len => {
+                crate::io::read_at(&file.file, buffer, tensor.offset + start)
+                    .map_err(Error::io(&file.path, "read"))
+            }
+            _ => Err(Error::tensor(
+                &file.path,
+                &tensor.name,
+                format!("a range inside {} bytes", tensor.len),
+                format!("{} bytes from {start}", buffer.len()),
+            )),
+        }
+    }
+
+    /// Decodes elements `range` of a stored float tensor into `out`. `bytes` is scratch that keeps
+    /// its allocation.
+    ///
+    /// The range begins and ends at whole blocks of the type; whole rows always do.
+    ///
+    /// # Errors
+    /// As [`Storage::read`], and [`Error::Tensor`] if the type holds no floats.
+    pub(crate) fn read_floats(
+        &self,
+        stored: StoredId,
+        range: Range<usize>,
+        bytes: &mut Vec<u8>,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let tensor = self.stored(stored);
+        // Piece by piece, so that the scratch stays small beside a long row. A multiple of every
+        // block.
+        const PIECE: usize = 1 << 18;
+        for (piece, out) in out[..range.len()].chunks_mut(PIECE).enumerate() {
+            let sizes = (
+                tensor.dtype.bytes(range.start + piece * PIECE),
+                tensor.dtype.bytes(out.len()),
+            );
+            let (Some(start), Some(len)) = sizes else {
+                return Err(Error::tensor(
+                    self.file_of(stored),
+                    &tensor.name,
+                    "elements of whole bytes",
+                    tensor.dtype.to_string(),
+                ));
+            };
+            bytes.resize(len, 0);
+            self.read(stored, start as u64, bytes)?;
+            tensor
+                .dtype
+                .decode(bytes, out)
+                .map_err(|e| Error::tensor(self.file_of(stored), &tensor.name, "weights", e))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn floats(&self, stored: StoredId) -> Result<Vec<f32>> {
+        let n = self.stored(stored).elements();
+        let mut out = vec![0.0; n];
+        self.read_floats(stored, 0..n, &mut vec![], &mut out)?;
+        Ok(out)
+    }
+}
+
+/// The files that an index names, each once.
+fn shards<'a>(index_path: &Path, map: &'a Map<String, Value>) -> Result<Vec<&'a str>> {
+    let mut shards: Vec<&str> = vec![];
+    for (tensor, file) in map {
+        match file.as_str() {
+            Some(f) if !f.is_empty() && Path::new(f).file_name().is_some_and(|name| name == f) => {
+                shards.push(f)
+            }
+            _ => {
+                return Err(Error::tensor(
+                    index_path,
+                    tensor,
+                    "a file name in the same folder",
+                    file.to_string(),
+                ));
+            }
+        }
+    }
+    shards.sort_unstable();
+    shards.dedup();
+    Ok(shards)
+}
+
+/// Largest JSON file that is read.
+const MAX_JSON_BYTES: u64 = 256 << 20;
+
+fn read_json(path: &Path) -> Result<Value> {
+    let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
+    if meta.len() > MAX_JSON_BYTES {
+        return Err(Error::file(
+            path,
+            format!("at most {MAX_JSON_BYTES} bytes of JSON"),
+            format!("{}", meta.len()),
+        ));
+    }
+    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::file(path, "JSON", e.to_string()))
+}
