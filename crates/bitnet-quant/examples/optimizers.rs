@@ -1,5 +1,5 @@
-//! The time of one optimizer step, ours against candle-nn's AdamW on the same variables and
-//! gradients, in turns.
+//! The time of one optimizer step, compared with candle-nn's AdamW on the same variables and
+//! gradients.
 //!
 //! ```sh
 //! cargo run --release -p bitnet-quant --example optimizers

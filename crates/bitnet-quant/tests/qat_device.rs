@@ -1,11 +1,11 @@
-//! A training on a device that is not the CPU, beside the same one on the CPU. Skipped where candle
-//! was built without such a device or the machine has none; on a machine with CUDA:
+//! A training on another device compared with the same training on the CPU. Skipped if candle was
+//! built without such a device or the machine has none. On a machine with CUDA:
 //!
 //! ```sh
 //! cargo test -p bitnet-quant --test qat_device --features candle-core/cuda,candle-nn/cuda
 //! ```
 //!
-//! `qat/graph_tests.rs` tests the results of these operations on the CPU.
+//! `src/qat/graph_tests.rs` tests the results of these operations on the CPU.
 #![cfg(feature = "qat")]
 
 use bitnet_core::random::Random;
@@ -168,7 +168,7 @@ fn a_training_with_checkpoints_learns_and_packs() -> Result<()> {
     assert!(after < 0.9 * before, "{before} and then {after}");
     let again = trainer.resume(&mut task, &mut ())?;
     assert_eq!(again.kept, outcome.kept);
-    // The packed layer is on the CPU, and multiplies integers.
+    // The packed layer is on the CPU and multiplies integers.
     let x = numbers(5, &[4, 64], &Device::Cpu)?;
     let packed = task
         .layer

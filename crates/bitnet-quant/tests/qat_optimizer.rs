@@ -1,5 +1,5 @@
-//! Optimizers and schedules against torch: tests/golden/optimizers.json, written by
-//! generate_optimizers.py there.
+//! Optimizers and schedules against torch. The expected values are tests/golden/optimizers.json,
+//! written by tests/golden/generate_optimizers.py.
 #![cfg(feature = "qat")]
 
 use bitnet_quant::CheckpointError;
@@ -119,8 +119,8 @@ fn ten_steps_as_torch() -> Result {
             }
             for (what, var) in [("weight", &w), ("bias", &b)] {
                 let expected = floats(&step[what]);
-                // Each step rounds the weight twice, and its change, of at most ten times the rate,
-                // in some ten operations.
+                // Each step rounds the weight twice. It rounds the change, at most ten times the
+                // rate, in about ten operations.
                 let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
                 let bound = (t + 1) as f32 * f32::EPSILON * (largest + 100.0 * rate as f32);
                 for (i, (got, expected)) in var
@@ -191,9 +191,9 @@ fn schedules_as_torch_and_by_hand() {
             && (at(75).learning_rate - 1.0 / 6.0).abs() < 1e-12
     );
     assert!(at(99).learning_rate > 0.0 && at(99).learning_rate < 0.001);
-    // The numbers of b1.58 2B4T as notes on its report give them: rates 1.5e-3 to 8e-4, then 5e-4
-    // to 0; decay 0.1, then 0. Of half a cosine half is left at the middle, 7.5e-4, and a little
-    // more after a warm-up.
+    // The numbers of b1.58 2B4T from notes on its report: rates 1.5e-3 to 8e-4, then 5e-4 to 0;
+    // decay 0.1, then 0. Half a cosine has fallen to one half in the middle, 7.5e-4; after a
+    // warm-up it is a little higher.
     let steps = 10_000;
     let of = |t| {
         Schedule {
@@ -220,12 +220,12 @@ fn schedules_as_torch_and_by_hand() {
         (0.1 * of(4999).weight_decay, 0.1 * of(5000).weight_decay),
         (0.1, 0.0)
     );
-    // No steps, and warm-up beyond the end, are no division by zero.
+    // No division by zero without steps or with a warm-up beyond the end.
     assert!(two.rates(0, 0).learning_rate.is_finite() && two.rates(5, 3).learning_rate.is_finite());
 }
 
-/// Large tensors are cut for threads; no bit depends on how many there are, nor on the instruction
-/// set beside it.
+/// Large tensors are split between threads: no bit depends on the number of threads or the
+/// instruction set.
 #[test]
 fn threads_change_no_bit() -> Result {
     let n = 3 * (1 << 15) + 77;
@@ -299,8 +299,7 @@ fn threads_change_no_bit() -> Result {
 
 #[test]
 fn groups_and_defaults_decide_rate_and_decay() -> Result {
-    // Without gradients' help: the gradient is zero, so only decay moves a weight, to 1 − rate ·
-    // decay.
+    // The gradient is zero, so only weight decay changes a weight, to 1 − rate · decay.
     let names = [
         "a.weight",
         "a.bias",

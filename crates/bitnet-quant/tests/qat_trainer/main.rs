@@ -1,5 +1,4 @@
-//! The trainer: what it computes, that a resumed training has the bits of one that never stopped,
-//! and what it refuses.
+//! The trainer: results, errors, and that a resumed training has the bits of an uninterrupted one.
 #![cfg(feature = "qat")]
 
 mod best;
@@ -162,8 +161,8 @@ impl Task for Mlp {
     }
 }
 
-/// Everything at once: two micro-batches, clipping, stages, learned scales, checkpoints every five
-/// steps, telemetry.
+/// All features together: two micro-batches, clipping, stages, learned scales, checkpoints every
+/// five steps, telemetry.
 fn config(folder: &Path) -> QATConfig {
     QATConfig {
         steps: 24,
@@ -198,7 +197,7 @@ fn config(folder: &Path) -> QATConfig {
     }
 }
 
-/// Trains, or goes on; also the losses that were heard of.
+/// Trains or resumes; returns also the steps that callbacks received.
 fn train(
     task: &mut Mlp,
     config: &QATConfig,
@@ -278,8 +277,7 @@ fn stopped_and_resumed_anywhere_it_has_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// A training that was killed, and did not stop by itself, goes on from an earlier step: its log
-/// has every step once.
+/// A killed training resumes from an earlier step: its log has every step once.
 #[test]
 fn killed_between_checkpoints() -> Result<()> {
     let (whole, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -319,7 +317,7 @@ fn killed_between_checkpoints() -> Result<()> {
         of_steps(&folder.path().join("log.jsonl"))?,
         (1..=24).collect::<Vec<_>>()
     );
-    // What is over does nothing more, and says the same.
+    // Resuming a finished training takes no step and returns the same outcome.
     let (outcome, steps) = train(&mut task, &config, None, true)?;
     assert_eq!(
         (outcome.step, outcome.stopped, steps.len()),
@@ -377,11 +375,11 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     let mut seed = Mlp::new(24)?;
     seed.seed = 2;
     assert!(refused(&config, &mut seed).ends_with("seed: expected 1, got 2"));
-    // What does not decide the numbers may change.
+    // Settings that do not change results may differ.
     let mut other = config.clone();
     (other.evaluate_every, other.telemetry) = (0, TelemetryConfig::default());
     train(&mut Mlp::new(24)?, &other, Some(7), true)?;
-    // A new training does not mix with one that is there.
+    // A new training does not start in a folder with checkpoints.
     let error = train(&mut Mlp::new(24)?, &config, None, false).unwrap_err();
     assert!(
         matches!(&error, Error::Checkpoint(CheckpointError::Exists { path }) if path.ends_with("step-000000007")),
@@ -438,7 +436,7 @@ fn damaged_checkpoints_are_refused() -> Result<()> {
 }
 
 /// A checkpoint that is written again, as after a resume, replaces its folder by two renames. A
-/// kill between them leaves the old one beside its name.
+/// kill between them leaves the old folder under its temporary name.
 #[test]
 fn killed_while_a_checkpoint_is_replaced() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
@@ -524,7 +522,7 @@ fn stops_early_where_nothing_improves() -> Result<()> {
         early_stopping: Some(stop),
         ..config(folder.path())
     };
-    // Nothing moves, so no evaluation is better than the first.
+    // Nothing changes, so no evaluation is better than the first.
     config.optimizer = OptimizerConfig {
         learning_rate: 0.0,
         ..OptimizerConfig::default()
@@ -594,7 +592,7 @@ fn accumulation_and_gradient_scaling() -> Result<()> {
     Ok(())
 }
 
-/// Telemetry counts what it says: against a count by hand of the codes.
+/// Telemetry against a count of the codes by hand.
 #[test]
 fn telemetry_by_hand() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
@@ -681,8 +679,7 @@ fn recomputed_segments_have_the_same_gradients() -> Result<()> {
     let (x, y) = task.batch(0)?;
     let loss = |out: Tensor| -> Result<Tensor> { Ok((out - &y)?.sqr()?.mean_all()?) };
     let plain = loss(second.forward(&first.forward(&x)?.relu()?)?)?.backward()?;
-    // x has no gradient: the first segment is reached all the same. The second is one inside
-    // another.
+    // x has no gradient, but the first segment must be reached. The second segment is nested.
     let (a, b) = (first.clone(), second.clone());
     let hidden = recompute(move |x| a.forward(x)?.relu(), &x)?;
     let outer = move |x: &Tensor| b.forward(x);
@@ -708,7 +705,7 @@ fn recomputed_segments_have_the_same_gradients() -> Result<()> {
     Ok(())
 }
 
-/// What a segment computes inside is not kept for the backward pass.
+/// Intermediate results of a segment are not kept for the backward pass.
 #[test]
 fn recomputed_segments_take_less_memory() -> Result<()> {
     let weights: Vec<_> = (0..8)

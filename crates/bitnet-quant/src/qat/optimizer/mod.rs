@@ -247,7 +247,8 @@ impl Optimizer {
                     .config
                     .method
                     .step(self.steps as i32, rate, decay, scale);
-                rule.update(p, self.kernels, grads.get(&p.var.clone()))?;
+                let gradient = grads.get(&p.var);
+                rule.update(p, self.kernels, gradient)?;
             }
         }
         self.pending = 0;
