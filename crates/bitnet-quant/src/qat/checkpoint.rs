@@ -221,12 +221,12 @@ fn fill(
     state.checksums.insert(MODEL.into(), sum);
     let (entries, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
     let sum = save(&folder.join(OPTIMIZER), &entries, |i, put| {
-        moments[i].with(|x| put_floats(x, put))
+        moments[i].with_floats(|x| put_floats(x, put))
     })?;
     state.checksums.insert(OPTIMIZER.into(), sum);
     if telemetry.is_on() {
         let sum = save(&folder.join(TELEMETRY), &telemetry.entries(), |i, put| {
-            telemetry.put(i, put)
+            telemetry.put_entry(i, put)
         })?;
         state.checksums.insert(TELEMETRY.into(), sum);
     }
@@ -253,14 +253,14 @@ fn variables(optimizer: &Optimizer) -> Vec<TensorEntry> {
 
 fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (TensorEntry, &MomentStorage)> {
     optimizer.parameters.iter().flat_map(|p| {
-        let slot = |ending: &str| TensorEntry {
+        let entry = |ending: &str| TensorEntry {
             name: format!("{}.{ending}", p.name),
             shape: p.var.dims().to_vec(),
             dtype: Dtype::F32,
         };
         let both = [("first", &p.first), ("second", &p.second)];
         both.into_iter()
-            .filter_map(move |(ending, moment)| Some((slot(ending), moment.as_ref()?)))
+            .filter_map(move |(ending, moment)| Some((entry(ending), moment.as_ref()?)))
     })
 }
 
@@ -306,7 +306,9 @@ impl OpenCheckpoint {
             folder,
             OPTIMIZER,
             "moment",
-            &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>(),
+            &moments(optimizer)
+                .map(|(entry, _)| entry)
+                .collect::<Vec<_>>(),
         )?;
         for file in [MODEL, OPTIMIZER, TELEMETRY] {
             if file == TELEMETRY && !state.checksums.contains_key(file) {
@@ -339,7 +341,9 @@ impl OpenCheckpoint {
             &self.folder,
             OPTIMIZER,
             "moment",
-            &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>(),
+            &moments(optimizer)
+                .map(|(entry, _)| entry)
+                .collect::<Vec<_>>(),
         )?;
         for p in &mut optimizer.parameters {
             p.var.set(&Tensor::from_vec(
@@ -406,7 +410,7 @@ fn difference(at: &str, there: &serde_json::Value, here: &serde_json::Value) -> 
     };
     (there != here).then(|| {
         format!(
-            "{at} is {} there and {} here; a training goes on as it began",
+            "{at} is {} there and {} here; a resumed training keeps its configuration",
             say(there),
             say(here)
         )

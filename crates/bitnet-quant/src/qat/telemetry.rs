@@ -21,7 +21,7 @@ const FOLLOWED: usize = 1024;
 /// Longest line of a log that is accepted.
 const LONGEST_LINE: usize = 1 << 20;
 
-/// What is recorded, and where.
+/// How often layers are recorded, and the log file.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
@@ -145,11 +145,11 @@ impl Telemetry {
     }
 
     /// Passes the bytes of one of these tensors to `put`.
-    pub(crate) fn put(&self, slot: usize, put: &mut PutBytes<'_>) -> Result<()> {
-        let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else {
+    pub(crate) fn put_entry(&self, entry: usize, put: &mut PutBytes<'_>) -> Result<()> {
+        let Some(memory) = self.layers.values().nth(entry / PARTS.len()) else {
             return Ok(());
         };
-        match slot % PARTS.len() {
+        match entry % PARTS.len() {
             0 => put(&memory
                 .values
                 .iter()
@@ -306,7 +306,7 @@ impl Log {
         };
         let file = replace::write_file_with(path, |file| {
             let mut kept = earlier.iter().filter(|line| line.step() <= step);
-            kept.try_for_each(|line| put(file, line))
+            kept.try_for_each(|line| write_record(file, line))
         })?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -315,12 +315,12 @@ impl Log {
     }
 
     pub(crate) fn append(&mut self, record: &LogRecord) -> Result<()> {
-        Ok(put(&mut self.file, record).map_err(FileError::io(&self.path, "write"))?)
+        Ok(write_record(&mut self.file, record).map_err(FileError::io(&self.path, "write"))?)
     }
 }
 
-fn put(file: &mut File, line: &LogRecord) -> io::Result<()> {
-    let mut text = serde_json::to_string(line)?;
+fn write_record(file: &mut File, record: &LogRecord) -> io::Result<()> {
+    let mut text = serde_json::to_string(record)?;
     text.push('\n');
     file.write_all(text.as_bytes())
 }

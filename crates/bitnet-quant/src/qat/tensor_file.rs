@@ -41,13 +41,13 @@ pub(super) fn save(
     bytes: impl Fn(usize, &mut PutBytes<'_>) -> Result<()>,
 ) -> Result<String> {
     let mut at = 0;
-    let entry = |slot: &TensorEntry| {
-        let len = (slot.dtype.bitsize() / 8 * slot.shape.iter().product::<usize>()) as u64;
+    let entry = |tensor: &TensorEntry| {
+        let len = (tensor.dtype.bitsize() / 8 * tensor.shape.iter().product::<usize>()) as u64;
         at += len;
         OutEntry {
-            name: slot.name.clone(),
-            dtype: slot.dtype,
-            shape: slot.shape.clone(),
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
             range: (at - len, at),
         }
     };
@@ -114,19 +114,19 @@ impl TensorFile {
             }
             .into())
         };
-        for slot in wanted {
-            match header.tensors.iter().find(|t| t.name == slot.name) {
-                None => return differs(format!("it has no {kind} '{}'", slot.name)),
-                Some(t) if t.shape != slot.shape => {
+        for tensor in wanted {
+            match header.tensors.iter().find(|t| t.name == tensor.name) {
+                None => return differs(format!("it has no {kind} '{}'", tensor.name)),
+                Some(t) if t.shape != tensor.shape => {
                     return differs(format!(
                         "{kind} '{}' has shape {:?} there and {:?} here",
-                        slot.name, t.shape, slot.shape
+                        tensor.name, t.shape, tensor.shape
                     ));
                 }
                 Some(t) if t.dtype != Dtype::F32 => {
                     return differs(format!(
                         "{kind} '{}' is {:?} there and F32 here",
-                        slot.name, t.dtype
+                        tensor.name, t.dtype
                     ));
                 }
                 Some(_) => {}
@@ -135,7 +135,7 @@ impl TensorFile {
         if let Some(extra) = header
             .tensors
             .iter()
-            .find(|t| !wanted.iter().any(|slot| slot.name == t.name))
+            .find(|t| !wanted.iter().any(|tensor| tensor.name == t.name))
         {
             return differs(format!(
                 "it has a {kind} '{}', which the model has not",

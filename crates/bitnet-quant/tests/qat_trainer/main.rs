@@ -362,7 +362,7 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     let error = refused(&rate, &mut Mlp::new(24)?);
     assert!(
         error.ends_with(
-            "optimizer.learning_rate is 0.02 there and 0.5 here; a training goes on as it began"
+            "optimizer.learning_rate is 0.02 there and 0.5 here; a resumed training keeps its configuration"
         ),
         "{error}"
     );

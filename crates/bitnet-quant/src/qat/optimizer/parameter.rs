@@ -42,7 +42,7 @@ impl MomentStorage {
     }
 
     /// Calls `f` with the numbers.
-    pub(crate) fn with<T>(&self, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    pub(crate) fn with_floats<T>(&self, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
         match self {
             Self::Host(x) => f(x),
             Self::Device(x) => with_host_floats(x, f),

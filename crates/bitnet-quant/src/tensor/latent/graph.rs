@@ -146,9 +146,10 @@ impl DeviceGraph<'_> {
         let size = w.abs()?;
         let mut cut = None;
         let step = match (learned, method) {
-            (Some(learned), _) => {
-                self.stored(&over(&learned.maximum(LEAST_SCALE)?, self.rounding.unit())?)?
-            }
+            (Some(learned), _) => self.stored(&quotient(
+                &learned.maximum(LEAST_SCALE)?,
+                self.rounding.unit(),
+            )?)?,
             (
                 None,
                 Method::Ternary {
@@ -179,7 +180,7 @@ impl DeviceGraph<'_> {
                     range = range
                         .minimum(&(wide(w)?.sqr()?.mean_keepdim(1)?.sqrt()? * f64::from(times))?)?;
                 }
-                self.stored(&over(
+                self.stored(&quotient(
                     &range,
                     f32::from(self.rounding.scheme.precision()?.range().1),
                 )?)?
@@ -329,11 +330,12 @@ fn mix(x: &Tensor, quantized: Tensor, lambda: f64) -> candle_core::Result<Tensor
 fn absmax(x: &Tensor, top: f32) -> candle_core::Result<Tensor> {
     let max = x.abs()?.max_keepdim(D::Minus1)?.maximum(1e-5f32)?;
     let inverse = max.ones_like()?.affine(f64::from(top), 0.0)?.div(&max)?;
-    half_even(&x.broadcast_mul(&inverse)?.clamp(-top - 1.0, top)?)?.broadcast_mul(&over(&max, top)?)
+    half_even(&x.broadcast_mul(&inverse)?.clamp(-top - 1.0, top)?)?
+        .broadcast_mul(&quotient(&max, top)?)
 }
 
 /// A correctly rounded quotient; candle divides by a number by multiplying with its inverse.
-fn over(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
+fn quotient(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
     x.broadcast_div(&Tensor::new(by, x.device())?.to_dtype(x.dtype())?)
 }
 
