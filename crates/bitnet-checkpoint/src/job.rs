@@ -12,97 +12,18 @@
 //! matrix as a whole.
 
 use crate::plan::Job;
+pub use crate::report::{Options, Progress, Summary, TensorReport};
 use crate::rows::thread_pool;
 use crate::target::{check_target, place_folder};
 use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
-use bitnet_core::Granularity;
-use bitnet_core::stats::ErrorStats;
 use bitnet_formats::output::Writer;
 use bitnet_formats::replace;
 pub use bitnet_formats::replace::Existing;
-use bitnet_kernels::Kernels;
-use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
-use std::time::{Duration, Instant};
-
-/// Receives the progress of a job.
-pub trait Progress: Sync {
-    /// A tensor starts.
-    fn tensor(&self, _name: &str) {}
-    /// `_bytes` more bytes of the input are done.
-    fn advance(&self, _bytes: u64) {}
-}
-
-impl Progress for () {}
-
-/// Options of a run.
-#[derive(Clone, Copy)]
-pub struct Options<'a> {
-    /// Threads that quantize; 0 for one on each core.
-    pub threads: usize,
-    /// The loops.
-    pub kernels: Kernels,
-    /// Receives the progress.
-    pub progress: &'a dyn Progress,
-    /// Set to stop at the next strip; the next run resumes.
-    pub interrupt: &'a AtomicBool,
-    /// Whether an existing target is replaced.
-    pub existing: Existing,
-}
-
-/// The result for one tensor.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct TensorReport {
-    /// Its name in the output.
-    pub name: String,
-    /// The result: a precision, a float type, or `copied`.
-    pub became: String,
-    /// Wire layout, if it is quantized.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub layout: Option<String>,
-    /// Granularity, if it is quantized.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub granularity: Option<Granularity>,
-    /// Number of weights.
-    pub weights: u64,
-    /// Bytes in the output, scales and padding included.
-    pub bytes: u64,
-    /// Quantization error, if this run quantized it.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub error: Option<ErrorStats>,
-    /// Order-0 entropy of the values in bits, if this run quantized it.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub entropy: Option<f64>,
-    /// A note for the user.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub note: Option<String>,
-}
-
-impl TensorReport {
-    /// Bits per weight, scales and padding included.
-    pub fn bits_per_weight(&self) -> f64 {
-        self.bytes as f64 * 8.0 / self.weights.max(1) as f64
-    }
-}
-
-/// The result of a job.
-#[derive(Debug, Clone)]
-pub struct Summary {
-    /// Tensors, in the order of the source.
-    pub tensors: Vec<TensorReport>,
-    /// Size of the written file.
-    pub file_bytes: u64,
-    /// Bytes of all tensors of the source.
-    pub input_bytes: u64,
-    /// Tensors that an earlier, interrupted run had done.
-    pub resumed: usize,
-    /// Wall-clock time.
-    pub elapsed: Duration,
-}
+use std::time::Instant;
 
 /// Runs a job and writes `target`.
 ///

@@ -38,6 +38,7 @@
 
 mod error;
 mod plan;
+mod report;
 mod target;
 mod worker;
 

@@ -1,8 +1,8 @@
 //! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the
 //! writer thread in order.
 
-use crate::job::{Options, TensorReport};
 use crate::plan::{Action, Job, Pack, TensorJob};
+use crate::report::{Options, TensorReport};
 use crate::rows::{StripBuffers, StripGranule, WeightRows, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
