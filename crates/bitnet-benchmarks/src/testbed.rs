@@ -3,7 +3,7 @@
 use crate::ceiling::Ceiling;
 use crate::machine::l2_bytes;
 use bitnet_kernels::Pool;
-use bitnet_kernels::machine::{Memory, Pages, read, stream, write};
+use bitnet_kernels::machine::{Pages, WordBuffer, read, stream, write};
 use std::cell::OnceCell;
 use std::hint::black_box;
 use std::ops::Deref;
@@ -24,8 +24,8 @@ pub struct Testbed {
     pool: Arc<Pool>,
     working_set: usize,
     l2: usize,
-    large: OnceCell<Memory>,
-    written: OnceCell<Vec<Mutex<Memory>>>,
+    large: OnceCell<WordBuffer>,
+    written: OnceCell<Vec<Mutex<WordBuffer>>>,
 }
 
 impl Testbed {
@@ -68,10 +68,10 @@ impl Testbed {
         match ceiling {
             Ceiling::MemoryRead => self.reading(
                 self.large
-                    .get_or_init(|| Memory::new(self.working_set, Pages::Huge)),
+                    .get_or_init(|| WordBuffer::new(self.working_set, Pages::Huge)),
             ),
             Ceiling::MemoryReadSmallPages => {
-                self.reading(Box::new(Memory::new(self.working_set, Pages::Small)))
+                self.reading(Box::new(WordBuffer::new(self.working_set, Pages::Small)))
             }
             Ceiling::MemoryStream => self.writing(self.written(), stream),
             Ceiling::MemoryWrite => self.writing(self.written(), write),
@@ -91,7 +91,7 @@ impl Testbed {
     }
 
     /// Reads one part of the memory per call, and the parts in their order.
-    fn reading<'a>(&'a self, memory: impl Deref<Target = Memory> + 'a) -> TimedCeiling<'a> {
+    fn reading<'a>(&'a self, memory: impl Deref<Target = WordBuffer> + 'a) -> TimedCeiling<'a> {
         let (threads, words) = (self.pool.threads(), memory.words().len() / CALLS);
         let mut call = 0;
         let read = move || {
@@ -115,7 +115,7 @@ impl Testbed {
         const TIMES: usize = 16;
         let threads = self.pool.threads();
         let parts: Vec<_> = (0..threads)
-            .map(|_| Mutex::new(Memory::new(self.in_l2(), Pages::Huge)))
+            .map(|_| Mutex::new(WordBuffer::new(self.in_l2(), Pages::Huge)))
             .collect();
         let amount = (TIMES * threads * locked(&parts[0]).bytes()) as f64;
         let call = move || {
@@ -130,18 +130,18 @@ impl Testbed {
         }
     }
 
-    fn written(&self) -> &[Mutex<Memory>] {
+    fn written(&self) -> &[Mutex<WordBuffer>] {
         let parts = CALLS * self.pool.threads();
         self.written.get_or_init(|| {
             (0..parts)
-                .map(|_| Mutex::new(Memory::new(self.working_set / parts, Pages::Huge)))
+                .map(|_| Mutex::new(WordBuffer::new(self.working_set / parts, Pages::Huge)))
                 .collect()
         })
     }
 
     fn writing<'a>(
         &'a self,
-        parts: &'a [Mutex<Memory>],
+        parts: &'a [Mutex<WordBuffer>],
         fill: fn(&mut [u64], u64),
     ) -> TimedCeiling<'a> {
         let threads = self.pool.threads();

@@ -5,19 +5,19 @@ use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
 use bitnet_formats::gguf::{BlockIntegers, GgmlType, integers};
 use bitnet_formats::{Source, StoredId};
 use bitnet_kernels::Pool;
-use bitnet_kernels::dense::{BLOCK, BlockType, Blocks, Codes, ScaleType};
+use bitnet_kernels::dense::{BLOCK, BlockCodes, BlockType, Blocks, ScaleType};
 
 /// Block type in memory for a GGUF type: 5- and 6-bit codes become 8-bit, the rest is unchanged.
 pub(crate) fn gguf_block_type(stored: GgmlType) -> Option<BlockType> {
     let (codes, scales, minimum) = match stored {
-        GgmlType::Q4_0 => (Codes::Int4, ScaleType::F16, false),
-        GgmlType::Q4_1 => (Codes::Int4, ScaleType::F16, true),
-        GgmlType::Q5_0 | GgmlType::Q8_0 => (Codes::Int8, ScaleType::F16, false),
-        GgmlType::Q5_1 => (Codes::Int8, ScaleType::F16, true),
-        GgmlType::Q2K => (Codes::Int8, ScaleType::Nested { group: 16 }, true),
-        GgmlType::Q3K | GgmlType::Q6K => (Codes::Int8, ScaleType::Nested { group: 16 }, false),
-        GgmlType::Q4K => (Codes::Int4, ScaleType::Nested { group: 32 }, true),
-        GgmlType::Q5K => (Codes::Int8, ScaleType::Nested { group: 32 }, true),
+        GgmlType::Q4_0 => (BlockCodes::Int4, ScaleType::F16, false),
+        GgmlType::Q4_1 => (BlockCodes::Int4, ScaleType::F16, true),
+        GgmlType::Q5_0 | GgmlType::Q8_0 => (BlockCodes::Int8, ScaleType::F16, false),
+        GgmlType::Q5_1 => (BlockCodes::Int8, ScaleType::F16, true),
+        GgmlType::Q2K => (BlockCodes::Int8, ScaleType::Nested { group: 16 }, true),
+        GgmlType::Q3K | GgmlType::Q6K => (BlockCodes::Int8, ScaleType::Nested { group: 16 }, false),
+        GgmlType::Q4K => (BlockCodes::Int4, ScaleType::Nested { group: 32 }, true),
+        GgmlType::Q5K => (BlockCodes::Int8, ScaleType::Nested { group: 32 }, true),
         _ => return None,
     };
     Some(BlockType {
@@ -82,12 +82,12 @@ pub(crate) fn block_type(matrix: &Matrix) -> Option<BlockType> {
     let fits = |line: usize| group.is_multiple_of(line) || group >= spec.cols;
     let half = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
     let codes = match spec.precision {
-        Precision::Ternary | Precision::Binary if fits(64) => Codes::Trits,
-        Precision::Int8 => Codes::Int8,
-        _ => Codes::Int4,
+        Precision::Ternary | Precision::Binary if fits(64) => BlockCodes::Trits,
+        Precision::Int8 => BlockCodes::Int8,
+        _ => BlockCodes::Int4,
     };
     // One f32 scale per 64 columns takes as many bytes as one f16 scale per 32.
-    let halves = codes != Codes::Trits
+    let halves = codes != BlockCodes::Trits
         && group < 2 * BLOCK
         && fits(BLOCK)
         && (spec.scale_dtype == ScaleDtype::F16 || matrix.scales.iter().all(half));
@@ -101,7 +101,7 @@ pub(crate) fn block_type(matrix: &Matrix) -> Option<BlockType> {
         scales,
         minimum: false,
     };
-    let line = if codes == Codes::Int8 { 16 } else { 32 };
+    let line = if codes == BlockCodes::Int8 { 16 } else { 32 };
     (halves || fits(line)).then_some(kind)
 }
 
@@ -114,9 +114,9 @@ pub(crate) fn matrix_blocks(
     let spec = &matrix.spec;
     let (cols, group) = (spec.cols, spec.granule_cols());
     let offset = match kind.codes {
-        Codes::Trits => 1,
-        Codes::Int4 => 8,
-        Codes::Int8 => 0,
+        BlockCodes::Trits => 1,
+        BlockCodes::Int4 => 8,
+        BlockCodes::Int8 => 0,
     };
     Blocks::new(pool, spec.rows, cols, kind, |first, strip| {
         for i in 0..strip.rows() {
@@ -284,28 +284,52 @@ mod tests {
     fn quantized_layers_hold_their_values() {
         let mut random = Random::new(3);
         let cases = [
-            (Precision::Ternary, Granularity::Tensor, Some(Codes::Trits)),
-            (Precision::Ternary, Granularity::Channel, Some(Codes::Trits)),
+            (
+                Precision::Ternary,
+                Granularity::Tensor,
+                Some(BlockCodes::Trits),
+            ),
+            (
+                Precision::Ternary,
+                Granularity::Channel,
+                Some(BlockCodes::Trits),
+            ),
             (
                 Precision::Ternary,
                 Granularity::Group(128),
-                Some(Codes::Trits),
+                Some(BlockCodes::Trits),
             ),
             (
                 Precision::Ternary,
                 Granularity::Group(32),
-                Some(Codes::Int4),
+                Some(BlockCodes::Int4),
             ),
             (
                 Precision::Binary,
                 Granularity::Group(64),
-                Some(Codes::Trits),
+                Some(BlockCodes::Trits),
             ),
-            (Precision::Int2, Granularity::Group(32), Some(Codes::Int4)),
-            (Precision::Int4, Granularity::Group(96), Some(Codes::Int4)),
+            (
+                Precision::Int2,
+                Granularity::Group(32),
+                Some(BlockCodes::Int4),
+            ),
+            (
+                Precision::Int4,
+                Granularity::Group(96),
+                Some(BlockCodes::Int4),
+            ),
             (Precision::Int4, Granularity::Group(16), None),
-            (Precision::Int8, Granularity::Group(16), Some(Codes::Int8)),
-            (Precision::Int8, Granularity::Channel, Some(Codes::Int8)),
+            (
+                Precision::Int8,
+                Granularity::Group(16),
+                Some(BlockCodes::Int8),
+            ),
+            (
+                Precision::Int8,
+                Granularity::Channel,
+                Some(BlockCodes::Int8),
+            ),
         ];
         for (precision, granularity, codes) in cases {
             for scale_dtype in [ScaleDtype::F32, ScaleDtype::F16] {

@@ -4,7 +4,7 @@
 use crate::Result;
 use bitnet_formats::arch::{self, Activation, Architecture, DecoderGraph, HfConfig};
 use bitnet_formats::{Error, Kind, Source, document};
-use bitnet_kernels::dense::Pairing;
+use bitnet_kernels::dense::RotaryPairing;
 use serde_json::Value;
 use std::path::Path;
 
@@ -15,7 +15,7 @@ pub struct Rope {
     /// The base.
     pub theta: f64,
     /// Which elements form a pair. Hugging Face folders: halves. GGUF: as the architecture says.
-    pub pairing: Pairing,
+    pub pairing: RotaryPairing,
     /// Divisors of the d/2 frequencies; none means 1.
     pub divisors: Option<Vec<f32>>,
 }
@@ -156,7 +156,7 @@ impl Config {
             activation: architecture.activation(&config)?,
             rope: Rope {
                 theta: rope.theta,
-                pairing: Pairing::Halves,
+                pairing: RotaryPairing::Halves,
                 divisors,
             },
             tied: config.flag("tie_word_embeddings")?,
@@ -194,7 +194,7 @@ impl Config {
         };
         let mut config = Self::from_hf(path, &arch::hf_config(path, source.gguf(), &shape)?)?;
         if config.architecture.gguf_adjacent_pairs {
-            config.rope.pairing = Pairing::Adjacent;
+            config.rope.pairing = RotaryPairing::Adjacent;
         }
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
             let mut divisors = vec![0.0; source.stored(stored).elements()];

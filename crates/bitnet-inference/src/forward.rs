@@ -3,7 +3,7 @@
 use crate::cache::KvCache;
 use crate::linear::{KernelPool, LayerInput, LinearLayer};
 use crate::{Activation, Config, Error, Result};
-use bitnet_kernels::dense::{Attention, Heads};
+use bitnet_kernels::dense::{Attention, TokenHeads};
 
 /// Tokens of a long batch whose attention one task computes.
 const ATTENTION_TILE: usize = 16;
@@ -179,7 +179,7 @@ impl ForwardPass<'_, '_> {
             let queries = &queries[tile * ATTENTION_TILE * width..];
             let mut first = 0;
             for run in places.chunk_by(|a, b| a.0 == b.0) {
-                let heads = Heads {
+                let heads = TokenHeads {
                     tokens: run.len(),
                     width: group,
                     stride: width,

@@ -4,8 +4,8 @@
 //! scale per token, and multiplies integers. Every other layer multiplies floats.
 
 use crate::Result;
-use bitnet_kernels::dense::Matrix;
-use bitnet_kernels::matmul::{Activations, Prepacked};
+use bitnet_kernels::dense::DenseMatrix;
+use bitnet_kernels::matmul::{Prepacked, PrepackedActivations};
 use bitnet_kernels::{Kernels, Pool};
 
 /// The kernels and threads of a model.
@@ -21,7 +21,7 @@ pub(crate) enum LinearWeights {
     /// Ternary weights with int8 activations.
     Ternary(Prepacked),
     /// Weights of any kind with float activations.
-    Dense(Matrix),
+    Dense(DenseMatrix),
 }
 
 /// `y = x · Wᵀ + bias`.
@@ -36,7 +36,7 @@ pub(crate) struct LinearLayer {
 #[derive(Debug, Default)]
 pub(crate) struct LayerInput {
     floats: Vec<f32>,
-    quantized: Option<Activations>,
+    quantized: Option<PrepackedActivations>,
     /// Whether `quantized` holds the current input; otherwise it is a free buffer.
     fresh: bool,
 }
@@ -87,12 +87,12 @@ impl LayerInput {
     }
 
     /// The quantized activations, if they fit these weights, or an empty buffer that does.
-    fn buffer_for(&mut self, w: &Prepacked) -> Result<Activations> {
+    fn buffer_for(&mut self, w: &Prepacked) -> Result<PrepackedActivations> {
         match self.quantized.take() {
             Some(same) if same.fits(w) => Ok(same),
             _ => {
                 self.fresh = false;
-                Ok(Activations::from_values(&[], &[], w)?)
+                Ok(PrepackedActivations::from_values(&[], &[], w)?)
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_formats::Source;
 use bitnet_formats::source::OpenOptions;
-use bitnet_kernels::dense::Matrix;
+use bitnet_kernels::dense::DenseMatrix;
 use bitnet_kernels::{Kernels, Pool};
 use std::path::Path;
 use std::sync::PoisonError;
@@ -76,9 +76,9 @@ pub struct Model {
 #[derive(Debug)]
 struct ModelWeights {
     /// `(vocab, hidden)`.
-    embedding: Matrix,
+    embedding: DenseMatrix,
     /// `(vocab, hidden)`; none if the embedding is the output matrix.
-    head: Option<Matrix>,
+    head: Option<DenseMatrix>,
     /// The norm before the output matrix.
     norm: NormGain,
     layers: Vec<GraphLayer>,
@@ -255,7 +255,7 @@ impl Model {
             .flat_map(GraphLayer::linears)
             .map(|l| l.bytes())
             .sum();
-        linear + embedding.bytes() + head.as_ref().map_or(0, Matrix::bytes)
+        linear + embedding.bytes() + head.as_ref().map_or(0, DenseMatrix::bytes)
     }
 
     /// Bytes of the weights that a decoded token reads: without the embedding, unless it is the

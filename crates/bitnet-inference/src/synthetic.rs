@@ -9,7 +9,7 @@ use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use bitnet_formats::arch::{BITNET, DecoderGraph, LLAMA};
 use bitnet_kernels::dense::{
-    BlockType, Blocks, Data, Matrix, Pairing, quantize_int4, quantize_int8, zeros,
+    BlockType, Blocks, DenseData, DenseMatrix, RotaryPairing, quantize_int4, quantize_int8, zeros,
 };
 use bitnet_kernels::matmul::Prepacked;
 
@@ -46,7 +46,7 @@ impl Config {
             activation,
             rope: Rope {
                 theta,
-                pairing: Pairing::Halves,
+                pairing: RotaryPairing::Halves,
                 divisors: None,
             },
             tied,
@@ -125,7 +125,7 @@ impl WeightProvider for SyntheticWeights<'_> {
         })
     }
 
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
         let pool = &self.runtime.pool;
         // A sum of four uniform numbers, 16 of the 64 bits each.
         let fill = |row: usize, out: &mut [f32]| {
@@ -139,7 +139,7 @@ impl WeightProvider for SyntheticWeights<'_> {
         let data = match self.embedding {
             FloatType::Int8 | FloatType::Int4 => {
                 let int8 = self.embedding == FloatType::Int8;
-                Data::Blocks(Blocks::new(
+                DenseData::Blocks(Blocks::new(
                     pool,
                     rows,
                     cols,
@@ -172,9 +172,9 @@ impl WeightProvider for SyntheticWeights<'_> {
                         .zip(&floats)
                         .for_each(|(o, w)| *o = half::bf16::from_f32(*w).to_bits());
                 });
-                Data::Bf16(all)
+                DenseData::Bf16(all)
             }
         };
-        Ok(Matrix::new(rows, cols, data)?)
+        Ok(DenseMatrix::new(rows, cols, data)?)
     }
 }

@@ -2,12 +2,13 @@
 //! thread.
 //!
 //! `cargo run --release -p bitnet-kernels --example dense`. Products read from memory: their bytes
-//! are set against a plain read of as many in the same turn.
+//! are compared with a plain read of the same number of bytes in the same turn.
 
 use bitnet_kernels::dense::{
-    Attention, BlockType, Blocks, Cached, Codes, Data, Matrix, ScaleType, Strip, zeros,
+    Attention, BlockCodes, BlockStrip, BlockType, Blocks, Cached, DenseData, DenseMatrix,
+    ScaleType, zeros,
 };
-use bitnet_kernels::machine::{Memory, Pages, read};
+use bitnet_kernels::machine::{Pages, WordBuffer, read};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
 use std::time::Instant;
@@ -27,7 +28,7 @@ fn median(mut all: Vec<f64>) -> f64 {
 
 fn main() -> Result<(), bitnet_kernels::Error> {
     let (kernels, pool) = (Kernels::from_env()?, Pool::single());
-    // Rows may be fewer: what is in the caches then is bound by arithmetic.
+    // With fewer rows the matrix is in the caches, and arithmetic is the bound.
     let (rows, cols) = (
         std::env::args()
             .nth(1)
@@ -43,7 +44,7 @@ fn main() -> Result<(), bitnet_kernels::Error> {
         all
     };
     let blocks = |codes, scales, minimum| {
-        let fill = |_: usize, strip: &mut Strip| -> Result<(), bitnet_kernels::Error> {
+        let fill = |_: usize, strip: &mut BlockStrip| -> Result<(), bitnet_kernels::Error> {
             for i in 0..strip.rows() {
                 let mut row = strip.row(i);
                 row.codes.fill(1);
@@ -64,7 +65,7 @@ fn main() -> Result<(), bitnet_kernels::Error> {
             },
             fill,
         )
-        .map(Data::Blocks)
+        .map(DenseData::Blocks)
     };
     let (group, row) = (
         ScaleType::Nested { group: 16 },
@@ -80,17 +81,17 @@ fn main() -> Result<(), bitnet_kernels::Error> {
         "f16", "bf16", "int8", "int4", "q4_1", "q4_k", "q6_k", "ternary",
     ] {
         let data = match name {
-            "f16" => Data::F16(half()),
-            "bf16" => Data::Bf16(half()),
-            "int8" => blocks(Codes::Int8, ScaleType::F16, false)?,
-            "int4" => blocks(Codes::Int4, ScaleType::F16, false)?,
-            "q4_1" => blocks(Codes::Int4, ScaleType::F16, true)?,
-            "q4_k" => blocks(Codes::Int4, ScaleType::Nested { group: 32 }, true)?,
-            "q6_k" => blocks(Codes::Int8, group, false)?,
-            _ => blocks(Codes::Trits, row, false)?,
+            "f16" => DenseData::F16(half()),
+            "bf16" => DenseData::Bf16(half()),
+            "int8" => blocks(BlockCodes::Int8, ScaleType::F16, false)?,
+            "int4" => blocks(BlockCodes::Int4, ScaleType::F16, false)?,
+            "q4_1" => blocks(BlockCodes::Int4, ScaleType::F16, true)?,
+            "q4_k" => blocks(BlockCodes::Int4, ScaleType::Nested { group: 32 }, true)?,
+            "q6_k" => blocks(BlockCodes::Int8, group, false)?,
+            _ => blocks(BlockCodes::Trits, row, false)?,
         };
-        let matrix = Matrix::new(rows, cols, data)?;
-        let memory = Memory::new(matrix.bytes(), Pages::Huge);
+        let matrix = DenseMatrix::new(rows, cols, data)?;
+        let memory = WordBuffer::new(matrix.bytes(), Pages::Huge);
         let turns: Vec<[f64; 2]> = (0..TURNS)
             .map(|_| {
                 [

@@ -1,13 +1,13 @@
-//! Speed of the ternary products, as shares of what the machine reads and multiplies in the same
-//! run.
+//! Speed of the ternary products, as shares of the speed at which the machine reads and multiplies
+//! in the same run.
 //!
 //! `cargo run --release -p bitnet-kernels --example gemv [threads] [isa]`; without arguments one
 //! thread and the widest instruction set.
 
 use bitnet_core::random::Random;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
-use bitnet_kernels::machine::{self, Instruction, Memory, Pages};
-use bitnet_kernels::matmul::{Activations, Prepacked};
+use bitnet_kernels::machine::{self, Instruction, Pages, WordBuffer};
+use bitnet_kernels::matmul::{Prepacked, PrepackedActivations};
 use bitnet_kernels::{Kernels, Pool};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,7 +35,7 @@ fn summary(mut all: Vec<f64>) -> [f64; 3] {
     [all[0], all[all.len() / 2], all[all.len() - 1]]
 }
 
-/// Something to measure: what one call does, and how much of it.
+/// An operation to measure: a call, and the amount of work in it.
 struct Work<'a> {
     amount: f64,
     call: Box<dyn FnMut() + 'a>,
@@ -76,11 +76,11 @@ fn matrix(rows: usize, cols: usize) -> Matrix {
     }
 }
 
-fn activations(w: &Prepacked, tokens: usize) -> Activations {
+fn activations(w: &Prepacked, tokens: usize) -> PrepackedActivations {
     let values: Vec<i8> = (0..tokens * w.cols())
         .map(|i| ((i * 2_654_435_761) >> 9) as i8)
         .collect();
-    Activations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
+    PrepackedActivations::from_values(&values, &vec![0.01; tokens], w).expect("lengths fit")
 }
 
 /// Reads of `data` on the pool, a sixteenth of the cold bytes at most in a call, each call where
@@ -128,8 +128,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => Kernels::detect(),
     };
     let pool = Pool::new(threads)?;
-    // A part ends when every thread has one, so that the caller cannot do them all before a worker
-    // has come.
+    // A part ends when every thread has one, so that the caller cannot run them all before a worker
+    // begins.
     let fork = || {
         let here = AtomicUsize::new(0);
         pool.run(threads, |_| {
@@ -152,8 +152,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
 
     let (cold, warm) = (
-        Memory::new(COLD_BYTES, Pages::Huge),
-        Memory::new(threads << 19, Pages::Huge),
+        WordBuffer::new(COLD_BYTES, Pages::Huge),
+        WordBuffer::new(threads << 19, Pages::Huge),
     );
     println!("\nG weights/s, share of the bytes read in GB/s");
     for (rows, cols) in [(6912, 2560), (2560, 6912), (4096, 14336), (1024, 2560)] {

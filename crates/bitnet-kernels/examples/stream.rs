@@ -7,10 +7,10 @@ use bitnet_core::pack::{Layout, by_name};
 use bitnet_core::random::Random;
 use bitnet_core::scheme::{Scheme, Threshold};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype};
-use bitnet_kernels::machine::{self, Memory, Pages};
-use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
+use bitnet_kernels::machine::{self, Pages, WordBuffer};
+use bitnet_kernels::matmul::{MatrixParameters, Prepacked, Stream};
 use bitnet_kernels::stream::{
-    Packed, Weights, dequantize, pack, quantize_into, quantize_token, unpack,
+    FloatWeights, PackedMatrix, dequantize, pack, quantize_into, quantize_token, unpack,
 };
 use bitnet_kernels::{Isa, Kernels, Pool};
 use std::hint::black_box;
@@ -106,7 +106,7 @@ impl Operation<'_> {
 
 /// Numbers in memory of that kind of page.
 struct Buffer<T> {
-    memory: Memory,
+    memory: WordBuffer,
     len: usize,
     of: PhantomData<T>,
 }
@@ -120,7 +120,7 @@ impl Number for u8 {}
 impl<T: Number> Buffer<T> {
     fn new(len: usize, pages: Pages) -> Self {
         Self {
-            memory: Memory::new(size_of::<T>() * len, pages),
+            memory: WordBuffer::new(size_of::<T>() * len, pages),
             len,
             of: PhantomData,
         }
@@ -172,7 +172,7 @@ fn trits(n: usize, pages: Pages) -> Buffer<i8> {
 }
 
 /// Writes all of it, past the caches where it is larger than they are.
-fn fill(memory: &mut Memory) {
+fn fill(memory: &mut WordBuffer) {
     if memory.bytes() >= 16 << 20 {
         machine::stream(memory.words_mut(), 1)
     } else {
@@ -241,9 +241,9 @@ fn may_be(wanted: &str, place: &str) -> bool {
     wanted.contains(place) || !["L1", "L2", "DRAM"].iter().any(|p| wanted.contains(p))
 }
 
-/// What the first call fills and the others overwrite.
-fn empty(scheme: &Scheme) -> Packed {
-    Packed {
+/// The memory that the first call fills and later calls overwrite.
+fn empty(scheme: &Scheme) -> PackedMatrix {
+    PackedMatrix {
         spec: scheme.spec(0, 0).expect("a scheme of weights"),
         bytes: vec![],
         scales: vec![],
@@ -272,7 +272,7 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
         let work = move |kernels: Kernels| {
             let (mut at, mut out) = (0, empty(&scheme));
             Work::new(4 * piece * cols, move || {
-                let part = Weights::F32(&w[at * cols..(at + piece) * cols]);
+                let part = FloatWeights::F32(&w[at * cols..(at + piece) * cols]);
                 quantize_into(
                     kernels,
                     pool,
@@ -342,7 +342,7 @@ fn quantizing(pages: Pages, kernels: &[Kernels], wanted: &str) {
                     quantize_into(
                         kernels,
                         pool,
-                        Weights::F32(warm),
+                        FloatWeights::F32(warm),
                         (32, cols),
                         &scheme,
                         two_bit,
@@ -496,7 +496,7 @@ fn coding(
             if place == "DRAM" {
                 let prepacking = move |kernels: Kernels| {
                     Work::new(bytes.len(), move || {
-                        let parts = Parts {
+                        let parts = MatrixParameters {
                             spec,
                             scales: &[0.5],
                             zero_points: &[],

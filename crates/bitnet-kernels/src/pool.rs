@@ -10,8 +10,8 @@
 //! worker:  where OPEN and the epoch is new: count itself in (one compare-exchange), take parts, count itself out
 //! ```
 //!
-//! The job is written only while the gate is closed and nobody is inside, and read only by those
-//! inside.
+//! The job is written only while the gate is closed and no worker is inside, and read only by
+//! workers inside.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -28,7 +28,7 @@ const OPEN: u64 = 1 << 31;
 /// Workers inside.
 const INSIDE: u64 = OPEN - 1;
 
-/// A fixed number of threads, the caller's among them.
+/// A fixed number of threads, including the caller's.
 ///
 /// ```
 /// use bitnet_kernels::Pool;
@@ -44,23 +44,23 @@ const INSIDE: u64 = OPEN - 1;
 /// the pool, so nested use cannot deadlock.
 #[derive(Debug)]
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolState>,
     workers: Vec<JoinHandle<()>>,
 }
 
 /// A closure `Fn(usize)` without its type.
 #[derive(Debug, Clone, Copy)]
-struct Job {
+struct PoolJob {
     closure: *const (),
     call: unsafe fn(*const (), usize),
     parts: usize,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PoolState {
     state: AtomicU64,
-    job: UnsafeCell<Job>,
-    /// The next part that nobody has taken.
+    job: UnsafeCell<PoolJob>,
+    /// The next part to take.
     next: AtomicUsize,
     /// Whether some caller has the workers.
     taken: AtomicBool,
@@ -68,34 +68,35 @@ struct Shared {
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
     wake: Condvar,
-    /// What the first part that panicked panicked with.
+    /// The payload of the first panic of a part.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 // SAFETY: `job` is written by the holder of `taken` while the gate is closed and nobody is inside,
 // and read by those inside: the state's release and acquire order the two. The closure it points to
 // is `Sync` (`Pool::run` demands it) and outlives its job (`run` waits).
-unsafe impl Sync for Shared {}
-// SAFETY: as above; nothing in it belongs to a thread.
-unsafe impl Send for Shared {}
+unsafe impl Sync for PoolState {}
+// SAFETY: nothing in it belongs to a thread; `job` points to a closure that is `Sync`, as
+// `Pool::run` demands.
+unsafe impl Send for PoolState {}
 
 /// # Safety
 /// `closure` points to a live `F`.
 unsafe fn call<F: Fn(usize)>(closure: *const (), part: usize) {
-    // SAFETY: the caller's.
+    // SAFETY: the function's contract: a live `F` is there.
     unsafe { (*closure.cast::<F>())(part) }
 }
 
-impl Shared {
+impl PoolState {
     /// Takes parts until none is left, and keeps the first panic.
-    fn work(&self, job: Job) {
+    fn work(&self, job: PoolJob) {
         loop {
             let part = self.next.fetch_add(1, Ordering::Relaxed);
             if part >= job.parts {
                 return;
             }
-            // SAFETY: `job` is the current one, whose closure lives until `run` has seen this
-            // thread outside.
+            // SAFETY: `Pool::run` made `job` of its closure and the matching `call`, and returns
+            // only after it has seen this thread outside: the closure lives.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| unsafe {
                 (job.call)(job.closure, part)
             })) {
@@ -108,7 +109,7 @@ impl Shared {
         }
     }
 
-    /// What a worker does.
+    /// The loop of a worker.
     fn serve(&self) {
         let mut seen = 0;
         while self.wait(seen) {
@@ -121,7 +122,9 @@ impl Shared {
                     .is_ok()
             {
                 seen = state >> 32;
-                // SAFETY: this thread is inside, so nobody writes the job.
+                // SAFETY: the compare-exchange above put this thread inside while the gate was
+                // open, and `Pool::run` writes the job only while the gate is closed and nobody is
+                // inside.
                 self.work(unsafe { *self.job.get() });
                 self.state.fetch_sub(1, Ordering::Release);
             }
@@ -168,10 +171,10 @@ impl Shared {
 }
 
 impl Pool {
-    /// `threads` threads: the caller of [`Pool::run`] and `threads − 1` workers. 0 is taken for 1.
+    /// `threads` threads: the caller of [`Pool::run`] and `threads − 1` workers. 0 means 1.
     ///
     /// # Errors
-    /// What the system says if it does not start a thread; those started are ended.
+    /// The system's error if it does not start a thread; threads that were started end.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let mut pool = Self::single();
         for i in 1..threads {
@@ -186,12 +189,12 @@ impl Pool {
 
     /// The caller's thread alone.
     pub fn single() -> Self {
-        let nothing = Job {
+        let nothing = PoolJob {
             closure: std::ptr::null(),
             call: call::<fn(usize)>,
             parts: 0,
         };
-        let shared = Shared {
+        let shared = PoolState {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(nothing),
             next: AtomicUsize::new(0),
@@ -208,7 +211,7 @@ impl Pool {
         }
     }
 
-    /// Threads, the caller's among them.
+    /// Number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
@@ -224,7 +227,7 @@ impl Pool {
         if parts <= 1 || self.workers.is_empty() || shared.taken.swap(true, Ordering::Acquire) {
             return (0..parts).for_each(each);
         }
-        let job = Job {
+        let job = PoolJob {
             closure: (&raw const each).cast(),
             call: call::<F>,
             parts,

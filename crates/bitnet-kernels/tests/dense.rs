@@ -3,8 +3,9 @@
 
 use bitnet_core::random::Random;
 use bitnet_kernels::dense::{
-    Attention, BLOCK, BlockRow, BlockType, Blocks, Cached, Codes, Data, Heads, Matrix, Pairing,
-    SUPER, ScaleType, Strip, f16_to_f32, quantize_int4, quantize_int8,
+    Attention, BLOCK, BlockCodes, BlockRow, BlockStrip, BlockType, Blocks, Cached, DenseData,
+    DenseMatrix, RotaryPairing, SUPER, ScaleType, TokenHeads, f16_to_f32, quantize_int4,
+    quantize_int8,
 };
 use bitnet_kernels::{Error, Kernels, Pool};
 use std::sync::Mutex;
@@ -20,7 +21,7 @@ fn bits(x: &[f32]) -> Vec<u32> {
 }
 
 /// The same weights in every format, and what each holds.
-fn formats(rows: usize, cols: usize) -> Vec<(&'static str, Matrix)> {
+fn formats(rows: usize, cols: usize) -> Vec<(&'static str, DenseMatrix)> {
     let w = random(rows as u64 * 1000 + cols as u64, rows * cols);
     let halves: Vec<u16> = w
         .iter()
@@ -31,22 +32,22 @@ fn formats(rows: usize, cols: usize) -> Vec<(&'static str, Matrix)> {
         .map(|&w| half::bf16::from_f32(w).to_bits())
         .collect();
     let rounded = |kind, quantize: fn(&[f32], &mut BlockRow<'_>)| {
-        let fill = |first: usize, strip: &mut Strip| -> Result<(), Error> {
+        let fill = |first: usize, strip: &mut BlockStrip| -> Result<(), Error> {
             (0..strip.rows())
                 .for_each(|i| quantize(&w[(first + i) * cols..][..cols], &mut strip.row(i)));
             Ok(())
         };
-        Matrix::from(Blocks::new(&Pool::single(), rows, cols, kind, fill).unwrap())
+        DenseMatrix::from(Blocks::new(&Pool::single(), rows, cols, kind, fill).unwrap())
     };
     let (int8, int4) = (
         rounded(BlockType::INT8, quantize_int8),
         rounded(BlockType::INT4, quantize_int4),
     );
-    let matrix = |data| Matrix::new(rows, cols, data).unwrap();
+    let matrix = |data| DenseMatrix::new(rows, cols, data).unwrap();
     let mut all = vec![
-        ("f32", matrix(Data::F32(w))),
-        ("f16", matrix(Data::F16(halves))),
-        ("bf16", matrix(Data::Bf16(brains))),
+        ("f32", matrix(DenseData::F32(w))),
+        ("f16", matrix(DenseData::F16(halves))),
+        ("bf16", matrix(DenseData::Bf16(brains))),
         ("int8", int8),
         ("int4", int4),
     ];
@@ -60,7 +61,7 @@ fn formats(rows: usize, cols: usize) -> Vec<(&'static str, Matrix)> {
 
 /// Block types that rows of `cols` columns can have.
 fn types(cols: usize) -> Vec<(&'static str, BlockType)> {
-    use Codes::{Int4, Int8, Trits};
+    use BlockCodes::{Int4, Int8, Trits};
     use ScaleType::{F16, F32, Nested};
     [
         ("q4_1", Int4, F16, true),
@@ -89,18 +90,18 @@ fn types(cols: usize) -> Vec<(&'static str, BlockType)> {
 
 /// A matrix of random codes, scales and minima, and the weights that they are by definition,
 /// computed in f64, which holds all of them exactly.
-fn filled(rows: usize, cols: usize, kind: BlockType) -> (Matrix, Vec<f32>) {
+fn filled(rows: usize, cols: usize, kind: BlockType) -> (DenseMatrix, Vec<f32>) {
     let truth = Mutex::new(vec![f32::NAN; rows * cols]);
-    let fill = |first: usize, strip: &mut Strip| -> Result<(), Error> {
+    let fill = |first: usize, strip: &mut BlockStrip| -> Result<(), Error> {
         for i in 0..strip.rows() {
             let mut noise = random((first + i) as u64 + 99, 9 * cols + 64)
                 .into_iter()
                 .map(f32::to_bits);
             let mut row = strip.row(i);
             let (low, high) = match kind.codes {
-                Codes::Trits => (0, 2),
-                Codes::Int4 => (0, 15),
-                Codes::Int8 => (-128, 127),
+                BlockCodes::Trits => (0, 2),
+                BlockCodes::Int4 => (0, 15),
+                BlockCodes::Int8 => (-128, 127),
             };
             let mut bits = || noise.next().unwrap() >> 3;
             row.codes
@@ -119,8 +120,8 @@ fn filled(rows: usize, cols: usize, kind: BlockType) -> (Matrix, Vec<f32>) {
                 .flat_map(|all| all.iter_mut())
                 .for_each(|f| *f = bits() as i8);
             let offset = match (kind.codes, kind.minimum) {
-                (Codes::Trits, _) => 1,
-                (Codes::Int4, false) => 8,
+                (BlockCodes::Trits, _) => 1,
+                (BlockCodes::Int4, false) => 8,
                 _ => 0,
             };
             let part = |which: usize, column: usize| -> f64 {
@@ -134,7 +135,7 @@ fn filled(rows: usize, cols: usize, kind: BlockType) -> (Matrix, Vec<f32>) {
                 }
             };
             for (c, &code) in row.codes.iter().enumerate() {
-                let code = if kind.codes == Codes::Int8 {
+                let code = if kind.codes == BlockCodes::Int8 {
                     i32::from(code as i8)
                 } else {
                     i32::from(code) - offset
@@ -163,7 +164,7 @@ fn blocks_are_their_weights_and_multiply_as_floats_do() {
                 matrix.row_into(n, &mut row);
                 assert_eq!(bits(&row), bits(truth), "{name} {rows}×{cols}, row {n}");
             }
-            let floats = Matrix::new(rows, cols, Data::F32(truth)).unwrap();
+            let floats = DenseMatrix::new(rows, cols, DenseData::F32(truth)).unwrap();
             for tokens in [1, 6] {
                 let (x, mut out, mut expected) = (
                     random(3, tokens * cols),
@@ -228,15 +229,15 @@ fn strips_are_filled_once_and_errors_come_back() {
         )
     };
     assert!(
-        wrong(Codes::Trits, ScaleType::F16, false)
+        wrong(BlockCodes::Trits, ScaleType::F16, false)
             .unwrap_err()
             .to_string()
             .contains("whole 64 columns")
     );
-    assert!(wrong(Codes::Int4, ScaleType::Nested { group: 16 }, true).is_err());
-    assert!(wrong(Codes::Int8, ScaleType::Nested { group: 64 }, true).is_err());
-    assert!(wrong(Codes::Int8, ScaleType::F32 { group: 32 }, true).is_err());
-    assert!(wrong(Codes::Int8, ScaleType::F32 { group: 0 }, false).is_err());
+    assert!(wrong(BlockCodes::Int4, ScaleType::Nested { group: 16 }, true).is_err());
+    assert!(wrong(BlockCodes::Int8, ScaleType::Nested { group: 64 }, true).is_err());
+    assert!(wrong(BlockCodes::Int8, ScaleType::F32 { group: 32 }, true).is_err());
+    assert!(wrong(BlockCodes::Int8, ScaleType::F32 { group: 0 }, false).is_err());
 }
 
 /// Some error with a number in it.
@@ -367,20 +368,20 @@ fn rows_are_what_the_formats_hold() {
 #[test]
 fn lengths_that_do_not_fit_are_errors() {
     assert!(
-        Matrix::new(2, 3, Data::F32(vec![0.0; 5]))
+        DenseMatrix::new(2, 3, DenseData::F32(vec![0.0; 5]))
             .unwrap_err()
             .to_string()
             .contains('6')
     );
     let (blocks, _) = filled(2, 33, BlockType::INT8);
-    let Data::Blocks(blocks) = blocks.data() else {
+    let DenseData::Blocks(blocks) = blocks.data() else {
         panic!("blocks")
     };
     assert!(
-        Matrix::new(2, 34, Data::Blocks(blocks.clone())).is_err()
-            && Matrix::new(2, 33, Data::Blocks(blocks.clone())).is_ok()
+        DenseMatrix::new(2, 34, DenseData::Blocks(blocks.clone())).is_err()
+            && DenseMatrix::new(2, 33, DenseData::Blocks(blocks.clone())).is_ok()
     );
-    assert!(Matrix::new(usize::MAX, 3, Data::F16(vec![])).is_err());
+    assert!(DenseMatrix::new(usize::MAX, 3, DenseData::F16(vec![])).is_err());
 }
 
 /// Softmax attention in f64, straight from its definition.
@@ -549,7 +550,7 @@ fn attention_of_a_run_is_that_of_its_tokens() {
             let mut out = vec![f32::NAN; tokens * stride];
             kernels.attend_run(
                 &attention(len),
-                Heads {
+                TokenHeads {
                     tokens,
                     width,
                     stride,
@@ -625,11 +626,11 @@ fn rotations_pair_what_they_say() {
     // each pair.
     for kernels in Kernels::all() {
         let mut x = [1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0];
-        kernels.rotate(&mut x, &angles, Pairing::Halves);
+        kernels.rotate(&mut x, &angles, RotaryPairing::Halves);
         let (a, b) = (angles[0], angles[1]);
         assert_eq!(x, [a.0, 2.0 * b.0, a.1, 2.0 * b.1, -a.1, 0.0, a.0, 0.0]);
         let mut x = [1.0, 0.0, 2.0, 0.0, 0.0, 1.0, 0.0, 0.0];
-        kernels.rotate(&mut x, &angles, Pairing::Adjacent);
+        kernels.rotate(&mut x, &angles, RotaryPairing::Adjacent);
         assert_eq!(x, [a.0, a.1, 2.0 * b.0, 2.0 * b.1, -a.1, a.0, 0.0, 0.0]);
     }
 }

@@ -5,7 +5,9 @@ use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::random::nth;
 use bitnet_core::scheme::Rounding;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ZeroPoints, pack};
-use bitnet_kernels::matmul::{Activations, MAX_COLS, PANEL, Parts, Prepacked, Stream};
+use bitnet_kernels::matmul::{
+    MAX_COLS, MatrixParameters, PANEL, Prepacked, PrepackedActivations, Stream,
+};
 use bitnet_kernels::{Isa, Kernels, Pool};
 use proptest::prelude::*;
 
@@ -167,7 +169,7 @@ fn check(kind: Kind, w: &Matrix, x: &[i8], tokens: usize, pools: &[Pool]) {
     for pool in pools {
         let packed = Prepacked::with_stream(w, kind.stream, pool).unwrap();
         assert_eq!(packed.unpack(pool), w.values, "{kind:?}");
-        let activations = Activations::from_values(x, &scales, &packed).unwrap();
+        let activations = PrepackedActivations::from_values(x, &scales, &packed).unwrap();
         for kernels in Kernels::all() {
             let name = packed.kernel_name(&kernels);
             let what = format!(
@@ -211,8 +213,7 @@ fn check(kind: Kind, w: &Matrix, x: &[i8], tokens: usize, pools: &[Pool]) {
     }
 }
 
-/// Whether this machine is an emulated one, by `scripts/cross-test`: sizes and numbers of cases are
-/// then what it can take.
+/// Whether `scripts/cross-test` emulates this machine: sizes and numbers of cases are then small.
 fn emulated() -> bool {
     std::env::var_os("BITNET_EMULATED").is_some()
 }
@@ -352,7 +353,7 @@ fn the_worst_input_does_not_overflow() {
                 };
             for x in [-128, 127] {
                 for tokens in [1, 2, 13] {
-                    let activations = Activations::from_values(
+                    let activations = PrepackedActivations::from_values(
                         &vec![x; tokens * cols],
                         &vec![1.0; tokens],
                         &packed,
@@ -424,7 +425,7 @@ fn float_activations_are_not_rounded() {
                 let mut first: Option<Vec<u32>> = None;
                 for pool in &pools {
                     let packed = Prepacked::new(&w, pool).unwrap();
-                    let activations = Activations::floats(&x, &packed).unwrap();
+                    let activations = PrepackedActivations::floats(&x, &packed).unwrap();
                     for kernels in Kernels::all() {
                         let mut y = vec![f32::NAN; tokens * rows];
                         kernels.matmul(pool, &packed, &activations, None, &mut y);
@@ -467,7 +468,7 @@ fn float_activations_are_not_rounded() {
         &pools[0],
     )
     .unwrap();
-    let error = Activations::floats(&[1.0; 20], &trits)
+    let error = PrepackedActivations::floats(&[1.0; 20], &trits)
         .unwrap_err()
         .to_string();
     assert!(
@@ -514,7 +515,7 @@ fn wire_layouts_prepack_to_the_same() {
                     } else {
                         &w.scales
                     };
-                    let parts = Parts {
+                    let parts = MatrixParameters {
                         spec: &w.spec,
                         scales,
                         zero_points: &w.zero_points,
@@ -525,7 +526,8 @@ fn wire_layouts_prepack_to_the_same() {
                         Prepacked::with_stream(&w, kind.stream, &pool).unwrap(),
                     ]
                     .map(|w| {
-                        let x = Activations::from_values(&bytes(cols), &[0.5], &w).unwrap();
+                        let x =
+                            PrepackedActivations::from_values(&bytes(cols), &[0.5], &w).unwrap();
                         let mut y = vec![f32::NAN; rows];
                         kernels.matmul(&pool, &w, &x, None, &mut y);
                         y.into_iter().map(f32::to_bits).collect::<Vec<_>>()
@@ -586,11 +588,11 @@ fn operands_that_do_not_fit_are_refused() {
     let packed =
         |granularity| Prepacked::new(&matrix(kinds()[0], 4, 32, granularity, 0), &pool).unwrap();
     let (whole, grouped) = (packed(Granularity::Channel), packed(Granularity::Group(8)));
-    assert!(Activations::from_values(&[1; 31], &[1.0], &whole).is_err());
+    assert!(PrepackedActivations::from_values(&[1; 31], &[1.0], &whole).is_err());
     let mut x = [0.5; 96];
     (x[70], x[90]) = (f32::NAN, f32::INFINITY);
     for kernels in Kernels::all() {
-        let error = Activations::quantize(&kernels, &x, &whole).unwrap_err();
+        let error = PrepackedActivations::quantize(&kernels, &x, &whole).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -599,15 +601,15 @@ fn operands_that_do_not_fit_are_refused() {
             "{error}"
         );
     }
-    assert!(Activations::floats(&[1.0; 33], &whole).is_err());
+    assert!(PrepackedActivations::floats(&[1.0; 33], &whole).is_err());
     let panics = |f: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err();
     let (good, other) = ([&whole, &grouped])
-        .map(|w| Activations::from_values(&[1; 32], &[1.0], w).unwrap())
+        .map(|w| PrepackedActivations::from_values(&[1; 32], &[1.0], w).unwrap())
         .into();
     for kernels in Kernels::all() {
         assert!(
             panics(&|| kernels.matmul_sums(&pool, &whole, &other, &mut [0; 4])),
-            "laid out for groups of 8"
+            "prepacked for groups of 8"
         );
         assert!(
             panics(&|| kernels.matmul_sums(&pool, &whole, &good, &mut [0; 3])),
@@ -625,7 +627,7 @@ fn operands_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn activations_are_laid_out_anew_in_the_same_memory() {
+fn activations_are_prepacked_again_in_the_same_memory() {
     let pool = Pool::single();
     let w = Prepacked::new(
         &matrix(kinds()[0], 70, 100, Granularity::Group(24), 0),
@@ -638,10 +640,10 @@ fn activations_are_laid_out_anew_in_the_same_memory() {
             .collect::<Vec<_>>()
     };
     let kernels = Kernels::detect();
-    let mut again = Activations::quantize(&kernels, &rows(5), &w).unwrap();
+    let mut again = PrepackedActivations::quantize(&kernels, &rows(5), &w).unwrap();
     for tokens in [1, 5, 2] {
         again.requantize(&kernels, &rows(tokens)).unwrap();
-        let fresh = Activations::quantize(&kernels, &rows(tokens), &w).unwrap();
+        let fresh = PrepackedActivations::quantize(&kernels, &rows(tokens), &w).unwrap();
         let [a, b] = [&again, &fresh].map(|x| {
             let mut y = vec![0.0; tokens * 70];
             kernels.matmul(&pool, &w, x, None, &mut y);
@@ -685,11 +687,13 @@ fn activations_are_quantized_as_core_does_it() {
             ActivationMethod::Sign,
         ] {
             let core = activation::quantize(&x, cols, method, how.0, how.1).unwrap();
-            let expected = Activations::from_values(&core.values, &core.scales, &w).unwrap();
+            let expected =
+                PrepackedActivations::from_values(&core.values, &core.scales, &w).unwrap();
             for kernels in Kernels::all() {
                 // Begin with another shape, so that its padding would show.
                 let mut got =
-                    Activations::quantize(&kernels, &vec![1.0; 2 * (cols + 1)], &other).unwrap();
+                    PrepackedActivations::quantize(&kernels, &vec![1.0; 2 * (cols + 1)], &other)
+                        .unwrap();
                 for _ in 0..3 {
                     got.requantize_for(&kernels, &w, &x, method).unwrap();
                     let [(sums, y), (expected_sums, expected_y)] = [&got, &expected].map(|x| {

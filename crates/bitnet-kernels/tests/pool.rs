@@ -1,4 +1,4 @@
-//! The pool: every part once, whoever calls it and whatever happens.
+//! The pool: every part runs once, also with nested calls, several callers and panics.
 
 use bitnet_kernels::Pool;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,5 +1,5 @@
-//! Streams on every instruction set of this machine and on one and three threads: what bitnet-core
-//! says, bit for bit.
+//! Streams on every instruction set of this machine and on one and three threads: the bits of
+//! bitnet-core.
 
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
@@ -8,7 +8,7 @@ use bitnet_core::random::Random;
 use bitnet_core::scheme::{Rounding, ScaleRule, Scheme, Threshold};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, quantize};
 use bitnet_kernels::stream::{
-    Weights, dequantize, pack, quantize as quantize_packed, quantize_token, unpack,
+    FloatWeights, dequantize, pack, quantize as quantize_packed, quantize_token, unpack,
 };
 use bitnet_kernels::{Isa, Kernels, Pool};
 use half::{bf16, f16};
@@ -19,8 +19,7 @@ const COLS: [usize; 22] = [
     1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 257, 319, 320, 321, 1281, 2563,
 ];
 
-/// Whether this machine is an emulated one, by `scripts/cross-test`: sizes are then what it can
-/// take.
+/// Whether `scripts/cross-test` emulates this machine: sizes are then small.
 fn emulated() -> bool {
     std::env::var_os("BITNET_EMULATED").is_some()
 }
@@ -262,8 +261,7 @@ fn foreign_layouts() {
     }
 }
 
-/// Each byte replaced by each other one: an error or values, and which, is what the layout in core
-/// says.
+/// Each byte replaced by each other one: the error or the values are those of the layout in core.
 #[test]
 fn every_damaged_byte_is_seen() {
     let mut random = Random::new(5);
@@ -330,7 +328,7 @@ fn every_damaged_byte_is_seen() {
 }
 
 #[test]
-fn what_is_wrong_is_said_as_core_says_it() {
+fn errors_are_those_of_core() {
     let spec = spec(3, 700, Granularity::Channel, ScaleDtype::F32);
     everywhere(|kernels, pool| {
         for name in ["two-bit", "base-3"] {
@@ -379,7 +377,7 @@ fn nothing_is_nothing() {
                 let packed = quantize_packed(
                     kernels,
                     pool,
-                    Weights::F32(&[]),
+                    FloatWeights::F32(&[]),
                     rows,
                     cols,
                     &scheme,
@@ -408,7 +406,7 @@ fn nothing_is_nothing() {
 }
 
 fn check_quantize(
-    w: Weights<'_>,
+    w: FloatWeights<'_>,
     f32s: &[f32],
     shape: (usize, usize),
     scheme: &Scheme,
@@ -488,9 +486,16 @@ fn quantize_and_pack_is_quantize_then_pack() {
                 for dtype in [ScaleDtype::F32, ScaleDtype::F16] {
                     let scheme = scheme.with_granularity(granularity).with_scale_dtype(dtype);
                     everywhere(|kernels, pool| {
-                        check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool)?;
                         check_quantize(
-                            Weights::F16(&halves),
+                            FloatWeights::F32(&w),
+                            &w,
+                            (rows, cols),
+                            &scheme,
+                            kernels,
+                            pool,
+                        )?;
+                        check_quantize(
+                            FloatWeights::F16(&halves),
                             &wide_halves,
                             (rows, cols),
                             &scheme,
@@ -498,7 +503,7 @@ fn quantize_and_pack_is_quantize_then_pack() {
                             pool,
                         )?;
                         check_quantize(
-                            Weights::Bf16(&brains),
+                            FloatWeights::Bf16(&brains),
                             &wide_brains,
                             (rows, cols),
                             &scheme,
@@ -524,7 +529,14 @@ fn a_large_tensor_has_the_scale_of_core() {
     for threshold in [Threshold::Absmean, Threshold::Median, Threshold::Optimal] {
         let scheme = Scheme::ternary(threshold);
         everywhere(|kernels, pool| {
-            check_quantize(Weights::F32(&w), &w, (rows, cols), &scheme, kernels, pool)
+            check_quantize(
+                FloatWeights::F32(&w),
+                &w,
+                (rows, cols),
+                &scheme,
+                kernels,
+                pool,
+            )
         });
     }
 }
@@ -544,9 +556,16 @@ fn ternary_in_the_same_ternary_out() {
             let w: Vec<f32> = trits.iter().map(|&t| f32::from(t) * 0.037).collect();
             everywhere(|kernels, pool| {
                 let layout = by_name("two-bit").expect("a layout");
-                let packed =
-                    quantize_packed(kernels, pool, Weights::F32(&w), rows, cols, &scheme, layout)
-                        .map_err(|e| e.to_string())?;
+                let packed = quantize_packed(
+                    kernels,
+                    pool,
+                    FloatWeights::F32(&w),
+                    rows,
+                    cols,
+                    &scheme,
+                    layout,
+                )
+                .map_err(|e| e.to_string())?;
                 let mut values = vec![9; w.len()];
                 unpack(
                     kernels,
@@ -587,7 +606,7 @@ fn a_weight_that_is_not_finite_is_an_error_wherever_it_is() {
                         match quantize_packed(
                             kernels,
                             pool,
-                            Weights::F32(&w),
+                            FloatWeights::F32(&w),
                             rows,
                             cols,
                             &scheme,
@@ -621,8 +640,8 @@ fn every_half_is_widened_exactly() {
     let expected_brains: Vec<f32> = brains.iter().map(|h| h.to_f32()).collect();
     everywhere(|kernels, pool| {
         for (w, expected) in [
-            (Weights::F16(&halves), &expected_halves),
-            (Weights::Bf16(&brains), &expected_brains),
+            (FloatWeights::F16(&halves), &expected_halves),
+            (FloatWeights::Bf16(&brains), &expected_brains),
         ] {
             let got = quantize_packed(kernels, pool, w, 1, w.len(), &scheme, layout)
                 .map_err(|e| e.to_string())?;
@@ -641,7 +660,7 @@ fn every_half_is_widened_exactly() {
         for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
             let w = [f16::ONE, bad];
             if !matches!(
-                quantize_packed(kernels, pool, Weights::F16(&w), 1, 2, &scheme, layout),
+                quantize_packed(kernels, pool, FloatWeights::F16(&w), 1, 2, &scheme, layout),
                 Err(Error::NotFinite { index: 1, .. })
             ) {
                 return Err(format!("{bad} passes"));
@@ -759,7 +778,7 @@ proptest! {
         for threshold in [Threshold::Absmean, Threshold::Optimal] {
             for granularity in [Granularity::Tensor, Granularity::Group(g)] {
                 let scheme = Scheme::ternary(threshold).with_granularity(granularity);
-                everywhere(|kernels, pool| check_quantize(Weights::F32(w), w, (rows, cols), &scheme, kernels, pool));
+                everywhere(|kernels, pool| check_quantize(FloatWeights::F32(w), w, (rows, cols), &scheme, kernels, pool));
             }
         }
     }

@@ -12,7 +12,7 @@ use anyhow::Result;
 use bitnet_core::random::nth;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_kernels::machine::Instruction;
-use bitnet_kernels::matmul::{Activations, Prepacked, Stream};
+use bitnet_kernels::matmul::{Prepacked, PrepackedActivations, Stream};
 use bitnet_kernels::{Isa, Kernels};
 use std::sync::Arc;
 
@@ -115,7 +115,7 @@ fn case(
 /// A product with weights in the kernel layout.
 struct PrepackedProduct {
     copies: Vec<Prepacked>,
-    x: Activations,
+    x: PrepackedActivations,
     reference: Reference,
     /// The ceiling on reading the weights.
     reading: Option<Limit>,
@@ -150,7 +150,7 @@ impl PrepackedProduct {
             spec,
         };
         let packed = Prepacked::with_stream(&matrix, stream, &product.pool)?;
-        let x = Activations::from_values(
+        let x = PrepackedActivations::from_values(
             &product.activations,
             &vec![SCALES[1]; product.tokens],
             &packed,
@@ -201,7 +201,7 @@ impl PrepackedProduct {
             let w = &prepacked.copies[*at];
             match &activations {
                 Some(x) => {
-                    let x = Activations::quantize(&kernels, x, w)
+                    let x = PrepackedActivations::quantize(&kernels, x, w)
                         .expect("finite activations of whole rows");
                     kernels.matmul(&pool, w, &x, None, y);
                 }
@@ -296,7 +296,7 @@ fn others(product: &Arc<ProductInputs>) -> Result<Vec<Contender>> {
         ));
     }
     let mut prepacked = PrepackedProduct::new(product, Precision::Ternary, 1, Stream::TwoBit)?;
-    prepacked.x = Activations::floats(&product.float_activations(), &prepacked.copies[0])?;
+    prepacked.x = PrepackedActivations::floats(&product.float_activations(), &prepacked.copies[0])?;
     // A sum of k products, in any order, is wrong by at most k roundings of their magnitudes.
     let error = (product.shape.k + 3) as f64 * f64::from(f32::EPSILON);
     prepacked.reference = Reference::from_floats(product, &product.float_weights(), error, 0.0);

@@ -12,7 +12,7 @@ use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::ops::Scalar;
 use bitnet_core::scheme::{Rounding, Threshold};
 use bitnet_core::{Granularity, Scheme, pack};
-use bitnet_kernels::stream::{self, Weights, quantize_token};
+use bitnet_kernels::stream::{self, FloatWeights, quantize_token};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Columns of the weights.
@@ -98,22 +98,23 @@ fn ternary_case(
             Arc::clone(testbed.pool()),
         );
         let call =
-            move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::Packed>>)| {
-                let w = Weights::F32(&data[*at..][..rows * COLS]);
+            move |(at, packed): &mut (usize, Option<bitnet_core::Result<stream::PackedMatrix>>)| {
+                let w = FloatWeights::F32(&data[*at..][..rows * COLS]);
                 *packed = Some(stream::quantize(
                     kernels, &pool, w, rows, COLS, &scheme, layout,
                 ));
                 *at = (*at + rows * COLS) % data.len();
             };
-        let check = move |(_, packed): &(usize, Option<bitnet_core::Result<stream::Packed>>)| {
-            let packed = packed
-                .as_ref()
-                .ok_or("no result")?
-                .as_ref()
-                .map_err(ToString::to_string)?;
-            same("packed bytes", &expected.0, &packed.bytes)?;
-            same("scales", &expected.1, &packed.scales)
-        };
+        let check =
+            move |(_, packed): &(usize, Option<bitnet_core::Result<stream::PackedMatrix>>)| {
+                let packed = packed
+                    .as_ref()
+                    .ok_or("no result")?
+                    .as_ref()
+                    .map_err(ToString::to_string)?;
+                same("packed bytes", &expected.0, &packed.bytes)?;
+                same("scales", &expected.1, &packed.scales)
+            };
         let contender =
             Contender::new(format!("bitnet {}", kernels.isa()), (0, None), call, check).ours();
         contenders.push(contender.limited(Ceiling::MemoryRead, passes * 4 * rows * COLS));

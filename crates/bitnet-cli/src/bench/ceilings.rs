@@ -1,7 +1,7 @@
 //! What the machine can do at most, measured between the repetitions of a benchmark.
 
 use bitnet_kernels::Pool;
-use bitnet_kernels::machine::{Instruction, Memory, Pages, read};
+use bitnet_kernels::machine::{Instruction, Pages, WordBuffer, read};
 use serde_json::{Value, json};
 use std::fs;
 use std::hint::black_box;
@@ -10,7 +10,7 @@ use std::time::Instant;
 /// Speeds of plain reads and of int8 multiply-adds, on the threads of the model.
 pub(crate) struct Ceilings {
     pool: Pool,
-    memory: Memory,
+    memory: WordBuffer,
     instruction: Option<Instruction>,
     /// Bytes and multiply-adds per second.
     read: Vec<f64>,
@@ -25,7 +25,7 @@ impl Ceilings {
         let instruction = Instruction::all().find(|i| i.is_int8());
         Ok(Self {
             pool: Pool::new(threads)?,
-            memory: Memory::new(touched, Pages::Huge),
+            memory: WordBuffer::new(touched, Pages::Huge),
             instruction,
             read: vec![],
             products: vec![],

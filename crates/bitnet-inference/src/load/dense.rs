@@ -6,7 +6,9 @@ use super::tensors::{CheckpointLoader, FoundTensor, locked};
 use crate::blocks;
 use crate::{Error, Result};
 use bitnet_formats::{Content, StoredType};
-use bitnet_kernels::dense::{BlockType, Blocks, Data, Matrix, quantize_int4, quantize_int8, zeros};
+use bitnet_kernels::dense::{
+    BlockType, Blocks, DenseData, DenseMatrix, quantize_int4, quantize_int8, zeros,
+};
 use std::sync::{Mutex, PoisonError};
 
 /// Number of weights that are decoded at once.
@@ -28,7 +30,7 @@ impl CheckpointLoader<'_> {
         &self,
         found: FoundTensor<'_>,
         multiplier: f32,
-    ) -> Result<Matrix> {
+    ) -> Result<DenseMatrix> {
         let matrix = self.dense(found, WeightUse::Linear)?;
         if multiplier == 1.0 {
             return Ok(matrix);
@@ -39,11 +41,11 @@ impl CheckpointLoader<'_> {
             .enumerate()
             .for_each(|(row, out)| matrix.row_into(row, out));
         all.iter_mut().for_each(|w| *w *= multiplier);
-        Matrix::new(rows, cols, Data::F32(all)).map_err(|e| found.kernel_error(e))
+        DenseMatrix::new(rows, cols, DenseData::F32(all)).map_err(|e| found.kernel_error(e))
     }
 
     /// The weights of a matrix, in the type that was chosen for this use of it.
-    pub(super) fn dense(&self, found: FoundTensor<'_>, used_as: WeightUse) -> Result<Matrix> {
+    pub(super) fn dense(&self, found: FoundTensor<'_>, used_as: WeightUse) -> Result<DenseMatrix> {
         let choice = self.floats[used_as as usize];
         if let Some(blocks) = self.gguf_blocks(found, choice)? {
             return Ok(blocks.into());
@@ -73,13 +75,13 @@ impl CheckpointLoader<'_> {
             }
             Content::Float(stored) | Content::Opaque(stored) => {
                 let halves = match self.source.stored(*stored).dtype.to_string().as_str() {
-                    "F16" => Some((Data::F16 as fn(Vec<u16>) -> Data, 0x7c00)),
-                    "BF16" => Some((Data::Bf16 as fn(Vec<u16>) -> Data, 0x7f80)),
+                    "F16" => Some((DenseData::F16 as fn(Vec<u16>) -> DenseData, 0x7c00)),
+                    "BF16" => Some((DenseData::Bf16 as fn(Vec<u16>) -> DenseData, 0x7f80)),
                     _ => None,
                 };
                 if let (FloatType::Exact, Some((data, special))) = (choice, halves) {
                     let data = data(self.halves(found, special)?);
-                    return Matrix::new(rows, cols, data).map_err(|e| found.kernel_error(e));
+                    return DenseMatrix::new(rows, cols, data).map_err(|e| found.kernel_error(e));
                 }
                 let read = |first: usize, out: &mut [f32]| {
                     let at = first * cols;
@@ -115,7 +117,7 @@ impl CheckpointLoader<'_> {
         found: FoundTensor<'_>,
         used_as: WeightUse,
         read: &ReadRows<'_>,
-    ) -> Result<Matrix> {
+    ) -> Result<DenseMatrix> {
         let [rows, cols] = found.rows_and_cols();
         let floats = |first: usize, count: usize| -> Result<Vec<f32>> {
             let mut floats = vec![0.0; count];
@@ -125,10 +127,10 @@ impl CheckpointLoader<'_> {
         };
         let rounded = |error| locked(&self.rounding)[used_as as usize].add(error);
         let data = match self.floats[used_as as usize] {
-            FloatType::Exact => Data::F32(self.strips([rows, cols], |first, out| {
+            FloatType::Exact => DenseData::F32(self.strips([rows, cols], |first, out| {
                 floats(first, out.len()).map(|w| out.copy_from_slice(&w))
             })?),
-            FloatType::Bf16 => Data::Bf16(self.strips([rows, cols], |first, out| {
+            FloatType::Bf16 => DenseData::Bf16(self.strips([rows, cols], |first, out| {
                 let w = floats(first, out.len())?;
                 for (out, w) in out.iter_mut().zip(&w) {
                     *out = half::bf16::from_f32(*w).to_bits();
@@ -139,14 +141,14 @@ impl CheckpointLoader<'_> {
             })?),
             FloatType::Int8 => {
                 let blocks = self.rounded_blocks([rows, cols], BlockType::INT8, &floats, &rounded);
-                Data::Blocks(blocks?)
+                DenseData::Blocks(blocks?)
             }
             FloatType::Int4 => {
                 let blocks = self.rounded_blocks([rows, cols], BlockType::INT4, &floats, &rounded);
-                Data::Blocks(blocks?)
+                DenseData::Blocks(blocks?)
             }
         };
-        Matrix::new(rows, cols, data).map_err(|e| found.kernel_error(e))
+        DenseMatrix::new(rows, cols, data).map_err(|e| found.kernel_error(e))
     }
 
     /// Rounds rows to blocks of `kind`, and tells `rounded` the error of each strip.

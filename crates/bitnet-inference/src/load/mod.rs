@@ -16,7 +16,7 @@ use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
 use bitnet_core::Precision;
 use bitnet_formats::Content;
-use bitnet_kernels::dense::Matrix;
+use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
 
 impl WeightProvider for CheckpointLoader<'_> {
@@ -57,7 +57,7 @@ impl WeightProvider for CheckpointLoader<'_> {
         Ok(LinearLayer { weights, bias })
     }
 
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix> {
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
         let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
         self.dense(found, WeightUse::Embedding)
     }

@@ -3,7 +3,7 @@
 use crate::forward::NormGain;
 use crate::linear::LinearLayer;
 use crate::{Config, Result};
-use bitnet_kernels::dense::Matrix;
+use bitnet_kernels::dense::DenseMatrix;
 
 /// A source of weights. Modules have their Hugging Face names, without `.weight`.
 pub(crate) trait WeightProvider: Sync {
@@ -13,5 +13,5 @@ pub(crate) trait WeightProvider: Sync {
     /// A linear layer `(rows, cols)`.
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer>;
     /// The embedding or the output matrix, `(rows, cols)`.
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<Matrix>;
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix>;
 }

@@ -7,7 +7,7 @@ use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_formats::hf::{LinearClass, Mode};
 use bitnet_formats::{Content, ScaleSource, StoredMatrix};
-use bitnet_kernels::matmul::{Parts, Prepacked, Stream};
+use bitnet_kernels::matmul::{MatrixParameters, Prepacked, Stream};
 use serde_json::Value;
 
 /// Merges the scales of all granules into one for the tensor, if they are equal.
@@ -82,7 +82,7 @@ impl CheckpointLoader<'_> {
         let mut bytes = locked(&self.buffers).pop().unwrap_or_default();
         self.source.read_all_into(q.packed, &mut bytes)?;
         let KernelPool { kernels, pool } = self.runtime;
-        let parts = Parts {
+        let parts = MatrixParameters {
             spec: &q.spec,
             scales: &scales,
             zero_points: &[],

@@ -1,14 +1,13 @@
 //! Causal attention over a cache, one token at a time.
 
 use super::elementwise::exp;
-use super::lanes::Lanes;
-use super::matrix::{Bytes, Floats, Halves, Row, Rows};
-use super::product::tile;
-use super::{LANES, total};
+use super::lanes::{LANES, Lanes, total};
+use super::rows::{Bytes, Floats, Halves, RowSource, RowSteps};
+use super::tile::tile;
 use std::ops::Range;
 
-/// Asks memory for nothing.
-const NOTHING: (*const u8, usize) = (std::ptr::null(), 0);
+/// Tiles that prefetch nothing.
+const NO_PREFETCH: (*const u8, usize) = (std::ptr::null(), 0);
 /// Positions whose scores are kept at once.
 pub(super) const BLOCK: usize = 64;
 
@@ -67,36 +66,27 @@ impl Attention<'_> {
 
 /// Heads, up to G at once, so that each key and each value is widened once for all of them; values
 /// in S steps at once.
-///
-/// # Safety
-/// The machine has the instruction set of `L`.
 #[inline(always)]
-pub(super) unsafe fn attend<L: Lanes, const S: usize, const G: usize>(
+pub(crate) fn attend<L: Lanes, const S: usize, const G: usize>(
+    lanes: L,
     a: &Attention<'_>,
     q: &[f32],
     out: &mut [f32],
 ) {
     for (q, out) in q.chunks(G * a.head_dim).zip(out.chunks_mut(G * a.head_dim)) {
-        // SAFETY of every call: the caller's.
-        #[allow(
-            clippy::undocumented_unsafe_blocks,
-            reason = "one comment for all of them"
-        )]
         match (q.len() / a.head_dim).min(G) {
-            1 => unsafe { heads::<L, S, 1>(a, q, out) },
-            2 => unsafe { heads::<L, S, 2>(a, q, out) },
-            3 => unsafe { heads::<L, S, 3>(a, q, out) },
-            _ => unsafe { heads::<L, S, G>(a, q, out) },
+            1 => heads::<L, S, 1>(lanes, a, q, out),
+            2 => heads::<L, S, 2>(lanes, a, q, out),
+            3 => heads::<L, S, 3>(lanes, a, q, out),
+            _ => heads::<L, S, G>(lanes, a, q, out),
         }
     }
 }
 
 /// G query heads.
-///
-/// # Safety
-/// As [`attend`].
 #[inline(always)]
-unsafe fn heads<L: Lanes, const S: usize, const G: usize>(
+fn heads<L: Lanes, const S: usize, const G: usize>(
+    lanes: L,
     a: &Attention<'_>,
     q: &[f32],
     out: &mut [f32],
@@ -108,40 +98,33 @@ unsafe fn heads<L: Lanes, const S: usize, const G: usize>(
     out.fill(0.0);
     for first in (0..a.len).step_by(BLOCK) {
         let count = BLOCK.min(a.len - first);
-        // SAFETY of every call: the caller's.
-        #[allow(
-            clippy::undocumented_unsafe_blocks,
-            reason = "one comment for all of them"
-        )]
+        let positions = first..first + count;
         match a.keys {
-            Cached::F32(all) => unsafe {
-                dots::<L, _, G>(
-                    Floats { all, cols },
-                    first..first + count,
-                    queries,
-                    &mut scores,
-                )
-            },
-            Cached::F16(all) => unsafe {
-                dots::<L, _, G>(
-                    Halves { all, cols },
-                    first..first + count,
-                    queries,
-                    &mut scores,
-                )
-            },
+            Cached::F32(all) => dots(
+                lanes,
+                Floats { all, cols },
+                positions.clone(),
+                queries,
+                &mut scores,
+            ),
+            Cached::F16(all) => dots(
+                lanes,
+                Halves { all, cols },
+                positions.clone(),
+                queries,
+                &mut scores,
+            ),
             Cached::Int8(all, scales) => {
-                unsafe {
-                    dots::<L, _, G>(
-                        Bytes { all, cols },
-                        first..first + count,
-                        queries,
-                        &mut scores,
-                    )
-                };
+                dots(
+                    lanes,
+                    Bytes { all, cols },
+                    positions.clone(),
+                    queries,
+                    &mut scores,
+                );
                 scores
                     .iter_mut()
-                    .for_each(|scores| by(&mut scores[..count], &scales[first..]));
+                    .for_each(|scores| multiply(&mut scores[..count], &scales[first..]));
             }
         }
         for (((scores, top), sum), out) in scores
@@ -155,43 +138,18 @@ unsafe fn heads<L: Lanes, const S: usize, const G: usize>(
             let shrink = softmax(scores, top, sum);
             out.iter_mut().for_each(|o| *o *= shrink);
         }
-        // SAFETY of every call: the caller's.
-        #[allow(
-            clippy::undocumented_unsafe_blocks,
-            reason = "one comment for all of them"
-        )]
         match a.values {
-            Cached::F32(all) => unsafe {
-                mix::<L, _, S, G>(
-                    Floats { all, cols },
-                    first..first + count,
-                    &scores,
-                    cols,
-                    out,
-                )
-            },
-            Cached::F16(all) => unsafe {
-                mix::<L, _, S, G>(
-                    Halves { all, cols },
-                    first..first + count,
-                    &scores,
-                    cols,
-                    out,
-                )
-            },
+            Cached::F32(all) => {
+                mix::<L, _, S, G>(lanes, Floats { all, cols }, positions, &scores, out)
+            }
+            Cached::F16(all) => {
+                mix::<L, _, S, G>(lanes, Halves { all, cols }, positions, &scores, out)
+            }
             Cached::Int8(all, scales) => {
                 scores
                     .iter_mut()
-                    .for_each(|scores| by(&mut scores[..count], &scales[first..]));
-                unsafe {
-                    mix::<L, _, S, G>(
-                        Bytes { all, cols },
-                        first..first + count,
-                        &scores,
-                        cols,
-                        out,
-                    )
-                };
+                    .for_each(|scores| multiply(&mut scores[..count], &scales[first..]));
+                mix::<L, _, S, G>(lanes, Bytes { all, cols }, positions, &scores, out);
             }
         }
     }
@@ -200,16 +158,17 @@ unsafe fn heads<L: Lanes, const S: usize, const G: usize>(
     }
 }
 
+/// Multiplies each score by its scale.
 #[inline(always)]
-pub(super) fn by(scores: &mut [f32], scales: &[f32]) {
+pub(super) fn multiply(scores: &mut [f32], scales: &[f32]) {
     scores
         .iter_mut()
         .zip(scales)
         .for_each(|(s, scale)| *s *= scale);
 }
 
-/// Makes scores exponentials under the largest so far, `top`, adds them to `sum`, and returns what
-/// everything before has to be multiplied by.
+/// Replaces scores by `exp(score − top)` with the largest score so far as `top`, adds them to
+/// `sum`, and returns the factor by which earlier sums and outputs shrink.
 #[inline(always)]
 pub(super) fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -> f32 {
     let steps = scores.as_chunks_mut::<LANES>().0;
@@ -236,17 +195,15 @@ pub(super) fn softmax(scores: &mut [f32; BLOCK], top: &mut f32, sum: &mut f32) -
 }
 
 /// `scores[g][j] = queries[g] · key[first + j]`.
-///
-/// # Safety
-/// As [`attend`].
 #[inline(always)]
-pub(super) unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
+pub(super) fn dots<'a, L: Lanes, K: RowSource<'a>, const G: usize>(
+    lanes: L,
     keys: K,
     positions: Range<usize>,
     queries: [&[f32]; G],
     scores: &mut [[f32; BLOCK]; G],
 ) {
-    let (mut j, count, first, cols) = (0, positions.len(), positions.start, queries[0].len());
+    let (mut j, count, first) = (0, positions.len(), positions.start);
     while j + 4 <= count {
         let rows = [
             keys.row(first + j),
@@ -254,8 +211,7 @@ pub(super) unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
             keys.row(first + j + 2),
             keys.row(first + j + 3),
         ];
-        // SAFETY: the caller's.
-        let sums = unsafe { tile::<L, _, 4, G>(rows, queries, cols, NOTHING) };
+        let sums = tile::<L, _, 4, G>(lanes, rows, queries, NO_PREFETCH);
         scores
             .iter_mut()
             .zip(sums)
@@ -263,8 +219,7 @@ pub(super) unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
         j += 4;
     }
     while j < count {
-        // SAFETY: the caller's.
-        let sums = unsafe { tile::<L, _, 1, G>([keys.row(first + j)], queries, cols, NOTHING) };
+        let sums = tile::<L, _, 1, G>(lanes, [keys.row(first + j)], queries, NO_PREFETCH);
         scores
             .iter_mut()
             .zip(sums)
@@ -274,40 +229,38 @@ pub(super) unsafe fn dots<'a, L: Lanes, K: Rows<'a>, const G: usize>(
 }
 
 /// `out[g] += Σ_j weights[g][j] · value[first + j]`, positions in order.
-///
-/// # Safety
-/// As [`attend`].
 #[inline(always)]
-pub(super) unsafe fn mix<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
+pub(super) fn mix<'a, L: Lanes, V: RowSource<'a>, const S: usize, const G: usize>(
+    lanes: L,
     values: V,
     positions: Range<usize>,
     weights: &[[f32; BLOCK]; G],
-    cols: usize,
     out: &mut [f32],
 ) {
+    let cols = values.cols();
     let (steps, mut step) = (cols / LANES, 0);
-    // SAFETY: the caller's.
-    unsafe {
-        while step + S <= steps {
-            mix_steps::<L, V, S, G>(values, positions.clone(), weights, cols, step, out);
-            step += S;
-        }
-        while step < steps {
-            mix_steps::<L, V, 1, G>(values, positions.clone(), weights, cols, step, out);
-            step += 1;
-        }
-        if !cols.is_multiple_of(LANES) {
-            for (out, weights) in out.chunks_exact_mut(cols).zip(weights) {
-                let rest = &mut out[steps * LANES..];
-                let mut padded = [0.0; LANES];
-                padded[..rest.len()].copy_from_slice(rest);
-                let mut kept = L::f32(&padded);
-                for (position, &weight) in positions.clone().zip(weights) {
-                    kept = kept.add_product(L::f32(&[weight; LANES]), values.row(position).tail());
-                }
-                kept.store(&mut padded);
-                rest.copy_from_slice(&padded[..rest.len()]);
+    while step + S <= steps {
+        // SAFETY: the loop's condition has S steps from `step` on inside the full ones.
+        unsafe { mix_steps::<L, V, S, G>(lanes, values, positions.clone(), weights, step, out) };
+        step += S;
+    }
+    while step < steps {
+        // SAFETY: the loop's condition has `step` inside the full ones.
+        unsafe { mix_steps::<L, V, 1, G>(lanes, values, positions.clone(), weights, step, out) };
+        step += 1;
+    }
+    if !cols.is_multiple_of(LANES) {
+        for (out, weights) in out.chunks_exact_mut(cols).zip(weights) {
+            let rest = &mut out[steps * LANES..];
+            let mut padded = [0.0; LANES];
+            padded[..rest.len()].copy_from_slice(rest);
+            let mut kept = lanes.f32(&padded);
+            for (position, &weight) in positions.clone().zip(weights) {
+                let value = values.row(position).tail(lanes);
+                kept = lanes.add_product(kept, lanes.f32(&[weight; LANES]), value);
             }
+            lanes.store(kept, &mut padded);
+            rest.copy_from_slice(&padded[..rest.len()]);
         }
     }
 }
@@ -315,41 +268,40 @@ pub(super) unsafe fn mix<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usi
 /// [`mix`] for S steps from one on.
 ///
 /// # Safety
-/// As [`attend`].
+/// `first + S` is at most the number of full steps of `values`.
 #[inline(always)]
-unsafe fn mix_steps<'a, L: Lanes, V: Rows<'a>, const S: usize, const G: usize>(
+unsafe fn mix_steps<'a, L: Lanes, V: RowSource<'a>, const S: usize, const G: usize>(
+    lanes: L,
     values: V,
     positions: Range<usize>,
     weights: &[[f32; BLOCK]; G],
-    cols: usize,
     first: usize,
     out: &mut [f32],
 ) {
-    // SAFETY: the caller's.
-    unsafe {
-        let mut kept = [[L::zero(); S]; G];
-        for (kept, out) in kept.iter_mut().zip(out.chunks_exact(cols)) {
-            for (s, kept) in kept.iter_mut().enumerate() {
-                *kept = L::f32(&out.as_chunks().0[first + s]);
+    let cols = values.cols();
+    let mut kept = [[lanes.zero(); S]; G];
+    for (kept, out) in kept.iter_mut().zip(out.chunks_exact(cols)) {
+        for (s, kept) in kept.iter_mut().enumerate() {
+            *kept = lanes.f32(&out.as_chunks().0[first + s]);
+        }
+    }
+    for (j, position) in positions.enumerate() {
+        let row = values.row(position);
+        let mut value = [lanes.zero(); S];
+        for (s, value) in value.iter_mut().enumerate() {
+            // SAFETY: s < S, and by the function's contract a row has `first + S` full steps.
+            *value = unsafe { row.full(lanes, first + s) };
+        }
+        for (kept, weights) in kept.iter_mut().zip(weights) {
+            let weight = lanes.f32(&[weights[j]; LANES]);
+            for (kept, value) in kept.iter_mut().zip(value) {
+                *kept = lanes.add_product(*kept, weight, value);
             }
         }
-        for (j, position) in positions.enumerate() {
-            let row = values.row(position);
-            let mut value = [L::zero(); S];
-            for (s, value) in value.iter_mut().enumerate() {
-                *value = row.full(first + s);
-            }
-            for (kept, weights) in kept.iter_mut().zip(weights) {
-                let weight = L::f32(&[weights[j]; LANES]);
-                for (kept, value) in kept.iter_mut().zip(value) {
-                    *kept = kept.add_product(weight, value);
-                }
-            }
-        }
-        for (kept, out) in kept.into_iter().zip(out.chunks_exact_mut(cols)) {
-            for (s, kept) in kept.into_iter().enumerate() {
-                kept.store(&mut out.as_chunks_mut().0[first + s]);
-            }
+    }
+    for (kept, out) in kept.into_iter().zip(out.chunks_exact_mut(cols)) {
+        for (s, kept) in kept.into_iter().enumerate() {
+            lanes.store(kept, &mut out.as_chunks_mut().0[first + s]);
         }
     }
 }

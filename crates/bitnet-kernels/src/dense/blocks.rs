@@ -10,12 +10,15 @@
 //! panels: one token reads one stream of codes, and a much shorter one of scales, `[panels, groups,
 //! 4]`.
 
-use super::lanes::Lanes;
-use super::matrix::{f16_to_f32, zeros};
-use super::{BLOCK, LANES};
-use crate::lines::{Line, Lines};
-use crate::{Error, Pool};
+use super::lanes::{LANES, Lanes, f16_to_f32};
+use crate::error::Error;
+use crate::lines::{CacheLine, Lines, zeros};
+use crate::parallel::lock;
+use crate::pool::Pool;
 use std::sync::{Mutex, PoisonError};
+
+/// Columns of a block that has one binary16 scale.
+pub const BLOCK: usize = 32;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 4;
@@ -23,12 +26,12 @@ pub(super) const PANEL: usize = 4;
 pub(super) const RUN: usize = LANES;
 /// Columns under one outer scale of [`ScaleType::Nested`].
 pub const SUPER: usize = 256;
-/// Codes that are laid out at once.
+/// Codes that are prepacked at once.
 const STRIP: usize = 1 << 16;
 
-/// What codes are, one byte each where they are handed over.
+/// The codes of a block type; a row to be filled has one byte for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Codes {
+pub enum BlockCodes {
     /// 0, 1 and 2 for −1, 0 and 1, held in 2 bits.
     Trits,
     /// 0 … 15, held in 4 bits; 8 is subtracted where there are no minima.
@@ -37,7 +40,7 @@ pub enum Codes {
     Int8,
 }
 
-impl Codes {
+impl BlockCodes {
     /// Bits of a code.
     pub const fn bits(self) -> usize {
         match self {
@@ -53,7 +56,7 @@ impl Codes {
     }
 }
 
-/// What multiplies the codes of a group of columns.
+/// The scale of the codes of a group of columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleType {
     /// An f32 for `group` columns, or for a row where that is shorter.
@@ -74,7 +77,7 @@ pub enum ScaleType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockType {
     /// The codes.
-    pub codes: Codes,
+    pub codes: BlockCodes,
     /// Their scales.
     pub scales: ScaleType,
     /// Whether each group has a minimum as well, of the scale's type.
@@ -84,13 +87,13 @@ pub struct BlockType {
 impl BlockType {
     /// `s · (code − 8)`, s a binary16 for each 32 columns: Q4_0.
     pub const INT4: Self = Self {
-        codes: Codes::Int4,
+        codes: BlockCodes::Int4,
         scales: ScaleType::F16,
         minimum: false,
     };
     /// `s · value`, s a binary16 for each 32 columns: Q8_0.
     pub const INT8: Self = Self {
-        codes: Codes::Int8,
+        codes: BlockCodes::Int8,
         scales: ScaleType::F16,
         minimum: false,
     };
@@ -115,7 +118,8 @@ impl BlockType {
             return Ok(());
         }
         let why = format!(
-            "{self:?} of {cols} columns: groups of whole {line} columns, nested ones of 16 or 32, and minima that are no f32"
+            "{self:?} of {cols} columns: groups of whole {line} columns, nested ones of 16 or 32, and \
+             minima that are no f32"
         );
         Err(bitnet_core::Error::Unsupported {
             layout: "blocks",
@@ -124,18 +128,18 @@ impl BlockType {
         .into())
     }
 
-    /// What is subtracted from a code.
+    /// The offset that is subtracted from a code.
     pub(super) fn offset(self) -> u8 {
         match (self.codes, self.minimum) {
-            (Codes::Trits, _) => 1,
-            (Codes::Int4, false) => 8,
-            (Codes::Int4, true) | (Codes::Int8, _) => 0,
+            (BlockCodes::Trits, _) => 1,
+            (BlockCodes::Int4, false) => 8,
+            (BlockCodes::Int4, true) | (BlockCodes::Int8, _) => 0,
         }
     }
 
     /// The weight of a code, rounded once.
     fn weight(self, code: u8, scale: f32, minimum: f32) -> f32 {
-        let value = if self.codes == Codes::Int8 {
+        let value = if self.codes == BlockCodes::Int8 {
             f32::from(code.cast_signed())
         } else {
             f32::from(code) - f32::from(self.offset())
@@ -148,26 +152,26 @@ impl BlockType {
     }
 }
 
-/// Whatever scales and minima are made of; what a type does not have is empty.
+/// Numbers that scales and minima are made of; vectors that the type does not need are empty.
 #[derive(Debug, Clone, Default)]
-struct Parts {
+struct BlockScales {
     /// f32, one for a group.
     floats: Vec<f32>,
     /// binary16: scales and minima, one for a group, or for [`SUPER`] columns if nested.
     halves: [Vec<u16>; 2],
-    /// What they are multiplied by, one for a group.
+    /// The integers that multiply nested halves, one for a group.
     factors: [Vec<i8>; 2],
 }
 
-/// Lengths of [`Parts`] for `rows` rows.
+/// ScaleLengths of [`BlockScales`] for `rows` rows.
 #[derive(Debug, Clone, Copy)]
-struct Lengths {
+struct ScaleLengths {
     floats: usize,
     halves: [usize; 2],
     factors: [usize; 2],
 }
 
-impl Lengths {
+impl ScaleLengths {
     fn new(kind: BlockType, groups: usize, supers: usize, rows: usize) -> Self {
         let [floats, halves, factors] = match kind.scales {
             ScaleType::F32 { .. } => [groups, 0, 0],
@@ -182,10 +186,10 @@ impl Lengths {
         }
     }
 
-    /// Zeros, and `more` of them after the end of what there is.
-    fn zeros(self, more: usize) -> Parts {
+    /// Zeros of these lengths, and `more` after the end of each vector that is not empty.
+    fn zeros(self, more: usize) -> BlockScales {
         let with = |n: usize| if n > 0 { n + more } else { 0 };
-        Parts {
+        BlockScales {
             floats: zeros(with(self.floats)),
             halves: self.halves.map(|n| zeros(with(n))),
             factors: self.factors.map(|n| zeros(with(n))),
@@ -193,10 +197,10 @@ impl Lengths {
     }
 }
 
-/// One row to be filled. What the type does not have is empty.
+/// One row to be filled. Slices that the type does not need are empty.
 #[derive(Debug)]
 pub struct BlockRow<'a> {
-    /// A byte for each column: see [`Codes`].
+    /// A byte for each column: see [`BlockCodes`].
     pub codes: &'a mut [u8],
     /// One scale for each group: [`ScaleType::F32`].
     pub floats: &'a mut [f32],
@@ -209,22 +213,22 @@ pub struct BlockRow<'a> {
 
 /// Rows to be filled, next to one another.
 #[derive(Debug)]
-pub struct Strip {
+pub struct BlockStrip {
     kind: BlockType,
     rows: usize,
     cols: usize,
-    /// Codes of a row with the padding of its last line.
+    /// BlockCodes of a row with the padding of its last line.
     stride: usize,
     codes: Vec<u8>,
-    parts: Parts,
+    scales: BlockScales,
     /// Those of one row.
-    lengths: Lengths,
+    lengths: ScaleLengths,
 }
 
-impl Strip {
+impl BlockStrip {
     fn new(blocks: &Blocks, rows: usize) -> Self {
         let (kind, stride) = (blocks.kind, blocks.lines * blocks.kind.codes.line());
-        let lengths = |rows| Lengths::new(kind, blocks.groups, blocks.supers, rows);
+        let lengths = |rows| ScaleLengths::new(kind, blocks.groups, blocks.supers, rows);
         let codes = vec![kind.offset(); rows * stride];
         Self {
             kind,
@@ -232,7 +236,7 @@ impl Strip {
             cols: blocks.cols,
             stride,
             codes,
-            parts: lengths(rows).zeros(0),
+            scales: lengths(rows).zeros(0),
             lengths: lengths(1),
         }
     }
@@ -251,18 +255,18 @@ impl Strip {
             &mut all[i * n..(i + 1) * n]
         }
         assert!(i < self.rows, "row {i} of {}", self.rows);
-        let [scales, minima] = &mut self.parts.halves;
-        let [factors, minimum_factors] = &mut self.parts.factors;
+        let [halves, half_minima] = &mut self.scales.halves;
+        let [factors, factor_minima] = &mut self.scales.factors;
         BlockRow {
             codes: &mut self.codes[i * self.stride..][..self.cols],
-            floats: part(&mut self.parts.floats, i, self.lengths.floats),
+            floats: part(&mut self.scales.floats, i, self.lengths.floats),
             halves: [
-                part(scales, i, self.lengths.halves[0]),
-                part(minima, i, self.lengths.halves[1]),
+                part(halves, i, self.lengths.halves[0]),
+                part(half_minima, i, self.lengths.halves[1]),
             ],
             factors: [
                 part(factors, i, self.lengths.factors[0]),
-                part(minimum_factors, i, self.lengths.factors[1]),
+                part(factor_minima, i, self.lengths.factors[1]),
             ],
         }
     }
@@ -290,7 +294,7 @@ impl Strip {
                     },
                 i * of.factors[0] + g,
             );
-            let (scale, minimum) = self.parts.pair(i * of.floats + g, halves.0, halves.1);
+            let (scale, minimum) = self.scales.pair(i * of.floats + g, halves.0, halves.1);
             for (out, &code) in out
                 .iter_mut()
                 .zip(&self.codes[i * self.stride + g * group..])
@@ -301,8 +305,8 @@ impl Strip {
     }
 }
 
-impl Parts {
-    /// Scale and minimum whose parts are at these places.
+impl BlockScales {
+    /// Scale and minimum made of the numbers at these places.
     fn pair(&self, float: usize, half: usize, factor: usize) -> (f32, f32) {
         let one = |which: usize| {
             let half = self.halves[which].get(half).map(|&bits| f16_to_f32(bits));
@@ -319,7 +323,7 @@ impl Parts {
     }
 }
 
-/// Weights `(N, K)` in blocks of small integers. What is handed over comes back bit for bit.
+/// Weights `(N, K)` in blocks of small integers. [`Blocks::row_into`] returns the exact weights.
 #[derive(Debug, Clone)]
 pub struct Blocks {
     rows: usize,
@@ -332,15 +336,15 @@ pub struct Blocks {
     /// `[panels, lines]`, and one more that loads may reach into.
     codes: Lines,
     /// `[panels, groups, 4]` or `[panels, supers, 4]`, and a run more.
-    parts: Parts,
+    scales: BlockScales,
 }
 
 impl Blocks {
     /// A matrix of N rows and K columns. `fill` is called on any thread for each strip, with the
-    /// number of its first row; what it leaves is 0.
+    /// number of its first row; weights that it does not set are 0.
     ///
     /// ```
-    /// use bitnet_kernels::{Error, Pool, dense::{Blocks, BlockType, Matrix}};
+    /// use bitnet_kernels::{Error, Pool, dense::{BlockType, Blocks, DenseMatrix}};
     /// let blocks = Blocks::new(&Pool::single(), 2, 3, BlockType::INT4, |first, strip| {
     ///     for i in 0..strip.rows() {
     ///         let row = strip.row(i);
@@ -351,7 +355,7 @@ impl Blocks {
     ///     Ok::<(), Error>(())
     /// })?;
     /// let mut row = [0.0; 3];
-    /// Matrix::from(blocks).row_into(1, &mut row);
+    /// DenseMatrix::from(blocks).row_into(1, &mut row);
     /// assert_eq!(row, [-4.0, 0.0, 3.5]);
     /// # Ok::<(), Error>(())
     /// ```
@@ -364,7 +368,7 @@ impl Blocks {
         rows: usize,
         cols: usize,
         kind: BlockType,
-        fill: impl Fn(usize, &mut Strip) -> Result<(), E> + Sync,
+        fill: impl Fn(usize, &mut BlockStrip) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         kind.check(cols)?;
         let (lines, groups, supers) = (
@@ -375,7 +379,7 @@ impl Blocks {
         let panels = rows.div_ceil(PANEL);
         let Some(total) = panels
             .checked_mul(lines)
-            .filter(|n| n.checked_mul(2 * size_of::<Line>()).is_some())
+            .filter(|n| n.checked_mul(2 * size_of::<CacheLine>()).is_some())
         else {
             return Err(Error::from(bitnet_core::Error::Length {
                 what: "weights",
@@ -384,8 +388,9 @@ impl Blocks {
             })
             .into());
         };
-        let mut codes = Lines::filled_on(pool, Line([0; 64]), total + 1);
-        let mut parts = Lengths::new(kind, groups, supers, panels * PANEL).zeros(PANEL * RUN);
+        let mut codes = Lines::filled_on(pool, CacheLine([0; 64]), total + 1);
+        let all_rows = panels * PANEL;
+        let mut scales = ScaleLengths::new(kind, groups, supers, all_rows).zeros(PANEL * RUN);
         let empty = Self {
             rows,
             cols,
@@ -393,57 +398,38 @@ impl Blocks {
             lines,
             groups,
             supers,
-            codes: Lines::filled(Line([0; 64]), 0),
-            parts: Parts::default(),
+            codes: Lines::filled(CacheLine([0; 64]), 0),
+            scales: BlockScales::default(),
         };
         let strip_panels = (STRIP / cols.max(1) / PANEL).max(1);
-        let lengths = Lengths::new(kind, groups, supers, strip_panels * PANEL);
-        let strips = panels.div_ceil(strip_panels);
+        let strip_rows = strip_panels * PANEL;
+        let mut places = StripPlace::cut(
+            &mut codes[..total],
+            strip_panels * lines,
+            &mut scales,
+            ScaleLengths::new(kind, groups, supers, strip_rows),
+            panels.div_ceil(strip_panels),
+        );
         let failed = Mutex::new(None::<(usize, E)>);
-        let [scales, minima] = &mut parts.halves;
-        let [factors, minimum_factors] = &mut parts.factors;
-        let mut pieces: Vec<_> = pieces(&mut codes[..total], strip_panels * lines, strips)
-            .zip(pieces(&mut parts.floats, lengths.floats, strips))
-            .zip(pieces(scales, lengths.halves[0], strips).zip(pieces(
-                minima,
-                lengths.halves[1],
-                strips,
-            )))
-            .zip(pieces(factors, lengths.factors[0], strips).zip(pieces(
-                minimum_factors,
-                lengths.factors[1],
-                strips,
-            )))
-            .collect();
-        pool.for_chunks(&mut pieces, 1, |number, piece| {
-            let (((codes, floats), (scales, minima)), (factors, minimum_factors)) = &mut piece[0];
-            let first = number * strip_panels * PANEL;
-            let mut strip = Strip::new(&empty, (rows - first).min(strip_panels * PANEL));
-            if let Err(error) = fill(first, &mut strip) {
-                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
-                if failed.as_ref().is_none_or(|(n, _)| number < *n) {
-                    *failed = Some((number, error));
+        pool.for_chunks(&mut places, 1, |number, place| {
+            let first = number * strip_rows;
+            let mut strip = BlockStrip::new(&empty, (rows - first).min(strip_rows));
+            match fill(first, &mut strip) {
+                Ok(()) => place[0].prepack(&strip),
+                Err(error) => {
+                    let mut failed = lock(&failed);
+                    if failed.as_ref().is_none_or(|(n, _)| number < *n) {
+                        *failed = Some((number, error));
+                    }
                 }
-                return;
             }
-            lay_out(&strip, codes);
-            let Parts {
-                floats: from,
-                halves: [from_scales, from_minima],
-                factors: [from_factors, from_minimum_factors],
-            } = &strip.parts;
-            turn(from, strip.rows, floats);
-            turn(from_scales, strip.rows, scales);
-            turn(from_minima, strip.rows, minima);
-            turn(from_factors, strip.rows, factors);
-            turn(from_minimum_factors, strip.rows, minimum_factors);
         });
-        drop(pieces);
+        drop(places);
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some((_, error)) => Err(error),
             None => Ok(Self {
                 codes,
-                parts,
+                scales,
                 ..empty
             }),
         }
@@ -466,11 +452,11 @@ impl Blocks {
 
     /// Bytes of codes, scales and minima.
     pub fn bytes(&self) -> usize {
-        let Parts {
+        let BlockScales {
             floats,
             halves,
             factors,
-        } = &self.parts;
+        } = &self.scales;
         let halves: usize = halves.iter().map(Vec::len).sum();
         let factors: usize = factors.iter().map(Vec::len).sum();
         size_of_val(&*self.codes) + 4 * floats.len() + 2 * halves + factors
@@ -510,7 +496,7 @@ impl Blocks {
             } else {
                 at
             };
-            let (scale, minimum) = self.parts.pair(at, half, at);
+            let (scale, minimum) = self.scales.pair(at, half, at);
             for (step, out) in out.chunks_mut(LANES).enumerate() {
                 for (j, out) in out.iter_mut().enumerate() {
                     let byte = line.0[if bits == 8 {
@@ -539,18 +525,16 @@ impl Blocks {
     }
 
     /// Where the codes of a panel begin. Three bytes after the last one's can be read.
-    pub(super) fn place(&self, panel: usize) -> *const u8 {
+    pub(super) fn panel_start(&self, panel: usize) -> *const u8 {
         Lines::bytes(&self.codes[panel * self.lines..]).as_ptr()
     }
 
     /// Scales and minima of [`RUN`] groups of a panel from `first` on, `[groups, 4]`. Those after
     /// the last group are anything.
-    ///
-    /// # Safety
-    /// The machine has the instruction set of `L`.
     #[inline(always)]
-    pub(super) unsafe fn widen<L: Lanes>(
+    pub(super) fn widen<L: Lanes>(
         &self,
+        lanes: L,
         panel: usize,
         first: usize,
         to: &mut [[f32; PANEL * RUN]; 2],
@@ -558,31 +542,30 @@ impl Blocks {
         let at = (panel * self.groups + first) * PANEL;
         let kinds = 1 + usize::from(self.kind.minimum);
         match self.kind.scales {
-            ScaleType::F32 { .. } => to[0].copy_from_slice(&self.parts.floats[at..][..PANEL * RUN]),
+            ScaleType::F32 { .. } => {
+                to[0].copy_from_slice(&self.scales.floats[at..][..PANEL * RUN])
+            }
             ScaleType::F16 => {
-                for (halves, to) in self.parts.halves.iter().zip(to).take(kinds) {
+                for (halves, to) in self.scales.halves.iter().zip(to).take(kinds) {
                     let halves = &halves[at..][..PANEL * RUN];
-                    // SAFETY: the caller's.
-                    unsafe { ask_after::<L, _>(halves) };
+                    prefetch_after(lanes, halves);
                     for (halves, to) in halves.as_chunks().0.iter().zip(to.as_chunks_mut().0) {
-                        // SAFETY: the caller's.
-                        unsafe { L::f16(halves).store(to) };
+                        lanes.store(lanes.f16(halves), to);
                     }
                 }
             }
             ScaleType::Nested { group } => {
                 for ((halves, factors), to) in self
-                    .parts
+                    .scales
                     .halves
                     .iter()
-                    .zip(&self.parts.factors)
+                    .zip(&self.scales.factors)
                     .zip(to)
                     .take(kinds)
                 {
                     let (halves, factors) =
                         (halves.as_chunks::<PANEL>().0, &factors[at..][..PANEL * RUN]);
-                    // SAFETY: the caller's.
-                    unsafe { ask_after::<L, _>(factors) };
+                    prefetch_after(lanes, factors);
                     for (i, (factors, to)) in factors
                         .as_chunks()
                         .0
@@ -595,8 +578,8 @@ impl Blocks {
                             LANES / PANEL];
                         let mut outer_of_lanes = [0; LANES];
                         outer_of_lanes.copy_from_slice(outer.as_flattened());
-                        // SAFETY: the caller's.
-                        unsafe { L::i8(factors).times(L::f16(&outer_of_lanes)).store(to) };
+                        let weights = lanes.times(lanes.i8(factors), lanes.f16(&outer_of_lanes));
+                        lanes.store(weights, to);
                     }
                 }
             }
@@ -604,18 +587,62 @@ impl Blocks {
     }
 }
 
-/// Asks for what follows these scales at some distance: so many come with the codes of
-/// [`panels`](super::panels) that are asked for.
-///
-/// # Safety
-/// The machine has the instruction set of `L`.
+/// Prefetches beyond these scales, as far as [`panels`](super::panels) prefetches beyond their
+/// codes.
 #[inline(always)]
-unsafe fn ask_after<L: Lanes, T>(scales: &[T]) {
+fn prefetch_after<L: Lanes, T>(lanes: L, scales: &[T]) {
     const AHEAD: usize = 1 << 10;
     let begin = scales.as_ptr().cast::<u8>();
     for line in 0..size_of_val(scales).div_ceil(64) {
-        // SAFETY: the caller's.
-        unsafe { L::ask::<true>(begin.wrapping_add(AHEAD + 64 * line)) };
+        lanes.prefetch::<true>(begin.wrapping_add(AHEAD + 64 * line));
+    }
+}
+
+/// Where the codes and scales of a strip go.
+struct StripPlace<'a> {
+    codes: &'a mut [CacheLine],
+    floats: &'a mut [f32],
+    halves: [&'a mut [u16]; 2],
+    factors: [&'a mut [i8]; 2],
+}
+
+impl<'a> StripPlace<'a> {
+    /// The places of `count` strips, `lines` lines and `lengths` scales in each.
+    fn cut(
+        codes: &'a mut [CacheLine],
+        lines: usize,
+        scales: &'a mut BlockScales,
+        lengths: ScaleLengths,
+        count: usize,
+    ) -> Vec<Self> {
+        let [halves, half_minima] = &mut scales.halves;
+        let [factors, factor_minima] = &mut scales.factors;
+        let mut codes = pieces(codes, lines, count);
+        let mut floats = pieces(&mut scales.floats, lengths.floats, count);
+        let mut halves = pieces(halves, lengths.halves[0], count);
+        let mut half_minima = pieces(half_minima, lengths.halves[1], count);
+        let mut factors = pieces(factors, lengths.factors[0], count);
+        let mut factor_minima = pieces(factor_minima, lengths.factors[1], count);
+        std::iter::from_fn(|| {
+            Some(Self {
+                codes: codes.next()?,
+                floats: floats.next()?,
+                halves: [halves.next()?, half_minima.next()?],
+                factors: [factors.next()?, factor_minima.next()?],
+            })
+        })
+        .collect()
+    }
+
+    fn prepack(&mut self, strip: &BlockStrip) {
+        prepack_codes(strip, self.codes);
+        transpose(&strip.scales.floats, strip.rows, self.floats);
+        for (from, to) in strip.scales.halves.iter().zip(&mut self.halves) {
+            transpose(from, strip.rows, to);
+        }
+        for (from, to) in strip.scales.factors.iter().zip(&mut self.factors) {
+            transpose(from, strip.rows, to);
+        }
     }
 }
 
@@ -631,7 +658,7 @@ fn pieces<T>(all: &mut [T], len: usize, count: usize) -> impl Iterator<Item = &m
 }
 
 /// `[rows, n]` to `[panels, n, 4]`.
-fn turn<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
+fn transpose<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
     let n = from.len() / rows.max(1);
     for (row, from) in from.chunks_exact(n.max(1)).enumerate() {
         let to = &mut to[row / PANEL * n * PANEL + row % PANEL..];
@@ -642,7 +669,7 @@ fn turn<T: Copy>(from: &[T], rows: usize, to: &mut [T]) {
 }
 
 /// The codes of a strip in lines.
-fn lay_out(strip: &Strip, lines: &mut [Line]) {
+fn prepack_codes(strip: &BlockStrip, lines: &mut [CacheLine]) {
     let rows = |panel: usize| -> [&[u8]; PANEL] {
         // Missing rows repeat the last one.
         std::array::from_fn(|r| {
@@ -657,9 +684,9 @@ fn lay_out(strip: &Strip, lines: &mut [Line]) {
     {
         let rows = rows(panel);
         match strip.kind.codes {
-            Codes::Trits => interleave::<4>(rows, lines),
-            Codes::Int4 => interleave::<2>(rows, lines),
-            Codes::Int8 => {
+            BlockCodes::Trits => interleave::<4>(rows, lines),
+            BlockCodes::Int4 => interleave::<2>(rows, lines),
+            BlockCodes::Int8 => {
                 for (r, row) in rows.into_iter().enumerate() {
                     row.as_chunks::<LANES>()
                         .0
@@ -673,7 +700,7 @@ fn lay_out(strip: &Strip, lines: &mut [Line]) {
 }
 
 /// Byte `4j + r` gets the codes of lane j of row r in F steps.
-fn interleave<const F: usize>(rows: [&[u8]; PANEL], lines: &mut [Line]) {
+fn interleave<const F: usize>(rows: [&[u8]; PANEL], lines: &mut [CacheLine]) {
     let bits = 8 / F;
     for (i, line) in lines.iter_mut().enumerate() {
         let mut bytes = [[0u8; LANES]; PANEL];

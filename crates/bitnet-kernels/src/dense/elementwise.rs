@@ -1,73 +1,64 @@
 //! Norm, rotation and activation functions of one token.
 
-use super::LANES;
-use super::lanes::Lanes;
-use super::matrix::tail;
+use super::lanes::{LANES, Lanes};
+use super::rows::tail;
 
 /// Which elements of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pairing {
+pub enum RotaryPairing {
     /// i with i + d/2: Hugging Face's rotate-half, ggml's NEOX.
     Halves,
     /// 2i with 2i + 1: the interleaved original, ggml's NORM.
     Adjacent,
 }
 
-/// # Safety
-/// The machine has the instruction set of `L`.
+/// `1 / √(mean(x²) + eps)`.
 #[inline(always)]
-pub(super) unsafe fn inverse_rms<L: Lanes>(x: &[f32], eps: f32) -> f32 {
+fn inverse_rms<L: Lanes>(lanes: L, x: &[f32], eps: f32) -> f32 {
     let (steps, rest) = x.as_chunks::<LANES>();
-    // SAFETY: the caller's.
-    let squares = unsafe {
-        let mut squares = L::zero();
-        for step in steps {
-            let x = L::f32(step);
-            squares = squares.add_product(x, x);
-        }
-        if !rest.is_empty() {
-            let x = L::f32(&tail(x));
-            squares = squares.add_product(x, x);
-        }
-        squares.total()
-    };
-    1.0 / (squares / x.len() as f32 + eps).sqrt()
+    let mut squares = lanes.zero();
+    for step in steps {
+        let x = lanes.f32(step);
+        squares = lanes.add_product(squares, x, x);
+    }
+    if !rest.is_empty() {
+        let x = lanes.f32(&tail(x));
+        squares = lanes.add_product(squares, x, x);
+    }
+    1.0 / (lanes.total(squares) / x.len() as f32 + eps).sqrt()
 }
 
-/// # Safety
-/// The machine has the instruction set of `L`.
+/// See [`Kernels::rms_norm`](crate::Kernels::rms_norm).
 #[inline(always)]
-pub(super) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // SAFETY: the caller's.
-    let inverse = unsafe { inverse_rms::<L>(x, eps) };
+pub(crate) fn rms_norm<L: Lanes>(lanes: L, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let inverse = inverse_rms(lanes, x, eps);
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = weight * (x * inverse);
     }
 }
 
-/// # Safety
-/// The machine has the instruction set of `L`.
+/// See [`Kernels::rms_norm_in_place`](crate::Kernels::rms_norm_in_place).
 #[inline(always)]
-pub(super) unsafe fn rms_norm_in_place<L: Lanes>(x: &mut [f32], weight: &[f32], eps: f32) {
-    // SAFETY: the caller's.
-    let inverse = unsafe { inverse_rms::<L>(x, eps) };
+pub(crate) fn rms_norm_in_place<L: Lanes>(lanes: L, x: &mut [f32], weight: &[f32], eps: f32) {
+    let inverse = inverse_rms(lanes, x, eps);
     for (x, weight) in x.iter_mut().zip(weight) {
         *x = weight * (*x * inverse);
     }
 }
 
+/// See [`Kernels::rotate`](crate::Kernels::rotate).
 #[inline(always)]
-pub(super) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
+pub(crate) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: RotaryPairing) {
     let half = angles.len();
     for head in x.chunks_exact_mut((2 * half).max(1)) {
         match pairing {
-            Pairing::Halves => {
+            RotaryPairing::Halves => {
                 let (a, b) = head.split_at_mut(half);
                 for ((a, b), &(cos, sin)) in a.iter_mut().zip(b).zip(angles) {
                     (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                 }
             }
-            Pairing::Adjacent => {
+            RotaryPairing::Adjacent => {
                 for ([a, b], &(cos, sin)) in head.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
                     (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                 }
@@ -76,23 +67,26 @@ pub(super) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: Pairing) {
     }
 }
 
+/// See [`Kernels::silu_mul`](crate::Kernels::silu_mul).
 #[inline(always)]
-pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub(crate) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
         *out = gate / (1.0 + exp(-gate)) * up;
     }
 }
 
+/// See [`Kernels::relu2_mul`](crate::Kernels::relu2_mul).
 #[inline(always)]
-pub(super) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub(crate) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
         let positive = if gate > 0.0 { gate } else { 0.0 };
         *out = positive * positive * up;
     }
 }
 
+/// See [`Kernels::add`](crate::Kernels::add).
 #[inline(always)]
-pub(super) fn add(x: &mut [f32], y: &[f32]) {
+pub(crate) fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
     }

@@ -1,62 +1,98 @@
-//! A step of 16 numbers in the registers of an instruction set. Every operation rounds as its plain
+//! A step of 16 floats in the registers of an instruction set. Every operation rounds as its plain
 //! form does, so all give the same bits.
 
-use super::LANES;
-use super::matrix::f16_to_f32;
+pub(crate) use bitnet_core::ops::LANES;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-/// 16 lanes of f32.
+/// Adds the partial sums in pairs: 16 → 8 → 4 → 2 → 1.
+#[inline(always)]
+pub(crate) fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// binary16 to binary32 without a branch, so that it vectorises: the fields are shifted into place,
+/// a multiplication by 2^112 rebases the exponent (exact, also for subnormals), and infinities and
+/// NaN get their exponent filled.
+#[inline(always)]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    let bits = u32::from(bits);
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    let special = if bits & 0x7c00 == 0x7c00 {
+        0x7f80_0000
+    } else {
+        0
+    };
+    f32::from_bits(magnitude.to_bits() | special | (bits & 0x8000) << 16)
+}
+
+/// The registers of an instruction set, for 16 lanes of f32.
 ///
 /// Weights in blocks come from a line of codes (`blocks`), whose rows' 16 lanes hold `BITS` bits
 /// for each step.
 ///
 /// # Safety
-/// Every function may be called where the machine has the implementor's instruction set, and
-/// nowhere else.
-pub(super) trait Lanes: Copy {
+/// A value of the implementor exists only where the machine has its instruction set: that is what
+/// every function rests on. The callers of [`Lanes::codes`] keep to its own contract beside that.
+pub(crate) unsafe trait Lanes: Copy {
+    /// 16 floats.
+    type Floats: Copy;
     /// The codes of a row in a line.
     type Codes: Copy;
-    /// What turns codes into weights.
+    /// Scale and minimum, prepared for turning codes into weights.
     type Table: Copy;
+    /// Rows of a register tile of a product.
+    const TILE_ROWS: usize;
+    /// Tokens of a register tile of a product.
+    const TILE_TOKENS: usize;
     /// Zeros.
-    unsafe fn zero() -> Self;
+    fn zero(self) -> Self::Floats;
     /// As they are.
-    unsafe fn f32(from: &[f32; LANES]) -> Self;
+    fn f32(self, from: &[f32; LANES]) -> Self::Floats;
     /// From binary16.
-    unsafe fn f16(from: &[u16; LANES]) -> Self;
+    fn f16(self, from: &[u16; LANES]) -> Self::Floats;
     /// From bfloat16.
-    unsafe fn bf16(from: &[u16; LANES]) -> Self;
+    fn bf16(self, from: &[u16; LANES]) -> Self::Floats;
     /// From integers.
-    unsafe fn i8(from: &[i8; LANES]) -> Self;
+    fn i8(self, from: &[i8; LANES]) -> Self::Floats;
     /// `(code − offset) · scale + minimum`, rounded once.
-    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table;
-    /// Those of row `row` of the 64 bytes at `line`; three bytes more may be read.
-    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes;
+    fn table<const BITS: usize>(self, offset: u8, scale: f32, minimum: f32) -> Self::Table;
+    /// The codes of row `row` of a line.
+    ///
+    /// # Safety
+    /// `row` is below 4, and 67 bytes at `line` are readable: the line and three bytes more.
+    unsafe fn codes<const BITS: usize>(self, line: *const u8, row: usize) -> Self::Codes;
     /// The weights of a step of a line.
-    unsafe fn weights<const BITS: usize>(
+    fn weights<const BITS: usize>(
+        self,
         codes: Self::Codes,
         step: usize,
         table: Self::Table,
-    ) -> Self;
-    /// Asks for the cache line at an address that may lie anywhere, to the nearest cache or to the
-    /// one after it.
-    unsafe fn ask<const NEAR: bool>(at: *const u8);
-    /// `self · by`, lane by lane.
-    unsafe fn times(self, by: Self) -> Self;
-    /// `self + w · x` with one rounding.
-    unsafe fn add_product(self, w: Self, x: Self) -> Self;
-    /// The lanes.
-    unsafe fn store(self, to: &mut [f32; LANES]);
+    ) -> Self::Floats;
+    /// Prefetches the cache line at `at`, to the nearest cache or to the one after it; the address
+    /// may be out of bounds.
+    fn prefetch<const NEAR: bool>(self, at: *const u8);
+    /// `a · b`, lane by lane.
+    fn times(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `sum + w · x` with one rounding.
+    fn add_product(self, sum: Self::Floats, w: Self::Floats, x: Self::Floats) -> Self::Floats;
+    /// Writes the lanes.
+    fn store(self, from: Self::Floats, to: &mut [f32; LANES]);
     /// The sum, in pairs: 16 → 8 → 4 → 2 → 1, lane i with the one half the width above it.
-    unsafe fn total(self) -> f32;
+    fn total(self, lanes: Self::Floats) -> f32;
     /// The sum of each.
     #[inline(always)]
-    unsafe fn totals(all: &[Self; 16]) -> [f32; 16] {
+    fn totals(self, all: &[Self::Floats; 16]) -> [f32; 16] {
         let mut totals = [0.0; 16];
         for (total, lanes) in totals.iter_mut().zip(all) {
-            // SAFETY: the caller's.
-            *total = unsafe { lanes.total() };
+            *total = self.total(*lanes);
         }
         totals
     }
@@ -64,38 +100,52 @@ pub(super) trait Lanes: Copy {
 
 /// The plain form.
 #[derive(Clone, Copy)]
-pub(super) struct Plain([f32; LANES]);
+pub(crate) struct Plain;
 
-impl Lanes for Plain {
+impl Plain {
+    /// As other registers have it.
+    ///
+    /// # Safety
+    /// Always safe.
+    pub(crate) const unsafe fn assume_available() -> Self {
+        Self
+    }
+}
+
+// SAFETY: every machine runs it.
+unsafe impl Lanes for Plain {
+    type Floats = [f32; LANES];
     type Codes = [u8; LANES];
     type Table = (f32, f32, f32);
+    const TILE_ROWS: usize = 2;
+    const TILE_TOKENS: usize = 2;
 
-    unsafe fn zero() -> Self {
-        Self([0.0; LANES])
+    fn zero(self) -> Self::Floats {
+        [0.0; LANES]
     }
 
-    unsafe fn f32(from: &[f32; LANES]) -> Self {
-        Self(*from)
+    fn f32(self, from: &[f32; LANES]) -> Self::Floats {
+        *from
     }
 
-    unsafe fn f16(from: &[u16; LANES]) -> Self {
-        Self(from.map(f16_to_f32))
+    fn f16(self, from: &[u16; LANES]) -> Self::Floats {
+        from.map(f16_to_f32)
     }
 
-    unsafe fn bf16(from: &[u16; LANES]) -> Self {
-        Self(from.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    fn bf16(self, from: &[u16; LANES]) -> Self::Floats {
+        from.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
 
-    unsafe fn i8(from: &[i8; LANES]) -> Self {
-        Self(from.map(f32::from))
+    fn i8(self, from: &[i8; LANES]) -> Self::Floats {
+        from.map(f32::from)
     }
 
-    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
+    fn table<const BITS: usize>(self, offset: u8, scale: f32, minimum: f32) -> Self::Table {
         (offset.into(), scale, minimum)
     }
 
-    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
-        // SAFETY: the caller vouches for 64 bytes, which are never anything but bytes.
+    unsafe fn codes<const BITS: usize>(self, line: *const u8, row: usize) -> Self::Codes {
+        // SAFETY: the function's contract has 67 readable bytes there.
         let line: &[u8; 64] = unsafe { &*line.cast() };
         std::array::from_fn(|j| {
             line[if BITS == 8 {
@@ -106,49 +156,40 @@ impl Lanes for Plain {
         })
     }
 
-    unsafe fn weights<const BITS: usize>(
+    fn weights<const BITS: usize>(
+        self,
         codes: Self::Codes,
         step: usize,
         (offset, scale, minimum): Self::Table,
-    ) -> Self {
-        Self(codes.map(|byte| {
+    ) -> Self::Floats {
+        codes.map(|byte| {
             let code = if BITS == 8 {
                 f32::from(byte.cast_signed())
             } else {
                 f32::from(byte >> (BITS * step) & ((1 << BITS) - 1))
             };
             (code - offset).mul_add(scale, minimum)
-        }))
+        })
     }
 
-    unsafe fn ask<const NEAR: bool>(_: *const u8) {}
+    fn prefetch<const NEAR: bool>(self, _: *const u8) {}
 
-    unsafe fn times(self, by: Self) -> Self {
-        Self(std::array::from_fn(|i| self.0[i] * by.0[i]))
+    fn times(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| a[i] * b[i])
     }
 
-    unsafe fn add_product(self, w: Self, x: Self) -> Self {
-        Self(std::array::from_fn(|i| w.0[i].mul_add(x.0[i], self.0[i])))
+    fn add_product(self, sum: Self::Floats, w: Self::Floats, x: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| w[i].mul_add(x[i], sum[i]))
     }
 
-    unsafe fn store(self, to: &mut [f32; LANES]) {
-        *to = self.0;
+    fn store(self, from: Self::Floats, to: &mut [f32; LANES]) {
+        *to = from;
     }
 
-    unsafe fn total(self) -> f32 {
-        super::total(self.0)
+    fn total(self, lanes: Self::Floats) -> f32 {
+        total(lanes)
     }
 }
-
-/// AVX-512 F and DQ.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
-
-/// AVX2, FMA and F16C.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy)]
-pub(super) struct Avx2(__m256, __m256);
 
 /// The sum of eight lanes in pairs.
 ///
@@ -157,7 +198,7 @@ pub(super) struct Avx2(__m256, __m256);
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn total_of_8(eight: __m256) -> f32 {
-    // SAFETY: the caller's.
+    // SAFETY: the function's contract: the machine has AVX.
     unsafe {
         let four = _mm_add_ps(
             _mm256_castps256_ps128(eight),
@@ -179,7 +220,7 @@ unsafe fn weights_of_8<const BITS: usize>(
     step: usize,
     (offset, scale, minimum): (__m256, __m256, __m256),
 ) -> __m256 {
-    // SAFETY: the caller's.
+    // SAFETY: the function's contract: the machine has AVX2 and FMA.
     unsafe {
         if BITS == 8 {
             return _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, minimum);
@@ -193,52 +234,109 @@ unsafe fn weights_of_8<const BITS: usize>(
     }
 }
 
-// SAFETY of every block below: the caller has the instruction set; loads and stores are unaligned
-// and inside the arrays that they are given.
+/// Registers whose functions are made of intrinsics.
 #[cfg(target_arch = "x86_64")]
-#[allow(
-    clippy::undocumented_unsafe_blocks,
-    reason = "one comment above for all of them"
-)]
-impl Lanes for Avx512 {
-    type Codes = __m512i;
-    type Table = (__m512, __m512);
+macro_rules! registers {
+    (
+        $(#[doc = $doc:literal])*
+        $registers:ident needs $features:literal {
+            $(type $type:ident = $is:ty;)*
+            $(const $const:ident: usize = $value:literal;)*
+            unsafe fn codes<const BITS: usize>($line:ident: *const u8, $row:ident: usize)
+                $codes:block
+            $(
+                $(#[doc = $function_doc:literal])*
+                fn $function:ident $(<const $generic:ident: $generic_type:ty>)?
+                    ($($argument:ident: $argument_type:ty),*) $(-> $result:ty)? $body:block
+            )*
+        }
+    ) => {
+        $(#[doc = $doc])*
+        #[derive(Clone, Copy)]
+        pub(crate) struct $registers(());
 
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        unsafe { Self(_mm512_setzero_ps()) }
-    }
+        impl $registers {
+            /// The proof that the machine has the instruction set.
+            ///
+            /// # Safety
+            #[doc = concat!("The machine has ", $features, ".")]
+            pub(crate) const unsafe fn assume_available() -> Self {
+                Self(())
+            }
+        }
 
-    #[inline(always)]
-    unsafe fn f32(from: &[f32; LANES]) -> Self {
-        unsafe { Self(_mm512_loadu_ps(from.as_ptr())) }
-    }
+        // SAFETY: `assume_available` is the only way to a value.
+        unsafe impl Lanes for $registers {
+            $(type $type = $is;)*
+            $(const $const: usize = $value;)*
 
-    #[inline(always)]
-    unsafe fn f16(from: &[u16; LANES]) -> Self {
-        unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))) }
-    }
+            #[inline(always)]
+            unsafe fn codes<const BITS: usize>(
+                self,
+                $line: *const u8,
+                $row: usize,
+            ) -> Self::Codes {
+                // SAFETY: `self` proves that the machine has the intrinsics. The function's
+                // contract has 67 readable bytes at the line, and the loads end with the 67th at
+                // most.
+                unsafe { $codes }
+            }
 
-    #[inline(always)]
-    unsafe fn bf16(from: &[u16; LANES]) -> Self {
-        unsafe {
+            $(
+                $(#[doc = $function_doc])*
+                #[inline(always)]
+                fn $function $(<const $generic: $generic_type>)?(
+                    self,
+                    $($argument: $argument_type),*
+                ) $(-> $result)? {
+                    // SAFETY: `self` proves that the machine has the intrinsics. Loads and stores
+                    // need no alignment and lie inside the arrays of the arguments' types.
+                    unsafe { $body }
+                }
+            )*
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+registers! {
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512 needs "AVX-512 F, BW, DQ and VL" {
+        type Floats = __m512;
+        type Codes = __m512i;
+        type Table = (__m512, __m512);
+        const TILE_ROWS: usize = 4;
+        const TILE_TOKENS: usize = 4;
+
+        unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) {
+            if BITS == 8 {
+                return _mm512_cvtepi8_epi32(_mm_loadu_si128(line.add(LANES * row).cast()));
+            }
+            _mm512_loadu_si512(line.add(row).cast())
+        }
+
+        fn zero() -> Self::Floats {
+            _mm512_setzero_ps()
+        }
+
+        fn f32(from: &[f32; LANES]) -> Self::Floats {
+            _mm512_loadu_ps(from.as_ptr())
+        }
+
+        fn f16(from: &[u16; LANES]) -> Self::Floats {
+            _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))
+        }
+
+        fn bf16(from: &[u16; LANES]) -> Self::Floats {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
-            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         }
-    }
 
-    #[inline(always)]
-    unsafe fn i8(from: &[i8; LANES]) -> Self {
-        unsafe {
-            Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
-                from.as_ptr().cast(),
-            ))))
+        fn i8(from: &[i8; LANES]) -> Self::Floats {
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast())))
         }
-    }
 
-    #[inline(always)]
-    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
-        unsafe {
+        fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
             let (scale, minimum) = (_mm512_set1_ps(scale), _mm512_set1_ps(minimum));
             if BITS == 8 {
                 return (scale, minimum);
@@ -252,80 +350,54 @@ impl Lanes for Avx512 {
             );
             (_mm512_fmadd_ps(codes, scale, minimum), minimum)
         }
-    }
 
-    #[inline(always)]
-    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
-        unsafe {
+        fn weights<const BITS: usize>(
+            codes: Self::Codes, step: usize, table: Self::Table
+        ) -> Self::Floats {
+            let (table, minimum) = table;
             if BITS == 8 {
-                return _mm512_cvtepi8_epi32(_mm_loadu_si128(line.add(LANES * row).cast()));
+                return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), table, minimum);
             }
-            _mm512_loadu_si512(line.add(row).cast())
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn weights<const BITS: usize>(
-        codes: Self::Codes,
-        step: usize,
-        (table, minimum): Self::Table,
-    ) -> Self {
-        unsafe {
-            if BITS == 8 {
-                return Self(_mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), table, minimum));
-            }
-            Self(_mm512_permutexvar_ps(
+            _mm512_permutexvar_ps(
                 _mm512_srl_epi32(codes, _mm_cvtsi32_si128((BITS * step) as i32)),
                 table,
-            ))
+            )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn ask<const NEAR: bool>(at: *const u8) {
-        unsafe {
+        fn prefetch<const NEAR: bool>(at: *const u8) {
             if NEAR {
                 _mm_prefetch::<_MM_HINT_T0>(at.cast())
             } else {
                 _mm_prefetch::<_MM_HINT_T1>(at.cast())
             }
         }
-    }
 
-    #[inline(always)]
-    unsafe fn times(self, by: Self) -> Self {
-        unsafe { Self(_mm512_mul_ps(self.0, by.0)) }
-    }
+        fn times(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+            _mm512_mul_ps(a, b)
+        }
 
-    #[inline(always)]
-    unsafe fn add_product(self, w: Self, x: Self) -> Self {
-        unsafe { Self(_mm512_fmadd_ps(w.0, x.0, self.0)) }
-    }
+        fn add_product(sum: Self::Floats, w: Self::Floats, x: Self::Floats) -> Self::Floats {
+            _mm512_fmadd_ps(w, x, sum)
+        }
 
-    #[inline(always)]
-    unsafe fn store(self, to: &mut [f32; LANES]) {
-        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), self.0) }
-    }
+        fn store(from: Self::Floats, to: &mut [f32; LANES]) {
+            _mm512_storeu_ps(to.as_mut_ptr(), from)
+        }
 
-    #[inline(always)]
-    unsafe fn total(self) -> f32 {
-        unsafe {
+        fn total(lanes: Self::Floats) -> f32 {
             total_of_8(_mm256_add_ps(
-                _mm512_castps512_ps256(self.0),
-                _mm512_extractf32x8_ps::<1>(self.0),
+                _mm512_castps512_ps256(lanes),
+                _mm512_extractf32x8_ps::<1>(lanes),
             ))
         }
-    }
 
-    /// Halves of two registers side by side, level after level, so that each level adds the pairs
-    /// of [`Lanes::total`] for two at once.
-    #[inline(always)]
-    unsafe fn totals(all: &[Self; 16]) -> [f32; 16] {
-        unsafe {
+        /// Halves of two registers side by side, level after level, so that each level adds the
+        /// pairs of [`Lanes::total`] for two at once.
+        fn totals(all: &[Self::Floats; 16]) -> [f32; 16] {
             let zero = _mm512_setzero_ps();
             let (mut eights, mut fours, mut twos) = ([zero; 8], [zero; 4], [zero; 2]);
             for i in 0..8 {
-                let [a, b] = [all[2 * i].0, all[2 * i + 1].0];
+                let [a, b] = [all[2 * i], all[2 * i + 1]];
                 eights[i] = _mm512_add_ps(
                     _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b),
                     _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b),
@@ -359,74 +431,17 @@ impl Lanes for Avx512 {
     }
 }
 
-// SAFETY of every block below: as above.
 #[cfg(target_arch = "x86_64")]
-#[allow(
-    clippy::undocumented_unsafe_blocks,
-    reason = "one comment above for all of them"
-)]
-impl Lanes for Avx2 {
-    type Codes = (__m256i, __m256i);
-    type Table = (__m256, __m256, __m256);
+registers! {
+    /// AVX2, FMA and F16C.
+    Avx2 needs "AVX2, FMA and F16C" {
+        type Floats = (__m256, __m256);
+        type Codes = (__m256i, __m256i);
+        type Table = (__m256, __m256, __m256);
+        const TILE_ROWS: usize = 2;
+        const TILE_TOKENS: usize = 2;
 
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
-    }
-
-    #[inline(always)]
-    unsafe fn f32(from: &[f32; LANES]) -> Self {
-        unsafe {
-            Self(
-                _mm256_loadu_ps(from.as_ptr()),
-                _mm256_loadu_ps(from[8..].as_ptr()),
-            )
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn f16(from: &[u16; LANES]) -> Self {
-        unsafe {
-            let half = |from: &[u16]| _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()));
-            Self(half(&from[..8]), half(&from[8..]))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn bf16(from: &[u16; LANES]) -> Self {
-        unsafe {
-            let wide = |from: &[u16]| _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
-            let shifted = |wide: __m256i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
-            Self(shifted(wide(&from[..8])), shifted(wide(&from[8..])))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn i8(from: &[i8; LANES]) -> Self {
-        unsafe {
-            let all = _mm_loadu_si128(from.as_ptr().cast());
-            let upper = _mm_srli_si128::<8>(all);
-            Self(
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper)),
-            )
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
-        unsafe {
-            (
-                _mm256_set1_ps(offset.into()),
-                _mm256_set1_ps(scale),
-                _mm256_set1_ps(minimum),
-            )
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) -> Self::Codes {
-        unsafe {
+        unsafe fn codes<const BITS: usize>(line: *const u8, row: usize) {
             if BITS == 8 {
                 let all = _mm_loadu_si128(line.add(LANES * row).cast());
                 return (
@@ -439,58 +454,81 @@ impl Lanes for Avx2 {
                 _mm256_loadu_si256(line.add(32 + row).cast()),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn weights<const BITS: usize>(
-        codes: Self::Codes,
-        step: usize,
-        table: Self::Table,
-    ) -> Self {
-        unsafe {
-            Self(
+        fn zero() -> Self::Floats {
+            (_mm256_setzero_ps(), _mm256_setzero_ps())
+        }
+
+        fn f32(from: &[f32; LANES]) -> Self::Floats {
+            (
+                _mm256_loadu_ps(from.as_ptr()),
+                _mm256_loadu_ps(from[8..].as_ptr()),
+            )
+        }
+
+        fn f16(from: &[u16; LANES]) -> Self::Floats {
+            let half = |from: &[u16]| _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()));
+            (half(&from[..8]), half(&from[8..]))
+        }
+
+        fn bf16(from: &[u16; LANES]) -> Self::Floats {
+            let wide = |from: &[u16]| _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let shifted = |wide: __m256i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+            (shifted(wide(&from[..8])), shifted(wide(&from[8..])))
+        }
+
+        fn i8(from: &[i8; LANES]) -> Self::Floats {
+            let all = _mm_loadu_si128(from.as_ptr().cast());
+            let upper = _mm_srli_si128::<8>(all);
+            (
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper)),
+            )
+        }
+
+        fn table<const BITS: usize>(offset: u8, scale: f32, minimum: f32) -> Self::Table {
+            (
+                _mm256_set1_ps(offset.into()),
+                _mm256_set1_ps(scale),
+                _mm256_set1_ps(minimum),
+            )
+        }
+
+        fn weights<const BITS: usize>(
+            codes: Self::Codes, step: usize, table: Self::Table
+        ) -> Self::Floats {
+            (
                 weights_of_8::<BITS>(codes.0, step, table),
                 weights_of_8::<BITS>(codes.1, step, table),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn ask<const NEAR: bool>(at: *const u8) {
-        unsafe {
+        fn prefetch<const NEAR: bool>(at: *const u8) {
             if NEAR {
                 _mm_prefetch::<_MM_HINT_T0>(at.cast())
             } else {
                 _mm_prefetch::<_MM_HINT_T1>(at.cast())
             }
         }
-    }
 
-    #[inline(always)]
-    unsafe fn times(self, by: Self) -> Self {
-        unsafe { Self(_mm256_mul_ps(self.0, by.0), _mm256_mul_ps(self.1, by.1)) }
-    }
+        fn times(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+            (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1))
+        }
 
-    #[inline(always)]
-    unsafe fn add_product(self, w: Self, x: Self) -> Self {
-        unsafe {
-            Self(
-                _mm256_fmadd_ps(w.0, x.0, self.0),
-                _mm256_fmadd_ps(w.1, x.1, self.1),
+        fn add_product(sum: Self::Floats, w: Self::Floats, x: Self::Floats) -> Self::Floats {
+            (
+                _mm256_fmadd_ps(w.0, x.0, sum.0),
+                _mm256_fmadd_ps(w.1, x.1, sum.1),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn store(self, to: &mut [f32; LANES]) {
-        unsafe {
-            _mm256_storeu_ps(to.as_mut_ptr(), self.0);
-            _mm256_storeu_ps(to[8..].as_mut_ptr(), self.1);
+        fn store(from: Self::Floats, to: &mut [f32; LANES]) {
+            _mm256_storeu_ps(to.as_mut_ptr(), from.0);
+            _mm256_storeu_ps(to[8..].as_mut_ptr(), from.1);
         }
-    }
 
-    #[inline(always)]
-    unsafe fn total(self) -> f32 {
-        unsafe { total_of_8(_mm256_add_ps(self.0, self.1)) }
+        fn total(lanes: Self::Floats) -> f32 {
+            total_of_8(_mm256_add_ps(lanes.0, lanes.1))
+        }
     }
 }

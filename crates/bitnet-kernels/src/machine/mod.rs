@@ -1,9 +1,9 @@
-//! What the machine can do at most: loops that only read, only write or only multiply, for
-//! measuring others as shares of them.
+//! Ceilings of the machine: loops that only read, only write or only multiply. Other loops are
+//! measured as shares of them.
 //!
 //! ```
-//! use bitnet_kernels::machine::{Instruction, Memory, Pages, read};
-//! let memory = Memory::new(1 << 20, Pages::Huge);
+//! use bitnet_kernels::machine::{Instruction, WordBuffer, Pages, read};
+//! let memory = WordBuffer::new(1 << 20, Pages::Huge);
 //! let begin = std::time::Instant::now();
 //! let sum = read(memory.words());
 //! println!("{} bytes in {:?} ({sum})", memory.bytes(), begin.elapsed());
@@ -16,45 +16,25 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use crate::lines::Line;
+use crate::lines::{CacheLine, advise_pages};
 use std::fmt;
 
-/// Size of the pages under a [`Memory`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pages {
-    /// Huge ones where the system grants them, as under prepacked weights.
-    Huge,
-    /// The smallest, as under a plain `Vec` where huge pages are for those who ask.
-    Small,
-}
+pub use crate::lines::Pages;
 
 /// Words that begin at a cache line and have been written, so that their pages are there.
 #[derive(Debug)]
-pub struct Memory(Vec<Line>);
+pub struct WordBuffer(Vec<CacheLine>);
 
-impl Memory {
+impl WordBuffer {
     /// `bytes`, rounded up to cache lines, of mixed bits.
     pub fn new(bytes: usize, pages: Pages) -> Self {
-        let len = bytes.div_ceil(size_of::<Line>());
-        let mut lines: Vec<Line> = Vec::with_capacity(len);
-        #[cfg(target_os = "linux")]
-        {
-            let begin = lines.as_ptr() as usize;
-            let first = begin.next_multiple_of(4096);
-            let bytes = (begin + len * size_of::<Line>()).saturating_sub(first) / 4096 * 4096;
-            let advice = if pages == Pages::Huge {
-                libc::MADV_HUGEPAGE
-            } else {
-                libc::MADV_NOHUGEPAGE
-            };
-            // SAFETY: advice about whole pages of an allocation of ours changes no byte of it; a
-            // refusal leaves the system's default.
-            unsafe { libc::madvise(first as *mut libc::c_void, bytes, advice) };
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = pages;
+        let len = bytes.div_ceil(size_of::<CacheLine>());
+        let mut lines: Vec<CacheLine> = Vec::with_capacity(len);
+        advise_pages(lines.as_ptr(), len * size_of::<CacheLine>(), pages);
         let word = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        lines.extend((0..len).map(|i| Line::from_words(std::array::from_fn(|j| word(8 * i + j)))));
+        lines.extend(
+            (0..len).map(|i| CacheLine::from_words(std::array::from_fn(|j| word(8 * i + j)))),
+        );
         Self(lines)
     }
 
@@ -63,27 +43,28 @@ impl Memory {
         size_of_val(self.0.as_slice())
     }
 
-    /// All of it.
+    /// All words.
     pub fn words(&self) -> &[u64] {
-        // SAFETY: a `Line` is 8 words without padding, aligned to more than a word needs.
+        // SAFETY: a `CacheLine` is 8 words without padding, aligned to more than a word needs.
         unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), 8 * self.0.len()) }
     }
 
-    /// All of it.
+    /// All words.
     pub fn words_mut(&mut self) -> &mut [u64] {
-        // SAFETY: as in `words`, and borrowed mutably; every pattern of bits is a `Line`.
+        // SAFETY: a `CacheLine` is 8 words without padding, aligned to more than a word needs, and
+        // every pattern of bits is one; the words are borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), 8 * self.0.len()) }
     }
 }
 
-/// Σ of the words modulo 2⁶⁴, as fast as memory gives them.
+/// Sum of the words modulo 2⁶⁴: a loop that only reads.
 pub fn read(words: &[u64]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the feature was found on the line above.
+        // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
         return unsafe { x86::read_512(words) };
     } else if is_x86_feature_detected!("avx2") {
-        // SAFETY: the feature was found on the line above.
+        // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
         return unsafe { x86::read_256(words) };
     }
     words.iter().fold(0, |sum, &word| sum.wrapping_add(word))
@@ -93,7 +74,7 @@ pub fn read(words: &[u64]) -> u64 {
 pub fn write(words: &mut [u64], word: u64) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the feature was found on the line above.
+        // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
         return unsafe { x86::write_512(words, word) };
     }
     words.fill(word);
@@ -104,12 +85,12 @@ pub fn write(words: &mut [u64], word: u64) {
 pub fn stream(words: &mut [u64], word: u64) {
     #[cfg(target_arch = "x86_64")]
     {
-        // SAFETY: every pattern of bits is a `Line`, and `align_to_mut` sees to its alignment.
-        let (head, lines, tail) = unsafe { words.align_to_mut::<Line>() };
+        // SAFETY: every pattern of bits is a `CacheLine`, and `align_to_mut` sees to its alignment.
+        let (head, lines, tail) = unsafe { words.align_to_mut::<CacheLine>() };
         head.fill(word);
         tail.fill(word);
         if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was found on the line above.
+            // SAFETY: `is_x86_feature_detected!` found the feature on the line above.
             unsafe { x86::stream_512(lines, word) };
         } else {
             x86::stream_128(lines, word);
@@ -201,7 +182,7 @@ impl Instruction {
     pub fn run(self, rounds: usize) {
         assert!(self.is_available(), "this machine does not run {self}");
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the features of each were found on the line above.
+        // SAFETY: `is_available` found the features of the instruction: the assertion above.
         unsafe {
             match self {
                 Self::Dpbusd512 => x86::dpbusd_512(rounds),
@@ -240,7 +221,7 @@ mod tests {
     fn memory_is_read_and_written_whole() {
         for pages in [Pages::Huge, Pages::Small] {
             for bytes in [0, 1, 64, 4096, 5_000_001] {
-                let mut memory = Memory::new(bytes, pages);
+                let mut memory = WordBuffer::new(bytes, pages);
                 assert_eq!(memory.bytes(), bytes.next_multiple_of(64));
                 // Lengths and beginnings that no loop divides.
                 for cut in [0, 1, 7, 9, 65] {

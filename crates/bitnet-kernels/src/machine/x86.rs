@@ -1,6 +1,6 @@
 //! The loops of [`super`] for x86-64.
 
-use crate::lines::Line;
+use crate::lines::CacheLine;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -10,7 +10,7 @@ pub(super) fn read_512(words: &[u64]) -> u64 {
     let (blocks, rest) = words.as_chunks::<64>();
     for block in blocks {
         for (sum, words) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
-            // SAFETY: eight words; the read needs no alignment.
+            // SAFETY: `words` is a chunk of eight words; the read needs no alignment.
             *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(words.as_ptr().cast()) });
         }
     }
@@ -30,13 +30,13 @@ pub(super) fn write_512(words: &mut [u64], word: u64) {
     let value = _mm512_set1_epi64(word.cast_signed());
     let (eights, rest) = words.as_chunks_mut::<8>();
     for words in eights {
-        // SAFETY: eight words; the write needs no alignment.
+        // SAFETY: `words` is a chunk of eight words; the write needs no alignment.
         unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), value) };
     }
     rest.fill(word);
 }
 
-pub(super) fn stream_128(lines: &mut [Line], word: u64) {
+pub(super) fn stream_128(lines: &mut [CacheLine], word: u64) {
     // SAFETY: SSE2 is part of x86-64; each line has room for four vectors and is aligned to more
     // than they need.
     unsafe {
@@ -52,7 +52,7 @@ pub(super) fn stream_128(lines: &mut [Line], word: u64) {
 }
 
 #[target_feature(enable = "avx512f")]
-pub(super) fn stream_512(lines: &mut [Line], word: u64) {
+pub(super) fn stream_512(lines: &mut [CacheLine], word: u64) {
     let value = _mm512_set1_epi64(word.cast_signed());
     for line in lines {
         // SAFETY: a line is one vector and aligned like one.
@@ -61,11 +61,13 @@ pub(super) fn stream_512(lines: &mut [Line], word: u64) {
     _mm_sfence();
 }
 
-/// A loop of one instruction, or of a product and a sum, on as many independent sums as the
-/// registers hold. It is written as assembly because a compiler would see that all products are
-/// alike.
+/// A loop of one instruction, or of a product and a sum, on independent sums in all registers. It
+/// is written as assembly because a compiler would see that all products are alike.
 macro_rules! peak {
-    ($name:ident, $features:literal, $sums:literal, $zero:ident, $class:ident, [$($line:literal),+] $(, $product:ident)?) => {
+    (
+        $name:ident, $features:literal, $sums:literal, $zero:ident, $class:ident,
+        [$($line:literal),+] $(, $product:ident)?
+    ) => {
         #[target_feature(enable = $features)]
         pub(super) fn $name(rounds: usize) {
             let (mut sums, a, b) = ([$zero(); $sums], $zero(), $zero());

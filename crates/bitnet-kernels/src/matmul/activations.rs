@@ -1,79 +1,45 @@
-//! Activations, laid out for the weights that they will meet.
+//! Activations, prepacked for the weights of a product.
 
-use super::Prepacked;
+use super::prepacked::Prepacked;
+use super::shape::PaddedShape;
 use super::tiles::Columns;
+use crate::error::Error;
+use crate::kernels::Kernels;
+use crate::parallel::lock;
+use crate::pool::Pool;
 use crate::stream::quantize_token;
-use crate::{Error, Kernels, Pool};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
 
-/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row laid out in the
-/// steps of the weights it will meet.
+/// Activations `(M, K)`, int8 with a scale for each token, or floats; each row is padded to the
+/// steps of the weights.
 ///
-/// Weights of the same number of columns whose scales do not go by groups take the same
-/// activations, whatever their precision.
+/// Weights of the same number of columns without scale groups take the same activations, in any
+/// precision.
 #[derive(Debug, Clone)]
-pub struct Activations {
+pub struct PrepackedActivations {
     rows: usize,
-    shape: Shape,
-    data: Data,
-    /// What the next quantization writes into: these stay as they are until it has succeeded.
-    spare: Quantized,
-    /// One token before it is laid out.
+    shape: PaddedShape,
+    data: ActivationData,
+    /// The buffer of the next quantization; `data` is unchanged until it has succeeded.
+    spare: Int8Buffer,
+    /// One token before it is prepacked.
     token: activation::QuantizedActivations,
 }
 
-/// How the columns of a row are laid out: groups, each padded to whole steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
-    pub(crate) cols: usize,
-    /// Columns of a scale group of the weights.
-    pub(crate) group: usize,
-    /// The same with its padding.
-    pub(crate) padded: usize,
-}
-
-impl Shape {
-    /// For `cols` columns in groups of `group`, `step` columns to a step.
-    pub(crate) fn new(cols: usize, group: usize, step: usize) -> Self {
-        // One group is padded so that it fits steps of 4, 8, 16, 20 and 32 columns.
-        let step = if group < cols { step } else { 160 };
-        Self {
-            cols,
-            group,
-            padded: group.next_multiple_of(step),
-        }
-    }
-
-    pub(crate) fn groups(&self) -> usize {
-        self.cols.div_ceil(self.group)
-    }
-
-    fn stride(&self) -> usize {
-        self.groups() * self.padded
-    }
-
-    /// Writes one row of `from` into its place, and leaves the padding.
-    fn lay_out<T: Copy>(&self, from: &[T], to: &mut [T]) {
-        for (from, to) in from.chunks(self.group).zip(to.chunks_mut(self.padded)) {
-            to[..from.len()].copy_from_slice(from);
-        }
-    }
-}
-
 #[derive(Debug, Clone)]
-enum Data {
-    Integers(Quantized),
+enum ActivationData {
+    Integers(Int8Buffer),
     /// `[M, stride]`; padding is 0.
     Floats(Vec<f32>),
 }
 
 /// int8 values of some tokens.
 #[derive(Debug, Clone, Default)]
-struct Quantized {
-    shape: Option<Shape>,
+struct Int8Buffer {
+    shape: Option<PaddedShape>,
     /// `[M, stride]`; padding is 0.
     values: Vec<i8>,
     /// `[M]`.
@@ -82,9 +48,9 @@ struct Quantized {
     sums: Vec<i32>,
 }
 
-impl Quantized {
-    /// Room for `rows` tokens, with zeros as padding.
-    fn prepare(&mut self, rows: usize, shape: Shape) {
+impl Int8Buffer {
+    /// Makes place for `rows` tokens, with zeros as padding.
+    fn prepare(&mut self, rows: usize, shape: PaddedShape) {
         // Values of one shape never touch its padding.
         if self.shape.replace(shape) != Some(shape) {
             self.values.clear();
@@ -94,8 +60,8 @@ impl Quantized {
         self.sums.resize(rows * shape.groups(), 0);
     }
 
-    /// Memory for as much, so that the next quantization allocates nothing.
-    fn reserve(&mut self, rows: usize, shape: Shape) {
+    /// Reserves memory for `rows` tokens, so that the next quantization allocates nothing.
+    fn reserve(&mut self, rows: usize, shape: PaddedShape) {
         self.values
             .reserve((rows * shape.stride()).saturating_sub(self.values.len()));
         self.scales.reserve(rows.saturating_sub(self.scales.len()));
@@ -104,7 +70,7 @@ impl Quantized {
     }
 
     /// The place of one token.
-    fn token(&mut self, token: usize, shape: Shape) -> (&mut [i8], &mut f32, &mut [i32]) {
+    fn token(&mut self, token: usize, shape: PaddedShape) -> (&mut [i8], &mut f32, &mut [i32]) {
         let (stride, groups) = (shape.stride(), shape.groups());
         (
             &mut self.values[token * stride..][..stride],
@@ -114,9 +80,9 @@ impl Quantized {
     }
 
     /// Lays out the values of one token.
-    fn put(&mut self, token: usize, shape: Shape, from: &[i8], from_scale: f32) {
+    fn put(&mut self, token: usize, shape: PaddedShape, from: &[i8], from_scale: f32) {
         let (values, scale, sums) = self.token(token, shape);
-        shape.lay_out(from, values);
+        shape.copy_row(from, values);
         *scale = from_scale;
         for (sum, x) in sums.iter_mut().zip(from.chunks(shape.group)) {
             *sum = x.iter().map(|&v| i32::from(v)).sum();
@@ -133,7 +99,7 @@ fn length(expected: usize, got: usize) -> Error {
     .into()
 }
 
-impl Activations {
+impl PrepackedActivations {
     /// Quantizes `x`, `[M, K]` row-major, to int8 with one absmax scale for each token, for a
     /// product with `w`.
     ///
@@ -155,7 +121,7 @@ impl Activations {
         if rows.checked_mul(shape.cols) != Some(values.len()) {
             return Err(length(rows.saturating_mul(shape.cols), values.len()));
         }
-        let mut data = Quantized::default();
+        let mut data = Int8Buffer::default();
         data.prepare(rows, shape);
         for (token, &scale) in scales.iter().enumerate() {
             data.put(
@@ -165,15 +131,15 @@ impl Activations {
                 scale,
             );
         }
-        Ok(Self::of(rows, shape, Data::Integers(data)))
+        Ok(Self::with_data(rows, shape, ActivationData::Integers(data)))
     }
 
-    fn of(rows: usize, shape: Shape, data: Data) -> Self {
+    fn with_data(rows: usize, shape: PaddedShape, data: ActivationData) -> Self {
         Self {
             rows,
             shape,
             data,
-            spare: Quantized::default(),
+            spare: Int8Buffer::default(),
             token: activation::QuantizedActivations {
                 values: vec![],
                 scales: vec![],
@@ -186,7 +152,7 @@ impl Activations {
     ///
     /// # Errors
     /// [`Error::Matrix`] if `x` is not whole rows of K, or `w` is not ternary in the two-bit
-    /// stream: nothing else takes floats.
+    /// stream: no other weights are multiplied with floats.
     pub fn floats(x: &[f32], w: &Prepacked) -> Result<Self, Error> {
         if !w.takes_floats() {
             let why = format!(
@@ -206,25 +172,26 @@ impl Activations {
             .chunks(shape.cols.max(1))
             .zip(values.chunks_mut(shape.stride().max(1)))
         {
-            shape.lay_out(x, to);
+            shape.copy_row(x, to);
         }
-        Ok(Self::of(rows, shape, Data::Floats(values)))
+        Ok(Self::with_data(rows, shape, ActivationData::Floats(values)))
     }
 
-    /// Quantizes other activations in place of these, for weights that took these. Allocates only
-    /// where there are more tokens than ever, twice as much as they take: two buffers take turns.
+    /// Replaces the activations by quantized ones for the same weights. Allocates only for more
+    /// tokens than ever before, for two buffers: the old values stay until the new ones are there.
     ///
     /// # Errors
-    /// As [`Activations::quantize`]; these are then as they were.
+    /// Those of [`PrepackedActivations::quantize`]; the old activations stay.
     pub fn requantize(&mut self, kernels: &Kernels, x: &[f32]) -> Result<(), Error> {
         self.requantize_in(kernels, self.shape, x, ActivationMethod::Int8)
     }
 
-    /// Quantizes `rows` tokens for any weights, on the pool: `fill(token, x)` writes the K elements
-    /// of a token, which nobody else gets to see. As [`Activations::requantize`] otherwise.
+    /// [`PrepackedActivations::requantize`] of `rows` tokens for any weights, on the pool.
+    /// `fill(token, x)` writes the K elements of a token into a buffer of the thread.
     ///
     /// # Errors
-    /// As [`Activations::quantize`], of the first such token; these are then as they were.
+    /// Those of [`PrepackedActivations::quantize`], for the first token that has one; the old
+    /// activations stay.
     pub fn requantize_rows(
         &mut self,
         kernels: &Kernels,
@@ -238,7 +205,7 @@ impl Activations {
         }
         let (shape, failed) = (w.shape(), Mutex::new(None));
         self.spare.prepare(rows, shape);
-        let Quantized {
+        let Int8Buffer {
             values,
             scales,
             sums,
@@ -255,7 +222,7 @@ impl Activations {
                 match quantize_token(*kernels, &row, shape.group, shape.padded, values, sums) {
                     Ok(found) => scale[0] = found,
                     Err(e) => {
-                        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                        let mut failed = lock(&failed);
                         if failed.as_ref().is_none_or(|(first, _)| token < *first) {
                             *failed = Some((token, e));
                         }
@@ -273,10 +240,10 @@ impl Activations {
         }
     }
 
-    /// The same by any method and for any weights.
+    /// [`PrepackedActivations::requantize`] by any method and for any weights.
     ///
     /// # Errors
-    /// As [`Activations::quantize`]; these are then as they were.
+    /// Those of [`PrepackedActivations::quantize`]; the old activations stay.
     pub fn requantize_for(
         &mut self,
         kernels: &Kernels,
@@ -290,7 +257,7 @@ impl Activations {
     fn requantize_in(
         &mut self,
         kernels: &Kernels,
-        shape: Shape,
+        shape: PaddedShape,
         x: &[f32],
         method: ActivationMethod,
     ) -> Result<(), Error> {
@@ -315,15 +282,15 @@ impl Activations {
         Ok(())
     }
 
-    /// What is in `spare` is what these are from now on.
-    fn adopt(&mut self, rows: usize, shape: Shape) {
+    /// Swaps `data` and `spare`, after a quantization.
+    fn adopt(&mut self, rows: usize, shape: PaddedShape) {
         (self.rows, self.shape) = (rows, shape);
         self.spare = match std::mem::replace(
             &mut self.data,
-            Data::Integers(std::mem::take(&mut self.spare)),
+            ActivationData::Integers(std::mem::take(&mut self.spare)),
         ) {
-            Data::Integers(before) => before,
-            Data::Floats(_) => Quantized::default(),
+            ActivationData::Integers(before) => before,
+            ActivationData::Floats(_) => Int8Buffer::default(),
         };
         self.spare.reserve(rows, shape);
     }
@@ -335,7 +302,8 @@ impl Activations {
 
     /// Whether a product with `w` can take these.
     pub fn fits(&self, w: &Prepacked) -> bool {
-        self.shape == w.shape() && (w.takes_floats() || matches!(self.data, Data::Integers(_)))
+        self.shape == w.shape()
+            && (w.takes_floats() || matches!(self.data, ActivationData::Integers(_)))
     }
 
     /// Panics unless these fit `w`.
@@ -343,7 +311,8 @@ impl Activations {
         let (here, there) = (self.shape, w.shape());
         assert!(
             self.fits(w),
-            "activations laid out for {} columns in groups of {} ({}), weights have {} in groups of {} ({})",
+            "activations prepacked for {} columns in groups of {} ({}), weights have {} in groups \
+             of {} ({})",
             here.cols,
             here.group,
             here.padded,
@@ -354,28 +323,28 @@ impl Activations {
     }
 
     /// The int8 ones.
-    pub(crate) fn integers(&self) -> Option<Integers<'_>> {
+    pub(crate) fn integers(&self) -> Option<Int8Activations<'_>> {
         match &self.data {
-            Data::Integers(Quantized {
+            ActivationData::Integers(Int8Buffer {
                 values,
                 scales,
                 sums,
                 ..
-            }) => Some(Integers {
+            }) => Some(Int8Activations {
                 shape: self.shape,
                 values,
                 scales,
                 sums,
             }),
-            Data::Floats(_) => None,
+            ActivationData::Floats(_) => None,
         }
     }
 
-    /// The laid out floats of one token, if these are floats.
+    /// The prepacked floats of one token, if these are floats.
     pub(crate) fn token(&self, token: usize) -> Option<&[f32]> {
         match &self.data {
-            Data::Integers(_) => None,
-            Data::Floats(values) => {
+            ActivationData::Integers(_) => None,
+            ActivationData::Floats(values) => {
                 Some(&values[token * self.shape.stride()..][..self.shape.stride()])
             }
         }
@@ -383,7 +352,7 @@ impl Activations {
 }
 
 /// An error about one token, its place among all of them.
-fn placed(error: bitnet_core::Error, token: usize, shape: Shape) -> bitnet_core::Error {
+fn placed(error: bitnet_core::Error, token: usize, shape: PaddedShape) -> bitnet_core::Error {
     match error {
         bitnet_core::Error::NotFinite { index, value } => bitnet_core::Error::NotFinite {
             index: token * shape.cols + index,
@@ -403,14 +372,14 @@ fn whole_rows(len: usize, cols: usize) -> Result<usize, Error> {
 
 /// int8 activations.
 #[derive(Clone, Copy)]
-pub(crate) struct Integers<'a> {
-    shape: Shape,
+pub(crate) struct Int8Activations<'a> {
+    shape: PaddedShape,
     values: &'a [i8],
     scales: &'a [f32],
     sums: &'a [i32],
 }
 
-impl<'a> Integers<'a> {
+impl<'a> Int8Activations<'a> {
     pub(crate) fn scale(&self, token: usize) -> f32 {
         self.scales[token]
     }
@@ -420,7 +389,7 @@ impl<'a> Integers<'a> {
     }
 
     /// Every token from `token` on, from column `column` of `group` on.
-    pub(crate) fn from(&self, token: usize, group: usize, column: usize) -> Columns<'a> {
+    pub(crate) fn columns(&self, token: usize, group: usize, column: usize) -> Columns<'a> {
         let stride = self.shape.stride();
         Columns {
             values: &self.values[token * stride + group * self.shape.padded + column..],

@@ -1,7 +1,21 @@
 //! How codes lie in the bytes of a step.
 
-use super::{MAX_COLS, STEP_BYTES};
+use super::shape::STEP_BYTES;
+use super::trits;
 use bitnet_core::{Precision, ZeroPoints};
+
+/// Most columns of a matrix; int8 has fewer, see [`Prepacked::new`](super::Prepacked::new).
+pub const MAX_COLS: usize = 1 << 22;
+
+/// How many bits of memory a ternary weight takes in the kernel layout. The sums are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Four in a byte: the fastest out of a cache, and what float activations take.
+    TwoBit,
+    /// Five in a byte, 1.6 bits: a fifth less to read, and more work for each weight. Scale groups
+    /// that are no multiple of 20 columns are padded.
+    Trits,
+}
 
 /// How codes lie in a byte. The columns of a step are 4 for each field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,17 +32,17 @@ pub(crate) enum Coding {
     Trits,
 }
 
-/// What a code stands for: `value = factor · code − offset`, in `−low ..= high`.
+/// The values of codes: `value = factor · code − offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Values {
+pub(crate) struct CodeValues {
     pub(crate) offset: i32,
     pub(crate) factor: i32,
     /// Largest |value|.
     most: usize,
 }
 
-impl Values {
-    pub(crate) const fn of(precision: Precision) -> Self {
+impl CodeValues {
+    pub(crate) const fn new(precision: Precision) -> Self {
         match precision {
             Precision::Ternary => Self {
                 offset: 1,
@@ -63,8 +77,8 @@ impl Values {
         }
     }
 
-    /// Most columns whose sums an i32 holds, whatever the values and activations are. On the way to
-    /// a sum 32-bit accumulators may wrap; the sum itself does not.
+    /// The largest number of columns whose sum fits i32 for all values and activations.
+    /// Accumulators may wrap on the way to the sum; the sum itself does not.
     pub(crate) const fn max_cols(self, zero_points: ZeroPoints) -> usize {
         // |v − z|: the zero point is a value too.
         let most = if matches!(zero_points, ZeroPoints::I8) {
@@ -77,11 +91,36 @@ impl Values {
     }
 }
 
-const _: () = assert!(Values::of(Precision::Ternary).max_cols(ZeroPoints::None) == MAX_COLS);
-const _: () =
-    assert!(Values::of(Precision::Int8).max_cols(ZeroPoints::I8) * 256 * 128 <= i32::MAX as usize);
+const _: () = assert!(CodeValues::new(Precision::Ternary).max_cols(ZeroPoints::None) == MAX_COLS);
+const _: () = assert!(
+    CodeValues::new(Precision::Int8).max_cols(ZeroPoints::I8) * 256 * 128 <= i32::MAX as usize
+);
 
 impl Coding {
+    /// How weights of a precision are held.
+    pub(crate) const fn new(precision: Precision, stream: Stream) -> Self {
+        match (precision, stream) {
+            (Precision::Ternary, Stream::Trits) => Self::Trits,
+            (Precision::Ternary, Stream::TwoBit) | (Precision::Int2, _) => Self::Bits2,
+            (Precision::Binary, _) => Self::Bits1,
+            (Precision::Int3 | Precision::Int4, _) => Self::Bits4,
+            (Precision::Int8, _) => Self::Bits8,
+        }
+    }
+
+    /// The byte of a step whose codes all stand for 0 (for −1 where the coding is binary, whose
+    /// padding meets activations of 0).
+    pub(crate) const fn zero_byte(self, precision: Precision) -> u8 {
+        let offset = CodeValues::new(precision).offset as u8;
+        match self {
+            Self::Trits => trits::ZERO,
+            Self::Bits1 => 0,
+            Self::Bits2 => 0b01_01_01_01 * offset,
+            Self::Bits4 => 0x11 * offset,
+            Self::Bits8 => 128,
+        }
+    }
+
     /// Codes of a byte.
     pub(crate) const fn fields(self) -> usize {
         match self {
@@ -114,8 +153,8 @@ impl Coding {
     }
 }
 
-/// Whole steps of 256 bytes, a code in each byte, times 2 where the coding is binary: what is left
-/// to subtract is the offset.
+/// Unpacks whole steps of 256 bytes to a code in each byte, times 2 where the coding is binary, so
+/// that a value is the byte minus the offset.
 #[inline(always)]
 pub(crate) fn unpack(coding: Coding, weights: &[u8], out: &mut [u8]) {
     match coding {
@@ -123,7 +162,7 @@ pub(crate) fn unpack(coding: Coding, weights: &[u8], out: &mut [u8]) {
         Coding::Bits2 => unpack_fields::<4>(weights, out, |byte, f| byte >> (2 * f) & 3),
         Coding::Bits4 => unpack_fields::<2>(weights, out, |byte, f| byte >> (4 * f) & 15),
         Coding::Bits8 => out.copy_from_slice(weights),
-        Coding::Trits => super::trits::unpack(weights, out),
+        Coding::Trits => trits::unpack(weights, out),
     }
 }
 

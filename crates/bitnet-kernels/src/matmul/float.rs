@@ -13,22 +13,25 @@
 //! products and one for each addition, always in this order: every instruction set gives the same
 //! bits.
 
-use super::{PANEL, STEP_BYTES};
+use super::shape::{PANEL, STEP_BYTES};
 
 /// Columns of a step of ternary weights in two bits.
 pub(crate) const STEP: usize = 16;
 /// Floats of the tables of a step.
 pub(crate) const STEP_TABLES: usize = 8 * 16;
 
-/// Sums of even and of odd nibbles.
-pub(crate) type Sums = [[f32; PANEL]; 2];
+/// FloatSums of even and of odd nibbles.
+pub(crate) type FloatSums = [[f32; PANEL]; 2];
 
 /// The tables of consecutive steps.
 #[derive(Clone, Copy)]
-pub(crate) struct Float<'a>(pub(crate) &'a [f32]);
+pub(crate) struct FloatTables<'a>(pub(crate) &'a [f32]);
 
-impl Float<'_> {
-    /// The bound that every loop rests on.
+impl FloatTables<'_> {
+    /// Checks what every loop rests on: tables for every step of the weights.
+    ///
+    /// # Panics
+    /// If there are fewer.
     #[inline(always)]
     pub(crate) fn check(&self, weights: &[u8]) {
         assert!(
@@ -56,8 +59,9 @@ pub(crate) fn tables(x: &[f32], out: &mut [f32]) {
     }
 }
 
-/// The sums as they are defined.
-pub(crate) fn plain(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
+/// Adds the sums as they are defined.
+pub(crate) fn table_sums(weights: &[u8], x: FloatTables<'_>, sums: &mut FloatSums) {
+    x.check(weights);
     for (step, tables) in weights
         .as_chunks::<STEP_BYTES>()
         .0
@@ -78,7 +82,7 @@ pub(crate) fn finish(
     scales: &[f32; PANEL],
     first: bool,
     bias: Option<&[f32]>,
-    [even, odd]: &Sums,
+    [even, odd]: &FloatSums,
     out: &mut [f32],
 ) {
     for (r, out) in out.iter_mut().enumerate() {
@@ -93,33 +97,18 @@ pub(crate) fn finish(
 /// The loop with registers for tables.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    use super::{Float, PANEL, STEP_BYTES, STEP_TABLES, Sums, plain};
+    use super::{FloatSums, FloatTables, PANEL, STEP_BYTES, STEP_TABLES};
     use std::arch::x86_64::*;
 
-    /// # Safety
-    /// The machine has SSE4.1.
-    pub(crate) unsafe fn sse41(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
-        plain(weights, x, sums);
-    }
-
-    /// # Safety
-    /// The machine has AVX2.
-    pub(crate) unsafe fn avx_vnni(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
-        // SAFETY: the caller's.
-        unsafe { avx2(weights, x, sums) }
-    }
-
     /// A table is two registers: bit 3 of the nibble chooses between them.
-    ///
-    /// # Safety
-    /// The machine has AVX2.
     #[target_feature(enable = "avx2")]
-    pub(crate) unsafe fn avx2(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
+    pub(crate) fn table_sums_256(weights: &[u8], x: FloatTables<'_>, sums: &mut FloatSums) {
         const ROWS: usize = 16;
         x.check(weights);
         for part in 0..PANEL / ROWS {
-            // SAFETY: every read and write is inside `weights`, whose steps have PANEL rows, the
-            // tables, whose number was checked, and `sums`.
+            // SAFETY: every access is to one of PANEL rows of a whole step of `weights`, to one of
+            // the tables of this step, which `FloatTables::check` counted, or to one of PANEL sums;
+            // none needs alignment.
             unsafe {
                 let mut acc: [[__m256; 2]; 2] = std::array::from_fn(|o| {
                     std::array::from_fn(|v| {
@@ -154,13 +143,12 @@ pub(crate) mod x86 {
     }
 
     /// A table is a register, and a lane's lower four bits are the place in it.
-    ///
-    /// # Safety
-    /// The machine has AVX-512 F.
     #[target_feature(enable = "avx512f")]
-    pub(crate) unsafe fn avx512(weights: &[u8], x: Float<'_>, sums: &mut Sums) {
+    pub(crate) fn table_sums_512(weights: &[u8], x: FloatTables<'_>, sums: &mut FloatSums) {
         x.check(weights);
-        // SAFETY: as in `avx2`.
+        // SAFETY: every access is to one of PANEL rows of a whole step of `weights`, to one of the
+        // tables of this step, which `FloatTables::check` counted, or to one of PANEL sums; none
+        // needs alignment.
         unsafe {
             let mut acc: [[__m512; 4]; 2] = std::array::from_fn(|o| {
                 std::array::from_fn(|v| _mm512_loadu_ps(sums[o].as_ptr().add(16 * v)))

@@ -14,7 +14,7 @@
 //!
 //! Rows go in panels of [`PANEL`] = 64. A panel is a run of steps, a step is 256 bytes: lane r (4
 //! bytes) belongs to row r of the panel, and field f of its byte b to column 4f + b of the step.
-//! How many fields a byte has, the [`Stream`] and the precision say:
+//! [`Stream`] and precision decide how many fields a byte has:
 //!
 //! ```text
 //! weights         fields   columns of a step   code              value
@@ -33,37 +33,37 @@
 //!
 //! # Five trits in a byte
 //!
-//! Bit 7 turns all five trits round. The other seven bits are the number of one of the 122 patterns
-//! whose fifth trit is +1, or 0 and then the last of the others that is not 0 is +1. A table of 128
-//! bytes gives the first four as codes `t + 1` in 2-bit fields; the fifth depends on the lower six
-//! bits alone. With VBMI each table is one instruction.
+//! Bit 7 negates all five trits. The other seven bits number the 122 patterns that are all 0 or
+//! whose last trit other than 0 is +1. A table of 128 bytes gives the first four as codes `t + 1`
+//! in 2-bit fields; the fifth depends on the lower six bits alone. With VBMI each table is one
+//! instruction.
 
 mod activations;
-mod coding;
-mod drive;
-mod float;
-mod lay;
+pub(crate) mod coding;
+pub(crate) mod float;
 #[cfg(target_arch = "aarch64")]
-mod neon;
+pub(crate) mod neon;
+mod prepack;
+pub(crate) mod prepack_loops;
 mod prepacked;
+mod products;
+pub(crate) mod shape;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-mod simd128;
+pub(crate) mod simd128;
 mod stream;
-mod tiles;
+pub(crate) mod tiles;
 mod trits;
 mod unpack;
+#[cfg(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    all(target_arch = "wasm32", target_feature = "simd128")
+))]
 mod vector;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(crate) mod x86;
 
-pub use activations::Activations;
-pub use prepacked::{Parts, Prepacked};
-pub use stream::Stream;
-
-/// Rows of a panel.
-pub const PANEL: usize = 64;
-/// Most columns of a matrix; int8 has fewer, see [`Prepacked::new`].
-pub const MAX_COLS: usize = 1 << 22;
-
-/// Bytes of a step.
-pub(crate) const STEP_BYTES: usize = 4 * PANEL;
+pub use activations::PrepackedActivations;
+pub use coding::{MAX_COLS, Stream};
+pub use prepacked::{MatrixParameters, Prepacked};
+pub use shape::PANEL;

@@ -1,24 +1,12 @@
 //! Registers of aarch64: 128 bits, four rows.
 
-use super::coding::{Coding, unpack};
-use super::float::{self, Float, STEP_TABLES};
-use super::tiles::{self, Columns, Sums, Term, Tiles, finish};
-use super::vector::{self, Vector, entries, room_of_products, room_of_quads};
-use super::{PANEL, STEP_BYTES, trits};
+use super::coding::{self, Coding};
+use super::float::{FloatSums, FloatTables, STEP_TABLES};
+use super::shape::{PANEL, STEP_BYTES};
+use super::tiles::{self, Columns, PanelSums};
+use super::trits;
+use super::vector::{self, Vector, entries, max_quads, max_singles, vector_functions};
 use std::arch::aarch64::*;
-
-pub(super) const NEON: Tiles = Tiles {
-    direct: plain::direct,
-    dense: plain::dense,
-    unpack: unpack_codes,
-    finish: plain::finish_rows,
-    float: by_table,
-};
-pub(super) const DOTPROD: Tiles = Tiles {
-    direct: dotprod::direct,
-    dense: dotprod::dense,
-    ..NEON
-};
 
 /// What both have in common.
 macro_rules! bytes {
@@ -28,30 +16,12 @@ macro_rules! bytes {
         /// The products are of signed bytes.
         const UNSIGNED: bool = false;
 
-        #[inline(always)]
-        unsafe fn load(from: *const u8) -> uint8x16_t {
-            // SAFETY: the caller's.
-            unsafe { vld1q_u8(from) }
-        }
-        #[inline(always)]
-        unsafe fn fill(byte: u8) -> uint8x16_t {
-            // SAFETY: the caller's.
-            unsafe { vdupq_n_u8(byte) }
-        }
-        #[inline(always)]
-        unsafe fn splat(four: i32) -> uint8x16_t {
-            // SAFETY: the caller's.
-            unsafe { vreinterpretq_u8_s32(vdupq_n_s32(four)) }
-        }
-        #[inline(always)]
-        unsafe fn and(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t {
-            // SAFETY: the caller's.
-            unsafe { vandq_u8(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn down(codes: uint8x16_t, bits: usize) -> uint8x16_t {
-            // SAFETY: the caller's.
-            unsafe {
+        vector_functions! {
+            fn load(from: *const u8) -> uint8x16_t { vld1q_u8(from) }
+            fn fill(byte: u8) -> uint8x16_t { vdupq_n_u8(byte) }
+            fn splat(four: i32) -> uint8x16_t { vreinterpretq_u8_s32(vdupq_n_s32(four)) }
+            fn and(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t { vandq_u8(a, b) }
+            fn down(codes: uint8x16_t, bits: usize) -> uint8x16_t {
                 match bits {
                     1 => vshrq_n_u8::<1>(codes),
                     2 => vshrq_n_u8::<2>(codes),
@@ -66,10 +36,11 @@ macro_rules! bytes {
 /// `sums[r] += (sum[r] << up) >> down`
 ///
 /// # Safety
-/// The machine has NEON; `sums` holds four.
+/// The machine has NEON; `sums` points to four sums.
 #[inline(always)]
 unsafe fn add(sum: int32x4_t, up: u32, down: u32, sums: *mut i32) {
-    // SAFETY: the caller's; neither access needs alignment.
+    // SAFETY: the function's contract: the machine has NEON, and four sums are there; neither
+    // access needs alignment.
     unsafe {
         let left = vshlq_s32(sum, vdupq_n_s32(up.cast_signed()));
         let total = vshlq_s32(left, vdupq_n_s32(-down.cast_signed()));
@@ -77,52 +48,34 @@ unsafe fn add(sum: int32x4_t, up: u32, down: u32, sums: *mut i32) {
     }
 }
 
-mod plain {
+pub(crate) mod plain {
     use super::*;
 
     /// Products added one at a time in 16 bits.
     pub(super) struct Registers;
 
-    // SAFETY: every intrinsic belongs to NEON, which the trait asks for.
+    // SAFETY: every intrinsic belongs to NEON, which `entries!` enables.
     unsafe impl Vector for Registers {
         bytes!();
         /// Of rows 0 and 1, and of rows 2 and 3: the four bytes of a row have four sums.
         type Sum = [int16x8_t; 2];
 
         #[inline(always)]
-        fn room(most: usize) -> usize {
-            room_of_products(most)
+        fn max_products(most: usize) -> usize {
+            max_singles(most)
         }
-        #[inline(always)]
-        unsafe fn zero() -> [int16x8_t; 2] {
-            // SAFETY: the caller's.
-            unsafe { [vdupq_n_s16(0); 2] }
-        }
-        #[inline(always)]
-        unsafe fn dot(
-            [low, high]: [int16x8_t; 2],
-            codes: uint8x16_t,
-            x: uint8x16_t,
-        ) -> [int16x8_t; 2] {
-            // SAFETY: the caller's.
-            unsafe {
+        vector_functions! {
+            fn zero() -> [int16x8_t; 2] { [vdupq_n_s16(0); 2] }
+            fn dot(sum: [int16x8_t; 2], codes: uint8x16_t, x: uint8x16_t) -> [int16x8_t; 2] {
                 let (codes, x) = (vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(x));
                 [
-                    vmlal_s8(low, vget_low_s8(codes), vget_low_s8(x)),
-                    vmlal_high_s8(high, codes, x),
+                    vmlal_s8(sum[0], vget_low_s8(codes), vget_low_s8(x)),
+                    vmlal_high_s8(sum[1], codes, x),
                 ]
             }
-        }
-        #[inline(always)]
-        unsafe fn add([low, high]: [int16x8_t; 2], up: u32, down: u32, sums: *mut i32) {
-            // SAFETY: the caller's.
-            unsafe {
-                add(
-                    vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)),
-                    up,
-                    down,
-                    sums,
-                )
+            fn add(sum: [int16x8_t; 2], up: u32, down: u32, sums: *mut i32) {
+                let sum = vpaddq_s32(vpaddlq_s16(sum[0]), vpaddlq_s16(sum[1]));
+                super::add(sum, up, down, sums);
             }
         }
     }
@@ -130,33 +83,27 @@ mod plain {
     entries!(Registers, "neon", rows 2, in place 1 1);
 }
 
-#[allow(dead_code, reason = "what is no product is that of NEON")]
-mod dotprod {
+pub(crate) mod dotprod {
     use super::*;
     use std::arch::asm;
 
     /// Byte dot products.
     pub(super) struct Registers;
 
-    // SAFETY: every intrinsic belongs to NEON and the one instruction to its dot products, which
-    // the trait asks for.
+    // SAFETY: every intrinsic belongs to NEON and the one instruction to its dot products, both of
+    // which `entries!` enables.
     unsafe impl Vector for Registers {
         bytes!();
         type Sum = int32x4_t;
 
         #[inline(always)]
-        fn room(most: usize) -> usize {
-            room_of_quads(most)
-        }
-        #[inline(always)]
-        unsafe fn zero() -> int32x4_t {
-            // SAFETY: the caller's.
-            unsafe { vdupq_n_s32(0) }
+        fn max_products(most: usize) -> usize {
+            max_quads(most)
         }
         #[inline(always)]
         unsafe fn dot(mut sum: int32x4_t, codes: uint8x16_t, x: uint8x16_t) -> int32x4_t {
-            // SAFETY: the caller's machine has the instruction, whose intrinsic `vdotq_s32` is not
-            // stable; it reads and writes registers only.
+            // SAFETY: the contract of `Vector`: the machine has the instruction, whose intrinsic
+            // `vdotq_s32` is not stable. It reads and writes registers only.
             unsafe {
                 asm!(
                     ".arch_extension dotprod",
@@ -167,25 +114,22 @@ mod dotprod {
             }
             sum
         }
-        #[inline(always)]
-        unsafe fn add(sum: int32x4_t, up: u32, down: u32, sums: *mut i32) {
-            // SAFETY: the caller's.
-            unsafe { super::add(sum, up, down, sums) }
+        vector_functions! {
+            fn zero() -> int32x4_t { vdupq_n_s32(0) }
+            fn add(sum: int32x4_t, up: u32, down: u32, sums: *mut i32) {
+                super::add(sum, up, down, sums);
+            }
         }
     }
 
     entries!(Registers, "neon,dotprod", rows 4, in place 1 1);
 }
 
-/// Whole steps, a code in each byte; five trits of a byte by table.
-///
-/// # Safety
-/// The machine has NEON.
+/// [`coding::unpack`]; five trits of a byte by table.
 #[target_feature(enable = "neon")]
-unsafe fn unpack_codes(coding: Coding, weights: &[u8], out: &mut [u8]) {
+pub(crate) fn unpack_codes(coding: Coding, weights: &[u8], out: &mut [u8]) {
     if coding != Coding::Trits {
-        // SAFETY: the caller's.
-        return unsafe { plain::unpack_codes(coding, weights, out) };
+        return coding::unpack(coding, weights, out);
     }
     // SAFETY: the tables have 64, 128 and 64 bytes.
     let [low, high, fifths] = unsafe {
@@ -235,13 +179,10 @@ unsafe fn unpack_codes(coding: Coding, weights: &[u8], out: &mut [u8]) {
     }
 }
 
-/// [`float::plain`] with a table of 16 floats in four registers: the four bytes of a float are
-/// looked up by their places.
-///
-/// # Safety
-/// The machine has NEON.
+/// [`float::table_sums`](super::float::table_sums) with a table of 16 floats in four registers: the
+/// four bytes of a float are looked up by their places.
 #[target_feature(enable = "neon")]
-unsafe fn by_table(weights: &[u8], x: Float<'_>, sums: &mut float::Sums) {
+pub(crate) fn table_sums(weights: &[u8], x: FloatTables<'_>, sums: &mut FloatSums) {
     const ROWS: usize = 16;
     x.check(weights);
     let (nibble, four_times, places) = (
@@ -250,8 +191,9 @@ unsafe fn by_table(weights: &[u8], x: Float<'_>, sums: &mut float::Sums) {
         vdupq_n_u32(0x03_02_01_00),
     );
     for part in 0..PANEL / ROWS {
-        // SAFETY: every read and write is inside `weights`, whose steps have PANEL rows, the
-        // tables, whose number was checked, and `sums`.
+        // SAFETY: every access is to one of PANEL rows of a whole step of `weights`, to one of the
+        // tables of this step, which `FloatTables::check` counted, or to one of PANEL sums; none
+        // needs alignment.
         unsafe {
             let mut acc: [[float32x4_t; 4]; 2] = std::array::from_fn(|o| {
                 std::array::from_fn(|v| vld1q_f32(sums[o].as_ptr().add(part * ROWS + 4 * v)))

@@ -1,24 +1,15 @@
 //! Registers of WebAssembly: 128 bits, four rows.
 
-use super::coding::{Coding, unpack};
-use super::float;
-use super::tiles::{self, Columns, Sums, Term, Tiles, finish};
-use super::vector::{self, Vector, entries, room_of_products};
-use super::{PANEL, STEP_BYTES};
+use super::coding::Coding;
+use super::shape::STEP_BYTES;
+use super::tiles::{self, Columns, PanelSums};
+use super::vector::{self, Vector, entries, max_singles, vector_functions};
 use std::arch::wasm32::*;
-
-pub(super) const SIMD128: Tiles = Tiles {
-    direct,
-    dense,
-    unpack: unpack_codes,
-    finish: finish_rows,
-    float: float::plain,
-};
 
 /// Products added one at a time in 16 bits.
 struct Registers;
 
-// SAFETY: every intrinsic belongs to simd128, which the trait asks for.
+// SAFETY: every intrinsic belongs to simd128, which `entries!` enables.
 unsafe impl Vector for Registers {
     type Bytes = v128;
     /// Of rows 0 and 1, and of rows 2 and 3: the four bytes of a row have four sums.
@@ -28,13 +19,8 @@ unsafe impl Vector for Registers {
     const UNSIGNED: bool = false;
 
     #[inline(always)]
-    fn room(most: usize) -> usize {
-        room_of_products(most)
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const u8) -> v128 {
-        // SAFETY: the caller's.
-        unsafe { v128_load(from.cast()) }
+    fn max_products(most: usize) -> usize {
+        max_singles(most)
     }
     #[inline(always)]
     unsafe fn fill(byte: u8) -> v128 {
@@ -63,19 +49,18 @@ unsafe impl Vector for Registers {
             i16x8_add(high, i16x8_extmul_high_i8x16(codes, x)),
         ]
     }
-    #[inline(always)]
-    unsafe fn add([low, high]: [v128; 2], up: u32, down: u32, sums: *mut i32) {
-        let (low, high) = (
-            i32x4_extadd_pairwise_i16x8(low),
-            i32x4_extadd_pairwise_i16x8(high),
-        );
-        let sum = i32x4_add(
-            i32x4_shuffle::<0, 2, 4, 6>(low, high),
-            i32x4_shuffle::<1, 3, 5, 7>(low, high),
-        );
-        let total = i32x4_shr(i32x4_shl(sum, up), down);
-        // SAFETY: the caller's; neither access needs alignment.
-        unsafe { v128_store(sums.cast(), i32x4_add(v128_load(sums.cast()), total)) }
+    vector_functions! {
+        fn load(from: *const u8) -> v128 { v128_load(from.cast()) }
+        fn add(sum: [v128; 2], up: u32, down: u32, sums: *mut i32) {
+            let low = i32x4_extadd_pairwise_i16x8(sum[0]);
+            let high = i32x4_extadd_pairwise_i16x8(sum[1]);
+            let sum = i32x4_add(
+                i32x4_shuffle::<0, 2, 4, 6>(low, high),
+                i32x4_shuffle::<1, 3, 5, 7>(low, high),
+            );
+            let total = i32x4_shr(i32x4_shl(sum, up), down);
+            v128_store(sums.cast(), i32x4_add(v128_load(sums.cast()), total))
+        }
     }
 }
 

@@ -1,21 +1,17 @@
-//! Which stream of ternary weights.
+//! Which stream of ternary weights is faster on this machine.
 
-use super::{Activations, Prepacked};
-use crate::{Isa, Kernels, Pool};
+use super::activations::PrepackedActivations;
+use super::coding::Stream;
+use super::prepacked::Prepacked;
+use super::shape::PANEL;
+use crate::isa::Isa;
+use crate::kernels::Kernels;
+use crate::parallel::lock;
+use crate::pool::Pool;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
-
-/// How many bits of memory a ternary weight takes in the kernel layout. The sums are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stream {
-    /// Four in a byte: the fastest out of a cache, and what float activations take.
-    TwoBit,
-    /// Five in a byte, 1.6 bits: a fifth less to read, and more work for each weight. Scale groups
-    /// that are no multiple of 20 columns are padded.
-    Trits,
-}
 
 /// What [`Stream::auto`] found, by instruction set and threads.
 static MEASURED: Mutex<BTreeMap<(Isa, usize), Stream>> = Mutex::new(BTreeMap::new());
@@ -25,7 +21,7 @@ impl Stream {
     /// Measured at the first call for the instruction set and number of threads, with 128 MiB in
     /// part of a second, and remembered.
     pub fn auto(kernels: &Kernels, pool: &Pool) -> Self {
-        let mut measured = MEASURED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut measured = lock(&MEASURED);
         *measured
             .entry((kernels.isa(), pool.threads()))
             .or_insert_with(|| {
@@ -47,7 +43,7 @@ impl Stream {
         const COLS: usize = 1 << 14;
         const TURNS: usize = 5;
         // Rows of one panel, repeated: the kernels do not look at the values.
-        let panel = MatrixSpec::new(super::PANEL, COLS, Precision::Ternary, Granularity::Tensor);
+        let panel = MatrixSpec::new(PANEL, COLS, Precision::Ternary, Granularity::Tensor);
         let values = (0..panel.values_len())
             .map(|i| (i * 7 % 3) as i8 - 1)
             .collect();
@@ -60,8 +56,8 @@ impl Stream {
         let Ok(one) = Prepacked::with_stream(&matrix, self, pool) else {
             return Duration::MAX;
         };
-        let w = one.repeated(ROWS / super::PANEL);
-        let Ok(x) = Activations::from_values(&vec![1; COLS], &[1.0], &w) else {
+        let w = one.repeated(ROWS / PANEL);
+        let Ok(x) = PrepackedActivations::from_values(&vec![1; COLS], &[1.0], &w) else {
             return Duration::MAX;
         };
         let mut y = vec![0.0; w.rows()];

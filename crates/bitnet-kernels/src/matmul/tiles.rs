@@ -1,8 +1,7 @@
-//! The loops that an instruction set provides, and their plain form.
+//! Tiles of integer sums in plain Rust, and what goes into and comes out of one.
 
 use super::coding::{Coding, unpack};
-use super::float::{self, Float};
-use super::{PANEL, STEP_BYTES};
+use super::shape::{PANEL, STEP_BYTES};
 
 /// Most tokens that a tile takes at once.
 pub(crate) const TOKENS: usize = 6;
@@ -10,11 +9,11 @@ pub(crate) const TOKENS: usize = 6;
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
-/// Asks for the cache line at an address, which may lie anywhere.
+/// Prefetches the cache line at an address, which may be out of bounds.
 #[inline(always)]
-pub(crate) fn ask(at: *const u8) {
+pub(crate) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 has SSE, and a prefetch reads nothing.
+    // SAFETY: every x86-64 has SSE, and a prefetch of any address is allowed.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
     }
@@ -23,7 +22,7 @@ pub(crate) fn ask(at: *const u8) {
 }
 
 /// The sums of one token with the rows of a panel.
-pub(crate) type Sums = [i32; PANEL];
+pub(crate) type PanelSums = [i32; PANEL];
 
 /// The same columns of some tokens, each row `stride` after the one before.
 #[derive(Clone, Copy)]
@@ -33,8 +32,10 @@ pub(crate) struct Columns<'a> {
 }
 
 impl Columns<'_> {
-    /// The bound that every tile rests on: `tokens` rows hold `columns` values each, and there are
-    /// sums for all of them.
+    /// Checks what every tile rests on: at most [`TOKENS`] tokens, `columns` values for each.
+    ///
+    /// # Panics
+    /// If there are fewer values.
     #[inline(always)]
     pub(crate) fn check(&self, columns: usize, tokens: usize) {
         assert!(
@@ -43,22 +44,6 @@ impl Columns<'_> {
             "a tile inside the activations"
         );
     }
-}
-
-/// The loops of one instruction set. Each is safe to call where the machine has it; bounds are
-/// checked once in a call.
-pub(crate) struct Tiles {
-    /// `sums[t][r] += Σ_k factor · code[r, k] · x[t, k]` from whole steps of the kernel layout, for
-    /// at most [`TOKENS`] tokens.
-    pub(crate) direct: unsafe fn(Coding, &[u8], Columns<'_>, &mut [Sums]),
-    /// The same from bytes that `unpack` made, none above the number.
-    pub(crate) dense: unsafe fn(usize, &[u8], Columns<'_>, &mut [Sums]),
-    /// Whole steps, a code in each byte: [`unpack`].
-    pub(crate) unpack: unsafe fn(Coding, &[u8], &mut [u8]),
-    /// See [`finish`].
-    pub(crate) finish: unsafe fn(&Term<'_>, &Sums, &mut [f32]),
-    /// Products with float activations: [`float::plain`].
-    pub(crate) float: unsafe fn(&[u8], Float<'_>, &mut float::Sums),
 }
 
 /// How the sums of a scale group become outputs.
@@ -74,36 +59,29 @@ pub(crate) struct Term<'a> {
     pub(crate) last: Option<(f32, Option<&'a [f32]>)>,
 }
 
-/// The plain form.
-pub(crate) const SCALAR: Tiles = Tiles {
-    direct,
-    dense,
-    unpack,
-    finish,
-    float: float::plain,
-};
-
-fn direct(coding: Coding, weights: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
-    by_unpacking(coding, weights, x, sums, |codes, x, sums| {
-        dense(coding.most(), codes, x, sums)
+/// `sums[t][r] += Σ_k factor · code[r, k] · x[t, k]` from whole steps of the kernel layout, for at
+/// most [`TOKENS`] tokens.
+pub(crate) fn packed_sums(coding: Coding, weights: &[u8], x: Columns<'_>, sums: &mut [PanelSums]) {
+    unpack_and_sum(coding, weights, x, sums, |codes, x, sums| {
+        unpacked_sums(coding.most(), codes, x, sums)
     });
 }
 
-/// Unpacks step by step and hands the codes to `dense`.
+/// Unpacks some steps at a time and hands the codes to `add`.
 #[inline(always)]
-pub(crate) fn by_unpacking(
+pub(crate) fn unpack_and_sum(
     coding: Coding,
     weights: &[u8],
     x: Columns<'_>,
-    sums: &mut [Sums],
-    mut dense: impl FnMut(&[u8], Columns<'_>, &mut [Sums]),
+    sums: &mut [PanelSums],
+    mut add: impl FnMut(&[u8], Columns<'_>, &mut [PanelSums]),
 ) {
     const STEPS: usize = 4;
     let mut codes = [0; STEPS * 8 * STEP_BYTES];
     for (i, weights) in weights.chunks(STEPS * STEP_BYTES).enumerate() {
         let codes = &mut codes[..weights.len() * coding.fields()];
         unpack(coding, weights, codes);
-        dense(
+        add(
             codes,
             Columns {
                 values: &x.values[i * STEPS * coding.step()..],
@@ -114,7 +92,9 @@ pub(crate) fn by_unpacking(
     }
 }
 
-fn dense(_: usize, codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
+/// `sums[t][r] += Σ_k code[r, k] · x[t, k]` from bytes that [`unpack`] made, none above the number.
+pub(crate) fn unpacked_sums(_: usize, codes: &[u8], x: Columns<'_>, sums: &mut [PanelSums]) {
+    x.check(codes.len() / STEP_BYTES * 4, sums.len());
     for (token, sums) in sums.iter_mut().enumerate() {
         let x = x.values[token * x.stride..].as_chunks().0;
         for (codes, x) in codes.as_chunks::<STEP_BYTES>().0.iter().zip(x) {
@@ -125,7 +105,7 @@ fn dense(_: usize, codes: &[u8], x: Columns<'_>, sums: &mut [Sums]) {
 
 /// Four columns of a panel. On the way to a sum that fits, the numbers may wrap.
 #[inline(always)]
-fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut Sums) {
+fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut PanelSums) {
     for (codes, sum) in codes.as_chunks::<4>().0.iter().zip(sums) {
         *sum = sum.wrapping_add(
             codes
@@ -139,7 +119,7 @@ fn quad(codes: &[u8; STEP_BYTES], x: &[i8; 4], sums: &mut Sums) {
 
 /// `out (+)= sum · scale − shift · Σx`, and after the last group `out · s_x + bias`.
 #[inline(always)]
-pub(crate) fn finish(term: &Term<'_>, sums: &Sums, out: &mut [f32]) {
+pub(crate) fn finish(term: &Term<'_>, sums: &PanelSums, out: &mut [f32]) {
     if let (true, None, Some((last, None))) = (term.first, term.shift, term.last) {
         return out
             .iter_mut()

@@ -1,10 +1,10 @@
 //! Five trits in a byte: see the module above.
 
-use super::STEP_BYTES;
+use super::shape::STEP_BYTES;
 
-/// Set in a byte whose trits are turned round.
-const TURNED: u8 = 0x80;
-/// Numbers modulo 64 below this have +1 as their fifth trit: room for 82, of 81 there are.
+/// Set in a byte whose trits are negated.
+const NEGATED: u8 = 0x80;
+/// Numbers modulo 64 below this have +1 as their fifth trit: 82 numbers, 81 of them used.
 const WITH_FIFTH: usize = 41;
 
 const TABLES: Tables = Tables::new();
@@ -53,8 +53,8 @@ impl Tables {
             };
             tables.quads[number] =
                 (q % 3 + 4 * (q / 3 % 3) + 16 * (q / 9 % 3) + 64 * (q / 27 % 3)) as u8;
-            // The negation of q is 242 − q; zero is its own, and is not turned.
-            tables.bytes[242 - q] = number as u8 | TURNED;
+            // The negation of q is 242 − q; zero is its own, and is not negated.
+            tables.bytes[242 - q] = number as u8 | NEGATED;
             tables.bytes[q] = number as u8;
             q += 1;
         }
@@ -75,11 +75,11 @@ pub(crate) fn pack(quads: [u32; 5]) -> u32 {
 #[inline(always)]
 fn split(byte: u8) -> (u8, u8) {
     let (quad, fifth) = (
-        QUADS[usize::from(byte & !TURNED)],
+        QUADS[usize::from(byte & !NEGATED)],
         FIFTHS[usize::from(byte & 63)],
     );
     // No field exceeds 2, so nothing is borrowed.
-    if byte & TURNED != 0 {
+    if byte & NEGATED != 0 {
         (0b10_10_10_10 - quad, 2 - fifth)
     } else {
         (quad, fifth)

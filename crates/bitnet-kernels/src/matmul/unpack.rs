@@ -1,6 +1,6 @@
 //! From the kernel layout back to values.
 
-use super::coding::{Values, unpack};
+use super::coding::{CodeValues, unpack};
 use super::{PANEL, Prepacked};
 use crate::Pool;
 use std::sync::{Mutex, PoisonError};
@@ -38,7 +38,7 @@ impl Prepacked {
     /// The values of the rows of one panel in one plane.
     fn unpack_panel(&self, panel: usize, plane: usize, values: &mut [i8]) {
         let (coding, cols) = (self.coding(), self.cols());
-        let offset = Values::of(self.precision).offset as u8;
+        let offset = CodeValues::new(self.precision).offset as u8;
         let (step, quad) = (coding.step(), 4 * PANEL);
         let mut codes = vec![0; coding.step_codes()];
         for group in 0..self.groups() {

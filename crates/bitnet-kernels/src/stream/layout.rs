@@ -1,8 +1,9 @@
 //! Packing and unpacking of the wire layouts.
 
-use super::{each, plain};
-use crate::stream::loops::Loops;
-use crate::{Kernels, Pool};
+use super::plain;
+use crate::kernels::Kernels;
+use crate::parallel::lock;
+use crate::pool::Pool;
 use bitnet_core::pack::{FastPath, Layout};
 use bitnet_core::{Error, Granularity, Matrix, MatrixSpec, Precision, Result, ZeroPoints};
 use half::f16;
@@ -20,16 +21,16 @@ const HIGH_FIRST: [u32; 4] = [6, 4, 2, 0];
 
 /// The layouts whose rows are dense runs of codes.
 #[derive(Clone, Copy)]
-pub(super) enum Dense {
+pub(super) enum DenseLayout {
     /// Four codes a byte, `value + bias`, up to `top`.
     TwoBit { bias: i8, top: u8 },
     /// Five trits a byte.
     Base3,
 }
 
-impl Dense {
+impl DenseLayout {
     /// `None` where the layout is another one.
-    pub(super) fn of(layout: &dyn Layout, spec: &MatrixSpec) -> Option<Self> {
+    pub(super) fn new(layout: &dyn Layout, spec: &MatrixSpec) -> Option<Self> {
         match (layout.fast_path()?, spec.precision) {
             (FastPath::TwoBit, Precision::Ternary) => Some(Self::TwoBit { bias: 1, top: 2 }),
             (FastPath::TwoBit, Precision::Int2) => Some(Self::TwoBit { bias: 2, top: 3 }),
@@ -48,27 +49,22 @@ impl Dense {
 
     /// Packs the values of a row, or of rows without a gap between them; false for a value outside
     /// the alphabet.
-    pub(super) fn pack(self, loops: &Loops, values: &[i8], out: &mut [u8]) -> bool {
-        // SAFETY: the loops come from `Kernels::loops`.
-        unsafe {
-            match self {
-                Self::TwoBit { bias, top } => (loops.pack_two_bit)(values, bias, top, out),
-                Self::Base3 => (loops.pack_base3)(values, out),
-            }
+    pub(super) fn pack(self, kernels: Kernels, values: &[i8], out: &mut [u8]) -> bool {
+        match self {
+            Self::TwoBit { bias, top } => kernels.table.pack_two_bit(values, bias, top, out),
+            Self::Base3 => kernels.table.pack_base3(values, out),
         }
     }
 
     /// Unpacks a row, or rows without a gap between them; false for what no writer makes.
-    fn unpack(self, loops: &Loops, bytes: &[u8], values: &mut [i8], streamed: bool) -> bool {
-        // SAFETY: the loops come from `Kernels::loops`.
-        unsafe {
-            match self {
-                Self::TwoBit { bias, top } if streamed => {
-                    (loops.unpack_two_bit_streamed)(bytes, bias, top, values)
-                }
-                Self::TwoBit { bias, top } => (loops.unpack_two_bit)(bytes, bias, top, values),
-                Self::Base3 => (loops.unpack_base3)(bytes, values),
+    fn unpack(self, kernels: Kernels, bytes: &[u8], values: &mut [i8], streamed: bool) -> bool {
+        let table = kernels.table;
+        match self {
+            Self::TwoBit { bias, top } if streamed => {
+                table.unpack_two_bit_streamed(bytes, bias, top, values)
             }
+            Self::TwoBit { bias, top } => table.unpack_two_bit(bytes, bias, top, values),
+            Self::Base3 => table.unpack_base3(bytes, values),
         }
     }
 
@@ -109,24 +105,23 @@ pub fn pack(
     scales: &[f32],
     out: &mut Vec<u8>,
 ) -> Result<()> {
-    let Some(dense) = Dense::of(layout, spec).filter(|_| !values.is_empty()) else {
+    let Some(dense) = DenseLayout::new(layout, spec).filter(|_| !values.is_empty()) else {
         return layout.pack_into(spec, values, scales, out);
     };
     layout.check(spec)?;
     check_len("values", spec.values_len(), values.len())?;
     let start = out.len();
     out.resize(start + layout.packed_len(spec).bound(), 0);
-    let (loops, ok) = (kernels.loops(), AtomicBool::new(true));
+    let ok = AtomicBool::new(true);
     let (run, runs) = dense.runs(spec.cols);
     let bytes = run.div_ceil(dense.values());
-    each(
-        pool,
+    pool.for_each(
         values
             .chunks(run * runs)
             .zip(out[start..].chunks_mut(bytes * runs)),
         |(values, out)| {
             for (values, out) in values.chunks(run).zip(out.chunks_mut(bytes)) {
-                if !dense.pack(&loops, values, out) {
+                if !dense.pack(kernels, values, out) {
                     ok.store(false, Ordering::Relaxed);
                 }
             }
@@ -157,12 +152,12 @@ pub fn unpack(
     layout.check(spec)?;
     check_len("values", spec.values_len(), values.len())?;
     if !values.is_empty() && bytes.len() == layout.packed_len(spec).bound() {
-        let job = Unpack {
-            loops: kernels.loops(),
+        let job = UnpackJob {
+            kernels,
             pool,
             spec,
         };
-        let done = match Dense::of(layout, spec) {
+        let done = match DenseLayout::new(layout, spec) {
             Some(dense) => job.dense(dense, bytes, values).then_some(None),
             None => layout
                 .fast_path()
@@ -178,13 +173,13 @@ pub fn unpack(
     Ok(unpacked.scales)
 }
 
-struct Unpack<'a> {
-    loops: Loops,
+struct UnpackJob<'a> {
+    kernels: Kernels,
     pool: &'a Pool,
     spec: &'a MatrixSpec,
 }
 
-impl Unpack<'_> {
+impl UnpackJob<'_> {
     /// Calls `each` on all parts and returns whether it was true for all of them.
     fn all<T: Send>(
         &self,
@@ -192,7 +187,7 @@ impl Unpack<'_> {
         part: impl Fn(T) -> bool + Sync,
     ) -> bool {
         let ok = AtomicBool::new(true);
-        each(self.pool, parts, |p| {
+        self.pool.for_each(parts, |p| {
             if !part(p) {
                 ok.store(false, Ordering::Relaxed);
             }
@@ -200,7 +195,7 @@ impl Unpack<'_> {
         ok.into_inner()
     }
 
-    fn dense(&self, dense: Dense, bytes: &[u8], values: &mut [i8]) -> bool {
+    fn dense(&self, dense: DenseLayout, bytes: &[u8], values: &mut [i8]) -> bool {
         let streamed = values.len() >= STREAMED;
         let (run, runs) = dense.runs(self.spec.cols);
         let stride = run.div_ceil(dense.values());
@@ -213,7 +208,7 @@ impl Unpack<'_> {
                     .chunks(stride)
                     .zip(values.chunks_mut(run))
                     .fold(true, |ok, (b, v)| {
-                        ok & dense.unpack(&self.loops, b, v, streamed)
+                        ok & dense.unpack(self.kernels, b, v, streamed)
                     })
             },
         )
@@ -222,32 +217,32 @@ impl Unpack<'_> {
     /// Dequantizes row `row`; false for what no writer makes.
     fn dequantize_row(
         &self,
-        dense: Dense,
+        dense: DenseLayout,
         scales: &[f32],
         row: usize,
         bytes: &[u8],
         out: &mut [f32],
     ) -> bool {
         let (mut values, mut ok, width) = ([0; plain::BLOCK], true, self.spec.granule_cols());
-        let scaled = if 4 * self.spec.weights_len() >= STREAMED {
-            self.loops.scale_streamed
-        } else {
-            self.loops.scale
-        };
+        let streamed = 4 * self.spec.weights_len() >= STREAMED;
         for (block, (bytes, out)) in bytes
             .chunks(plain::BLOCK / dense.values())
             .zip(out.chunks_mut(plain::BLOCK))
             .enumerate()
         {
             let values = &mut values[..out.len()];
-            ok &= dense.unpack(&self.loops, bytes, values, false);
+            ok &= dense.unpack(self.kernels, bytes, values, false);
             let mut at = 0;
             while at < out.len() {
                 let column = block * plain::BLOCK + at;
                 let end = (at + width - column % width).min(out.len());
                 let scale = scales[self.spec.scale_index(0, row, column)];
-                // SAFETY: the loops come from `Kernels::loops`.
-                unsafe { scaled(&values[at..end], scale, &mut out[at..end]) };
+                let (values, out) = (&values[at..end], &mut out[at..end]);
+                if streamed {
+                    self.kernels.table.scale_streamed(values, scale, out);
+                } else {
+                    self.kernels.table.scale(values, scale, out);
+                }
                 at = end;
             }
         }
@@ -264,15 +259,13 @@ impl Unpack<'_> {
             FastPath::GroupQuarters(_) | FastPath::FourRows => {
                 let (codes, trailer) = bytes.split_at(values.len() / 4);
                 let done = match path {
-                    // SAFETY: the loops come from `Kernels::loops`.
                     FastPath::GroupQuarters(128) => self.all(
                         codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
-                        |(b, v)| unsafe { (self.loops.unpack_quads_32)(b, HIGH_FIRST, v) },
+                        |(b, v)| self.kernels.table.unpack_quads_32(b, HIGH_FIRST, v),
                     ),
-                    // SAFETY: as above.
                     FastPath::GroupQuarters(64) => self.all(
                         codes.chunks(PART / 4).zip(values.chunks_mut(PART)),
-                        |(b, v)| unsafe { (self.loops.unpack_quads_16)(b, HIGH_FIRST, v) },
+                        |(b, v)| self.kernels.table.unpack_quads_16(b, HIGH_FIRST, v),
                     ),
                     FastPath::GroupQuarters(_) => return None,
                     _ => {
@@ -288,13 +281,11 @@ impl Unpack<'_> {
                     && self.spec.scale_dtype.round(scale).to_bits() == scale.to_bits();
                 (done && stored).then(|| Some(vec![scale]))
             }
-            // SAFETY: the loops come from `Kernels::loops`.
-            FastPath::Tq1 => self.blocks::<54>(52, bytes, values, |b, v| unsafe {
-                (self.loops.unpack_tq1)(b, v)
+            FastPath::Tq1 => self.blocks::<54>(52, bytes, values, |b, v| {
+                self.kernels.table.unpack_tq1(b, v)
             }),
-            // SAFETY: as above.
-            FastPath::Tq2 => self.blocks::<66>(64, bytes, values, |b, v| unsafe {
-                (self.loops.unpack_tq2)(b, v)
+            FastPath::Tq2 => self.blocks::<66>(64, bytes, values, |b, v| {
+                self.kernels.table.unpack_tq2(b, v)
             }),
             _ => None,
         }
@@ -313,8 +304,7 @@ impl Unpack<'_> {
         self.all(
             bytes.chunks(PART).zip(quarters),
             |(bytes, (((a, b), c), d))| {
-                // SAFETY: the loops come from `Kernels::loops`.
-                unsafe { (self.loops.unpack_quads)(bytes, shifts, [a, b, c, d]) }
+                self.kernels.table.unpack_quads(bytes, shifts, [a, b, c, d])
             },
         )
     }
@@ -357,7 +347,7 @@ impl Unpack<'_> {
                     };
                     ok & known & scale.is_finite()
                 });
-                *found.lock().unwrap_or_else(|e| e.into_inner()) = scales;
+                *lock(found) = scales;
                 unpack(blocks, values) && same
             },
         );
@@ -378,7 +368,7 @@ impl Unpack<'_> {
 /// [`Matrix::dequantize_row_into`] does. `scales` is read only where the layout does not hold them.
 ///
 /// # Errors
-/// Those of [`unpack`]; [`Error::Length`] if `scales` or `out` are not those of the matrix;
+/// Those of [`unpack`]; [`Error::Length`] if `scales` or `out` have the wrong length;
 /// [`Error::Scheme`] for a matrix with zero points.
 pub fn dequantize(
     kernels: Kernels,
@@ -404,9 +394,9 @@ pub fn dequantize(
         return layout.unpack(spec, bytes).map(drop);
     }
     let right = spec.planes == 1 && bytes.len() == layout.packed_len(spec).bound();
-    if let Some(dense) = Dense::of(layout, spec).filter(|_| right) {
-        let job = Unpack {
-            loops: kernels.loops(),
+    if let Some(dense) = DenseLayout::new(layout, spec).filter(|_| right) {
+        let job = UnpackJob {
+            kernels,
             pool,
             spec,
         };
@@ -438,7 +428,7 @@ pub fn dequantize(
         scales,
         zero_points: vec![],
     };
-    each(pool, out.chunks_mut(spec.cols).enumerate(), |(row, out)| {
+    pool.for_each(out.chunks_mut(spec.cols).enumerate(), |(row, out)| {
         matrix.dequantize_row_into(row, out)
     });
     Ok(())

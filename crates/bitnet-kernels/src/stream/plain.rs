@@ -1,18 +1,16 @@
 //! The loops in plain Rust, compiled for each instruction set.
 //!
-//! A packer returns whether every value was in the alphabet, an unpacker whether the bytes are what
-//! a writer makes. After `false` the output means nothing, and the caller asks the layout in core
-//! for the error.
+//! A packer returns whether every value was in the alphabet, an unpacker whether a writer makes
+//! such bytes. After `false` the output means nothing, and the layout in core returns the error.
 
 use bitnet_core::ops::{self, Cuts, Magnitudes};
 
 /// Values that are encoded to bytes before they are packed: whole bytes of two-bit and of base-3.
-pub(super) const BLOCK: usize = 1280;
+pub(crate) const BLOCK: usize = 1280;
 
-/// Two-bit codes `value + bias`, of which `top` is the largest, four a byte, the first in the low
-/// bits.
+/// Two-bit codes `value + bias`, at most `top`, four a byte, the first in the low bits.
 #[inline(always)]
-pub(super) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+pub(crate) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let code = |v: i8| v.wrapping_add(bias).cast_unsigned();
     // The bits that no code has, and the low bits of code 3 where it does not exist.
     let three = if top == 3 { 0 } else { 0x0101_0101 };
@@ -36,7 +34,7 @@ pub(super) fn pack_two_bit(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> 
 
 /// The inverse of [`pack_two_bit`].
 #[inline(always)]
-pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+pub(crate) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     let mut threes = 0;
     let biases = u32::from(bias.cast_unsigned()) * 0x0101_0101;
     let (quads, tail) = values.as_chunks_mut::<4>();
@@ -64,7 +62,7 @@ pub(super) fn unpack_two_bit(bytes: &[u8], bias: i8, top: u8, values: &mut [i8])
 
 /// Five trits a byte, `Σ (value_i + 1) · 3^i`.
 #[inline(always)]
-pub(super) fn pack_base3(values: &[i8], out: &mut [u8]) -> bool {
+pub(crate) fn pack_base3(values: &[i8], out: &mut [u8]) -> bool {
     // Byte 4 of the product with 3^i at byte 4 − i is the sum; no byte of the product exceeds 242,
     // so none carries.
     const POWERS: u64 = 81 | 27 << 8 | 9 << 16 | 3 << 24 | 1 << 32;
@@ -109,7 +107,7 @@ const TRITS: [[i8; 8]; 256] = {
 
 /// The inverse of [`pack_base3`].
 #[inline(always)]
-pub(super) fn unpack_base3(bytes: &[u8], values: &mut [i8]) -> bool {
+pub(crate) fn unpack_base3(bytes: &[u8], values: &mut [i8]) -> bool {
     let most = bytes.iter().fold(0, |most: u8, &b| most.max(b));
     let body = values.len().saturating_sub(3) / 5;
     for (i, &byte) in bytes[..body].iter().enumerate() {
@@ -127,7 +125,7 @@ pub(super) fn unpack_base3(bytes: &[u8], values: &mut [i8]) -> bool {
 
 /// Two-bit trits, four a byte, each quarter of the values at one of the given shifts.
 #[inline(always)]
-pub(super) fn unpack_quads(bytes: &[u8], shifts: [u32; 4], [a, b, c, d]: [&mut [i8]; 4]) -> bool {
+pub(crate) fn unpack_quads(bytes: &[u8], shifts: [u32; 4], [a, b, c, d]: [&mut [i8]; 4]) -> bool {
     let mut threes = 0;
     let value = |byte: u8, shift: u32| (byte >> shift & 3).cast_signed() - 1;
     for ((((&byte, a), b), c), d) in bytes.iter().zip(a).zip(b).zip(c).zip(d) {
@@ -142,7 +140,7 @@ pub(super) fn unpack_quads(bytes: &[u8], shifts: [u32; 4], [a, b, c, d]: [&mut [
 
 /// [`unpack_quads`] block by block: `4 · N` values in `N` bytes.
 #[inline(always)]
-pub(super) fn unpack_quad_blocks<const N: usize>(
+pub(crate) fn unpack_quad_blocks<const N: usize>(
     bytes: &[u8],
     shifts: [u32; 4],
     values: &mut [i8],
@@ -159,17 +157,17 @@ pub(super) fn unpack_quad_blocks<const N: usize>(
         })
 }
 
-/// Blocks of tq2_0 but their scales.
+/// Blocks of tq2_0 without their scales.
 #[inline(always)]
-pub(super) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool {
+pub(crate) fn unpack_tq2(blocks: &[[u8; 66]], values: &mut [[i8; 256]]) -> bool {
     blocks.iter().zip(values).fold(true, |ok, (block, values)| {
         ok & unpack_quad_blocks::<32>(&block[..64], [0, 2, 4, 6], values)
     })
 }
 
-/// Blocks of tq1_0 but their scales.
+/// Blocks of tq1_0 without their scales.
 #[inline(always)]
-pub(super) fn unpack_tq1(blocks: &[[u8; 54]], values: &mut [[i8; 256]]) -> bool {
+pub(crate) fn unpack_tq1(blocks: &[[u8; 54]], values: &mut [[i8; 256]]) -> bool {
     blocks.iter().zip(values).fold(true, |ok, (block, values)| {
         ok & unpack_tq1_block(block, values)
     })
@@ -216,7 +214,7 @@ fn unpack_digits<const N: usize>(bytes: &[u8], values: &mut [i8]) -> bool {
 
 /// [`encode_two_bit`] and the magnitudes of the weights that come next.
 #[inline(always)]
-pub(super) fn encode_two_bit_and_size(
+pub(crate) fn encode_two_bit_and_measure(
     w: &[f32],
     cuts: Cuts,
     out: &mut [u8],
@@ -228,7 +226,7 @@ pub(super) fn encode_two_bit_and_size(
 
 /// Weights to two-bit ternary codes.
 #[inline(always)]
-pub(super) fn encode_two_bit(w: &[f32], cuts: Cuts, out: &mut [u8]) {
+pub(crate) fn encode_two_bit(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     let mut values = [0; BLOCK];
     for (w, out) in w.chunks(BLOCK).zip(out.chunks_mut(BLOCK / 4)) {
         ops::encode_cut(w, cuts, &mut values[..w.len()]);
@@ -238,22 +236,22 @@ pub(super) fn encode_two_bit(w: &[f32], cuts: Cuts, out: &mut [u8]) {
 
 /// `out = scale · value`.
 #[inline(always)]
-pub(super) fn scale(values: &[i8], scale: f32, out: &mut [f32]) {
+pub(crate) fn scale(values: &[i8], scale: f32, out: &mut [f32]) {
     for (out, &v) in out.iter_mut().zip(values) {
         *out = scale * f32::from(v);
     }
 }
 
-/// Bits of max |x|; from those of infinity on, where a number is not finite.
+/// Bits of max |x|; if a number is not finite, at least the bits of infinity.
 #[inline(always)]
-pub(super) fn absmax(x: &[f32]) -> u32 {
+pub(crate) fn absmax(x: &[f32]) -> u32 {
     x.iter()
         .fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff))
 }
 
 /// `out = round(x · inverse)`, ties to even, where no product is beyond ±127.4; returns `Σ out`.
 #[inline(always)]
-pub(super) fn int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
+pub(crate) fn round_to_int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
     // Above 2^23 the last bit of an f32 is 1, so the addition rounds to integers, and the low bits
     // hold them.
     const INTEGERS: f32 = (3 << 22) as f32;
@@ -265,9 +263,9 @@ pub(super) fn int8(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
     sum
 }
 
-/// f16 to f32, exactly; what is not finite stays so.
+/// f16 to f32, exactly; infinities and NaN stay.
 #[inline(always)]
-pub(super) fn widen_f16(from: &[half::f16], to: &mut [f32]) {
+pub(crate) fn widen_f16(from: &[half::f16], to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {
         let bits = u32::from(from.to_bits());
         // The exponent is re-biased by a product that is exact, also for subnormals.
@@ -283,7 +281,7 @@ pub(super) fn widen_f16(from: &[half::f16], to: &mut [f32]) {
 
 /// bf16 to f32.
 #[inline(always)]
-pub(super) fn widen_bf16(from: &[half::bf16], to: &mut [f32]) {
+pub(crate) fn widen_bf16(from: &[half::bf16], to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {
         *to = f32::from_bits(u32::from(from.to_bits()) << 16);
     }

@@ -1,10 +1,10 @@
 //! Floats to packed codes, each part of the matrix while it is in cache.
 
-use super::each;
-use super::layout::Dense;
-use super::loops::Loops;
+use super::layout::{DenseLayout, pack};
 use super::plain::BLOCK;
-use crate::{Kernels, Pool};
+use crate::kernels::Kernels;
+use crate::parallel::lock;
+use crate::pool::Pool;
 use bitnet_core::granule::{Granule, STRIP};
 use bitnet_core::ops::{Cuts, Magnitudes, Ops};
 use bitnet_core::pack::Layout;
@@ -17,7 +17,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// A matrix of floats, `[N, K]` row-major.
 #[derive(Debug, Clone, Copy)]
-pub enum Weights<'a> {
+pub enum FloatWeights<'a> {
     /// IEEE binary32.
     F32(&'a [f32]),
     /// IEEE binary16.
@@ -26,7 +26,7 @@ pub enum Weights<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl<'a> Weights<'a> {
+impl<'a> FloatWeights<'a> {
     /// Number of weights.
     pub fn len(&self) -> usize {
         match self {
@@ -42,7 +42,7 @@ impl<'a> Weights<'a> {
     }
 
     /// The weights of a range as f32, in `buffer` where they are not f32 already.
-    fn read<'b>(&self, loops: &Loops, range: Range<usize>, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    fn read<'b>(&self, kernels: Kernels, range: Range<usize>, buffer: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
     {
@@ -54,13 +54,10 @@ impl<'a> Weights<'a> {
             },
             0.0,
         );
-        // SAFETY: the loops come from `Kernels::loops`.
-        unsafe {
-            match self {
-                Self::F32(w) => return &w[range],
-                Self::F16(w) => (loops.widen_f16)(&w[range], buffer),
-                Self::Bf16(w) => (loops.widen_bf16)(&w[range], buffer),
-            }
+        match self {
+            Self::F32(w) => return &w[range],
+            Self::F16(w) => kernels.table.widen_f16(&w[range], buffer),
+            Self::Bf16(w) => kernels.table.widen_bf16(&w[range], buffer),
         }
         buffer
     }
@@ -68,10 +65,10 @@ impl<'a> Weights<'a> {
 
 /// A quantized matrix in a wire layout.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Packed {
-    /// What the bytes hold.
+pub struct PackedMatrix {
+    /// Shape and conventions of the matrix.
     pub spec: MatrixSpec,
-    /// The matrix in the layout that was asked for.
+    /// The matrix in the wire layout.
     pub bytes: Vec<u8>,
     /// Scales, as [`bitnet_core::Matrix`] has them, whether the layout holds them or not.
     pub scales: Vec<f32>,
@@ -80,13 +77,13 @@ pub struct Packed {
 }
 
 /// The whole matrix as one granule, cut as core cuts slices and folded on a pool.
-struct Strips<'a> {
-    weights: Weights<'a>,
-    loops: Loops,
+struct MatrixGranule<'a> {
+    weights: FloatWeights<'a>,
+    kernels: Kernels,
     pool: &'a Pool,
 }
 
-impl Granule for Strips<'_> {
+impl Granule for MatrixGranule<'_> {
     type Error = Error;
 
     fn fold<T: Send>(
@@ -96,7 +93,7 @@ impl Granule for Strips<'_> {
     ) -> Result<T> {
         let strips = self.weights.len().div_ceil(STRIP).max(1);
         let mut all = None;
-        // A few strips for each thread at a time, so that what is joined does not pile up.
+        // A few strips for each thread at a time, so that few results wait to be joined.
         let window = 4 * self.pool.threads();
         for first in (0..strips).step_by(window) {
             let parts: Vec<Mutex<Option<T>>> = (first..strips.min(first + window))
@@ -106,11 +103,11 @@ impl Granule for Strips<'_> {
                 let start = (first + i) * STRIP;
                 let mut buffer = vec![];
                 let w = self.weights.read(
-                    &self.loops,
+                    self.kernels,
                     start..self.weights.len().min(start + STRIP),
                     &mut buffer,
                 );
-                *parts[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(map(start, w));
+                *lock(&parts[i]) = Some(map(start, w));
             });
             for part in parts
                 .into_iter()
@@ -139,13 +136,13 @@ impl Granule for Strips<'_> {
 pub fn quantize(
     kernels: Kernels,
     pool: &Pool,
-    weights: Weights<'_>,
+    weights: FloatWeights<'_>,
     rows: usize,
     cols: usize,
     scheme: &Scheme,
     layout: &dyn Layout,
-) -> Result<Packed> {
-    let mut out = Packed {
+) -> Result<PackedMatrix> {
+    let mut out = PackedMatrix {
         spec: scheme.spec(rows, cols)?,
         bytes: vec![],
         scales: vec![],
@@ -172,11 +169,11 @@ pub fn quantize(
 pub fn quantize_into(
     kernels: Kernels,
     pool: &Pool,
-    weights: Weights<'_>,
+    weights: FloatWeights<'_>,
     (rows, cols): (usize, usize),
     scheme: &Scheme,
     layout: &dyn Layout,
-    out: &mut Packed,
+    out: &mut PackedMatrix,
 ) -> Result<()> {
     let spec = scheme.spec(rows, cols)?;
     layout.check(&spec)?;
@@ -187,9 +184,8 @@ pub fn quantize_into(
             got: weights.len(),
         });
     }
-    let job = Quantize {
+    let job = QuantizeJob {
         kernels,
-        loops: kernels.loops(),
         pool,
         weights,
         scheme,
@@ -199,9 +195,9 @@ pub fn quantize_into(
     let fitted = match scheme.granularity {
         Granularity::Tensor if !weights.is_empty() => Some(fit(
             &kernels,
-            &Strips {
+            &MatrixGranule {
                 weights,
-                loops: job.loops,
+                kernels,
                 pool,
             },
             scheme,
@@ -210,7 +206,7 @@ pub fn quantize_into(
         _ => None,
     };
     let ternary = matches!(scheme.method, Method::Ternary { planes: 1, .. });
-    match Dense::of(layout, &spec) {
+    match DenseLayout::new(layout, &spec) {
         Some(dense) if ternary => job.fused(dense, fitted.as_ref(), out)?,
         _ => (out.bytes, out.scales, out.zero_points) = job.by_values(fitted.as_ref())?,
     }
@@ -218,26 +214,27 @@ pub fn quantize_into(
     Ok(())
 }
 
-/// Weights of a part, as far as whole rows allow.
+/// FloatWeights of a part, as far as whole rows allow.
 const PART: usize = 1 << 18;
 
-struct Quantize<'a> {
+struct QuantizeJob<'a> {
     kernels: Kernels,
-    loops: Loops,
     pool: &'a Pool,
-    weights: Weights<'a>,
+    weights: FloatWeights<'a>,
     scheme: &'a Scheme,
     layout: &'a dyn Layout,
     spec: &'a MatrixSpec,
 }
 
-/// Bytes, scales and zero points.
-type Parts = (Vec<u8>, Vec<f32>, Vec<f32>);
-
-impl Quantize<'_> {
+impl QuantizeJob<'_> {
     /// One plane of trits, row by row. Every byte and every scale is written.
-    fn fused(&self, dense: Dense, fitted: Option<&Fitted>, out: &mut Packed) -> Result<()> {
-        let Packed {
+    fn fused(
+        &self,
+        dense: DenseLayout,
+        fitted: Option<&Fitted>,
+        out: &mut PackedMatrix,
+    ) -> Result<()> {
+        let PackedMatrix {
             bytes,
             scales,
             zero_points,
@@ -266,8 +263,8 @@ impl Quantize<'_> {
                 .chunks_mut(stride * rows)
                 .enumerate()
                 .map(|(part, bytes)| (part * rows, bytes, of_rows.next().unwrap_or_default()));
-            each(self.pool, parts, |(first, bytes, scales)| {
-                let mut row = Row {
+            self.pool.for_each(parts, |(first, bytes, scales)| {
+                let mut row = RowQuantizer {
                     job: self,
                     dense,
                     buffer: vec![],
@@ -275,7 +272,7 @@ impl Quantize<'_> {
                     cuts: vec![],
                 };
                 if let Err((at, new)) = row.part(first, fitted, scales, bytes, stride, per_row) {
-                    let mut error = error.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut error = lock(&error);
                     if error.as_ref().is_none_or(|(other, _)| at < *other) {
                         *error = Some((at, new));
                     }
@@ -288,8 +285,9 @@ impl Quantize<'_> {
         Ok(())
     }
 
-    /// Any scheme and layout, through the values of the whole matrix.
-    fn by_values(&self, fitted: Option<&Fitted>) -> Result<Parts> {
+    /// Bytes, scales and zero points of any scheme and layout, through the values of the whole
+    /// matrix.
+    fn by_values(&self, fitted: Option<&Fitted>) -> Result<(Vec<u8>, Vec<f32>, Vec<f32>)> {
         let spec = self.spec;
         let mut values = vec![0; spec.values_len()];
         let mut scales = vec![0.0; spec.scales_len()];
@@ -309,7 +307,7 @@ impl Quantize<'_> {
             self.pool.run(strips.len(), |i| {
                 let (first, mut buffer) = (i * rows, vec![]);
                 let range = first * spec.cols..(first + rows).min(spec.rows) * spec.cols;
-                let w = self.weights.read(&self.loops, range, &mut buffer);
+                let w = self.weights.read(self.kernels, range, &mut buffer);
                 let strip = quantize_rows(
                     &self.kernels,
                     w,
@@ -319,7 +317,7 @@ impl Quantize<'_> {
                     fitted,
                     None,
                 );
-                *strips[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(strip);
+                *lock(&strips[i]) = Some(strip);
             });
             for (i, strip) in strips.into_iter().enumerate() {
                 let Some(strip) = strip.into_inner().unwrap_or_else(PoisonError::into_inner) else {
@@ -337,7 +335,7 @@ impl Quantize<'_> {
             }
         }
         let mut bytes = vec![];
-        super::pack(
+        pack(
             self.kernels,
             self.pool,
             self.layout,
@@ -359,15 +357,15 @@ fn place<T: Copy>(planes: usize, at: usize, strip: &[T], whole: &mut [T]) {
 }
 
 /// Rows one after another, and the buffers that they share.
-struct Row<'a> {
-    job: &'a Quantize<'a>,
-    dense: Dense,
+struct RowQuantizer<'a> {
+    job: &'a QuantizeJob<'a>,
+    dense: DenseLayout,
     buffer: Vec<f32>,
     sizes: Vec<Magnitudes>,
     cuts: Vec<Cuts>,
 }
 
-impl Row<'_> {
+impl RowQuantizer<'_> {
     /// A part of the matrix from row `first` on. An error comes with the number of its row.
     fn part(
         &mut self,
@@ -381,7 +379,7 @@ impl Row<'_> {
         let spec = self.job.spec;
         let width = spec.granule_cols();
         let even = width.is_multiple_of(4) && spec.cols.is_multiple_of(width);
-        if let (Dense::TwoBit { .. }, Weights::F32(w), true, None) =
+        if let (DenseLayout::TwoBit { .. }, FloatWeights::F32(w), true, None) =
             (self.dense, self.job.weights, even, fitted)
         {
             let w = &w[first * spec.cols..][..4 * bytes.len()];
@@ -411,12 +409,7 @@ impl Row<'_> {
         scales: &mut [f32],
         bytes: &mut [u8],
     ) -> Result<(), (usize, Error)> {
-        let Quantize {
-            kernels,
-            loops,
-            spec,
-            ..
-        } = self.job;
+        let QuantizeJob { kernels, spec, .. } = self.job;
         let width = spec.granule_cols();
         let mut sizes = kernels.magnitudes(&w[..width.min(w.len())]);
         for (i, (scale, bytes)) in scales
@@ -429,10 +422,10 @@ impl Row<'_> {
             (*scale, cuts) = self
                 .fit(now, &sizes, index + i * width)
                 .map_err(|e| (i, e))?;
-            // SAFETY: the loops come from `Kernels::loops`.
-            sizes = unsafe {
-                (loops.encode_two_bit_and_size)(now, cuts, bytes, &next[..width.min(next.len())])
-            };
+            let next = &next[..width.min(next.len())];
+            sizes = kernels
+                .table
+                .encode_two_bit_and_measure(now, cuts, bytes, next);
         }
         Ok(())
     }
@@ -463,9 +456,8 @@ impl Row<'_> {
         scales: &mut [f32],
         out: &mut [u8],
     ) -> Result<()> {
-        let Quantize {
+        let QuantizeJob {
             kernels,
-            loops,
             spec,
             weights,
             ..
@@ -479,7 +471,7 @@ impl Row<'_> {
             },
         );
         let mut buffer = std::mem::take(&mut self.buffer);
-        let w = weights.read(loops, first..first + spec.cols, &mut buffer);
+        let w = weights.read(*kernels, first..first + spec.cols, &mut buffer);
         self.cuts.clear();
         self.cuts.extend(fitted.map(cuts_of));
         self.sizes.clear();
@@ -491,7 +483,7 @@ impl Row<'_> {
             (*scale, cuts) = self.fit(w, &self.sizes[i], first + i * width)?;
             self.cuts.push(cuts);
         }
-        if let (Dense::TwoBit { .. }, true) =
+        if let (DenseLayout::TwoBit { .. }, true) =
             (self.dense, width.is_multiple_of(4) || width == spec.cols)
         {
             for ((w, &cuts), out) in w
@@ -499,8 +491,7 @@ impl Row<'_> {
                 .zip(&self.cuts)
                 .zip(out.chunks_mut(width.div_ceil(4)))
             {
-                // SAFETY: the loops come from `Kernels::loops`.
-                unsafe { (loops.encode_two_bit)(w, cuts, out) };
+                kernels.table.encode_two_bit(w, cuts, out);
             }
         } else {
             let mut values = [0; BLOCK];
@@ -520,7 +511,7 @@ impl Row<'_> {
                     );
                     at = end;
                 }
-                self.dense.pack(loops, &values[..w.len()], out);
+                self.dense.pack(*kernels, &values[..w.len()], out);
             }
         }
         self.buffer = buffer;

@@ -1,6 +1,6 @@
 //! Activations of one token to int8.
 
-use crate::Kernels;
+use crate::kernels::Kernels;
 use bitnet_core::{Error, Result};
 
 /// Quantizes one token to int8 as [`bitnet_core::activation`] does (absmax, ties to even) and
@@ -10,14 +10,15 @@ use bitnet_core::{Error, Result};
 /// m = max(max|x|, 1e-5),   q = clip(round(x · (127 / m)), −128, 127),   scale = m / 127
 /// ```
 ///
-/// Columns go in groups of `group`, the last of which may be shorter. Group `g` is written to `out`
-/// from `g · stride` on and its `Σ q` to `sums[g]`; what lies between two groups is left as it is.
-/// One group and `stride = x.len()` write the token as it is.
+/// Columns are cut into groups of `group`; the last one may be shorter. Group `g` is written to
+/// `out` from `g · stride` on and its `Σ q` to `sums[g]`; the elements between two groups do not
+/// change. One group and `stride = x.len()` write the token without gaps.
 ///
 /// ```
 /// use bitnet_kernels::{Kernels, stream::quantize_token};
 /// let (mut q, mut sums) = ([0; 5], [0; 2]);
-/// let scale = quantize_token(Kernels::detect(), &[1.0, -0.5, 0.25, 0.0], 2, 3, &mut q, &mut sums)?;
+/// let x = [1.0, -0.5, 0.25, 0.0];
+/// let scale = quantize_token(Kernels::detect(), &x, 2, 3, &mut q, &mut sums)?;
 /// assert_eq!((scale, q, sums), (1.0 / 127.0, [127, -64, 0, 32, 0], [63, 32]));
 /// # Ok::<(), bitnet_core::Error>(())
 /// ```
@@ -59,9 +60,7 @@ pub fn quantize_token(
         .saturating_mul(stride)
         .saturating_add(x.len() - groups.saturating_sub(1) * group);
     check("int8 activations", end, out.len(), out.len() >= end)?;
-    let loops = kernels.loops();
-    // SAFETY: the loops come from `Kernels::loops`.
-    let max = f32::from_bits(unsafe { (loops.absmax)(x) });
+    let max = f32::from_bits(kernels.table.absmax(x));
     if !max.is_finite() {
         let index = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
         return Err(Error::NotFinite {
@@ -71,8 +70,8 @@ pub fn quantize_token(
     }
     let max = max.max(1e-5);
     for (g, (x, sum)) in x.chunks(group).zip(sums).enumerate() {
-        // SAFETY: as above.
-        *sum = unsafe { (loops.int8)(x, 127.0 / max, &mut out[g * stride..][..x.len()]) };
+        let out = &mut out[g * stride..][..x.len()];
+        *sum = kernels.table.round_to_int8(x, 127.0 / max, out);
     }
     Ok(max / 127.0)
 }

@@ -1,49 +1,9 @@
-//! Loops for x86-64 where compiling the plain ones is not enough. What a wide loop leaves over goes
-//! to the plain one.
+//! Loops for x86-64 where compiling the plain ones is not enough. The rest after whole registers
+//! goes to the plain loop.
 
-use super::loops::Loops;
 use super::plain;
 use bitnet_core::ops::{self, Cuts, Key, Magnitudes};
 use std::arch::x86_64::*;
-
-pub(super) const fn avx2(loops: Loops) -> Loops {
-    Loops {
-        pack_two_bit: pack_two_bit_256,
-        ..loops
-    }
-}
-
-pub(super) fn avx512(loops: Loops) -> Loops {
-    // Every such processor has `pdep`, but nothing says that it must.
-    let loops = match is_x86_feature_detected!("bmi2") {
-        true => Loops {
-            encode_two_bit: encode_two_bit_512,
-            encode_two_bit_and_size: encode_two_bit_and_size_512,
-            ..loops
-        },
-        false => loops,
-    };
-    Loops {
-        pack_two_bit: pack_two_bit_512,
-        absmax: absmax_512,
-        int8: int8_512,
-        scale_streamed: scale_streamed_512,
-        magnitudes: magnitudes_512,
-        magnitudes_each: magnitudes_each_512,
-        inside: inside_512,
-        ..loops
-    }
-}
-
-pub(super) const fn vbmi(loops: Loops) -> Loops {
-    Loops {
-        unpack_two_bit: unpack_two_bit_vbmi,
-        unpack_two_bit_streamed,
-        pack_base3: pack_base3_vbmi,
-        unpack_base3: unpack_base3_vbmi,
-        ..loops
-    }
-}
 
 /// 64 bytes that a formula gives.
 macro_rules! table {
@@ -61,25 +21,25 @@ macro_rules! table {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load(from: &[u8; 64]) -> __m512i {
-    // SAFETY: 64 bytes; the read needs no alignment.
+    // SAFETY: the array has 64 bytes; the read needs no alignment.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
 #[inline(always)]
 fn bytes<const N: usize>(from: &[i8; N]) -> &[u8; N] {
-    // SAFETY: i8 and u8 have the same layout.
+    // SAFETY: i8 and u8 have the same size and alignment, and the array N of them.
     unsafe { &*from.as_ptr().cast() }
 }
 
 #[target_feature(enable = "avx2")]
-fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+pub(crate) fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<128>();
     let (body, end) = out.split_at_mut(32 * blocks.len());
     let mut most = _mm256_setzero_si256();
     let (pairs, fours) = (_mm256_set1_epi16(0x0401), _mm256_set1_epi32(0x0010_0001));
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<32>().0) {
         let sums: [__m256i; 4] = std::array::from_fn(|i| {
-            // SAFETY: 32 of 128 bytes; the read needs no alignment.
+            // SAFETY: i < 4: 32 of the 128 bytes of `block`; the read needs no alignment.
             let v = unsafe { _mm256_loadu_si256(block.as_ptr().add(32 * i).cast()) };
             let codes = _mm256_add_epi8(v, _mm256_set1_epi8(bias));
             most = _mm256_max_epu8(most, codes);
@@ -91,7 +51,7 @@ fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
             _mm256_packus_epi32(sums[2], sums[3]),
         );
         let ordered = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        // SAFETY: 32 bytes; the write needs no alignment.
+        // SAFETY: `out` is a chunk of 32 bytes; the write needs no alignment.
         unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), ordered) };
     }
     let top_all = _mm256_set1_epi8(top.cast_signed());
@@ -100,7 +60,7 @@ fn pack_two_bit_256(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
+pub(crate) fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<256>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
     let mut most = _mm512_setzero_si512();
@@ -118,7 +78,7 @@ fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
             _mm512_packus_epi32(sums[0], sums[1]),
             _mm512_packus_epi32(sums[2], sums[3]),
         );
-        // SAFETY: 64 bytes; the write needs no alignment.
+        // SAFETY: `out` is a chunk of 64 bytes; the write needs no alignment.
         unsafe {
             _mm512_storeu_si512(
                 out.as_mut_ptr().cast(),
@@ -131,12 +91,12 @@ fn pack_two_bit_512(values: &[i8], bias: i8, top: u8, out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_vbmi(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+pub(crate) fn unpack_two_bit_vbmi(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     unpack_two_bit_aligned::<false>(bytes, bias, top, values)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_two_bit_streamed(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
+pub(crate) fn unpack_two_bit_streamed(bytes: &[u8], bias: i8, top: u8, values: &mut [i8]) -> bool {
     let ok = unpack_two_bit_aligned::<true>(bytes, bias, top, values);
     _mm_sfence();
     ok
@@ -201,8 +161,8 @@ fn unpack_two_bit_wide<const STREAMED: bool>(
         for (pick, out) in pick.iter().zip(out.as_chunks_mut::<64>().0) {
             let codes = _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(*pick, x));
             let v = _mm512_sub_epi8(_mm512_and_si512(codes, mask), bias_all);
-            // SAFETY: 64 bytes; with `STREAMED` they begin at a multiple of 64, because `values`
-            // does.
+            // SAFETY: `out` is a chunk of 64 bytes; with `STREAMED` it begins at a multiple of 64,
+            // because the assertion at the top says so of `values`.
             unsafe {
                 if STREAMED {
                     _mm512_stream_si512(out.as_mut_ptr().cast(), v);
@@ -217,7 +177,7 @@ fn unpack_two_bit_wide<const STREAMED: bool>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
+pub(crate) fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
     let (blocks, tail) = values.as_chunks::<320>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
     // Byte 8g + i of a register is digit i of group g, bytes 5 … 7 are 0. The last register is read
@@ -238,7 +198,7 @@ fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
     let mut most = _mm512_setzero_si512();
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<64>().0) {
         let sums: [__m512i; 8] = std::array::from_fn(|r| {
-            // SAFETY: 64 of 320 bytes, from at most 256 on; the read needs no alignment.
+            // SAFETY: 64 of the 320 bytes of `block`, from 256 on at most; unaligned.
             let v = unsafe { _mm512_loadu_si512(block.as_ptr().add((40 * r).min(256)).cast()) };
             let codes = _mm512_maskz_permutexvar_epi8(
                 digits,
@@ -256,7 +216,7 @@ fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
             _mm512_packus_epi32(dwords[2], dwords[3]),
         ];
         let packed = _mm512_packus_epi16(words[0], words[1]);
-        // SAFETY: 64 bytes; the write needs no alignment.
+        // SAFETY: `out` is a chunk of 64 bytes; the write needs no alignment.
         unsafe {
             _mm512_storeu_si512(
                 out.as_mut_ptr().cast(),
@@ -269,7 +229,7 @@ fn pack_base3_vbmi(values: &[i8], out: &mut [u8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
+pub(crate) fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
     // The first four digits of bytes 0 … 121 as two-bit fields. Byte 242 − b has the digits 2 − d.
     const FIELDS: [[u8; 64]; 2] = [table!(i, fields(i)), table!(i, fields(i + 64))];
     const fn fields(byte: usize) -> u8 {
@@ -327,7 +287,7 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
                     _mm512_multishift_epi64_epi8(bits[i], _mm512_permutexvar_epi8(words[i], five));
                 _mm512_sub_epi8(_mm512_and_si512(codes, all(3)), all(1))
             };
-            // SAFETY: 160 of 320 bytes from 160·half on: 64, 64 and 32; no write needs alignment.
+            // SAFETY: 160 of the 320 bytes of `out`, from 160·half on: 64, 64 and 32; unaligned.
             unsafe {
                 _mm512_storeu_si512(out.add(160 * half).cast(), part(0));
                 _mm512_storeu_si512(out.add(160 * half + 64).cast(), part(1));
@@ -343,11 +303,11 @@ fn unpack_base3_vbmi(bytes: &[u8], values: &mut [i8]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,bmi2")]
-fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
+pub(crate) fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     let (blocks, tail) = w.as_chunks::<32>();
     let (body, end) = out.split_at_mut(8 * blocks.len());
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<8>().0) {
-        block.as_chunks::<16>().0.iter().for_each(fetch);
+        block.as_chunks::<16>().0.iter().for_each(prefetch);
         *out = encode_32(block, cuts);
     }
     if !tail.is_empty() {
@@ -355,9 +315,14 @@ fn encode_two_bit_512(w: &[f32], cuts: Cuts, out: &mut [u8]) {
     }
 }
 
-/// The sums of `next` wait for one another and leave room for the codes of `w`.
+/// Additions for `next` wait for one another; meanwhile the codes of `w` are made.
 #[target_feature(enable = "avx512f,bmi2")]
-fn encode_two_bit_and_size_512(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f32]) -> Magnitudes {
+pub(crate) fn encode_two_bit_and_measure_512(
+    w: &[f32],
+    cuts: Cuts,
+    out: &mut [u8],
+    next: &[f32],
+) -> Magnitudes {
     if w.len() != next.len() {
         encode_two_bit_512(w, cuts, out);
         return magnitudes_512(next);
@@ -372,7 +337,7 @@ fn encode_two_bit_and_size_512(w: &[f32], cuts: Cuts, out: &mut [u8], next: &[f3
         .zip(next_blocks)
     {
         for line in next.as_chunks::<16>().0 {
-            fetch(line);
+            prefetch(line);
             sizes.add(line);
         }
         *out = encode_32(block, cuts);
@@ -389,7 +354,7 @@ fn encode_32(w: &[f32; 32], cuts: Cuts) -> [u8; 8] {
     let (low, high) = (_mm512_set1_ps(cuts.low), _mm512_set1_ps(cuts.high));
     let (mut over, mut under) = (0u32, 0u32);
     for i in 0..2 {
-        // SAFETY: 16 of 32 numbers; the read needs no alignment.
+        // SAFETY: i < 2: 16 of the 32 numbers of `w`; the read needs no alignment.
         let w = unsafe { _mm512_loadu_ps(w.as_ptr().add(16 * i)) };
         over |= u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(w, high)) << (16 * i);
         under |= u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(w, low)) << (16 * i);
@@ -401,13 +366,13 @@ fn encode_32(w: &[f32; 32], cuts: Cuts) -> [u8; 8] {
 }
 
 #[target_feature(enable = "avx512f")]
-fn absmax_512(x: &[f32]) -> u32 {
+pub(crate) fn absmax_512(x: &[f32]) -> u32 {
     let mut most = [_mm512_setzero_si512(); 4];
     let (blocks, tail) = x.as_chunks::<64>();
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
     for block in blocks {
         for (i, most) in most.iter_mut().enumerate() {
-            // SAFETY: 16 of 64 numbers; the read needs no alignment.
+            // SAFETY: i < 4: 16 of the 64 numbers of `block`; the read needs no alignment.
             let x = unsafe { _mm512_loadu_si512(block.as_ptr().add(16 * i).cast()) };
             *most = _mm512_max_epu32(*most, _mm512_and_si512(x, magnitude));
         }
@@ -420,7 +385,7 @@ fn absmax_512(x: &[f32]) -> u32 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
+pub(crate) fn round_to_int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
     let (blocks, tail) = x.as_chunks::<64>();
     let (body, end) = out.split_at_mut(64 * blocks.len());
     let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -428,7 +393,7 @@ fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
     let mut sums = _mm512_setzero_si512();
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<64>().0) {
         let q: [__m512i; 4] = std::array::from_fn(|i| {
-            // SAFETY: 16 of 64 numbers; the read needs no alignment.
+            // SAFETY: i < 4: 16 of the 64 numbers of `block`; the read needs no alignment.
             let x = unsafe { _mm512_loadu_ps(block.as_ptr().add(16 * i)) };
             _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
                 _mm512_mul_ps(x, factor),
@@ -440,14 +405,14 @@ fn int8_512(x: &[f32], inverse: f32, out: &mut [i8]) -> i32 {
         );
         let q = _mm512_permutexvar_epi32(order, words);
         sums = _mm512_dpbusd_epi32(sums, ones, q);
-        // SAFETY: 64 bytes; the write needs no alignment.
+        // SAFETY: `out` is a chunk of 64 bytes; the write needs no alignment.
         unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), q) };
     }
-    _mm512_reduce_add_epi32(sums) + plain::int8(tail, inverse, end)
+    _mm512_reduce_add_epi32(sums) + plain::round_to_int8(tail, inverse, end)
 }
 
 #[target_feature(enable = "avx512f")]
-fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
+pub(crate) fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
     let (blocks, tail) = w.as_chunks::<16>();
     let sign = _mm512_set1_epi32(if key == Key::Magnitude {
         0x7fff_ffff
@@ -456,7 +421,7 @@ fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
     });
     let (over, limit) = (_mm512_set1_ps(low), _mm512_set1_ps(high));
     for block in blocks {
-        // SAFETY: 16 numbers; the read needs no alignment.
+        // SAFETY: `block` is a chunk of 16 numbers; the read needs no alignment.
         let bits = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
         let u = _mm512_castsi512_ps(_mm512_and_si512(bits, sign));
         let inside = _mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(
@@ -467,8 +432,8 @@ fn inside_512(w: &[f32], key: Key, low: f32, high: f32, out: &mut Vec<f32>) {
         if out.capacity() - out.len() < 16 {
             out.reserve(out.len().max(w.len() / 4 + 16));
         }
-        // No branch on the keys: it would be mispredicted for many.
-        // SAFETY: there is room for 16 numbers, and those that are counted were written.
+        // No branch on the keys: it would be mispredicted for many. SAFETY: `reserve` above made
+        // room for 16 numbers after `out.len()`; the length grows by those of them that were kept.
         unsafe {
             _mm512_storeu_ps(
                 out.as_mut_ptr().add(out.len()),
@@ -501,7 +466,7 @@ impl Sizes {
     #[target_feature(enable = "avx512f")]
     fn add(&mut self, w: &[f32; 16]) {
         for (i, w) in w.as_chunks::<8>().0.iter().enumerate() {
-            // SAFETY: 8 numbers; the read needs no alignment.
+            // SAFETY: `w` is a chunk of 8 numbers; the read needs no alignment.
             self.add_half(i, _mm512_cvtps_pd(unsafe { _mm256_loadu_ps(w.as_ptr()) }));
         }
     }
@@ -514,7 +479,7 @@ impl Sizes {
         self.most[i] = _mm512_max_pd(self.most[i], a);
     }
 
-    /// The magnitudes of `w`, of which `done` weights, a multiple of 16, were added.
+    /// The magnitudes of `w`, whose first `done` weights, a multiple of 16, were added.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn finish(mut self, w: &[f32], done: usize) -> Magnitudes {
@@ -522,8 +487,8 @@ impl Sizes {
         blocks.iter().for_each(|block| self.add(block));
         let mut rest = _mm512_setzero_ps();
         if !tail.is_empty() {
-            // SAFETY: numbers beyond the tail are masked out and not read. They add 0 to sums that
-            // are never −0.
+            // SAFETY: the mask has `tail.len()` bits, and numbers without a bit are not read. They
+            // add 0 to sums that are never −0.
             rest = unsafe { _mm512_maskz_loadu_ps((1u16 << tail.len()) - 1, tail.as_ptr()) };
             self.add_half(0, _mm512_cvtps_pd(_mm512_castps512_ps256(rest)));
             self.add_half(
@@ -553,7 +518,7 @@ impl Sizes {
             if !ternary {
                 break;
             }
-            // SAFETY: 16 numbers; the read needs no alignment.
+            // SAFETY: `block` is a chunk of 16 numbers; the read needs no alignment.
             ternary = one(unsafe { _mm512_loadu_ps(block.as_ptr()) });
         }
         Magnitudes {
@@ -567,32 +532,32 @@ impl Sizes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn magnitudes_512(w: &[f32]) -> Magnitudes {
+pub(crate) fn magnitudes_512(w: &[f32]) -> Magnitudes {
     let mut sizes = Sizes::new();
     let (blocks, tail) = w.as_chunks::<16>();
     for block in blocks {
-        fetch(block);
+        prefetch(block);
         sizes.add(block);
     }
     sizes.finish(w, w.len() - tail.len())
 }
 
 #[target_feature(enable = "avx512f")]
-fn magnitudes_each_512(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
+pub(crate) fn magnitudes_each_512(w: &[f32], width: usize, out: &mut Vec<Magnitudes>) {
     for w in w.chunks(width) {
         out.push(magnitudes_512(w));
     }
 }
 
-/// How far ahead of its use a line is asked for, in bytes: into L2 first, into L1 later. A single
-/// core's loads alone do not keep memory busy.
+/// Bytes by which prefetches are ahead of a line: into L2 first, into L1 later. A single core's
+/// loads alone do not keep memory busy.
 const AHEAD: (usize, usize) = (12 << 10, 3 << 10);
 
-/// Asks for the lines that come [`AHEAD`] of `w`; what lies beyond the matrix is only a hint.
+/// Prefetches the lines [`AHEAD`] of `w`; the addresses may be out of bounds.
 #[inline(always)]
-fn fetch(w: &[f32; 16]) {
+fn prefetch(w: &[f32; 16]) {
     let at = w.as_ptr().cast::<i8>();
-    // SAFETY: a prefetch touches no memory, whatever its address.
+    // SAFETY: every x86-64 has SSE, and a prefetch of any address is allowed.
     unsafe {
         _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD.0));
         _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD.1));
@@ -600,16 +565,16 @@ fn fetch(w: &[f32; 16]) {
 }
 
 #[target_feature(enable = "avx512f")]
-fn scale_streamed_512(values: &[i8], scale: f32, out: &mut [f32]) {
+pub(crate) fn scale_streamed_512(values: &[i8], scale: f32, out: &mut [f32]) {
     if !out.as_ptr().cast::<__m512>().is_aligned() {
         return plain::scale(values, scale, out);
     }
     let (blocks, tail) = values.as_chunks::<16>();
     let (body, end) = out.split_at_mut(16 * blocks.len());
     for (block, out) in blocks.iter().zip(body.as_chunks_mut::<16>().0) {
-        // SAFETY: 16 values of a byte; the read needs no alignment.
+        // SAFETY: `block` is a chunk of 16 bytes; the read needs no alignment.
         let v = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(block.as_ptr().cast()) });
-        // SAFETY: 16 numbers that begin at a multiple of 64, as `out` does.
+        // SAFETY: a chunk of 16 numbers, aligned to 64 bytes because `out` is: checked at the top.
         unsafe {
             _mm512_stream_ps(
                 out.as_mut_ptr(),

@@ -37,17 +37,17 @@ impl PackedWeights {
     /// # Errors
     /// As [`PackedWeights::new`].
     pub(crate) fn from_wire(
-        packed: &stream::Packed,
+        packed: &stream::PackedMatrix,
         layout: &dyn WireLayout,
         runtime: &Runtime,
     ) -> Result<Self> {
-        let stream::Packed {
+        let stream::PackedMatrix {
             spec,
             bytes,
             scales,
             zero_points,
         } = packed;
-        let parts = matmul::Parts {
+        let parts = matmul::MatrixParameters {
             spec,
             scales,
             zero_points,
@@ -89,12 +89,18 @@ impl PackedWeights {
     ) -> Result<()> {
         let (kernels, pool, w) = (runtime.machine.kernels, &runtime.pool, &self.weights);
         let Some(method) = activations.method() else {
-            kernels.matmul(pool, w, &matmul::Activations::floats(x, w)?, bias, out);
+            kernels.matmul(
+                pool,
+                w,
+                &matmul::PrepackedActivations::floats(x, w)?,
+                bias,
+                out,
+            );
             return Ok(());
         };
         let mut acts = match runtime.take_activations() {
             Some(acts) => acts,
-            None => matmul::Activations::from_values(&[], &[], w)?,
+            None => matmul::PrepackedActivations::from_values(&[], &[], w)?,
         };
         let done = acts.requantize_for(&kernels, w, x, method);
         if done.is_ok() {

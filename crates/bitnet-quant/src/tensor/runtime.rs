@@ -24,7 +24,7 @@ pub struct Runtime {
     /// Scratch memory of forward passes.
     pub memory: HybridMemoryPool,
     /// Prepacked activations of earlier forward passes, whose memory is used again.
-    activations: Mutex<Vec<matmul::Activations>>,
+    activations: Mutex<Vec<matmul::PrepackedActivations>>,
     /// Threads of quantizers; `None` for rayon's global pool.
     workers: Option<rayon::ThreadPool>,
 }
@@ -86,12 +86,12 @@ impl Runtime {
     }
 
     /// Activations of an earlier product, to be overwritten.
-    pub(crate) fn take_activations(&self) -> Option<matmul::Activations> {
+    pub(crate) fn take_activations(&self) -> Option<matmul::PrepackedActivations> {
         lock(&self.activations).pop()
     }
 
     /// Keeps activations for a later product.
-    pub(crate) fn put_activations(&self, activations: matmul::Activations) {
+    pub(crate) fn put_activations(&self, activations: matmul::PrepackedActivations) {
         lock(&self.activations).push(activations);
     }
 

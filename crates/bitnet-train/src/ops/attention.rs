@@ -2,7 +2,7 @@
 
 use super::{dot, rows, slice, with_elements};
 use bitnet_kernels::Kernels;
-use bitnet_kernels::dense::Pairing;
+use bitnet_kernels::dense::RotaryPairing;
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -113,7 +113,7 @@ impl Move {
                         self.kernels.rotate(
                             out,
                             &angles.table[position * angles.pairs..][..angles.pairs],
-                            Pairing::Halves,
+                            RotaryPairing::Halves,
                         );
                     }
                 }

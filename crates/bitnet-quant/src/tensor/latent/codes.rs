@@ -12,7 +12,7 @@ use std::borrow::Cow;
 #[derive(Debug, Clone)]
 pub(crate) enum WeightCodes {
     /// One plane of trits, four to a byte.
-    TwoBit(stream::Packed),
+    TwoBit(stream::PackedMatrix),
     /// Any other matrix, a byte for each value.
     Values(Matrix),
 }
@@ -132,7 +132,7 @@ impl WeightCodes {
     pub(super) fn values(&self, runtime: &Runtime) -> Result<Cow<'_, [i8]>> {
         match self {
             Self::Values(matrix) => Ok(Cow::Borrowed(&matrix.values)),
-            Self::TwoBit(stream::Packed { spec, bytes, .. }) => {
+            Self::TwoBit(stream::PackedMatrix { spec, bytes, .. }) => {
                 let mut values = vec![0; spec.values_len()];
                 stream::unpack(
                     runtime.machine.kernels,

@@ -95,7 +95,8 @@ impl QuantizedProduct {
             }
             _ => {
                 let weights = self.mixed_weights(w, codes.as_ref())?;
-                let weights = dense::Matrix::new(shape.0, shape.1, dense::Data::F32(weights))?;
+                let weights =
+                    dense::DenseMatrix::new(shape.0, shape.1, dense::DenseData::F32(weights))?;
                 let x = self.mixed_tokens(x, shape.1)?;
                 runtime
                     .machine

@@ -183,7 +183,7 @@ impl WeightRounding {
                 &scales,
                 &mut bytes,
             )?;
-            return Ok(WeightCodes::TwoBit(stream::Packed {
+            return Ok(WeightCodes::TwoBit(stream::PackedMatrix {
                 spec,
                 bytes,
                 scales,
@@ -195,7 +195,7 @@ impl WeightRounding {
             return Ok(WeightCodes::TwoBit(stream::quantize(
                 kernels,
                 pool,
-                stream::Weights::F32(w),
+                stream::FloatWeights::F32(w),
                 shape.0,
                 shape.1,
                 &self.scheme,

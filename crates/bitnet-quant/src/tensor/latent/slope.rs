@@ -4,6 +4,7 @@ use super::codes::WeightCodes;
 use super::estimator::StraightThroughEstimator;
 use super::rounding::WeightRounding;
 use crate::Result;
+use bitnet_core::ops::LANES;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -69,8 +70,6 @@ impl Staircase {
         }
     }
 }
-
-const LANES: usize = 16;
 
 /// `Σ g·q` and `Σ g·w` over the weights from `range.0` to `range.1`.
 fn scale_sums(grad: &[f32], w: &[f32], q: &[i8], range: (f32, f32)) -> (f64, f64) {
