@@ -397,7 +397,12 @@ mod tables {
         use crate::stream::x86 as stream;
 
         pub(in super::super) const fn sse41() -> Table {
+            // SSE4.1 has no fused multiply-add: these loops are compiled once, for the baseline.
+            let baseline = compiled::scalar::TABLE;
             Table {
+                dense_product: baseline.dense_product,
+                attend: baseline.attend,
+                attend_run: baseline.attend_run,
                 packed_sums: products::sse41::packed_sums,
                 unpacked_sums: products::sse41::unpacked_sums,
                 ..compiled::sse41::TABLE
