@@ -14,7 +14,7 @@ pub enum Linear {
     /// Floats that the forward pass quantizes; see [`QatLinear`].
     Qat(Box<QatLinear>),
     /// Packed weights; see [`BitLinear`].
-    Packed(BitLinear),
+    Packed(Box<BitLinear>),
 }
 
 impl Linear {

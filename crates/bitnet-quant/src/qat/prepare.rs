@@ -125,7 +125,7 @@ impl QatLinear {
 pub fn convert(model: &mut dyn Linears) -> Result<()> {
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
-            *linear = Linear::Packed(layer.convert()?);
+            *linear = Linear::Packed(Box::new(layer.convert()?));
         }
         Ok(())
     })
