@@ -5,5 +5,5 @@ mod common;
 use bitnet_benchmarks::selection::{OperationGroup, Rivals};
 
 fn main() {
-    common::run(&OperationGroup::ALL, Rivals::All);
+    common::run(OperationGroup::ALL, Rivals::All);
 }

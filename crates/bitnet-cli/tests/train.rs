@@ -824,7 +824,7 @@ fn bad_input_is_one_line_and_leaves_nothing() {
         &image(&["--classes", "3"]),
         &["train-labels-idx1-ubyte", "below 3"],
     );
-    dir.refuses(&image(&["--network", "rnn"]), &["--network", "mlp or cnn"]);
+    dir.refuses(&image(&["--network", "rnn"]), &["--network", "mlp, cnn"]);
     dir.refuses(&image(&["--exclude", "nothing*"]), &["nothing*"]);
     dir.refuses(&image(&["--format", "gguf"]), &["model_type"]);
     dir.refuses(&image(&["--steps", "0"]), &["steps: expected at least 1"]);

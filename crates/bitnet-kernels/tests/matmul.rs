@@ -168,6 +168,7 @@ fn check(kind: Kind, w: &Matrix, x: &[i8], tokens: usize, pools: &[Pool]) {
     let mut first: Option<Vec<u32>> = None;
     for pool in pools {
         let packed = Prepacked::with_stream(w, kind.stream, pool).unwrap();
+        assert_eq!(packed.unpack(pool), w.values, "{kind:?}");
         let activations = PrepackedActivations::from_values(x, &scales, &packed).unwrap();
         for kernels in Kernels::all() {
             let name = packed.kernel_name(&kernels);

@@ -1,5 +1,4 @@
-//! Figures of the library, measured side by side: `cargo run --release -p bitnet-quant --example
-//! library`.
+//! Measures the library: `cargo run --release -p bitnet-quant --example library`.
 
 use bitnet_core::quantize::quantize;
 use bitnet_core::scheme::Threshold;
@@ -23,20 +22,20 @@ fn main() -> Result {
     small_things()
 }
 
-/// Makes a thing and drops it, in the time that is measured.
+/// A measured operation; the time includes dropping its result.
 fn keep<T>(thing: T) -> Result {
     black_box(thing);
     Ok(())
 }
 
-/// Medians of several things, each done once in every turn.
+/// Median times of several operations, each run once per repetition.
 fn medians<const N: usize>(mut things: [&mut dyn FnMut() -> Result; N]) -> Result<[Duration; N]> {
     let mut times = [const { Vec::new() }; N];
     for turn in 0..=TURNS {
         for (thing, times) in things.iter_mut().zip(&mut times) {
             let start = Instant::now();
             thing()?;
-            // The first turn warms memory up.
+            // The first repetition warms memory up.
             if turn > 0 {
                 times.push(start.elapsed());
             }

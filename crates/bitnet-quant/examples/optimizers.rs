@@ -1,5 +1,5 @@
-//! The time of one optimizer step, ours against candle-nn's AdamW on the same variables and
-//! gradients, in turns.
+//! The time of one optimizer step, compared with candle-nn's AdamW on the same variables and
+//! gradients.
 //!
 //! ```sh
 //! cargo run --release -p bitnet-quant --example optimizers
@@ -79,7 +79,7 @@ fn main() -> Result {
             .enumerate()
             .map(|(i, v)| (i.to_string(), v.clone()))
             .collect();
-        let mut ours = Optimizer::of(named, &config)?;
+        let mut ours = Optimizer::for_variables(named, &config)?;
         let (mut of_theirs, mut of_ours) = (vec![], vec![]);
         for _ in 0..ROUNDS {
             let begin = Instant::now();

@@ -3,21 +3,21 @@
 #[cfg(feature = "qat")]
 use std::path::PathBuf;
 
-/// What can go wrong with tensors, layers and training.
+/// Errors of tensors, layers and training.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file, a recipe, a quantizer or a kernel refused.
     #[error(transparent)]
     Checkpoint(#[from] bitnet_checkpoint::Error),
-    /// A tensor is not what the operation takes.
+    /// The operation does not accept a tensor or number.
     #[error("{what}: expected {expected}, got {got}")]
     Input {
         /// Which tensor or number.
         what: &'static str,
-        /// What the operation takes.
+        /// What the operation accepts.
         expected: String,
-        /// What the caller gave.
+        /// What it got.
         got: String,
     },
     /// candle returned an error.
@@ -81,7 +81,7 @@ impl Error {
     }
 
     /// A recipe or a document that cannot be read, written or applied.
-    #[cfg(feature = "tensor")]
+    #[cfg(feature = "qat")]
     pub(crate) fn recipe(what: impl ToString) -> Self {
         bitnet_checkpoint::Error::Recipe(what.to_string()).into()
     }

@@ -1,4 +1,4 @@
-//! What must not allocate: a controller, and a forward pass but for its output.
+//! Allocations: a controller makes none, a forward pass only its output.
 #![cfg(feature = "tensor")]
 
 use bitnet_quant::prelude::*;

@@ -39,7 +39,7 @@ fn a_weight_update_invalidates_the_cache() {
     assert!(!layer.is_cached().unwrap());
     let second = layer.forward_t(&x, false).unwrap();
     assert!(!same(&first, &second));
-    // As a layer made of the new weights.
+    // The same as a fresh layer on the new weights.
     let fresh = BitLinear::from_tensors(
         weight.as_tensor().copy().unwrap(),
         None,
@@ -132,7 +132,7 @@ fn half_precision_and_strides() {
                 .unwrap()
                 .to_scalar::<f32>()
                 .unwrap();
-            // Inputs and outputs rounded to 8 bits, over 32 terms.
+            // Inputs and outputs are rounded to 8 bits; a sum has 32 terms.
             assert!(largest < 0.1, "{dtype:?} {largest}");
         }
         layer.pack().unwrap();
@@ -166,7 +166,7 @@ fn a_layer_of_a_checkpoint() {
     };
     checkpoint::run(&job, &packed, &options).unwrap();
 
-    // The file has the values that the layer makes, so both compute the same bits.
+    // The file has the values of the layer, so both compute the same bits.
     let layer = BitLinear::open(&Source::open(&packed).unwrap(), "fc", &config).unwrap();
     assert!(layer.weight().is_none());
     latent.pack().unwrap();
@@ -440,8 +440,7 @@ fn any_config() -> impl Strategy<Value = QuantizationConfigBuilder> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever comes in, an answer or an error comes out, and answers are finite and of the right
-    /// shape.
+    /// Any input gives a result or an error, and a result has the right shape.
     #[test]
     fn nothing_panics(config in any_config(), w in any_tensor(), x in any_tensor(), (n, k) in (0usize..7, 0usize..7)) {
         let _ = absmean_quantize_weights(&w, &CPU);

@@ -1,4 +1,4 @@
-//! Precision control: it settles, follows, and stays within its bounds.
+//! Precision control: it settles, follows a stream, and stays within its bounds.
 
 use bitnet_core::Precision;
 use bitnet_quant::{PrecisionControlConfig, PrecisionController, QuantizationStats};
@@ -27,8 +27,8 @@ fn policies() -> impl Strategy<Value = PrecisionControlConfig> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// A stream whose quality depends on the precision alone, up to noise below the margin: at most
-    /// one way down and one way up for each precision, and then peace for ever.
+    /// The quality depends on the precision alone, up to noise below the margin: each precision is
+    /// left at most once downwards and once upwards, then nothing changes.
     #[test]
     fn a_steady_stream_settles(
         config in policies(),
@@ -52,8 +52,7 @@ proptest! {
         prop_assert!(last_change < 200, "still changing at {last_change}");
     }
 
-    /// Whatever comes, the precision is one of the configuration's, and moves by one step at a
-    /// time.
+    /// For any stream the precision is one of the configuration and moves by one step at a time.
     #[test]
     fn any_stream_stays_within_bounds(config in policies(), stream in prop::collection::vec(-40.0f32..140.0, 1..300)) {
         let ladder = config.precisions.clone();
@@ -76,7 +75,7 @@ proptest! {
 #[test]
 fn it_follows_a_stream_that_gets_harder_and_easier() {
     let mut controller = PrecisionController::new(PrecisionControlConfig::balanced()).unwrap();
-    // What each precision gives on easy data; hard data is 15 dB worse.
+    // The quality of each precision on easy data; hard data is 15 dB worse.
     let easy = |p: Precision| 6.0 * (p.levels() as f32).log2();
     let run = |controller: &mut PrecisionController, worse: f32| {
         for _ in 0..50 {

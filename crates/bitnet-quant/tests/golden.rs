@@ -1,5 +1,5 @@
-//! The tensor API against torch, transformers and numpy: tests/golden/*.json, written by
-//! generate.py there.
+//! The tensor API against torch, transformers and numpy. The expected values are
+//! tests/golden/*.json, written by tests/golden/generate.py.
 #![cfg(feature = "tensor")]
 
 use bitnet_quant::prelude::*;
@@ -37,8 +37,8 @@ fn var(data: &Value, shape: &[usize]) -> Result<Var> {
     )?)?)
 }
 
-/// Equal up to the rounding of sums of terms as large as the largest result: f32 has 24 bits, and
-/// the sums are of at most 64 terms.
+/// Equal up to the rounding of sums: at most 64 terms, each as large as the largest result, in f32
+/// of 24 bits.
 fn close(what: &str, got: &Tensor, expected: &Value) -> Result {
     let (got, expected) = (got.flatten_all()?.to_vec1::<f32>()?, floats(expected));
     assert_eq!(got.len(), expected.len(), "{what}");

@@ -1,11 +1,11 @@
-//! A training on a device that is not the CPU, beside the same one on the CPU. Skipped where candle
-//! was built without such a device or the machine has none; on a machine with CUDA:
+//! A training on another device compared with the same training on the CPU. Skipped if candle was
+//! built without such a device or the machine has none. On a machine with CUDA:
 //!
 //! ```sh
 //! cargo test -p bitnet-quant --test qat_device --features candle-core/cuda,candle-nn/cuda
 //! ```
 //!
-//! `qat/graph_tests.rs` tests the results of these operations on the CPU.
+//! `src/qat/graph_tests.rs` tests the results of these operations on the CPU.
 #![cfg(feature = "qat")]
 
 use bitnet_core::random::Random;
@@ -38,13 +38,13 @@ fn numbers(seed: u64, shape: &[usize], device: &Device) -> Result<Tensor> {
 }
 
 /// One layer that learns a fixed map.
-struct Line {
+struct LineTask {
     vars: VarMap,
     layer: Linear,
     device: Device,
 }
 
-impl Line {
+impl LineTask {
     fn new(device: &Device) -> Result<Self> {
         let vars = VarMap::new();
         let layer = Linear::new(
@@ -63,7 +63,7 @@ impl Line {
     }
 }
 
-impl Linears for Line {
+impl Linears for LineTask {
     fn visit_linears(
         &mut self,
         visit: &mut dyn FnMut(&str, &mut Linear) -> Result<()>,
@@ -72,7 +72,7 @@ impl Linears for Line {
     }
 }
 
-impl Task for Line {
+impl Task for LineTask {
     fn vars(&self) -> &VarMap {
         &self.vars
     }
@@ -104,7 +104,7 @@ fn one_step_is_that_of_the_cpu() -> Result<()> {
     for estimator in ["plain", "clipped:1.5", "lsq", "stretched", "soft:0.5"] {
         let estimator: StraightThroughEstimator = estimator.parse()?;
         let step = |device: &Device| -> Result<(f32, Vec<f32>)> {
-            let mut task = Line::new(device)?;
+            let mut task = LineTask::new(device)?;
             let vars = task.vars.clone();
             let config = QATConfig {
                 estimator,
@@ -160,7 +160,7 @@ fn a_training_with_checkpoints_learns_and_packs() -> Result<()> {
         keep: 1,
     });
     let mut trainer = QATTrainer::new(config)?;
-    let mut task = Line::new(&device)?;
+    let mut task = LineTask::new(&device)?;
     let (vars, before) = (task.vars.clone(), task.evaluate()?);
     trainer.prepare(&mut task, &vars)?;
     let outcome = trainer.run(&mut task, &mut ())?;
@@ -168,7 +168,7 @@ fn a_training_with_checkpoints_learns_and_packs() -> Result<()> {
     assert!(after < 0.9 * before, "{before} and then {after}");
     let again = trainer.resume(&mut task, &mut ())?;
     assert_eq!(again.kept, outcome.kept);
-    // The packed layer is on the CPU, and multiplies integers.
+    // The packed layer is on the CPU and multiplies integers.
     let x = numbers(5, &[4, 64], &Device::Cpu)?;
     let packed = task
         .layer
@@ -193,7 +193,7 @@ fn what_has_no_form_there_is_an_error() -> Result<()> {
     let Some(device) = device() else {
         return Ok(());
     };
-    let mut task = Line::new(&device)?;
+    let mut task = LineTask::new(&device)?;
     let vars = task.vars.clone();
     let mut quantization = QuantizationConfig::bitnet_158();
     quantization.default.threshold = Some(bitnet_core::scheme::Threshold::Optimal);

@@ -1,10 +1,13 @@
-//! Optimizers and schedules against torch: tests/golden/optimizers.json, written by
-//! generate_optimizers.py there.
+//! Optimizers and schedules against torch. The expected values are tests/golden/optimizers.json,
+//! written by tests/golden/generate_optimizers.py.
 #![cfg(feature = "qat")]
 
 use bitnet_quant::CheckpointError;
 use bitnet_quant::Error;
-use bitnet_quant::qat::{Betas, Group, Method, Optimizer, OptimizerConfig, Rates, Schedule, Shape};
+use bitnet_quant::qat::{
+    Betas, Optimizer, OptimizerConfig, OptimizerMethod, ParameterGroup, Rates, Schedule,
+    ScheduleShape,
+};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer as _;
@@ -44,24 +47,24 @@ fn given(pairs: &[(&Var, &Value)]) -> Result<GradStore> {
     Ok(loss.backward()?)
 }
 
-fn method(name: &str) -> Method {
+fn method(name: &str) -> OptimizerMethod {
     let betas = Betas::default();
     match name {
-        "sgd" => Method::Sgd {
+        "sgd" => OptimizerMethod::Sgd {
             momentum: 0.0,
             nesterov: false,
         },
-        "sgd momentum" | "sgd clipped and accumulated" => Method::Sgd {
+        "sgd momentum" | "sgd clipped and accumulated" => OptimizerMethod::Sgd {
             momentum: 0.9,
             nesterov: false,
         },
-        "sgd nesterov" => Method::Sgd {
+        "sgd nesterov" => OptimizerMethod::Sgd {
             momentum: 0.9,
             nesterov: true,
         },
-        "adam" => Method::Adam(betas),
-        "adamw" | "adamw clipped" => Method::AdamW(betas),
-        "adamw betas" => Method::AdamW(Betas {
+        "adam" => OptimizerMethod::Adam(betas),
+        "adamw" | "adamw clipped" => OptimizerMethod::AdamW(betas),
+        "adamw betas" => OptimizerMethod::AdamW(Betas {
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-6,
@@ -88,7 +91,7 @@ fn ten_steps_as_torch() -> Result {
             var(&golden["weight"], &[5, 7])?,
             var(&golden["bias"], &[7])?,
         );
-        let mut optimizer = Optimizer::of(
+        let mut optimizer = Optimizer::for_variables(
             vec![
                 ("layer.weight".into(), w.clone()),
                 ("layer.bias".into(), b.clone()),
@@ -116,8 +119,8 @@ fn ten_steps_as_torch() -> Result {
             }
             for (what, var) in [("weight", &w), ("bias", &b)] {
                 let expected = floats(&step[what]);
-                // Each step rounds the weight twice, and its change, of at most ten times the rate,
-                // in some ten operations.
+                // Each step rounds the weight twice. It rounds the change, at most ten times the
+                // rate, in about ten operations.
                 let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
                 let bound = (t + 1) as f32 * f32::EPSILON * (largest + 100.0 * rate as f32);
                 for (i, (got, expected)) in var
@@ -145,9 +148,9 @@ fn schedules_as_torch_and_by_hand() {
     let golden = golden();
     for case in golden["schedules"].as_array().unwrap() {
         let shape = if case["name"] == "cosine" {
-            Shape::Cosine
+            ScheduleShape::Cosine
         } else {
-            Shape::Linear
+            ScheduleShape::Linear
         };
         let schedule = Schedule {
             warmup: 0,
@@ -165,7 +168,7 @@ fn schedules_as_torch_and_by_hand() {
     }
     let two = Schedule {
         warmup: 10,
-        shape: Shape::TWO_STAGE,
+        shape: ScheduleShape::TWO_STAGE,
         floor: 0.0,
     };
     let at = |t| two.rates(t, 100);
@@ -188,14 +191,14 @@ fn schedules_as_torch_and_by_hand() {
             && (at(75).learning_rate - 1.0 / 6.0).abs() < 1e-12
     );
     assert!(at(99).learning_rate > 0.0 && at(99).learning_rate < 0.001);
-    // The numbers of b1.58 2B4T as notes on its report give them: rates 1.5e-3 to 8e-4, then 5e-4
-    // to 0; decay 0.1, then 0. Of half a cosine half is left at the middle, 7.5e-4, and a little
-    // more after a warm-up.
+    // The numbers of b1.58 2B4T from notes on its report: rates 1.5e-3 to 8e-4, then 5e-4 to 0;
+    // decay 0.1, then 0. Half a cosine has fallen to one half in the middle, 7.5e-4; after a
+    // warm-up it is a little higher.
     let steps = 10_000;
     let of = |t| {
         Schedule {
             warmup: 375,
-            shape: Shape::TWO_STAGE,
+            shape: ScheduleShape::TWO_STAGE,
             floor: 0.0,
         }
         .rates(t, steps)
@@ -217,12 +220,12 @@ fn schedules_as_torch_and_by_hand() {
         (0.1 * of(4999).weight_decay, 0.1 * of(5000).weight_decay),
         (0.1, 0.0)
     );
-    // No steps, and warm-up beyond the end, are no division by zero.
+    // No division by zero without steps or with a warm-up beyond the end.
     assert!(two.rates(0, 0).learning_rate.is_finite() && two.rates(5, 3).learning_rate.is_finite());
 }
 
-/// Large tensors are cut for threads; no bit depends on how many there are, nor on the instruction
-/// set beside it.
+/// Large tensors are split between threads: no bit depends on the number of threads or the
+/// instruction set.
 #[test]
 fn threads_change_no_bit() -> Result {
     let n = 3 * (1 << 15) + 77;
@@ -232,7 +235,9 @@ fn threads_change_no_bit() -> Result {
     let slope: Vec<f32> = (0..n)
         .map(|i| ((i * 104_729) % 997) as f32 / 300.0 - 1.5)
         .collect();
-    let run = |threads: usize, method: Method| -> bitnet_quant::Result<(Vec<f32>, Vec<u64>)> {
+    let run = |threads: usize,
+               method: OptimizerMethod|
+     -> bitnet_quant::Result<(Vec<f32>, Vec<u64>)> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
@@ -245,7 +250,7 @@ fn threads_change_no_bit() -> Result {
                 method,
                 ..OptimizerConfig::default()
             };
-            let mut optimizer = Optimizer::of(vec![("w".into(), w.clone())], &config)?;
+            let mut optimizer = Optimizer::for_variables(vec![("w".into(), w.clone())], &config)?;
             let mut norms = vec![];
             for _ in 0..3 {
                 let grads = ((&slope * w.as_tensor())? * w.as_tensor())?
@@ -268,12 +273,12 @@ fn threads_change_no_bit() -> Result {
         })
     };
     for method in [
-        Method::default(),
-        Method::Sgd {
+        OptimizerMethod::default(),
+        OptimizerMethod::Sgd {
             momentum: 0.5,
             nesterov: true,
         },
-        Method::Sgd {
+        OptimizerMethod::Sgd {
             momentum: 0.0,
             nesterov: false,
         },
@@ -294,8 +299,7 @@ fn threads_change_no_bit() -> Result {
 
 #[test]
 fn groups_and_defaults_decide_rate_and_decay() -> Result {
-    // Without gradients' help: the gradient is zero, so only decay moves a weight, to 1 − rate ·
-    // decay.
+    // The gradient is zero, so only weight decay changes a weight, to 1 − rate · decay.
     let names = [
         "a.weight",
         "a.bias",
@@ -317,7 +321,7 @@ fn groups_and_defaults_decide_rate_and_decay() -> Result {
         .iter()
         .map(|n| Ok((n.to_string(), Var::from_tensor(&ones(n)?)?)))
         .collect::<Result<Vec<_>>>()?;
-    let group = |glob: &str, learning_rate, weight_decay| Group {
+    let group = |glob: &str, learning_rate, weight_decay| ParameterGroup {
         glob: glob.into(),
         learning_rate,
         weight_decay,
@@ -332,7 +336,7 @@ fn groups_and_defaults_decide_rate_and_decay() -> Result {
         ],
         ..OptimizerConfig::default()
     };
-    let mut optimizer = Optimizer::of(vars.clone(), &config)?;
+    let mut optimizer = Optimizer::for_variables(vars.clone(), &config)?;
     let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
     for (_, var) in &vars {
         loss = (loss + (Tensor::zeros_like(var)? * var.as_tensor())?.sum_all()?)?;
@@ -383,7 +387,8 @@ fn serves_as_an_optimizer_of_candle_and_leaves_alone_what_has_no_gradient() -> R
 #[test]
 fn a_norm_that_is_no_number_updates_nothing() -> Result {
     let w = Var::new(&[[1f32, 2.0]], &Device::Cpu)?;
-    let mut optimizer = Optimizer::of(vec![("w".into(), w.clone())], &OptimizerConfig::default())?;
+    let mut optimizer =
+        Optimizer::for_variables(vec![("w".into(), w.clone())], &OptimizerConfig::default())?;
     let grads = (w.as_tensor() * f64::INFINITY)?.sum_all()?.backward()?;
     assert!(!optimizer.step(&grads, Rates::default())?.is_finite());
     assert_eq!(
@@ -396,30 +401,30 @@ fn a_norm_that_is_no_number_updates_nothing() -> Result {
 #[test]
 fn wrong_numbers_and_variables_are_refused_together() -> Result {
     let config = OptimizerConfig {
-        method: Method::AdamW(Betas {
+        method: OptimizerMethod::AdamW(Betas {
             beta1: 1.0,
             beta2: -0.1,
             eps: 0.0,
         }),
         learning_rate: f64::NAN,
         weight_decay: -1.0,
-        group: vec![Group {
+        group: vec![ParameterGroup {
             glob: "[".into(),
             learning_rate: -1.0,
             weight_decay: None,
         }],
     };
-    let error = Optimizer::of(vec![], &config).unwrap_err();
+    let error = Optimizer::for_variables(vec![], &config).unwrap_err();
     let Error::Checkpoint(CheckpointError::Invalid(fields)) = &error else {
         panic!("{error}")
     };
     assert_eq!(fields.len(), 7, "{error}");
     let half = Var::zeros(3, DType::F16, &Device::Cpu)?;
-    let error = Optimizer::of(vec![("h".into(), half)], &OptimizerConfig::default())
+    let error = Optimizer::for_variables(vec![("h".into(), half)], &OptimizerConfig::default())
         .unwrap_err()
         .to_string();
     assert_eq!(error, "variable: expected contiguous f32, got 'h' in f16");
-    let error = Optimizer::of(vec![], &OptimizerConfig::default())
+    let error = Optimizer::for_variables(vec![], &OptimizerConfig::default())
         .unwrap_err()
         .to_string();
     assert_eq!(error, "variables: expected at least one to train, got none");

@@ -1,4 +1,4 @@
-//! Quantizers on tensors: overrides, traits of a user's own, figures, calibration.
+//! Quantizers on tensors: overrides, custom quantizers and layouts, statistics, calibration.
 #![cfg(all(feature = "tensor", feature = "advanced"))]
 
 use bitnet_core::pack::{Layout, PackedLen, Unpacked};
@@ -49,7 +49,7 @@ fn layers_differ_by_glob() {
     ));
 }
 
-/// Everything in one place: signs alone.
+/// A custom quantizer that keeps only signs.
 struct Signs;
 
 impl Quantizer for Signs {
@@ -196,7 +196,7 @@ fn stats_are_what_they_say() {
 
 #[test]
 fn calibration_makes_the_outputs_better() {
-    // A few channels carry nearly everything.
+    // A few channels carry nearly all of the output.
     let x = (normal(&[64, 128])
         * Tensor::from_vec(
             (0..128)
@@ -241,7 +241,7 @@ fn calibration_makes_the_outputs_better() {
             output_error(&weighed.quantize_weights("w", &w).unwrap()),
         );
         assert!(b < a, "{:?}: {b} {a}", plain.config().default);
-        // Another name was not observed.
+        // A name that was not observed.
         assert_eq!(output_error(&weighed.quantize_weights("v", &w).unwrap()), a);
     }
     let quantizer =
@@ -270,7 +270,7 @@ fn streams_change_precision_with_their_quality() {
         }
         stream.controller().precision()
     };
-    // Four bits suffice for uniform numbers; outliers need eight.
+    // Four bits are enough for uniform numbers; outliers need eight.
     assert_eq!(
         run(&|| Tensor::rand(-1f32, 1f32, (4, 256), &CPU).unwrap()),
         Precision::Int4
@@ -335,7 +335,7 @@ fn mixed_layers_and_their_mistakes() {
     let fc = quantizer
         .quantize_layer("fc", &w, Some(&normal(&[4, 64])), Some(&bias))
         .unwrap();
-    // 0.999 wants eight bits; half of 2000 bytes holds less.
+    // A similarity of 0.999 needs eight bits; half of 2000 bytes is less.
     assert!(!fc.adjustments.is_empty() && fc.weights.unwrap().memory_footprint() <= 1000);
     let norm = quantizer
         .quantize_layer("norm", &normal(&[64]), None, None)

@@ -1,9 +1,27 @@
-//! The examples of the project's specification, each as it stands there but for what
-//! docs/spec-differences.md lists, and what they compute.
+//! The examples of the project's specification, with the differences that docs/spec-differences.md
+//! lists, and tests of their results.
 #![cfg(all(feature = "tensor", feature = "advanced"))]
 
 use bitnet_quant::Quantizer;
 use candle_core::{Device, Module, Tensor};
+
+/// Every path that the specification imports, except `create_enhanced_config`, which it does not
+/// use.
+#[allow(unused_imports, reason = "the test is that they resolve")]
+mod specified_paths {
+    use bitnet_core::memory::{BitNetTensor, HybridMemoryPool};
+    use bitnet_core::mixed_precision::{ComponentType, LayerPrecisionSpec, LayerType};
+    use bitnet_quant::prelude::*;
+    use bitnet_quant::{
+        BinaryThresholdMethod, BitLinear, BitLinearConfig, BitNetQuantizer,
+        ConfigurableQuantizationScheme, ConfigurationPreset, MixedPrecisionQuantizationConfig,
+        OneBitParams, OneFiveEightBitParams, PrecisionControlConfig, QuantizationConfig,
+        QuantizationScheme, QuantizationSchemeFactory, QuantizerFactory, absmean_quantize_weights,
+        create_mixed_precision_quantizer, create_precision_controller,
+    };
+    #[cfg(feature = "qat")]
+    use bitnet_quant::{QATConfig, QATTrainer, StraightThroughEstimator};
+}
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -37,7 +55,7 @@ fn basic_158_bit_quantization() -> Result {
 
     let mean: f32 = weights.abs()?.mean_all()?.to_scalar()?;
     assert!((scale_factor - mean).abs() < 1e-5 * mean);
-    // A byte for each value until it is packed; then what the layout takes.
+    // A value takes a byte until it is packed, then the size of the layout.
     assert!((quantized_weights.compression_ratio() - 4.0).abs() < 1e-3);
     quantized_weights.pack_weights()?;
     assert!((quantized_weights.compression_ratio() - 16.0).abs() < 1e-3);
@@ -123,7 +141,7 @@ fn enhanced_configuration_system() -> Result {
     );
     assert_eq!(weight_config.default.layout.as_deref(), Some("two-bit"));
 
-    // As the text has them, these contradict one another, and each is named.
+    // The parameters of the text contradict one another; the error names each.
     let contradiction = QuantizationConfigBuilder::new()
         .precision(QuantizationPrecision::OneFiveEightBit)
         .strategy(QuantizationStrategy::Symmetric)
@@ -180,7 +198,7 @@ fn configuration_presets() -> Result {
         measure(ConfigurationPreset::MemoryOptimized.build()?)?,
         measure(ConfigurationPreset::Balanced.build()?)?,
     );
-    // They differ in what they are for: error, size.
+    // They differ in error and size.
     assert!(
         accuracy.0 < balanced.0 && balanced.0 < performance.0 && performance.0 < bitnet.0,
         "{accuracy:?} {balanced:?} {performance:?}"
@@ -229,7 +247,7 @@ fn precision_control_system() -> Result {
         zero_point: None,
     };
 
-    // 26 dB lie within the bounds of the conservative policy.
+    // 26 dB is within the bounds of the conservative policy.
     assert_eq!(controller.adjust_precision_dynamically(&stats)?, None);
     let poor = QuantizationStats {
         quantization_error: 0.00001,
@@ -368,7 +386,8 @@ fn mixed_precision_integration() -> Result {
         result.quantized_size_bytes,
         left.memory_footprint() + acts.memory_footprint()
     );
-    // Ternary has a cosine of 0.9 on normal weights, so precision went up until 0.95 held.
+    // Ternary has a cosine similarity of 0.9 on normal weights, so the precision was raised to
+    // reach 0.95.
     assert!(!result.adjustments.is_empty());
     assert!(left.stats(&weights)?.quantization_error <= (1.0f32 - 0.95 * 0.95).sqrt());
     Ok(())
@@ -420,7 +439,7 @@ fn integration_with_bitnet_core() -> Result {
     assert_eq!(distance(&dequantized, &before)?, 0.0);
     let packed: &BitNetTensor = quantized.packed().expect("packed");
     assert_eq!(packed.bytes().len(), 128 * 256 / 4);
-    let runtime = Runtime::of(&Default::default())?;
+    let runtime = Runtime::shared(&Default::default())?;
     let pool: &HybridMemoryPool = &runtime.memory;
     assert_eq!(pool.take(100).as_ptr() as usize % 64, 0);
     Ok(())
@@ -472,8 +491,8 @@ fn configuration_first_approach() -> Result {
     let quantized = quantizer.quantize(&weights)?;
 
     assert_eq!(quantized.spec().scales_len(), 64 * 2);
-    // Two bits and a scale for each group would be 2.25; the least error on normal weights is 7.2
-    // dB.
+    // Two bits and a scale for each group would be 2.25; the best ternary SQNR on normal weights is
+    // 7.2 dB.
     assert!((quantized.memory_footprint() as f32) < 2.25 / 8.0 * 64.0 * 256.0);
     assert!((quantized.stats(&weights)?.sqnr_db() - 7.3).abs() < 0.4);
     Ok(())

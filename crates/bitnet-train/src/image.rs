@@ -211,7 +211,8 @@ impl Workload for ImageWorkload {
         }
         model.visit_linears(&mut |name, linear| {
             if packed(&format!("{name}.weight")) {
-                *linear = Linear::Packed(BitLinear::open(&source, name, &self.quantization)?);
+                let layer = BitLinear::open(&source, name, &self.quantization)?;
+                *linear = Linear::Packed(Box::new(layer));
             }
             Ok(())
         })?;

@@ -4,7 +4,7 @@
 
 use crate::{Error, Result};
 use bitnet_formats::replace;
-use bitnet_quant::qat::{LayerRecord, Line};
+use bitnet_quant::qat::{LayerRecord, LogRecord};
 use font8x8::UnicodeFonts;
 use plotters::backend::SVGBackend;
 use plotters::coord::Shift;
@@ -39,7 +39,7 @@ struct Panel {
 ///
 /// # Errors
 /// [`Error::Option`] for a log without steps.
-pub fn svg(log: &[Line]) -> Result<String> {
+pub fn svg(log: &[LogRecord]) -> Result<String> {
     let panels = panels(log)?;
     let mut text = String::new();
     draw(
@@ -54,7 +54,7 @@ pub fn svg(log: &[Line]) -> Result<String> {
 ///
 /// # Errors
 /// As [`svg`].
-pub fn png(log: &[Line]) -> Result<Vec<u8>> {
+pub fn png(log: &[LogRecord]) -> Result<Vec<u8>> {
     let panels = panels(log)?;
     let mut canvas = Canvas {
         rgb: vec![255; 3 * SIZE.0 as usize * SIZE.1 as usize],
@@ -81,7 +81,7 @@ pub fn png(log: &[Line]) -> Result<Vec<u8>> {
 /// # Errors
 /// [`Error::Option`] for another extension and for a log without steps, [`Error::File`] if the file
 /// cannot be written.
-pub fn save(log: &[Line], path: &Path) -> Result<()> {
+pub fn save(log: &[LogRecord], path: &Path) -> Result<()> {
     let bytes = match path.extension().and_then(|e| e.to_str()) {
         Some("svg") => svg(log)?.into_bytes(),
         Some("png") => png(log)?,
@@ -96,17 +96,17 @@ pub fn save(log: &[Line], path: &Path) -> Result<()> {
     Ok(replace::write_file(path, &bytes)?)
 }
 
-fn panels(log: &[Line]) -> Result<Vec<Panel>> {
+fn panels(log: &[LogRecord]) -> Result<Vec<Panel>> {
     let (mut loss, mut norm, mut evaluations) = (vec![], vec![], vec![]);
     let mut layers: BTreeMap<&str, Vec<&LayerRecord>> = BTreeMap::new();
     for line in log {
         match line {
-            Line::Step(s) => {
+            LogRecord::Step(s) => {
                 loss.push((s.step as f64, s.loss));
                 norm.push((s.step as f64, s.gradient_norm));
             }
-            Line::Evaluation(e) => evaluations.push((e.step as f64, e.value)),
-            Line::Layer(l) => layers.entry(&l.name).or_default().push(l),
+            LogRecord::Evaluation(e) => evaluations.push((e.step as f64, e.value)),
+            LogRecord::Layer(l) => layers.entry(&l.name).or_default().push(l),
             _ => {}
         }
     }
@@ -361,13 +361,13 @@ impl DrawingBackend for &mut Canvas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bitnet_quant::qat::{Evaluation, Step};
+    use bitnet_quant::qat::{Evaluation, TrainingStep};
 
-    fn log() -> Vec<Line> {
+    fn log() -> Vec<LogRecord> {
         let mut log = vec![];
         for step in 1..=2000u64 {
             let loss = 3.0 * (-(step as f64) / 700.0).exp() + 0.3;
-            log.push(Line::Step(Step {
+            log.push(LogRecord::Step(TrainingStep {
                 step,
                 steps: 2000,
                 loss,
@@ -377,13 +377,13 @@ mod tests {
                 seconds: 0.0,
             }));
             if step % 500 == 0 {
-                log.push(Line::Evaluation(Evaluation {
+                log.push(LogRecord::Evaluation(Evaluation {
                     step,
                     value: loss + 0.1,
                     best: loss + 0.1,
                 }));
                 for name in ["a", "b"] {
-                    log.push(Line::Layer(LayerRecord {
+                    log.push(LogRecord::Layer(LayerRecord {
                         step,
                         name: name.into(),
                         lambda: 1.0,

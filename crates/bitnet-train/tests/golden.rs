@@ -2,7 +2,7 @@
 
 use bitnet_quant::QuantizationConfig;
 use bitnet_quant::qat::{
-    Betas, Method, Optimizer, OptimizerConfig, Rates, StraightThroughEstimator, prepare,
+    Betas, Optimizer, OptimizerConfig, OptimizerMethod, Rates, StraightThroughEstimator, prepare,
 };
 use bitnet_train::models::{DecoderModel, DecoderShape};
 use bitnet_train::ops::cross_entropy;
@@ -92,7 +92,7 @@ fn ten_steps_of_decoders_are_those_of_torch() {
             eps: 1e-6,
         };
         let config = OptimizerConfig {
-            method: Method::AdamW(betas),
+            method: OptimizerMethod::AdamW(betas),
             learning_rate: 0.004,
             weight_decay: 0.1,
             ..OptimizerConfig::default()

@@ -278,7 +278,7 @@ fn head_dim(keys: &GgufKeys, hidden: usize, heads: usize) -> Result<usize> {
     let key = "attention.key_length";
     let head_dim = match keys.optional_size(key)? {
         Some(n) => n,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let expected = format!("the size of one of {heads} heads of {hidden} dimensions");
             return Err(keys.bad(key, &expected));

@@ -53,6 +53,7 @@ pub(crate) mod simd128;
 mod stream;
 pub(crate) mod tiles;
 mod trits;
+mod unpack;
 #[cfg(any(
     target_arch = "x86_64",
     target_arch = "aarch64",

@@ -1,26 +1,27 @@
-//! Where a training stands, on disk: a folder for each checkpoint.
+//! Checkpoints of a training: one folder each.
 //!
 //! ```text
-//! FOLDER/step-000000100/model.safetensors        the variables, f32, by name
-//!                       optimizer.safetensors    NAME.first (velocity or first moment) and NAME.second, f32
-//!                       telemetry.safetensors    what the telemetry remembers of each layer, where it is on
-//!                       state.json               steps taken, evaluations, configuration, what the task wants back, checksums of the other files
+//! FOLDER/step-000000100/model.safetensors       variables by name, f32
+//!                       optimizer.safetensors   NAME.first (velocity or first moment), NAME.second
+//!                       telemetry.safetensors   histories of the layers, if telemetry is on
+//!                       state.json              steps, evaluations, configuration, state of the
+//!                                               task, checksums of the other files
 //! ```
 //!
-//! A checkpoint is written beside its name and renamed when it is complete and on the disk, so a
-//! name always stands for a whole one, and whatever interrupts the writing leaves the earlier ones
-//! as they were.
+//! A checkpoint is written under a temporary name and renamed once it is complete and on the disk.
+//! So a `step-…` folder is always complete, and an interrupted write leaves the earlier checkpoints
+//! unchanged.
 
-use super::layer::Stage;
-use super::optimizer::{Kept, Optimizer};
+use super::events::Stopped;
+use super::optimizer::{MomentStorage, Optimizer};
 use super::telemetry::Telemetry;
-use super::trainer::Stopped;
-use super::with_host_floats;
+use super::tensor_file::{TensorEntry, TensorFile, checksum, put_floats, save};
+use crate::tensor::latent::Stage;
+use crate::tensor::with_host_floats;
 use crate::{CheckpointError, Error, Result};
 use bitnet_formats::Error as FileError;
-use bitnet_formats::document::Checksum;
 use bitnet_formats::replace::{self, Existing};
-use bitnet_formats::safetensors::{OutEntry, SafetensorsHeader, encode_header};
+use bitnet_formats::safetensors::SafetensorsHeader;
 use candle_core::Tensor;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -30,28 +31,26 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// Version that this code writes and reads.
+/// The version of the state that this code writes and reads.
 pub(crate) const VERSION: u32 = 2;
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const TELEMETRY: &str = "telemetry.safetensors";
 const STATE: &str = "state.json";
-/// Floats that are converted at a time.
-const PIECE: usize = 1 << 16;
-/// Ending of an unfinished folder.
+/// Extension of an unfinished folder.
 const PARTIAL: &str = "partial";
 
-/// When checkpoints are written, where, and how many stay.
+/// Where and when checkpoints are written, and how many are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointConfig {
     /// The folder that holds them.
     pub folder: PathBuf,
-    /// Steps between two of them; 0: only at the end, where the training is stopped, and at each
-    /// evaluation that is the best so far.
+    /// Steps between two checkpoints. 0 writes one only when the training ends or stops, and after
+    /// each evaluation that is the best so far.
     #[serde(default)]
     pub every: u64,
-    /// How many of the newest stay, besides that of the best evaluation; 0: all.
+    /// How many of the newest are kept, in addition to that of the best evaluation; 0 keeps all.
     #[serde(default = "two")]
     pub keep: usize,
 }
@@ -60,76 +59,65 @@ fn two() -> usize {
     2
 }
 
-/// What is not a tensor.
+/// The part of a checkpoint that is not tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct State {
+pub(crate) struct TrainingState {
     pub(crate) version: u32,
     /// Steps taken.
     pub(crate) step: u64,
-    pub(crate) loss: Exact,
+    pub(crate) loss: ExactFloat,
     /// Steps taken before the last evaluation, its value, and the best so far.
-    pub(crate) evaluation: Option<(u64, Exact, Exact)>,
-    /// Steps taken before the best one, whose checkpoint is kept, and its value.
-    pub(crate) best: Option<(u64, Exact)>,
-    /// Evaluations since the best one.
+    pub(crate) evaluation: Option<(u64, ExactFloat, ExactFloat)>,
+    /// Steps taken before the best evaluation, whose checkpoint is kept, and its value.
+    pub(crate) best: Option<(u64, ExactFloat)>,
+    /// Evaluations since the best.
     pub(crate) worse: u64,
     /// Why the training stopped here, if it did.
     pub(crate) stopped: Option<Stopped>,
-    /// What decides the numbers of a training.
+    /// The part of the configuration that the results depend on.
     pub(crate) config: serde_json::Value,
-    /// What each layer rounds to.
-    pub(crate) layers: BTreeMap<String, Rounding>,
-    /// What [`super::Task::state`] said.
+    /// How each layer rounds.
+    pub(crate) layers: BTreeMap<String, LayerRounding>,
+    /// The result of [`super::Task::state`].
     pub(crate) task: serde_json::Value,
     /// xxh3-128 of the files beside this one.
     pub(crate) checksums: BTreeMap<String, String>,
 }
 
-/// A number whose bits survive JSON, which they do not with every reader: it is a string there.
+/// A number stored in JSON as a string, because not every reader keeps the bits of a JSON number.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub(crate) struct Exact(pub(crate) f64);
+pub(crate) struct ExactFloat(pub(crate) f64);
 
-impl From<Exact> for String {
-    fn from(exact: Exact) -> Self {
+impl From<ExactFloat> for String {
+    fn from(exact: ExactFloat) -> Self {
         exact.0.to_string()
     }
 }
 
-impl TryFrom<String> for Exact {
+impl TryFrom<String> for ExactFloat {
     type Error = std::num::ParseFloatError;
     fn try_from(text: String) -> Result<Self, Self::Error> {
         text.parse().map(Self)
     }
 }
 
-/// What a layer rounds to, and how strongly.
+/// Stage and strength of the quantization of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Rounding {
+pub(crate) struct LayerRounding {
     pub(crate) stage: Stage,
     pub(crate) lambda: f32,
 }
-
-/// A tensor to be written or read.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) name: String,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) dtype: Dtype,
-}
-
-/// Takes the bytes of a tensor, piece by piece.
-pub(crate) type Put<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
 
 /// The folder of a step.
 pub(crate) fn path(folder: &Path, step: u64) -> PathBuf {
     folder.join(format!("step-{step:09}"))
 }
 
-/// The checkpoints of a folder, oldest first: steps and paths. One whose replacement was killed gets
-/// its name back.
+/// The checkpoints of a folder, oldest first: steps and paths. An interrupted replacement is
+/// completed first.
 ///
 /// # Errors
 /// [`FileError::Io`] if the folder is there and cannot be read.
@@ -159,7 +147,7 @@ fn names(folder: &Path) -> Result<Vec<OsString>> {
     Ok(names.map_err(FileError::io(folder, "read"))?)
 }
 
-/// Ends the replacement of a checkpoint that was killed.
+/// Completes the replacement of a checkpoint that was interrupted.
 fn recover(folder: &Path) -> Result<()> {
     for name in names(folder)? {
         let name = name.to_string_lossy();
@@ -172,12 +160,12 @@ fn recover(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes a checkpoint, then removes those that are too many. Returns its path.
+/// Writes a checkpoint, then removes the oldest beyond `keep`. Returns its path.
 pub(crate) fn write(
     config: &CheckpointConfig,
     optimizer: &Optimizer,
     telemetry: &Telemetry,
-    mut state: State,
+    mut state: TrainingState,
 ) -> Result<PathBuf> {
     fs::create_dir_all(&config.folder).map_err(FileError::io(&config.folder, "create"))?;
     recover(&config.folder)?;
@@ -205,7 +193,8 @@ pub(crate) fn write(
     Ok(target)
 }
 
-/// Removes what a training that was killed left behind; where that fails, the next write says so.
+/// Removes unfinished folders of a killed training. Failures are ignored: the next write reports
+/// them.
 fn remove_unfinished(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -219,7 +208,7 @@ fn fill(
     folder: &Path,
     optimizer: &Optimizer,
     telemetry: &Telemetry,
-    state: &mut State,
+    state: &mut TrainingState,
 ) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).map_err(FileError::io(folder, "remove"))?;
@@ -230,14 +219,14 @@ fn fill(
         with_host_floats(&parameters[i].var, |x| put_floats(x, put))
     })?;
     state.checksums.insert(MODEL.into(), sum);
-    let (slots, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
-    let sum = save(&folder.join(OPTIMIZER), &slots, |i, put| {
-        moments[i].with(|x| put_floats(x, put))
+    let (entries, moments): (Vec<_>, Vec<_>) = moments(optimizer).unzip();
+    let sum = save(&folder.join(OPTIMIZER), &entries, |i, put| {
+        moments[i].with_floats(|x| put_floats(x, put))
     })?;
     state.checksums.insert(OPTIMIZER.into(), sum);
     if telemetry.is_on() {
-        let sum = save(&folder.join(TELEMETRY), &telemetry.slots(), |i, put| {
-            telemetry.put(i, put)
+        let sum = save(&folder.join(TELEMETRY), &telemetry.entries(), |i, put| {
+            telemetry.put_entry(i, put)
         })?;
         state.checksums.insert(TELEMETRY.into(), sum);
     }
@@ -250,11 +239,11 @@ fn fill(
     Ok(replace::sync_folder(folder)?)
 }
 
-fn variables(optimizer: &Optimizer) -> Vec<Slot> {
+fn variables(optimizer: &Optimizer) -> Vec<TensorEntry> {
     optimizer
         .parameters
         .iter()
-        .map(|p| Slot {
+        .map(|p| TensorEntry {
             name: p.name.clone(),
             shape: p.var.dims().to_vec(),
             dtype: Dtype::F32,
@@ -262,78 +251,31 @@ fn variables(optimizer: &Optimizer) -> Vec<Slot> {
         .collect()
 }
 
-fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (Slot, &Kept)> {
+fn moments(optimizer: &Optimizer) -> impl Iterator<Item = (TensorEntry, &MomentStorage)> {
     optimizer.parameters.iter().flat_map(|p| {
-        let slot = |ending: &str| Slot {
+        let entry = |ending: &str| TensorEntry {
             name: format!("{}.{ending}", p.name),
             shape: p.var.dims().to_vec(),
             dtype: Dtype::F32,
         };
         let both = [("first", &p.first), ("second", &p.second)];
         both.into_iter()
-            .filter_map(move |(ending, moment)| Some((slot(ending), moment.as_ref()?)))
+            .filter_map(move |(ending, moment)| Some((entry(ending), moment.as_ref()?)))
     })
 }
 
-fn put_floats(x: &[f32], put: &mut Put<'_>) -> Result<()> {
-    let mut bytes = Vec::with_capacity(4 * PIECE.min(x.len()));
-    x.chunks(PIECE).try_for_each(|piece| {
-        bytes.clear();
-        bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
-        put(&bytes)
-    })
-}
-
-/// Writes tensors one after another; `bytes` calls its second argument with the bytes of one.
-/// Returns the checksum of the file.
-fn save(
-    path: &Path,
-    slots: &[Slot],
-    bytes: impl Fn(usize, &mut Put<'_>) -> Result<()>,
-) -> Result<String> {
-    let mut at = 0;
-    let entry = |slot: &Slot| {
-        let len = (slot.dtype.bitsize() / 8 * slot.shape.iter().product::<usize>()) as u64;
-        at += len;
-        OutEntry {
-            name: slot.name.clone(),
-            dtype: slot.dtype,
-            shape: slot.shape.clone(),
-            range: (at - len, at),
-        }
-    };
-    let entries: Vec<_> = slots.iter().map(entry).collect();
-    let format = [("format".to_string(), "pt".to_string())];
-    let header = encode_header(&format, &entries, None)
-        .map_err(|got| FileError::file(path, "a header that fits", got))?;
-    let (mut file, mut checksum) = (
-        File::create(path).map_err(FileError::io(path, "create"))?,
-        Checksum::default(),
-    );
-    let mut put = |bytes: &[u8]| {
-        checksum.update(bytes);
-        Ok(file
-            .write_all(bytes)
-            .map_err(FileError::io(path, "write"))?)
-    };
-    put(&header)?;
-    (0..slots.len()).try_for_each(|i| bytes(i, &mut put))?;
-    file.sync_all().map_err(FileError::io(path, "write"))?;
-    Ok(checksum.hex())
-}
-
-/// A checkpoint that fits and is undamaged, and of which nothing has been taken over.
+/// A checkpoint that has been checked: it belongs to this model and configuration and is undamaged.
 #[derive(Debug)]
-pub(crate) struct Checked {
+pub(crate) struct OpenCheckpoint {
     folder: PathBuf,
-    pub(crate) state: State,
+    pub(crate) state: TrainingState,
 }
 
-impl Checked {
+impl OpenCheckpoint {
     /// # Errors
-    /// [`Error::Mismatch`] naming what differs, for one of another model, configuration or
-    /// optimizer; [`Error::File`] for one that is damaged.
-    pub(crate) fn open(
+    /// [`Error::Mismatch`] naming the difference to this model, configuration or optimizer;
+    /// [`Error::File`] for a damaged checkpoint.
+    pub(crate) fn new(
         folder: &Path,
         optimizer: &Optimizer,
         config: &serde_json::Value,
@@ -347,11 +289,12 @@ impl Checked {
                 got,
             )
         };
-        let state: State = serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
+        let state: TrainingState =
+            serde_json::from_slice(&json).map_err(|e| broken(e.to_string()))?;
         if state.version != VERSION {
             return Err(broken(format!("version {}", state.version)).into());
         }
-        Stored::open(folder, MODEL, &variables(optimizer))?;
+        TensorFile::open(folder, MODEL, "variable", &variables(optimizer))?;
         if let Some(what) = difference("", &state.config, config) {
             return Err(CheckpointError::Mismatch {
                 path: folder.to_path_buf(),
@@ -359,10 +302,13 @@ impl Checked {
             }
             .into());
         }
-        Stored::open(
+        TensorFile::open(
             folder,
             OPTIMIZER,
-            &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>(),
+            "moment",
+            &moments(optimizer)
+                .map(|(entry, _)| entry)
+                .collect::<Vec<_>>(),
         )?;
         for file in [MODEL, OPTIMIZER, TELEMETRY] {
             if file == TELEMETRY && !state.checksums.contains_key(file) {
@@ -388,13 +334,16 @@ impl Checked {
         })
     }
 
-    /// Variables, moments and number of steps into the optimizer.
+    /// Loads variables, moments and the number of steps into the optimizer.
     pub(crate) fn load(&self, optimizer: &mut Optimizer) -> Result<()> {
-        let model = Stored::open(&self.folder, MODEL, &variables(optimizer))?;
-        let moments = Stored::open(
+        let model = TensorFile::open(&self.folder, MODEL, "variable", &variables(optimizer))?;
+        let moments = TensorFile::open(
             &self.folder,
             OPTIMIZER,
-            &moments(optimizer).map(|(slot, _)| slot).collect::<Vec<_>>(),
+            "moment",
+            &moments(optimizer)
+                .map(|(entry, _)| entry)
+                .collect::<Vec<_>>(),
         )?;
         for p in &mut optimizer.parameters {
             p.var.set(&Tensor::from_vec(
@@ -412,7 +361,7 @@ impl Checked {
         Ok(())
     }
 
-    /// What the telemetry remembered, by tensor; nothing where it was off.
+    /// The tensors of the telemetry by name; empty if it was off.
     pub(crate) fn telemetry(&self) -> Result<BTreeMap<String, Vec<u8>>> {
         if !self.state.checksums.contains_key(TELEMETRY) {
             return Ok(BTreeMap::new());
@@ -432,107 +381,7 @@ impl Checked {
     }
 }
 
-fn checksum(path: &Path) -> Result<String> {
-    let (mut file, mut sum) = (
-        File::open(path).map_err(FileError::io(path, "open"))?,
-        Checksum::default(),
-    );
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        match file
-            .read(&mut buffer)
-            .map_err(FileError::io(path, "read"))?
-        {
-            0 => return Ok(sum.hex()),
-            n => sum.update(&buffer[..n]),
-        }
-    }
-}
-
-/// A file whose tensors are those that are wanted.
-struct Stored {
-    path: PathBuf,
-    header: SafetensorsHeader,
-}
-
-impl Stored {
-    fn open(folder: &Path, file: &str, wanted: &[Slot]) -> Result<Self> {
-        let (path, kind) = (
-            folder.join(file),
-            if file == MODEL { "variable" } else { "moment" },
-        );
-        let file = File::open(&path).map_err(FileError::io(&path, "open"))?;
-        let len = file.metadata().map_err(FileError::io(&path, "read"))?.len();
-        let header = SafetensorsHeader::read(&path, &file, len)?;
-        let differs = |what: String| {
-            Err(CheckpointError::Mismatch {
-                path: folder.to_path_buf(),
-                what: format!("a checkpoint of another model: {what}"),
-            }
-            .into())
-        };
-        for slot in wanted {
-            match header.tensors.iter().find(|t| t.name == slot.name) {
-                None => return differs(format!("it has no {kind} '{}'", slot.name)),
-                Some(t) if t.shape != slot.shape => {
-                    return differs(format!(
-                        "{kind} '{}' has shape {:?} there and {:?} here",
-                        slot.name, t.shape, slot.shape
-                    ));
-                }
-                Some(t) if t.dtype != Dtype::F32 => {
-                    return differs(format!(
-                        "{kind} '{}' is {:?} there and F32 here",
-                        slot.name, t.dtype
-                    ));
-                }
-                Some(_) => {}
-            }
-        }
-        if let Some(extra) = header
-            .tensors
-            .iter()
-            .find(|t| !wanted.iter().any(|slot| slot.name == t.name))
-        {
-            return differs(format!(
-                "it has a {kind} '{}', which the model has not",
-                extra.name
-            ));
-        }
-        Ok(Self { path, header })
-    }
-
-    fn floats(&self, name: &str) -> Result<Vec<f32>> {
-        let entry = self.header.tensors.iter().find(|t| t.name == name);
-        let Some(entry) = entry else {
-            return Err(FileError::tensor(&self.path, name, "a tensor", "none").into());
-        };
-        let mut file = File::open(&self.path).map_err(FileError::io(&self.path, "open"))?;
-        file.seek(SeekFrom::Start(entry.offset))
-            .map_err(FileError::io(&self.path, "read"))?;
-        let (mut values, mut bytes) = (
-            Vec::with_capacity(entry.len as usize / 4),
-            vec![0; 4 * PIECE],
-        );
-        let mut left = entry.len as usize;
-        while left > 0 {
-            let piece = &mut bytes[..left.min(4 * PIECE)];
-            file.read_exact(piece)
-                .map_err(FileError::io(&self.path, "read"))?;
-            values.extend(
-                piece
-                    .as_chunks::<4>()
-                    .0
-                    .iter()
-                    .map(|b| f32::from_le_bytes(*b)),
-            );
-            left -= piece.len();
-        }
-        Ok(values)
-    }
-}
-
-/// Where two documents differ first.
+/// The first difference of two documents.
 fn difference(at: &str, there: &serde_json::Value, here: &serde_json::Value) -> Option<String> {
     use serde_json::Value::{Null, Object};
     if let (Object(a), Object(b)) = (there, here) {
@@ -561,7 +410,7 @@ fn difference(at: &str, there: &serde_json::Value, here: &serde_json::Value) -> 
     };
     (there != here).then(|| {
         format!(
-            "{at} is {} there and {} here; a training goes on as it began",
+            "{at} is {} there and {} here; a resumed training keeps its configuration",
             say(there),
             say(here)
         )

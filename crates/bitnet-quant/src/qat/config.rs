@@ -1,10 +1,10 @@
 //! The configuration of a training.
 
+use super::StraightThroughEstimator;
 use super::checkpoint::CheckpointConfig;
 use super::optimizer::OptimizerConfig;
 use super::progressive::Progressive;
 use super::schedule::Schedule;
-use super::ste::StraightThroughEstimator;
 use super::telemetry::TelemetryConfig;
 use crate::recipe::Choices;
 use crate::spec::QuantizationScheme;
@@ -13,7 +13,7 @@ use crate::{Compute, QuantizationConfig};
 use bitnet_core::Scheme;
 use serde::{Deserialize, Serialize};
 
-/// Everything about a training but its model and data.
+/// The configuration of a training. Model and data are a [`Task`](super::Task).
 ///
 /// ```
 /// use bitnet_quant::qat::QATConfig;
@@ -27,43 +27,42 @@ use serde::{Deserialize, Serialize};
 pub struct QATConfig {
     /// Steps of the optimizer.
     pub steps: u64,
-    /// Micro-batches of a step; their gradients are averaged.
+    /// Micro-batches per step; their gradients are averaged.
     pub accumulate: u64,
-    /// Largest norm of all gradients together.
+    /// Largest norm of all gradients together; longer gradients are scaled down to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
     /// How gradients pass the rounding of weights.
     pub estimator: StraightThroughEstimator,
-    /// Stages of fewer and fewer bits, and strength that grows.
+    /// Stages with decreasing bits, and strength that grows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progressive: Option<Progressive>,
     /// Factor of the gradients of latent weights.
     pub gradient_scaling: f64,
-    /// β of [`QatLinear::set_dead_zone_bias`](super::QatLinear::set_dead_zone_bias) for the layers
-    /// whose weights are ternary of one plane.
+    /// β of [`QatLinear::set_dead_zone_bias`](super::QatLinear::set_dead_zone_bias) for layers with
+    /// ternary weights of one plane.
     #[serde(skip_serializing_if = "is_zero")]
     pub dead_zone_bias: f32,
-    /// What [`level_distance`](super::regularization::level_distance) is multiplied with and added
-    /// to the loss; 0: nothing is.
+    /// Factor of [`level_distance`](super::regularization::level_distance) in the loss; 0 adds
+    /// nothing.
     #[serde(skip_serializing_if = "is_zero64")]
     pub level_regularization: f64,
-    /// Steps between evaluations; 0: only at the end. Where there are several, the model in the end
-    /// is that of the best one.
+    /// Steps between evaluations; 0 evaluates only at the end. After several evaluations the final
+    /// model is that of the best one.
     pub evaluate_every: u64,
-    /// When to stop before the last step.
+    /// When to stop early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<EarlyStopping>,
-    /// Checkpoints, where there are to be any.
+    /// Where and when checkpoints are written; `None` writes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<CheckpointConfig>,
-    /// What is recorded of the layers, and the log.
+    /// Records of the layers, and the log.
     pub telemetry: TelemetryConfig,
-    /// The rule of a step and its numbers.
+    /// The optimizer.
     pub optimizer: OptimizerConfig,
-    /// Learning rate and decay over the steps.
+    /// Learning rate and weight decay over the steps.
     pub schedule: Schedule,
-    /// What weights and activations become: the same configuration as for quantization after
-    /// training.
+    /// Quantization of weights and activations, as for quantization after training.
     pub quantization: QuantizationConfig,
 }
 
@@ -75,13 +74,13 @@ fn is_zero64(x: &f64) -> bool {
     *x == 0.0
 }
 
-/// Stopping where evaluations no longer improve.
+/// Stops when evaluations no longer improve.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EarlyStopping {
-    /// Evaluations without improvement until the training stops.
+    /// Number of evaluations without improvement before the training stops.
     pub patience: u64,
-    /// By how much an evaluation must be lower than the best so far to be an improvement.
+    /// An improvement is an evaluation lower than the best so far by more than this.
     pub min_delta: f64,
 }
 
@@ -117,7 +116,7 @@ impl Default for QATConfig {
 }
 
 impl QATConfig {
-    /// A builder that begins with the default: b1.58, AdamW, cosine.
+    /// A builder with the defaults: b1.58, AdamW, cosine schedule.
     pub fn builder() -> QATConfigBuilder {
         QATConfigBuilder::default()
     }
@@ -125,15 +124,14 @@ impl QATConfig {
     /// Reads TOML.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for what is no such TOML, [`Error::Invalid`] for values that make no
-    /// sense.
+    /// [`Error::Recipe`] for text that is not such TOML, [`Error::Invalid`] for invalid values.
     pub fn from_toml(text: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(Error::recipe)?;
         config.validate()?;
         Ok(config)
     }
 
-    /// The part that decides the numbers of a training, as a document.
+    /// The part that the results depend on, as a document.
     pub(crate) fn numbers(&self) -> Result<serde_json::Value> {
         let quantization = QuantizationConfig {
             compute: Compute::default(),
@@ -147,7 +145,8 @@ impl QATConfig {
             quantization,
             ..self.clone()
         };
-        // Through text: a reader of JSON may round, and both sides of a comparison then do.
+        // Through text, because a JSON reader may round numbers: then both sides of a comparison
+        // are rounded.
         let text = serde_json::to_string(&numbers).map_err(Error::recipe)?;
         serde_json::from_str(&text).map_err(Error::recipe)
     }
@@ -258,7 +257,7 @@ impl QATConfigBuilder {
         steps: u64 => steps;
         /// Micro-batches of a step.
         accumulate: u64 => accumulate;
-        /// Largest norm of all gradients together.
+        /// Largest norm of all gradients together; longer gradients are scaled down to it.
         clip: f64 => clip;
         /// How gradients pass the rounding of weights.
         estimator: StraightThroughEstimator => estimator;
@@ -270,52 +269,51 @@ impl QATConfigBuilder {
         level_regularization: f64 => level_regularization;
         /// Steps between evaluations.
         evaluate_every: u64 => evaluate_every;
-        /// When to stop before the last step.
+        /// When to stop early.
         early_stopping: EarlyStopping => early_stopping;
         /// Checkpoints.
         checkpoint: CheckpointConfig => checkpoint;
-        /// What is recorded of the layers, and the log.
+        /// Records of the layers, and the log.
         telemetry: TelemetryConfig => telemetry;
-        /// The rule of a step and its numbers.
+        /// The optimizer.
         optimizer: OptimizerConfig => optimizer;
         /// Learning rate η.
         learning_rate: f64 => optimizer.learning_rate;
         /// Decay λ.
         weight_decay: f64 => optimizer.weight_decay;
-        /// Learning rate and decay over the steps.
+        /// Learning rate and weight decay over the steps.
         schedule: Schedule => schedule;
-        /// What weights and activations become.
+        /// Quantization of weights and activations.
         quantization: QuantizationConfig => quantization;
     }
 
-    /// A scheme with a name for the weights.
+    /// The scheme of the weights by name.
     pub fn quantization_scheme(mut self, scheme: QuantizationScheme) -> Self {
         self.config.quantization.default =
             Choices::from(Scheme::from(scheme)).over(&self.config.quantization.default);
         self
     }
 
-    /// Stages and strength, in every detail.
+    /// Stages and strength in full.
     pub fn progressive(mut self, progressive: Progressive) -> Self {
         self.config.progressive = Some(progressive);
         self
     }
 
-    /// Whether bits become fewer while training: [`Progressive::first_half`] from
+    /// Whether the number of bits decreases during training: [`Progressive::first_half`] from
     /// `initial_bit_width`.
     pub fn progressive_quantization(mut self, progressive: bool) -> Self {
         self.progressive = progressive;
         self
     }
 
-    /// The bits of the first stage of `progressive_quantization`; 8 if it is not said.
+    /// The bits of the first stage of `progressive_quantization`; 8 by default.
     pub fn initial_bit_width(mut self, bits: u32) -> Self {
         self.initial_bits = Some(bits);
         self
     }
 
-    /// The bits at the end, which are those of the scheme: 2 for ternary. Another number is an
-    /// error.
+    /// The bits at the end. They must be those of the scheme: 2 for ternary.
     pub fn target_bit_width(mut self, bits: u32) -> Self {
         self.target_bits = Some(bits);
         self

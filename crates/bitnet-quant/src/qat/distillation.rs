@@ -1,5 +1,4 @@
-//! Losses that draw a student to its teacher. No gradient goes to the teacher, whatever its tensors
-//! are part of.
+//! Losses between a student and its teacher. The teacher gets no gradient.
 //!
 //! ```
 //! use bitnet_quant::qat::distillation::{hidden_loss, logits_loss, relation_loss, Distance};
@@ -12,7 +11,7 @@
 //! # Ok::<(), bitnet_quant::Error>(())
 //! ```
 
-use crate::tensor::{not_empty, token_shape, with_floats};
+use crate::tensor::{contiguous_floats, into_candle, not_empty, token_shape, with_floats};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Shape, Tensor};
 use rayon::prelude::*;
@@ -31,12 +30,12 @@ fn same_shape(what: &'static str, student: &Tensor, teacher: &Tensor) -> Result<
 
 /// `T²·mean over tokens of KL(softmax(t/T) ‖ softmax(s/T))` of logits `[…, V]`, f32 (Hinton et al.
 /// 2015, arXiv:1503.02531; T² keeps the size of the gradient the same for every temperature).
-/// Stable for logits of any size; on the CPU one operation of the graph, which keeps its inputs
-/// only.
+/// Stable for logits of any size. On the CPU it is one operation of the graph and keeps only its
+/// inputs.
 ///
 /// # Errors
-/// [`Error::Input`] for shapes that differ, a temperature that is no positive number, or another
-/// type than f32.
+/// [`Error::Input`] for different shapes, a temperature that is not positive, or another type than
+/// f32.
 pub fn logits_loss(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<Tensor> {
     same_shape("teacher's logits", student, teacher)?;
     if !(temperature.is_finite() && temperature > 0.0) {
@@ -59,7 +58,7 @@ pub fn logits_loss(student: &Tensor, teacher: &Tensor, temperature: f64) -> Resu
     )?)
 }
 
-/// [`logits_loss`] as operations of candle.
+/// [`logits_loss`] in candle's operations.
 pub(super) fn on_device(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<Tensor> {
     let log = |x: &Tensor| candle_nn::ops::log_softmax(&(x / temperature)?, D::Minus1);
     let (student, teacher) = (log(student)?, log(&teacher.detach())?);
@@ -67,19 +66,19 @@ pub(super) fn on_device(student: &Tensor, teacher: &Tensor, temperature: f64) ->
     Ok((each.mean_all()? * temperature.powi(2))?)
 }
 
-/// How far hidden states are from one another.
+/// A distance between hidden states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Distance {
     /// `mean (s − t)²` over all elements.
     Mse,
-    /// `mean over tokens of 1 − s·t / (|s|·|t|)`: directions alone.
+    /// `mean over tokens of 1 − s·t / (|s|·|t|)`: compares directions only.
     Cosine,
 }
 
 /// Distance of hidden states `[…, D]` of the same width.
 ///
 /// # Errors
-/// [`Error::Input`] for shapes that differ.
+/// [`Error::Input`] for different shapes.
 pub fn hidden_loss(student: &Tensor, teacher: &Tensor, distance: Distance) -> Result<Tensor> {
     same_shape("teacher's hidden states", student, teacher)?;
     let teacher = teacher.detach();
@@ -99,7 +98,7 @@ pub fn hidden_loss(student: &Tensor, teacher: &Tensor, distance: Distance) -> Re
 /// Divergence of self-attention relations, as MiniLM (Wang et al. 2021, arXiv:2012.15828): of
 /// queries, keys or values `[B, T, D]`, split into `heads` relation heads each, `R =
 /// softmax(A·Aᵀ/√(D/heads))`, the mean over all rows of `KL(R_teacher ‖ R_student)`. Student and
-/// teacher may differ in D and in heads of their own.
+/// teacher may have different D and different attention heads.
 ///
 /// # Errors
 /// [`Error::Input`] for other shapes than `[B, T, D]` with the same B and T, and for a D that
@@ -187,7 +186,7 @@ impl CustomOp2 for Divergence {
         t: &CpuStorage,
         lt: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let loss = self.loss(super::slice(s, ls)?, super::slice(t, lt)?);
+        let loss = self.loss(contiguous_floats(s, ls)?, contiguous_floats(t, lt)?);
         Ok((CpuStorage::F32(vec![loss as f32]), Shape::from(())))
     }
 
@@ -219,7 +218,7 @@ impl CustomOp2 for Divergence {
         });
         Ok((
             Some(Tensor::from_vec(
-                out.map_err(super::candle)?,
+                out.map_err(into_candle)?,
                 s.shape(),
                 s.device(),
             )?),

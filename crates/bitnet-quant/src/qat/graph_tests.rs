@@ -1,12 +1,12 @@
-//! What is said in candle's own operations for other devices, against the operation of the CPU,
-//! both on the CPU.
+//! The layer, losses and optimizers in candle's operations against those of the CPU, both run on
+//! the CPU.
 
 use super::distillation::logits_loss;
 use super::optimizer::{Optimizer, Rates, sorted};
 use super::regularization::{level_distance, on_device};
 use super::{
-    Betas, Linear, Linears, Method, OptimizerConfig, QatLinear, Stage, StraightThroughEstimator,
-    distillation,
+    Betas, Linear, Linears, OptimizerConfig, OptimizerMethod, QatLinear, Stage,
+    StraightThroughEstimator, distillation,
 };
 use crate::recipe::Choices;
 use crate::{Activations, QuantizationConfig, Result};
@@ -17,7 +17,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarMap;
 
-/// Numbers about 0 with a variance of 1/3 of `size`², which depend on the seed alone.
+/// Numbers around 0 with a variance of `size`²/3 that depend on the seed alone.
 fn numbers(seed: u64, shape: &[usize], size: f32) -> Tensor {
     let mut random = Random::new(seed);
     let values: Vec<f32> = (0..shape.iter().product())
@@ -95,7 +95,7 @@ fn layer(
     )
 }
 
-/// Output, gradients of the sum of y·r, and the layer's own codes, on both ways.
+/// Compares output, gradients of the sum of y·r and codes.
 fn same(what: &str, layer: &QatLinear, x: &Var, vars: &[&Var]) -> Result<()> {
     let (_, rounded) = layer.rounded()?;
     let matrix = layer.quantized_weights()?;
@@ -163,7 +163,7 @@ fn the_graph_is_the_operation() -> Result<()> {
                 ][(i + j) % 4];
                 let bias = (j != 1).then_some(&b);
                 let what = format!("{estimator} {scheme:?} {activations:?}");
-                // What does not go together is refused before.
+                // Combinations that the layer rejects.
                 let Ok(mut layer) = layer(&w, bias, &scheme, activations, estimator) else {
                     continue;
                 };
@@ -243,7 +243,7 @@ fn stages_without_strength_and_numbers_that_are_none() -> Result<()> {
             );
         }
     }
-    // A row of zeros has a scale of 0: its weights stay, and so do the gradients, what they are.
+    // A row of zeros has a scale of 0: weights and gradients pass unchanged.
     let mut zeros = flat(&w);
     zeros[..48].fill(0.0);
     let zeros = Var::from_tensor(&Tensor::from_vec(zeros, (33, 48), &Device::Cpu)?)?;
@@ -328,13 +328,13 @@ fn optimizers_step_alike() -> Result<()> {
         beta1: 0.8,
         ..Betas::default()
     };
-    let sgd = |momentum, nesterov| Method::Sgd { momentum, nesterov };
+    let sgd = |momentum, nesterov| OptimizerMethod::Sgd { momentum, nesterov };
     for method in [
         sgd(0.0, false),
         sgd(0.9, false),
         sgd(0.9, true),
-        Method::Adam(betas),
-        Method::AdamW(betas),
+        OptimizerMethod::Adam(betas),
+        OptimizerMethod::AdamW(betas),
     ] {
         let config = OptimizerConfig {
             method,
@@ -391,7 +391,7 @@ fn optimizers_step_alike() -> Result<()> {
             // Ten steps of a few roundings each.
             near(&format!("{method:?}"), y, x, 1e-5);
         }
-        plain.forget("weight")?;
+        plain.reset_moments("weight")?;
         assert!(plain.is_finite()?);
         let moved = theirs[0]
             .sub(&numbers(1, &[9], 1.0))?

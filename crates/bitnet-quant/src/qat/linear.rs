@@ -1,4 +1,4 @@
-//! The linear layers of a model that is trained.
+//! The linear layers of a model in training.
 
 use super::QatLinear;
 use crate::{BitLinear, Result};
@@ -6,7 +6,7 @@ use candle_core::{Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// A linear layer, `y = x · Wᵀ + b` with x `[…, K]`, W `[N, K]`, y `[…, N]`, in one of the states
-/// that training takes it through.
+/// of training.
 #[derive(Debug)]
 pub enum Linear {
     /// Floats.
@@ -14,12 +14,12 @@ pub enum Linear {
     /// Floats that the forward pass quantizes; see [`QatLinear`].
     Qat(Box<QatLinear>),
     /// Packed weights; see [`BitLinear`].
-    Packed(BitLinear),
+    Packed(Box<BitLinear>),
 }
 
 impl Linear {
-    /// Floats from the variables `weight` `[out, in]`, drawn with variance `1 / in` where they are
-    /// new, and `bias` `[out]`, zeros.
+    /// A float layer from the variables `weight` `[out, in]` and `bias` `[out]`. New weights are
+    /// normally distributed with variance `1 / in`, new biases 0.
     ///
     /// # Errors
     /// [`crate::Error::Candle`] for variables that are missing or of another shape.
@@ -42,7 +42,7 @@ impl Linear {
         Ok(Self::Full(candle_nn::Linear::new(weight, bias)))
     }
 
-    /// The layer in training, if it is one.
+    /// The layer in training; `None` in another state.
     pub fn as_qat(&mut self) -> Option<&mut QatLinear> {
         match self {
             Self::Qat(layer) => Some(layer),
@@ -63,8 +63,8 @@ impl Module for Linear {
 
 /// A model whose linear layers can be visited, and replaced, by name.
 pub trait Linears {
-    /// Calls `visit` with the name, as in the model's variables without `.weight`, and the place of
-    /// each linear layer, in the order of the forward pass.
+    /// Calls `visit` for each linear layer in the order of the forward pass, with its name (that of
+    /// its weight without `.weight`) and the layer itself, which may be replaced.
     ///
     /// # Errors
     /// What `visit` returns.

@@ -1,16 +1,15 @@
-//! From floats to layers in training, and from those to packed ones.
+//! Prepare and convert: float layers to layers in training, and those to packed layers.
 
 use super::{Linear, Linears, QatLinear, StraightThroughEstimator};
-use crate::QuantizationConfig;
+use crate::{BitLinear, QuantizationConfig};
 use crate::{Error, Result};
 use candle_nn::VarMap;
 
-/// Swaps the linear layers that the configuration quantizes (`include`, `exclude` and the rules,
-/// matched with `NAME.weight`) for layers in training on the same variables, and returns their
-/// names. Learned scales become the variables `NAME.learned_scale`; one that `vars` holds already
-/// is used as it is.
+/// Replaces the linear layers that the configuration quantizes (`include`, `exclude` and the rules
+/// match `NAME.weight`) by layers in training on the same variables. Returns their names. Learned
+/// scales are the variables `NAME.learned_scale`; existing ones in `vars` keep their values.
 ///
-/// Layers that are in training already, or packed, stay as they are.
+/// Layers already in training, and packed layers, are not changed.
 ///
 /// ```
 /// use bitnet_quant::qat::{Linear, Linears, StraightThroughEstimator, convert, prepare};
@@ -42,9 +41,9 @@ use candle_nn::VarMap;
 /// ```
 ///
 /// # Errors
-/// [`Error::Recipe`] if the configuration reaches no linear layer, [`Error::Invalid`] for one that
-/// is wrong, [`Error::Input`] for an estimator that does not go with a scheme. The model is then as
-/// it was.
+/// [`Error::Recipe`] if the configuration quantizes no linear layer, [`Error::Invalid`] if it is
+/// wrong, [`Error::Input`] for an estimator that does not fit a scheme. The model is not changed
+/// then.
 pub fn prepare(
     model: &mut dyn Linears,
     config: &QuantizationConfig,
@@ -105,15 +104,28 @@ pub(super) fn scale_name(name: &str) -> String {
     format!("{name}.learned_scale")
 }
 
-/// Puts packed layers in the place of those in training: the codes and scales of their last forward
-/// pass at full strength.
+impl QatLinear {
+    /// The packed layer, on the CPU: with λ = 1 it computes the same.
+    ///
+    /// # Errors
+    /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no
+    /// product.
+    pub fn convert(&self) -> Result<BitLinear> {
+        let codes = self.codes()?;
+        let bias = self.bias_with(&codes)?;
+        BitLinear::from_matrix(&codes.into_matrix(self.runtime())?, bias, self.config())
+    }
+}
+
+/// Replaces layers in training by packed layers with the codes and scales of a forward pass with λ
+/// = 1.
 ///
 /// # Errors
 /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no product.
 pub fn convert(model: &mut dyn Linears) -> Result<()> {
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
-            *linear = Linear::Packed(layer.convert()?);
+            *linear = Linear::Packed(Box::new(layer.convert()?));
         }
         Ok(())
     })

@@ -1,12 +1,11 @@
-//! Quantization that sets in by and by: fewer bits from stage to stage, more strength from step to
-//! step, layer after layer.
+//! Progressive quantization: stages with decreasing bits, strength that grows, layer after layer.
 
 use super::{Linear, Linears, Stage};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// What each layer rounds to, and how strongly, as a function of the step alone: a resumed training
-/// needs nothing but its step.
+/// Stage and strength of each layer as a function of the step alone, so that a resumed training
+/// needs only its step.
 ///
 /// ```
 /// use bitnet_quant::qat::{Progressive, Stage};
@@ -20,21 +19,20 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Progressive {
-    /// Stages with the step at which each begins, in order. Before the first one, and if there is
-    /// none, layers are at their target. A stage of no more bits than a layer's target is its
-    /// target.
+    /// Stages in order, each with the step at which it begins. Before the first stage layers have
+    /// their target scheme. So they have in a stage that has no more bits than the target.
     pub stages: Vec<(u64, Stage)>,
-    /// Steps over which λ goes from 0 to 1; 0 for full strength at once.
+    /// Steps over which λ rises from 0 to 1; 0 begins with λ = 1.
     pub warmup: u64,
-    /// Layers in the order in which they begin. One that is not among them begins with the first.
+    /// Layers in the order in which they begin. Other layers begin with the first.
     pub order: Vec<String>,
-    /// Steps from the beginning of one layer to that of the next. A layer that has not begun
-    /// computes in floats.
+    /// Steps between the beginnings of two layers. A layer computes in floats until it begins.
     pub stagger: u64,
 }
 
 impl Progressive {
-    /// From so many bits over half as many, and so on to 2, to the target, each for `steps` steps.
+    /// Stages of `initial_bits`, half of that, and so on down to 2 bits, `steps` steps each, then
+    /// the target.
     pub fn halving(initial_bits: u32, steps: u64) -> Self {
         let mut stages: Vec<(u64, Stage)> = vec![];
         let mut bits = initial_bits;
@@ -58,7 +56,7 @@ impl Progressive {
     /// Checks every field.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for stages out of order and for bits that do not exist.
+    /// [`Error::Invalid`] for stages out of order and unsupported bits.
     pub fn validate(&self) -> Result<()> {
         let mut wrong = vec![];
         if !self.stages.is_sorted_by(|a, b| a.0 < b.0) {
@@ -103,7 +101,7 @@ impl Progressive {
         (stage, lambda)
     }
 
-    /// The step from which on nothing changes, for a model of these layers.
+    /// The step after which stage and strength no longer change.
     pub fn settled(&self) -> u64 {
         let last = self.stages.last().map_or(0, |s| s.0).max(self.warmup);
         last.saturating_add(
@@ -112,9 +110,9 @@ impl Progressive {
         )
     }
 
-    /// Puts every layer in training where it is to be at this step, and returns the names of those
-    /// that changed their stage: their learned scales begin anew, so a checkpoint is loaded after
-    /// this, and not before.
+    /// Sets stage and strength of every layer in training for this step. Returns the names of the
+    /// layers that changed their stage. A change of stage resets learned scales, so load a
+    /// checkpoint after this call.
     ///
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.

@@ -1,9 +1,9 @@
-//! Gradient checkpointing: memory for time.
+//! Gradient checkpointing: less memory, more time.
 //!
-//! A segment of the graph, `y = f(x)`, keeps x and y alone. Its backward pass computes `f(x)` once
-//! more, with a graph, and goes back through that.
+//! A segment of the graph, `y = f(x)`, keeps only x and y. Its backward pass computes `f(x)` again,
+//! with a graph, and differentiates that.
 
-use super::slice;
+use crate::tensor::contiguous_floats;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Storage, Tensor, Var};
@@ -14,8 +14,8 @@ thread_local! {
     static INSIDE: RefCell<Option<GradStore>> = const { RefCell::new(None) };
 }
 
-/// The gradients of a scalar `loss` by its variables, those inside [`recompute`]d segments among
-/// them. Unlike candle's own, they hold nothing of the graph.
+/// The gradients of a scalar `loss` by its variables, including variables inside [`recompute`]d
+/// segments. Unlike candle's gradients they do not keep the graph alive.
 ///
 /// # Errors
 /// [`Error::Candle`].
@@ -30,8 +30,8 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(grads)
 }
 
-/// The variables of a graph with their gradients, which are apart from it: candle's hold the
-/// tensors that they were computed from.
+/// The variables of a graph with their gradients, detached: candle's gradients hold the tensors
+/// that they were computed from.
 fn of_variables(loss: &Tensor) -> candle_core::Result<Vec<(Tensor, Tensor)>> {
     let variables: Vec<Tensor> = loss
         .sorted_nodes()
@@ -59,9 +59,9 @@ fn add(grads: &mut GradStore, variable: &Tensor, grad: Tensor) -> candle_core::R
     Ok(())
 }
 
-/// `f(x)` of f32 on the CPU, of whose graph nothing is kept: the backward pass, which must be
-/// [`backward`], computes it a second time. `f` must compute the same both times, and `x` be all
-/// that it takes from the graph but variables.
+/// `f(x)` of f32 on the CPU, without keeping its graph: the backward pass, which must be
+/// [`backward`], computes `f(x)` a second time. `f` must compute the same both times, and use no
+/// part of the graph except `x` and variables.
 ///
 /// ```
 /// use bitnet_quant::qat::{backward, recompute};
@@ -89,19 +89,19 @@ pub fn recompute(
             format!("{} on {:?}", x.dtype().as_str(), x.device().location()),
         ));
     }
-    // An argument that is a variable, so that candle goes back through the segment even where x has
-    // no gradient and the variables are all inside.
+    // A variable as argument makes candle differentiate the segment even if x has no gradient and
+    // all variables are inside.
     let anchor = Var::zeros((), DType::F32, x.device())?;
     Ok(x.contiguous()?
-        .apply_op2(anchor.as_tensor(), Segment { f: Box::new(f) })?)
+        .apply_op2(anchor.as_tensor(), RecomputedSegment { f: Box::new(f) })?)
 }
 
-struct Segment {
+struct RecomputedSegment {
     #[allow(clippy::type_complexity, reason = "used once")]
     f: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + Send + Sync>,
 }
 
-impl CustomOp2 for Segment {
+impl CustomOp2 for RecomputedSegment {
     fn name(&self) -> &'static str {
         "recomputed-segment"
     }
@@ -113,12 +113,12 @@ impl CustomOp2 for Segment {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = Tensor::from_slice(slice(x, layout)?, layout.shape(), &Device::Cpu)?;
+        let x = Tensor::from_slice(contiguous_floats(x, layout)?, layout.shape(), &Device::Cpu)?;
         let y = (self.f)(&x)?.contiguous()?;
         let (storage, layout) = y.storage_and_layout();
         match &*storage {
             Storage::Cpu(y) => Ok((
-                CpuStorage::F32(slice(y, layout)?.to_vec()),
+                CpuStorage::F32(contiguous_floats(y, layout)?.to_vec()),
                 layout.shape().clone(),
             )),
             _ => Err(candle_core::Error::msg("a segment gives f32 on the CPU")),

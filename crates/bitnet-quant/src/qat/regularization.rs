@@ -1,16 +1,15 @@
-//! What draws latent weights to the levels of their quantizer.
+//! Regularization that draws latent weights to the levels of their scheme.
 
-use super::graph::{Rounded, divisor};
-use super::ste::Codes;
 use super::{Linear, Linears, QatLinear};
-use crate::tensor::with_floats;
+use crate::tensor::latent::{RoundedGranules, WeightCodes, divisor};
+use crate::tensor::{contiguous_floats, into_candle, with_floats};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 use std::sync::OnceLock;
 
 /// Distance of weights to their levels, `mean ((w − ŵ)/s)²` over the weights of all layers in
-/// training, s being the mean scale of the layer. ŵ and s are constants of the gradient, `2·(w −
-/// ŵ)/(s²·ΣN)`. Multiplied by a small factor it is added to the loss.
+/// training, where s is the mean scale of the layer. ŵ and s get no gradient: it is `2·(w −
+/// ŵ)/(s²·ΣN)`. Add it to the loss with a small factor.
 ///
 /// # Errors
 /// [`Error::Input`] if no layer is in training, [`Error::Core`] for NaN among the weights.
@@ -19,7 +18,7 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {
             let of_layer = match layer.weight().device().is_cpu() {
-                true => layer.weight().contiguous()?.apply_op1(Levels {
+                true => layer.weight().contiguous()?.apply_op1(LevelDistance {
                     layer: (**layer).clone(),
                     codes: OnceLock::new(),
                 })?,
@@ -37,9 +36,9 @@ pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     Ok((sum * (weights as f64).recip())?)
 }
 
-/// `Σ ((w − ŵ)/s)²` as operations of candle.
+/// `Σ ((w − ŵ)/s)²` in candle's operations.
 pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
-    let (w, Rounded { values, step }) = layer.rounded()?;
+    let (w, RoundedGranules { values, step }) = layer.rounded()?;
     let away = (w - values.broadcast_mul(&step)?)?;
     Ok(away
         .broadcast_div(&divisor(&step.abs()?.mean_all()?)?)?
@@ -47,15 +46,15 @@ pub(super) fn on_device(layer: &QatLinear) -> Result<Tensor> {
         .sum_all()?)
 }
 
-/// The same as one operation, on the CPU.
-struct Levels {
+/// `Σ ((w − ŵ)/s)²` as one operation, on the CPU.
+struct LevelDistance {
     layer: QatLinear,
-    codes: OnceLock<Codes>,
+    codes: OnceLock<WeightCodes>,
 }
 
-impl Levels {
+impl LevelDistance {
     /// Ŵ and 1/s².
-    fn levels(&self, codes: &Codes) -> Result<(Vec<f32>, f64)> {
+    fn levels(&self, codes: &WeightCodes) -> Result<(Vec<f32>, f64)> {
         let scale = codes.mean_scale();
         Ok((
             codes.dequantize(self.layer.runtime())?,
@@ -64,15 +63,15 @@ impl Levels {
     }
 }
 
-impl CustomOp1 for Levels {
+impl CustomOp1 for LevelDistance {
     fn name(&self) -> &'static str {
         "level-distance"
     }
 
     fn cpu_fwd(&self, w: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let codes = self.layer.codes().map_err(super::candle)?;
-        let (levels, factor) = self.levels(&codes).map_err(super::candle)?;
-        let sum: f64 = super::slice(w, layout)?
+        let codes = self.layer.codes().map_err(into_candle)?;
+        let (levels, factor) = self.levels(&codes).map_err(into_candle)?;
+        let sum: f64 = contiguous_floats(w, layout)?
             .iter()
             .zip(&levels)
             .map(|(w, v)| f64::from(w - v).powi(2))
@@ -88,7 +87,7 @@ impl CustomOp1 for Levels {
         let Some(codes) = self.codes.get() else {
             return Ok(None);
         };
-        let (mut out, factor) = self.levels(codes).map_err(super::candle)?;
+        let (mut out, factor) = self.levels(codes).map_err(into_candle)?;
         let factor = (2.0 * factor * f64::from(grad.to_scalar::<f32>()?)) as f32;
         let done = with_floats(w, |w| {
             out.iter_mut()
@@ -96,7 +95,7 @@ impl CustomOp1 for Levels {
                 .for_each(|(out, w)| *out = factor * (w - *out));
             Ok(())
         });
-        done.map_err(super::candle)?;
+        done.map_err(into_candle)?;
         Ok(Some(Tensor::from_vec(out, w.shape(), &Device::Cpu)?))
     }
 }

@@ -1,4 +1,4 @@
-//! Learning rate and decay over the steps of a training.
+//! Learning rate and weight decay over the steps of a training.
 
 use super::optimizer::Rates;
 use serde::{Deserialize, Serialize};
@@ -15,12 +15,12 @@ use std::f64::consts::PI;
 ///                   floor + (drop − floor)·(1 + cos πu')/2, and no decay of weights
 /// ```
 ///
-/// Two stages are those of the reports on b1.58: a high rate that is cut midway, and weights that
-/// decay only until then.
+/// Two stages follow the reports on b1.58: a high rate that is cut midway, and weight decay only
+/// until then.
 ///
 /// ```
-/// use bitnet_quant::qat::{Schedule, Shape};
-/// let schedule = Schedule { warmup: 2, shape: Shape::Cosine, ..Schedule::default() };
+/// use bitnet_quant::qat::{Schedule, ScheduleShape};
+/// let schedule = Schedule { warmup: 2, shape: ScheduleShape::Cosine, ..Schedule::default() };
 /// let rates: Vec<f64> = (0..6).map(|t| schedule.rates(t, 6).learning_rate).collect();
 /// assert_eq!(rates[..3], [0.5, 1.0, 1.0]);
 /// assert!((rates[4] - 0.5).abs() < 1e-12);
@@ -28,37 +28,37 @@ use std::f64::consts::PI;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
-    /// W: steps in which the rate rises from 0.
+    /// W, the number of warm-up steps.
     pub warmup: u64,
-    /// What follows.
-    pub shape: Shape,
-    /// Least factor, at the end.
+    /// The shape after the warm-up.
+    pub shape: ScheduleShape,
+    /// Factor at the end.
     pub floor: f64,
 }
 
-/// How the rate falls.
+/// How the learning rate falls.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Shape {
-    /// It does not.
+pub enum ScheduleShape {
+    /// Not at all.
     Constant,
-    /// Along a line.
+    /// Linearly.
     Linear,
     /// Along half a cosine.
     Cosine,
-    /// Along a cosine until midway, and along another one from `drop` on.
+    /// Along a cosine until midway, then along another one from `drop`.
     #[serde(untagged)]
     TwoStage {
-        /// M/T: where the second stage begins.
+        /// M/T, where the second stage begins.
         midway: f64,
-        /// Factor there.
+        /// Factor at the beginning of the second stage.
         drop: f64,
     },
 }
 
-impl Shape {
-    /// Two stages of equal length, the second from a third of the rate: with 1.5e-3 from there to
-    /// about 8e-4, then from 5e-4 to 0.
+impl ScheduleShape {
+    /// Two stages of equal length. The second begins with a third of the rate: 1.5e-3 falls to
+    /// about 8e-4, then 5e-4 to 0.
     pub const TWO_STAGE: Self = Self::TwoStage {
         midway: 0.5,
         drop: 1.0 / 3.0,
@@ -69,7 +69,7 @@ impl Default for Schedule {
     fn default() -> Self {
         Self {
             warmup: 0,
-            shape: Shape::Cosine,
+            shape: ScheduleShape::Cosine,
             floor: 0.0,
         }
     }
@@ -81,7 +81,7 @@ fn cosine(t: u64, len: u64) -> f64 {
 }
 
 impl Schedule {
-    /// The factors at step `t` of `steps`, and no clipping.
+    /// The factors at step `t` of `steps`, without clipping.
     pub fn rates(&self, t: u64, steps: u64) -> Rates {
         let (since, len) = (
             t.saturating_sub(self.warmup),
@@ -89,10 +89,10 @@ impl Schedule {
         );
         let between = |from: f64, share: f64| self.floor + (from - self.floor) * share;
         let (rate, decay) = match self.shape {
-            Shape::Constant => (1.0, 1.0),
-            Shape::Linear => (between(1.0, 1.0 - since as f64 / len as f64), 1.0),
-            Shape::Cosine => (between(1.0, cosine(since, len)), 1.0),
-            Shape::TwoStage { midway, drop } => {
+            ScheduleShape::Constant => (1.0, 1.0),
+            ScheduleShape::Linear => (between(1.0, 1.0 - since as f64 / len as f64), 1.0),
+            ScheduleShape::Cosine => (between(1.0, cosine(since, len)), 1.0),
+            ScheduleShape::TwoStage { midway, drop } => {
                 let middle = (midway * steps as f64).round() as u64;
                 if t < middle {
                     (cosine(since, len), 1.0)
@@ -125,7 +125,7 @@ impl Schedule {
             }
         };
         share("floor", self.floor);
-        if let Shape::TwoStage { midway, drop } = self.shape {
+        if let ScheduleShape::TwoStage { midway, drop } = self.shape {
             share("midway", midway);
             share("drop", drop);
         }

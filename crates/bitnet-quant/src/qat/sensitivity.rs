@@ -1,31 +1,32 @@
-//! Which layers lose most by quantization.
+//! How much quantization of each layer increases the loss.
 
-use super::{Linear, Linears, with_host_floats};
+use super::{Linear, Linears};
+use crate::tensor::with_host_floats;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 
-/// What quantizing one layer does to the loss.
+/// The effect of quantizing one layer on the loss.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivity {
-    /// The layer.
+    /// The name of the layer.
     pub name: String,
     /// Number of its weights.
     pub weights: usize,
-    /// How much the loss grows.
+    /// The increase of the loss.
     pub loss_change: f64,
 }
 
-/// The names, the least sensitive layer first: the order in which
-/// [`Progressive`](super::Progressive) takes them.
+/// The names, least sensitive first, as [`Progressive::order`](super::Progressive::order).
 pub fn order(sensitivities: &[Sensitivity]) -> Vec<String> {
     let mut sorted: Vec<&Sensitivity> = sensitivities.iter().collect();
     sorted.sort_by(|a, b| a.loss_change.total_cmp(&b.loss_change));
     sorted.into_iter().map(|s| s.name.clone()).collect()
 }
 
-/// Loss of the model with one layer quantized, activations included, minus that with none: as many
-/// evaluations as layers in training and one. The layers are afterwards as they were.
+/// For each layer in training, the loss with only this layer quantized (activations included) minus
+/// the loss with none. Takes one evaluation more than there are layers. Restores the layers
+/// afterwards.
 ///
 /// # Errors
 /// [`Error::Input`] if no layer is in training; what `loss` returns.
@@ -84,12 +85,12 @@ fn measure<M: Linears>(
     each.collect()
 }
 
-/// Gradient-based sensitivities of all layers in one pass over the data: `½·Σ F·(ŵ − w)²` with the
-/// diagonal of the Fisher matrix F, the mean of squared gradients of the loss of one sample (as in
+/// Gradient-based sensitivities of all layers in one pass over the data: `½·Σ F·(ŵ − w)²`, where F
+/// is the diagonal of the Fisher matrix, the mean squared gradient of the loss of one sample (as in
 /// LeCun et al. 1990, Optimal Brain Damage).
 ///
-/// F is estimated from the mean gradients of batches, whose squares are smaller by the size of the
-/// batch where samples are independent.
+/// F is estimated from mean gradients of batches: with independent samples their squares are
+/// smaller by the size of the batch.
 #[derive(Debug, Default)]
 pub struct Fisher {
     /// Name and `Σ samples·g²` of each layer, `[N, K]`.
@@ -98,17 +99,17 @@ pub struct Fisher {
 }
 
 impl Fisher {
-    /// Nothing yet.
+    /// An estimate without data.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds the gradients of the mean loss of a batch of `samples`. They belong to floats: full
-    /// layers, or λ = 0.
+    /// Adds the gradients of the mean loss of a batch of `samples`. They must be gradients of the
+    /// float model: full layers, or λ = 0.
     ///
     /// # Errors
-    /// [`Error::Input`] if a linear layer has no gradient, or the model has other layers than
-    /// before.
+    /// [`Error::Input`] if a linear layer has no gradient, or the layers differ from those of the
+    /// earlier batches.
     pub fn add(
         &mut self,
         model: &mut dyn Linears,
@@ -187,12 +188,12 @@ impl Fisher {
         Ok(0.5 * sum / self.batches as f64)
     }
 
-    /// Rules for the layers in training, one each, that together lose least within `bits` bits per
-    /// weight, scales included: [`select`](crate::search::select) with the Fisher errors of
-    /// `settings`. Added to a configuration they decide what `prepare` does.
+    /// One rule for each layer in training, chosen to lose least within `bits` bits per weight,
+    /// scales included: [`select`](crate::search::select) on the Fisher errors of `settings`. Add
+    /// them to a configuration before `prepare`.
     ///
     /// # Errors
-    /// [`Error::Recipe`] if the budget holds no selection or a setting is not quantized; as
+    /// [`Error::Recipe`] if no selection fits the budget or a setting is not quantized; as
     /// [`Fisher::sensitivities`].
     #[cfg(feature = "advanced")]
     pub fn rules(
@@ -211,7 +212,7 @@ impl Fisher {
                 let scheme = choices.plain_scheme()?.ok_or_else(|| {
                     Error::recipe(format!("{} is not quantized", choices.target()))
                 })?;
-                let runtime = crate::Runtime::of(&Default::default())?;
+                let runtime = crate::Runtime::shared(&Default::default())?;
                 let matrix = crate::quantize_tensor(&runtime, weight, &scheme, None)?;
                 let stats = matrix.stats(weight)?;
                 let spec = matrix.matrix()?.spec.clone();
@@ -255,7 +256,7 @@ impl Fisher {
     }
 }
 
-/// Weights of a layer that has floats.
+/// The latent or float weights of a layer.
 fn float_weight(linear: &Linear) -> Option<&Tensor> {
     match linear {
         Linear::Full(full) => Some(full.weight()),

@@ -1,12 +1,11 @@
-//! What happens inside the layers while they train, and the log of a training: a JSON document for
-//! each line.
+//! Records of the layers during training, and the log of a training, one JSON document per line.
 
-use super::checkpoint::{Put, Slot};
+use super::events::{LayerRecord, LogRecord};
 use super::linear::{Linear, Linears};
-use super::optimizer::sum_squares;
-use super::trainer::{Evaluation, Step};
-use super::with_host_floats;
+use super::sums::sum_squares;
+use super::tensor_file::{PutBytes, TensorEntry};
 use crate::Result;
+use crate::tensor::with_host_floats;
 use bitnet_formats::{Error as FileError, replace};
 use bitnet_kernels::Kernels;
 use candle_core::backprop::GradStore;
@@ -17,96 +16,43 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-/// Weights of a layer whose gradients are followed from step to step.
+/// Number of weights per layer whose gradients are tracked.
 const FOLLOWED: usize = 1024;
-/// The longest line of a log that is read.
+/// Longest line of a log that is accepted.
 const LONGEST_LINE: usize = 1 << 20;
 
-/// What is recorded, and where.
+/// How often layers are recorded, and the log file.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
-    /// Steps between two records of every layer; 0: none. A record costs a quantization of the
-    /// layer's weights.
+    /// Steps between two records of every layer; 0 records nothing. A record quantizes the weights
+    /// of the layer once.
     pub every: u64,
-    /// A file for steps, evaluations and records, a JSON document for each line.
+    /// The log file for steps, evaluations and records.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
 }
 
-/// One layer at one step. Shares are between 0 and 1, and "before" is the record before this one;
-/// the first has zeros there.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LayerRecord {
-    /// Steps taken.
-    pub step: u64,
-    /// The layer.
-    pub name: String,
-    /// λ, the strength of its quantization.
-    pub lambda: f32,
-    /// Share of weights whose value is another one than before.
-    pub flips: f64,
-    /// Share of weights whose value changed since, in the direction opposite to their change before
-    /// that (Nagel et al. 2022).
-    pub oscillation: f64,
-    /// Share of weights whose value is 0.
-    pub dead_zone: f64,
-    /// Mean scale.
-    pub scale: f64,
-    /// Its relative change since.
-    pub scale_drift: f64,
-    /// Norm of the gradient of the latent weights in the last micro-batch.
-    pub gradient_norm: f64,
-    /// Variance of that gradient over the steps since, the mean of at most 1024 weights that stand
-    /// at equal distances.
-    pub gradient_variance: f64,
-}
-
-/// One line of the log.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum Line {
-    /// A step.
-    Step(Step),
-    /// An evaluation.
-    Evaluation(Evaluation),
-    /// A layer.
-    Layer(LayerRecord),
-}
-
-impl Line {
-    /// The step that it is about.
-    pub fn step(&self) -> u64 {
-        match self {
-            Self::Step(step) => step.step,
-            Self::Evaluation(evaluation) => evaluation.step,
-            Self::Layer(layer) => layer.step,
-        }
-    }
-}
-
-/// What is remembered of a layer.
+/// The data of a layer that the next record refers to.
 #[derive(Debug, Default)]
-struct Memory {
-    /// Values at the record before.
+struct LayerHistory {
+    /// Values at the previous record.
     values: Vec<i8>,
-    /// Direction of the last change of each.
+    /// Direction of the last change of each value.
     directions: Vec<i8>,
     scale: f64,
-    /// Mean and sum of squared deviations of the followed gradients, over this many steps
-    /// (Welford).
+    /// Mean and sum of squared deviations of the tracked gradients over `steps` steps (Welford).
     followed: Vec<(f64, f64)>,
     steps: u64,
     norm: f64,
 }
 
-/// The memory of all layers.
+/// The histories of all layers.
 #[derive(Debug)]
 pub(crate) struct Telemetry {
     every: u64,
     kernels: Kernels,
-    layers: BTreeMap<String, Memory>,
+    layers: BTreeMap<String, LayerHistory>,
 }
 
 impl Telemetry {
@@ -123,7 +69,7 @@ impl Telemetry {
         self.every > 0
     }
 
-    /// Looks at the gradients of a step.
+    /// Tracks the gradients of a step.
     pub(crate) fn gradients(&mut self, model: &mut dyn Linears, grads: &GradStore) -> Result<()> {
         model.visit_linears(&mut |name, linear| {
             let Linear::Qat(layer) = linear else {
@@ -166,8 +112,8 @@ impl Telemetry {
     }
 }
 
-/// Tensors in which a checkpoint keeps the memory of a layer: `NAME.values`, …; the numbers are
-/// scale, norm and steps.
+/// The tensors of a layer's history in a checkpoint: `NAME.values` and so on; `numbers` are scale,
+/// norm and steps.
 const PARTS: [(&str, Dtype); 4] = [
     ("values", Dtype::I8),
     ("directions", Dtype::I8),
@@ -176,9 +122,9 @@ const PARTS: [(&str, Dtype); 4] = [
 ];
 
 impl Telemetry {
-    /// What a checkpoint keeps.
-    pub(crate) fn slots(&self) -> Vec<Slot> {
-        let of_layer = |(name, memory): (&String, &Memory)| {
+    /// The tensors that a checkpoint stores.
+    pub(crate) fn entries(&self) -> Vec<TensorEntry> {
+        let of_layer = |(name, memory): (&String, &LayerHistory)| {
             let shapes = [
                 vec![memory.values.len()],
                 vec![memory.directions.len()],
@@ -188,7 +134,7 @@ impl Telemetry {
             PARTS
                 .into_iter()
                 .zip(shapes)
-                .map(|((part, dtype), shape)| Slot {
+                .map(|((part, dtype), shape)| TensorEntry {
                     name: format!("{name}.{part}"),
                     shape,
                     dtype,
@@ -198,12 +144,12 @@ impl Telemetry {
         self.layers.iter().flat_map(of_layer).collect()
     }
 
-    /// The bytes of one of them.
-    pub(crate) fn put(&self, slot: usize, put: &mut Put<'_>) -> Result<()> {
-        let Some(memory) = self.layers.values().nth(slot / PARTS.len()) else {
+    /// Passes the bytes of one of these tensors to `put`.
+    pub(crate) fn put_entry(&self, entry: usize, put: &mut PutBytes<'_>) -> Result<()> {
+        let Some(memory) = self.layers.values().nth(entry / PARTS.len()) else {
             return Ok(());
         };
-        match slot % PARTS.len() {
+        match entry % PARTS.len() {
             0 => put(&memory
                 .values
                 .iter()
@@ -225,7 +171,7 @@ impl Telemetry {
         }
     }
 
-    /// Goes on with what a checkpoint kept; with nothing, where it kept nothing.
+    /// Restores the histories from the tensors of a checkpoint.
     pub(crate) fn restore(&mut self, kept: &BTreeMap<String, Vec<u8>>) {
         let floats = |name: &str, part| -> Vec<f64> {
             let bytes = kept
@@ -261,7 +207,7 @@ impl Telemetry {
                     .iter()
                     .map(|[mean, squares]| (*mean, *squares))
                     .collect();
-                let memory = Memory {
+                let memory = LayerHistory {
                     values: integers(values),
                     directions,
                     scale,
@@ -275,7 +221,7 @@ impl Telemetry {
     }
 }
 
-impl Memory {
+impl LayerHistory {
     fn follow(&mut self, g: &[f32]) {
         let stride = g.len().div_ceil(FOLLOWED).max(1);
         self.followed.resize(g.len().div_ceil(stride), (0.0, 0.0));
@@ -351,8 +297,7 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// A log that begins after `step`: of one that is there, later lines go, and at step 0 all of
-    /// them.
+    /// Opens a log after `step`: lines of later steps are removed, at step 0 all lines.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
         let earlier = if step > 0 && path.exists() {
             read_log(path)?
@@ -361,7 +306,7 @@ impl Log {
         };
         let file = replace::write_file_with(path, |file| {
             let mut kept = earlier.iter().filter(|line| line.step() <= step);
-            kept.try_for_each(|line| put(file, line))
+            kept.try_for_each(|line| write_record(file, line))
         })?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -369,23 +314,23 @@ impl Log {
         })
     }
 
-    pub(crate) fn line(&mut self, line: &Line) -> Result<()> {
-        Ok(put(&mut self.file, line).map_err(FileError::io(&self.path, "write"))?)
+    pub(crate) fn append(&mut self, record: &LogRecord) -> Result<()> {
+        Ok(write_record(&mut self.file, record).map_err(FileError::io(&self.path, "write"))?)
     }
 }
 
-fn put(file: &mut File, line: &Line) -> io::Result<()> {
-    let mut text = serde_json::to_string(line)?;
+fn write_record(file: &mut File, record: &LogRecord) -> io::Result<()> {
+    let mut text = serde_json::to_string(record)?;
     text.push('\n');
     file.write_all(text.as_bytes())
 }
 
-/// Reads the log of a training. A last line without its end, of a training that was killed, is left
-/// out.
+/// Reads the log of a training. An incomplete last line, left by a killed training, is ignored.
 ///
 /// # Errors
-/// [`crate::Error::File`] for a file that cannot be read or whose line is none of a log, with its number.
-pub fn read_log(path: &Path) -> Result<Vec<Line>> {
+/// [`crate::Error::File`] for a file that cannot be read, or with the number of a line that is not a
+/// line of a log.
+pub fn read_log(path: &Path) -> Result<Vec<LogRecord>> {
     let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
     let (mut lines, mut text) = (vec![], vec![]);
     loop {

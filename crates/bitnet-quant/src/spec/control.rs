@@ -1,5 +1,5 @@
-//! Precision control: raise or lower the precision of a stream of tensors when its measured quality
-//! leaves its bounds.
+//! Precision control: raises or lowers the precision of a stream of tensors when its measured
+//! quality leaves its bounds.
 //!
 //! ```text
 //! quality  q = SQNR in dB of each observation, and any metric of the caller
@@ -9,20 +9,20 @@
 //!          a precision that was never tried is tried once
 //! ```
 //!
-//! So a stream whose statistics do not change makes the controller try each precision at most once
-//! downwards and settle.
+//! So for a stream with constant statistics the controller tries each lower precision at most once,
+//! then settles.
 
 use crate::recipe::PrecisionControlConfig;
 use crate::{Error, Result};
 use bitnet_core::Precision;
 use std::collections::{BTreeMap, VecDeque};
 
-/// What one call of a quantizer did.
+/// Statistics of one call of a quantizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QuantizationStats {
-    /// Numbers that were quantized.
+    /// Number of elements.
     pub elements_count: usize,
-    /// Relative error `√(Σ(x − x̂)² / Σx²)`: 0 is exact; 1 is as bad as zeros.
+    /// Relative error `√(Σ(x − x̂)² / Σx²)`: 0 is exact, 1 is the error of all zeros.
     pub quantization_error: f32,
     /// Bytes before by bytes after, scales included.
     pub compression_ratio: f32,
@@ -30,9 +30,9 @@ pub struct QuantizationStats {
     pub min_value: f32,
     /// Largest number.
     pub max_value: f32,
-    /// The scale; the mean of them where there are several.
+    /// The scale, or the mean of several.
     pub scale_factor: f32,
-    /// The zero point, where the mapping has one; the mean of them where there are several.
+    /// The zero point of the mapping, or the mean of several.
     pub zero_point: Option<f32>,
 }
 
@@ -52,39 +52,39 @@ impl QuantizationStats {
     }
 }
 
-/// Why the precision changed.
+/// The reason of a change.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum AdjustmentReason {
-    /// This SQNR in dB is below the bound.
+    /// The SQNR in dB, which is below the bound.
     LowQuality(f32),
-    /// This SQNR in dB is above the bound.
+    /// The SQNR in dB, which is above the bound.
     Surplus(f32),
-    /// A metric of the caller has this value, outside its bounds.
+    /// A metric of the caller, outside its bounds.
     Metric(f32),
 }
 
 /// A change of precision.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrecisionAdjustment {
-    /// Before.
+    /// The precision before.
     pub from_precision: Precision,
-    /// From now on.
+    /// The precision from now on.
     pub to_precision: Precision,
     /// Why.
     pub reason: AdjustmentReason,
 }
 
-/// What a controller saw and did.
+/// A summary of observations and changes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PerformanceSummary {
     /// Observations since the beginning.
     pub observations: u64,
-    /// Mean of [`QuantizationStats::quantization_error`] over all of them.
+    /// Mean of [`QuantizationStats::quantization_error`] over all observations.
     pub average_error: f32,
-    /// The same over the remembered ones.
+    /// The same over the remembered observations.
     pub recent_error: f32,
-    /// Mean compression ratio over all of them.
+    /// Mean compression ratio over all observations.
     pub average_compression_ratio: f32,
     /// How often the precision was raised.
     pub raised: u64,
@@ -94,12 +94,12 @@ pub struct PerformanceSummary {
     pub precision: Precision,
 }
 
-/// What is known about one precision.
+/// What the controller has measured at one precision.
 #[derive(Debug, Clone, Copy, Default)]
 struct Level {
-    /// Mean quality over the observations that made the controller raise it, in dB.
+    /// Mean quality in dB over the observations that made the controller leave it upwards.
     left: Option<f32>,
-    /// Sum and number of the first observations after arriving here.
+    /// Sum and number of the first observations at this precision.
     arrived: (f32, u32),
 }
 
@@ -109,8 +109,8 @@ struct Metric {
     last: f32,
 }
 
-/// Follows a stream of quantized tensors and chooses its precision; the rule is in the [module's
-/// text](self).
+/// Observes a stream of quantized tensors and chooses its precision by the rule of [this
+/// module](self).
 ///
 /// ```
 /// use bitnet_quant::{PrecisionControlConfig, PrecisionController, QuantizationStats};
@@ -177,10 +177,10 @@ impl PrecisionController {
         self.config.precisions[self.at]
     }
 
-    /// Checks a precision, a threshold and a scale against the bounds of the configuration.
+    /// Checks precision, threshold and scale against the bounds of the configuration.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each of them that is outside.
+    /// [`Error::Invalid`] naming each value that is outside.
     pub fn validate_precision_bounds(
         &self,
         precision: impl Into<Precision>,
@@ -206,7 +206,7 @@ impl PrecisionController {
         Error::unless_empty(wrong)
     }
 
-    /// Declares a metric of the caller: while its last value is outside `bounds`, quality counts as
+    /// Declares a metric of the caller. While its last value is outside `bounds`, quality counts as
     /// too low.
     ///
     /// # Errors
@@ -227,10 +227,11 @@ impl PrecisionController {
         Ok(())
     }
 
-    /// The latest value of a metric.
+    /// Reports the latest value of a metric.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for one that [`PrecisionController::add_metric`] does not know, or NaN.
+    /// [`Error::Invalid`] for a metric that was not declared by
+    /// [`PrecisionController::add_metric`], and for NaN.
     pub fn record_metric(&mut self, name: &str, value: f32) -> Result<()> {
         match self.metrics.get_mut(name) {
             Some(metric) if !value.is_nan() => {
@@ -246,7 +247,8 @@ impl PrecisionController {
         }
     }
 
-    /// Records one observation and changes the precision if it is time to. Allocates nothing.
+    /// Records one observation and changes the precision if the rule asks for it. Allocates
+    /// nothing.
     ///
     /// # Errors
     /// [`Error::Invalid`] for an error or a compression ratio that is negative or NaN; nothing is
@@ -274,7 +276,7 @@ impl PrecisionController {
             }
             self.recent.push_back(*stats);
         }
-        // Means need finite terms: nothing is better than exact, and 200 dB is beyond f32.
+        // Means need finite terms; 200 dB, beyond the precision of f32, stands for an exact result.
         let quality = stats.sqnr_db().clamp(-200.0, 200.0);
         let arrived = &mut self.levels[self.at].arrived;
         if arrived.1 < self.config.patience {
@@ -303,8 +305,7 @@ impl PrecisionController {
         let patience = self.config.patience;
         if self.below.1 >= patience && self.at + 1 < self.levels.len() {
             let mean = self.below.0 / self.below.1 as f32;
-            // A metric that forced the raise says that this quality was not enough, whatever it
-            // was.
+            // A metric forced the raise: then the quality was not enough, whatever its value.
             self.levels[self.at].left = Some(mean.min(self.config.min_sqnr_db));
             let reason =
                 metric.map_or(AdjustmentReason::LowQuality(mean), AdjustmentReason::Metric);
@@ -325,7 +326,7 @@ impl PrecisionController {
                     self.change(self.at - 1, AdjustmentReason::Surplus(mean)),
                 ));
             }
-            // The mean is to follow the stream, not to remember its beginning.
+            // A running mean, which forgets the beginning of the stream.
             self.above = (mean, 1);
         }
         Ok(None)
@@ -348,7 +349,7 @@ impl PrecisionController {
         self.recent.iter()
     }
 
-    /// Means over the observations, and what was done.
+    /// A summary of observations and changes.
     pub fn get_performance_summary(&self) -> PerformanceSummary {
         let n = self.observations.max(1) as f64;
         let recent: f32 = self.recent.iter().map(|s| s.quantization_error).sum();

@@ -1,5 +1,5 @@
-//! Mixed precision on tensors: layers with kinds, precision raised where quality asks for it, and
-//! the search of [`crate::search`].
+//! Mixed precision on tensors: layers by kind, precision raised where quality is too low, and the
+//! search of [`crate::search`].
 
 use crate::calibration::{Calibration, importance};
 use crate::recipe::PrecisionControlConfig;
@@ -21,15 +21,15 @@ use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// When the precision of a layer's weights is raised.
+/// Conditions for raising the precision of a layer's weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrecisionAdjustmentParams {
-    /// Least cosine similarity between weights and what is left of them. With the best scale it is
-    /// `√(1 − error²)`, which fixes the SQNR that the [`PrecisionController`] asks for.
+    /// Least cosine similarity between weights and dequantized weights. With the best scale it is
+    /// `√(1 − error²)`, which gives the SQNR that the [`PrecisionController`] demands.
     pub accuracy_threshold: f32,
     /// Precision is not raised beyond this share of the memory.
     pub memory_pressure_threshold: f32,
-    /// Bytes for all layers together; `None` for what the machine has free.
+    /// Bytes for all layers together; `None` for the free memory of the machine.
     pub memory_budget: Option<u64>,
 }
 
@@ -43,17 +43,17 @@ impl Default for PrecisionAdjustmentParams {
     }
 }
 
-/// A configuration, and whether precision is adjusted.
+/// A configuration of mixed precision.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct MixedPrecisionQuantizationConfig {
-    /// How each precision is done, and rules for layers by name.
+    /// Settings of each precision, and rules for layers by name.
     pub config: QuantizationConfig,
     /// When precision is raised; `None`: never.
     pub adjustment: Option<PrecisionAdjustmentParams>,
 }
 
 impl MixedPrecisionQuantizationConfig {
-    /// b1.58 where a layer's kind allows it.
+    /// b1.58 for each kind of layer that allows it.
     pub fn bitnet() -> Self {
         Self {
             config: QuantizationConfig::bitnet_158(),
@@ -61,7 +61,7 @@ impl MixedPrecisionQuantizationConfig {
         }
     }
 
-    /// The same with adjustment.
+    /// This configuration with adjustment.
     pub fn with_auto_adjustment(self, adjustment: PrecisionAdjustmentParams) -> Self {
         Self {
             adjustment: Some(adjustment),
@@ -70,7 +70,7 @@ impl MixedPrecisionQuantizationConfig {
     }
 }
 
-/// What became of a layer.
+/// A quantized layer.
 #[derive(Debug, Clone)]
 pub struct LayerQuantization {
     /// The weights, packed; `None` if the layer's kind keeps them float.
@@ -79,18 +79,18 @@ pub struct LayerQuantization {
     pub activations: Option<QuantizedTensor>,
     /// The bias, which stays float.
     pub bias: Option<Tensor>,
-    /// How the precision of the weights was raised.
+    /// The changes of the precision of the weights.
     pub adjustments: Vec<PrecisionAdjustment>,
-    /// Bytes before by bytes after.
+    /// Bytes before / bytes after.
     pub compression_ratio: f32,
     /// Bytes of weights, activations and bias before.
     pub original_size_bytes: usize,
-    /// And after, scales included.
+    /// Bytes of weights, activations and bias after, scales included.
     pub quantized_size_bytes: usize,
 }
 
-/// Quantizes registered layers, each at the precision of its kind, of its spec or of a rule, raised
-/// where that is too coarse.
+/// Quantizes registered layers at the precision of their spec, a rule or their kind, raised where
+/// that is too coarse.
 ///
 /// ```
 /// use bitnet_core::mixed_precision::{LayerPrecisionSpec, LayerType};
@@ -108,11 +108,11 @@ pub struct MixedPrecisionQuantizer {
     config: MixedPrecisionQuantizationConfig,
     runtime: Arc<Runtime>,
     layers: BTreeMap<String, LayerPrecisionSpec>,
-    /// Bytes of what each layer became.
+    /// Bytes of each quantized layer.
     sizes: BTreeMap<String, usize>,
 }
 
-/// A quantizer on that device.
+/// Creates a quantizer on a device.
 ///
 /// # Errors
 /// [`Error::Input`] for another device than the CPU; as [`MixedPrecisionQuantizer::new`].
@@ -125,7 +125,7 @@ pub fn create_mixed_precision_quantizer(
 }
 
 impl MixedPrecisionQuantizer {
-    /// Without layers yet.
+    /// A quantizer without layers.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming each wrong field.
@@ -143,7 +143,7 @@ impl MixedPrecisionQuantizer {
             }
             Error::unless_empty(wrong)?;
         }
-        let runtime = Runtime::of(&config.config.compute)?;
+        let runtime = Runtime::shared(&config.config.compute)?;
         Ok(Self {
             config,
             runtime,
@@ -152,11 +152,10 @@ impl MixedPrecisionQuantizer {
         })
     }
 
-    /// Makes a layer known.
+    /// Registers a layer.
     ///
     /// # Errors
-    /// [`Error::Core`] for shapes that do not fit one another, [`Error::Input`] for a name that is
-    /// taken.
+    /// [`Error::Core`] for shapes that do not fit, [`Error::Input`] for a name that exists.
     pub fn register_layer(&mut self, layer: LayerPrecisionSpec) -> Result<()> {
         layer.validate()?;
         if self.layers.contains_key(&layer.layer_id) {
@@ -174,7 +173,7 @@ impl MixedPrecisionQuantizer {
     ///
     /// # Errors
     /// [`Error::Input`] for a layer that was not registered and for weights of another shape than
-    /// its spec says; as [`quantize_tensor`].
+    /// its spec; as [`quantize_tensor`].
     pub fn quantize_layer(
         &mut self,
         layer_id: &str,
@@ -240,7 +239,7 @@ impl MixedPrecisionQuantizer {
         self.sizes.values().sum()
     }
 
-    /// The precision to begin with: of the layer's spec, of a rule, of its kind.
+    /// The first precision: of the layer's spec, of a rule, or of its kind.
     fn precision(&self, layer: &LayerPrecisionSpec) -> Result<Option<Precision>> {
         if layer.weights.is_some() {
             return Ok(layer.weights);
@@ -329,9 +328,9 @@ impl MixedPrecisionQuantizer {
         Ok(quantized)
     }
 
-    /// The choice for each matrix that together reach the goal with the least error; see
-    /// [`crate::search`]. With a calibration the error is that of the outputs, and every matrix
-    /// must be in it.
+    /// Chooses a precision for each matrix so that together they reach the goal with the least
+    /// error; see [`crate::search`]. With a calibration, which must contain every matrix, the error
+    /// is that of the outputs.
     ///
     /// ```
     /// use bitnet_quant::prelude::*;
@@ -411,13 +410,13 @@ impl MixedPrecisionQuantizer {
     }
 }
 
-/// What a search found.
+/// The result of a search.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MixedPrecision {
     /// The choices of each matrix by name: rules for a [`QuantizationConfig`].
     pub choices: Vec<(String, Choices)>,
-    /// Bytes of all of them, scales included.
+    /// Bytes of all matrices, scales included.
     pub bytes: u64,
-    /// Their summed error.
+    /// Sum of their errors.
     pub error: f64,
 }

@@ -1,5 +1,5 @@
 //! The names of the specification: schemes, builders, presets, precision control and mixed
-//! precision. Each name is the type it stands for, or converts into it.
+//! precision. A name is an alias of the type behind it, or converts into it.
 
 mod control;
 #[cfg(all(feature = "tensor", feature = "advanced"))]

@@ -1,18 +1,18 @@
-//! Other names for the same things, for code that thinks in bits. Each is the type it stands for,
-//! or converts into it.
+//! Names of the specification for types of this workspace. A name is an alias of the type behind
+//! it, or converts into it.
 
 use crate::{Error, Result};
 use bitnet_checkpoint::recipe::{Choices, LayoutChoice, Recipe, RecipeBuilder};
 use bitnet_core::Precision;
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, ScaleRule, Scheme, Threshold};
 
-/// Symmetric integers, or such with zero points.
+/// Symmetric integers, or integers with zero points.
 pub use bitnet_core::scheme::Mapping as QuantizationStrategy;
 
-/// Where the two levels of binary weights are.
+/// The two levels of binary weights.
 pub use bitnet_core::scheme::BinarySplit as BinaryThresholdMethod;
 
-/// How ternary and other values become bytes: implement it to add a packing.
+/// A wire layout, from values to bytes; implement it to add a packing.
 pub use bitnet_core::pack::Layout as TernaryPacker;
 
 /// The configuration: one serialisable, versioned type for the library, the command line and
@@ -22,10 +22,10 @@ pub type QuantizationConfig = Recipe;
 /// The builder of a configuration.
 pub type QuantizationConfigBuilder = RecipeBuilder;
 
-/// The builder of a configuration of weights: the same as that of any configuration.
+/// The builder of a weight configuration, which is the same builder.
 pub type WeightQuantizationConfigBuilder = RecipeBuilder;
 
-/// A configuration for a purpose.
+/// Configurations for common purposes.
 pub use bitnet_checkpoint::recipe::Preset as ConfigurationPreset;
 
 /// [`Precision`] by its number of bits.
@@ -85,14 +85,14 @@ impl From<TernaryMethod> for Threshold {
     }
 }
 
-/// Schemes with a name.
+/// Schemes by name.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum QuantizationScheme {
     /// b1.58: ternary absmean, one scale for the tensor.
     BitNet158,
     /// Signs times mean magnitude, one scale for the tensor.
     BitNet1,
-    /// Any other.
+    /// Any other scheme.
     Custom(Scheme),
 }
 
@@ -106,14 +106,14 @@ impl From<QuantizationScheme> for Scheme {
     }
 }
 
-/// How much work packing may take.
+/// How much work packing may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OptimizationLevel {
     /// A byte for each value.
     None,
-    /// The plain layout of the precision, with a fixed number of bits.
+    /// The plain layout of the precision, with fixed bits per value.
     Basic,
-    /// The smallest of all layouts, found by trying them.
+    /// The smallest layout, found by trying all.
     Aggressive,
 }
 
@@ -149,7 +149,7 @@ impl From<PackingConfig> for LayoutChoice {
     }
 }
 
-/// A configuration by a closure over its builder.
+/// Builds a configuration with a closure over its builder.
 ///
 /// ```
 /// use bitnet_quant::{QuantizationPrecision, create_custom_enhanced_config};
@@ -166,36 +166,36 @@ pub fn create_custom_enhanced_config(
     Ok(build(QuantizationConfigBuilder::new()).build()?)
 }
 
-/// Choices for binary weights.
+/// Parameters of binary weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct OneBitParams {
-    /// Where the two levels are.
+    /// The two levels.
     pub threshold_method: BinarySplit,
     /// Stochastic weights from this seed; needs [`BinarySplit::Zero`].
     pub stochastic_seed: Option<u64>,
 }
 
-/// Choices for ternary weights.
+/// Parameters of ternary weights.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct OneFiveEightBitParams {
-    /// The rule; `None` for absmean, or optimal where there are several planes.
+    /// The rule; `None` for absmean, or optimal with several planes.
     pub threshold_method: Option<Threshold>,
-    /// Where the scale comes from.
+    /// How the scale is computed.
     pub scale: ScaleRule,
     /// Trit planes; `None` for one.
     pub planes: Option<usize>,
 }
 
-/// Choices for integers.
+/// Parameters of integers.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct MultiBitParams {
     /// Symmetric or with zero points.
     pub mapping: Mapping,
-    /// How much of the range is kept.
+    /// How the range is clipped.
     pub clip: Clip,
 }
 
-/// Choices for each precision, of which those of the configuration's own count.
+/// Parameters for each precision; only those of the configured precision apply.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct SchemeParameters {
     /// For binary.
@@ -206,14 +206,14 @@ pub struct SchemeParameters {
     pub multi_bit: MultiBitParams,
 }
 
-/// How the work is done.
+/// Instruction set, threads and packing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OptimizationConfig {
-    /// The widest instruction set, or the plain one.
+    /// Whether to use the widest instruction set, or scalar code.
     pub enable_simd: bool,
-    /// All cores, or one thread.
+    /// Whether to use all cores, or one thread.
     pub parallel_processing: bool,
-    /// How much work packing may take.
+    /// How much work packing may do.
     pub memory_optimization_level: OptimizationLevel,
 }
 
@@ -227,17 +227,17 @@ impl Default for OptimizationConfig {
     }
 }
 
-/// A configuration as one literal. [`QuantizationConfig`] is what it becomes.
+/// A configuration as one literal; it converts into [`QuantizationConfig`].
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct QuantizationSchemeConfig {
-    /// What it begins from; its precision decides which of the parameters count.
+    /// The base configuration; its precision decides which parameters apply.
     pub base: QuantizationConfig,
-    /// Choices for each precision.
+    /// Parameters for each precision.
     pub scheme_params: SchemeParameters,
-    /// Ternary: the threshold that follows the shape of the weights, instead of the one in
+    /// For ternary weights, whether to use the adaptive threshold instead of that of
     /// `scheme_params`.
     pub adaptive_threshold: bool,
-    /// How the work is done.
+    /// Instruction set, threads and packing.
     pub optimization: OptimizationConfig,
 }
 

@@ -1,16 +1,44 @@
-//! The library on candle tensors: quantizers, BitLinear, calibration and mixed precision. CPU; f32,
-//! f16 and bf16; any strides.
+//! The library on candle tensors: quantizers, the layer that trains ([`latent`]), the layer that
+//! runs ([`bitlinear`]) and observers. CPU; f32, f16 and bf16; any strides.
 
 pub mod bitlinear;
-pub(crate) mod kernel;
+pub mod latent;
 #[cfg(feature = "calibration")]
 pub mod observe;
+pub(crate) mod packed;
 pub mod quantizer;
 pub mod runtime;
-mod ste;
 
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor};
+
+/// The error of an operation of the graph.
+pub(crate) fn into_candle(error: Error) -> candle_core::Error {
+    match error {
+        Error::Candle(error) => *error,
+        other => candle_core::Error::wrap(other),
+    }
+}
+
+/// The elements of an argument of an operation.
+pub(crate) fn contiguous_floats<'a>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [f32]> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::msg("the operation needs contiguous tensors"))?;
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+/// Calls `f` with the elements of a tensor of any device.
+pub(crate) fn with_host_floats<T>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    if x.device().is_cpu() {
+        with_floats(x, f)
+    } else {
+        with_floats(&x.detach().to_device(&Device::Cpu)?, f)
+    }
+}
 
 /// Calls `f` with the elements of `x` in row-major order as f32: in place where `x` is f32 without
 /// gaps, else from a converted copy.

@@ -1,4 +1,4 @@
-//! Observers in a candle model.
+//! Observation of a candle model for calibration.
 
 use super::{token_shape, with_floats};
 use crate::Result;
@@ -15,7 +15,7 @@ pub fn observe_tensor(calibration: &mut Calibration, name: &str, x: &Tensor) -> 
     with_floats(x, |x| Ok(calibration.observe(name, channels, x)?))
 }
 
-/// A module that shows its input to a calibration and is otherwise the module inside.
+/// A module whose input is added to a calibration.
 ///
 /// ```
 /// use bitnet_quant::calibration::Calibration;
@@ -36,7 +36,7 @@ pub struct Observed<M> {
 }
 
 impl<M> Observed<M> {
-    /// `inner`, observed under the name of its weights.
+    /// Wraps Wraps Wraps Wraps Wraps Wraps `inner`, observed under the name of its weights.
     pub fn new(name: impl Into<String>, inner: M, calibration: Arc<Mutex<Calibration>>) -> Self {
         Self {
             name: name.into(),

@@ -1,4 +1,4 @@
-//! Tensors in, low-bit tensors out.
+//! Quantizers of candle tensors.
 
 use super::runtime::Runtime;
 use super::{check_device, matrix_shape, not_empty, token_shape, with_floats};
@@ -37,21 +37,21 @@ use std::sync::Arc;
 pub struct QuantizedTensor {
     shape: Shape,
     dtype: DType,
-    stored: Stored,
+    stored: StoredWeights,
 }
 
 #[derive(Debug, Clone)]
-enum Stored {
+enum StoredWeights {
     Values(Matrix),
     Packed(BitNetTensor),
 }
 
 impl QuantizedTensor {
-    /// A matrix as a tensor of `shape`, which came from elements of `dtype`.
+    /// A matrix as a tensor of `shape`, quantized from elements of `dtype`.
     ///
     /// # Errors
-    /// [`Error::Input`] if matrix and shape have other numbers of elements, or what
-    /// [`Matrix::validate`] finds.
+    /// [`Error::Input`] if matrix and shape have different numbers of elements; as
+    /// [`Matrix::validate`].
     pub fn from_matrix(matrix: Matrix, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
         let shape = shape.into();
         matrix.validate()?;
@@ -65,11 +65,11 @@ impl QuantizedTensor {
         Ok(Self {
             shape,
             dtype,
-            stored: Stored::Values(matrix),
+            stored: StoredWeights::Values(matrix),
         })
     }
 
-    /// Shape, which is that of the original.
+    /// The shape of the original.
     pub fn shape(&self) -> &Shape {
         &self.shape
     }
@@ -77,27 +77,27 @@ impl QuantizedTensor {
     /// Precision, granularity and storage of the scales.
     pub fn spec(&self) -> &MatrixSpec {
         match &self.stored {
-            Stored::Values(matrix) => &matrix.spec,
-            Stored::Packed(packed) => packed.spec(),
+            StoredWeights::Values(matrix) => &matrix.spec,
+            StoredWeights::Packed(packed) => packed.spec(),
         }
     }
 
-    /// Values and scales; unpacked if they are packed.
+    /// Values and scales, unpacked if necessary.
     ///
     /// # Errors
-    /// What a user's own [`Layout`] fails with.
+    /// Errors of a custom [`Layout`].
     pub fn matrix(&self) -> Result<Cow<'_, Matrix>> {
         match &self.stored {
-            Stored::Values(matrix) => Ok(Cow::Borrowed(matrix)),
-            Stored::Packed(packed) => Ok(Cow::Owned(packed.unpack()?)),
+            StoredWeights::Values(matrix) => Ok(Cow::Borrowed(matrix)),
+            StoredWeights::Packed(packed) => Ok(Cow::Owned(packed.unpack()?)),
         }
     }
 
-    /// The packed bytes, if it is packed.
+    /// The packed bytes; `None` before packing.
     pub fn packed(&self) -> Option<&BitNetTensor> {
         match &self.stored {
-            Stored::Values(_) => None,
-            Stored::Packed(packed) => Some(packed),
+            StoredWeights::Values(_) => None,
+            StoredWeights::Packed(packed) => Some(packed),
         }
     }
 
@@ -109,16 +109,16 @@ impl QuantizedTensor {
         self.pack_with(Some(pack::plain(self.spec().precision)))
     }
 
-    /// Packs the values in a layout; with `None` in the smallest of all.
+    /// Packs the values in a layout; `None` chooses the smallest.
     ///
     /// # Errors
     /// [`Error::Core`] if the layout cannot hold them.
     pub fn pack_with(&mut self, layout: Option<&'static dyn Layout>) -> Result<()> {
-        self.stored = Stored::Packed(BitNetTensor::pack(&*self.matrix()?, layout)?);
+        self.stored = StoredWeights::Packed(BitNetTensor::pack(&*self.matrix()?, layout)?);
         Ok(())
     }
 
-    /// The tensor that is left, in shape and type of the original.
+    /// The dequantized tensor, in shape and type of the original.
     ///
     /// # Errors
     /// As [`QuantizedTensor::matrix`].
@@ -131,8 +131,7 @@ impl QuantizedTensor {
         Ok(floats.to_dtype(self.dtype)?)
     }
 
-    /// [`QuantizedTensor::dequantize`] under the name that goes with
-    /// [`QuantizedTensor::pack_weights`].
+    /// [`QuantizedTensor::dequantize`]; the counterpart of [`QuantizedTensor::pack_weights`].
     ///
     /// # Errors
     /// As there.
@@ -140,21 +139,21 @@ impl QuantizedTensor {
         self.dequantize()
     }
 
-    /// Bytes of values and scales as they are now.
+    /// Bytes of values and scales as they are stored now.
     pub fn memory_footprint(&self) -> usize {
         match &self.stored {
-            Stored::Values(matrix) => matrix.memory_footprint(),
-            Stored::Packed(packed) => packed.memory_footprint(),
+            StoredWeights::Values(matrix) => matrix.memory_footprint(),
+            StoredWeights::Packed(packed) => packed.memory_footprint(),
         }
     }
 
-    /// Bytes of the original by [`QuantizedTensor::memory_footprint`].
+    /// Bytes of the original / [`QuantizedTensor::memory_footprint`].
     pub fn compression_ratio(&self) -> f32 {
         (self.shape.elem_count() * self.dtype.size_in_bytes()) as f32
             / self.memory_footprint() as f32
     }
 
-    /// What was lost against `original`, and what was gained.
+    /// Error and compression relative to `original`.
     ///
     /// # Errors
     /// [`Error::Input`] for another shape, [`Error::Core`] for NaN.
@@ -185,7 +184,7 @@ impl QuantizedTensor {
     }
 }
 
-/// `√(Σ(x − x̂)² / Σx²)`; 0 where nothing is lost.
+/// `√(Σ(x − x̂)² / Σx²)`; 0 for an exact result.
 fn relative_error(error: &ErrorStats) -> f32 {
     if error.noise == 0.0 {
         0.0
@@ -194,7 +193,7 @@ fn relative_error(error: &ErrorStats) -> f32 {
     }
 }
 
-/// The layout of that name, or `None` for `auto`.
+/// The layout by name; `None` for `auto`.
 pub(crate) fn layout_named(name: &str) -> Result<Option<&'static dyn Layout>> {
     if name == AUTO {
         Ok(None)
@@ -203,15 +202,15 @@ pub(crate) fn layout_named(name: &str) -> Result<Option<&'static dyn Layout>> {
     }
 }
 
-/// Turns tensors into low-bit tensors. Implement it for a method of your own.
+/// A quantizer of tensors. Implement it for your own method.
 pub trait Quantizer: Send + Sync {
     /// Quantizes a tensor.
     ///
     /// # Errors
-    /// For what cannot be quantized.
+    /// For a tensor that cannot be quantized.
     fn quantize(&self, x: &Tensor) -> Result<QuantizedTensor>;
 
-    /// The tensor that is left.
+    /// The dequantized tensor.
     ///
     /// # Errors
     /// As [`QuantizedTensor::dequantize`].
@@ -220,12 +219,12 @@ pub trait Quantizer: Send + Sync {
     }
 }
 
-/// A [`Quantizer`] that may treat layers differently.
+/// A [`Quantizer`] that can treat each layer differently.
 pub trait WeightQuantizer: Quantizer {
-    /// Quantizes the weights of that name.
+    /// Quantizes weights by their name.
     ///
     /// # Errors
-    /// For what cannot be quantized, or is to stay float.
+    /// For weights that cannot be quantized or stay float.
     fn quantize_weights(&self, name: &str, weights: &Tensor) -> Result<QuantizedTensor>;
 }
 
@@ -249,17 +248,17 @@ pub struct BitNetQuantizer {
     calibration: Option<Arc<crate::calibration::Calibration>>,
 }
 
-/// The quantizer of a configuration: any scheme.
+/// A quantizer with any scheme.
 pub type ConfigurableQuantizationScheme = BitNetQuantizer;
 
 impl BitNetQuantizer {
-    /// Checks the configuration and adapts to the machine.
+    /// Checks the configuration and detects the machine.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming each wrong field; as [`Runtime::new`].
     pub fn new(config: QuantizationConfig) -> Result<Self> {
         config.validate()?;
-        let runtime = Runtime::of(&config.compute)?;
+        let runtime = Runtime::shared(&config.compute)?;
         Ok(Self {
             config,
             runtime,
@@ -268,8 +267,8 @@ impl BitNetQuantizer {
         })
     }
 
-    /// With the importance of input channels: for weights of a name that was observed, rules that
-    /// can weigh errors weigh them by it.
+    /// Adds the importance of input channels: for weights in the calibration, rules that can weight
+    /// errors do so by importance.
     #[cfg(feature = "calibration")]
     pub fn with_calibration(self, calibration: Arc<crate::calibration::Calibration>) -> Self {
         Self {
@@ -297,8 +296,8 @@ impl BitNetQuantizer {
         None
     }
 
-    /// b1.58: ternary absmean with one scale, whatever the configuration says. The values and the
-    /// scale.
+    /// b1.58: ternary absmean with one scale, whatever the configuration. Returns the values and
+    /// the scale.
     ///
     /// # Errors
     /// As [`quantize_tensor`].
@@ -313,10 +312,11 @@ impl BitNetQuantizer {
         Ok((quantized, scale))
     }
 
-    /// Activations `[…, K]` as the configuration says, int8 by default, one scale for each token.
+    /// Quantizes activations `[…, K]` by the configuration, int8 by default, one scale for each
+    /// token.
     ///
     /// # Errors
-    /// [`Error::Input`] if they are to stay float; as [`quantize_activations`].
+    /// [`Error::Input`] if the configuration keeps them float; as [`quantize_activations`].
     pub fn quantize_activations(&self, x: &Tensor) -> Result<QuantizedTensor> {
         let method = self.config.activations.unwrap_or_default().method();
         let method =
@@ -371,11 +371,11 @@ impl WeightQuantizer for BitNetQuantizer {
 /// Quantizes a tensor of 1 to 4 dimensions by a scheme; rows are output features, all other
 /// dimensions columns.
 ///
-/// `importance` has one number for each column and counts where the scheme can weigh errors.
+/// `importance` has one number for each column; schemes that can weight errors use it.
 ///
 /// # Errors
-/// [`Error::Input`] for another device, type or shape; [`Error::Core`] with the position for NaN or
-/// infinity, and for what the scheme cannot be.
+/// [`Error::Input`] for another device, type or shape; [`Error::Core`] with the position of NaN or
+/// infinity, and for an invalid scheme.
 pub fn quantize_tensor(
     runtime: &Runtime,
     x: &Tensor,
@@ -391,7 +391,7 @@ pub fn quantize_tensor(
     Ok(QuantizedTensor {
         shape: x.shape().clone(),
         dtype: x.dtype(),
-        stored: Stored::Values(matrix),
+        stored: StoredWeights::Values(matrix),
     })
 }
 
@@ -434,7 +434,7 @@ pub fn quantize_activations(
     Ok(QuantizedTensor {
         shape: x.shape().clone(),
         dtype: x.dtype(),
-        stored: Stored::Values(matrix),
+        stored: StoredWeights::Values(matrix),
     })
 }
 
@@ -445,7 +445,7 @@ pub fn quantize_activations(
 pub fn absmean_quantize_weights(weights: &Tensor, device: &Device) -> Result<QuantizedTensor> {
     check_device(device)?;
     quantize_tensor(
-        &*Runtime::of(&Compute::default())?,
+        &*Runtime::shared(&Compute::default())?,
         weights,
         &Scheme::ternary(Threshold::Absmean),
         None,
@@ -481,7 +481,7 @@ pub fn sign_quantize_activations(activations: &Tensor, device: &Device) -> Resul
     )
 }
 
-/// Makes quantizers from configurations.
+/// Creates quantizers from configurations.
 #[derive(Debug)]
 pub struct QuantizerFactory;
 
@@ -495,7 +495,7 @@ impl QuantizerFactory {
     }
 }
 
-/// Makes the quantizers of single schemes.
+/// Creates quantizers for single schemes.
 #[derive(Debug)]
 pub struct QuantizationSchemeFactory;
 
@@ -521,8 +521,8 @@ impl QuantizationSchemeFactory {
     /// Any scheme.
     ///
     /// # Errors
-    /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] for parameters that do
-    /// not go together.
+    /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] for parameters that
+    /// exclude each other.
     pub fn create_custom_scheme(
         config: QuantizationSchemeConfig,
         device: Device,
@@ -532,7 +532,7 @@ impl QuantizationSchemeFactory {
     }
 }
 
-/// A controller for tensors on that device.
+/// Creates a controller for tensors on a device.
 ///
 /// # Errors
 /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] naming each wrong field.
@@ -544,8 +544,8 @@ pub fn create_precision_controller(
     PrecisionController::new(config)
 }
 
-/// Quantizes a stream of activations at the precision that its quality asks for: signs, 4 or 8
-/// bits, one scale for each token.
+/// Quantizes a stream of activations at a precision that follows its quality: signs, 4 or 8 bits,
+/// one scale for each token.
 ///
 /// ```
 /// use bitnet_quant::prelude::*;
@@ -565,7 +565,7 @@ pub struct StreamingQuantizer {
 }
 
 impl StreamingQuantizer {
-    /// A stream under this control; its precisions become those that activations have.
+    /// A stream with this control, limited to the precisions of activations.
     ///
     /// # Errors
     /// As [`PrecisionController::new`].
@@ -575,8 +575,8 @@ impl StreamingQuantizer {
         })
     }
 
-    /// Quantizes the next tensor `[…, K]`; the change that its quality brought, which counts from
-    /// the one after it.
+    /// Quantizes the next tensor `[…, K]`. Returns it with a change of precision, if any, which
+    /// applies from the next tensor.
     ///
     /// # Errors
     /// As [`quantize_activations`].
@@ -593,7 +593,7 @@ impl StreamingQuantizer {
         Ok((quantized, change))
     }
 
-    /// What it saw and did.
+    /// The controller.
     pub fn controller(&self) -> &PrecisionController {
         &self.controller
     }

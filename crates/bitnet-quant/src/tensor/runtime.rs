@@ -1,11 +1,11 @@
 //! What layers compute with: kernels, threads and scratch memory.
 
-use super::kernel::Scratch;
 use crate::{Compute, Machine};
 use crate::{Error, Result};
 use bitnet_core::memory::HybridMemoryPool;
 use bitnet_kernels::Pool;
-use std::sync::{Arc, Mutex, PoisonError};
+use bitnet_kernels::matmul;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Kernels, threads and scratch memory, shared by layers.
 ///
@@ -17,15 +17,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// ```
 #[derive(Debug)]
 pub struct Runtime {
-    /// What the configuration came to on this machine.
+    /// The resolved configuration: kernels and number of threads.
     pub machine: Machine,
     /// Threads of matrix products.
     pub pool: Pool,
-    /// Scratch of forward passes.
+    /// Scratch memory of forward passes.
     pub memory: HybridMemoryPool,
-    /// Quantized activations of forward passes.
-    pub(super) scratch: Scratch,
-    /// Threads of quantizers; `None`: rayon's own.
+    /// Prepacked activations of earlier forward passes, whose memory is used again.
+    activations: Mutex<Vec<matmul::PrepackedActivations>>,
+    /// Threads of quantizers; `None` for rayon's global pool.
     workers: Option<rayon::ThreadPool>,
 }
 
@@ -33,8 +33,8 @@ impl Runtime {
     /// Threads and kernels as configured.
     ///
     /// # Errors
-    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] for
-    /// threads that the system refuses.
+    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] if the
+    /// system cannot start the threads.
     pub fn new(compute: &Compute) -> Result<Arc<Self>> {
         let machine = compute.machine()?;
         if machine.threads > crate::recipe::MAX_THREADS {
@@ -65,24 +65,34 @@ impl Runtime {
             machine,
             pool,
             memory: HybridMemoryPool::new(),
-            scratch: Scratch::default(),
+            activations: Mutex::default(),
             workers,
         }))
     }
 
-    /// The one of this configuration: shared by all who ask for it, as long as the program runs.
+    /// The runtime of this configuration: made once, then shared until the program ends.
     ///
     /// # Errors
     /// As [`Runtime::new`].
-    pub fn of(compute: &Compute) -> Result<Arc<Self>> {
+    pub fn shared(compute: &Compute) -> Result<Arc<Self>> {
         static SHARED: Mutex<Vec<(Compute, Arc<Runtime>)>> = Mutex::new(vec![]);
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, runtime)) = shared.iter().find(|(of, _)| of == compute) {
+        let mut shared = lock(&SHARED);
+        if let Some((_, runtime)) = shared.iter().find(|(key, _)| key == compute) {
             return Ok(runtime.clone());
         }
         let fresh = Self::new(compute)?;
         shared.push((compute.clone(), fresh.clone()));
         Ok(fresh)
+    }
+
+    /// Activations of an earlier product, to be overwritten.
+    pub(crate) fn take_activations(&self) -> Option<matmul::PrepackedActivations> {
+        lock(&self.activations).pop()
+    }
+
+    /// Keeps activations for a later product.
+    pub(crate) fn put_activations(&self, activations: matmul::PrepackedActivations) {
+        lock(&self.activations).push(activations);
     }
 
     /// Runs `f` on the threads of quantizers.
@@ -92,4 +102,9 @@ impl Runtime {
             None => f(),
         }
     }
+}
+
+/// A poisoned lock holds no broken state here: its data is replaced whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

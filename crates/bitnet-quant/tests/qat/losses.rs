@@ -1,4 +1,4 @@
-//! Losses beside the task's own: distillation against torch, regularisation against its definition.
+//! Additional losses: distillation against torch, regularization against its definition.
 
 use super::*;
 use bitnet_quant::qat::distillation::{Distance, hidden_loss, logits_loss, relation_loss};
@@ -29,7 +29,7 @@ fn distillation_as_torch() {
         };
         let loss = loss.unwrap();
         close(name, &loss, &[case["loss"].as_f64().unwrap() as f32], 1e-6);
-        // A loss that is a part of another one passes its gradient on.
+        // A loss inside another one passes its gradient on.
         let gradients = (&loss * 3.0).unwrap().backward().unwrap();
         let expected: Vec<f32> = floats(&case["gradient"]).iter().map(|g| 3.0 * g).collect();
         close(name, gradients.get(&student).unwrap(), &expected, 4e-6);

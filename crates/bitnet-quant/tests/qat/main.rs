@@ -1,5 +1,5 @@
-//! Layers in training: against torch (golden/qat.json, by golden/generate_qat.py there), against
-//! leaves that are quantized beforehand, and against what they are packed to.
+//! Layers in training against torch (tests/golden/qat.json, written by generate_qat.py there),
+//! against graphs on dequantized weights, and against the packed layer.
 #![cfg(feature = "qat")]
 
 mod losses;
@@ -218,7 +218,7 @@ fn ten_steps_as_torch() {
     }
 }
 
-/// Every estimator with every precision that it goes with.
+/// Every estimator with every precision that it supports.
 fn all_kinds() -> Vec<(StraightThroughEstimator, Precision)> {
     use StraightThroughEstimator::*;
     let precisions = [
@@ -288,8 +288,8 @@ fn packed_layers_give_the_same_bits() {
     }
 }
 
-/// The surrogate gradients are those of the same graph whose leaves are quantized beforehand, times
-/// the slope.
+/// The surrogate gradients are the gradients of the same graph on dequantized weights, times the
+/// slope.
 #[test]
 fn gradients_are_those_of_dequantized_leaves() {
     for (estimator, precision) in all_kinds() {
@@ -337,7 +337,7 @@ fn gradients_are_those_of_dequantized_leaves() {
             let y = layer.forward(&x).unwrap();
             assert_eq!(y.dims(), [3, 4, 24], "{what}");
             let expected = expected.reshape((3, 4, 24)).unwrap();
-            // Sums of 40 products: the order of the additions is another.
+            // Sums of 40 products in another order.
             close(&what, &y, &flat(&expected), 1e-6 * 40.0);
             let r = normal(&[3, 4, 24]);
             let got = (&y * &r).unwrap().sum_all().unwrap().backward().unwrap();
@@ -382,7 +382,7 @@ fn gradients_are_those_of_dequantized_leaves() {
     }
 }
 
-/// m of each weight, written from the definitions.
+/// The slope m of each weight by its definition.
 fn slopes(layer: &QatLinear, estimator: StraightThroughEstimator) -> Vec<f32> {
     let matrix = layer.quantized_weights().unwrap();
     let (w, spec) = (flat(layer.weight()), &matrix.spec);
@@ -427,7 +427,7 @@ fn slopes(layer: &QatLinear, estimator: StraightThroughEstimator) -> Vec<f32> {
 }
 
 /// ∂L/∂scale against the difference quotient of the fake-quantized weights with the codes held as
-/// the estimators say: inside, w moves with them; the sum is over the granule.
+/// the estimators prescribe: inside the range w moves with them; the sum is over the granule.
 #[test]
 fn gradients_of_learned_scales() {
     for (estimator, precision) in all_kinds().into_iter().filter(|(e, _)| e.learns_scale()) {
@@ -577,7 +577,7 @@ fn stages_and_strength() {
             layer.set_stage(Stage::Bits(bits)).unwrap();
             errors.push(error(&layer));
         }
-        // Ternary and 2 bits are near to one another; each further bit is better by far.
+        // Ternary and 2 bits are close; each further bit is much better.
         assert!(
             errors[1] < 1.2 * errors[0]
                 && errors[2] < 0.6 * errors[1]
@@ -598,7 +598,7 @@ fn stages_and_strength() {
     }
 }
 
-/// The dead-zone bias is a bias, and its weights get the gradient of the bias times β.
+/// The dead-zone bias acts as a bias, and its weights get the gradient of the bias times β.
 #[test]
 fn the_dead_zone_is_a_bias() {
     for estimator in [
@@ -685,7 +685,7 @@ fn the_dead_zone_is_a_bias() {
     );
 }
 
-/// What candle's own operations do, and what the layer must not inherit.
+/// Behaviour of candle's operations that the layer must not have.
 mod traps {
     use super::*;
 

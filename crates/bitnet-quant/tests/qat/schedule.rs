@@ -1,4 +1,4 @@
-//! Sensitivities, and quantization that sets in by and by.
+//! Sensitivities and progressive quantization.
 
 use super::*;
 use bitnet_quant::CheckpointError;
@@ -60,7 +60,7 @@ fn one_layer_at_a_time() {
         let of = |name: &str| found.iter().find(|s| s.name == name).unwrap().loss_change;
         of(&o[0]) <= of(&o[1])
     }));
-    // A failing loss leaves the layers as they were, too.
+    // A failing loss also leaves the layers unchanged.
     model
         .0
         .iter_mut()
@@ -197,7 +197,7 @@ fn stages_follow_the_steps() {
     assert!(model.0.iter_mut().all(
         |l| l.as_qat().unwrap().stage() == Stage::Target && l.as_qat().unwrap().lambda() == 1.0
     ));
-    // A target of 4 bits is reached after the stage of 8.
+    // A target of 4 bits follows the stage of 8 bits.
     let vars = VarMap::new();
     let mut model = Mlp::new(&[16, 4], &vars);
     prepare(
@@ -224,8 +224,8 @@ fn stages_follow_the_steps() {
     }
 }
 
-/// The estimator adds no noise to gradients: over batches they scatter as those of leaves that are
-/// quantized beforehand.
+/// The estimator adds no noise to gradients: over batches they vary as the gradients of dequantized
+/// weights do.
 #[test]
 fn gradients_scatter_as_those_of_dequantized_leaves() {
     let (mut model, vars) = prepared(&[16, 8]);
@@ -272,8 +272,8 @@ fn gradients_scatter_as_those_of_dequantized_leaves() {
     assert!((ratio - 1.0).abs() < 0.01, "{ratio}");
 }
 
-/// A model rounded to ternary is drawn to the one it was: every estimator wins back most of what
-/// rounding lost.
+/// A model rounded to ternary is trained towards the original: every estimator recovers most of the
+/// loss.
 #[test]
 fn training_wins_back_what_rounding_lost() {
     let estimators = ["plain", "clipped:2", "lsq", "stretched", "soft:1"];

@@ -84,7 +84,7 @@ fn scored(
 }
 
 /// Evaluations every three steps; layers are at their target, and at full strength, from the
-/// thirteenth step on. One checkpoint stays.
+/// thirteenth step on. One checkpoint is kept.
 fn evaluated(folder: &Path) -> QATConfig {
     let mut config = QATConfig {
         evaluate_every: 3,
@@ -131,7 +131,7 @@ fn the_best_model_remains() -> Result<()> {
     assert_eq!(reference.task.bits(), best);
     assert_ne!(best, after(24), "the test would see nothing");
 
-    // Without checkpoints it is kept in memory.
+    // Without checkpoints the best model is kept in memory.
     let mut task = Scored::new()?;
     let (outcome, _) = scored(
         &mut task,
@@ -147,7 +147,7 @@ fn the_best_model_remains() -> Result<()> {
         (Some(15), true)
     );
 
-    // Before the best, at it, after it, and when it is long over.
+    // Before, at, after and long after the best evaluation.
     for stop in [4, 14, 15, 16, 22] {
         let folder = tempfile::tempdir().unwrap();
         let config = evaluated(folder.path());
@@ -166,7 +166,7 @@ fn the_best_model_remains() -> Result<()> {
                 "stopped after {stop}"
             );
             assert_eq!(task.task.bits(), best, "stopped after {stop}");
-            // What telemetry counts since the record before goes over the interruption.
+            // Telemetry counts from the previous record, across the interruption.
             let expected: Vec<_> = records
                 .iter()
                 .filter(|r| r.step > 24 - rest)
@@ -181,8 +181,8 @@ fn the_best_model_remains() -> Result<()> {
         "{records:?}"
     );
 
-    // Only the last one counts where no other is asked for, and the folder of the best is nothing
-    // special any more.
+    // Without further evaluations only the last one counts, and the folder of the best one is not
+    // kept.
     let last = QATConfig {
         evaluate_every: 0,
         ..config.clone()
@@ -247,7 +247,8 @@ fn early_stopping_leaves_the_best_model() -> Result<()> {
     Ok(())
 }
 
-/// The loss holds the distance to the levels, and weights come nearer to them where it counts.
+/// The loss contains the distance to the levels, and weights come closer to them with a larger
+/// factor.
 #[test]
 fn regularization_by_configuration() -> Result<()> {
     let run = |factor: f64| -> Result<(f64, f64)> {

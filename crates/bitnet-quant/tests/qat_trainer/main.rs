@@ -1,5 +1,4 @@
-//! The trainer: what it computes, that a resumed training has the bits of one that never stopped,
-//! and what it refuses.
+//! The trainer: results, errors, and that a resumed training has the bits of an uninterrupted one.
 #![cfg(feature = "qat")]
 
 mod best;
@@ -7,10 +6,10 @@ mod best;
 use bitnet_core::random::Random;
 use bitnet_quant::CheckpointError;
 use bitnet_quant::qat::{
-    CheckpointConfig, EarlyStopping, Event, LayerRecord, Line, Linear, Linears, Method,
-    OptimizerConfig, Outcome, Progressive, QATConfig, QATTrainer, Schedule, Shape, Stage, Step,
-    Stopped, StraightThroughEstimator, Task, TelemetryConfig, backward, checkpoints, read_log,
-    recompute,
+    CheckpointConfig, EarlyStopping, Event, LayerRecord, Linear, Linears, LogRecord,
+    OptimizerConfig, OptimizerMethod, Outcome, Progressive, QATConfig, QATTrainer, Schedule,
+    ScheduleShape, Stage, Stopped, StraightThroughEstimator, Task, TelemetryConfig, TrainingStep,
+    backward, checkpoints, read_log, recompute,
 };
 use bitnet_quant::{Error, Result};
 use candle_core::{DType, Device, Module, Tensor};
@@ -162,8 +161,8 @@ impl Task for Mlp {
     }
 }
 
-/// Everything at once: two micro-batches, clipping, stages, learned scales, checkpoints every five
-/// steps, telemetry.
+/// All features together: two micro-batches, clipping, stages, learned scales, checkpoints every
+/// five steps, telemetry.
 fn config(folder: &Path) -> QATConfig {
     QATConfig {
         steps: 24,
@@ -181,7 +180,7 @@ fn config(folder: &Path) -> QATConfig {
         },
         schedule: Schedule {
             warmup: 3,
-            shape: Shape::TWO_STAGE,
+            shape: ScheduleShape::TWO_STAGE,
             floor: 0.01,
         },
         checkpoint: Some(CheckpointConfig {
@@ -198,13 +197,13 @@ fn config(folder: &Path) -> QATConfig {
     }
 }
 
-/// Trains, or goes on; also the losses that were heard of.
+/// Trains or resumes; returns also the steps that callbacks received.
 fn train(
     task: &mut Mlp,
     config: &QATConfig,
     stop_after: Option<u64>,
     resume: bool,
-) -> Result<(Outcome, Vec<Step>)> {
+) -> Result<(Outcome, Vec<TrainingStep>)> {
     let mut trainer = QATTrainer::new(config.clone())?;
     let vars = task.vars.clone();
     if matches!(task.layers[0], Linear::Full(_)) {
@@ -228,7 +227,7 @@ fn train(
     Ok((outcome, steps))
 }
 
-fn losses(steps: &[Step]) -> Vec<(u64, u64, u64)> {
+fn losses(steps: &[TrainingStep]) -> Vec<(u64, u64, u64)> {
     steps
         .iter()
         .map(|s| (s.step, s.loss.to_bits(), s.gradient_norm.to_bits()))
@@ -278,8 +277,7 @@ fn stopped_and_resumed_anywhere_it_has_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// A training that was killed, and did not stop by itself, goes on from an earlier step: its log
-/// has every step once.
+/// A killed training resumes from an earlier step: its log has every step once.
 #[test]
 fn killed_between_checkpoints() -> Result<()> {
     let (whole, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -311,15 +309,15 @@ fn killed_between_checkpoints() -> Result<()> {
     let of_steps = |path: &Path| -> Result<Vec<u64>> {
         Ok(read_log(path)?
             .iter()
-            .filter(|l| matches!(l, Line::Step(_)))
-            .map(Line::step)
+            .filter(|l| matches!(l, LogRecord::Step(_)))
+            .map(LogRecord::step)
             .collect())
     };
     assert_eq!(
         of_steps(&folder.path().join("log.jsonl"))?,
         (1..=24).collect::<Vec<_>>()
     );
-    // What is over does nothing more, and says the same.
+    // Resuming a finished training takes no step and returns the same outcome.
     let (outcome, steps) = train(&mut task, &config, None, true)?;
     assert_eq!(
         (outcome.step, outcome.stopped, steps.len()),
@@ -364,12 +362,12 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     let error = refused(&rate, &mut Mlp::new(24)?);
     assert!(
         error.ends_with(
-            "optimizer.learning_rate is 0.02 there and 0.5 here; a training goes on as it began"
+            "optimizer.learning_rate is 0.02 there and 0.5 here; a resumed training keeps its configuration"
         ),
         "{error}"
     );
     let mut sgd = config.clone();
-    sgd.optimizer.method = Method::Sgd {
+    sgd.optimizer.method = OptimizerMethod::Sgd {
         momentum: 0.0,
         nesterov: false,
     };
@@ -377,11 +375,11 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     let mut seed = Mlp::new(24)?;
     seed.seed = 2;
     assert!(refused(&config, &mut seed).ends_with("seed: expected 1, got 2"));
-    // What does not decide the numbers may change.
+    // Settings that do not change results may differ.
     let mut other = config.clone();
     (other.evaluate_every, other.telemetry) = (0, TelemetryConfig::default());
     train(&mut Mlp::new(24)?, &other, Some(7), true)?;
-    // A new training does not mix with one that is there.
+    // A new training does not start in a folder with checkpoints.
     let error = train(&mut Mlp::new(24)?, &config, None, false).unwrap_err();
     assert!(
         matches!(&error, Error::Checkpoint(CheckpointError::Exists { path }) if path.ends_with("step-000000007")),
@@ -397,7 +395,7 @@ fn checkpoints_of_something_else_are_refused_in_one_line() -> Result<()> {
     };
     assert!(
         refused(&empty, &mut Mlp::new(24)?)
-            .ends_with("expected a checkpoint to go on from, got none")
+            .ends_with("expected a checkpoint to resume from, got none")
     );
     Ok(())
 }
@@ -438,7 +436,7 @@ fn damaged_checkpoints_are_refused() -> Result<()> {
 }
 
 /// A checkpoint that is written again, as after a resume, replaces its folder by two renames. A
-/// kill between them leaves the old one beside its name.
+/// kill between them leaves the old folder under its temporary name.
 #[test]
 fn killed_while_a_checkpoint_is_replaced() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
@@ -524,7 +522,7 @@ fn stops_early_where_nothing_improves() -> Result<()> {
         early_stopping: Some(stop),
         ..config(folder.path())
     };
-    // Nothing moves, so no evaluation is better than the first.
+    // Nothing changes, so no evaluation is better than the first.
     config.optimizer = OptimizerConfig {
         learning_rate: 0.0,
         ..OptimizerConfig::default()
@@ -545,7 +543,7 @@ fn stops_early_where_nothing_improves() -> Result<()> {
 #[test]
 fn accumulation_and_gradient_scaling() -> Result<()> {
     let sgd = OptimizerConfig {
-        method: Method::Sgd {
+        method: OptimizerMethod::Sgd {
             momentum: 0.0,
             nesterov: false,
         },
@@ -554,7 +552,7 @@ fn accumulation_and_gradient_scaling() -> Result<()> {
         group: vec![],
     };
     let schedule = Schedule {
-        shape: Shape::Constant,
+        shape: ScheduleShape::Constant,
         ..Schedule::default()
     };
     let config = QATConfig {
@@ -594,7 +592,7 @@ fn accumulation_and_gradient_scaling() -> Result<()> {
     Ok(())
 }
 
-/// Telemetry counts what it says: against a count by hand of the codes.
+/// Telemetry against a count of the codes by hand.
 #[test]
 fn telemetry_by_hand() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
@@ -633,7 +631,7 @@ fn telemetry_by_hand() -> Result<()> {
     let log = read_log(&folder.path().join("log.jsonl"))?;
     assert_eq!(
         log.iter()
-            .filter(|line| matches!(line, Line::Layer(_)))
+            .filter(|line| matches!(line, LogRecord::Layer(_)))
             .count(),
         24
     );
@@ -681,8 +679,7 @@ fn recomputed_segments_have_the_same_gradients() -> Result<()> {
     let (x, y) = task.batch(0)?;
     let loss = |out: Tensor| -> Result<Tensor> { Ok((out - &y)?.sqr()?.mean_all()?) };
     let plain = loss(second.forward(&first.forward(&x)?.relu()?)?)?.backward()?;
-    // x has no gradient: the first segment is reached all the same. The second is one inside
-    // another.
+    // x has no gradient, but the first segment must be reached. The second segment is nested.
     let (a, b) = (first.clone(), second.clone());
     let hidden = recompute(move |x| a.forward(x)?.relu(), &x)?;
     let outer = move |x: &Tensor| b.forward(x);
@@ -708,7 +705,7 @@ fn recomputed_segments_have_the_same_gradients() -> Result<()> {
     Ok(())
 }
 
-/// What a segment computes inside is not kept for the backward pass.
+/// Intermediate results of a segment are not kept for the backward pass.
 #[test]
 fn recomputed_segments_take_less_memory() -> Result<()> {
     let weights: Vec<_> = (0..8)
@@ -748,7 +745,7 @@ fn recomputed_segments_take_less_memory() -> Result<()> {
 fn configurations_survive_toml_and_json() -> Result<()> {
     let mut config = config(Path::new("run"));
     config.early_stopping = Some(EarlyStopping::default());
-    config.optimizer.method = Method::Sgd {
+    config.optimizer.method = OptimizerMethod::Sgd {
         momentum: 0.5,
         nesterov: true,
     };
@@ -759,12 +756,12 @@ fn configurations_survive_toml_and_json() -> Result<()> {
     let config = QATConfig::from_toml(text)?;
     assert_eq!(
         config.schedule.shape,
-        Shape::TwoStage {
+        ScheduleShape::TwoStage {
             midway: 0.5,
             drop: 0.25
         }
     );
-    let Method::AdamW(betas) = config.optimizer.method else {
+    let OptimizerMethod::AdamW(betas) = config.optimizer.method else {
         panic!("{config:?}")
     };
     assert_eq!((betas.beta1, betas.beta2), (0.9, 0.95));

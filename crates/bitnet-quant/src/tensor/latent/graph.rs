@@ -1,17 +1,18 @@
-//! The linear layer in training as plain operations of candle, for devices that the operation of
-//! `product.rs` has no kernels for: CUDA, Metal.
+//! A latent layer in candle's own operations, for devices that `product.rs` has no kernels for:
+//! CUDA, Metal.
 //!
 //! ```text
 //! y = x̃·W̃ᵀ + b      x̃ = |x + λ·(x̂ − x)| + (x − |x|)
 //!                    W̃ = |W + λ·(Ŵ − W)| + (W − |W|)·|1 − λ + λ·m| + (s − |s|)·|λ·∂Ŵ/∂s|
 //! ```
 //!
-//! `|…|` is a value apart from the graph. What stands in brackets with one is 0, or NaN for what is
-//! not finite, and passes the gradient. Codes and scales are the CPU's but where a sum of another
-//! order rounds to another scale, and for weights that are ternary already, whose scale the rules
-//! of the CPU keep. Sums over weights are taken in f64, on Metal, which has none, in f32.
+//! `|…|` is a detached value. A difference `(x − |x|)` is 0, or NaN where x is not finite, and
+//! passes the gradient. Codes and scales equal those of the CPU with two exceptions: a sum in
+//! another order may round to another scale, and the CPU keeps the scale of weights that are
+//! ternary already. Weights are summed in f64; Metal has no f64 and sums in f32.
 
-use super::ste::{LEAST_SCALE, Quantizer, StraightThroughEstimator};
+use super::estimator::StraightThroughEstimator;
+use super::rounding::{LEAST_SCALE, WeightRounding};
 use crate::Activations;
 use crate::{Error, Result};
 use bitnet_core::scheme::{
@@ -21,33 +22,33 @@ use bitnet_core::{Granularity, Precision, ScaleDtype, ScaleForm};
 use candle_core::{D, DType, Tensor};
 
 /// The layer, without its tensors.
-pub(super) struct Graph<'a> {
-    pub(super) quantizer: &'a Quantizer,
-    pub(super) activations: Activations,
-    pub(super) lambda: f32,
+pub(crate) struct DeviceGraph<'a> {
+    pub(crate) rounding: &'a WeightRounding,
+    pub(crate) activations: Activations,
+    pub(crate) lambda: f32,
     /// β.
-    pub(super) dead_zone: f32,
+    pub(crate) dead_zone: f32,
 }
 
-/// Values and the step between two of them, apart from the graph.
-pub(super) struct Rounded {
+/// Detached values and the step between two of them.
+pub(crate) struct RoundedGranules {
     /// `[granules, weights of one]`.
-    pub(super) values: Tensor,
+    pub(crate) values: Tensor,
     /// `[granules, 1]`.
-    pub(super) step: Tensor,
+    pub(crate) step: Tensor,
 }
 
-impl Graph<'_> {
-    /// Refuses what these operations cannot say.
-    pub(super) fn check(&self, cols: usize) -> Result<()> {
+impl DeviceGraph<'_> {
+    /// Rejects schemes that these operations do not cover.
+    pub(crate) fn check(&self, cols: usize) -> Result<()> {
         let Scheme {
             method,
             granularity,
             scale_form,
             rounding,
             ..
-        } = self.quantizer.scheme;
-        let learned = self.quantizer.estimator.learns_scale();
+        } = self.rounding.scheme;
+        let learned = self.rounding.estimator.learns_scale();
         let can = match method {
             Method::Ternary {
                 planes: 1,
@@ -72,7 +73,8 @@ impl Graph<'_> {
             _ => false,
         };
         if !can || scale_form != ScaleForm::Direct {
-            let expected = "ternary of one plane by absmean, mean or a factor, binary around 0, or symmetric integers, on devices other than the CPU";
+            let expected = "ternary of one plane by absmean, mean or a factor, binary around 0, or \
+                symmetric integers, on devices other than the CPU";
             return Err(Error::input("scheme", expected, format!("{method:?}")));
         }
         match granularity {
@@ -86,7 +88,7 @@ impl Graph<'_> {
     }
 
     /// y `[…, N]` of x `[…, K]`, W `[N, K]`, learned scales `[granules]` and a bias `[N]`.
-    pub(super) fn forward(
+    pub(crate) fn forward(
         &self,
         x: &Tensor,
         w: &Tensor,
@@ -128,8 +130,8 @@ impl Graph<'_> {
     }
 
     /// W as `[granules, weights of one]`.
-    pub(super) fn granules(&self, w: &Tensor) -> Result<Tensor> {
-        Ok(match self.quantizer.scheme.granularity {
+    pub(crate) fn granules(&self, w: &Tensor) -> Result<Tensor> {
+        Ok(match self.rounding.scheme.granularity {
             Granularity::Tensor => w.reshape((1, ()))?,
             Granularity::Channel => w.clone(),
             Granularity::Group(group) => w.reshape(((), group))?,
@@ -137,16 +139,16 @@ impl Graph<'_> {
     }
 
     /// Values of granules by the scheme, or with learned scales `[granules, 1]`.
-    pub(super) fn round(&self, w: &Tensor, learned: Option<&Tensor>) -> Result<Rounded> {
+    pub(crate) fn round(&self, w: &Tensor, learned: Option<&Tensor>) -> Result<RoundedGranules> {
         let Scheme {
             method, rounding, ..
-        } = self.quantizer.scheme;
+        } = self.rounding.scheme;
         let size = w.abs()?;
         let mut cut = None;
         let step = match (learned, method) {
-            (Some(learned), _) => self.stored(&over(
+            (Some(learned), _) => self.stored(&quotient(
                 &learned.maximum(LEAST_SCALE)?,
-                self.quantizer.unit(),
+                self.rounding.unit(),
             )?)?,
             (
                 None,
@@ -178,13 +180,13 @@ impl Graph<'_> {
                     range = range
                         .minimum(&(wide(w)?.sqr()?.mean_keepdim(1)?.sqrt()? * f64::from(times))?)?;
                 }
-                self.stored(&over(
+                self.stored(&quotient(
                     &range,
-                    f32::from(self.quantizer.scheme.precision()?.range().1),
+                    f32::from(self.rounding.scheme.precision()?.range().1),
                 )?)?
             }
         };
-        let values = match (method, self.quantizer.estimator) {
+        let values = match (method, self.rounding.estimator) {
             (Method::Ternary { .. }, _) => {
                 let cut = cut.map_or_else(|| &step * 0.5, Ok)?;
                 (is(w.broadcast_gt(&cut)?)? - is(w.broadcast_lt(&cut.neg()?)?)?)?
@@ -196,7 +198,7 @@ impl Graph<'_> {
                 (above + is(w.broadcast_gt(&far.neg()?)?)?)?.affine(2.0, -3.0)?
             }
             (Method::Int { .. }, _) => {
-                let (low, high) = self.quantizer.scheme.precision()?.range();
+                let (low, high) = self.rounding.scheme.precision()?.range();
                 let v = w
                     .broadcast_div(&divisor(&step)?)?
                     .clamp(f32::from(low), f32::from(high))?;
@@ -207,13 +209,13 @@ impl Graph<'_> {
                 }
             }
         };
-        Ok(Rounded { values, step })
+        Ok(RoundedGranules { values, step })
     }
 
-    /// The number that is stored for scales: in f32, of the type that the scheme says.
+    /// A scale rounded to the type that the scheme stores, in f32.
     fn stored(&self, scale: &Tensor) -> Result<Tensor> {
         let scale = scale.to_dtype(DType::F32)?;
-        let dtype = match self.quantizer.scheme.scale_dtype {
+        let dtype = match self.rounding.scheme.scale_dtype {
             ScaleDtype::F32 => return Ok(scale),
             ScaleDtype::F16 => DType::F16,
             ScaleDtype::Bf16 => DType::BF16,
@@ -222,36 +224,41 @@ impl Graph<'_> {
     }
 
     /// W̃ in granules.
-    fn weights(&self, w: &Tensor, scale: Option<&Tensor>, rounded: &Rounded) -> Result<Tensor> {
+    fn weights(
+        &self,
+        w: &Tensor,
+        scale: Option<&Tensor>,
+        rounded: &RoundedGranules,
+    ) -> Result<Tensor> {
         let lambda = f64::from(self.lambda);
-        let (still, Rounded { values, step }) = (w.detach(), rounded);
+        let (still, RoundedGranules { values, step }) = (w.detach(), rounded);
         let mut passing = (w - &still)?;
         let slope = self.slope(&still, step)?;
         if let Some(slope) = &slope {
             passing = (passing * slope.affine(lambda, 1.0 - lambda)?)?;
         }
         if let (Some(scale), Some(inside)) = (scale, &slope) {
-            let scheme = &self.quantizer.scheme;
+            let scheme = &self.rounding.scheme;
             let of_weights = match scheme.precision()? {
                 Precision::Binary => values.clone(),
                 _ => (values - (inside * still.broadcast_div(&divisor(step)?)?)?)?,
             };
             let most = f64::from(scheme.precision()?.range().1);
             let factor =
-                lambda / f64::from(self.quantizer.unit()) / (w.dims()[1] as f64 * most).sqrt();
+                lambda / f64::from(self.rounding.unit()) / (w.dims()[1] as f64 * most).sqrt();
             passing =
                 (passing + (of_weights * factor)?.broadcast_mul(&(scale - scale.detach())?)?)?;
         }
         Ok((mix(&still, values.broadcast_mul(step)?, lambda)? + passing)?)
     }
 
-    /// m, `[granules, weights of one]`; none where it is 1 everywhere.
+    /// The slope m, `[granules, weights of one]`; `None` if it is 1 everywhere.
     fn slope(&self, w: &Tensor, step: &Tensor) -> Result<Option<Tensor>> {
-        let precision = self.quantizer.levels()?;
+        let precision = self.rounding.levels()?;
         let (low, high) = precision.range();
         let (low, high) = (f32::from(low), f32::from(high));
         let at = |factor: f32| step * f64::from(factor);
-        let slope = match self.quantizer.estimator {
+        let slope = match self.rounding.estimator {
             StraightThroughEstimator::Plain => return Ok(None),
             StraightThroughEstimator::Clipped { range } => {
                 (is(w.broadcast_ge(&at(range * low)?)?)?
@@ -261,7 +268,7 @@ impl Graph<'_> {
                 (is(w.broadcast_gt(&at(low)?)?)? * is(w.broadcast_lt(&at(high)?)?)?)?
             }
             StraightThroughEstimator::Stretched => {
-                is(w.abs()?.broadcast_lt(&at(self.quantizer.unit())?)?)?
+                is(w.abs()?.broadcast_lt(&at(self.rounding.unit())?)?)?
             }
             StraightThroughEstimator::Soft { temperature: t } => {
                 let half = if precision == Precision::Binary {
@@ -283,7 +290,7 @@ impl Graph<'_> {
                 (inside * tanh.sqr()?.affine(-1.0 / most, 1.0 / most)?)?
             }
         };
-        // A granule of zeros has no range: the identity.
+        // A granule of zeros has no range: the gradient passes unchanged.
         let dead = is(step.eq(0f32)?)?;
         Ok(Some(
             slope
@@ -319,36 +326,37 @@ fn mix(x: &Tensor, quantized: Tensor, lambda: f64) -> candle_core::Result<Tensor
     }
 }
 
-/// Integers of each token by its largest magnitude, times their scale.
+/// Absmax quantization of each token, dequantized.
 fn absmax(x: &Tensor, top: f32) -> candle_core::Result<Tensor> {
     let max = x.abs()?.max_keepdim(D::Minus1)?.maximum(1e-5f32)?;
     let inverse = max.ones_like()?.affine(f64::from(top), 0.0)?.div(&max)?;
-    half_even(&x.broadcast_mul(&inverse)?.clamp(-top - 1.0, top)?)?.broadcast_mul(&over(&max, top)?)
+    half_even(&x.broadcast_mul(&inverse)?.clamp(-top - 1.0, top)?)?
+        .broadcast_mul(&quotient(&max, top)?)
 }
 
-/// A quotient as division rounds it; candle's division by a number multiplies with its inverse.
-fn over(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
+/// A correctly rounded quotient; candle divides by a number by multiplying with its inverse.
+fn quotient(x: &Tensor, by: f32) -> candle_core::Result<Tensor> {
     x.broadcast_div(&Tensor::new(by, x.device())?.to_dtype(x.dtype())?)
 }
 
-/// To the nearest integer, halves to the even one, of numbers below 2²² in magnitude: candle's own
-/// `round` takes halves away from 0. 1.5·2²³ leaves no bit below 1.
+/// Rounds numbers below 2²² in magnitude to the nearest integer, halves to even; candle's `round`
+/// takes halves away from 0. Adding 1.5·2²³ leaves no bit below 1.
 fn half_even(x: &Tensor) -> candle_core::Result<Tensor> {
     const MAGIC: f64 = 12_582_912.0;
     (x + MAGIC)? - MAGIC
 }
 
-/// A condition as 0 and 1.
+/// A condition as the numbers 0 and 1.
 fn is(condition: Tensor) -> candle_core::Result<Tensor> {
     condition.to_dtype(DType::F32)
 }
 
-/// Steps, or 1 where a step is 0 and so is what it divides.
-pub(super) fn divisor(step: &Tensor) -> candle_core::Result<Tensor> {
+/// Steps as divisors: 1 where a step is 0, whose weights are all 0.
+pub(crate) fn divisor(step: &Tensor) -> candle_core::Result<Tensor> {
     step + is(step.eq(0f32)?)?
 }
 
-/// The type in which weights are summed.
+/// Converts to the type in which weights are summed.
 fn wide(x: &Tensor) -> candle_core::Result<Tensor> {
     if x.device().is_metal() {
         Ok(x.clone())

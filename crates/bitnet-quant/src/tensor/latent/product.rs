@@ -1,12 +1,12 @@
-//! A linear layer in training as one operation of the graph: between the passes it keeps its
+//! A latent layer as one operation of the graph. Between forward and backward pass it keeps its
 //! inputs, as any linear layer does, and the codes of its weights. The equations are at
-//! [`QatLinear`](super::QatLinear). With a dead-zone bias β, `λ·β·Σ of the weights of a row whose
-//! value is 0` is a part of b.
+//! [`QatLinear`](super::QatLinear). A dead-zone bias β adds `λ·β·Σ` of the zero-valued weights of a
+//! row to the bias of that row.
 
-use super::ste::{Codes, Quantizer};
-use super::{candle, slice};
+use super::codes::WeightCodes;
+use super::rounding::WeightRounding;
 use crate::Activations;
-use crate::tensor::{token_shape, with_floats};
+use crate::tensor::{contiguous_floats, into_candle, token_shape, with_floats};
 use crate::{CheckpointError, Error, Result};
 use bitnet_core::activation::{self, ActivationGranularity, ActivationMethod};
 use bitnet_core::scheme::Rounding;
@@ -17,20 +17,31 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, InplaceOp1, Layout, 
 use rayon::prelude::*;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// The operation: of x, W, and a vector of learned scales followed by biases, if there are any.
-pub(super) struct Product {
-    pub(super) quantizer: Quantizer,
-    pub(super) activations: Activations,
-    pub(super) lambda: f32,
+/// The operation. Its arguments are x, W, and a vector of the learned scales followed by the
+/// biases, if there are any.
+pub(crate) struct QuantizedProduct {
+    pub(crate) rounding: WeightRounding,
+    pub(crate) activations: Activations,
+    pub(crate) lambda: f32,
     /// β.
-    pub(super) dead_zone: f32,
+    pub(crate) dead_zone: f32,
     /// Number of learned scales.
-    pub(super) scales: usize,
-    /// From the forward pass to the backward pass.
-    pub(super) codes: OnceLock<Codes>,
+    pub(crate) scales: usize,
+    pub(crate) non_finite: NonFinite,
+    /// Set by the forward pass, read by the backward pass.
+    pub(crate) codes: OnceLock<WeightCodes>,
 }
 
-impl Product {
+/// What happens to input or weights with NaN or infinity, which cannot be quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NonFinite {
+    /// The forward pass returns an error.
+    Refuse,
+    /// All outputs and gradients are NaN, as with floats: the loss shows it.
+    Propagate,
+}
+
+impl QuantizedProduct {
     fn forward(
         &self,
         x: (&CpuStorage, &Layout),
@@ -38,11 +49,13 @@ impl Product {
         third: Option<&[f32]>,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (rows, cols) = w.1.shape().dims2()?;
-        let (x_slice, w_slice) = (slice(x.0, x.1)?, slice(w.0, w.1)?);
+        let (x_slice, w_slice) = (contiguous_floats(x.0, x.1)?, contiguous_floats(w.0, w.1)?);
         let mut out = vec![0.0; x_slice.len() / cols * rows];
         match self.product(x_slice, w_slice, (rows, cols), third, &mut out) {
-            Err(error) if is_not_finite(&error) => out.fill(f32::NAN),
-            done => done.map_err(candle)?,
+            Err(error) if self.non_finite == NonFinite::Propagate && is_not_finite(&error) => {
+                out.fill(f32::NAN);
+            }
+            done => done.map_err(into_candle)?,
         }
         let mut dims = x.1.dims().to_vec();
         dims.splice(dims.len() - 1.., [rows]);
@@ -57,11 +70,11 @@ impl Product {
         third: Option<&[f32]>,
         out: &mut [f32],
     ) -> Result<()> {
-        let runtime = &*self.quantizer.runtime;
+        let runtime = &*self.rounding.runtime;
         let (scales, bias) = third.unwrap_or_default().split_at(self.scales);
         let scales = (!scales.is_empty()).then_some(scales);
         let codes = if self.lambda > 0.0 {
-            Some(self.quantizer.encode(w, shape, scales)?)
+            Some(self.rounding.encode(w, shape, scales)?)
         } else {
             None
         };
@@ -103,11 +116,11 @@ impl Product {
     }
 
     /// W̃.
-    fn mixed_weights(&self, w: &[f32], codes: Option<&Codes>) -> Result<Vec<f32>> {
+    fn mixed_weights(&self, w: &[f32], codes: Option<&WeightCodes>) -> Result<Vec<f32>> {
         let Some(codes) = codes else {
             return Ok(w.to_vec());
         };
-        let mut out = codes.dequantize(&self.quantizer.runtime)?;
+        let mut out = codes.dequantize(&self.rounding.runtime)?;
         self.mix(w, &mut out);
         Ok(out)
     }
@@ -117,9 +130,9 @@ impl Product {
         let Some(method) = self.activations.method().filter(|_| self.lambda > 0.0) else {
             return Ok(x.to_vec());
         };
-        let kernels = self.quantizer.runtime.machine.kernels;
+        let kernels = self.rounding.runtime.machine.kernels;
         let mut out = vec![0.0; x.len()];
-        self.quantizer.runtime.install(|| {
+        self.rounding.runtime.install(|| {
             let tokens = out
                 .par_chunks_mut(k)
                 .zip(x.par_chunks(k))
@@ -142,7 +155,7 @@ impl Product {
         }
     }
 
-    /// Gradients of the three arguments, of those that are part of the graph.
+    /// Gradients of the arguments that are part of the graph.
     fn backward(
         &self,
         x: &Tensor,
@@ -209,8 +222,7 @@ impl Product {
     }
 }
 
-/// Whether NaN or infinity is what cannot be quantized. Then all outputs and gradients are NaN, as
-/// with floats: the loss shows it.
+/// Whether the error is about NaN or infinity.
 fn is_not_finite(error: &Error) -> bool {
     use bitnet_core::Error::NotFinite;
     matches!(
@@ -222,7 +234,7 @@ fn is_not_finite(error: &Error) -> bool {
     )
 }
 
-/// One token quantized and back.
+/// Quantizes and dequantizes one token.
 fn fake_token(
     kernels: Kernels,
     method: ActivationMethod,
@@ -250,7 +262,7 @@ fn fake_token(
     Ok(())
 }
 
-/// Σ over the rows of `[M, n]`: in f32 over some rows, in f64 over those sums.
+/// Sums of the columns of `[M, n]`: in f32 over 256 rows, in f64 over these sums.
 fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
     let mut sums = vec![0f64; n];
     let mut part = vec![0f32; n];
@@ -265,11 +277,11 @@ fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
     sums.into_iter().map(|sum| sum as f32).collect()
 }
 
-/// Turns ∂L/∂W̃ into ∂L/∂W where it lies.
+/// Turns ∂L/∂W̃ into ∂L/∂W in place.
 struct Surrogate<'a> {
-    of: &'a Product,
+    of: &'a QuantizedProduct,
     w: &'a [f32],
-    codes: &'a Codes,
+    codes: &'a WeightCodes,
     of_bias: &'a [f32],
     of_scales: Mutex<Option<Vec<f32>>>,
 }
@@ -288,13 +300,13 @@ impl InplaceOp1 for Surrogate<'_> {
         };
         let (of, grad) = (self.of, &mut grad[start..end]);
         let of_scales = of
-            .quantizer
+            .rounding
             .surrogate(self.w, self.codes, of.lambda, of.scales > 0, grad)
-            .map_err(candle)?;
+            .map_err(into_candle)?;
         if let Some(beta) = of.beta() {
             self.codes
-                .add_to_zeros(self.of_bias, beta, &of.quantizer.runtime, grad)
-                .map_err(candle)?;
+                .add_to_zeros(self.of_bias, beta, &of.rounding.runtime, grad)
+                .map_err(into_candle)?;
         }
         *self
             .of_scales
@@ -306,7 +318,7 @@ impl InplaceOp1 for Surrogate<'_> {
 
 const NAME: &str = "quantized-linear";
 
-impl CustomOp2 for Product {
+impl CustomOp2 for QuantizedProduct {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -328,12 +340,12 @@ impl CustomOp2 for Product {
         _: &Tensor,
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, _] = self.backward(x, w, None, grad).map_err(candle)?;
+        let [dx, dw, _] = self.backward(x, w, None, grad).map_err(into_candle)?;
         Ok((dx, dw))
     }
 }
 
-impl CustomOp3 for Product {
+impl CustomOp3 for QuantizedProduct {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -347,7 +359,7 @@ impl CustomOp3 for Product {
         third: &CpuStorage,
         lt: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward((x, lx), (w, lw), Some(slice(third, lt)?))
+        self.forward((x, lx), (w, lw), Some(contiguous_floats(third, lt)?))
     }
 
     fn bwd(
@@ -358,7 +370,9 @@ impl CustomOp3 for Product {
         _: &Tensor,
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, dthird] = self.backward(x, w, Some(third), grad).map_err(candle)?;
+        let [dx, dw, dthird] = self
+            .backward(x, w, Some(third), grad)
+            .map_err(into_candle)?;
         Ok((dx, dw, dthird))
     }
 }
