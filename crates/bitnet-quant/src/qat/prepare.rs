@@ -111,9 +111,8 @@ impl QatLinear {
     /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no
     /// product.
     pub fn convert(&self) -> Result<BitLinear> {
-        let codes = self.codes()?;
-        let bias = self.bias_with(&codes)?;
-        BitLinear::from_matrix(&codes.into_matrix(self.runtime())?, bias, self.config())
+        let bias = self.packed_bias()?;
+        BitLinear::from_matrix(&self.quantized_weights()?, bias, self.config())
     }
 }
 

@@ -340,7 +340,10 @@ impl BitLinear {
         if let Some(packed) = self.cached(checksum) {
             return Ok(packed);
         }
-        let packed = Arc::new(layer.codes()?.prepack(&self.runtime)?);
+        let packed = Arc::new(PackedWeights::new(
+            &layer.quantized_weights()?,
+            &self.runtime,
+        )?);
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) =
             Some((checksum, packed.clone()));
         Ok(packed)

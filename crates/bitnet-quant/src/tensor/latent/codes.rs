@@ -146,20 +146,4 @@ impl WeightCodes {
             }
         }
     }
-
-    /// The values as a matrix, one byte each.
-    pub(crate) fn into_matrix(self, runtime: &Runtime) -> Result<Matrix> {
-        match self {
-            Self::Values(matrix) => Ok(matrix),
-            Self::TwoBit(_) => {
-                let values = self.values(runtime)?.into_owned();
-                Ok(Matrix {
-                    spec: self.spec().clone(),
-                    values,
-                    scales: self.scales().to_vec(),
-                    zero_points: vec![],
-                })
-            }
-        }
-    }
 }

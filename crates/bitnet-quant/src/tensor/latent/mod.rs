@@ -269,7 +269,7 @@ impl QatLinear {
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
     pub fn quantized_weights(&self) -> Result<Matrix> {
-        self.codes()?.into_matrix(&self.rounding.runtime)
+        self.round(|w, shape, scale| self.rounding.matrix(w, shape, scale))
     }
 
     /// The configuration.
@@ -282,10 +282,18 @@ impl QatLinear {
     }
 
     pub(crate) fn codes(&self) -> Result<WeightCodes> {
+        self.round(|w, shape, scale| self.rounding.encode(w, shape, scale))
+    }
+
+    /// Calls `f` with the latent weights, their shape and the learned scales.
+    fn round<T>(
+        &self,
+        f: impl FnOnce(&[f32], (usize, usize), Option<&[f32]>) -> Result<T>,
+    ) -> Result<T> {
         let shape = matrix_shape(&self.weight)?;
         with_host_floats(&self.weight, |w| match &self.scale {
-            Some(scale) => with_host_floats(scale, |s| self.rounding.encode(w, shape, Some(s))),
-            None => self.rounding.encode(w, shape, None),
+            Some(scale) => with_host_floats(scale, |s| f(w, shape, Some(s))),
+            None => f(w, shape, None),
         })
     }
 
@@ -307,18 +315,13 @@ impl QatLinear {
     /// # Errors
     /// [`Error::Core`] for NaN among the weights.
     pub fn packed_bias(&self) -> Result<Option<Tensor>> {
-        self.bias_with(&self.codes()?)
-    }
-
-    pub(crate) fn bias_with(&self, codes: &WeightCodes) -> Result<Option<Tensor>> {
-        let bias = self
-            .bias
-            .as_ref()
-            .map(|bias| bias.detach().to_device(&Device::Cpu))
-            .transpose()?;
+        let bias = self.bias.as_ref();
+        let bias = bias.map(|bias| bias.detach().to_device(&Device::Cpu));
+        let bias = bias.transpose()?;
         if self.dead_zone == 0.0 {
             return Ok(bias);
         }
+        let codes = self.codes()?;
         let dead = with_host_floats(&self.weight, |w| {
             codes.sums_of_zeros(w, self.dead_zone, self.runtime())
         })?;

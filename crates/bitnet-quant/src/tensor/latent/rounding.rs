@@ -161,9 +161,7 @@ impl WeightRounding {
     ) -> Result<WeightCodes> {
         let (kernels, pool) = (self.runtime.machine.kernels, &self.runtime.pool);
         if let Some(learned) = learned {
-            let matrix = self
-                .runtime
-                .install(|| self.encode_learned(w, shape, learned))?;
+            let matrix = self.matrix(w, shape, Some(learned))?;
             if matrix.spec.precision != Precision::Ternary {
                 return Ok(WeightCodes::Values(matrix));
             }
@@ -202,10 +200,21 @@ impl WeightRounding {
                 layout,
             )?));
         }
-        let matrix = self
-            .runtime
-            .install(|| matrix::quantize(kernels, w, shape, &self.scheme, None))?;
-        Ok(WeightCodes::Values(matrix))
+        Ok(WeightCodes::Values(self.matrix(w, shape, None)?))
+    }
+
+    /// The values of [`WeightRounding::encode`], a byte each.
+    pub(crate) fn matrix(
+        &self,
+        w: &[f32],
+        shape: (usize, usize),
+        learned: Option<&[f32]>,
+    ) -> Result<Matrix> {
+        let kernels = self.runtime.machine.kernels;
+        self.runtime.install(|| match learned {
+            Some(learned) => self.encode_learned(w, shape, learned),
+            None => Ok(matrix::quantize(kernels, w, shape, &self.scheme, None)?),
+        })
     }
 
     fn encode_learned(&self, w: &[f32], shape: (usize, usize), learned: &[f32]) -> Result<Matrix> {
