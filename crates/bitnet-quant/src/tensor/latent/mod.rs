@@ -92,7 +92,7 @@ impl QatLinear {
     ///
     /// # Errors
     /// [`Error::Input`] for shapes, types, devices, and an estimator that does not fit the scheme;
-    /// [`Error::Invalid`] for a wrong configuration.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for a wrong configuration.
     pub fn new(
         weight: Tensor,
         bias: Option<Tensor>,
@@ -184,7 +184,8 @@ impl QatLinear {
     /// this.
     ///
     /// # Errors
-    /// [`Error::Core`] for an unsupported number of bits and for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for an unsupported number of bits
+    /// and for NaN among the weights.
     pub fn set_stage(&mut self, stage: Stage) -> Result<()> {
         if stage == self.stage {
             return Ok(());
@@ -267,7 +268,7 @@ impl QatLinear {
     /// Values and scales of the weights that the next forward pass with λ = 1 uses.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn quantized_weights(&self) -> Result<Matrix> {
         self.codes()?.into_matrix(&self.rounding.runtime)
     }
@@ -292,7 +293,7 @@ impl QatLinear {
     /// Ŵ, `[N, K]`, detached.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn dequantized_weights(&self) -> Result<Tensor> {
         Ok(Tensor::from_vec(
             self.codes()?.dequantize(&self.rounding.runtime)?,
@@ -305,7 +306,7 @@ impl QatLinear {
     /// bias.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn packed_bias(&self) -> Result<Option<Tensor>> {
         self.bias_with(&self.codes()?)
     }
