@@ -24,8 +24,8 @@ pub trait Granule {
     ) -> Result<T, Self::Error>;
 }
 
-/// Weights of a strip of a granule in memory. The last bits of sums depend on it, so every fold over
-/// memory cuts there.
+/// Weights of a strip of a granule in memory. The last bits of sums depend on it, so every fold
+/// over memory cuts there.
 pub const STRIP: usize = 1 << 18;
 
 impl Granule for [f32] {

@@ -184,7 +184,8 @@ fn fit_optimal<G: Granule + ?Sized>(
     if nearest == other || nearest == 0.0 {
         return Ok(Fitted::one(nearest, Encoder::Cut(Cuts::symmetric(cut))));
     }
-    // The better of the two storable scales around the exact one, each with the codes nearest to it.
+    // The better of the two storable scales around the exact one, each with the codes nearest to
+    // it.
     let gain = |s: f32, a: Above| f64::from(s) * (2.0 * a.sum - f64::from(s) * a.weight);
     let (a, b) = granule.fold(
         |i, w| {

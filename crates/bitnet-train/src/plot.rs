@@ -75,8 +75,8 @@ pub fn png(log: &[LogRecord]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Draws a log into a file, as SVG or PNG by its extension. An earlier file is replaced when the new
-/// one is complete.
+/// Draws a log into a file, as SVG or PNG by its extension. An earlier file is replaced when the
+/// new one is complete.
 ///
 /// # Errors
 /// [`Error::Option`] for another extension and for a log without steps, [`Error::File`] if the file

@@ -117,8 +117,8 @@ impl Compute {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Kernels`] for an instruction set that does not exist or that this machine does not
-    /// run.
+    /// [`crate::Error::Kernels`] for an instruction set that does not exist or that this machine
+    /// does not run.
     pub fn machine(&self) -> Result<Machine> {
         let kernels = match &self.isa {
             None => Kernels::from_env()?,
@@ -169,7 +169,7 @@ impl Compute {
     }
 }
 
-/// Bounds and reaction of a [`PrecisionController`].
+/// Bounds and reaction of a precision controller.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PrecisionControlConfig {
@@ -189,7 +189,7 @@ pub struct PrecisionControlConfig {
     pub window: usize,
     /// Whether the precision may change; if not, the controller only observes.
     pub adjust: bool,
-    /// Smallest and largest threshold that [`PrecisionController::validate_precision_bounds`]
+    /// Smallest and largest threshold that a precision controller
     /// accepts.
     pub threshold: [f32; 2],
     /// Smallest and largest scale that it accepts.

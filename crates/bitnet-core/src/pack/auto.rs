@@ -6,8 +6,8 @@ use crate::{MatrixSpec, Result};
 /// The shortest of our own layouts for this matrix, and the packed bytes.
 ///
 /// Layouts of fixed length are compared by that length without packing; the others are packed and
-/// measured. Among equally short ones the first of [`layouts`](super::layouts) wins. `scales` are not stored: our own
-/// layouts leave them to the container.
+/// measured. Among equally short ones the first of [`layouts`](super::layouts) wins. `scales` are
+/// not stored: our own layouts leave them to the container.
 ///
 /// # Errors
 /// As [`Layout::pack_into`].

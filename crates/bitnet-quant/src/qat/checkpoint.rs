@@ -273,8 +273,9 @@ pub(crate) struct OpenCheckpoint {
 
 impl OpenCheckpoint {
     /// # Errors
-    /// [`Error::Mismatch`] naming the difference to this model, configuration or optimizer;
-    /// [`Error::File`] for a damaged checkpoint.
+    /// [`CheckpointError::Mismatch`](crate::CheckpointError::Mismatch) naming the difference to
+    /// this model, configuration or optimizer;
+    /// [`CheckpointError::File`](crate::CheckpointError::File) for a damaged checkpoint.
     pub(crate) fn new(
         folder: &Path,
         optimizer: &Optimizer,

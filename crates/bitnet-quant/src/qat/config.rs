@@ -124,7 +124,8 @@ impl QATConfig {
     /// Reads TOML.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for text that is not such TOML, [`Error::Invalid`] for invalid values.
+    /// [`CheckpointError::Recipe`](crate::CheckpointError::Recipe) for text that is not such TOML,
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for invalid values.
     pub fn from_toml(text: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(Error::recipe)?;
         config.validate()?;
@@ -154,7 +155,8 @@ impl QATConfig {
     /// This configuration as TOML.
     ///
     /// # Errors
-    /// [`Error::Recipe`] for a number that TOML cannot hold.
+    /// [`CheckpointError::Recipe`](crate::CheckpointError::Recipe) for a number that TOML cannot
+    /// hold.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(Error::recipe)
     }
@@ -162,7 +164,7 @@ impl QATConfig {
     /// Checks every field.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
     pub fn validate(&self) -> Result<()> {
         let mut wrong = vec![];
         for (name, n) in [("steps", self.steps), ("accumulate", self.accumulate)] {
@@ -322,7 +324,8 @@ impl QATConfigBuilder {
     /// The configuration.
     ///
     /// # Errors
-    /// As [`QATConfig::validate`]; [`Error::Invalid`] also where setters contradict each other.
+    /// As [`QATConfig::validate`]; [`CheckpointError::Invalid`](crate::CheckpointError::Invalid)
+    /// also where setters contradict each other.
     pub fn build(mut self) -> Result<QATConfig> {
         let mut wrong = vec![];
         let precision = self.config.quantization.default.precision();

@@ -41,9 +41,9 @@ use candle_nn::VarMap;
 /// ```
 ///
 /// # Errors
-/// [`Error::Recipe`] if the configuration quantizes no linear layer, [`Error::Invalid`] if it is
-/// wrong, [`Error::Input`] for an estimator that does not fit a scheme. The model is not changed
-/// then.
+/// [`CheckpointError::Recipe`](crate::CheckpointError::Recipe) if the configuration quantizes no
+/// linear layer, [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) if it is wrong,
+/// [`Error::Input`] for an estimator that does not fit a scheme. The model is not changed then.
 pub fn prepare(
     model: &mut dyn Linears,
     config: &QuantizationConfig,
@@ -108,7 +108,8 @@ impl QatLinear {
     /// The packed layer, on the CPU: with λ = 1 it computes the same.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights,
+    /// [`CheckpointError::Kernels`](crate::CheckpointError::Kernels) for a scheme that has no
     /// product.
     pub fn convert(&self) -> Result<BitLinear> {
         let bias = self.packed_bias()?;
@@ -120,7 +121,8 @@ impl QatLinear {
 /// = 1.
 ///
 /// # Errors
-/// [`Error::Core`] for NaN among the weights, [`Error::Kernels`] for a scheme that has no product.
+/// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights,
+/// [`CheckpointError::Kernels`](crate::CheckpointError::Kernels) for a scheme that has no product.
 pub fn convert(model: &mut dyn Linears) -> Result<()> {
     model.visit_linears(&mut |_, linear| {
         if let Linear::Qat(layer) = linear {

@@ -56,7 +56,8 @@ impl Progressive {
     /// Checks every field.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for stages out of order and unsupported bits.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for stages out of order and
+    /// unsupported bits.
     pub fn validate(&self) -> Result<()> {
         let mut wrong = vec![];
         if !self.stages.is_sorted_by(|a, b| a.0 < b.0) {
@@ -115,7 +116,7 @@ impl Progressive {
     /// checkpoint after this call.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn apply(&self, model: &mut dyn Linears, step: u64) -> Result<Vec<String>> {
         let mut changed = vec![];
         model.visit_linears(&mut |name, linear| {

@@ -12,7 +12,8 @@ use std::sync::OnceLock;
 /// ŵ)/(s²·ΣN)`. Add it to the loss with a small factor.
 ///
 /// # Errors
-/// [`Error::Input`] if no layer is in training, [`Error::Core`] for NaN among the weights.
+/// [`Error::Input`] if no layer is in training,
+/// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
 pub fn level_distance(model: &mut dyn Linears) -> Result<Tensor> {
     let (mut sum, mut weights) = (None::<Tensor>, 0);
     model.visit_linears(&mut |_, linear| {

@@ -149,8 +149,8 @@ impl Fisher {
     /// `½·Σ F·(ŵ − w)²` of each layer in training, with the levels of its present stage.
     ///
     /// # Errors
-    /// [`Error::Input`] before the first batch or for another model, [`Error::Core`] for NaN among
-    /// the weights.
+    /// [`Error::Input`] before the first batch or for another model,
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn sensitivities(&self, model: &mut dyn Linears) -> Result<Vec<Sensitivity>> {
         let mut all = vec![];
         model.visit_linears(&mut |name, linear| {
@@ -193,8 +193,8 @@ impl Fisher {
     /// them to a configuration before `prepare`.
     ///
     /// # Errors
-    /// [`Error::Recipe`] if no selection fits the budget or a setting is not quantized; as
-    /// [`Fisher::sensitivities`].
+    /// [`CheckpointError::Recipe`](crate::CheckpointError::Recipe) if no selection fits the budget
+    /// or a setting is not quantized; as [`Fisher::sensitivities`].
     #[cfg(feature = "advanced")]
     pub fn rules(
         &self,

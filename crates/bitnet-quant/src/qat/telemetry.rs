@@ -328,8 +328,8 @@ fn write_record(file: &mut File, record: &LogRecord) -> io::Result<()> {
 /// Reads the log of a training. An incomplete last line, left by a killed training, is ignored.
 ///
 /// # Errors
-/// [`crate::Error::File`] for a file that cannot be read, or with the number of a line that is not a
-/// line of a log.
+/// [`CheckpointError::File`](crate::CheckpointError::File) for a file that cannot be read, or with
+/// the number of a line that is not a line of a log.
 pub fn read_log(path: &Path) -> Result<Vec<LogRecord>> {
     let mut file = BufReader::new(File::open(path).map_err(FileError::io(path, "open"))?);
     let (mut lines, mut text) = (vec![], vec![]);

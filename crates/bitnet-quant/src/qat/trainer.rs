@@ -155,8 +155,9 @@ impl QATTrainer {
     /// any.
     ///
     /// # Errors
-    /// [`Error::Diverged`] if loss or gradients are not finite; [`Error::Exists`] for a folder with
-    /// checkpoints; any error of the task.
+    /// [`Error::Diverged`] if loss or gradients are not finite;
+    /// [`CheckpointError::Exists`](crate::CheckpointError::Exists) for a folder with checkpoints;
+    /// any error of the task.
     pub fn run(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
         if let Some(config) = &self.config.checkpoint
             && let Some((_, path)) = checkpoints(&config.folder)?.pop()
@@ -171,8 +172,10 @@ impl QATTrainer {
     /// never stopped.
     ///
     /// # Errors
-    /// As [`QATTrainer::run`]; [`Error::Mismatch`] for a checkpoint of another model or
-    /// configuration, [`Error::File`] for a folder without checkpoints and for one that is damaged.
+    /// As [`QATTrainer::run`]; [`CheckpointError::Mismatch`](crate::CheckpointError::Mismatch) for
+    /// a checkpoint of another model or configuration,
+    /// [`CheckpointError::File`](crate::CheckpointError::File) for a folder without checkpoints and
+    /// for one that is damaged.
     pub fn resume(&mut self, task: &mut dyn Task, callback: &mut dyn Callback) -> Result<Outcome> {
         let Some(config) = self.config.checkpoint.clone() else {
             return Err(Error::input(

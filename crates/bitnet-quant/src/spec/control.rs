@@ -146,7 +146,7 @@ impl PrecisionController {
     /// A controller at its initial precision.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
     pub fn new(config: PrecisionControlConfig) -> Result<Self> {
         let mut wrong = vec![];
         config.problems(&mut wrong);
@@ -180,7 +180,8 @@ impl PrecisionController {
     /// Checks precision, threshold and scale against the bounds of the configuration.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each value that is outside.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each value that is
+    /// outside.
     pub fn validate_precision_bounds(
         &self,
         precision: impl Into<Precision>,
@@ -210,7 +211,8 @@ impl PrecisionController {
     /// too low.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for bounds that are not `low <= high`.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for bounds that are not `low
+    /// <= high`.
     pub fn add_metric(&mut self, name: &str, bounds: [f32; 2]) -> Result<()> {
         if bounds.iter().any(|b| b.is_nan()) || bounds[0] > bounds[1] {
             return Err(Error::invalid(vec![format!(
@@ -230,8 +232,8 @@ impl PrecisionController {
     /// Reports the latest value of a metric.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a metric that was not declared by
-    /// [`PrecisionController::add_metric`], and for NaN.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for a metric that was not
+    /// declared by [`PrecisionController::add_metric`], and for NaN.
     pub fn record_metric(&mut self, name: &str, value: f32) -> Result<()> {
         match self.metrics.get_mut(name) {
             Some(metric) if !value.is_nan() => {
@@ -251,8 +253,8 @@ impl PrecisionController {
     /// nothing.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an error or a compression ratio that is negative or NaN; nothing is
-    /// recorded then.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for an error or a compression
+    /// ratio that is negative or NaN; nothing is recorded then.
     pub fn adjust_precision_dynamically(
         &mut self,
         stats: &QuantizationStats,

@@ -128,7 +128,7 @@ impl MixedPrecisionQuantizer {
     /// A quantizer without layers.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
     pub fn new(config: MixedPrecisionQuantizationConfig) -> Result<Self> {
         config.config.validate()?;
         if let Some(p) = config.adjustment {
@@ -155,7 +155,8 @@ impl MixedPrecisionQuantizer {
     /// Registers a layer.
     ///
     /// # Errors
-    /// [`Error::Core`] for shapes that do not fit, [`Error::Input`] for a name that exists.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for shapes that do not fit,
+    /// [`Error::Input`] for a name that exists.
     pub fn register_layer(&mut self, layer: LayerPrecisionSpec) -> Result<()> {
         layer.validate()?;
         if self.layers.contains_key(&layer.layer_id) {
@@ -343,7 +344,8 @@ impl MixedPrecisionQuantizer {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Recipe`] for a goal that cannot be reached, [`Error::NotCalibrated`]; as
+    /// [`CheckpointError::Recipe`](crate::CheckpointError::Recipe) for a goal that cannot be
+    /// reached, [`CheckpointError::NotCalibrated`](crate::CheckpointError::NotCalibrated); as
     /// [`quantize_tensor`].
     pub fn search(
         &self,

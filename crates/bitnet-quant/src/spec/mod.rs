@@ -1,7 +1,7 @@
 //! The names of the specification: schemes, builders, presets, precision control and mixed
 //! precision. A name is an alias of the type behind it, or converts into it.
 
-mod control;
+pub mod control;
 #[cfg(all(feature = "tensor", feature = "advanced"))]
 pub mod mixed;
 mod names;

@@ -21,7 +21,8 @@ pub(crate) struct PackedWeights {
 
 impl PackedWeights {
     /// # Errors
-    /// [`crate::Error::Kernels`] for a matrix that has no product.
+    /// [`CheckpointError::Kernels`](crate::CheckpointError::Kernels) for a matrix that has no
+    /// product.
     pub(crate) fn new(matrix: &Matrix, runtime: &Runtime) -> Result<Self> {
         let weights = Prepacked::new(matrix, &runtime.pool)?;
         Ok(Self {

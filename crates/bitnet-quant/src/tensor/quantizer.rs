@@ -112,7 +112,7 @@ impl QuantizedTensor {
     /// Packs the values in a layout; `None` chooses the smallest.
     ///
     /// # Errors
-    /// [`Error::Core`] if the layout cannot hold them.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) if the layout cannot hold them.
     pub fn pack_with(&mut self, layout: Option<&'static dyn Layout>) -> Result<()> {
         self.stored = StoredWeights::Packed(BitNetTensor::pack(&*self.matrix()?, layout)?);
         Ok(())
@@ -156,7 +156,8 @@ impl QuantizedTensor {
     /// Error and compression relative to `original`.
     ///
     /// # Errors
-    /// [`Error::Input`] for another shape, [`Error::Core`] for NaN.
+    /// [`Error::Input`] for another shape, [`CheckpointError::Core`](crate::CheckpointError::Core)
+    /// for NaN.
     pub fn stats(&self, original: &Tensor) -> Result<QuantizationStats> {
         if original.shape() != &self.shape {
             return Err(Error::input(
@@ -255,7 +256,8 @@ impl BitNetQuantizer {
     /// Checks the configuration and detects the machine.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field; as [`Runtime::new`].
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field; as
+    /// [`Runtime::new`].
     pub fn new(config: QuantizationConfig) -> Result<Self> {
         config.validate()?;
         let runtime = Runtime::shared(&config.compute)?;
@@ -374,8 +376,9 @@ impl WeightQuantizer for BitNetQuantizer {
 /// `importance` has one number for each column; schemes that can weight errors use it.
 ///
 /// # Errors
-/// [`Error::Input`] for another device, type or shape; [`Error::Core`] with the position of NaN or
-/// infinity, and for an invalid scheme.
+/// [`Error::Input`] for another device, type or shape;
+/// [`CheckpointError::Core`](crate::CheckpointError::Core) with the position of NaN or infinity,
+/// and for an invalid scheme.
 pub fn quantize_tensor(
     runtime: &Runtime,
     x: &Tensor,
@@ -521,8 +524,9 @@ impl QuantizationSchemeFactory {
     /// Any scheme.
     ///
     /// # Errors
-    /// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] for parameters that
-    /// exclude each other.
+    /// [`Error::Input`] for another device than the CPU,
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for parameters that exclude
+    /// each other.
     pub fn create_custom_scheme(
         config: QuantizationSchemeConfig,
         device: Device,
@@ -535,7 +539,8 @@ impl QuantizationSchemeFactory {
 /// Creates a controller for tensors on a device.
 ///
 /// # Errors
-/// [`Error::Input`] for another device than the CPU, [`Error::Invalid`] naming each wrong field.
+/// [`Error::Input`] for another device than the CPU,
+/// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
 pub fn create_precision_controller(
     config: PrecisionControlConfig,
     device: Device,

@@ -33,8 +33,8 @@ impl Runtime {
     /// Threads and kernels as configured.
     ///
     /// # Errors
-    /// [`Error::Kernels`] for an instruction set that does not run here, [`Error::Input`] if the
-    /// system cannot start the threads.
+    /// [`CheckpointError::Kernels`](crate::CheckpointError::Kernels) for an instruction set that
+    /// does not run here, [`Error::Input`] if the system cannot start the threads.
     pub fn new(compute: &Compute) -> Result<Arc<Self>> {
         let machine = compute.machine()?;
         if machine.threads > crate::recipe::MAX_THREADS {

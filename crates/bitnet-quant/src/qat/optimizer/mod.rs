@@ -58,8 +58,8 @@ impl Optimizer {
     /// An optimizer of all variables of a map.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for invalid numbers, [`Error::Input`] if there is no variable or one that
-    /// is not contiguous f32.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for invalid numbers,
+    /// [`Error::Input`] if there is no variable or one that is not contiguous f32.
     pub fn new(vars: &VarMap, config: &OptimizerConfig) -> Result<Self> {
         Self::for_variables(sorted(vars), config)
     }

@@ -55,7 +55,7 @@ impl BitLinearConfig {
     /// Checks every field.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
     pub fn validate(&self) -> Result<()> {
         let mut wrong = vec![];
         for (name, got) in [
@@ -140,7 +140,7 @@ impl BitLinearConfigBuilder {
     /// The configuration, checked.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
     pub fn build(self) -> Result<BitLinearConfig> {
         self.0.validate()?;
         Ok(self.0)

@@ -10,9 +10,9 @@
 //! ```
 //!
 //! Both multiply the same integers. A latent layer passes gradients through the rounding (straight-
-//! through estimator): `dX = dY · Ŵ`, `dW = dYᵀ · X̂`, `db = Σ dY`. A packed layer has a gradient for
-//! its input alone. Without gradients a latent layer packs its weights at the first forward pass,
-//! and again when they have changed.
+//! through estimator): `dX = dY · Ŵ`, `dW = dYᵀ · X̂`, `db = Σ dY`. A packed layer has a gradient
+//! for its input alone. Without gradients a latent layer packs its weights at the first forward
+//! pass, and again when they have changed.
 
 mod config;
 mod norm;
@@ -82,7 +82,7 @@ impl BitLinear {
     /// with zeros, a norm with ones. All of them are variables.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming each wrong field.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) naming each wrong field.
     pub fn new(config: BitLinearConfig) -> Result<Self> {
         config.validate()?;
         let (k, n) = (config.in_features, config.out_features);
@@ -201,7 +201,8 @@ impl BitLinear {
     /// layer; floats make a latent one, with the choices that the configuration has for this name.
     ///
     /// # Errors
-    /// [`Error::Input`] if there is no such matrix, [`Error::File`] for what cannot be read.
+    /// [`Error::Input`] if there is no such matrix,
+    /// [`CheckpointError::File`](crate::CheckpointError::File) for what cannot be read.
     pub fn open(source: &Source, name: &str, config: &QuantizationConfig) -> Result<Self> {
         let absent = |what: String| Error::input("layer", format!("a matrix '{what}'"), "none");
         let weight = format!("{name}.weight");
@@ -241,7 +242,9 @@ impl BitLinear {
     /// A packed layer from quantized weights, which keep their values and scales, and a bias `[N]`.
     ///
     /// # Errors
-    /// What [`Matrix::validate`] finds; [`Error::Kernels`] for a matrix that has no product.
+    /// What [`Matrix::validate`] finds;
+    /// [`CheckpointError::Kernels`](crate::CheckpointError::Kernels) for a matrix that has no
+    /// product.
     pub fn from_matrix(
         matrix: &Matrix,
         bias: Option<Tensor>,
@@ -275,7 +278,9 @@ impl BitLinear {
     /// A packed layer stays as it is.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN, [`Error::Kernels`] for a scheme that has no product.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN,
+    /// [`CheckpointError::Kernels`](crate::CheckpointError::Kernels) for a scheme that has no
+    /// product.
     pub fn pack(&mut self) -> Result<()> {
         if let LayerWeights::Latent(layer) = &self.weights {
             self.weights = LayerWeights::Packed {
@@ -326,7 +331,7 @@ impl BitLinear {
     /// The quantized weights: values, scales and their spec.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among latent weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among latent weights.
     pub fn quantized_weights(&self) -> Result<Matrix> {
         match &self.weights {
             LayerWeights::Latent(layer) => layer.quantized_weights(),
@@ -494,7 +499,8 @@ impl BitLinear {
     /// The spec of the weights that this layer computes with.
     ///
     /// # Errors
-    /// [`Error::Core`] for a scheme that the shape does not allow.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for a scheme that the shape does not
+    /// allow.
     pub fn spec(&self) -> Result<MatrixSpec> {
         match &self.weights {
             LayerWeights::Latent(layer) => {

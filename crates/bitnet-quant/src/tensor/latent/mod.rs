@@ -92,7 +92,7 @@ impl QatLinear {
     ///
     /// # Errors
     /// [`Error::Input`] for shapes, types, devices, and an estimator that does not fit the scheme;
-    /// [`Error::Invalid`] for a wrong configuration.
+    /// [`CheckpointError::Invalid`](crate::CheckpointError::Invalid) for a wrong configuration.
     pub fn new(
         weight: Tensor,
         bias: Option<Tensor>,
@@ -184,7 +184,8 @@ impl QatLinear {
     /// this.
     ///
     /// # Errors
-    /// [`Error::Core`] for an unsupported number of bits and for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for an unsupported number of bits
+    /// and for NaN among the weights.
     pub fn set_stage(&mut self, stage: Stage) -> Result<()> {
         if stage == self.stage {
             return Ok(());
@@ -267,7 +268,7 @@ impl QatLinear {
     /// Values and scales of the weights that the next forward pass with λ = 1 uses.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn quantized_weights(&self) -> Result<Matrix> {
         self.round(|w, shape, scale| self.rounding.matrix(w, shape, scale))
     }
@@ -300,7 +301,7 @@ impl QatLinear {
     /// Ŵ, `[N, K]`, detached.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn dequantized_weights(&self) -> Result<Tensor> {
         Ok(Tensor::from_vec(
             self.codes()?.dequantize(&self.rounding.runtime)?,
@@ -313,7 +314,7 @@ impl QatLinear {
     /// bias.
     ///
     /// # Errors
-    /// [`Error::Core`] for NaN among the weights.
+    /// [`CheckpointError::Core`](crate::CheckpointError::Core) for NaN among the weights.
     pub fn packed_bias(&self) -> Result<Option<Tensor>> {
         let bias = self.bias.as_ref();
         let bias = bias.map(|bias| bias.detach().to_device(&Device::Cpu));
