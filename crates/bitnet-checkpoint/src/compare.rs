@@ -1,13 +1,11 @@
 //! Error between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
-use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
+use crate::rows::{in_parallel, strip_rows, windows, with_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::{Content, Kind, Source, Tensor};
-use rayon::prelude::*;
-use std::ops::Range;
 
 /// Comparison of one pair of tensors.
 #[derive(Debug, Clone)]
@@ -111,14 +109,12 @@ pub fn compare(
                 let (a, b) = (a.reshaped(cols), b.reshaped(cols));
                 let mut error = ErrorStats::default();
                 for window in windows(a.count, strip_rows(cols)) {
-                    let parts: Vec<Result<ErrorStats>> = window
-                        .into_par_iter()
-                        .map_init(StripBuffers::default, |scratch, range: Range<usize>| {
-                            a.read(range.clone(), &mut scratch.bytes, &mut scratch.weights)?;
-                            b.read(range, &mut scratch.bytes, &mut scratch.back)?;
-                            Ok(ErrorStats::measure(&scratch.weights, &scratch.back))
-                        })
-                        .collect();
+                    let parts = in_parallel(window.len(), |i, scratch| -> Result<ErrorStats> {
+                        let range = window[i].clone();
+                        a.read(range.clone(), &mut scratch.bytes, &mut scratch.weights)?;
+                        b.read(range, &mut scratch.bytes, &mut scratch.back)?;
+                        Ok(ErrorStats::measure(&scratch.weights, &scratch.back))
+                    });
                     for part in parts {
                         error = error.merge(part?);
                     }

@@ -1,15 +1,13 @@
 //! Lists the tensors of a checkpoint with their real bits per weight, and finds suspicious ones.
 
 use crate::Result;
-use crate::rows::{StripBuffers, strip_rows, windows, with_rows};
+use crate::rows::{in_parallel, strip_rows, windows, with_rows};
 use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
 use bitnet_formats::hf::{Verdict, judge_scales};
 use bitnet_formats::{Content, Source, Tensor};
 use bitnet_kernels::Kernels;
-use rayon::prelude::*;
-use std::ops::Range;
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
@@ -141,20 +139,16 @@ fn lint_floats(
         let mut all = Moments::EMPTY;
         let mut ternary_rows = 0;
         for window in windows(rows.count, strip_rows(rows.cols)) {
-            let parts: Vec<Result<(Moments, usize)>> = window
-                .into_par_iter()
-                .map_init(StripBuffers::default, |scratch, range: Range<usize>| {
-                    rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
-                    let mut part = (Moments::EMPTY, 0);
-                    for row in scratch.weights.chunks(rows.cols.max(1)) {
-                        let moments = kernels.moments(row);
-                        let ternary =
-                            moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
-                        part = (part.0.merge(moments), part.1 + usize::from(ternary));
-                    }
-                    Ok(part)
-                })
-                .collect();
+            let parts = in_parallel(window.len(), |i, scratch| -> Result<(Moments, usize)> {
+                rows.read(window[i].clone(), &mut scratch.bytes, &mut scratch.weights)?;
+                let mut part = (Moments::EMPTY, 0);
+                for row in scratch.weights.chunks(rows.cols.max(1)) {
+                    let moments = kernels.moments(row);
+                    let ternary = moments.ternary_magnitude().is_some() || moments.max_abs() == 0.0;
+                    part = (part.0.merge(moments), part.1 + usize::from(ternary));
+                }
+                Ok(part)
+            });
             for part in parts {
                 let part = part?;
                 all = all.merge(part.0);

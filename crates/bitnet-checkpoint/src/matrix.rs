@@ -2,13 +2,12 @@
 //! pool.
 
 use crate::Result;
-use crate::rows::{strip_rows, windows};
+use crate::rows::{in_parallel, strip_rows, windows};
 use bitnet_core::granule::{Granule, Importance};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Scheme, ZeroPoints};
 use bitnet_kernels::Kernels;
-use rayon::prelude::*;
 
 /// A matrix in memory as one granule, in the strips of a streamed file, so that a tensor gets the
 /// same values both ways.
@@ -25,8 +24,8 @@ impl Granule for InMemory<'_> {
         map: impl Fn(usize, &[f32]) -> T + Sync,
         join: impl Fn(T, T) -> T,
     ) -> Result<T, bitnet_core::Error> {
-        let strips = self.weights.par_chunks(self.strip.max(1)).enumerate();
-        let parts: Vec<T> = strips.map(|(i, w)| map(i * self.strip, w)).collect();
+        let strips: Vec<_> = self.weights.chunks(self.strip.max(1)).collect();
+        let parts = in_parallel(strips.len(), |i, _| map(i * self.strip, strips[i]));
         Ok(parts
             .into_iter()
             .reduce(join)
@@ -94,21 +93,18 @@ pub fn quantize(
             importance,
         )?);
     }
-    let strips: Vec<_> = weights
-        .par_chunks(strip * cols)
-        .enumerate()
-        .map(|(i, w)| {
-            quantize_rows(
-                &kernels,
-                w,
-                cols,
-                i * strip,
-                scheme,
-                fitted.as_ref(),
-                importance,
-            )
-        })
-        .collect();
+    let parts: Vec<_> = weights.chunks(strip * cols).collect();
+    let strips = in_parallel(parts.len(), |i, _| {
+        quantize_rows(
+            &kernels,
+            parts[i],
+            cols,
+            i * strip,
+            scheme,
+            fitted.as_ref(),
+            importance,
+        )
+    });
     let strips = strips.into_iter().collect::<Result<Vec<_>, _>>()?;
     Ok(join_strips(spec, &strips, fitted.as_ref()))
 }
@@ -156,21 +152,16 @@ pub fn measure(weights: &[f32], matrix: &Matrix) -> ErrorStats {
     let (rows, cols) = (matrix.spec.rows, matrix.spec.cols);
     let mut error = ErrorStats::default();
     for window in windows(if cols == 0 { 0 } else { rows }, strip_rows(cols)) {
-        let parts: Vec<ErrorStats> = window
-            .into_par_iter()
-            .map_init(
-                || vec![0.0; cols],
-                |back, rows| {
-                    let mut error = ErrorStats::default();
-                    for row in rows {
-                        matrix.dequantize_row_into(row, back);
-                        error =
-                            error.merge(ErrorStats::measure(&weights[row * cols..][..cols], back));
-                    }
-                    error
-                },
-            )
-            .collect();
+        let parts = in_parallel(window.len(), |i, buffers| {
+            buffers.back.resize(cols, 0.0);
+            let mut error = ErrorStats::default();
+            for row in window[i].clone() {
+                matrix.dequantize_row_into(row, &mut buffers.back);
+                let row = ErrorStats::measure(&weights[row * cols..][..cols], &buffers.back);
+                error = error.merge(row);
+            }
+            error
+        });
         error = parts.into_iter().fold(error, ErrorStats::merge);
     }
     error

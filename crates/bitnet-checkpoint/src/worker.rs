@@ -3,7 +3,9 @@
 
 use crate::plan::{Action, Job, Pack, TensorJob};
 use crate::report::{Options, TensorReport};
-use crate::rows::{StripBuffers, StripGranule, WeightRows, strip_rows, windows, with_rows};
+use crate::rows::{
+    StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows, with_rows,
+};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::pack::{self, Layout};
@@ -13,7 +15,6 @@ use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Sch
 use bitnet_formats::output::{OutputId, Writer};
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
-use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -197,28 +198,26 @@ impl Worker<'_> {
             for window in windows(count, strip_rows(rows.cols)) {
                 self.check_interrupt()?;
                 let done: usize = window.iter().map(Range::len).sum();
-                let parts: Vec<Result<Vec<u8>>> = window
-                    .into_par_iter()
-                    .map_init(StripBuffers::default, |scratch, range| {
-                        let first = range.start * rows.cols;
-                        rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
-                        let lost = scratch
-                            .weights
-                            .iter()
-                            .position(|w| w.is_finite() && !to.round(*w).is_finite());
-                        if let Some(i) = lost {
-                            let index = first + i;
-                            let what = format!(
-                                "weight {index} is {}, which {to} cannot hold",
-                                scratch.weights[i]
-                            );
-                            return Err(bitnet_core::Error::Scheme(what).into());
-                        }
-                        let mut out = vec![];
-                        dtype::encode(to, &scratch.weights, &mut out);
-                        Ok(out)
-                    })
-                    .collect();
+                let parts = in_parallel(window.len(), |i, scratch| -> Result<Vec<u8>> {
+                    let range = window[i].clone();
+                    let first = range.start * rows.cols;
+                    rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+                    let lost = scratch
+                        .weights
+                        .iter()
+                        .position(|w| w.is_finite() && !to.round(*w).is_finite());
+                    if let Some(i) = lost {
+                        let index = first + i;
+                        let what = format!(
+                            "weight {index} is {}, which {to} cannot hold",
+                            scratch.weights[i]
+                        );
+                        return Err(bitnet_core::Error::Scheme(what).into());
+                    }
+                    let mut out = vec![];
+                    dtype::encode(to, &scratch.weights, &mut out);
+                    Ok(out)
+                });
                 for part in parts {
                     let part = part?;
                     total += part.len() as u64;
@@ -283,12 +282,9 @@ impl Worker<'_> {
         let mut done = AssembledTensor::new(spec, chunk.is_none());
         for window in windows(if spec.cols == 0 { 0 } else { spec.rows }, strip) {
             self.check_interrupt()?;
-            let parts: Vec<Result<QuantizedStrip>> = window
-                .into_par_iter()
-                .map_init(StripBuffers::default, |buffers, range| {
-                    self.quantize_strip(&strips, range, buffers)
-                })
-                .collect();
+            let parts = in_parallel(window.len(), |i, buffers| {
+                self.quantize_strip(&strips, window[i].clone(), buffers)
+            });
             for part in parts {
                 let part = part?;
                 done.add(spec, &part);

@@ -6,8 +6,8 @@ use bitnet_formats::{Kind, Source};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 /// The tokenizer of a model.
 #[derive(Debug, Clone)]
@@ -35,9 +35,10 @@ impl Tokenizer {
             (path, inner, tokenizer.tokens.len(), tokenizer.settings)
         } else {
             let path = source.path().join("tokenizer.json");
-            let bytes = fs::read(&path).map_err(|e| bad(&path, e.to_string()))?;
-            let mut inner =
-                tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(&path, e.to_string()))?;
+            let text = fs::read_to_string(&path).map_err(|e| bad(&path, e.to_string()))?;
+            // Not `from_bytes`, which is generic: it would compile the parser into this crate.
+            let mut inner: tokenizers::Tokenizer =
+                text.parse().map_err(|e| bad(&path, format!("{e}")))?;
             // Padding and truncation are for training batches.
             inner.with_padding(None);
             inner
@@ -121,7 +122,6 @@ impl Tokenizer {
 /// Builds the tokenizer of a GGUF. It equals that of its tokenizer.json, but the vocabulary is not
 /// written and parsed as JSON.
 fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> {
-    let part = |name: &str| gguf.frame[name].clone();
     let vocab: Vocab = gguf
         .vocabulary()
         .map(|(token, id)| (token.into(), id as u32))
@@ -131,17 +131,11 @@ fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> 
         .vocab_and_merges(vocab, merges)
         .ignore_merges(gguf.frame["model"]["ignore_merges"] == true)
         .build()?;
-    let mut inner = tokenizers::Tokenizer::new(model);
-    inner.with_pre_tokenizer(Some(serde_json::from_value::<PreTokenizerWrapper>(part(
-        "pre_tokenizer",
-    ))?));
-    inner.with_post_processor(Some(serde_json::from_value::<PostProcessorWrapper>(part(
-        "post_processor",
-    ))?));
-    inner.with_decoder(Some(serde_json::from_value::<DecoderWrapper>(part(
-        "decoder",
-    ))?));
-    let added: Vec<AddedToken> = serde_json::from_value(part("added_tokens"))?;
+    let mut frame = gguf.frame.clone();
+    frame["added_tokens"] = serde_json::json!([]);
+    let mut inner: tokenizers::Tokenizer = frame.to_string().parse()?;
+    inner.with_model(model);
+    let added: Vec<AddedToken> = serde_json::from_value(gguf.frame["added_tokens"].clone())?;
     inner.add_tokens(added)?;
     Ok(inner)
 }
@@ -269,7 +263,7 @@ mod tests {
             .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value));
             let direct = build(&gguf_bpe(&pairs).unwrap()).unwrap();
             let (json, _) = hf_tokenizer(&pairs).unwrap();
-            let read = tokenizers::Tokenizer::from_bytes(json.to_string()).unwrap();
+            let read: tokenizers::Tokenizer = json.to_string().parse().unwrap();
             assert_eq!(
                 direct.to_string(true).unwrap(),
                 read.to_string(true).unwrap(),

@@ -6,7 +6,7 @@ use crate::job::Options;
 use crate::plan::{Action, Builder};
 use crate::recipe::{Choices, Format, Recipe, Rule, Search, Target, escape};
 use crate::rows::{
-    StripBuffers, StripGranule, WeightRows, strip_rows, thread_pool, windows, with_rows,
+    StripGranule, WeightRows, in_parallel, strip_rows, thread_pool, windows, with_rows,
 };
 use crate::target::check_target;
 use crate::{Error, Result};
@@ -16,7 +16,6 @@ use bitnet_core::scheme::{Clip, Mapping, Threshold};
 use bitnet_core::stats::ErrorStats;
 use bitnet_core::{Granularity, Precision, ScaleDtype, Scheme};
 use bitnet_formats::{Source, Tensor, TensorId};
-use rayon::prelude::*;
 use std::path::Path;
 
 /// Runs the search of a recipe. Returns the recipe without the search, with one rule for each
@@ -324,46 +323,44 @@ fn measure(
         if options.interrupt.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
-        let parts: Vec<Result<Vec<(f64, ErrorStats)>>> = window
-            .into_par_iter()
-            .map_init(StripBuffers::default, |scratch, range| {
-                let first = range.start;
-                rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
-                scratch.back.resize(cols, 0.0);
-                let one =
-                    |(scheme, fitted): (&Scheme, &Option<Fitted>)| -> Result<(f64, ErrorStats)> {
-                        let h = importance.filter(|_| scheme.uses_importance() && fitted.is_none());
-                        let matrix = match quantize_rows(
-                            &kernels,
-                            &scratch.weights,
-                            cols,
-                            first,
-                            scheme,
-                            fitted.as_ref(),
-                            h,
-                        ) {
-                            Err(bitnet_core::Error::Scheme(_)) => {
-                                return Ok((f64::INFINITY, ErrorStats::default()));
-                            }
-                            other => other?,
-                        };
-                        let (mut weighted, mut stats) = (0.0, ErrorStats::default());
-                        for (row, w) in scratch.weights.chunks(cols).enumerate() {
-                            matrix.dequantize_row_into(row, &mut scratch.back);
-                            let error = ErrorStats::measure(w, &scratch.back);
-                            weighted += match importance {
-                                None => error.noise,
-                                Some(h) => (w.iter().zip(&scratch.back).zip(h))
-                                    .map(|((w, v), h)| f64::from(*h) * f64::from(w - v).powi(2))
-                                    .sum(),
-                            };
-                            stats = stats.merge(error);
-                        }
-                        Ok((weighted, stats))
+        type Errors = Vec<(f64, ErrorStats)>;
+        let parts = in_parallel(window.len(), |i, scratch| -> Result<Errors> {
+            let range = window[i].clone();
+            let first = range.start;
+            rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+            scratch.back.resize(cols, 0.0);
+            let one = |(scheme, fitted): (&Scheme, &Option<Fitted>)| -> Result<(f64, ErrorStats)> {
+                let h = importance.filter(|_| scheme.uses_importance() && fitted.is_none());
+                let matrix = match quantize_rows(
+                    &kernels,
+                    &scratch.weights,
+                    cols,
+                    first,
+                    scheme,
+                    fitted.as_ref(),
+                    h,
+                ) {
+                    Err(bitnet_core::Error::Scheme(_)) => {
+                        return Ok((f64::INFINITY, ErrorStats::default()));
+                    }
+                    other => other?,
+                };
+                let (mut weighted, mut stats) = (0.0, ErrorStats::default());
+                for (row, w) in scratch.weights.chunks(cols).enumerate() {
+                    matrix.dequantize_row_into(row, &mut scratch.back);
+                    let error = ErrorStats::measure(w, &scratch.back);
+                    weighted += match importance {
+                        None => error.noise,
+                        Some(h) => (w.iter().zip(&scratch.back).zip(h))
+                            .map(|((w, v), h)| f64::from(*h) * f64::from(w - v).powi(2))
+                            .sum(),
                     };
-                schemes.iter().zip(&fitted).map(one).collect()
-            })
-            .collect();
+                    stats = stats.merge(error);
+                }
+                Ok((weighted, stats))
+            };
+            schemes.iter().zip(&fitted).map(one).collect()
+        });
         for part in parts {
             sums.iter_mut()
                 .zip(part?)

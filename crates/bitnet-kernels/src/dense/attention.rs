@@ -76,8 +76,8 @@ pub(crate) fn attend<L: Lanes, const S: usize, const G: usize>(
     for (q, out) in q.chunks(G * a.head_dim).zip(out.chunks_mut(G * a.head_dim)) {
         match (q.len() / a.head_dim).min(G) {
             1 => heads::<L, S, 1>(lanes, a, q, out),
-            2 => heads::<L, S, 2>(lanes, a, q, out),
-            3 => heads::<L, S, 3>(lanes, a, q, out),
+            2 if G > 2 => heads::<L, S, 2>(lanes, a, q, out),
+            3 if G > 3 => heads::<L, S, 3>(lanes, a, q, out),
             _ => heads::<L, S, G>(lanes, a, q, out),
         }
     }

@@ -88,8 +88,8 @@ pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
             for (scores, out) in scores.chunks(G).zip(out.chunks_mut(G * cols)) {
                 match scores.len().min(G) {
                     1 => add_values::<L, S, 1>(lanes, values, count, scores, out),
-                    2 => add_values::<L, S, 2>(lanes, values, count, scores, out),
-                    3 => add_values::<L, S, 3>(lanes, values, count, scores, out),
+                    2 if G > 2 => add_values::<L, S, 2>(lanes, values, count, scores, out),
+                    3 if G > 3 => add_values::<L, S, 3>(lanes, values, count, scores, out),
                     _ => add_values::<L, S, G>(lanes, values, count, scores, out),
                 }
             }
@@ -132,8 +132,8 @@ fn score_token<L: Lanes, const G: usize>(
     for (q, scores) in q.chunks(G * cols).zip(scores.chunks_mut(G)) {
         match scores.len().min(G) {
             1 => score::<L, 1>(lanes, keys, count, q, scores),
-            2 => score::<L, 2>(lanes, keys, count, q, scores),
-            3 => score::<L, 3>(lanes, keys, count, q, scores),
+            2 if G > 2 => score::<L, 2>(lanes, keys, count, q, scores),
+            3 if G > 3 => score::<L, 3>(lanes, keys, count, q, scores),
             _ => score::<L, G>(lanes, keys, count, q, scores),
         }
     }

@@ -31,9 +31,8 @@ impl Vocabulary {
             path: path.to_path_buf(),
             what,
         };
-        let bytes = fs::read(path).map_err(|e| bad(e.to_string()))?;
-        let mut tokenizer =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| bad(e.to_string()))?;
+        let text = fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
+        let mut tokenizer: tokenizers::Tokenizer = text.parse().map_err(|e| bad(format!("{e}")))?;
         // Padding and truncation are for training batches.
         tokenizer.with_padding(None);
         tokenizer
