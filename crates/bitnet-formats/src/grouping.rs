@@ -192,7 +192,7 @@ fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
             }
             LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
         },
-        Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
+        Kind::File | Kind::Folder => Some(StoredType::U8),
     };
     let got = storage.stored(q.packed).dtype;
     if expected != Some(got) {

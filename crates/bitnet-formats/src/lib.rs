@@ -14,6 +14,7 @@
 mod error;
 mod grouping;
 mod io;
+mod pytorch;
 mod storage;
 
 pub mod arch;

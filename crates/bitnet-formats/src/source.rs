@@ -41,7 +41,7 @@ impl Source {
         let storage = Storage::open(path)?;
         let tensors = grouping::tensors(&storage, options)?;
         let i2s = StoredType::Ggml(gguf::GgmlType::I2S);
-        let mut notes = vec![];
+        let mut notes = storage.notes.clone();
         if storage.document.is_none() && storage.stored.iter().any(|s| s.dtype == i2s) {
             notes.push(format!(
                 "I2_S codes are read in the order {}: the file does not say which of three it is",

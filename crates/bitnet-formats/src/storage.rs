@@ -9,7 +9,8 @@ use crate::document::{self, Document};
 use crate::dtype::StoredType;
 use crate::gguf;
 use crate::hf::BitnetConfig;
-use crate::safetensors::SafetensorsHeader;
+use crate::pytorch;
+use crate::safetensors::{Entry, SafetensorsHeader};
 use crate::tensor::{FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -22,8 +23,8 @@ use std::time::SystemTime;
 /// The kind of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// One `.safetensors` file.
-    Safetensors,
+    /// One file of tensors without a config: safetensors or PyTorch.
+    File,
     /// A folder with config.json and one or more safetensors files.
     Folder,
     /// A `.gguf` file.
@@ -71,6 +72,8 @@ pub(crate) struct Storage {
     pub(crate) gguf: Vec<(String, gguf::Value)>,
     pub(crate) document: Option<Document>,
     pub(crate) bitnet: Option<BitnetConfig>,
+    /// Sentences for a person about what the files leave open.
+    pub(crate) notes: Vec<String>,
     names: HashMap<String, StoredId>,
 }
 
@@ -87,6 +90,7 @@ impl Storage {
             gguf: vec![],
             document: None,
             bitnet: None,
+            notes: vec![],
             names: HashMap::new(),
         };
         if meta.is_dir() {
@@ -105,11 +109,17 @@ impl Storage {
         if file.len >= 4 {
             crate::io::read_at(&file.file, &mut magic, 0).map_err(Error::io(path, "read"))?;
         }
-        if &magic == gguf::MAGIC || path.extension().is_some_and(|e| e == "gguf") {
+        if &magic == pytorch::MAGIC {
+            self.kind = Kind::File;
+            self.add_pytorch(file_id)
+        } else if magic == pytorch::OLD_MAGIC {
+            let got = "a pickle without one, as torch wrote before 1.6: load it and save it again";
+            Err(Error::file(path, "an archive of torch.save", got))
+        } else if &magic == gguf::MAGIC || path.extension().is_some_and(|e| e == "gguf") {
             self.kind = Kind::Gguf;
             self.add_gguf(file_id)
         } else {
-            self.kind = Kind::Safetensors;
+            self.kind = Kind::File;
             self.metadata = self.add_safetensors(file_id, None)?;
             Ok(())
         }
@@ -139,20 +149,33 @@ impl Storage {
         let header = SafetensorsHeader::read(&file.path, &file.file, file.len)?;
         for t in header.tensors {
             if only.is_none_or(|only| only(&t.name)) {
-                let dtype = StoredType::Plain(t.dtype);
-                self.names
-                    .insert(t.name.clone(), StoredId(self.stored.len()));
-                self.stored.push(StoredTensor {
-                    name: t.name,
-                    shape: t.shape,
-                    dtype,
-                    file: file_id,
-                    offset: t.offset,
-                    len: t.len,
-                });
+                self.add_entry(file_id, t);
             }
         }
         Ok(header.metadata)
+    }
+
+    fn add_pytorch(&mut self, file_id: FileId) -> Result<()> {
+        let file = &self.files[file_id.0];
+        let header = pytorch::PytorchHeader::read(&file.path, &file.file)?;
+        self.notes.extend(header.notes);
+        for entry in header.tensors {
+            self.add_entry(file_id, entry);
+        }
+        Ok(())
+    }
+
+    fn add_entry(&mut self, file_id: FileId, entry: Entry) {
+        self.names
+            .insert(entry.name.clone(), StoredId(self.stored.len()));
+        self.stored.push(StoredTensor {
+            name: entry.name,
+            shape: entry.shape,
+            dtype: StoredType::Plain(entry.dtype),
+            file: file_id,
+            offset: entry.offset,
+            len: entry.len,
+        });
     }
 
     fn add_gguf(&mut self, file_id: FileId) -> Result<()> {
@@ -318,7 +341,7 @@ impl Storage {
     pub(crate) fn container(&self) -> Container {
         match self.kind {
             Kind::Gguf => Container::Gguf(self.gguf.clone()),
-            Kind::Safetensors | Kind::Folder => Container::Safetensors(self.metadata.clone()),
+            Kind::File | Kind::Folder => Container::Safetensors(self.metadata.clone()),
         }
     }
 

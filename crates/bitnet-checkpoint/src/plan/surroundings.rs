@@ -116,7 +116,7 @@ impl Builder<'_> {
                     None => self.notes.push("the tokenizer of this GGUF has no form as a tokenizer.json; it is not written".into()),
                 }
             }
-            Kind::Safetensors => {
+            Kind::File => {
                 return Err(Error::Recipe(format!(
                     "a folder needs the model's config.json: give the input as a folder, or an output that ends in .safetensors instead of {}",
                     source.path().display()

@@ -115,7 +115,7 @@ impl<'a> CheckpointLoader<'a> {
                 let name = self.config.architecture.gguf_tensor(hf_name);
                 name.unwrap_or_else(|| hf_name.into())
             }
-            Kind::Safetensors | Kind::Folder => hf_name.into(),
+            Kind::File | Kind::Folder => hf_name.into(),
         }
     }
 
