@@ -15,7 +15,7 @@ use std::path::PathBuf;
 #[derive(Debug, Args)]
 #[command(next_help_heading = Option::<&str>::None)]
 pub(crate) struct InputArgs {
-    /// The checkpoint: a .safetensors file, a folder with config.json, or a .gguf
+    /// The checkpoint: a .safetensors, .bin or .gguf file, or a folder with config.json
     #[arg(value_name = "IN")]
     pub(crate) input: PathBuf,
     #[command(flatten)]
