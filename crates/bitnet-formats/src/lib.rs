@@ -14,6 +14,7 @@
 mod error;
 mod grouping;
 mod io;
+mod resolve;
 mod storage;
 
 pub mod arch;
@@ -22,7 +23,9 @@ pub mod document;
 pub mod dtype;
 pub mod gguf;
 pub mod hf;
+pub mod hints;
 pub mod output;
+pub mod python_json;
 pub mod replace;
 pub mod safetensors;
 pub mod source;

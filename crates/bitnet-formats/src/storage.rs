@@ -9,6 +9,8 @@ use crate::document::{self, Document};
 use crate::dtype::StoredType;
 use crate::gguf;
 use crate::hf::BitnetConfig;
+use crate::hints;
+use crate::resolve::{self, Weights};
 use crate::safetensors::SafetensorsHeader;
 use crate::tensor::{FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
@@ -71,12 +73,14 @@ pub(crate) struct Storage {
     pub(crate) gguf: Vec<(String, gguf::Value)>,
     pub(crate) document: Option<Document>,
     pub(crate) bitnet: Option<BitnetConfig>,
+    /// What was assumed or ignored, each a sentence for a person.
+    pub(crate) notes: Vec<String>,
     names: HashMap<String, StoredId>,
 }
 
 impl Storage {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        let meta = fs::metadata(path).map_err(hints::open_error(path, "open"))?;
         let mut storage = Self {
             path: path.to_path_buf(),
             kind: Kind::Folder,
@@ -87,6 +91,7 @@ impl Storage {
             gguf: vec![],
             document: None,
             bitnet: None,
+            notes: vec![],
             names: HashMap::new(),
         };
         if meta.is_dir() {
@@ -116,7 +121,7 @@ impl Storage {
     }
 
     fn add_file(&mut self, path: &Path) -> Result<FileId> {
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let file = File::open(path).map_err(hints::open_error(path, "open"))?;
         let meta = file.metadata().map_err(Error::io(path, "open"))?;
         if !meta.is_file() {
             return Err(Error::file(path, "a regular file", "something else"));
@@ -136,9 +141,21 @@ impl Storage {
         only: Option<&dyn Fn(&str) -> bool>,
     ) -> Result<Vec<(String, String)>> {
         let file = &self.files[file_id.0];
-        let header = SafetensorsHeader::read(&file.path, &file.file, file.len)?;
+        let header = match SafetensorsHeader::read(&file.path, &file.file, file.len) {
+            Ok(header) => header,
+            Err(error) => {
+                let content = hints::content_at(&file.path);
+                return Err(content.map_or(error, |got| {
+                    Error::file(&file.path, "a safetensors file", got)
+                }));
+            }
+        };
         for t in header.tensors {
             if only.is_none_or(|only| only(&t.name)) {
+                if self.names.contains_key(&t.name) {
+                    let expected = "a tensor that no other shard has";
+                    return Err(Error::tensor(&file.path, &t.name, expected, "one"));
+                }
                 let dtype = StoredType::Plain(t.dtype);
                 self.names
                     .insert(t.name.clone(), StoredId(self.stored.len()));
@@ -158,10 +175,15 @@ impl Storage {
     fn add_gguf(&mut self, file_id: FileId) -> Result<()> {
         let file = &self.files[file_id.0];
         let header =
-            gguf::GgufHeader::read(&file.file, file.len).map_err(|source| Error::Gguf {
-                path: file.path.clone(),
-                source,
-            })?;
+            gguf::GgufHeader::read(&file.file, file.len).map_err(
+                |source| match hints::content_at(&file.path) {
+                    Some(got) => Error::file(&file.path, "a GGUF file", got),
+                    None => Error::Gguf {
+                        path: file.path.clone(),
+                        source,
+                    },
+                },
+            )?;
         self.gguf = header.metadata;
         let parts = self
             .gguf
@@ -197,37 +219,39 @@ impl Storage {
 
     fn open_folder(&mut self, path: &Path) -> Result<()> {
         let config_path = path.join("config.json");
-        let config = read_json(&config_path)?;
-        let index_path = path.join("model.safetensors.index.json");
-        if index_path.exists() {
-            self.add_shards(path, &index_path)?;
-        } else {
-            self.add_only_file(path)?;
+        if fs::symlink_metadata(&config_path).is_err() {
+            return Err(hints::no_model(path, "a model folder with config.json"));
+        }
+        let config = resolve::read_json(&config_path)?;
+        match resolve::weights(path, &mut self.notes)? {
+            Weights::File(file) => {
+                let file_id = self.add_file(&file)?;
+                self.metadata = self.add_safetensors(file_id, None)?;
+            }
+            Weights::Index { path, map, shards } => self.add_shards(&path, &map, &shards)?,
         }
         self.bitnet = BitnetConfig::read(&config_path, &config)?;
         self.config = Some(config);
         Ok(())
     }
 
-    /// The files that the index names, and of each the tensors that the index puts there.
-    fn add_shards(&mut self, path: &Path, index_path: &Path) -> Result<()> {
-        let index = read_json(index_path)?;
-        let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
-            return Err(Error::config(
-                index_path,
-                "weight_map",
-                "an object of tensor names and files",
-                "none",
-            ));
-        };
-        let shards = shards(index_path, map)?;
+    /// The shards of an index. A tensor that the index does not list is kept; of one that is in
+    /// several shards, the one that the index names.
+    fn add_shards(
+        &mut self,
+        index_path: &Path,
+        map: &Map<String, Value>,
+        shards: &[String],
+    ) -> Result<()> {
+        let folder = index_path.parent().unwrap_or(Path::new(""));
         for shard in shards {
-            let index = self.add_file(&path.join(shard))?;
-            let metadata = self.add_safetensors(
-                index,
-                Some(&|name| map.get(name).and_then(Value::as_str) == Some(shard)),
-            )?;
-            if index == FileId(0) {
+            let file_id = self.add_file(&folder.join(shard))?;
+            let kept = |name: &str| match map.get(name) {
+                Some(file) => file.as_str() == Some(shard),
+                None => true,
+            };
+            let metadata = self.add_safetensors(file_id, Some(&kept))?;
+            if file_id == FileId(0) {
                 self.metadata = metadata;
             }
         }
@@ -235,40 +259,21 @@ impl Storage {
             let file = file.as_str().unwrap_or_default();
             if self.find_stored(tensor).is_none() {
                 return Err(Error::tensor(
-                    &path.join(file),
+                    &folder.join(file),
                     tensor,
                     "the tensor that the index puts here",
                     "none of that name",
                 ));
             }
         }
-        Ok(())
-    }
-
-    /// model.safetensors, or the only file of weights.
-    fn add_only_file(&mut self, path: &Path) -> Result<()> {
-        let mut found: Vec<PathBuf> = fs::read_dir(path)
-            .map_err(Error::io(path, "list"))?
-            .filter_map(|entry| entry.ok().map(|e| e.path()))
-            .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
-            .collect();
-        found.sort();
-        let model = path.join("model.safetensors");
-        let file = match found.as_slice() {
-            _ if found.contains(&model) => &model,
-            [one] => one,
-            [] => return Err(Error::file(path, "a .safetensors file", "none")),
-            several => {
-                return Err(Error::file(
-                    path,
-                    "model.safetensors, or model.safetensors.index.json, or a single .safetensors \
-                     file",
-                    format!("{} of them and no index", several.len()),
-                ));
-            }
-        };
-        let index = self.add_file(file)?;
-        self.metadata = self.add_safetensors(index, None)?;
+        let unlisted = |s: &&StoredTensor| !map.contains_key(&s.name);
+        if let Some(first) = self.stored.iter().find(unlisted) {
+            let count = self.stored.iter().filter(unlisted).count();
+            self.notes.push(format!(
+                "{count} tensors of the shards are not in the index and are kept; the first is '{}'",
+                first.name
+            ));
+        }
         Ok(())
     }
 
@@ -401,43 +406,4 @@ impl Storage {
         self.read_floats(stored, 0..n, &mut vec![], &mut out)?;
         Ok(out)
     }
-}
-
-/// The files that an index names, each once.
-fn shards<'a>(index_path: &Path, map: &'a Map<String, Value>) -> Result<Vec<&'a str>> {
-    let mut shards: Vec<&str> = vec![];
-    for (tensor, file) in map {
-        match file.as_str() {
-            Some(f) if !f.is_empty() && Path::new(f).file_name().is_some_and(|name| name == f) => {
-                shards.push(f)
-            }
-            _ => {
-                return Err(Error::tensor(
-                    index_path,
-                    tensor,
-                    "a file name in the same folder",
-                    file.to_string(),
-                ));
-            }
-        }
-    }
-    shards.sort_unstable();
-    shards.dedup();
-    Ok(shards)
-}
-
-/// Largest JSON file that is read.
-const MAX_JSON_BYTES: u64 = 256 << 20;
-
-fn read_json(path: &Path) -> Result<Value> {
-    let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
-    if meta.len() > MAX_JSON_BYTES {
-        return Err(Error::file(
-            path,
-            format!("at most {MAX_JSON_BYTES} bytes of JSON"),
-            format!("{}", meta.len()),
-        ));
-    }
-    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::file(path, "JSON", e.to_string()))
 }

@@ -5,8 +5,8 @@ use super::keys::GgufKeys;
 use super::rope::HfRope;
 use super::tokenizer;
 use super::values::{HfConfig, find};
-use crate::gguf;
 use crate::{Error, Result};
+use crate::{gguf, hints};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -172,10 +172,7 @@ fn check_limits(
 /// The keys that every GGUF begins with.
 fn general_keys(folder: &Path, architecture: &Architecture) -> Vec<(String, gguf::Value)> {
     let prefix = architecture.gguf_name();
-    let name = folder
-        .canonicalize()
-        .ok()
-        .and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let name = hints::model_name(folder);
     vec![
         ("general.architecture".into(), prefix.into()),
         ("general.type".into(), "model".into()),

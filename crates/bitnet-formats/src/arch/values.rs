@@ -1,6 +1,6 @@
 //! Values of a config.json and of a GGUF's metadata, and how messages show them.
 
-use crate::{Error, Result, gguf};
+use crate::{Error, Result, gguf, python_json};
 use serde_json::Value;
 use std::path::Path;
 
@@ -96,7 +96,7 @@ pub(super) fn shown(value: Option<&Value>) -> String {
     match value {
         None => "none".into(),
         Some(value) => {
-            let text = value.to_string();
+            let text = python_json::unmarked(&value.to_string());
             match text.char_indices().nth(120) {
                 Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
                 None => text,

@@ -5,7 +5,7 @@ use super::plan::{Plan, SPACE, plan_bpe, plan_unigram, steps};
 use super::vocabulary::{byte_token, merges, outside, scores_of_merges, vocabulary};
 use crate::arch::values::shown;
 use crate::gguf::{self, Array};
-use crate::{Error, Result};
+use crate::{Error, Result, hints, python_json};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
@@ -53,10 +53,11 @@ pub(in crate::arch) fn gguf_tokenizer(
 
 fn read_json(path: &Path) -> Result<Option<Value>> {
     match fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::file(path, "JSON", e.to_string())),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Ok(bytes) => python_json::parse(path, &bytes).map(Some),
+        Err(e) if e.kind() == ErrorKind::NotFound => match hints::dangling_link(path) {
+            Some(got) => Err(Error::file(path, "a file", got)),
+            None => Ok(None),
+        },
         Err(e) => Err(Error::io(path, "read")(e)),
     }
 }
