@@ -60,6 +60,23 @@ impl HfConfig<'_> {
             .ok_or_else(|| self.bad(key, "a positive number"))
     }
 
+    /// The tokens of a key that holds one token or a list; none where it is missing.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else.
+    pub fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
+        let one = |v: &Value| {
+            v.as_u64()
+                .and_then(|n| u32::try_from(n).ok())
+                .ok_or_else(|| self.bad(key, "a token, or a list of tokens"))
+        };
+        match self.get(key) {
+            None => Ok(vec![]),
+            Some(Value::Array(all)) => all.iter().map(one).collect(),
+            Some(value) => Ok(vec![one(value)?]),
+        }
+    }
+
     /// A boolean; false where there is none.
     ///
     /// # Errors
