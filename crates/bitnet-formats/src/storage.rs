@@ -5,7 +5,7 @@
 //! is an error and not a signal.
 
 use crate::container::Container;
-use crate::document::{self, Document};
+use crate::document::{self, Checksum, Document, PackedTensor};
 use crate::dtype::StoredType;
 use crate::gguf;
 use crate::hf::BitnetConfig;
@@ -14,6 +14,7 @@ use crate::resolve::{self, Weights};
 use crate::safetensors::SafetensorsHeader;
 use crate::tensor::{FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
+use bitnet_core::pack::{self, LayoutOrigin};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -100,6 +101,7 @@ impl Storage {
             storage.open_file(path)?;
         }
         storage.read_document()?;
+        storage.forget_rewritten();
         Ok(storage)
     }
 
@@ -307,6 +309,76 @@ impl Storage {
         }
         self.document = Some(serde_json::from_value(value).map_err(|e| bad(e.to_string()))?);
         Ok(())
+    }
+
+    /// Forgets what the document says of tensors that another program has rewritten: they are what
+    /// their types say. llama-quantize, for example, keeps the document and changes the types.
+    fn forget_rewritten(&mut self) {
+        let Some(document) = &self.document else {
+            return;
+        };
+        let rewritten: Vec<String> = document
+            .tensors
+            .iter()
+            .filter(|(name, packed)| self.is_rewritten(name, packed, document))
+            .map(|(name, _)| name.clone())
+            .collect();
+        let Some(first) = rewritten.first() else {
+            return;
+        };
+        self.notes.push(format!(
+            "another program has rewritten {} tensors that {} packed, '{first}' first: they are \
+             what their types say, and not what {} says",
+            rewritten.len(),
+            document.generator,
+            document::KEY
+        ));
+        if let Some(document) = &mut self.document {
+            document.tensors.retain(|name, _| !rewritten.contains(name));
+        }
+    }
+
+    /// Whether a tensor that the document calls packed has another type and other bytes in the
+    /// file. Another type with the same bytes is damage.
+    fn is_rewritten(&self, name: &str, packed: &PackedTensor, document: &Document) -> bool {
+        let stored = self.find_stored(&packed.packed);
+        let dtype = stored.map(|id| self.stored(id).dtype);
+        let Ok(layout) = pack::by_name(&packed.layout) else {
+            return false;
+        };
+        match (self.kind, layout.origin(), dtype) {
+            (Kind::Gguf, LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id), Some(dtype)) => {
+                let other_type = dtype.to_ggml().is_some_and(|got| got.id() != id);
+                other_type && stored.is_some_and(|id| self.has_other_bytes(id, document))
+            }
+            // Under the model's own name, in place of the packed tensor.
+            (Kind::Safetensors | Kind::Folder, _, dtype) => {
+                let own = self.find_stored(name).map(|id| self.stored(id).dtype);
+                let packed_is_gone = dtype.is_none() || packed.packed == name;
+                packed_is_gone && own.is_some_and(|dtype| dtype.is_float())
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a stored tensor differs from its checksum in the document.
+    fn has_other_bytes(&self, id: StoredId, document: &Document) -> bool {
+        let tensor = self.stored(id);
+        let Some(expected) = document.checksums.get(&tensor.name) else {
+            return false;
+        };
+        let mut sum = Checksum::default();
+        let mut bytes = vec![];
+        let mut start = 0;
+        while start < tensor.len {
+            bytes.resize((tensor.len - start).min(1 << 20) as usize, 0);
+            if self.read(id, start, &mut bytes).is_err() {
+                return false;
+            }
+            sum.update(&bytes);
+            start += bytes.len() as u64;
+        }
+        sum.hex() != *expected
     }
 
     /// The stored tensor.
