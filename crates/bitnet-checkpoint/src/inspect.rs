@@ -72,7 +72,8 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
 
 /// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,
 /// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
-/// numbers) and `k` (columns that block layouts do not divide).
+/// numbers), `k` (columns that block layouts do not divide) and `tied` (a head that config.json
+/// ties to another embedding).
 ///
 /// # Errors
 /// [`crate::Error::File`] for what cannot be read.
@@ -121,6 +122,15 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                 lint_floats(source, tensor, kernels, &mut find)?;
             }
         }
+    }
+    if source.untied_head() {
+        findings.push(Finding {
+            tensor: "lm_head.weight".into(),
+            check: "tied",
+            what: "tie_word_embeddings in config.json is true, but this tensor differs from \
+                   model.embed_tokens.weight: transformers before 5 uses the embedding in its place"
+                .into(),
+        });
     }
     Ok(findings)
 }

@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Dir, T, f32s, gauss, llama, safetensors};
+use common::{Dir, T, f32s, gauss, llama, normal, safetensors, with_tensor};
 use serde_json::{Value, json};
+use std::fs;
 
 /// A folder `m` with this config and these files.
 fn folder(config: &Value, files: &[(&str, Vec<u8>)]) -> Dir {
@@ -39,18 +40,30 @@ fn indexed(map: &Value) -> Dir {
 fn a_folder_without_config() {
     let dir = Dir::new();
     dir.write("m/model.safetensors", weights());
-    dir.refuses(&["inspect", "m"], &["m/config.json", "No such file"]);
+    dir.refuses(
+        &["inspect", "m"],
+        &["m: expected", "config.json", "model.safetensors without it"],
+    );
     dir.refuses(
         &["quantize", "m", "--out", "out"],
-        &["m/config.json", "No such file"],
+        &["m: expected", "config.json", "model.safetensors without it"],
     );
-    dir.refuses(&["verify", "m"], &["m/config.json", "No such file"]);
+    dir.refuses(
+        &["verify", "m"],
+        &["m: expected", "config.json", "model.safetensors without it"],
+    );
 }
 
 #[test]
 fn a_folder_without_weights() {
-    folder(&json!({}), &[("pytorch_model.bin", vec![1])])
-        .refuses_input("m", &["m: expected a .safetensors file", "none"]);
+    folder(&json!({}), &[("pytorch_model.bin", vec![1])]).refuses_input(
+        "m",
+        &[
+            "m: expected a .safetensors file",
+            "pytorch_model.bin",
+            "save_pretrained",
+        ],
+    );
 }
 
 #[test]
@@ -85,11 +98,102 @@ fn shards_are_read_through_their_index() {
 #[test]
 fn an_index_that_names_a_missing_file() {
     let dir = indexed(&json!({"a.weight": "a.safetensors", "b.weight": "c.safetensors"}));
-    dir.refuses(&["inspect", "m"], &["m/c.safetensors", "No such file"]);
+    dir.refuses(
+        &["inspect", "m"],
+        &["m/c.safetensors", "no such file", "1 of 2 shards"],
+    );
     dir.refuses(
         &["quantize", "m", "--out", "out"],
-        &["m/c.safetensors", "No such file"],
+        &["m/c.safetensors", "no such file", "1 of 2 shards"],
     );
+}
+
+/// The order of transformers. In each case the run says what it does not read.
+#[test]
+fn one_file_comes_before_an_index() {
+    let note = |dir: &Dir, tensors: u64, parts: &[&str]| {
+        let run = dir.run(&["inspect", "m", "--json"]);
+        let document = run.is(0).json();
+        assert_eq!(
+            document["tensors"].as_array().unwrap().len() as u64,
+            tensors
+        );
+        let notes = document["notes"].to_string();
+        for part in parts {
+            assert!(notes.contains(part), "'{part}' is not in {notes}");
+        }
+        assert_eq!(parts.is_empty(), notes == "[]", "{notes}");
+    };
+    let two = json!({"a.weight": "a.safetensors", "b.weight": "b.safetensors"});
+    let gone = json!({"a.weight": "x-1.safetensors", "b.weight": "x-2.safetensors"});
+    for map in [&two, &gone] {
+        let dir = indexed(map);
+        dir.write("m/model.safetensors", weights());
+        note(&dir, 1, &["read from model.safetensors", "index.json"]);
+    }
+    // The only file, where no shard of the index is there.
+    let dir = indexed(&gone);
+    fs::remove_file(dir.at("m/b.safetensors")).unwrap();
+    note(
+        &dir,
+        1,
+        &["read from a.safetensors", "shards are not there"],
+    );
+    // An index of another name.
+    let dir = indexed(&two);
+    let index = dir.read("m/model.safetensors.index.json");
+    fs::remove_file(dir.at("m/model.safetensors.index.json")).unwrap();
+    dir.write("m/unet.safetensors.index.json", &index);
+    note(&dir, 2, &[]);
+    dir.write("m/vae.safetensors.index.json", &index);
+    dir.refuses_input("m", &["one index", "unet.safetensors.index.json", "vae"]);
+    // A tensor that the index leaves out.
+    let dir = indexed(&two);
+    dir.write(
+        "m/a.safetensors",
+        safetensors(&[
+            gauss("a.weight", &[8, 16], 0.02),
+            gauss("b.weight", &[8, 16], 0.02),
+            gauss("c.weight", &[8, 16], 0.02),
+        ]),
+    );
+    note(&dir, 3, &["1 tensors", "'c.weight'"]);
+    let shard = safetensors(&[
+        gauss("b.weight", &[8, 16], 0.02),
+        gauss("c.weight", &[8, 16], 0.02),
+    ]);
+    dir.write("m/b.safetensors", shard);
+    dir.refuses_input("m", &["b.safetensors", "'c.weight'", "no other shard"]);
+}
+
+/// transformers 5 takes the head that is in the file, and so do all outputs.
+#[test]
+fn a_head_that_differs_from_the_embedding_it_is_tied_to() {
+    let dir = Dir::new();
+    llama(&dir, "plain");
+    let model = dir.read("plain/model.safetensors");
+    let head = |values: &[f32]| f32s("lm_head.weight", &[32, 256], values);
+    let name = "model.embed_tokens.weight";
+    let embedding = normal(name.len() as u64 + 32, 32 * 256, 0.02);
+    let mut other = embedding.clone();
+    other[7] += 1.0;
+    for (values, differs) in [(&embedding, false), (&other, true)] {
+        let config: Value = serde_json::from_slice(&dir.read("plain/config.json")).unwrap();
+        dir.write("m/model.safetensors", with_tensor(&model, &head(values)))
+            .write_json("m/config.json", &config);
+        let run = dir.run(&["inspect", "m", "--json"]);
+        let document = run.is(0).json();
+        let findings = document["findings"].to_string();
+        assert_eq!(findings.contains("\"tied\""), differs, "{findings}");
+        let notes = document["notes"].to_string();
+        assert_eq!(notes.contains("lm_head.weight"), differs, "{notes}");
+        dir.run(&["quantize", "m", "--out", "q", "--force"]).is(0);
+        let written: Value = serde_json::from_slice(&dir.read("q/config.json")).unwrap();
+        assert_eq!(written["tie_word_embeddings"], !differs);
+        let run = dir.run(&["convert", "m", "--out", "m.gguf", "--force", "--json"]);
+        let notes = run.is(0).json()["notes"].to_string();
+        assert_eq!(notes.contains("lm_head.weight"), differs, "{notes}");
+    }
 }
 
 #[test]

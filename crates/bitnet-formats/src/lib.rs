@@ -15,6 +15,7 @@ mod error;
 mod grouping;
 mod io;
 mod pytorch;
+mod resolve;
 mod storage;
 
 pub mod arch;
@@ -23,7 +24,9 @@ pub mod document;
 pub mod dtype;
 pub mod gguf;
 pub mod hf;
+pub mod hints;
 pub mod output;
+pub mod python_json;
 pub mod replace;
 pub mod safetensors;
 pub mod source;

@@ -2,7 +2,7 @@
 
 use crate::{Config, Error, Result};
 use bitnet_formats::arch::{GgufTokenizer, gguf_bpe};
-use bitnet_formats::{Kind, Source};
+use bitnet_formats::{Kind, Source, hints, python_json};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -35,7 +35,8 @@ impl Tokenizer {
             (path, inner, tokenizer.tokens.len(), tokenizer.settings)
         } else {
             let path = source.path().join("tokenizer.json");
-            let text = fs::read_to_string(&path).map_err(|e| bad(&path, e.to_string()))?;
+            let text = fs::read_to_string(&path)
+                .map_err(|e| bad(&path, hints::no_tokenizer(&path).unwrap_or(e.to_string())))?;
             // Not `from_bytes`, which is generic: it would compile the parser into this crate.
             let mut inner: tokenizers::Tokenizer =
                 text.parse().map_err(|e| bad(&path, format!("{e}")))?;
@@ -158,10 +159,7 @@ fn gguf_kind(source: &Source) -> String {
 
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     match fs::read(path) {
-        Ok(bytes) => match serde_json::from_slice(&bytes) {
-            Ok(value) => Ok(Some(value)),
-            Err(e) => Err(bitnet_formats::Error::file(path, "JSON", e.to_string()).into()),
-        },
+        Ok(bytes) => Ok(Some(python_json::parse(path, &bytes)?)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(bitnet_formats::Error::io(path, "read")(e).into()),
     }

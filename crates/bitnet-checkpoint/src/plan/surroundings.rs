@@ -9,7 +9,7 @@ use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
 use bitnet_formats::output::{self, Container, OutputTensor};
-use bitnet_formats::{Kind, StoredType, Tensor, gguf};
+use bitnet_formats::{Kind, StoredType, Tensor, gguf, hints, python_json};
 use std::collections::BTreeMap;
 
 impl Builder<'_> {
@@ -35,7 +35,7 @@ impl Builder<'_> {
         };
         let model = arch::gguf_metadata(source.path(), config)?;
         self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
-        self.notes = model.notes;
+        self.notes.extend(model.notes);
         self.container = Container::Gguf(model.metadata);
         if let Some(freqs) = model.rope_freqs {
             let bytes: Vec<u8> = freqs.iter().flat_map(|f| f.to_le_bytes()).collect();
@@ -87,11 +87,16 @@ impl Builder<'_> {
                     {
                         self.notes.push(format!("the folder {name} is not copied"));
                     }
-                    if path.is_file()
-                        && !name.starts_with('.')
-                        && !weights.iter().chain(&ours).any(|w| name.ends_with(w))
+                    if name.starts_with('.')
+                        || weights.iter().chain(&ours).any(|w| name.ends_with(w))
                     {
+                        continue;
+                    }
+                    if path.is_file() {
                         sidecars.insert(name, Sidecar::Copy(path));
+                    } else if let Some(link) = hints::dangling_link(&path) {
+                        let expected = "a file to copy into the result";
+                        return Err(bitnet_formats::Error::file(&path, expected, link).into());
                     }
                 }
             }
@@ -201,7 +206,7 @@ impl Builder<'_> {
                 object.insert("quantization_config".into(), online);
             }
         }
-        let mut text = serde_json::to_string_pretty(config).unwrap_or_default();
+        let mut text = python_json::to_text(config);
         text.push('\n');
         sidecars.insert("config.json".into(), Sidecar::Bytes(text.into_bytes()));
         Ok(())

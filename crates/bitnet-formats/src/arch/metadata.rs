@@ -1,12 +1,13 @@
 //! The keys of a GGUF from a config.json, and a config.json from the keys of a GGUF.
 
 use super::architecture::{Activation, Architecture};
+use super::end_ids;
 use super::keys::GgufKeys;
 use super::rope::HfRope;
 use super::tokenizer;
 use super::values::{HfConfig, find};
-use crate::gguf;
 use crate::{Error, Result};
+use crate::{gguf, hints};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -90,7 +91,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     if rope.freqs.is_some() {
         notes.push(format!("llama3 rope scaling is the tensor {ROPE_FREQS}"));
     }
-    let tokenizer = tokenizer::gguf_tokenizer(folder, config.value, vocab_size, &mut notes)?;
+    let mut resolved = config.value.clone();
+    resolved["eos_token_id"] = end_ids::eos_ids(folder, &config)?.into();
+    let tokenizer = tokenizer::gguf_tokenizer(folder, &resolved, vocab_size, &mut notes)?;
     metadata.extend(tokenizer);
     Ok(GgufMetadata {
         architecture,
@@ -172,10 +175,7 @@ fn check_limits(
 /// The keys that every GGUF begins with.
 fn general_keys(folder: &Path, architecture: &Architecture) -> Vec<(String, gguf::Value)> {
     let prefix = architecture.gguf_name();
-    let name = folder
-        .canonicalize()
-        .ok()
-        .and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let name = hints::model_name(folder);
     vec![
         ("general.architecture".into(), prefix.into()),
         ("general.type".into(), "model".into()),
@@ -262,13 +262,17 @@ pub fn hf_config(
     });
     for (key, id) in [
         ("bos_token_id", "bos_token_id"),
-        ("eos_token_id", "eos_token_id"),
         ("pad_token_id", "padding_token_id"),
     ] {
         let id = find(metadata, &format!("tokenizer.ggml.{id}"));
         if let Some(id) = id.and_then(gguf::Value::as_u64) {
             config[key] = id.into();
         }
+    }
+    match end_ids::gguf_eos_ids(metadata).as_slice() {
+        [] => {}
+        [one] => config["eos_token_id"] = (*one).into(),
+        several => config["eos_token_id"] = several.into(),
     }
     Ok(config)
 }

@@ -20,10 +20,31 @@ use zip::{CompressionMethod, ZipArchive};
 const MAX_PICKLE_BYTES: u64 = 64 << 20;
 
 /// First bytes of the archive.
-pub(crate) const MAGIC: &[u8; 4] = b"PK\x03\x04";
+const MAGIC: [u8; 4] = *b"PK\x03\x04";
 
 /// First bytes of what torch wrote before it wrote archives.
-pub(crate) const OLD_MAGIC: [u8; 4] = [0x80, 0x02, 0x8a, 0x0a];
+const OLD_MAGIC: [u8; 4] = [0x80, 0x02, 0x8a, 0x0a];
+
+/// Whether a file is a PyTorch checkpoint: by its first bytes, or by its name.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] for one that is no archive yet.
+pub(crate) fn is_pytorch(path: &Path, file: &File) -> Result<bool> {
+    let mut magic = [0; 4];
+    let len = file.metadata().map_err(Error::io(path, "open"))?.len();
+    if len >= 4 {
+        crate::io::read_at(file, &mut magic, 0).map_err(Error::io(path, "read"))?;
+    }
+    if magic == OLD_MAGIC {
+        let got = "a pickle without one, as torch wrote before 1.6: load it and save it again";
+        return Err(Error::file(path, "an archive of torch.save", got));
+    }
+    let endings = ["bin", "pt", "pth"];
+    let named = path
+        .extension()
+        .is_some_and(|e| endings.iter().any(|n| e == *n));
+    Ok(magic == MAGIC || named)
+}
 
 /// A checkpoint.
 #[derive(Debug, Clone, PartialEq)]

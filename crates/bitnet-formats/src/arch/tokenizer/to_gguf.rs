@@ -3,9 +3,10 @@
 use super::kind;
 use super::plan::{Plan, SPACE, plan_bpe, plan_unigram, steps};
 use super::vocabulary::{byte_token, merges, outside, scores_of_merges, vocabulary};
+use crate::arch::end_ids::EndIds;
 use crate::arch::values::shown;
 use crate::gguf::{self, Array};
-use crate::{Error, Result};
+use crate::{Error, Result, hints, python_json};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
@@ -14,7 +15,8 @@ use std::path::Path;
 
 pub(super) type Pairs = Vec<(String, gguf::Value)>;
 
-/// The tokenizer's keys: `none` and a note if GGUF cannot express it.
+/// The tokenizer's keys: `none` and a note if GGUF cannot express it. `eos_token_id` of `config`
+/// has all tokens that end a text.
 pub(in crate::arch) fn gguf_tokenizer(
     folder: &Path,
     config: &Value,
@@ -53,10 +55,11 @@ pub(in crate::arch) fn gguf_tokenizer(
 
 fn read_json(path: &Path) -> Result<Option<Value>> {
     match fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::file(path, "JSON", e.to_string())),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Ok(bytes) => python_json::parse(path, &bytes).map(Some),
+        Err(e) if e.kind() == ErrorKind::NotFound => match hints::dangling_link(path) {
+            Some(got) => Err(Error::file(path, "a file", got)),
+            None => Ok(None),
+        },
         Err(e) => Err(Error::io(path, "read")(e)),
     }
 }
@@ -116,6 +119,7 @@ pub(super) fn express(
         unknown: unknown.or_else(|| id_of("unk")),
     };
     special.put(&mut pairs, &mut notes);
+    put_ends(config, special.eos, &tokens, &mut pairs, &mut notes);
     for (name, side, id) in [
         ("add_bos_token", Side::Start, special.bos),
         ("add_eos_token", Side::End, special.eos),
@@ -260,6 +264,43 @@ impl SpecialIds {
                     .into(),
             );
         }
+    }
+}
+
+/// Names the other tokens that end a text, and notes what the file cannot say of them.
+fn put_ends(
+    config: &Value,
+    eos: Option<usize>,
+    tokens: &[String],
+    pairs: &mut Pairs,
+    notes: &mut Vec<String>,
+) {
+    let value = &config["eos_token_id"];
+    let list = value
+        .as_array()
+        .map_or(std::slice::from_ref(value), |all| all);
+    let ids = list.iter().filter_map(Value::as_u64).map(|id| id as usize);
+    let ids: Vec<usize> = ids.filter(|id| *id < tokens.len()).collect();
+    let name = |id: usize| tokens.get(id).map_or("", String::as_str);
+    let ends = EndIds::new(&ids, eos, tokens);
+    for (key_name, id) in [("eot_token_id", ends.turn), ("eom_token_id", ends.message)] {
+        if let Some(id) = id {
+            pairs.push((key(key_name), gguf::Value::U32(id as u32)));
+        }
+    }
+    for id in ends.lost {
+        notes.push(format!(
+            "token {id} '{}' ends a text in the folder and not in the GGUF, which names three such \
+             tokens at most",
+            name(id)
+        ));
+    }
+    if let Some(eos) = eos.filter(|eos| !ids.is_empty() && !ids.contains(eos)) {
+        notes.push(format!(
+            "token {eos} '{}', the eos_token of tokenizer_config.json, ends a text in the GGUF and \
+             not in the folder, whose eos_token_id is {value}",
+            name(eos)
+        ));
     }
 }
 
