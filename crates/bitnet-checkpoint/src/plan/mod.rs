@@ -1,6 +1,7 @@
 //! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
 mod packing;
+pub(crate) mod sidecars;
 mod surroundings;
 
 use crate::recipe::Compute;

@@ -1,14 +1,14 @@
 //! The parts of an output beside its tensors: metadata, names and row orders, config.json and the
 //! other files of a folder.
 
-use super::{Action, Builder, Naming, Sidecar};
+use super::{Action, Builder, Naming, Sidecar, sidecars};
 use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
-use bitnet_formats::output::{self, Container, OutputTensor};
+use bitnet_formats::output::{Container, OutputTensor};
 use bitnet_formats::{Kind, StoredType, Tensor, gguf};
 use std::collections::BTreeMap;
 
@@ -61,40 +61,7 @@ impl Builder<'_> {
         let source = self.source;
         let mut sidecars = BTreeMap::new();
         match source.kind() {
-            Kind::Folder => {
-                let list = std::fs::read_dir(source.path())
-                    .map_err(bitnet_formats::Error::io(source.path(), "list"))?;
-                for entry in list.filter_map(|e| e.ok()) {
-                    let (path, name) = (
-                        entry.path(),
-                        entry.file_name().to_string_lossy().into_owned(),
-                    );
-                    let weights = [
-                        ".safetensors",
-                        ".bin",
-                        ".gguf",
-                        ".pt",
-                        ".pth",
-                        ".msgpack",
-                        ".h5",
-                        ".onnx",
-                        ".index.json",
-                    ];
-                    let ours = [output::PARTIAL, output::JOURNAL];
-                    if path.is_dir()
-                        && !name.starts_with('.')
-                        && !ours.iter().any(|w| name.ends_with(w))
-                    {
-                        self.notes.push(format!("the folder {name} is not copied"));
-                    }
-                    if path.is_file()
-                        && !name.starts_with('.')
-                        && !weights.iter().chain(&ours).any(|w| name.ends_with(w))
-                    {
-                        sidecars.insert(name, Sidecar::Copy(path));
-                    }
-                }
-            }
+            Kind::Folder => sidecars = sidecars::of_folder(source, &mut self.notes)?,
             Kind::Gguf => {
                 let shape = |name: &str| {
                     source
