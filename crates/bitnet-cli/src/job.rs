@@ -51,6 +51,13 @@ pub(crate) fn run(
     })?;
     let input_bytes = source.files().iter().map(|f| f.len).sum();
     let mut notes = job.notes.clone();
+    if let Some(share) = &job.stays_float {
+        if share.surprising && args.quiet.quiet {
+            // Most people want to know this, whatever else they do not want to read.
+            out.line(format!("note: {}", share.text));
+        }
+        notes.push(share.text.clone());
+    }
     if !summary.kept.is_empty() {
         notes.push(format!(
             "of the folder that was {} these stay: {}",

@@ -1,8 +1,11 @@
 //! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
+mod floats;
 mod packing;
 pub(crate) mod sidecars;
 mod surroundings;
+
+pub use floats::FloatShare;
 
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
@@ -88,6 +91,8 @@ pub struct Job<'a> {
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     /// Notes for the user about the whole job.
     pub notes: Vec<String>,
+    /// What a quantized model keeps as floats, if that is worth a word.
+    pub stays_float: Option<FloatShare>,
 }
 
 /// Whether a path names a folder of tensors or one file.
@@ -163,7 +168,7 @@ impl<'a> Job<'a> {
                 "the search must run first: search::resolve".into(),
             ));
         }
-        let selector = recipe.selector(source)?;
+        let selector = recipe.selector(source)?.without_roles_of(given.keys());
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
         (builder.importance, builder.given) = (importance, given);
         let mut count = 0;
@@ -200,11 +205,13 @@ impl<'a> Job<'a> {
                 source.path().display()
             )));
         }
-        let recipe = Recipe {
+        let resolved = Recipe {
             compute: Compute::default(),
             ..recipe.clone()
         };
-        builder.finish(serde_json::to_value(recipe).unwrap_or_default())
+        let stays_float = floats::float_share(source, &selector);
+        let job = builder.finish(serde_json::to_value(resolved).unwrap_or_default())?;
+        Ok(Self { stays_float, ..job })
     }
 
     /// Writes the same values and scales in another container or layout; float tensors do not
@@ -646,6 +653,7 @@ impl<'a> Builder<'a> {
             },
             sidecars: self.sidecars,
             notes: self.notes,
+            stays_float: None,
         })
     }
 }

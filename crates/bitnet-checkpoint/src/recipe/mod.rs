@@ -4,6 +4,7 @@
 mod builder;
 mod choices;
 mod preset;
+mod role;
 mod sections;
 mod selector;
 mod validate;
@@ -12,6 +13,7 @@ pub use builder::RecipeBuilder;
 pub use choices::{Choices, LayoutChoice, Target};
 pub use preset::Preset;
 pub use sections::{Activations, Compute, MAX_THREADS, Machine, PrecisionControlConfig, Search};
+pub(crate) use selector::{Selector, Stays};
 pub use selector::{compile, escape};
 
 use crate::{Error, Result};
@@ -153,6 +155,10 @@ pub struct Recipe {
 
 /// Two-dimensional weights that are not linear layers, or that lose more than they save:
 /// embeddings, output heads, norms, routers.
+///
+/// As long as a recipe excludes these, and leaves `include` as it is, embeddings, heads, classifiers
+/// and routers stay under other names too: those with a dimension of the vocabulary, or a row for
+/// each position, label or expert, as config.json says or the shapes show.
 pub const DEFAULT_EXCLUDE: &[&str] = &[
     "*embed*",
     "*embd*",
