@@ -189,6 +189,7 @@ impl<'a> Job<'a> {
                 }
             }
         }
+        builder.note_transposed();
         if let Some(name) = builder.given.keys().next() {
             return Err(Error::Recipe(format!(
                 "values for '{name}', which the recipe does not quantize"
@@ -600,7 +601,41 @@ impl<'a> Builder<'a> {
         (scale, zero)
     }
 
+    /// Says that rows of quantized matrices are inputs, where they are.
+    fn note_transposed(&mut self) {
+        let packed = self.tensor_jobs.iter().filter_map(|job| match &job.action {
+            Action::Pack(_) => job.tensor.map(|id| self.source.tensor(id)),
+            _ => None,
+        });
+        let transposed: Vec<_> = packed
+            .filter(|t| packing::transposed(self.source, t))
+            .collect();
+        if let Some(first) = transposed.first() {
+            self.notes.push(format!(
+                "{} weights are stored [in, out] (Conv1D), e.g. {}: a scale of 'channel' or 'group' \
+                 is one of an input there, not of an output",
+                transposed.len(),
+                first.name
+            ));
+        }
+    }
+
+    /// llama.cpp keeps a name in 64 bytes with the zero behind it.
+    fn check_gguf_names(&self) -> Result<()> {
+        match self.tensors.iter().find(|t| t.name.len() >= 64) {
+            Some(long) if self.format == Format::Gguf => Err(bitnet_formats::Error::tensor(
+                self.source.path(),
+                &long.name,
+                "a name of at most 63 bytes, which is all that GGUF readers take",
+                format!("{} bytes", long.name.len()),
+            )
+            .into()),
+            _ => Ok(()),
+        }
+    }
+
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
+        self.check_gguf_names()?;
         if let Container::Gguf(metadata) = &mut self.container
             && let Some(file_type) = surroundings::file_type(&self.tensors)
         {

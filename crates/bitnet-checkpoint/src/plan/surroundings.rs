@@ -139,7 +139,8 @@ impl Builder<'_> {
         };
         object.remove("quantization_config");
         if self.format == Format::HfBitnet {
-            // transformers expects packed weights for every linear layer that is not named here.
+            // transformers expects packed weights for every linear layer that is not named here. It
+            // never replaces an embedding: to name one is harmless, and its name proves nothing.
             let mut keep: Vec<String> = self
                 .tensor_jobs
                 .iter()
@@ -147,9 +148,15 @@ impl Builder<'_> {
                     !matches!(u.action, Action::Pack(_)) && self.tensors[u.data].shape.len() == 2
                 })
                 .filter_map(|u| u.name.strip_suffix(".weight").map(str::to_string))
-                .filter(|n| !n.contains("embed") && !n.contains("norm"))
+                .filter(|n| n.rsplit('.').next() != Some("embed_tokens"))
                 .collect();
-            if !keep.is_empty() && !keep.iter().any(|k| k == "lm_head") {
+            // Without a list transformers leaves the head and the last module alone. The last one of
+            // a model without a head may be packed.
+            let causal = object
+                .get("architectures")
+                .and_then(|a| a[0].as_str())
+                .is_none_or(|a| a.ends_with("ForCausalLM"));
+            if (!keep.is_empty() || !causal) && !keep.iter().any(|k| k == "lm_head") {
                 keep.push("lm_head".into());
             }
             let bitnet = BitnetConfig {

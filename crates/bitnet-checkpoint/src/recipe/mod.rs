@@ -197,7 +197,7 @@ impl Recipe {
     /// [`Error::Recipe`] with line and column for TOML that is not a recipe, and for another
     /// version.
     pub fn from_toml(text: &str) -> Result<Self> {
-        toml::from_str::<Self>(text)
+        toml::from_str::<Self>(without_mark(text))
             .map_err(|e| Error::Recipe(e.to_string().trim_end().into()))?
             .of_this_version()
     }
@@ -207,7 +207,7 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::from_toml`].
     pub fn from_json(text: &str) -> Result<Self> {
-        serde_json::from_str::<Self>(text)
+        serde_json::from_str::<Self>(without_mark(text))
             .map_err(|e| Error::Recipe(e.to_string()))?
             .of_this_version()
     }
@@ -247,6 +247,11 @@ impl Recipe {
     }
 }
 
+/// The text without the byte order mark that some editors put before it.
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,6 +272,14 @@ mod tests {
             let message = Recipe::from_toml(toml).unwrap_err().to_string();
             assert!(message.contains(part), "{toml}: {message}");
         }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_recipe() {
+        let toml = "\u{feff}format = 'gguf'";
+        assert_eq!(Recipe::from_toml(toml).unwrap().format, Format::Gguf);
+        let json = "\u{feff}{\"format\": \"gguf\"}";
+        assert_eq!(Recipe::from_json(json).unwrap().format, Format::Gguf);
     }
 
     #[test]

@@ -9,7 +9,10 @@ use std::collections::HashMap;
 
 /// A glob in which `*` matches any characters.
 pub fn compile(glob: &str) -> Result<GlobMatcher> {
-    let matcher = GlobBuilder::new(glob).literal_separator(false).build();
+    let matcher = GlobBuilder::new(glob)
+        .literal_separator(false)
+        .backslash_escape(true)
+        .build();
     matcher
         .map(|g| g.compile_matcher())
         .map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
@@ -128,7 +131,14 @@ impl Recipe {
 
 /// The glob that matches `name` and nothing else.
 pub fn escape(name: &str) -> String {
-    globset::escape(name)
+    let mut glob = String::with_capacity(name.len());
+    for c in name.chars() {
+        if "?*[]{}\\".contains(c) {
+            glob.push('\\');
+        }
+        glob.push(c);
+    }
+    glob
 }
 
 /// Whether a tensor holds numbers, and rows of them if it is to be quantized.
@@ -225,5 +235,28 @@ impl<'a> Selector<'a> {
             return Some(Stays::Excluded(&self.recipe.exclude[i]));
         }
         self.roles.get(&tensor.name).copied().map(Stays::Role)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_escaped_name_matches_itself_alone() {
+        for name in [
+            r"back\slash.weight",
+            "a[0].weight",
+            "{a,b}?*",
+            "plain.weight",
+            "][",
+        ] {
+            let glob = compile(&escape(name)).unwrap();
+            assert!(glob.is_match(name), "{name}");
+            assert!(
+                !glob.is_match(format!("{name}x")) && !glob.is_match("a"),
+                "{name}"
+            );
+        }
     }
 }
