@@ -125,7 +125,7 @@ impl Recipe {
     /// Whether the recipe leaves the selection to the defaults, its own exclusions apart.
     fn is_default_selection(&self) -> bool {
         let excluded = |glob: &&str| self.exclude.iter().any(|own| own == glob);
-        self.include == Self::default().include && DEFAULT_EXCLUDE.iter().all(|g| excluded(&g))
+        self.include == Self::default().include && DEFAULT_EXCLUDE.iter().all(excluded)
     }
 }
 
