@@ -50,6 +50,21 @@ pub(crate) fn run(
         job::run(job, &args.out, options)
     })?;
     let input_bytes = source.files().iter().map(|f| f.len).sum();
-    report::print(&summary, &job.notes, input_bytes, args, out);
+    let mut notes = job.notes.clone();
+    if let Some(share) = &job.stays_float {
+        if share.surprising && args.quiet.quiet {
+            // Most people want to know this, whatever else they do not want to read.
+            out.line(format!("note: {}", share.text));
+        }
+        notes.push(share.text.clone());
+    }
+    if !summary.kept.is_empty() {
+        notes.push(format!(
+            "of the folder that was {} these stay: {}",
+            args.out.display(),
+            summary.kept.join(", ")
+        ));
+    }
+    report::print(&summary, &notes, input_bytes, args, out);
     Ok(())
 }

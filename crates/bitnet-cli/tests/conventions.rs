@@ -320,11 +320,11 @@ fn a_part_of_a_split_gguf_is_not_a_model() {
 fn a_folder_with_other_things_in_it_is_not_replaced() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.run(&["quantize", "m", "--out", "q"]).is(0);
+    llama(&dir, "q");
     dir.write("q/src/a.txt", "mine");
     dir.refuses(
         &["quantize", "m", "--out", "q", "--force"],
-        &["q", "something else"],
+        &["q", "a directory with src"],
     );
 }
 

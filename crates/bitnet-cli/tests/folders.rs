@@ -56,13 +56,10 @@ fn a_folder_without_config() {
 
 #[test]
 fn a_folder_without_weights() {
+    folder(&json!({}), &[]).refuses_input("m", &["m: expected a .safetensors file"]);
     folder(&json!({}), &[("pytorch_model.bin", vec![1])]).refuses_input(
         "m",
-        &[
-            "m: expected a .safetensors file",
-            "pytorch_model.bin",
-            "save_pretrained",
-        ],
+        &["pytorch_model.bin", "expected an archive of torch.save"],
     );
 }
 

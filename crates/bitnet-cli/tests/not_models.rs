@@ -48,7 +48,7 @@ fn folders_of_something_else() {
         ),
         (
             &[("config.json", b"{}"), ("pytorch_model.bin", b"PK")],
-            &["pytorch_model.bin", "safe_serialization=True"],
+            &["pytorch_model.bin", "torch.save"],
         ),
         (
             &[("config.json", b"{}"), ("tf_model.h5", b"")],

@@ -6,7 +6,9 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{Content, ScaleSource, StoredId, StoredType, Tensor, TensorId, output};
+use bitnet_formats::{
+    Content, ScaleSource, Source, StoredId, StoredType, Tensor, TensorId, output,
+};
 
 impl Builder<'_> {
     /// Plans the quantization of a matrix: the first layout and scales that can hold it.
@@ -80,14 +82,34 @@ impl Builder<'_> {
         ))
     }
 
-    /// Refuses what an HF bitnet folder cannot say about a layer: another scale type, and a bias
-    /// that the linear class would scale.
+    /// Refuses what an HF bitnet folder cannot say about a layer: that it is no linear layer, another
+    /// scale type, and a bias that the linear class would scale.
     fn check_hf_bitnet(
         &self,
         tensor: &Tensor,
         choices: &Choices,
         layout: &dyn Layout,
     ) -> Result<()> {
+        let refused = |why: String| {
+            Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
+                layout: layout.name(),
+                why,
+            }))
+        };
+        if tensor.shape.len() != 2 {
+            return refused(format!(
+                "transformers' bitnet replaces linear layers only, and this has {} dimensions; give \
+                 --format safetensors, or a rule that keeps it",
+                tensor.shape.len()
+            ));
+        }
+        if transposed(self.source, tensor) {
+            return refused(
+                "it is stored [in, out] (Conv1D, as in gpt2), which transformers' bitnet does not \
+                 replace; give --format safetensors"
+                    .into(),
+            );
+        }
         let model = self.model_dtype();
         if let Some(dtype) = choices.scale_dtype.filter(|&dtype| dtype != model) {
             return Err(Error::Recipe(format!(
@@ -99,15 +121,11 @@ impl Builder<'_> {
             .strip_suffix("weight")
             .and_then(|layer| self.source.find(&format!("{layer}bias")));
         if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
-            let why = format!(
+            return refused(format!(
                 "linear_class autobitlinear multiplies the bias '{}' by the scale too; \
                  bitlinear does not",
                 bias.name
-            );
-            return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
-                layout: layout.name(),
-                why,
-            }));
+            ));
         }
         Ok(())
     }
@@ -511,3 +529,25 @@ pub(super) fn default_layouts(
         }
     }))
 }
+
+/// Whether a matrix is stored `[in, out]`: its bias is as long as it has columns. Of square ones,
+/// and of those without a bias, config.json decides.
+pub(super) fn transposed(source: &Source, tensor: &Tensor) -> bool {
+    let [rows, cols] = tensor.shape[..] else {
+        return false;
+    };
+    let bias = tensor
+        .name
+        .strip_suffix("weight")
+        .and_then(|layer| source.find(&format!("{layer}bias")));
+    match bias.map(|b| b.elements()) {
+        Some(outputs) if rows != cols => outputs == cols,
+        Some(_) => source
+            .config()
+            .is_some_and(|c| CONV1D_MODELS.iter().any(|m| c["model_type"] == *m)),
+        None => false,
+    }
+}
+
+/// Models whose blocks are made of transformers' Conv1D.
+const CONV1D_MODELS: &[&str] = &["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];

@@ -1,15 +1,15 @@
 //! The parts of an output beside its tensors: metadata, names and row orders, config.json and the
 //! other files of a folder.
 
-use super::{Action, Builder, Naming, Sidecar};
+use super::{Action, Builder, Naming, Sidecar, sidecars};
 use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
-use bitnet_formats::output::{self, Container, OutputTensor};
-use bitnet_formats::{Kind, StoredType, Tensor, gguf, hints, python_json};
+use bitnet_formats::output::{Container, OutputTensor};
+use bitnet_formats::{Kind, StoredType, Tensor, gguf, python_json};
 use std::collections::BTreeMap;
 
 impl Builder<'_> {
@@ -61,45 +61,7 @@ impl Builder<'_> {
         let source = self.source;
         let mut sidecars = BTreeMap::new();
         match source.kind() {
-            Kind::Folder => {
-                let list = std::fs::read_dir(source.path())
-                    .map_err(bitnet_formats::Error::io(source.path(), "list"))?;
-                for entry in list.filter_map(|e| e.ok()) {
-                    let (path, name) = (
-                        entry.path(),
-                        entry.file_name().to_string_lossy().into_owned(),
-                    );
-                    let weights = [
-                        ".safetensors",
-                        ".bin",
-                        ".gguf",
-                        ".pt",
-                        ".pth",
-                        ".msgpack",
-                        ".h5",
-                        ".onnx",
-                        ".index.json",
-                    ];
-                    let ours = [output::PARTIAL, output::JOURNAL];
-                    if path.is_dir()
-                        && !name.starts_with('.')
-                        && !ours.iter().any(|w| name.ends_with(w))
-                    {
-                        self.notes.push(format!("the folder {name} is not copied"));
-                    }
-                    if name.starts_with('.')
-                        || weights.iter().chain(&ours).any(|w| name.ends_with(w))
-                    {
-                        continue;
-                    }
-                    if path.is_file() {
-                        sidecars.insert(name, Sidecar::Copy(path));
-                    } else if let Some(link) = hints::dangling_link(&path) {
-                        let expected = "a file to copy into the result";
-                        return Err(bitnet_formats::Error::file(&path, expected, link).into());
-                    }
-                }
-            }
+            Kind::Folder => sidecars = sidecars::of_folder(source, &mut self.notes)?,
             Kind::Gguf => {
                 let shape = |name: &str| {
                     source
@@ -177,7 +139,8 @@ impl Builder<'_> {
         };
         object.remove("quantization_config");
         if self.format == Format::HfBitnet {
-            // transformers expects packed weights for every linear layer that is not named here.
+            // transformers expects packed weights for every linear layer that is not named here. It
+            // never replaces an embedding: to name one is harmless, and its name proves nothing.
             let mut keep: Vec<String> = self
                 .tensor_jobs
                 .iter()
@@ -185,9 +148,15 @@ impl Builder<'_> {
                     !matches!(u.action, Action::Pack(_)) && self.tensors[u.data].shape.len() == 2
                 })
                 .filter_map(|u| u.name.strip_suffix(".weight").map(str::to_string))
-                .filter(|n| !n.contains("embed") && !n.contains("norm"))
+                .filter(|n| n.rsplit('.').next() != Some("embed_tokens"))
                 .collect();
-            if !keep.is_empty() && !keep.iter().any(|k| k == "lm_head") {
+            // Without a list transformers leaves the head and the last module alone. The last one of
+            // a model without a head may be packed.
+            let causal = object
+                .get("architectures")
+                .and_then(|a| a[0].as_str())
+                .is_none_or(|a| a.ends_with("ForCausalLM"));
+            if (!keep.is_empty() || !causal) && !keep.iter().any(|k| k == "lm_head") {
                 keep.push("lm_head".into());
             }
             let bitnet = BitnetConfig {

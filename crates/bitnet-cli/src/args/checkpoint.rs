@@ -61,7 +61,8 @@ impl InputArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = Option::<&str>::None)]
 pub(crate) struct QuietArgs {
-    /// Print the result alone: no progress, no notes, no tensors
+    /// Print the result alone: no progress, no notes, no tensors. One note remains: that many layers
+    /// stay floats which no option excludes
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
@@ -76,7 +77,7 @@ pub(crate) struct JobArgs {
     /// or with a slash after it, or a folder that exists.
     #[arg(long, short, value_name = "PATH")]
     pub(crate) out: PathBuf,
-    /// Replace the output if it exists
+    /// Replace the output if it exists; in a folder, what this program wrote
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]
