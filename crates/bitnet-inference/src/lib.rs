@@ -32,6 +32,7 @@ mod config;
 mod error;
 mod forward;
 mod generate;
+mod hostile;
 mod linear;
 mod load;
 mod model;

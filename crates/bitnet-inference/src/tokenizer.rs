@@ -1,5 +1,6 @@
 //! Text to tokens and back: tokenizer.json, or the vocabulary of a GGUF.
 
+use crate::hostile::{check_growth, check_tables, without_panic};
 use crate::{Config, Error, Result};
 use bitnet_formats::arch::{GgufTokenizer, gguf_bpe};
 use bitnet_formats::{Kind, Source};
@@ -28,6 +29,16 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if there is none or it cannot be used.
     pub(crate) fn read(source: &Source, config: &Config) -> Result<Self> {
+        without_panic(|| Self::read_trusting(source, config)).unwrap_or_else(|what| {
+            Err(Error::Tokenizer {
+                path: source.path().to_path_buf(),
+                what,
+            })
+        })
+    }
+
+    /// [`Tokenizer::read`] that panics on some files.
+    fn read_trusting(source: &Source, config: &Config) -> Result<Self> {
         let bad = |path: &Path, what: String| Error::Tokenizer {
             path: path.to_path_buf(),
             what,
@@ -40,6 +51,7 @@ impl Tokenizer {
         } else {
             let path = source.path().join("tokenizer.json");
             let text = read_text(&path)?.ok_or_else(|| bad(&path, "there is none".into()))?;
+            check_tables(&text).map_err(|what| bad(&path, what))?;
             // Not `from_bytes`, which is generic: it would compile the parser into this crate.
             let mut inner: tokenizers::Tokenizer =
                 text.parse().map_err(|e| bad(&path, format!("{e}")))?;
@@ -48,6 +60,8 @@ impl Tokenizer {
             inner
                 .with_truncation(None)
                 .map_err(|e| bad(&path, e.to_string()))?;
+            let normalizer = serde_json::to_value(inner.get_normalizer()).unwrap_or_default();
+            check_growth(&normalizer).map_err(|what| bad(&path, what))?;
             let settings = read_json(&source.path().join("tokenizer_config.json"))?;
             (path, inner, settings.unwrap_or(Value::Null))
         };
@@ -78,27 +92,24 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if the tokenizer fails, or gives a token that the embedding has no row
     /// for.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special)
-            .map_err(|e| Error::Tokenizer {
-                path: "text".into(),
-                what: e.to_string(),
-            })?;
+        let bad = |what: String| Error::Tokenizer {
+            path: self.path.clone(),
+            what,
+        };
+        let encoding = without_panic(|| self.inner.encode_fast(text, special))
+            .map_err(bad)?
+            .map_err(|e| bad(e.to_string()))?;
         if let Some(&id) = encoding
             .get_ids()
             .iter()
             .find(|&&id| id as usize >= self.rows)
         {
-            return Err(Error::Tokenizer {
-                path: self.path.clone(),
-                what: format!(
-                    "the text has token {id} {:?}, and the embedding has {} rows: leave it out, or \
-                     give the embedding more rows",
-                    self.name(id).unwrap_or_default(),
-                    self.rows
-                ),
-            });
+            return Err(bad(format!(
+                "the text has token {id} {:?}, and the embedding has {} rows: leave it out, or \
+                 give the embedding more rows",
+                self.name(id).unwrap_or_default(),
+                self.rows
+            )));
         }
         let first = self.first.filter(|_| special);
         Ok(first
@@ -134,12 +145,13 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the decoder fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.inner
-            .decode(tokens, true)
-            .map_err(|e| Error::Tokenizer {
-                path: "tokens".into(),
-                what: e.to_string(),
-            })
+        let bad = |what: String| Error::Tokenizer {
+            path: self.path.clone(),
+            what,
+        };
+        without_panic(|| self.inner.decode(tokens, true))
+            .map_err(bad)?
+            .map_err(|e| bad(e.to_string()))
     }
 
     /// The id of a token by its text.
