@@ -51,5 +51,12 @@ pub(crate) fn run(
     })?;
     let input_bytes = source.files().iter().map(|f| f.len).sum();
     report::print(&summary, &job.notes, input_bytes, args, out);
+    // It belongs to the result: without notes it is said too.
+    if args.quiet.quiet && source.has_foreign() {
+        source
+            .already_quantized()
+            .iter()
+            .for_each(|what| out.line(what));
+    }
     Ok(())
 }

@@ -149,14 +149,18 @@ fn a_config_that_is_not_json() {
 }
 
 #[test]
-fn another_quantization_method() {
-    for method in [json!("gptq"), json!(3), Value::Null] {
-        let dir = folder(
+fn another_quantization_method_over_floats_is_said() {
+    let with_method = |method| {
+        folder(
             &json!({"quantization_config": {"quant_method": method}}),
             &[("model.safetensors", weights())],
-        );
-        dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
-    }
+        )
+    };
+    let dir = with_method(json!(3));
+    dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
+    let dir = with_method(json!("gptq"));
+    dir.run(&["inspect", "m"])
+        .says(&["note: quant_method is 'gptq', and no tensor is packed"]);
 }
 
 #[test]

@@ -7,16 +7,18 @@
 use crate::container::Container;
 use crate::document::{self, Document};
 use crate::dtype::StoredType;
+use crate::foreign::{Foreign, Loaded};
 use crate::gguf;
 use crate::hf::BitnetConfig;
 use crate::safetensors::SafetensorsHeader;
 use crate::tensor::{FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 /// The kind of a checkpoint.
@@ -71,6 +73,10 @@ pub(crate) struct Storage {
     pub(crate) gguf: Vec<(String, gguf::Value)>,
     pub(crate) document: Option<Document>,
     pub(crate) bitnet: Option<BitnetConfig>,
+    /// Matrices that another program quantized, by the stored tensor that stands for each.
+    pub(crate) foreign: BTreeMap<StoredId, Foreign>,
+    /// Scales and codes of the one that was read last.
+    pub(crate) loaded: Mutex<Option<(StoredId, Arc<Loaded>)>>,
     names: HashMap<String, StoredId>,
 }
 
@@ -87,6 +93,8 @@ impl Storage {
             gguf: vec![],
             document: None,
             bitnet: None,
+            foreign: BTreeMap::new(),
+            loaded: Mutex::default(),
             names: HashMap::new(),
         };
         if meta.is_dir() {
@@ -95,6 +103,7 @@ impl Storage {
             storage.open_file(path)?;
         }
         storage.read_document()?;
+        storage.group_foreign()?;
         Ok(storage)
     }
 
@@ -304,6 +313,14 @@ impl Storage {
         Ok(())
     }
 
+    /// Adds a tensor that stands for others; it replaces one of the same name.
+    pub(crate) fn add_stored(&mut self, tensor: StoredTensor) -> StoredId {
+        let id = StoredId(self.stored.len());
+        self.names.insert(tensor.name.clone(), id);
+        self.stored.push(tensor);
+        id
+    }
+
     /// The stored tensor.
     pub(crate) fn stored(&self, id: StoredId) -> &StoredTensor {
         &self.stored[id.0]
@@ -341,7 +358,7 @@ impl Storage {
         let tensor = self.stored(stored);
         let file = &self.files[tensor.file.0];
         match start.checked_add(buffer.len() as u64) {
-            Some(end) if end <= tensor.len => {
+            Some(end) if end <= tensor.len && !self.foreign.contains_key(&stored) => {
                 crate::io::read_at(&file.file, buffer, tensor.offset + start)
                     .map_err(Error::io(&file.path, "read"))
             }
@@ -368,6 +385,10 @@ impl Storage {
         bytes: &mut Vec<u8>,
         out: &mut [f32],
     ) -> Result<()> {
+        if self.foreign.contains_key(&stored) {
+            let len = range.len();
+            return self.read_foreign(stored, range.start, &mut out[..len]);
+        }
         let tensor = self.stored(stored);
         // Piece by piece, so that the scratch stays small beside a long row. A multiple of every
         // block.
@@ -429,7 +450,7 @@ fn shards<'a>(index_path: &Path, map: &'a Map<String, Value>) -> Result<Vec<&'a 
 /// Largest JSON file that is read.
 const MAX_JSON_BYTES: u64 = 256 << 20;
 
-fn read_json(path: &Path) -> Result<Value> {
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
     let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
     if meta.len() > MAX_JSON_BYTES {
         return Err(Error::file(

@@ -80,7 +80,12 @@ impl Builder<'_> {
                         ".onnx",
                         ".index.json",
                     ];
-                    let ours = [output::PARTIAL, output::JOURNAL];
+                    let mut ours = vec![output::PARTIAL, output::JOURNAL];
+                    ours.extend(
+                        ["quantize_config.json", "quant_config.json"]
+                            .iter()
+                            .filter(|_| source.has_foreign()),
+                    );
                     if path.is_dir()
                         && !name.starts_with('.')
                         && !ours.iter().any(|w| name.ends_with(w))
@@ -170,7 +175,9 @@ impl Builder<'_> {
         let Some(object) = config.as_object_mut() else {
             return Ok(());
         };
-        object.remove("quantization_config");
+        for key in ["quantization_config", "quantization", "compression_config"] {
+            object.remove(key);
+        }
         if self.format == Format::HfBitnet {
             // transformers expects packed weights for every linear layer that is not named here.
             let mut keep: Vec<String> = self
