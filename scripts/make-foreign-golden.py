@@ -76,7 +76,7 @@ config = {"quant_method": "awq", "bits": 4, "group_size": G, "version": "gemm", 
 parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
 write("awq", parts, expected, quantization_config=config)
 
-for bits in [2, 3, 4, 6, 8]:
+for bits in [2, 3, 4, 5, 6, 8]:
     w = mx.array((torch.randn(N, K) * 0.1).numpy()).astype(mx.float16)
     codes, scales, biases = mx.quantize(w, group_size=G, bits=bits)
     wide = [x.astype(mx.float32) for x in (scales, biases)]

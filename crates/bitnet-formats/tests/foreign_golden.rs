@@ -68,7 +68,7 @@ fn awq_as_autoawq_reads_it() {
 
 #[test]
 fn mlx_as_mlx_reads_it() {
-    for bits in [2, 3, 4, 6, 8] {
+    for bits in [2, 3, 4, 5, 6, 8] {
         assert_eq!(
             check(&format!("mlx-{bits}")),
             format!("MLX {bits}-bit group 32")

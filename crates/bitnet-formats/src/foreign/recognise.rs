@@ -19,11 +19,12 @@ pub(super) fn matrices(storage: &Storage, declared: &Declared) -> Vec<Foreign> {
     let mut found = vec![];
     let finder = Finder { storage, declared };
     for recognise in [Finder::known, Finder::unknown] {
+        let others = !found.is_empty();
         for id in storage.ids().filter(|id| id.0 < storage.stored.len()) {
             if taken[id.0] {
                 continue;
             }
-            let matrix = recognise(&finder, id, !found.is_empty());
+            let matrix = recognise(&finder, id, others);
             if let Some(matrix) = matrix.filter(|m| m.parts.iter().all(|part| !taken[part.0])) {
                 matrix.parts.iter().for_each(|part| taken[part.0] = true);
                 found.push(matrix);
@@ -114,20 +115,31 @@ impl Finder<'_> {
         }
     }
 
-    /// Integers of two dimensions that stand for weights, in a packing that is not known.
+    /// Integers (or floats without decoder) of two dimensions that stand for weights, in a packing
+    /// that is not known.
     fn unknown(&self, id: StoredId, others: bool) -> Option<Foreign> {
         let stored = self.storage.stored(id);
         let StoredType::Plain(dtype) = stored.dtype else {
             return None;
         };
-        let integers = matches!(
+        let packed = matches!(
             dtype,
-            Dtype::U8 | Dtype::I8 | Dtype::U16 | Dtype::I16 | Dtype::I32 | Dtype::U32
+            Dtype::U8
+                | Dtype::I8
+                | Dtype::U16
+                | Dtype::I16
+                | Dtype::I32
+                | Dtype::U32
+                | Dtype::F4
+                | Dtype::F6_E2M3
+                | Dtype::F6_E3M2
+                | Dtype::F8_E4M3FNUZ
+                | Dtype::F8_E5M2FNUZ
         );
         let last = stored.name.rsplit('.').next().unwrap_or_default();
         let method = self.declared.method();
         let weights = last.contains("weight") || (method.is_some() && !others);
-        if !integers || stored.shape.len() < 2 || !weights {
+        if !packed || stored.shape.len() < 2 || !weights {
             return None;
         }
         // The packing of HF `bitnet` has its own message about the missing config.
@@ -140,7 +152,7 @@ impl Finder<'_> {
                  wrote it"
             ),
             None => format!(
-                "integers {dtype:?} whose packing no tensor beside them and no quantization_config \
+                "{dtype:?} whose meaning no tensor beside them and no quantization_config \
                  names; dequantize them with the program that wrote them"
             ),
         };
