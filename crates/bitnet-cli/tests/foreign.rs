@@ -60,7 +60,7 @@ fn gptq() -> Vec<T> {
 
 #[test]
 fn bitsandbytes_is_refused_by_name() {
-    let nf4 = vec![
+    let nf4 = [
         zeros("p.weight", "U8", &[128, 1], 128),
         zeros("p.weight.absmax", "F32", &[4], 16),
         zeros("p.weight.quant_map", "F32", &[16], 64),
