@@ -6,7 +6,7 @@ use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
 use bitnet_formats::hf::{Verdict, judge_scales};
-use bitnet_formats::{Content, Source, Tensor};
+use bitnet_formats::{Content, Source, StoredType, Tensor};
 use bitnet_kernels::Kernels;
 
 /// One tensor of a checkpoint.
@@ -88,7 +88,14 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
             })
         };
         match &tensor.content {
-            Content::Opaque(_) => {}
+            Content::Opaque(stored) => {
+                if let StoredType::Foreign(foreign) = source.stored(*stored).dtype {
+                    find(
+                        "already-quantized",
+                        format!("stored as {foreign}: not read"),
+                    );
+                }
+            }
             Content::Quantized(q) => match source.matrix(&tensor.name, q) {
                 Err(error) => find("corrupt", error.to_string()),
                 Ok(matrix) => {
@@ -113,7 +120,7 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
             },
             Content::Float(stored) => {
                 let dtype = source.stored(*stored).dtype;
-                if dtype.block() > 1 {
+                if dtype.block() > 1 || matches!(dtype, StoredType::Foreign(_)) {
                     find(
                         "already-quantized",
                         format!("stored as {dtype}: quantizing it again adds to the error it has"),

@@ -66,5 +66,12 @@ pub(crate) fn run(
         ));
     }
     report::print(&summary, &notes, input_bytes, args, out);
+    // It belongs to the result: without notes it is said too.
+    if args.quiet.quiet && source.has_foreign() {
+        source
+            .already_quantized()
+            .iter()
+            .for_each(|what| out.line(what));
+    }
     Ok(())
 }

@@ -250,14 +250,20 @@ fn a_config_that_is_not_json() {
 }
 
 #[test]
-fn another_quantization_method() {
-    for method in [json!("gptq"), json!(3), Value::Null] {
-        let dir = folder(
+fn another_quantization_method_over_floats_is_said() {
+    let with_method = |method| {
+        folder(
             &json!({"quantization_config": {"quant_method": method}}),
             &[("model.safetensors", weights())],
-        );
-        dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
-    }
+        )
+    };
+    let dir = with_method(json!(3));
+    dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
+    let dir = with_method(json!("gptq"));
+    let inspect = dir.run(&["inspect", "m"]);
+    inspect.is(0);
+    let note = "note: quant_method is 'gptq', and no tensor is packed";
+    assert!(inspect.stdout().contains(note), "{}", inspect.stdout());
 }
 
 #[test]

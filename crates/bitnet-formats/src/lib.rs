@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod foreign;
 mod grouping;
 mod io;
 mod pytorch;
@@ -34,5 +35,6 @@ pub mod tensor;
 
 pub use dtype::StoredType;
 pub use error::{Error, Result};
+pub use foreign::{ForeignMethod, ForeignType};
 pub use source::{Kind, Source};
 pub use tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};

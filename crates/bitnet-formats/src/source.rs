@@ -57,6 +57,7 @@ impl Source {
                 options.i2s_layout
             ));
         }
+        notes.extend(storage.foreign_notes());
         let names = tensors.iter().enumerate();
         let names = names.map(|(i, t)| (t.name.clone(), TensorId(i))).collect();
         let mut source = Self {
@@ -187,6 +188,25 @@ impl Source {
     /// The container's own metadata.
     pub fn container(&self) -> Container {
         self.storage.container()
+    }
+
+    /// What another program quantized, and how it is read: a sentence for each type of it.
+    pub fn already_quantized(&self) -> Vec<String> {
+        self.storage.foreign_notes()
+    }
+
+    /// Whether another program quantized weights of it.
+    pub fn has_foreign(&self) -> bool {
+        !self.storage.foreign.is_empty()
+    }
+
+    /// Checks that every matrix can be read: an error for one that another program packed in a way
+    /// that is not decoded. Such a matrix can be listed, and nothing else.
+    ///
+    /// # Errors
+    /// [`Error::File`] with the method, the number of matrices and the next step.
+    pub fn refuse_undecoded(&self) -> Result<()> {
+        self.storage.refuse_undecoded()
     }
 
     /// Fills `buffer` with the bytes of a stored tensor from byte `start` of it on.

@@ -7,6 +7,7 @@
 use crate::container::Container;
 use crate::document::{self, Checksum, Document, PackedTensor};
 use crate::dtype::StoredType;
+use crate::foreign::{Foreign, Loaded};
 use crate::gguf;
 use crate::hf::BitnetConfig;
 use crate::hints;
@@ -17,10 +18,11 @@ use crate::tensor::{FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, LayoutOrigin};
 use serde_json::{Map, Value};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 /// The kind of a checkpoint.
@@ -77,6 +79,10 @@ pub(crate) struct Storage {
     pub(crate) bitnet: Option<BitnetConfig>,
     /// What was assumed or ignored, each a sentence for a person.
     pub(crate) notes: Vec<String>,
+    /// Matrices that another program quantized, by the stored tensor that stands for each.
+    pub(crate) foreign: BTreeMap<StoredId, Foreign>,
+    /// Scales and codes of the one that was read last.
+    pub(crate) loaded: Mutex<Option<(StoredId, Arc<Loaded>)>>,
     names: HashMap<String, StoredId>,
 }
 
@@ -94,6 +100,8 @@ impl Storage {
             document: None,
             bitnet: None,
             notes: vec![],
+            foreign: BTreeMap::new(),
+            loaded: Mutex::default(),
             names: HashMap::new(),
         };
         if meta.is_dir() {
@@ -103,6 +111,7 @@ impl Storage {
         }
         storage.read_document()?;
         storage.forget_rewritten();
+        storage.group_foreign()?;
         Ok(storage)
     }
 
@@ -390,6 +399,14 @@ impl Storage {
         sum.hex() != *expected
     }
 
+    /// Adds a tensor that stands for others; it replaces one of the same name.
+    pub(crate) fn add_stored(&mut self, tensor: StoredTensor) -> StoredId {
+        let id = StoredId(self.stored.len());
+        self.names.insert(tensor.name.clone(), id);
+        self.stored.push(tensor);
+        id
+    }
+
     /// The stored tensor.
     pub(crate) fn stored(&self, id: StoredId) -> &StoredTensor {
         &self.stored[id.0]
@@ -427,7 +444,7 @@ impl Storage {
         let tensor = self.stored(stored);
         let file = &self.files[tensor.file.0];
         match start.checked_add(buffer.len() as u64) {
-            Some(end) if end <= tensor.len => {
+            Some(end) if end <= tensor.len && !self.foreign.contains_key(&stored) => {
                 crate::io::read_at(&file.file, buffer, tensor.offset + start)
                     .map_err(Error::io(&file.path, "read"))
             }
@@ -454,6 +471,10 @@ impl Storage {
         bytes: &mut Vec<u8>,
         out: &mut [f32],
     ) -> Result<()> {
+        if self.foreign.contains_key(&stored) {
+            let len = range.len();
+            return self.read_foreign(stored, range.start, &mut out[..len]);
+        }
         let tensor = self.stored(stored);
         // Piece by piece, so that the scratch stays small beside a long row. A multiple of every
         // block.

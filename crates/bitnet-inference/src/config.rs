@@ -80,6 +80,7 @@ impl Config {
     /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that no
     /// graph supports, for a missing key, and for keys that contradict each other.
     pub fn read(source: &Source) -> Result<Self> {
+        source.refuse_undecoded()?;
         match (source.kind(), source.config()) {
             (Kind::Gguf, _) => Self::from_gguf(source),
             (_, Some(value)) => {

@@ -322,6 +322,7 @@ impl<'a> Builder<'a> {
             }
             _ => {}
         }
+        source.refuse_undecoded()?;
         let mut builder = Self {
             source,
             format,
@@ -427,13 +428,20 @@ impl<'a> Builder<'a> {
             {
                 return self.cast(index, ScaleDtype::F32, None);
             }
-            (Format::Gguf, _) if dtype.to_ggml().is_none() => {
+            (Format::Gguf, _) if dtype.to_ggml().is_none() && !dtype.is_float() => {
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
                     layout: "gguf",
                     why: format!("it has no type {dtype}"),
                 }));
             }
-            (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) if dtype.is_float() => {
+            (Format::Gguf, StoredType::Plain(_)) if dtype.to_ggml().is_none() => {
+                let note = Some(format!("{dtype} decoded to f32"));
+                return self.cast(index, ScaleDtype::F32, note);
+            }
+            (_, StoredType::Foreign(_))
+            | (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_))
+                if dtype.is_float() =>
+            {
                 return self.cast(
                     index,
                     ScaleDtype::F32,

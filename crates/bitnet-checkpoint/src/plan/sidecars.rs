@@ -35,6 +35,9 @@ const DOCUMENTS: &[&str] = &[
     "citation",
 ];
 
+/// What other quantizers write beside weights that the result has as floats.
+const QUANTIZER_CONFIGS: [&str; 2] = ["quantize_config.json", "quant_config.json"];
+
 /// Bytes of the largest file without an ending that is copied.
 const MAX_PLAIN: u64 = 1 << 20;
 
@@ -53,7 +56,11 @@ pub(super) fn of_folder(
     for entry in list.filter_map(|e| e.ok()) {
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with('.') || [PARTIAL, JOURNAL].iter().any(|w| name.ends_with(w)) {
+        let of_quantizer = QUANTIZER_CONFIGS.contains(&name.as_str()) && source.has_foreign();
+        if of_quantizer
+            || name.starts_with('.')
+            || [PARTIAL, JOURNAL].iter().any(|w| name.ends_with(w))
+        {
             continue;
         }
         if path.is_dir() {

@@ -137,7 +137,9 @@ impl Builder<'_> {
         let Some(object) = config.as_object_mut() else {
             return Ok(());
         };
-        object.remove("quantization_config");
+        for key in ["quantization_config", "quantization", "compression_config"] {
+            object.remove(key);
+        }
         if self.format == Format::HfBitnet {
             // transformers expects packed weights for every linear layer that is not named here. It
             // never replaces an embedding: to name one is harmless, and its name proves nothing.
