@@ -31,7 +31,11 @@ impl Builder<'_> {
             Some(output::AUTO) => return self.quantize_auto(index, choices),
             Some(name) => Some(pack::by_name(name)?),
         };
-        let allowed = self.allowed_layouts(named, precision)?;
+        let mut allowed = self.allowed_layouts(named, precision)?;
+        if self.format == Format::Gguf && tensor.shape.len() > 2 {
+            // Fewer readers know the later choices (Q2_0), above all for stacked experts.
+            allowed.truncate(1);
+        }
         if self.format == Format::HfBitnet {
             self.check_hf_bitnet(tensor, choices, allowed[0])?;
             if self.stays_f32_in_transformers(tensor) {
