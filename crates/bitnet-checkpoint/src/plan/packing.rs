@@ -31,9 +31,20 @@ impl Builder<'_> {
             Some(output::AUTO) => return self.quantize_auto(index, choices),
             Some(name) => Some(pack::by_name(name)?),
         };
-        let allowed = self.allowed_layouts(named, precision)?;
+        let mut allowed = self.allowed_layouts(named, precision)?;
+        if self.format == Format::Gguf && tensor.shape.len() > 2 {
+            // Fewer readers know the later choices (Q2_0), above all for stacked experts.
+            allowed.truncate(1);
+        }
         if self.format == Format::HfBitnet {
             self.check_hf_bitnet(tensor, choices, allowed[0])?;
+            if self.stays_f32_in_transformers(tensor) {
+                let refusal = bitnet_core::Error::Unsupported {
+                    layout: allowed[0].name(),
+                    why: "transformers keeps the modules 'wo' of this model in f32".into(),
+                };
+                return self.keep_unquantized(index, &refusal);
+            }
         }
         if let Some(matrix) = self.given.remove(&tensor.name) {
             return self.quantize_given(index, shape, matrix, choices.layout.as_deref());
@@ -103,6 +114,13 @@ impl Builder<'_> {
                 tensor.shape.len()
             ));
         }
+        if is_numbered_expert(&tensor.name) {
+            return refused(
+                "transformers joins the experts to one tensor, which its bitnet does not replace; \
+                 give --format safetensors, or --exclude '*.experts.*'"
+                    .into(),
+            );
+        }
         if transposed(self.source, tensor) {
             return refused(
                 "it is stored [in, out] (Conv1D, as in gpt2), which transformers' bitnet does not \
@@ -128,6 +146,13 @@ impl Builder<'_> {
             ));
         }
         Ok(())
+    }
+
+    /// Whether the model's class names this module in `_keep_in_fp32_modules`, which transformers'
+    /// quantizers leave alone: the output of the feed-forward layers of T5.
+    fn stays_f32_in_transformers(&self, tensor: &Tensor) -> bool {
+        let model_type = self.config.as_ref().and_then(|c| c["model_type"].as_str());
+        tensor.name.ends_with(".wo.weight") && model_type.is_some_and(|m| m.contains("t5"))
     }
 
     /// Packs values that the caller gave instead of quantizing the weights.
@@ -547,6 +572,12 @@ pub(super) fn transposed(source: &Source, tensor: &Tensor) -> bool {
             .is_some_and(|c| CONV1D_MODELS.iter().any(|m| c["model_type"] == *m)),
         None => false,
     }
+}
+
+/// Whether a tensor belongs to one expert of several: `….experts.3.up_proj.weight`.
+fn is_numbered_expert(name: &str) -> bool {
+    name.split_once(".experts.")
+        .is_some_and(|(_, rest)| rest.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 /// Models whose blocks are made of transformers' Conv1D.

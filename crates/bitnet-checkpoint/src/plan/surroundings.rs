@@ -161,6 +161,10 @@ impl Builder<'_> {
             if (!keep.is_empty() || !causal) && !keep.iter().any(|k| k == "lm_head") {
                 keep.push("lm_head".into());
             }
+            if !causal {
+                // Tied to the embedding, such a head is in no file.
+                keep.extend(TIED_HEADS.iter().map(|&head| head.into()));
+            }
             let bitnet = BitnetConfig {
                 linear_class: self.linear_class,
                 mode: Mode::Offline,
@@ -183,6 +187,15 @@ impl Builder<'_> {
         Ok(())
     }
 }
+
+/// Names of the tied heads of encoders, beside `lm_head`.
+const TIED_HEADS: &[&str] = &[
+    "cls.predictions.decoder",
+    "lm_head.decoder",
+    "predictions.decoder",
+    "vocab_projector",
+    "generator_lm_head",
+];
 
 /// `general.file_type` of llama.cpp: the type of most bytes of the two-dimensional tensors, where
 /// it has a number.
