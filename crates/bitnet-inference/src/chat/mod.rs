@@ -191,7 +191,12 @@ fn environment(now: Option<ZonedDateTime>) -> Environment<'static> {
     // `default` with a name such as x.json would escape.
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
+    minijinja_contrib::add_to_environment(&mut environment);
     environment.add_filter("tojson", python::to_json);
+    environment.add_filter("truncate", python::truncate);
+    environment.add_filter("wordcount", python::word_count);
+    environment.add_filter("center", python::center);
+    environment.add_test("sequence", python::is_sequence);
     environment.add_function(rewrite::PERCENT, python::percent);
     environment.add_function("strftime_now", move |form: &str| {
         let now = now.clone().unwrap_or_else(ZonedDateTime::now);

@@ -257,6 +257,54 @@ pub(super) fn percent(state: &State<'_, '_>, left: &Value, right: Value) -> Resu
     format(FormatStyle::Printf, form, &arguments).map(Value::from)
 }
 
+/// The filter `wordcount`.
+pub(super) fn word_count(text: &str) -> usize {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|word| !word.is_empty())
+        .count()
+}
+
+/// The filter `center`.
+pub(super) fn center(
+    state: &State<'_, '_>,
+    text: &str,
+    width: Option<usize>,
+) -> Result<String, Error> {
+    pad(state, text, "center", &[Value::from(width.unwrap_or(80))])
+}
+
+/// The filter `truncate`, with jinja's order of arguments.
+pub(super) fn truncate(
+    text: &str,
+    length: Option<usize>,
+    kill_words: Option<bool>,
+    end: Option<String>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let length = length.or(options.get("length")?).unwrap_or(255);
+    let kill_words = kill_words.or(options.get("killwords")?) == Some(true);
+    let end = end.or(options.get("end")?).unwrap_or_else(|| "...".into());
+    let leeway = options.get::<Option<usize>>("leeway")?.unwrap_or(5);
+    options.assert_all_used()?;
+    if text.chars().count() <= length.saturating_add(leeway) {
+        return Ok(text.into());
+    }
+    let kept = length.saturating_sub(end.chars().count());
+    let start: String = text.chars().take(kept).collect();
+    Ok(match start.rsplit_once(' ') {
+        Some((words, _)) if !kill_words => format!("{words}{end}"),
+        _ => start + &end,
+    })
+}
+
+/// The test `sequence`: what has a length and items, strings and dicts too.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    matches!(
+        value.kind(),
+        ValueKind::String | ValueKind::Seq | ValueKind::Map
+    )
+}
+
 /// Python's methods of strings, lists and dicts.
 pub(super) fn method(
     state: &mut State<'_, '_>,
