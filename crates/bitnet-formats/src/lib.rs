@@ -14,6 +14,7 @@
 mod error;
 mod grouping;
 mod io;
+mod prefixes;
 mod resolve;
 mod storage;
 
