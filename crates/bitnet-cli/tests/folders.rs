@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Dir, T, f32s, gauss, llama, normal, safetensors, with_tensor};
+use common::{Dir, T, f32s, gauss, llama, normal, raw, safetensors, with_tensor};
 use serde_json::{Value, json};
 use std::fs;
 
@@ -191,6 +191,42 @@ fn a_head_that_differs_from_the_embedding_it_is_tied_to() {
         let notes = run.is(0).json()["notes"].to_string();
         assert_eq!(notes.contains("lm_head.weight"), differs, "{notes}");
     }
+}
+
+/// The names of a model that was saved inside a wrapper, and a name that is nobody's.
+#[test]
+fn names_inside_a_wrapper() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    let model = dir.read("m/model.safetensors");
+    let rename = |from: &str, to: &str| {
+        let (size, rest) = model.split_at(8);
+        let size = u64::from_le_bytes(size.try_into().unwrap()) as usize;
+        let header = String::from_utf8(rest[..size].to_vec()).unwrap();
+        let file = raw(&header.replace(from, to), &rest[size..]);
+        dir.write("m/model.safetensors", file);
+    };
+    rename("\"model.", "\"_orig_mod.module.model.");
+    let run = dir.run(&["convert", "m", "--out", "m.gguf", "--json"]);
+    let notes = run.is(0).json()["notes"].to_string();
+    assert!(notes.contains("_orig_mod.module.model."), "{notes}");
+    dir.run(&[
+        "bench", "m.gguf", "--prompt", "1", "--tokens", "1", "--repeat", "1",
+    ])
+    .is(0);
+    dir.run(&[
+        "bench", "m", "--prompt", "1", "--tokens", "1", "--repeat", "1",
+    ])
+    .is(0);
+    rename("0.mlp.up_proj", "0.mlp.upp_proj");
+    dir.refuses(
+        &["bench", "m"],
+        &[
+            "0.mlp.up_proj.weight'",
+            "nearest",
+            "'model.layers.0.mlp.upp_proj.weight'",
+        ],
+    );
 }
 
 #[test]

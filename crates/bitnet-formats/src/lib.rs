@@ -15,6 +15,7 @@ mod error;
 mod foreign;
 mod grouping;
 mod io;
+mod prefixes;
 mod pytorch;
 mod resolve;
 mod storage;

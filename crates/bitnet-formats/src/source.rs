@@ -5,6 +5,7 @@ use crate::document::Document;
 use crate::dtype::StoredType;
 use crate::grouping;
 use crate::hf::{BitnetConfig, Mode, Verdict, judge_scales};
+use crate::prefixes;
 use crate::storage::Storage;
 pub use crate::storage::{Kind, OpenOptions, SourceFile};
 use crate::tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};
@@ -147,6 +148,11 @@ impl Source {
     /// The id of the tensor of that name.
     pub fn find_id(&self, name: &str) -> Option<TensorId> {
         self.names.get(name).copied()
+    }
+
+    /// The name of a tensor that differs least from `name`, for messages.
+    pub fn nearest(&self, name: &str) -> Option<&str> {
+        prefixes::nearest(name, self.tensors.iter().map(|t| t.name.as_str()))
     }
 
     /// Every stored tensor, in the order of files and bytes.

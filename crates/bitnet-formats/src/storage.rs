@@ -4,6 +4,7 @@
 //! that a caller reads, threads can read at the same time, and a file that is truncated meanwhile
 //! is an error and not a signal.
 
+use crate::arch::Architecture;
 use crate::container::Container;
 use crate::document::{self, Checksum, Document, PackedTensor};
 use crate::dtype::StoredType;
@@ -11,6 +12,7 @@ use crate::foreign::{Foreign, Loaded};
 use crate::gguf;
 use crate::hf::BitnetConfig;
 use crate::hints;
+use crate::prefixes;
 use crate::pytorch;
 use crate::resolve::{self, Weights};
 use crate::safetensors::SafetensorsHeader;
@@ -111,6 +113,7 @@ impl Storage {
         }
         storage.read_document()?;
         storage.forget_rewritten();
+        storage.unwrap_names();
         storage.group_foreign()?;
         Ok(storage)
     }
@@ -327,6 +330,36 @@ impl Storage {
         }
         self.document = Some(serde_json::from_value(value).map_err(|e| bad(e.to_string()))?);
         Ok(())
+    }
+
+    /// Takes off what wrappers put before the names of a model whose architecture is known. A file
+    /// with a document has names of this program.
+    fn unwrap_names(&mut self) {
+        let architecture = self.config.as_ref().and_then(|config| {
+            let name = config.get("model_type").and_then(Value::as_str)?;
+            Architecture::by_name(name)
+        });
+        let (Some(architecture), None) = (architecture, &self.document) else {
+            return;
+        };
+        let names = self.stored.iter().map(|s| s.name.as_str());
+        let Some(names) = prefixes::unwrapped(architecture, names) else {
+            return;
+        };
+        let example = self.stored.iter().zip(&names).find(|(s, n)| s.name != **n);
+        if let Some((stored, name)) = example {
+            self.notes.push(format!(
+                "tensor names are read without what a wrapper added: '{}' as '{name}'",
+                stored.name
+            ));
+        }
+        for (stored, name) in self.stored.iter_mut().zip(names) {
+            stored.name = name;
+        }
+        self.names = self
+            .ids()
+            .map(|id| (self.stored(id).name.clone(), id))
+            .collect();
     }
 
     /// Forgets what the document says of tensors that another program has rewritten: they are what

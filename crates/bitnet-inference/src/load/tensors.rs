@@ -77,13 +77,7 @@ impl<'a> CheckpointLoader<'a> {
     pub(super) fn find(&self, hf_name: &str, shape: &[usize]) -> Result<FoundTensor<'a>> {
         let name = self.stored_name(hf_name);
         let Some(tensor) = self.source.find(&name) else {
-            return Err(bitnet_formats::Error::tensor(
-                self.source.path(),
-                &name,
-                format!("shape {shape:?}"),
-                "no such tensor",
-            )
-            .into());
+            return Err(self.missing(&name, hf_name, shape));
         };
         locked(&self.used).insert(name);
         let found = FoundTensor {
@@ -102,6 +96,19 @@ impl<'a> CheckpointLoader<'a> {
             return Err(found.error("weights of a type that this engine decodes", got));
         }
         Ok(found)
+    }
+
+    /// The error of a tensor that is not there.
+    fn missing(&self, name: &str, hf_name: &str, shape: &[usize]) -> Error {
+        let mut got = "no such tensor".to_string();
+        if hf_name == "lm_head.weight" {
+            got += "; config.json needs tie_word_embeddings true if the embedding is the output \
+                    matrix";
+        } else if let Some(nearest) = self.source.nearest(name) {
+            got += &format!("; the nearest name is '{nearest}'");
+        }
+        let expected = format!("shape {shape:?}");
+        bitnet_formats::Error::tensor(self.source.path(), name, expected, got).into()
     }
 
     /// The file of a tensor's first part.
