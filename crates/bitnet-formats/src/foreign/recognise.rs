@@ -504,8 +504,8 @@ impl Finder<'_> {
                     .into(),
             );
         };
-        let cols = groups * group;
-        if ![2, 3, 4, 5, 6, 8].contains(&bits) || cols * bits != words * 32 {
+        let cols = groups.saturating_mul(group);
+        if ![2, 3, 4, 5, 6, 8].contains(&bits) || cols.saturating_mul(bits) != words * 32 {
             return Err(format!(
                 "the config says {bits} bits in groups of {group}, which does not fit {}",
                 self.describe(&[id, scales])
@@ -567,10 +567,10 @@ impl Finder<'_> {
         let module = name.trim_end_matches("weight_packed").trim_end_matches('.');
         let fits = |bits: &usize| (cols * bits).div_ceil(32) == words;
         let bits = match self.declared.bits_and_group(module).0 {
-            Some(bits) => Some(bits).filter(fits),
+            Some(bits) => Some(bits).filter(|bits| (1..=8).contains(bits) && fits(bits)),
             None => [4, 8, 2, 3, 5, 6, 7].into_iter().find(fits),
         };
-        let Some(bits) = bits.filter(|bits| (1..=8).contains(bits)) else {
+        let Some(bits) = bits else {
             return Err(disagree());
         };
         let sizes = shape_rows == rows
