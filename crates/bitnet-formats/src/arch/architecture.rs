@@ -243,7 +243,7 @@ impl Architecture {
     fn check_class(&self, path: &Path, config: &Value) -> Result<()> {
         let bits = config.get("weight_bits").filter(|v| !v.is_null());
         let class = config.pointer("/architectures/0").and_then(Value::as_str);
-        let bitnet = |class: &str| class.eq_ignore_ascii_case(BITNET.hf_class);
+        let bitnet = |class: &str| class == "BitnetForCausalLM";
         let is_bitnet = class.is_some_and(bitnet);
         let few_bits = bits.is_some_and(|b| b.as_f64().is_none_or(|b| b < 16.0));
         if self.name == BITNET.name || !(is_bitnet || few_bits) {
