@@ -1,9 +1,10 @@
 """Models that other programs quantized: the floats that we read are those of transformers."""
 
 import json
+import os
 
 import torch
-from conftest import run
+from conftest import dequantize, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
@@ -33,3 +34,30 @@ def test_fp8_blocks_as_transformers_dequantizes_them(tmp_path):
     assert ours.keys() == theirs.keys()
     for name, w in ours.items():
         assert torch.equal(w, theirs[name].float()), name
+
+
+def test_pytorch_files_as_torch_loads_them(tmp_path):
+    torch.manual_seed(6)
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                         vocab_size=50, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    folder = tmp_path / "bin"
+    config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    expected = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    ours = dequantize(folder)
+    assert ours.keys() == expected.keys()
+    for name, w in expected.items():
+        assert torch.equal(torch.from_numpy(ours[name]), w.float()), name
+
+
+class Call:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_that_calls_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a.weight": torch.zeros(4, 4), "b": Call()}, "m.bin")
+    assert "system" in run("dequantize", "m.bin", "--out", "o.safetensors", status=2)
+    assert not (tmp_path / "executed").exists()

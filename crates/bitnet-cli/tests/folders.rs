@@ -63,6 +63,40 @@ fn a_folder_without_weights() {
     );
 }
 
+/// `torch.save` wrote the file: `bitnet-formats/tests/data/pytorch/make.py`.
+#[test]
+fn weights_of_pytorch() {
+    let data = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../bitnet-formats/tests/data/pytorch/"
+    );
+    let expected = fs::read(format!("{data}expected.json")).unwrap();
+    let expected: Value = serde_json::from_slice(&expected).unwrap();
+    let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
+    let weight = expected["module.bin"]["weight"]["bytes"].as_str().unwrap();
+    let whole = fs::read(format!("{data}module.bin")).unwrap();
+    let map = json!({"weight": "a.bin", "bias": "a.bin"});
+    let index = json!({"weight_map": map}).to_string().into_bytes();
+    for files in [
+        vec![("pytorch_model.bin", whole.clone())],
+        vec![
+            ("pytorch_model.bin.index.json", index),
+            ("a.bin", whole.clone()),
+        ],
+    ] {
+        let dir = folder(&json!({"model_type": "toy"}), &files);
+        dir.run(&["dequantize", "m", "--out", "out"]).is(0);
+        let written = hex(&dir.read("out/model.safetensors"));
+        assert!(written.contains(weight), "{written}");
+        let copied = dir.files();
+        assert!(
+            !copied
+                .keys()
+                .any(|name| name.starts_with("out/") && name.contains("bin"))
+        );
+    }
+}
+
 #[test]
 fn several_files_without_an_index() {
     let dir = folder(

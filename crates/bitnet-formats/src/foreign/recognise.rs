@@ -137,8 +137,10 @@ impl Finder<'_> {
                 | Dtype::F8_E5M2FNUZ
         );
         let last = stored.name.rsplit('.').next().unwrap_or_default();
+        // No method packs weights in signed words of that plain name.
+        let plain = last == "weight" && matches!(dtype, Dtype::I16 | Dtype::I32);
         let method = self.declared.method();
-        let weights = last.contains("weight") || (method.is_some() && !others);
+        let weights = (last.contains("weight") && !plain) || (method.is_some() && !others);
         if !packed || stored.shape.len() < 2 || !weights {
             return None;
         }
