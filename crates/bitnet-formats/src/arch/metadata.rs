@@ -14,6 +14,10 @@ use std::path::Path;
 /// Name of the tensor that holds [`GgufMetadata::rope_freqs`].
 pub const ROPE_FREQS: &str = "rope_freqs.weight";
 
+/// Largest vocabulary: a list of this length is made before the embedding is looked at. Known
+/// models have at most 262,208 tokens.
+const MAX_VOCAB: usize = 1 << 22;
+
 /// What a GGUF of a model has besides the model's own tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GgufMetadata {
@@ -48,6 +52,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     let mut notes = vec![];
     let heads = HeadShape::read(&config, architecture)?;
     let vocab_size = config.size("vocab_size")?;
+    if vocab_size > MAX_VOCAB {
+        return Err(config.bad("vocab_size", &format!("at most {MAX_VOCAB}")));
+    }
     let activation = architecture.activation(&config)?;
     let rope = HfRope::read(&config, architecture, heads.dim)?;
     check_limits(&config, architecture, &heads, &mut notes)?;
