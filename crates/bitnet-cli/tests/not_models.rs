@@ -107,10 +107,6 @@ fn files_of_something_else() {
     for (bytes, parts) in [
         (pointer.as_bytes(), &["git-lfs pointer", "git lfs pull"][..]),
         (b"<!DOCTYPE html><html></html>", &["HTML", "/resolve/"]),
-        (
-            b"PK\x03\x04 and more of it",
-            &["PyTorch", "save_pretrained"],
-        ),
         (b"Entry not found", &["download the file again"]),
     ] {
         dir.write("in.safetensors", bytes);
@@ -118,6 +114,11 @@ fn files_of_something_else() {
         dir.write("in.gguf", bytes);
         dir.refuses_input("in.gguf", parts);
     }
+    let zip = b"PK\x03\x04 and more of it";
+    dir.write("in.safetensors", zip);
+    dir.refuses_input("in.safetensors", &["torch.save"]);
+    dir.write("in.gguf", zip);
+    dir.refuses_input("in.gguf", &["PyTorch"]);
     let dir = folder(&[
         ("config.json", pointer.as_bytes()),
         ("a.safetensors", &weights()),
