@@ -50,7 +50,12 @@ pub(crate) fn run(
         job::run(job, &args.out, options)
     })?;
     let input_bytes = source.files().iter().map(|f| f.len).sum();
-    let mut notes = job.notes.clone();
+    let mut notes = [job.losses.as_slice(), &job.notes].concat();
+    if args.quiet.quiet {
+        for loss in &job.losses {
+            out.line(format!("note: {loss}"));
+        }
+    }
     if let Some(share) = &job.stays_float {
         if share.surprising && args.quiet.quiet {
             // Most people want to know this, whatever else they do not want to read.

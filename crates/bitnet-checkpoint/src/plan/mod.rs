@@ -91,6 +91,8 @@ pub struct Job<'a> {
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     /// Notes for the user about the whole job.
     pub notes: Vec<String>,
+    /// What the output lacks, each a sentence that a user wants to read whatever else he does not.
+    pub losses: Vec<String>,
     /// What a quantized model keeps as floats, if that is worth a word.
     pub stays_float: Option<FloatShare>,
 }
@@ -287,6 +289,7 @@ pub(crate) struct Builder<'a> {
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
+    losses: Vec<String>,
     importance: BTreeMap<String, Vec<f32>>,
     given: BTreeMap<String, Matrix>,
 }
@@ -335,6 +338,7 @@ impl<'a> Builder<'a> {
             sidecars: None,
             config: source.config().cloned(),
             notes: source.notes().to_vec(),
+            losses: vec![],
             importance: BTreeMap::new(),
             given: BTreeMap::new(),
         };
@@ -696,6 +700,7 @@ impl<'a> Builder<'a> {
             },
             sidecars: self.sidecars,
             notes: self.notes,
+            losses: self.losses,
             stays_float: None,
         })
     }

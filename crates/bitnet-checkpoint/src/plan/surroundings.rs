@@ -36,6 +36,7 @@ impl Builder<'_> {
         let model = arch::gguf_metadata(source.path(), config)?;
         self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
         self.notes.extend(model.notes);
+        self.losses = model.losses;
         self.container = Container::Gguf(model.metadata);
         if let Some(freqs) = model.rope_freqs {
             let bytes: Vec<u8> = freqs.iter().flat_map(|f| f.to_le_bytes()).collect();

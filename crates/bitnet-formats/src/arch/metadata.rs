@@ -30,6 +30,8 @@ pub struct GgufMetadata {
     pub rope_freqs: Option<Vec<f32>>,
     /// Differences between the folder and the file, each a sentence for a person.
     pub notes: Vec<String>,
+    /// What of the tokenizer is not in the file, each a sentence for a person.
+    pub losses: Vec<String>,
 }
 
 /// Keys of llama.cpp for a model folder with this config.json, tokenizer included.
@@ -100,13 +102,16 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     }
     let mut resolved = config.value.clone();
     resolved["eos_token_id"] = end_ids::eos_ids(folder, &config)?.into();
-    let tokenizer = tokenizer::gguf_tokenizer(folder, &resolved, vocab_size, &mut notes)?;
+    let mut losses = vec![];
+    let said = (&mut losses, &mut notes);
+    let tokenizer = tokenizer::gguf_tokenizer(folder, &resolved, vocab_size, said)?;
     metadata.extend(tokenizer);
     Ok(GgufMetadata {
         architecture,
         metadata,
         rope_freqs: rope.freqs,
         notes,
+        losses,
     })
 }
 

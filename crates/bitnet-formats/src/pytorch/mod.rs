@@ -145,13 +145,12 @@ fn members(
     Ok((pickle, all))
 }
 
-/// The dictionary of tensors: the pickle itself, or the only one in it.
-fn state_dict<'a>(
-    path: &Path,
-    objects: &'a Objects,
-    top: Id,
-) -> Result<(Vec<(&'a str, Id)>, Vec<String>)> {
-    let named = |id: Id| -> Option<Vec<(&'a str, Id)>> {
+/// Values by their names, in the order of the pickle.
+type Named<'a> = Vec<(&'a str, Id)>;
+
+/// The dictionary of tensors: the pickle itself, or the only one in it. And what to say about it.
+fn state_dict<'a>(path: &Path, objects: &'a Objects, top: Id) -> Result<(Named<'a>, Vec<String>)> {
+    let named = |id: Id| -> Option<Named<'a>> {
         let Object::Dict(pairs) = objects.get(id) else {
             return None;
         };

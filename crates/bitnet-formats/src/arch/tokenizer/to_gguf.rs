@@ -15,20 +15,20 @@ use std::path::Path;
 
 pub(super) type Pairs = Vec<(String, gguf::Value)>;
 
-/// The tokenizer's keys: `none` and a note if GGUF cannot express it. `eos_token_id` of `config`
-/// has all tokens that end a text.
+/// The tokenizer's keys: `none` if GGUF cannot express it. What is lost goes into `losses`, other
+/// differences into `notes`. `eos_token_id` of `config` has all tokens that end a text.
 pub(in crate::arch) fn gguf_tokenizer(
     folder: &Path,
     config: &Value,
     vocab_size: usize,
-    notes: &mut Vec<String>,
+    (losses, notes): (&mut Vec<String>, &mut Vec<String>),
 ) -> Result<Pairs> {
     let none = || vec![("tokenizer.ggml.model".into(), "none".into())];
     let lost = "the file has no tokenizer, so programs must work with token ids";
     let settings = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
     let path = folder.join("tokenizer.json");
-    let Some(tokenizer) = read_json(&path)? else {
-        notes.push(format!("there is no tokenizer.json: {lost}"));
+    let Some(mut tokenizer) = read_json(&path)? else {
+        losses.push(format!("there is no tokenizer.json: {lost}"));
         return Ok(none());
     };
     let template = match fs::read_to_string(folder.join("chat_template.jinja")) {
@@ -36,6 +36,12 @@ pub(in crate::arch) fn gguf_tokenizer(
         Err(e) if e.kind() == ErrorKind::NotFound => None,
         Err(e) => return Err(Error::io(&folder.join("chat_template.jinja"), "read")(e)),
     };
+    for (id, token) in take_out_beyond(&mut tokenizer, vocab_size) {
+        losses.push(format!(
+            "token {id} '{token}' of tokenizer.json is beyond the embedding's {vocab_size} rows and \
+             is not in the file"
+        ));
+    }
     match express(&tokenizer, &settings, config, vocab_size) {
         Ok((mut pairs, said)) => {
             notes.extend(said);
@@ -45,12 +51,38 @@ pub(in crate::arch) fn gguf_tokenizer(
             Ok(pairs)
         }
         Err(reason) => {
-            notes.push(format!(
+            losses.push(format!(
                 "tokenizer.json cannot be expressed ({reason}): {lost}"
             ));
             Ok(none())
         }
     }
+}
+
+/// Takes out the added tokens behind the last row of the embedding. A model runs without them as
+/// long as no text has one.
+fn take_out_beyond(tokenizer: &mut Value, vocab_size: usize) -> Vec<(u64, String)> {
+    let Some(added) = tokenizer.get_mut("added_tokens") else {
+        return vec![];
+    };
+    let mut beyond = vec![];
+    for token in added.as_array().into_iter().flatten() {
+        if let (Some(id), Some(text)) = (token["id"].as_u64(), token["content"].as_str())
+            && id >= vocab_size as u64
+        {
+            beyond.push((id, text.to_string()));
+        }
+    }
+    if let Some(added) = added.as_array_mut() {
+        added.retain(|token| token["id"].as_u64().is_none_or(|id| id < vocab_size as u64));
+    }
+    let vocabulary = tokenizer.pointer_mut("/model/vocab");
+    if let Some(vocabulary) = vocabulary.and_then(Value::as_object_mut) {
+        for (_, text) in &beyond {
+            vocabulary.shift_remove(text);
+        }
+    }
+    beyond
 }
 
 fn read_json(path: &Path) -> Result<Option<Value>> {
