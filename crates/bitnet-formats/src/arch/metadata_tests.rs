@@ -61,9 +61,9 @@ fn llama_keys() {
     assert_eq!(get("llama.rope.freq_base"), G::F32(500_000.0));
     assert_eq!(get("tokenizer.ggml.model"), G::from("none"));
     assert!(
-        made.notes.iter().any(|n| n.contains("no tokenizer.json")),
+        made.losses.iter().any(|n| n.contains("no tokenizer.json")),
         "{:?}",
-        made.notes
+        made.losses
     );
     for absent in [
         "llama.attention.key_length",

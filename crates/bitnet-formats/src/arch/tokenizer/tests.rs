@@ -322,6 +322,8 @@ fn added_tokens_beyond_the_embedding_are_left_out_and_said() {
     let mut tokenizer = byte_level();
     tokenizer["model"]["vocab"]["<tool>"] = json!(6);
     fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let settings = folder.path().join("tokenizer_config.json");
+    fs::write(settings, r#"{"bos_token": "<s>"}"#).unwrap();
     for (rows, expected) in [(7, 0), (6, 1)] {
         let (mut losses, mut notes) = (vec![], vec![]);
         let said = (&mut losses, &mut notes);
