@@ -80,6 +80,8 @@ pub fn compare(
     quantized: &Source,
     progress: &dyn Progress,
 ) -> Result<Comparison> {
+    original.refuse_undecoded()?;
+    quantized.refuse_undecoded()?;
     let pairing = TensorPairs::new(original, quantized)?;
     let mut tensors = vec![];
     for tensor in original

@@ -6,7 +6,7 @@ use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
 use bitnet_formats::hf::{Verdict, judge_scales};
-use bitnet_formats::{Content, Source, Tensor};
+use bitnet_formats::{Content, Source, StoredType, Tensor};
 use bitnet_kernels::Kernels;
 
 /// One tensor of a checkpoint.
@@ -72,7 +72,8 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
 
 /// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,
 /// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
-/// numbers) and `k` (columns that block layouts do not divide).
+/// numbers), `k` (columns that block layouts do not divide) and `tied` (a head that config.json
+/// ties to another embedding).
 ///
 /// # Errors
 /// [`crate::Error::File`] for what cannot be read.
@@ -87,7 +88,14 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
             })
         };
         match &tensor.content {
-            Content::Opaque(_) => {}
+            Content::Opaque(stored) => {
+                if let StoredType::Foreign(foreign) = source.stored(*stored).dtype {
+                    find(
+                        "already-quantized",
+                        format!("stored as {foreign}: not read"),
+                    );
+                }
+            }
             Content::Quantized(q) => match source.matrix(&tensor.name, q) {
                 Err(error) => find("corrupt", error.to_string()),
                 Ok(matrix) => {
@@ -112,7 +120,7 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
             },
             Content::Float(stored) => {
                 let dtype = source.stored(*stored).dtype;
-                if dtype.block() > 1 {
+                if dtype.block() > 1 || matches!(dtype, StoredType::Foreign(_)) {
                     find(
                         "already-quantized",
                         format!("stored as {dtype}: quantizing it again adds to the error it has"),
@@ -121,6 +129,15 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                 lint_floats(source, tensor, kernels, &mut find)?;
             }
         }
+    }
+    if source.untied_head() {
+        findings.push(Finding {
+            tensor: "lm_head.weight".into(),
+            check: "tied",
+            what: "tie_word_embeddings in config.json is true, but this tensor differs from \
+                   model.embed_tokens.weight: transformers before 5 uses the embedding in its place"
+                .into(),
+        });
     }
     Ok(findings)
 }

@@ -14,7 +14,7 @@
 use crate::plan::Job;
 pub use crate::report::{Options, Progress, Summary, TensorReport};
 use crate::rows::thread_pool;
-use crate::target::{check_target, place_folder};
+use crate::target::{WEIGHTS, check_target, place_folder};
 use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
 use bitnet_formats::output::Writer;
@@ -38,7 +38,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
     if job.sidecars.is_some() {
         replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
     }
-    check_target(job.source, job.sidecars.is_some(), target, options.existing)?;
+    check_target(job.source, job.sidecars.as_ref(), target, options.existing)?;
     let folder = job
         .sidecars
         .is_some()
@@ -49,7 +49,7 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(bitnet_formats::Error::io(folder, "create")(error).into());
             }
-            _ => folder.join("model.safetensors"),
+            _ => folder.join(WEIGHTS),
         },
         None => target.to_path_buf(),
     };
@@ -90,11 +90,15 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         None => options.existing,
     };
     let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
-    if let (Some(folder), Some(sidecars)) = (&folder, &job.sidecars) {
-        place_folder(folder, sidecars, target, options.existing).map_err(clean)?;
-    }
+    let kept = match (&folder, &job.sidecars) {
+        (Some(folder), Some(sidecars)) => {
+            place_folder(folder, sidecars, target, options.existing).map_err(clean)?
+        }
+        _ => vec![],
+    };
     Ok(Summary {
         tensors: reports,
+        kept,
         file_bytes,
         input_bytes: job.input_bytes(),
         resumed,

@@ -54,5 +54,5 @@ pub mod verify;
 
 pub use bitnet_formats::Source;
 pub use error::{Error, Result};
-pub use plan::{GENERATOR, Job};
+pub use plan::{FloatShare, GENERATOR, Job};
 pub use recipe::{Format, Recipe};

@@ -73,6 +73,8 @@ impl TensorReport {
 pub struct Summary {
     /// Tensors, in the order of the source.
     pub tensors: Vec<TensorReport>,
+    /// What stays of a replaced folder, because this program did not write it.
+    pub kept: Vec<String>,
     /// Size of the written file.
     pub file_bytes: u64,
     /// Bytes of all tensors of the source.

@@ -1,6 +1,7 @@
 //! The path that a job writes: what may be replaced, and how a folder gets its name.
 
 use crate::plan::Sidecar;
+use crate::plan::sidecars::named;
 use crate::{Error, Result};
 use bitnet_formats::Source;
 use bitnet_formats::replace::{self, Existing};
@@ -8,60 +9,100 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-/// Rejects a target that is the input or a parent of it, or that exists without `--force`. A
-/// directory may be replaced only if it is a model directory, and only by another one.
+/// The weights in a folder that is written.
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+
+/// Rejects a target that is the input or a parent of it, or that exists without `--force`; an empty
+/// folder may be used without. `sidecars` are the files of a new folder beside its weights; `None`
+/// for one file. A folder may be replaced only by another one, if it holds a model, and if what
+/// stays in it cannot be taken for a part of the new one.
 pub(crate) fn check_target(
     source: &Source,
-    folder: bool,
+    sidecars: Option<&BTreeMap<String, Sidecar>>,
     target: &Path,
     existing: Existing,
 ) -> Result<()> {
-    if let Ok(target_path) = fs::canonicalize(target) {
-        let inside =
-            |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
-        if inside(source.path()) || source.files().iter().any(|f| inside(&f.path)) {
-            return Err(Error::SameFile {
-                path: target.to_path_buf(),
-            });
-        }
-        if existing == Existing::Refuse {
-            return Err(Error::Exists {
-                path: target.to_path_buf(),
-            });
-        }
-        if target_path.is_dir() && !folder {
-            return Err(
-                bitnet_formats::Error::file(target, "a file to replace", "a directory").into(),
-            );
-        }
-        if target_path.is_dir() && !is_model_folder(&target_path) {
-            let expected = "a model to replace: config.json, weights and files beside them";
-            return Err(bitnet_formats::Error::file(
-                target,
-                expected,
-                "a directory with something else in it",
-            )
-            .into());
-        }
+    let Ok(target_path) = fs::canonicalize(target) else {
+        return Ok(());
+    };
+    let inside = |path: &Path| fs::canonicalize(path).is_ok_and(|p| p.starts_with(&target_path));
+    if inside(source.path()) || source.files().iter().any(|f| inside(&f.path)) {
+        return Err(Error::SameFile {
+            path: target.to_path_buf(),
+        });
     }
-    Ok(())
+    // A partial folder beside "." would be inside it.
+    if sidecars.is_some() && target.file_name().is_some() && replace::is_empty_folder(target) {
+        return Ok(());
+    }
+    if existing == Existing::Refuse {
+        return Err(Error::Exists {
+            path: target.to_path_buf(),
+        });
+    }
+    match sidecars {
+        _ if !target_path.is_dir() => Ok(()),
+        None => Err(bitnet_formats::Error::file(target, "a file to replace", "a directory").into()),
+        Some(sidecars) => kept_entries(target, sidecars).map(drop),
+    }
 }
 
-/// Writes the other files of the model into the folder and renames it to the target.
+/// What stays of a folder that is replaced: everything but the files that this program wrote. Where
+/// no document lists those, everything but the files that the new folder has.
+fn kept_entries(target: &Path, sidecars: &BTreeMap<String, Sidecar>) -> Result<Vec<String>> {
+    use bitnet_formats::Error as FileError;
+    let is_new = |name: &str| name == WEIGHTS || sidecars.contains_key(name);
+    let written = replace::written_files(target);
+    let mut kept = vec![];
+    for entry in fs::read_dir(target).map_err(FileError::io(target, "list"))? {
+        let name = entry.map_err(FileError::io(target, "list"))?.file_name();
+        let name = name.to_string_lossy().into_owned();
+        let ours = if written.is_empty() {
+            is_new(&name)
+        } else {
+            written.contains(&name)
+        };
+        if !ours {
+            kept.push(name);
+        }
+    }
+    kept.sort();
+    if written.is_empty() && !is_model_folder(target) {
+        let expected = "a model to replace: config.json, weights and files beside them";
+        let got = match kept.is_empty() {
+            true => "a directory with something else in it".into(),
+            false => format!("a directory with {}; choose another name", named(&kept)),
+        };
+        return Err(FileError::file(target, expected, got).into());
+    }
+    let weights =
+        |name: &String| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+    if let Some(name) = kept.iter().find(|name| is_new(name) || weights(name)) {
+        let got = format!(
+            "{name}, which no document of this program lists; move it away, or choose another name"
+        );
+        let expected = "a folder whose own files can stay beside the new ones";
+        return Err(FileError::file(target, expected, got).into());
+    }
+    Ok(kept)
+}
+
+/// Writes the other files of the model into the folder, adds what stays of the old one, and renames
+/// it to the target. Returns the names of what stays.
 pub(crate) fn place_folder(
     folder: &Path,
     sidecars: &BTreeMap<String, Sidecar>,
     target: &Path,
     existing: Existing,
-) -> Result<()> {
+) -> Result<Vec<String>> {
     use bitnet_formats::Error as FileError;
     // Files that a killed run of another model left do not belong to this one.
     for entry in fs::read_dir(folder)
         .map_err(FileError::io(folder, "list"))?
         .filter_map(|e| e.ok())
     {
-        if entry.file_name() != "model.safetensors" {
-            fs::remove_file(entry.path()).map_err(FileError::io(&entry.path(), "remove"))?;
+        if entry.file_name() != WEIGHTS {
+            replace::remove(&entry.path())?;
         }
     }
     for (name, sidecar) in sidecars {
@@ -72,12 +113,23 @@ pub(crate) fn place_folder(
         }
         .map_err(FileError::io(&path, "write"))?;
     }
-    if existing == Existing::Refuse && target.exists() {
-        return Err(Error::Exists {
-            path: target.to_path_buf(),
-        });
+    let mut kept = vec![];
+    if target.exists() && !replace::is_empty_folder(target) {
+        if existing == Existing::Refuse {
+            return Err(Error::Exists {
+                path: target.to_path_buf(),
+            });
+        }
+        // Of a link only the name is replaced: its folder and all in it stay where they are.
+        if fs::symlink_metadata(target).is_ok_and(|m| m.is_dir()) {
+            kept = kept_entries(target, sidecars)?;
+        }
+        for name in &kept {
+            replace::add_to_folder(&target.join(name), &folder.join(name))?;
+        }
     }
-    Ok(replace::place_folder(folder, target, existing)?)
+    replace::place_folder(folder, target, existing)?;
+    Ok(kept)
 }
 
 /// Whether a folder is a model folder: only files, among them config.json and weights.

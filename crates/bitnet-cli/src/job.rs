@@ -50,6 +50,33 @@ pub(crate) fn run(
         job::run(job, &args.out, options)
     })?;
     let input_bytes = source.files().iter().map(|f| f.len).sum();
-    report::print(&summary, &job.notes, input_bytes, args, out);
+    let mut notes = [job.losses.as_slice(), &job.notes].concat();
+    if args.quiet.quiet {
+        for loss in &job.losses {
+            out.line(format!("note: {loss}"));
+        }
+    }
+    if let Some(share) = &job.stays_float {
+        if share.surprising && args.quiet.quiet {
+            // Most people want to know this, whatever else they do not want to read.
+            out.line(format!("note: {}", share.text));
+        }
+        notes.push(share.text.clone());
+    }
+    if !summary.kept.is_empty() {
+        notes.push(format!(
+            "of the folder that was {} these stay: {}",
+            args.out.display(),
+            summary.kept.join(", ")
+        ));
+    }
+    report::print(&summary, &notes, input_bytes, args, out);
+    // It belongs to the result: without notes it is said too.
+    if args.quiet.quiet && source.has_foreign() {
+        source
+            .already_quantized()
+            .iter()
+            .for_each(|what| out.line(what));
+    }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The one place that prints results: tables for people, one JSON document for programs.
 
 use anyhow::Context;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 /// What a command that ran to its end answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +18,19 @@ pub(crate) const CANNOT_WRITE: &str = "cannot write to stdout";
 /// A note on stderr. Where stderr cannot be written, the note is lost and nothing else happens.
 pub(crate) fn note(text: impl AsRef<str>) {
     stderr_line(format!("note: {}", printable(text.as_ref())));
+}
+
+/// A text without the byte order mark that some editors write before it; says so.
+pub(crate) fn without_bom(text: String, from: &str) -> String {
+    match text.strip_prefix('\u{feff}') {
+        Some(rest) => {
+            note(format!(
+                "{from}: the byte order mark at its start is not part of the text"
+            ));
+            rest.to_string()
+        }
+        None => text,
+    }
 }
 
 /// A line on stderr, if it can be written.
@@ -47,11 +60,14 @@ impl Output {
         self.text.push('\n');
     }
 
-    /// Prints the text of a model at once. Of control characters only line feeds and tabs are
-    /// printed as they are.
+    /// Prints the text of a model at once. On a terminal, control characters other than line feeds
+    /// and tabs are escaped; elsewhere the text is printed as it is.
     pub(crate) fn stream(&mut self, text: &str) -> anyhow::Result<()> {
         if self.json {
             return Ok(());
+        }
+        if !io::stdout().is_terminal() {
+            return self.raw(text.as_bytes());
         }
         let mut shown = String::new();
         for c in text.chars() {

@@ -274,6 +274,26 @@ fn a_tensor_that_another_program_retyped_is_noticed() {
         &["inspect", "q.gguf"],
         &["q.gguf", "'blk.0.attn_v.weight'", "Q4_0", "IQ4_NL"],
     );
+    // With other bytes it is what its type says: llama-quantize keeps the document. Still, it is
+    // not what was written.
+    let name = "blk.0.attn_v.weight";
+    let original = dir.run(&["quantize", "m", "--out", "o.gguf", "--precision", "int4"]);
+    original.is(0);
+    let source = bitnet_formats::Source::open(&dir.at("o.gguf")).unwrap();
+    let stored = source.stored(source.find_stored(name).unwrap());
+    file[stored.offset as usize + 5] ^= 1;
+    dir.write("q.gguf", &file);
+    let run = dir.run(&["inspect", "q.gguf", "--json"]);
+    let document = run.is(0).json();
+    let notes = document["notes"].to_string();
+    assert!(
+        notes.contains("rewritten 1 tensors") && notes.contains(name),
+        "{notes}"
+    );
+    let tensors = document["tensors"].as_array().unwrap();
+    let tensor = tensors.iter().find(|t| t["name"] == name).unwrap();
+    assert_eq!(tensor["stored_as"], "IQ4_NL");
+    dir.run(&["verify", "q.gguf"]).is(1);
 }
 
 #[test]
@@ -300,11 +320,11 @@ fn a_part_of_a_split_gguf_is_not_a_model() {
 fn a_folder_with_other_things_in_it_is_not_replaced() {
     let dir = Dir::new();
     llama(&dir, "m");
-    dir.run(&["quantize", "m", "--out", "q"]).is(0);
+    llama(&dir, "q");
     dir.write("q/src/a.txt", "mine");
     dir.refuses(
         &["quantize", "m", "--out", "q", "--force"],
-        &["q", "something else"],
+        &["q", "a directory with src"],
     );
 }
 

@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Dir, T, f32s, gauss, llama, safetensors};
+use common::{Dir, T, f32s, gauss, llama, normal, raw, safetensors, with_tensor};
 use serde_json::{Value, json};
+use std::fs;
 
 /// A folder `m` with this config and these files.
 fn folder(config: &Value, files: &[(&str, Vec<u8>)]) -> Dir {
@@ -39,18 +40,61 @@ fn indexed(map: &Value) -> Dir {
 fn a_folder_without_config() {
     let dir = Dir::new();
     dir.write("m/model.safetensors", weights());
-    dir.refuses(&["inspect", "m"], &["m/config.json", "No such file"]);
+    dir.refuses(
+        &["inspect", "m"],
+        &["m: expected", "config.json", "model.safetensors without it"],
+    );
     dir.refuses(
         &["quantize", "m", "--out", "out"],
-        &["m/config.json", "No such file"],
+        &["m: expected", "config.json", "model.safetensors without it"],
     );
-    dir.refuses(&["verify", "m"], &["m/config.json", "No such file"]);
+    dir.refuses(
+        &["verify", "m"],
+        &["m: expected", "config.json", "model.safetensors without it"],
+    );
 }
 
 #[test]
 fn a_folder_without_weights() {
-    folder(&json!({}), &[("pytorch_model.bin", vec![1])])
-        .refuses_input("m", &["m: expected a .safetensors file", "none"]);
+    folder(&json!({}), &[]).refuses_input("m", &["m: expected a .safetensors file"]);
+    folder(&json!({}), &[("pytorch_model.bin", vec![1])]).refuses_input(
+        "m",
+        &["pytorch_model.bin", "expected an archive of torch.save"],
+    );
+}
+
+/// `torch.save` wrote the file: `bitnet-formats/tests/data/pytorch/make.py`.
+#[test]
+fn weights_of_pytorch() {
+    let data = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../bitnet-formats/tests/data/pytorch/"
+    );
+    let expected = fs::read(format!("{data}expected.json")).unwrap();
+    let expected: Value = serde_json::from_slice(&expected).unwrap();
+    let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
+    let weight = expected["module.bin"]["weight"]["bytes"].as_str().unwrap();
+    let whole = fs::read(format!("{data}module.bin")).unwrap();
+    let map = json!({"weight": "a.bin", "bias": "a.bin"});
+    let index = json!({"weight_map": map}).to_string().into_bytes();
+    for files in [
+        vec![("pytorch_model.bin", whole.clone())],
+        vec![
+            ("pytorch_model.bin.index.json", index),
+            ("a.bin", whole.clone()),
+        ],
+    ] {
+        let dir = folder(&json!({"model_type": "toy"}), &files);
+        dir.run(&["dequantize", "m", "--out", "out"]).is(0);
+        let written = hex(&dir.read("out/model.safetensors"));
+        assert!(written.contains(weight), "{written}");
+        let copied = dir.files();
+        assert!(
+            !copied
+                .keys()
+                .any(|name| name.starts_with("out/") && name.contains("bin"))
+        );
+    }
 }
 
 #[test]
@@ -85,10 +129,137 @@ fn shards_are_read_through_their_index() {
 #[test]
 fn an_index_that_names_a_missing_file() {
     let dir = indexed(&json!({"a.weight": "a.safetensors", "b.weight": "c.safetensors"}));
-    dir.refuses(&["inspect", "m"], &["m/c.safetensors", "No such file"]);
+    dir.refuses(
+        &["inspect", "m"],
+        &["m/c.safetensors", "no such file", "1 of 2 shards"],
+    );
     dir.refuses(
         &["quantize", "m", "--out", "out"],
-        &["m/c.safetensors", "No such file"],
+        &["m/c.safetensors", "no such file", "1 of 2 shards"],
+    );
+}
+
+/// The order of transformers. In each case the run says what it does not read.
+#[test]
+fn one_file_comes_before_an_index() {
+    let note = |dir: &Dir, tensors: u64, parts: &[&str]| {
+        let run = dir.run(&["inspect", "m", "--json"]);
+        let document = run.is(0).json();
+        assert_eq!(
+            document["tensors"].as_array().unwrap().len() as u64,
+            tensors
+        );
+        let notes = document["notes"].to_string();
+        for part in parts {
+            assert!(notes.contains(part), "'{part}' is not in {notes}");
+        }
+        assert_eq!(parts.is_empty(), notes == "[]", "{notes}");
+    };
+    let two = json!({"a.weight": "a.safetensors", "b.weight": "b.safetensors"});
+    let gone = json!({"a.weight": "x-1.safetensors", "b.weight": "x-2.safetensors"});
+    for map in [&two, &gone] {
+        let dir = indexed(map);
+        dir.write("m/model.safetensors", weights());
+        note(&dir, 1, &["read from model.safetensors", "index.json"]);
+    }
+    // The only file, where no shard of the index is there.
+    let dir = indexed(&gone);
+    fs::remove_file(dir.at("m/b.safetensors")).unwrap();
+    note(
+        &dir,
+        1,
+        &["read from a.safetensors", "shards are not there"],
+    );
+    // An index of another name.
+    let dir = indexed(&two);
+    let index = dir.read("m/model.safetensors.index.json");
+    fs::remove_file(dir.at("m/model.safetensors.index.json")).unwrap();
+    dir.write("m/unet.safetensors.index.json", &index);
+    note(&dir, 2, &[]);
+    dir.write("m/vae.safetensors.index.json", &index);
+    dir.refuses_input("m", &["one index", "unet.safetensors.index.json", "vae"]);
+    // A tensor that the index leaves out.
+    let dir = indexed(&two);
+    dir.write(
+        "m/a.safetensors",
+        safetensors(&[
+            gauss("a.weight", &[8, 16], 0.02),
+            gauss("b.weight", &[8, 16], 0.02),
+            gauss("c.weight", &[8, 16], 0.02),
+        ]),
+    );
+    note(&dir, 3, &["1 tensors", "'c.weight'"]);
+    let shard = safetensors(&[
+        gauss("b.weight", &[8, 16], 0.02),
+        gauss("c.weight", &[8, 16], 0.02),
+    ]);
+    dir.write("m/b.safetensors", shard);
+    dir.refuses_input("m", &["b.safetensors", "'c.weight'", "no other shard"]);
+}
+
+/// transformers 5 takes the head that is in the file, and so do all outputs.
+#[test]
+fn a_head_that_differs_from_the_embedding_it_is_tied_to() {
+    let dir = Dir::new();
+    llama(&dir, "plain");
+    let model = dir.read("plain/model.safetensors");
+    let head = |values: &[f32]| f32s("lm_head.weight", &[32, 256], values);
+    let name = "model.embed_tokens.weight";
+    let embedding = normal(name.len() as u64 + 32, 32 * 256, 0.02);
+    let mut other = embedding.clone();
+    other[7] += 1.0;
+    for (values, differs) in [(&embedding, false), (&other, true)] {
+        let config: Value = serde_json::from_slice(&dir.read("plain/config.json")).unwrap();
+        dir.write("m/model.safetensors", with_tensor(&model, &head(values)))
+            .write_json("m/config.json", &config);
+        let run = dir.run(&["inspect", "m", "--json"]);
+        let document = run.is(0).json();
+        let findings = document["findings"].to_string();
+        assert_eq!(findings.contains("\"tied\""), differs, "{findings}");
+        let notes = document["notes"].to_string();
+        assert_eq!(notes.contains("lm_head.weight"), differs, "{notes}");
+        dir.run(&["quantize", "m", "--out", "q", "--force"]).is(0);
+        let written: Value = serde_json::from_slice(&dir.read("q/config.json")).unwrap();
+        assert_eq!(written["tie_word_embeddings"], !differs);
+        let run = dir.run(&["convert", "m", "--out", "m.gguf", "--force", "--json"]);
+        let notes = run.is(0).json()["notes"].to_string();
+        assert_eq!(notes.contains("lm_head.weight"), differs, "{notes}");
+    }
+}
+
+/// The names of a model that was saved inside a wrapper, and a name that is nobody's.
+#[test]
+fn names_inside_a_wrapper() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    let model = dir.read("m/model.safetensors");
+    let rename = |from: &str, to: &str| {
+        let (size, rest) = model.split_at(8);
+        let size = u64::from_le_bytes(size.try_into().unwrap()) as usize;
+        let header = String::from_utf8(rest[..size].to_vec()).unwrap();
+        let file = raw(&header.replace(from, to), &rest[size..]);
+        dir.write("m/model.safetensors", file);
+    };
+    rename("\"model.", "\"_orig_mod.module.model.");
+    let run = dir.run(&["convert", "m", "--out", "m.gguf", "--json"]);
+    let notes = run.is(0).json()["notes"].to_string();
+    assert!(notes.contains("_orig_mod.module.model."), "{notes}");
+    dir.run(&[
+        "bench", "m.gguf", "--prompt", "1", "--tokens", "1", "--repeat", "1",
+    ])
+    .is(0);
+    dir.run(&[
+        "bench", "m", "--prompt", "1", "--tokens", "1", "--repeat", "1",
+    ])
+    .is(0);
+    rename("0.mlp.up_proj", "0.mlp.upp_proj");
+    dir.refuses(
+        &["bench", "m"],
+        &[
+            "0.mlp.up_proj.weight'",
+            "nearest",
+            "'model.layers.0.mlp.upp_proj.weight'",
+        ],
     );
 }
 
@@ -149,14 +320,20 @@ fn a_config_that_is_not_json() {
 }
 
 #[test]
-fn another_quantization_method() {
-    for method in [json!("gptq"), json!(3), Value::Null] {
-        let dir = folder(
+fn another_quantization_method_over_floats_is_said() {
+    let with_method = |method| {
+        folder(
             &json!({"quantization_config": {"quant_method": method}}),
             &[("model.safetensors", weights())],
-        );
-        dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
-    }
+        )
+    };
+    let dir = with_method(json!(3));
+    dir.refuses_input("m", &["m/config.json", "quantization_config.quant_method"]);
+    let dir = with_method(json!("gptq"));
+    let inspect = dir.run(&["inspect", "m"]);
+    inspect.is(0);
+    let note = "note: quant_method is 'gptq', and no tensor is packed";
+    assert!(inspect.stdout().contains(note), "{}", inspect.stdout());
 }
 
 #[test]

@@ -54,10 +54,59 @@ fn force_replaces_a_folder_that_holds_a_model() {
     let args = ["quantize", "m", "--out", "out", "--format", "hf-bitnet"];
     dir.run(&args).is(0);
     let first = dir.files();
-    dir.write("out/model.safetensors", "damaged")
-        .write("out/old.json", "{}");
+    dir.write("out/model.safetensors", "damaged");
     dir.run(&[&args[..], &["--force"]].concat()).is(0);
     assert_eq!(dir.files(), first);
+}
+
+/// The document lists what this program wrote. Other files and folders stay, and are named.
+#[test]
+fn force_keeps_the_files_of_others() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    dir.write("m/vocab.txt", "a b c");
+    let args = ["quantize", "m", "--out", "out", "--force"];
+    dir.run(&args).is(0);
+    dir.write("out/results.json", "{}")
+        .write("out/runs/1/log.txt", "mine");
+    let with_own = dir.files();
+    // What this program wrote is replaced, or goes where the new result has none of it.
+    dir.write("out/config.json", "changed");
+    let said = dir.run(&args).is(0).stdout();
+    assert!(said.contains("stay: results.json, runs"), "{said}");
+    assert!(dir.files() == with_own);
+    fs::remove_file(dir.at("m/vocab.txt")).unwrap();
+    dir.run(&args).is(0);
+    assert!(!dir.at("out/vocab.txt").exists());
+    assert_eq!(dir.read("out/runs/1/log.txt"), b"mine");
+    dir.run(&["verify", "out"]).is(0);
+}
+
+#[test]
+fn force_replaces_no_file_of_others() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    let args = ["quantize", "m", "--out", "out", "--force"];
+    dir.run(&args).is(0);
+    dir.write("m/notes.md", "theirs")
+        .write("out/notes.md", "mine");
+    dir.refuses(&args, &["out", "notes.md", "move it away"]);
+    // Weights that stay could be taken for the new ones.
+    fs::remove_file(dir.at("out/notes.md")).unwrap();
+    dir.write("out/model-00001-of-00002.safetensors", "mine");
+    dir.refuses(&args, &["out", "model-00001-of-00002.safetensors"]);
+}
+
+#[test]
+fn an_empty_folder_is_used() {
+    let dir = Dir::new();
+    llama(&dir, "m");
+    fs::create_dir(dir.at("out")).unwrap();
+    dir.run(&["quantize", "m", "--out", "out"]).is(0);
+    assert_eq!(
+        dir.files().keys().filter(|f| f.starts_with("out")).count(),
+        3
+    );
 }
 
 /// --force says that the output may go, not that the model it is made from may.
@@ -267,11 +316,24 @@ fn a_folder_holds_what_the_model_needs_and_no_more() {
     let dir = Dir::new();
     llama(&dir, "m");
     dir.write("m/tokenizer.json", "{}")
+        .write("m/LICENSE", "free")
+        .write("m/spiece.model", "pieces")
         .write("m/pytorch_model.bin", "old")
+        .write("m/rust_model.ot", "old")
+        .write("m/model.onnx_data", "old")
+        .write("m/model.safetensors.tmp", "old")
+        .write("m/trainer_state.json", "{}")
         .write("m/.git/x", "x")
         .write("m/sub/x", "x");
     dir.write("m/other.safetensors.bitnet-journal", "x");
-    dir.run(&["quantize", "m", "--out", "out"]).is(0);
+    let said = dir.run(&["quantize", "m", "--out", "out"]).is(0).stdout();
+    for part in [
+        "note: the folder sub is not copied",
+        "model.onnx_data, model.safetensors.tmp, pytorch_model.bin, rust_model.ot, \
+         trainer_state.json",
+    ] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
     let files: Vec<String> = dir
         .files()
         .into_keys()
@@ -281,8 +343,10 @@ fn a_folder_holds_what_the_model_needs_and_no_more() {
         files,
         [
             "out/",
+            "out/LICENSE",
             "out/config.json",
             "out/model.safetensors",
+            "out/spiece.model",
             "out/tokenizer.json"
         ]
     );

@@ -1,5 +1,6 @@
 //! Element types of stored tensors and their way to f32.
 
+use crate::foreign::ForeignType;
 use crate::gguf::{self, GgmlType};
 use bitnet_core::ScaleDtype;
 use bitnet_core::pack::{Layout, LayoutOrigin};
@@ -13,6 +14,8 @@ pub enum StoredType {
     Plain(Dtype),
     /// ggml blocks.
     Ggml(GgmlType),
+    /// Several tensors of another program's quantization.
+    Foreign(ForeignType),
 }
 
 impl StoredType {
@@ -50,17 +53,18 @@ impl StoredType {
             Self::Plain(Dtype::I16) => Some(GgmlType::I16),
             Self::Plain(Dtype::I32) => Some(GgmlType::I32),
             Self::Plain(Dtype::I64) => Some(GgmlType::I64),
-            Self::Plain(_) => None,
+            Self::Plain(_) | Self::Foreign(_) => None,
         }
     }
 
-    /// Whether [`StoredType::decode`] makes f32 of it: f16, bf16, f32, f64 and the ggml blocks that
-    /// have a decoder.
+    /// Whether its elements can be read as f32: f8, f16, bf16, f32, f64, the ggml blocks that have a
+    /// decoder, and what another program quantized if its method is known.
     pub fn is_float(self) -> bool {
         match self {
             Self::Plain(dtype) => {
-                matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+                matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) || is_f8(dtype)
             }
+            Self::Foreign(foreign) => foreign.decodes,
             Self::Ggml(ggml) => gguf::has_decoder(ggml),
         }
     }
@@ -68,7 +72,7 @@ impl StoredType {
     /// Elements that are stored together: 1, or the block of a ggml type.
     pub fn block(self) -> usize {
         match self {
-            Self::Plain(_) => 1,
+            Self::Plain(_) | Self::Foreign(_) => 1,
             Self::Ggml(ggml) => ggml.block_len(),
         }
     }
@@ -82,6 +86,7 @@ impl StoredType {
                 .filter(|bits| bits % 8 == 0)
                 .map(|bits| bits / 8),
             Self::Ggml(ggml) => (count / ggml.block_len()).checked_mul(ggml.block_bytes()),
+            Self::Foreign(_) => None,
         }
     }
 
@@ -124,10 +129,42 @@ impl StoredType {
                     .zip(bytes.as_chunks::<8>().0)
                     .for_each(|(o, b)| *o = f64::from_le_bytes(*b) as f32);
             }
+            Self::Plain(dtype) if is_f8(dtype) => {
+                fits(1)?;
+                out.iter_mut()
+                    .zip(bytes)
+                    .for_each(|(o, &b)| *o = f8_to_f32(dtype, b));
+            }
             Self::Plain(other) => return Err(format!("{other:?} holds no weights")),
             Self::Ggml(ggml) => gguf::decode(ggml, bytes, out).map_err(|e| e.to_string())?,
+            Self::Foreign(foreign) => return Err(format!("{foreign} is several tensors")),
         }
         Ok(())
+    }
+}
+
+/// Whether the type is an 8-bit float that decodes. Those without negative zero are not read.
+fn is_f8(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E8M0)
+}
+
+/// An 8-bit float, exactly. E4M3 has no infinity, and NaN is all ones; E5M2 is the upper byte of
+/// binary16; E8M0 is a power of two.
+fn f8_to_f32(dtype: Dtype, bits: u8) -> f32 {
+    let wide = u32::from(bits);
+    match dtype {
+        Dtype::F8_E5M2 => f16_to_f32(u16::from(bits) << 8),
+        Dtype::F8_E8M0 => match wide {
+            0 => f32::from_bits(1 << 22),
+            0xff => f32::NAN,
+            exponent => f32::from_bits(exponent << 23),
+        },
+        _ if bits & 0x7f == 0x7f => f32::NAN,
+        // The fields in place, and the exponent rebased by 2^120.
+        _ => {
+            let magnitude = f32::from_bits((wide & 0x7f) << 20) * f32::from_bits(0x7b80_0000);
+            f32::from_bits(magnitude.to_bits() | (wide & 0x80) << 24)
+        }
     }
 }
 
@@ -151,6 +188,7 @@ impl fmt::Display for StoredType {
         match self {
             Self::Plain(dtype) => f.pad(&format!("{dtype:?}")),
             Self::Ggml(ggml) => f.pad(ggml.name()),
+            Self::Foreign(foreign) => foreign.fmt(f),
         }
     }
 }
@@ -192,6 +230,41 @@ mod tests {
                 got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()),
                 "{bits:#06x}: {got} {expected}"
             );
+        }
+    }
+
+    #[test]
+    fn every_f8_decodes_by_its_fields() {
+        for bits in 0..=u8::MAX {
+            let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
+            let (e, m) = (i32::from(bits >> 3 & 15), f64::from(bits & 7));
+            let e4m3 = match (e, m) {
+                (15, 7.0) => f64::NAN,
+                (0, m) => m / 8.0 * 2f64.powi(-6),
+                (e, m) => (1.0 + m / 8.0) * 2f64.powi(e - 7),
+            };
+            let (e, m) = (i32::from(bits >> 2 & 31), f64::from(bits & 3));
+            let e5m2 = match (e, m) {
+                (31, 0.0) => f64::INFINITY,
+                (31, _) => f64::NAN,
+                (0, m) => m / 4.0 * 2f64.powi(-14),
+                (e, m) => (1.0 + m / 4.0) * 2f64.powi(e - 15),
+            };
+            let e8m0 = match bits {
+                255 => f64::NAN,
+                e => sign * 2f64.powi(i32::from(e) - 127),
+            };
+            let types = [Dtype::F8_E4M3, Dtype::F8_E5M2, Dtype::F8_E8M0];
+            for (dtype, expected) in types.into_iter().zip([e4m3, e5m2, e8m0]) {
+                let (expected, mut got) = ((sign * expected) as f32, [0.0]);
+                StoredType::Plain(dtype).decode(&[bits], &mut got).unwrap();
+                assert!(
+                    got[0].to_bits() == expected.to_bits()
+                        || (got[0].is_nan() && expected.is_nan()),
+                    "{dtype:?} {bits:#04x}: {} {expected}",
+                    got[0]
+                );
+            }
         }
     }
 

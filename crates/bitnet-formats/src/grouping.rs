@@ -16,6 +16,9 @@ use safetensors::Dtype;
 pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Tensor>> {
     let mut taken = vec![false; storage.stored.len()];
     let mut found: Vec<Tensor> = vec![];
+    for part in storage.foreign.values().flat_map(|f| &f.parts) {
+        taken[part.0] = true;
+    }
     let mut take = |tensor: Tensor, found: &mut Vec<Tensor>| {
         for id in tensor.stored() {
             if std::mem::replace(&mut taken[id.0], true) {
@@ -41,7 +44,9 @@ pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Te
                 take(tensor, &mut found)?;
             }
         }
-    } else if let Some(id) = orphan_scale(storage) {
+    } else if let Some(id) =
+        orphan_scale(storage).filter(|id| storage.foreign.values().all(|f| !f.parts.contains(id)))
+    {
         return Err(Error::tensor(
             storage.file_of(id),
             &storage.stored(id).name,
@@ -68,7 +73,7 @@ pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Te
     {
         refuse_biases(storage, &found)?;
     }
-    found.sort_by_key(Tensor::first_stored);
+    found.sort_by_key(|tensor| storage.position(tensor.first_stored()));
     Ok(found)
 }
 
@@ -192,7 +197,7 @@ fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
             }
             LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
         },
-        Kind::Safetensors | Kind::Folder => Some(StoredType::U8),
+        Kind::File | Kind::Folder => Some(StoredType::U8),
     };
     let got = storage.stored(q.packed).dtype;
     if expected != Some(got) {

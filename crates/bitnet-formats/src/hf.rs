@@ -47,11 +47,11 @@ pub struct BitnetConfig {
 }
 
 impl BitnetConfig {
-    /// Reads the config of a model. `None` if the model has no `quantization_config`.
+    /// Reads the config of a model. `None` if the model has no `quantization_config`, or one of
+    /// another method.
     ///
     /// # Errors
-    /// [`Error::Config`] for another `quant_method`, and for strings that the two fields do not
-    /// have.
+    /// [`Error::Config`] for strings that the two fields do not have.
     pub fn read(path: &Path, config: &Value) -> Result<Option<Self>> {
         let Some(quantization) = config.get("quantization_config").filter(|q| !q.is_null()) else {
             return Ok(None);
@@ -67,13 +67,9 @@ impl BitnetConfig {
             )),
         };
         let method = field("quant_method", "")?;
+        // Matrices of other methods are recognised by their tensors.
         if method != "bitnet" {
-            return Err(Error::config(
-                path,
-                "quantization_config.quant_method",
-                "bitnet",
-                format!("'{method}'"),
-            ));
+            return Ok(None);
         }
         let class = field("linear_class", "bitlinear")?;
         let linear_class = class.parse().map_err(|_| {
@@ -207,7 +203,6 @@ mod tests {
     #[test]
     fn unknown_strings_are_errors() {
         for (key, value) in [
-            ("quant_method", "gptq"),
             ("linear_class", "Bitlinear"),
             ("quantization_mode", "offlin"),
         ] {

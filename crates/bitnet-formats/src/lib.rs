@@ -12,8 +12,12 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod foreign;
 mod grouping;
 mod io;
+mod prefixes;
+mod pytorch;
+mod resolve;
 mod storage;
 
 pub mod arch;
@@ -22,7 +26,9 @@ pub mod document;
 pub mod dtype;
 pub mod gguf;
 pub mod hf;
+pub mod hints;
 pub mod output;
+pub mod python_json;
 pub mod replace;
 pub mod safetensors;
 pub mod source;
@@ -30,5 +36,6 @@ pub mod tensor;
 
 pub use dtype::StoredType;
 pub use error::{Error, Result};
+pub use foreign::{ForeignMethod, ForeignType};
 pub use source::{Kind, Source};
 pub use tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};

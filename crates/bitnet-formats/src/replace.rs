@@ -12,9 +12,15 @@
 //! | old folder renamed to `PARTIAL-replaced` | | old and new, both whole | gives the old its name back |
 //! | new folder renamed | new | old | removes the old |
 //!
-//! [`recover_folder`] does the last two. A writer calls it before it looks at its target.
+//! [`recover_folder`] does the last two. A writer calls it before it looks at its target. Files of
+//! the old folder that are to stay get a second name in the new one before the first rename
+//! ([`add_to_folder`]), so both are whole at every moment. An empty folder is removed instead of
+//! renamed.
 
+use crate::document::{self, Document};
+use crate::safetensors::SafetensorsHeader;
 use crate::{Error, Result};
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
@@ -132,6 +138,9 @@ enum Moment {
 
 fn swap(partial: &Path, target: &Path, existing: Existing, at: &dyn Fn(Moment)) -> Result<()> {
     at(Moment::Begun);
+    if is_empty_folder(target) {
+        fs::remove_dir(target).map_err(Error::io(target, "replace"))?;
+    }
     if !target.exists() {
         fs::rename(partial, target).map_err(Error::io(target, "rename to"))?;
         at(Moment::NewPlaced);
@@ -176,6 +185,60 @@ fn replaced(partial: &Path) -> PathBuf {
     let mut name = partial.as_os_str().to_os_string();
     name.push("-replaced");
     name.into()
+}
+
+/// Whether this is a folder, not a link to one, with nothing in it.
+pub fn is_empty_folder(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|m| m.is_dir())
+        && fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// The files that this program wrote into a folder: those with a [`Document`] and those that it
+/// lists. Empty if none has one.
+pub fn written_files(folder: &Path) -> BTreeSet<String> {
+    let mut written = BTreeSet::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        if path.extension().is_some_and(|e| e == "safetensors")
+            && let Some(document) = document_of(&path)
+        {
+            written.insert(name.to_string_lossy().into_owned());
+            written.extend(document.files.into_keys());
+        }
+    }
+    written
+}
+
+/// The document of a safetensors file, if there is one that can be read.
+fn document_of(path: &Path) -> Option<Document> {
+    let file = File::open(path).ok()?;
+    let len = file.metadata().ok()?.len();
+    let header = SafetensorsHeader::read(path, &file, len).ok()?;
+    let (_, text) = header.metadata.iter().find(|(k, _)| k == document::KEY)?;
+    serde_json::from_str(text).ok()
+}
+
+/// Adds a file or a folder to another folder, as a second name where the system has links and as a
+/// copy where it has not. The first name stays.
+///
+/// # Errors
+/// [`Error::Io`], also for what is neither file nor folder.
+pub fn add_to_folder(from: &Path, to: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(from).map_err(Error::io(from, "read"))?;
+    if !meta.is_dir() {
+        // On Linux this gives a symbolic link another name too, not its target.
+        return match fs::hard_link(from, to) {
+            Ok(()) => Ok(()),
+            Err(_) => fs::copy(from, to).map(drop),
+        }
+        .map_err(Error::io(from, "keep"));
+    }
+    fs::create_dir(to).map_err(Error::io(to, "create"))?;
+    for entry in fs::read_dir(from).map_err(Error::io(from, "list"))? {
+        let name = entry.map_err(Error::io(from, "list"))?.file_name();
+        add_to_folder(&from.join(&name), &to.join(&name))?;
+    }
+    fs::set_permissions(to, meta.permissions()).map_err(Error::io(to, "write"))
 }
 
 /// Removes a file or folder, if it exists.
@@ -289,6 +352,32 @@ mod tests {
             assert_eq!(target.exists(), there);
             assert_eq!(names(dir.path()).len(), 1);
         }
+    }
+
+    #[test]
+    fn an_empty_folder_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        let partial = beside(&target, PARTIAL);
+        fs::create_dir(&target).unwrap();
+        folder(&partial, "new");
+        place_folder(&partial, &target, Existing::Refuse).unwrap();
+        assert_eq!(content(&target), "new");
+        assert_eq!(names(dir.path()), ["out"]);
+    }
+
+    #[test]
+    fn a_kept_folder_outlives_its_first_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+        fs::create_dir_all(old.join("sub/empty")).unwrap();
+        fs::write(old.join("sub/data.csv"), "mine").unwrap();
+        fs::create_dir(&new).unwrap();
+        add_to_folder(&old.join("sub"), &new.join("sub")).unwrap();
+        remove(&old).unwrap();
+        assert_eq!(names(&new.join("sub")), ["data.csv", "empty"]);
+        assert_eq!(fs::read(new.join("sub/data.csv")).unwrap(), b"mine");
+        assert!(written_files(&new).is_empty());
     }
 
     #[test]

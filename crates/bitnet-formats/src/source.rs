@@ -5,6 +5,7 @@ use crate::document::Document;
 use crate::dtype::StoredType;
 use crate::grouping;
 use crate::hf::{BitnetConfig, Mode, Verdict, judge_scales};
+use crate::prefixes;
 use crate::storage::Storage;
 pub use crate::storage::{Kind, OpenOptions, SourceFile};
 use crate::tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};
@@ -15,13 +16,22 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-/// An open checkpoint. Its headers are read and checked; bytes of tensors are read on demand.
+/// The output matrix and the embedding in a folder.
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// Bytes that are compared at once.
+const COMPARED: u64 = 1 << 20;
+
+/// An open checkpoint. Its headers are read and checked; bytes of tensors are read on demand,
+/// except where config.json and the weights disagree about the output matrix.
 #[derive(Debug)]
 pub struct Source {
     storage: Storage,
     tensors: Vec<Tensor>,
     names: HashMap<String, TensorId>,
     notes: Vec<String>,
+    untied_head: bool,
 }
 
 impl Source {
@@ -41,22 +51,25 @@ impl Source {
         let storage = Storage::open(path)?;
         let tensors = grouping::tensors(&storage, options)?;
         let i2s = StoredType::Ggml(gguf::GgmlType::I2S);
-        let mut notes = vec![];
+        let mut notes = storage.notes.clone();
         if storage.document.is_none() && storage.stored.iter().any(|s| s.dtype == i2s) {
             notes.push(format!(
                 "I2_S codes are read in the order {}: the file does not say which of three it is",
                 options.i2s_layout
             ));
         }
+        notes.extend(storage.foreign_notes());
         let names = tensors.iter().enumerate();
         let names = names.map(|(i, t)| (t.name.clone(), TensorId(i))).collect();
-        let source = Self {
+        let mut source = Self {
             storage,
             tensors,
             names,
             notes,
+            untied_head: false,
         };
         source.check_scales()?;
+        source.resolve_head()?;
         Ok(source)
     }
 
@@ -75,9 +88,16 @@ impl Source {
         &self.storage.files
     }
 
-    /// config.json of a folder.
+    /// config.json of a folder. `tie_word_embeddings` is false where [`Source::untied_head`] is
+    /// true, whatever the file says.
     pub fn config(&self) -> Option<&Value> {
         self.storage.config.as_ref()
+    }
+
+    /// Whether config.json ties the output matrix to the embedding, but the weights have a
+    /// different `lm_head.weight`. That one is the output matrix then, as in transformers 5.
+    pub fn untied_head(&self) -> bool {
+        self.untied_head
     }
 
     /// `__metadata__` of the first safetensors file.
@@ -130,6 +150,11 @@ impl Source {
         self.names.get(name).copied()
     }
 
+    /// The name of a tensor that differs least from `name`, for messages.
+    pub fn nearest(&self, name: &str) -> Option<&str> {
+        prefixes::nearest(name, self.tensors.iter().map(|t| t.name.as_str()))
+    }
+
     /// Every stored tensor, in the order of files and bytes.
     pub fn stored_tensors(&self) -> &[StoredTensor] {
         &self.storage.stored
@@ -169,6 +194,25 @@ impl Source {
     /// The container's own metadata.
     pub fn container(&self) -> Container {
         self.storage.container()
+    }
+
+    /// What another program quantized, and how it is read: a sentence for each type of it.
+    pub fn already_quantized(&self) -> Vec<String> {
+        self.storage.foreign_notes()
+    }
+
+    /// Whether another program quantized weights of it.
+    pub fn has_foreign(&self) -> bool {
+        !self.storage.foreign.is_empty()
+    }
+
+    /// Checks that every matrix can be read: an error for one that another program packed in a way
+    /// that is not decoded. Such a matrix can be listed, and nothing else.
+    ///
+    /// # Errors
+    /// [`Error::File`] with the method, the number of matrices and the next step.
+    pub fn refuse_undecoded(&self) -> Result<()> {
+        self.storage.refuse_undecoded()
     }
 
     /// Fills `buffer` with the bytes of a stored tensor from byte `start` of it on.
@@ -326,5 +370,58 @@ impl Source {
                 ),
             )),
         }
+    }
+
+    /// Compares the output matrix with the embedding where config.json calls them one matrix.
+    fn resolve_head(&mut self) -> Result<()> {
+        const KEY: &str = "tie_word_embeddings";
+        if self.config().and_then(|c| c.get(KEY)) != Some(&Value::Bool(true)) {
+            return Ok(());
+        }
+        let (Some(head), Some(embedding)) = (self.find(HEAD), self.find(EMBEDDING)) else {
+            return Ok(());
+        };
+        if head.shape != embedding.shape {
+            self.notes.push(format!(
+                "{HEAD} is not used: {KEY} in config.json is true, and its shape {:?} is not that \
+                 of {EMBEDDING}",
+                head.shape
+            ));
+            return Ok(());
+        }
+        if self.same_bytes(head.first_stored(), embedding.first_stored())? {
+            return Ok(());
+        }
+        self.notes.push(format!(
+            "{KEY} in config.json is true, but {HEAD} is there and differs from {EMBEDDING}: it is \
+             the output matrix"
+        ));
+        self.untied_head = true;
+        if let Some(config) = &mut self.storage.config {
+            config[KEY] = false.into();
+        }
+        Ok(())
+    }
+
+    /// Whether two stored tensors have the same type and bytes.
+    fn same_bytes(&self, a: StoredId, b: StoredId) -> Result<bool> {
+        let (len, other) = (self.stored(a).len, self.stored(b));
+        if len != other.len || self.stored(a).dtype != other.dtype {
+            return Ok(false);
+        }
+        let (mut left, mut right) = (vec![], vec![]);
+        let mut start = 0;
+        while start < len {
+            let size = (len - start).min(COMPARED) as usize;
+            left.resize(size, 0);
+            right.resize(size, 0);
+            self.read(a, start, &mut left)?;
+            self.read(b, start, &mut right)?;
+            if left != right {
+                return Ok(false);
+            }
+            start += size as u64;
+        }
+        Ok(true)
     }
 }

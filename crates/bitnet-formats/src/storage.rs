@@ -4,26 +4,34 @@
 //! that a caller reads, threads can read at the same time, and a file that is truncated meanwhile
 //! is an error and not a signal.
 
+use crate::arch::Architecture;
 use crate::container::Container;
-use crate::document::{self, Document};
+use crate::document::{self, Checksum, Document, PackedTensor};
 use crate::dtype::StoredType;
+use crate::foreign::{Foreign, Loaded};
 use crate::gguf;
 use crate::hf::BitnetConfig;
+use crate::hints;
+use crate::prefixes;
+use crate::pytorch;
+use crate::resolve::{self, Weights};
 use crate::safetensors::SafetensorsHeader;
 use crate::tensor::{FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
+use bitnet_core::pack::{self, LayoutOrigin};
 use serde_json::{Map, Value};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 /// The kind of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// One `.safetensors` file.
-    Safetensors,
+    /// One file of tensors without a config: safetensors or PyTorch.
+    File,
     /// A folder with config.json and one or more safetensors files.
     Folder,
     /// A `.gguf` file.
@@ -71,12 +79,18 @@ pub(crate) struct Storage {
     pub(crate) gguf: Vec<(String, gguf::Value)>,
     pub(crate) document: Option<Document>,
     pub(crate) bitnet: Option<BitnetConfig>,
+    /// What was assumed or ignored, each a sentence for a person.
+    pub(crate) notes: Vec<String>,
+    /// Matrices that another program quantized, by the stored tensor that stands for each.
+    pub(crate) foreign: BTreeMap<StoredId, Foreign>,
+    /// Scales and codes of the one that was read last.
+    pub(crate) loaded: Mutex<Option<(StoredId, Arc<Loaded>)>>,
     names: HashMap<String, StoredId>,
 }
 
 impl Storage {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        let meta = fs::metadata(path).map_err(hints::open_error(path, "open"))?;
         let mut storage = Self {
             path: path.to_path_buf(),
             kind: Kind::Folder,
@@ -87,6 +101,9 @@ impl Storage {
             gguf: vec![],
             document: None,
             bitnet: None,
+            notes: vec![],
+            foreign: BTreeMap::new(),
+            loaded: Mutex::default(),
             names: HashMap::new(),
         };
         if meta.is_dir() {
@@ -95,6 +112,9 @@ impl Storage {
             storage.open_file(path)?;
         }
         storage.read_document()?;
+        storage.forget_rewritten();
+        storage.unwrap_names();
+        storage.group_foreign()?;
         Ok(storage)
     }
 
@@ -109,14 +129,14 @@ impl Storage {
             self.kind = Kind::Gguf;
             self.add_gguf(file_id)
         } else {
-            self.kind = Kind::Safetensors;
-            self.metadata = self.add_safetensors(file_id, None)?;
+            self.kind = Kind::File;
+            self.metadata = self.add_tensors(file_id, &|_| true)?;
             Ok(())
         }
     }
 
     fn add_file(&mut self, path: &Path) -> Result<FileId> {
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let file = File::open(path).map_err(hints::open_error(path, "open"))?;
         let meta = file.metadata().map_err(Error::io(path, "open"))?;
         if !meta.is_file() {
             return Err(Error::file(path, "a regular file", "something else"));
@@ -130,38 +150,63 @@ impl Storage {
         Ok(FileId(self.files.len() - 1))
     }
 
-    fn add_safetensors(
+    /// The tensors of a safetensors or PyTorch file that `only` takes; its metadata.
+    fn add_tensors(
         &mut self,
         file_id: FileId,
-        only: Option<&dyn Fn(&str) -> bool>,
+        only: &dyn Fn(&str) -> bool,
     ) -> Result<Vec<(String, String)>> {
         let file = &self.files[file_id.0];
-        let header = SafetensorsHeader::read(&file.path, &file.file, file.len)?;
-        for t in header.tensors {
-            if only.is_none_or(|only| only(&t.name)) {
-                let dtype = StoredType::Plain(t.dtype);
-                self.names
-                    .insert(t.name.clone(), StoredId(self.stored.len()));
-                self.stored.push(StoredTensor {
-                    name: t.name,
-                    shape: t.shape,
-                    dtype,
-                    file: file_id,
-                    offset: t.offset,
-                    len: t.len,
-                });
+        let (metadata, tensors) = if pytorch::is_pytorch(&file.path, &file.file)? {
+            let header = pytorch::PytorchHeader::read(&file.path, &file.file)?;
+            self.notes.extend(header.notes);
+            (vec![], header.tensors)
+        } else {
+            let header = self.safetensors_header(file_id)?;
+            (header.metadata, header.tensors)
+        };
+        let path = &self.files[file_id.0].path;
+        for t in tensors.into_iter().filter(|t| only(&t.name)) {
+            if self.names.contains_key(&t.name) {
+                let expected = "a tensor that no other shard has";
+                return Err(Error::tensor(path, &t.name, expected, "one"));
             }
+            self.names
+                .insert(t.name.clone(), StoredId(self.stored.len()));
+            self.stored.push(StoredTensor {
+                name: t.name,
+                shape: t.shape,
+                dtype: StoredType::Plain(t.dtype),
+                file: file_id,
+                offset: t.offset,
+                len: t.len,
+            });
         }
-        Ok(header.metadata)
+        Ok(metadata)
+    }
+
+    fn safetensors_header(&self, file_id: FileId) -> Result<SafetensorsHeader> {
+        let file = &self.files[file_id.0];
+        SafetensorsHeader::read(&file.path, &file.file, file.len).map_err(|error| {
+            let content = hints::content_at(&file.path);
+            content.map_or(error, |got| {
+                Error::file(&file.path, "a safetensors file", got)
+            })
+        })
     }
 
     fn add_gguf(&mut self, file_id: FileId) -> Result<()> {
         let file = &self.files[file_id.0];
         let header =
-            gguf::GgufHeader::read(&file.file, file.len).map_err(|source| Error::Gguf {
-                path: file.path.clone(),
-                source,
-            })?;
+            gguf::GgufHeader::read(&file.file, file.len).map_err(
+                |source| match hints::content_at(&file.path) {
+                    Some(got) => Error::file(&file.path, "a GGUF file", got),
+                    None => Error::Gguf {
+                        path: file.path.clone(),
+                        source,
+                    },
+                },
+            )?;
         self.gguf = header.metadata;
         let parts = self
             .gguf
@@ -197,37 +242,39 @@ impl Storage {
 
     fn open_folder(&mut self, path: &Path) -> Result<()> {
         let config_path = path.join("config.json");
-        let config = read_json(&config_path)?;
-        let index_path = path.join("model.safetensors.index.json");
-        if index_path.exists() {
-            self.add_shards(path, &index_path)?;
-        } else {
-            self.add_only_file(path)?;
+        if fs::symlink_metadata(&config_path).is_err() {
+            return Err(hints::no_model(path, "a model folder with config.json"));
+        }
+        let config = resolve::read_json(&config_path)?;
+        match resolve::weights(path, &mut self.notes)? {
+            Weights::File(file) => {
+                let file_id = self.add_file(&file)?;
+                self.metadata = self.add_tensors(file_id, &|_| true)?;
+            }
+            Weights::Index { path, map, shards } => self.add_shards(&path, &map, &shards)?,
         }
         self.bitnet = BitnetConfig::read(&config_path, &config)?;
         self.config = Some(config);
         Ok(())
     }
 
-    /// The files that the index names, and of each the tensors that the index puts there.
-    fn add_shards(&mut self, path: &Path, index_path: &Path) -> Result<()> {
-        let index = read_json(index_path)?;
-        let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
-            return Err(Error::config(
-                index_path,
-                "weight_map",
-                "an object of tensor names and files",
-                "none",
-            ));
-        };
-        let shards = shards(index_path, map)?;
+    /// The shards of an index. A tensor that the index does not list is kept; of one that is in
+    /// several shards, the one that the index names.
+    fn add_shards(
+        &mut self,
+        index_path: &Path,
+        map: &Map<String, Value>,
+        shards: &[String],
+    ) -> Result<()> {
+        let folder = index_path.parent().unwrap_or(Path::new(""));
         for shard in shards {
-            let index = self.add_file(&path.join(shard))?;
-            let metadata = self.add_safetensors(
-                index,
-                Some(&|name| map.get(name).and_then(Value::as_str) == Some(shard)),
-            )?;
-            if index == FileId(0) {
+            let file_id = self.add_file(&folder.join(shard))?;
+            let kept = |name: &str| match map.get(name) {
+                Some(file) => file.as_str() == Some(shard),
+                None => true,
+            };
+            let metadata = self.add_tensors(file_id, &kept)?;
+            if file_id == FileId(0) {
                 self.metadata = metadata;
             }
         }
@@ -235,40 +282,21 @@ impl Storage {
             let file = file.as_str().unwrap_or_default();
             if self.find_stored(tensor).is_none() {
                 return Err(Error::tensor(
-                    &path.join(file),
+                    &folder.join(file),
                     tensor,
                     "the tensor that the index puts here",
                     "none of that name",
                 ));
             }
         }
-        Ok(())
-    }
-
-    /// model.safetensors, or the only file of weights.
-    fn add_only_file(&mut self, path: &Path) -> Result<()> {
-        let mut found: Vec<PathBuf> = fs::read_dir(path)
-            .map_err(Error::io(path, "list"))?
-            .filter_map(|entry| entry.ok().map(|e| e.path()))
-            .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
-            .collect();
-        found.sort();
-        let model = path.join("model.safetensors");
-        let file = match found.as_slice() {
-            _ if found.contains(&model) => &model,
-            [one] => one,
-            [] => return Err(Error::file(path, "a .safetensors file", "none")),
-            several => {
-                return Err(Error::file(
-                    path,
-                    "model.safetensors, or model.safetensors.index.json, or a single .safetensors \
-                     file",
-                    format!("{} of them and no index", several.len()),
-                ));
-            }
-        };
-        let index = self.add_file(file)?;
-        self.metadata = self.add_safetensors(index, None)?;
+        let unlisted = |s: &&StoredTensor| !map.contains_key(&s.name);
+        if let Some(first) = self.stored.iter().find(unlisted) {
+            let count = self.stored.iter().filter(unlisted).count();
+            self.notes.push(format!(
+                "{count} tensors of the shards are not in the index and are kept; the first is '{}'",
+                first.name
+            ));
+        }
         Ok(())
     }
 
@@ -304,6 +332,114 @@ impl Storage {
         Ok(())
     }
 
+    /// Takes off what wrappers put before the names of a model whose architecture is known. A file
+    /// with a document has names of this program.
+    fn unwrap_names(&mut self) {
+        let architecture = self.config.as_ref().and_then(|config| {
+            let name = config.get("model_type").and_then(Value::as_str)?;
+            Architecture::by_name(name)
+        });
+        let (Some(architecture), None) = (architecture, &self.document) else {
+            return;
+        };
+        let names = self.stored.iter().map(|s| s.name.as_str());
+        let Some(names) = prefixes::unwrapped(architecture, names) else {
+            return;
+        };
+        let example = self.stored.iter().zip(&names).find(|(s, n)| s.name != **n);
+        if let Some((stored, name)) = example {
+            self.notes.push(format!(
+                "tensor names are read without what a wrapper added: '{}' as '{name}'",
+                stored.name
+            ));
+        }
+        for (stored, name) in self.stored.iter_mut().zip(names) {
+            stored.name = name;
+        }
+        self.names = self
+            .ids()
+            .map(|id| (self.stored(id).name.clone(), id))
+            .collect();
+    }
+
+    /// Forgets what the document says of tensors that another program has rewritten: they are what
+    /// their types say. llama-quantize, for example, keeps the document and changes the types.
+    fn forget_rewritten(&mut self) {
+        let Some(document) = &self.document else {
+            return;
+        };
+        let rewritten: Vec<String> = document
+            .tensors
+            .iter()
+            .filter(|(name, packed)| self.is_rewritten(name, packed, document))
+            .map(|(name, _)| name.clone())
+            .collect();
+        let Some(first) = rewritten.first() else {
+            return;
+        };
+        self.notes.push(format!(
+            "another program has rewritten {} tensors that {} packed, '{first}' first: they are \
+             what their types say, and not what {} says",
+            rewritten.len(),
+            document.generator,
+            document::KEY
+        ));
+        if let Some(document) = &mut self.document {
+            document.tensors.retain(|name, _| !rewritten.contains(name));
+        }
+    }
+
+    /// Whether a tensor that the document calls packed has another type and other bytes in the
+    /// file. Another type with the same bytes is damage.
+    fn is_rewritten(&self, name: &str, packed: &PackedTensor, document: &Document) -> bool {
+        let stored = self.find_stored(&packed.packed);
+        let dtype = stored.map(|id| self.stored(id).dtype);
+        let Ok(layout) = pack::by_name(&packed.layout) else {
+            return false;
+        };
+        match (self.kind, layout.origin(), dtype) {
+            (Kind::Gguf, LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id), Some(dtype)) => {
+                let other_type = dtype.to_ggml().is_some_and(|got| got.id() != id);
+                other_type && stored.is_some_and(|id| self.has_other_bytes(id, document))
+            }
+            // Under the model's own name, in place of the packed tensor.
+            (Kind::File | Kind::Folder, _, dtype) => {
+                let own = self.find_stored(name).map(|id| self.stored(id).dtype);
+                let packed_is_gone = dtype.is_none() || packed.packed == name;
+                packed_is_gone && own.is_some_and(|dtype| dtype.is_float())
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a stored tensor differs from its checksum in the document.
+    fn has_other_bytes(&self, id: StoredId, document: &Document) -> bool {
+        let tensor = self.stored(id);
+        let Some(expected) = document.checksums.get(&tensor.name) else {
+            return false;
+        };
+        let mut sum = Checksum::default();
+        let mut bytes = vec![];
+        let mut start = 0;
+        while start < tensor.len {
+            bytes.resize((tensor.len - start).min(1 << 20) as usize, 0);
+            if self.read(id, start, &mut bytes).is_err() {
+                return false;
+            }
+            sum.update(&bytes);
+            start += bytes.len() as u64;
+        }
+        sum.hex() != *expected
+    }
+
+    /// Adds a tensor that stands for others; it replaces one of the same name.
+    pub(crate) fn add_stored(&mut self, tensor: StoredTensor) -> StoredId {
+        let id = StoredId(self.stored.len());
+        self.names.insert(tensor.name.clone(), id);
+        self.stored.push(tensor);
+        id
+    }
+
     /// The stored tensor.
     pub(crate) fn stored(&self, id: StoredId) -> &StoredTensor {
         &self.stored[id.0]
@@ -318,7 +454,7 @@ impl Storage {
     pub(crate) fn container(&self) -> Container {
         match self.kind {
             Kind::Gguf => Container::Gguf(self.gguf.clone()),
-            Kind::Safetensors | Kind::Folder => Container::Safetensors(self.metadata.clone()),
+            Kind::File | Kind::Folder => Container::Safetensors(self.metadata.clone()),
         }
     }
 
@@ -341,7 +477,7 @@ impl Storage {
         let tensor = self.stored(stored);
         let file = &self.files[tensor.file.0];
         match start.checked_add(buffer.len() as u64) {
-            Some(end) if end <= tensor.len => {
+            Some(end) if end <= tensor.len && !self.foreign.contains_key(&stored) => {
                 crate::io::read_at(&file.file, buffer, tensor.offset + start)
                     .map_err(Error::io(&file.path, "read"))
             }
@@ -368,6 +504,10 @@ impl Storage {
         bytes: &mut Vec<u8>,
         out: &mut [f32],
     ) -> Result<()> {
+        if self.foreign.contains_key(&stored) {
+            let len = range.len();
+            return self.read_foreign(stored, range.start, &mut out[..len]);
+        }
         let tensor = self.stored(stored);
         // Piece by piece, so that the scratch stays small beside a long row. A multiple of every
         // block.
@@ -401,43 +541,4 @@ impl Storage {
         self.read_floats(stored, 0..n, &mut vec![], &mut out)?;
         Ok(out)
     }
-}
-
-/// The files that an index names, each once.
-fn shards<'a>(index_path: &Path, map: &'a Map<String, Value>) -> Result<Vec<&'a str>> {
-    let mut shards: Vec<&str> = vec![];
-    for (tensor, file) in map {
-        match file.as_str() {
-            Some(f) if !f.is_empty() && Path::new(f).file_name().is_some_and(|name| name == f) => {
-                shards.push(f)
-            }
-            _ => {
-                return Err(Error::tensor(
-                    index_path,
-                    tensor,
-                    "a file name in the same folder",
-                    file.to_string(),
-                ));
-            }
-        }
-    }
-    shards.sort_unstable();
-    shards.dedup();
-    Ok(shards)
-}
-
-/// Largest JSON file that is read.
-const MAX_JSON_BYTES: u64 = 256 << 20;
-
-fn read_json(path: &Path) -> Result<Value> {
-    let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
-    if meta.len() > MAX_JSON_BYTES {
-        return Err(Error::file(
-            path,
-            format!("at most {MAX_JSON_BYTES} bytes of JSON"),
-            format!("{}", meta.len()),
-        ));
-    }
-    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::file(path, "JSON", e.to_string()))
 }

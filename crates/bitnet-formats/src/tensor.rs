@@ -122,12 +122,59 @@ impl Tensor {
         self.shape.iter().product()
     }
 
-    /// Rows and columns as a weight matrix sees them: the first dimension, and all others together.
-    /// `None` below two dimensions.
+    /// Rows and columns as a weight matrix sees them; `None` below two dimensions.
+    ///
+    /// Three dimensions `[E, N, K]`, e.g. stacked experts, are a batch of E matrices: E·N rows of K.
+    /// Of a convolution `[O, I, …]` a row is all that makes one output: O rows.
     pub fn matrix_shape(&self) -> Option<(usize, usize)> {
         match self.shape.as_slice() {
+            &[batch, rows, cols] if !self.is_convolution() => Some((batch * rows, cols)),
             [rows, rest @ ..] if !rest.is_empty() => Some((*rows, rest.iter().product())),
             _ => None,
+        }
+    }
+
+    /// Whether a tensor of three or more dimensions ends in those of a kernel: more than three
+    /// dimensions, a last one below [`LARGEST_KERNEL`], one input for each output, or a name that
+    /// says it.
+    fn is_convolution(&self) -> bool {
+        match self.shape[..] {
+            [_, inputs, kernel] => {
+                kernel < LARGEST_KERNEL || inputs == 1 || self.name.contains("conv")
+            }
+            _ => self.shape.len() > 3,
+        }
+    }
+}
+
+/// Below this, the last of three dimensions is the size of a kernel and not the inputs of a matrix.
+const LARGEST_KERNEL: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_are_a_batch_and_convolutions_are_not() {
+        for (name, shape, expected) in [
+            ("a.weight", &[4, 8][..], Some((4, 8))),
+            ("mlp.experts.down_proj", &[8, 64, 128], Some((512, 128))),
+            ("mixer.conv1d.weight", &[64, 1, 4], Some((64, 4))),
+            (
+                "pos_conv_embed.conv.weight",
+                &[768, 48, 128],
+                Some((768, 48 * 128)),
+            ),
+            ("patch_embed.proj.weight", &[32, 3, 4, 4], Some((32, 48))),
+            ("a.bias", &[4], None),
+        ] {
+            let content = Content::Float(StoredId(0));
+            let tensor = Tensor {
+                name: name.into(),
+                shape: shape.to_vec(),
+                content,
+            };
+            assert_eq!(tensor.matrix_shape(), expected, "{name}");
         }
     }
 }

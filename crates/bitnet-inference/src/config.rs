@@ -68,7 +68,8 @@ pub struct Config {
     pub mlp_bias: bool,
     /// Token at the start of texts, if the config names one.
     pub bos: Option<u32>,
-    /// Tokens that end a text.
+    /// Tokens that end a text: those of generation_config.json before those of config.json, and all
+    /// of a GGUF that end a text in llama.cpp.
     pub eos: Vec<u32>,
 }
 
@@ -79,9 +80,15 @@ impl Config {
     /// [`crate::Error::File`] for an architecture, activation, rotary embedding or key that no
     /// graph supports, for a missing key, and for keys that contradict each other.
     pub fn read(source: &Source) -> Result<Self> {
+        source.refuse_undecoded()?;
         match (source.kind(), source.config()) {
             (Kind::Gguf, _) => Self::from_gguf(source),
-            (_, Some(config)) => Self::from_hf(&source.path().join("config.json"), config),
+            (_, Some(value)) => {
+                let path = &source.path().join("config.json");
+                let mut config = Self::from_hf(path, value)?;
+                config.eos = arch::eos_ids(source.path(), &HfConfig { path, value })?;
+                Ok(config)
+            }
             (..) => Err(Error::file(
                 source.path(),
                 "a folder with config.json or a GGUF: weights alone are no model",
@@ -162,8 +169,8 @@ impl Config {
             tied: config.flag("tie_word_embeddings")?,
             attention_bias: config.flag("attention_bias")?,
             mlp_bias: config.flag("mlp_bias")?,
-            bos: tokens(&config, "bos_token_id")?.first().copied(),
-            eos: tokens(&config, "eos_token_id")?,
+            bos: config.token_ids("bos_token_id")?.first().copied(),
+            eos: config.token_ids("eos_token_id")?,
         };
         read.check(path)?;
         Ok(read)
@@ -213,18 +220,6 @@ impl Config {
             }
             config.rope.divisors = Some(divisors);
         }
-        // As in llama.cpp, the end of a turn also ends the text.
-        let turn = source
-            .gguf()
-            .iter()
-            .find(|(key, _)| key == "tokenizer.ggml.eot_token_id")
-            .and_then(|(_, v)| v.as_u64());
-        if let Some(turn) = turn
-            .and_then(|t| u32::try_from(t).ok())
-            .filter(|t| !config.eos.contains(t))
-        {
-            config.eos.push(turn);
-        }
         Ok(config)
     }
 
@@ -250,19 +245,5 @@ impl Config {
         bounded("vocab_size", self.vocab, 1 << 24)?;
         bounded("max_position_embeddings", self.context, 1 << 24)?;
         Ok(())
-    }
-}
-
-/// The tokens of a key that holds one token or a list.
-fn tokens(config: &HfConfig<'_>, key: &str) -> Result<Vec<u32>> {
-    let one = |v: &Value| {
-        v.as_u64()
-            .and_then(|n| u32::try_from(n).ok())
-            .ok_or_else(|| config.bad(key, "a token, or a list of tokens"))
-    };
-    match config.value.get(key) {
-        None | Some(Value::Null) => Ok(vec![]),
-        Some(Value::Array(all)) => Ok(all.iter().map(one).collect::<Result<_, _>>()?),
-        Some(value) => Ok(vec![one(value)?]),
     }
 }

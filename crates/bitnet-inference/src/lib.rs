@@ -32,6 +32,7 @@ mod config;
 mod error;
 mod forward;
 mod generate;
+mod hostile;
 mod linear;
 mod load;
 mod model;
@@ -42,7 +43,7 @@ mod tokenizer;
 
 pub use bitnet_formats::arch::Activation;
 pub use cache::{CacheType, KvCache};
-pub use chat::ChatMessage;
+pub use chat::{ChatMessage, Tools};
 pub use config::{Config, Rope};
 pub use error::{Error, Result};
 pub use forward::{ForwardBuffers, ForwardStep, WantedLogits};

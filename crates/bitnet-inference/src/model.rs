@@ -1,7 +1,7 @@
 //! A model in memory, and its forward pass.
 
 use crate::arch::GraphLayer;
-use crate::chat::{ChatMessage, ChatTemplate};
+use crate::chat::{ChatMessage, ChatTemplate, Tools};
 use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located};
 use crate::linear::{KernelPool, LinearLayer};
 use crate::load::{ActivationType, CheckpointLoader, FloatType, WeightProvider};
@@ -68,7 +68,7 @@ pub struct Model {
     /// Radians per position of each pair of a head.
     frequencies: Vec<f32>,
     tokenizer: Result<Tokenizer, Error>,
-    template: Option<ChatTemplate>,
+    template: Result<Option<ChatTemplate>, Error>,
     notes: Vec<String>,
 }
 
@@ -171,7 +171,11 @@ impl Model {
                 .zip(floats)
                 .filter_map(|((error, what), held)| error.note(what, held)),
         );
-        let template = ChatTemplate::read(&source)?;
+        // An unusable tokenizer or template is an error where it is used.
+        let template = ChatTemplate::read(&source);
+        notes.extend(tokenizer.iter().flat_map(Tokenizer::notes).cloned());
+        let templates = template.iter().flatten();
+        notes.extend(templates.flat_map(ChatTemplate::notes).cloned());
         let mut model = Self::new(config, runtime, weights);
         (model.tokenizer, model.template, model.notes) = (tokenizer, template, notes);
         Ok(model)
@@ -205,7 +209,7 @@ impl Model {
             weights,
             frequencies,
             tokenizer,
-            template: None,
+            template: Ok(None),
             notes: vec![],
         }
     }
@@ -286,9 +290,9 @@ impl Model {
             .sum()
     }
 
-    /// Whether the model has a chat template.
+    /// Whether the model has a chat template. It may still fail, with the reason, when it is used.
     pub fn can_chat(&self) -> bool {
-        self.template.is_some()
+        !matches!(self.template, Ok(None))
     }
 
     /// The tokens of a conversation up to the start of the answer, by the model's chat template.
@@ -296,11 +300,29 @@ impl Model {
     /// # Errors
     /// [`Error::Template`] if there is none or it fails; [`Error::Tokenizer`].
     pub fn chat_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
-        let template = self.template.as_ref().ok_or_else(|| {
-            Error::Template("the model has none; give it a text to continue instead".into())
-        })?;
+        self.chat_tokens_with(messages, None)
+    }
+
+    /// [`Model::chat_tokens`] with tools that the model may call.
+    ///
+    /// # Errors
+    /// As [`Model::chat_tokens`].
+    pub fn chat_tokens_with(
+        &self,
+        messages: &[ChatMessage],
+        tools: Option<&Tools>,
+    ) -> Result<Vec<u32>> {
+        let template = match &self.template {
+            Ok(Some(template)) => template,
+            Ok(None) => {
+                let what = "the model has none; give it a text to continue instead";
+                return Err(Error::Template(what.into()));
+            }
+            Err(error) => return Err(Error::Template(error.to_string())),
+        };
         // The template writes every special token itself.
-        self.tokenizer()?.encode(&template.render(messages)?, false)
+        self.tokenizer()?
+            .encode(&template.render(messages, tools)?, false)
     }
 
     /// Runs tokens of one or several sequences through the graph. Their keys and values enter the

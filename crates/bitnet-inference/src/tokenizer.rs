@@ -1,11 +1,12 @@
 //! Text to tokens and back: tokenizer.json, or the vocabulary of a GGUF.
 
+use crate::hostile::{check_growth, check_tables, without_panic};
 use crate::{Config, Error, Result};
 use bitnet_formats::arch::{GgufTokenizer, gguf_bpe};
-use bitnet_formats::{Kind, Source};
+use bitnet_formats::{Kind, Source, hints, python_json};
 use serde_json::Value;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
 
@@ -15,27 +16,43 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Start token that the settings request and the tokenizer's own template does not add.
     first: Option<u32>,
+    /// The file, for messages.
+    path: PathBuf,
+    /// Rows of the embedding.
+    rows: usize,
+    notes: Vec<String>,
 }
 
 impl Tokenizer {
     /// Reads the tokenizer of an open checkpoint.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if there is none, it cannot be used, or it has more tokens than the
-    /// model.
+    /// [`Error::Tokenizer`] if there is none or it cannot be used.
     pub(crate) fn read(source: &Source, config: &Config) -> Result<Self> {
+        without_panic(|| Self::read_trusting(source, config)).unwrap_or_else(|what| {
+            Err(Error::Tokenizer {
+                path: source.path().to_path_buf(),
+                what,
+            })
+        })
+    }
+
+    /// [`Tokenizer::read`] that panics on some files.
+    fn read_trusting(source: &Source, config: &Config) -> Result<Self> {
         let bad = |path: &Path, what: String| Error::Tokenizer {
             path: path.to_path_buf(),
             what,
         };
-        let (path, inner, largest, settings) = if source.kind() == Kind::Gguf {
+        let (path, inner, settings) = if source.kind() == Kind::Gguf {
             let path = source.path().to_path_buf();
             let tokenizer = gguf_bpe(source.gguf()).ok_or_else(|| bad(&path, gguf_kind(source)))?;
             let inner = build(&tokenizer).map_err(|e| bad(&path, e.to_string()))?;
-            (path, inner, tokenizer.tokens.len(), tokenizer.settings)
+            (path, inner, tokenizer.settings)
         } else {
             let path = source.path().join("tokenizer.json");
-            let text = fs::read_to_string(&path).map_err(|e| bad(&path, e.to_string()))?;
+            let none = || hints::no_tokenizer(&path).unwrap_or("there is none".into());
+            let text = read_text(&path)?.ok_or_else(|| bad(&path, none()))?;
+            check_tables(&text).map_err(|what| bad(&path, what))?;
             // Not `from_bytes`, which is generic: it would compile the parser into this crate.
             let mut inner: tokenizers::Tokenizer =
                 text.parse().map_err(|e| bad(&path, format!("{e}")))?;
@@ -44,28 +61,22 @@ impl Tokenizer {
             inner
                 .with_truncation(None)
                 .map_err(|e| bad(&path, e.to_string()))?;
-            let largest = inner
-                .get_vocab(true)
-                .into_values()
-                .max()
-                .map_or(0, |id| id as usize + 1);
-            (
-                path,
-                inner,
-                largest,
-                read_json(&source.path().join("tokenizer_config.json"))?.unwrap_or(Value::Null),
-            )
+            let normalizer = serde_json::to_value(inner.get_normalizer()).unwrap_or_default();
+            check_growth(&normalizer).map_err(|what| bad(&path, what))?;
+            let settings = read_json(&source.path().join("tokenizer_config.json"))?;
+            (path, inner, settings.unwrap_or(Value::Null))
         };
-        if largest > config.vocab {
-            return Err(bad(
-                &path,
-                format!(
-                    "expected at most {} tokens, the model's vocabulary, got {largest}",
-                    config.vocab
-                ),
-            ));
-        }
-        let mut tokenizer = Self { inner, first: None };
+        let notes = beyond(&inner, config.vocab)
+            .map(|what| format!("{}: {what}", path.display()))
+            .into_iter()
+            .collect();
+        let mut tokenizer = Self {
+            inner,
+            first: None,
+            path,
+            rows: config.vocab,
+            notes,
+        };
         if settings["add_bos_token"] == true
             && let Some(bos) = config.bos
             && tokenizer.encode("", true)?.first() != Some(&bos)
@@ -79,15 +90,28 @@ impl Tokenizer {
     /// The names of special tokens in the text become those tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the tokenizer fails.
+    /// [`Error::Tokenizer`] if the tokenizer fails, or gives a token that the embedding has no row
+    /// for.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special)
-            .map_err(|e| Error::Tokenizer {
-                path: "text".into(),
-                what: e.to_string(),
-            })?;
+        let bad = |what: String| Error::Tokenizer {
+            path: self.path.clone(),
+            what,
+        };
+        let encoding = without_panic(|| self.inner.encode_fast(text, special))
+            .map_err(bad)?
+            .map_err(|e| bad(e.to_string()))?;
+        if let Some(&id) = encoding
+            .get_ids()
+            .iter()
+            .find(|&&id| id as usize >= self.rows)
+        {
+            return Err(bad(format!(
+                "the text has token {id} {:?}, and the embedding has {} rows: leave it out, or \
+                 give the embedding more rows",
+                self.name(id).unwrap_or_default(),
+                self.rows
+            )));
+        }
         let first = self.first.filter(|_| special);
         Ok(first
             .into_iter()
@@ -95,17 +119,40 @@ impl Tokenizer {
             .collect())
     }
 
+    /// The start token, if these tokens of a text have it twice: the text begins with it, and
+    /// [`Tokenizer::encode`] adds it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn doubled_start(&self, tokens: &[u32]) -> Result<Option<u32>> {
+        let &[first, second, ..] = tokens else {
+            return Ok(None);
+        };
+        if first != second {
+            return Ok(None);
+        }
+        let (plain, with) = (self.encode("a", false)?, self.encode("a", true)?);
+        let added = with.len() > plain.len() && with[1..].starts_with(&plain);
+        Ok((added && with[0] == first).then_some(first))
+    }
+
+    /// Sentences for the user about what was assumed.
+    pub(crate) fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     /// The text of tokens, without special tokens.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the decoder fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.inner
-            .decode(tokens, true)
-            .map_err(|e| Error::Tokenizer {
-                path: "tokens".into(),
-                what: e.to_string(),
-            })
+        let bad = |what: String| Error::Tokenizer {
+            path: self.path.clone(),
+            what,
+        };
+        without_panic(|| self.inner.decode(tokens, true))
+            .map_err(bad)?
+            .map_err(|e| bad(e.to_string()))
     }
 
     /// The id of a token by its text.
@@ -156,15 +203,43 @@ fn gguf_kind(source: &Source) -> String {
     )
 }
 
-pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
-    match fs::read(path) {
-        Ok(bytes) => match serde_json::from_slice(&bytes) {
-            Ok(value) => Ok(Some(value)),
-            Err(e) => Err(bitnet_formats::Error::file(path, "JSON", e.to_string()).into()),
-        },
+/// Says which tokens have no row in an embedding of `rows` rows.
+fn beyond(inner: &tokenizers::Tokenizer, rows: usize) -> Option<String> {
+    let mut tokens: Vec<(u32, String)> = inner
+        .get_vocab(true)
+        .into_iter()
+        .filter(|(_, id)| *id as usize >= rows)
+        .map(|(name, id)| (id, name))
+        .collect();
+    tokens.sort();
+    let (id, name) = tokens.first()?;
+    let more = match tokens.len() - 1 {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    Some(format!(
+        "token {id} {name:?}{more} is beyond the embedding's {rows} rows; a text that has it is \
+         refused"
+    ))
+}
+
+/// The text of a file, if there is one, without the byte order mark that some editors write.
+pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(match text.strip_prefix('\u{feff}') {
+            Some(rest) => rest.to_string(),
+            None => text,
+        })),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(bitnet_formats::Error::io(path, "read")(e).into()),
     }
+}
+
+/// The JSON of a file, if there is one, as Python writes it.
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
+    let text = read_text(path)?;
+    let json = text.map(|text| python_json::parse(path, text.as_bytes()));
+    Ok(json.transpose()?)
 }
 
 /// Decodes tokens one at a time into whole characters.

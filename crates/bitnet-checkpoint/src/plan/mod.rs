@@ -1,7 +1,11 @@
 //! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
+mod floats;
 mod packing;
+pub(crate) mod sidecars;
 mod surroundings;
+
+pub use floats::FloatShare;
 
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
@@ -87,6 +91,10 @@ pub struct Job<'a> {
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     /// Notes for the user about the whole job.
     pub notes: Vec<String>,
+    /// What the output lacks, each a sentence that a user wants to read whatever else he does not.
+    pub losses: Vec<String>,
+    /// What a quantized model keeps as floats, if that is worth a word.
+    pub stays_float: Option<FloatShare>,
 }
 
 /// Whether a path names a folder of tensors or one file.
@@ -162,7 +170,7 @@ impl<'a> Job<'a> {
                 "the search must run first: search::resolve".into(),
             ));
         }
-        let selector = recipe.selector(source)?;
+        let selector = recipe.selector(source)?.without_roles_of(given.keys());
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
         (builder.importance, builder.given) = (importance, given);
         let mut count = 0;
@@ -183,6 +191,7 @@ impl<'a> Job<'a> {
                 }
             }
         }
+        builder.note_transposed();
         if let Some(name) = builder.given.keys().next() {
             return Err(Error::Recipe(format!(
                 "values for '{name}', which the recipe does not quantize"
@@ -199,11 +208,13 @@ impl<'a> Job<'a> {
                 source.path().display()
             )));
         }
-        let recipe = Recipe {
+        let resolved = Recipe {
             compute: Compute::default(),
             ..recipe.clone()
         };
-        builder.finish(serde_json::to_value(recipe).unwrap_or_default())
+        let stays_float = floats::float_share(source, &selector);
+        let job = builder.finish(serde_json::to_value(resolved).unwrap_or_default())?;
+        Ok(Self { stays_float, ..job })
     }
 
     /// Writes the same values and scales in another container or layout; float tensors do not
@@ -278,6 +289,7 @@ pub(crate) struct Builder<'a> {
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
+    losses: Vec<String>,
     importance: BTreeMap<String, Vec<f32>>,
     given: BTreeMap<String, Matrix>,
 }
@@ -313,6 +325,7 @@ impl<'a> Builder<'a> {
             }
             _ => {}
         }
+        source.refuse_undecoded()?;
         let mut builder = Self {
             source,
             format,
@@ -325,6 +338,7 @@ impl<'a> Builder<'a> {
             sidecars: None,
             config: source.config().cloned(),
             notes: source.notes().to_vec(),
+            losses: vec![],
             importance: BTreeMap::new(),
             given: BTreeMap::new(),
         };
@@ -418,13 +432,20 @@ impl<'a> Builder<'a> {
             {
                 return self.cast(index, ScaleDtype::F32, None);
             }
-            (Format::Gguf, _) if dtype.to_ggml().is_none() => {
+            (Format::Gguf, _) if dtype.to_ggml().is_none() && !dtype.is_float() => {
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
                     layout: "gguf",
                     why: format!("it has no type {dtype}"),
                 }));
             }
-            (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) if dtype.is_float() => {
+            (Format::Gguf, StoredType::Plain(_)) if dtype.to_ggml().is_none() => {
+                let note = Some(format!("{dtype} decoded to f32"));
+                return self.cast(index, ScaleDtype::F32, note);
+            }
+            (_, StoredType::Foreign(_))
+            | (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_))
+                if dtype.is_float() =>
+            {
                 return self.cast(
                     index,
                     ScaleDtype::F32,
@@ -592,7 +613,41 @@ impl<'a> Builder<'a> {
         (scale, zero)
     }
 
+    /// Says that rows of quantized matrices are inputs, where they are.
+    fn note_transposed(&mut self) {
+        let packed = self.tensor_jobs.iter().filter_map(|job| match &job.action {
+            Action::Pack(_) => job.tensor.map(|id| self.source.tensor(id)),
+            _ => None,
+        });
+        let transposed: Vec<_> = packed
+            .filter(|t| packing::transposed(self.source, t))
+            .collect();
+        if let Some(first) = transposed.first() {
+            self.notes.push(format!(
+                "{} weights are stored [in, out] (Conv1D), e.g. {}: a scale of 'channel' or 'group' \
+                 is one of an input there, not of an output",
+                transposed.len(),
+                first.name
+            ));
+        }
+    }
+
+    /// llama.cpp keeps a name in 64 bytes with the zero behind it.
+    fn check_gguf_names(&self) -> Result<()> {
+        match self.tensors.iter().find(|t| t.name.len() >= 64) {
+            Some(long) if self.format == Format::Gguf => Err(bitnet_formats::Error::tensor(
+                self.source.path(),
+                &long.name,
+                "a name of at most 63 bytes, which is all that GGUF readers take",
+                format!("{} bytes", long.name.len()),
+            )
+            .into()),
+            _ => Ok(()),
+        }
+    }
+
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
+        self.check_gguf_names()?;
         if let Container::Gguf(metadata) = &mut self.container
             && let Some(file_type) = surroundings::file_type(&self.tensors)
         {
@@ -645,6 +700,8 @@ impl<'a> Builder<'a> {
             },
             sidecars: self.sidecars,
             notes: self.notes,
+            losses: self.losses,
+            stays_float: None,
         })
     }
 }

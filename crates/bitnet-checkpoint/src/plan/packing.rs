@@ -6,7 +6,9 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{Content, ScaleSource, StoredId, StoredType, Tensor, TensorId, output};
+use bitnet_formats::{
+    Content, ScaleSource, Source, StoredId, StoredType, Tensor, TensorId, output,
+};
 
 impl Builder<'_> {
     /// Plans the quantization of a matrix: the first layout and scales that can hold it.
@@ -29,9 +31,20 @@ impl Builder<'_> {
             Some(output::AUTO) => return self.quantize_auto(index, choices),
             Some(name) => Some(pack::by_name(name)?),
         };
-        let allowed = self.allowed_layouts(named, precision)?;
+        let mut allowed = self.allowed_layouts(named, precision)?;
+        if self.format == Format::Gguf && tensor.shape.len() > 2 {
+            // Fewer readers know the later choices (Q2_0), above all for stacked experts.
+            allowed.truncate(1);
+        }
         if self.format == Format::HfBitnet {
             self.check_hf_bitnet(tensor, choices, allowed[0])?;
+            if self.stays_f32_in_transformers(tensor) {
+                let refusal = bitnet_core::Error::Unsupported {
+                    layout: allowed[0].name(),
+                    why: "transformers keeps the modules 'wo' of this model in f32".into(),
+                };
+                return self.keep_unquantized(index, &refusal);
+            }
         }
         if let Some(matrix) = self.given.remove(&tensor.name) {
             return self.quantize_given(index, shape, matrix, choices.layout.as_deref());
@@ -80,14 +93,41 @@ impl Builder<'_> {
         ))
     }
 
-    /// Refuses what an HF bitnet folder cannot say about a layer: another scale type, and a bias
-    /// that the linear class would scale.
+    /// Refuses what an HF bitnet folder cannot say about a layer: that it is no linear layer, another
+    /// scale type, and a bias that the linear class would scale.
     fn check_hf_bitnet(
         &self,
         tensor: &Tensor,
         choices: &Choices,
         layout: &dyn Layout,
     ) -> Result<()> {
+        let refused = |why: String| {
+            Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
+                layout: layout.name(),
+                why,
+            }))
+        };
+        if tensor.shape.len() != 2 {
+            return refused(format!(
+                "transformers' bitnet replaces linear layers only, and this has {} dimensions; give \
+                 --format safetensors, or a rule that keeps it",
+                tensor.shape.len()
+            ));
+        }
+        if is_numbered_expert(&tensor.name) {
+            return refused(
+                "transformers joins the experts to one tensor, which its bitnet does not replace; \
+                 give --format safetensors, or --exclude '*.experts.*'"
+                    .into(),
+            );
+        }
+        if transposed(self.source, tensor) {
+            return refused(
+                "it is stored [in, out] (Conv1D, as in gpt2), which transformers' bitnet does not \
+                 replace; give --format safetensors"
+                    .into(),
+            );
+        }
         let model = self.model_dtype();
         if let Some(dtype) = choices.scale_dtype.filter(|&dtype| dtype != model) {
             return Err(Error::Recipe(format!(
@@ -99,17 +139,20 @@ impl Builder<'_> {
             .strip_suffix("weight")
             .and_then(|layer| self.source.find(&format!("{layer}bias")));
         if let (Some(bias), LinearClass::AutoBitLinear) = (bias, self.linear_class) {
-            let why = format!(
+            return refused(format!(
                 "linear_class autobitlinear multiplies the bias '{}' by the scale too; \
                  bitlinear does not",
                 bias.name
-            );
-            return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
-                layout: layout.name(),
-                why,
-            }));
+            ));
         }
         Ok(())
+    }
+
+    /// Whether the model's class names this module in `_keep_in_fp32_modules`, which transformers'
+    /// quantizers leave alone: the output of the feed-forward layers of T5.
+    fn stays_f32_in_transformers(&self, tensor: &Tensor) -> bool {
+        let model_type = self.config.as_ref().and_then(|c| c["model_type"].as_str());
+        tensor.name.ends_with(".wo.weight") && model_type.is_some_and(|m| m.contains("t5"))
     }
 
     /// Packs values that the caller gave instead of quantizing the weights.
@@ -511,3 +554,31 @@ pub(super) fn default_layouts(
         }
     }))
 }
+
+/// Whether a matrix is stored `[in, out]`: its bias is as long as it has columns. Of square ones,
+/// and of those without a bias, config.json decides.
+pub(super) fn transposed(source: &Source, tensor: &Tensor) -> bool {
+    let [rows, cols] = tensor.shape[..] else {
+        return false;
+    };
+    let bias = tensor
+        .name
+        .strip_suffix("weight")
+        .and_then(|layer| source.find(&format!("{layer}bias")));
+    match bias.map(|b| b.elements()) {
+        Some(outputs) if rows != cols => outputs == cols,
+        Some(_) => source
+            .config()
+            .is_some_and(|c| CONV1D_MODELS.iter().any(|m| c["model_type"] == *m)),
+        None => false,
+    }
+}
+
+/// Whether a tensor belongs to one expert of several: `….experts.3.up_proj.weight`.
+fn is_numbered_expert(name: &str) -> bool {
+    name.split_once(".experts.")
+        .is_some_and(|(_, rest)| rest.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+/// Models whose blocks are made of transformers' Conv1D.
+const CONV1D_MODELS: &[&str] = &["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];

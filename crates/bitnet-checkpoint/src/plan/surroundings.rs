@@ -1,15 +1,15 @@
 //! The parts of an output beside its tensors: metadata, names and row orders, config.json and the
 //! other files of a folder.
 
-use super::{Action, Builder, Naming, Sidecar};
+use super::{Action, Builder, Naming, Sidecar, sidecars};
 use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
-use bitnet_formats::output::{self, Container, OutputTensor};
-use bitnet_formats::{Kind, StoredType, Tensor, gguf};
+use bitnet_formats::output::{Container, OutputTensor};
+use bitnet_formats::{Kind, StoredType, Tensor, gguf, python_json};
 use std::collections::BTreeMap;
 
 impl Builder<'_> {
@@ -35,7 +35,8 @@ impl Builder<'_> {
         };
         let model = arch::gguf_metadata(source.path(), config)?;
         self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
-        self.notes = model.notes;
+        self.notes.extend(model.notes);
+        self.losses = model.losses;
         self.container = Container::Gguf(model.metadata);
         if let Some(freqs) = model.rope_freqs {
             let bytes: Vec<u8> = freqs.iter().flat_map(|f| f.to_le_bytes()).collect();
@@ -61,40 +62,7 @@ impl Builder<'_> {
         let source = self.source;
         let mut sidecars = BTreeMap::new();
         match source.kind() {
-            Kind::Folder => {
-                let list = std::fs::read_dir(source.path())
-                    .map_err(bitnet_formats::Error::io(source.path(), "list"))?;
-                for entry in list.filter_map(|e| e.ok()) {
-                    let (path, name) = (
-                        entry.path(),
-                        entry.file_name().to_string_lossy().into_owned(),
-                    );
-                    let weights = [
-                        ".safetensors",
-                        ".bin",
-                        ".gguf",
-                        ".pt",
-                        ".pth",
-                        ".msgpack",
-                        ".h5",
-                        ".onnx",
-                        ".index.json",
-                    ];
-                    let ours = [output::PARTIAL, output::JOURNAL];
-                    if path.is_dir()
-                        && !name.starts_with('.')
-                        && !ours.iter().any(|w| name.ends_with(w))
-                    {
-                        self.notes.push(format!("the folder {name} is not copied"));
-                    }
-                    if path.is_file()
-                        && !name.starts_with('.')
-                        && !weights.iter().chain(&ours).any(|w| name.ends_with(w))
-                    {
-                        sidecars.insert(name, Sidecar::Copy(path));
-                    }
-                }
-            }
+            Kind::Folder => sidecars = sidecars::of_folder(source, &mut self.notes)?,
             Kind::Gguf => {
                 let shape = |name: &str| {
                     source
@@ -116,7 +84,7 @@ impl Builder<'_> {
                     None => self.notes.push("the tokenizer of this GGUF has no form as a tokenizer.json; it is not written".into()),
                 }
             }
-            Kind::Safetensors => {
+            Kind::File => {
                 return Err(Error::Recipe(format!(
                     "a folder needs the model's config.json: give the input as a folder, or an output that ends in .safetensors instead of {}",
                     source.path().display()
@@ -170,9 +138,12 @@ impl Builder<'_> {
         let Some(object) = config.as_object_mut() else {
             return Ok(());
         };
-        object.remove("quantization_config");
+        for key in ["quantization_config", "quantization", "compression_config"] {
+            object.remove(key);
+        }
         if self.format == Format::HfBitnet {
-            // transformers expects packed weights for every linear layer that is not named here.
+            // transformers expects packed weights for every linear layer that is not named here. It
+            // never replaces an embedding: to name one is harmless, and its name proves nothing.
             let mut keep: Vec<String> = self
                 .tensor_jobs
                 .iter()
@@ -180,10 +151,20 @@ impl Builder<'_> {
                     !matches!(u.action, Action::Pack(_)) && self.tensors[u.data].shape.len() == 2
                 })
                 .filter_map(|u| u.name.strip_suffix(".weight").map(str::to_string))
-                .filter(|n| !n.contains("embed") && !n.contains("norm"))
+                .filter(|n| n.rsplit('.').next() != Some("embed_tokens"))
                 .collect();
-            if !keep.is_empty() && !keep.iter().any(|k| k == "lm_head") {
+            // Without a list transformers leaves the head and the last module alone. The last one of
+            // a model without a head may be packed.
+            let causal = object
+                .get("architectures")
+                .and_then(|a| a[0].as_str())
+                .is_none_or(|a| a.ends_with("ForCausalLM"));
+            if (!keep.is_empty() || !causal) && !keep.iter().any(|k| k == "lm_head") {
                 keep.push("lm_head".into());
+            }
+            if !causal {
+                // Tied to the embedding, such a head is in no file.
+                keep.extend(TIED_HEADS.iter().map(|&head| head.into()));
             }
             let bitnet = BitnetConfig {
                 linear_class: self.linear_class,
@@ -201,12 +182,21 @@ impl Builder<'_> {
                 object.insert("quantization_config".into(), online);
             }
         }
-        let mut text = serde_json::to_string_pretty(config).unwrap_or_default();
+        let mut text = python_json::to_text(config);
         text.push('\n');
         sidecars.insert("config.json".into(), Sidecar::Bytes(text.into_bytes()));
         Ok(())
     }
 }
+
+/// Names of the tied heads of encoders, beside `lm_head`.
+const TIED_HEADS: &[&str] = &[
+    "cls.predictions.decoder",
+    "lm_head.decoder",
+    "predictions.decoder",
+    "vocab_projector",
+    "generator_lm_head",
+];
 
 /// `general.file_type` of llama.cpp: the type of most bytes of the two-dimensional tensors, where
 /// it has a number.

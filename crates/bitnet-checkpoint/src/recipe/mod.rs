@@ -4,6 +4,7 @@
 mod builder;
 mod choices;
 mod preset;
+mod role;
 mod sections;
 mod selector;
 mod validate;
@@ -12,6 +13,7 @@ pub use builder::RecipeBuilder;
 pub use choices::{Choices, LayoutChoice, Target};
 pub use preset::Preset;
 pub use sections::{Activations, Compute, MAX_THREADS, Machine, PrecisionControlConfig, Search};
+pub(crate) use selector::{Selector, Stays};
 pub use selector::{compile, escape};
 
 use crate::{Error, Result};
@@ -153,6 +155,10 @@ pub struct Recipe {
 
 /// Two-dimensional weights that are not linear layers, or that lose more than they save:
 /// embeddings, output heads, norms, routers.
+///
+/// As long as a recipe excludes these, and leaves `include` as it is, embeddings, heads, classifiers
+/// and routers stay under other names too: those with a dimension of the vocabulary, or a row for
+/// each position, label or expert, as config.json says or the shapes show.
 pub const DEFAULT_EXCLUDE: &[&str] = &[
     "*embed*",
     "*embd*",
@@ -191,7 +197,7 @@ impl Recipe {
     /// [`Error::Recipe`] with line and column for TOML that is not a recipe, and for another
     /// version.
     pub fn from_toml(text: &str) -> Result<Self> {
-        toml::from_str::<Self>(text)
+        toml::from_str::<Self>(without_mark(text))
             .map_err(|e| Error::Recipe(e.to_string().trim_end().into()))?
             .of_this_version()
     }
@@ -201,7 +207,7 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::from_toml`].
     pub fn from_json(text: &str) -> Result<Self> {
-        serde_json::from_str::<Self>(text)
+        serde_json::from_str::<Self>(without_mark(text))
             .map_err(|e| Error::Recipe(e.to_string()))?
             .of_this_version()
     }
@@ -241,6 +247,11 @@ impl Recipe {
     }
 }
 
+/// The text without the byte order mark that some editors put before it.
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +272,14 @@ mod tests {
             let message = Recipe::from_toml(toml).unwrap_err().to_string();
             assert!(message.contains(part), "{toml}: {message}");
         }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_recipe() {
+        let toml = "\u{feff}format = 'gguf'";
+        assert_eq!(Recipe::from_toml(toml).unwrap().format, Format::Gguf);
+        let json = "\u{feff}{\"format\": \"gguf\"}";
+        assert_eq!(Recipe::from_json(json).unwrap().format, Format::Gguf);
     }
 
     #[test]

@@ -1,13 +1,18 @@
 //! Which tensors of a checkpoint a recipe selects: its globs, compiled and checked.
 
-use super::{Choices, Recipe, Rule, Target};
+use super::role::{self, Role};
+use super::{Choices, DEFAULT_EXCLUDE, Recipe, Rule, Target};
 use crate::{Error, Result};
 use bitnet_formats::{Content, Source, Tensor};
 use globset::{GlobBuilder, GlobMatcher};
+use std::collections::HashMap;
 
 /// A glob in which `*` matches any characters.
 pub fn compile(glob: &str) -> Result<GlobMatcher> {
-    let matcher = GlobBuilder::new(glob).literal_separator(false).build();
+    let matcher = GlobBuilder::new(glob)
+        .literal_separator(false)
+        .backslash_escape(true)
+        .build();
     matcher
         .map(|g| g.compile_matcher())
         .map_err(|e| Error::Recipe(format!("glob '{glob}': {}", e.kind())))
@@ -76,6 +81,11 @@ impl Recipe {
                 .iter()
                 .map(|r| compile(&r.glob))
                 .collect::<Result<_>>()?,
+            roles: if self.is_default_selection() {
+                role::roles(source)
+            } else {
+                HashMap::new()
+            },
         };
         let own = |own: &[String], default: &[String]| {
             own.iter()
@@ -111,11 +121,24 @@ impl Recipe {
         }
         Ok(selector)
     }
+
+    /// Whether the recipe leaves the selection to the defaults, its own exclusions apart.
+    fn is_default_selection(&self) -> bool {
+        let excluded = |glob: &&str| self.exclude.iter().any(|own| own == glob);
+        self.include == Self::default().include && DEFAULT_EXCLUDE.iter().all(excluded)
+    }
 }
 
 /// The glob that matches `name` and nothing else.
 pub fn escape(name: &str) -> String {
-    globset::escape(name)
+    let mut glob = String::with_capacity(name.len());
+    for c in name.chars() {
+        if "?*[]{}\\".contains(c) {
+            glob.push('\\');
+        }
+        glob.push(c);
+    }
+    glob
 }
 
 /// Whether a tensor holds numbers, and rows of them if it is to be quantized.
@@ -130,28 +153,110 @@ pub(crate) struct Selector<'a> {
     include: Vec<GlobMatcher>,
     exclude: Vec<GlobMatcher>,
     rules: Vec<GlobMatcher>,
+    /// Weights that stay by default because of what they are.
+    roles: HashMap<String, Role>,
 }
 
-impl Selector<'_> {
+/// Why a tensor stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stays<'a> {
+    /// A rule of this glob keeps it.
+    Rule(&'a str),
+    /// It has that many dimensions, and no rule.
+    Dimensions(usize),
+    /// No glob of `include` matches its name.
+    NotIncluded,
+    /// This glob of `exclude` matches its name.
+    Excluded(&'a str),
+    /// It is no ordinary linear layer.
+    Role(Role),
+}
+
+impl<'a> Selector<'a> {
+    /// The recipe.
+    pub(crate) fn recipe(&self) -> &'a Recipe {
+        self.recipe
+    }
+
     /// Whether a rule decides about the tensor of that name.
     pub(crate) fn has_rule(&self, name: &str) -> bool {
         self.rules.iter().any(|g| g.is_match(name))
     }
 
+    /// Weights whose values are given are selected by name alone.
+    pub(crate) fn without_roles_of<'n>(mut self, names: impl Iterator<Item = &'n String>) -> Self {
+        for name in names {
+            self.roles.remove(name);
+        }
+        self
+    }
+
     /// The choices for a tensor; `None` if it stays as it is.
     ///
     /// Only weights with at least two dimensions can be quantized. Include reaches those with
-    /// exactly two; convolutions need a rule.
+    /// exactly two; convolutions and stacked experts need a rule.
     pub(crate) fn choices(&self, tensor: &Tensor) -> Option<Choices> {
         if matches!(tensor.content, Content::Opaque(_)) {
             return None;
         }
-        let matches = |globs: &[GlobMatcher]| globs.iter().any(|g| g.is_match(&tensor.name));
-        if let Some(i) = self.rules.iter().position(|g| g.is_match(&tensor.name)) {
+        if let Some(i) = self.rule_of(tensor) {
             let choices = self.recipe.rules[i].choices.over(&self.recipe.default);
             return can_become(tensor, choices.target()).then_some(choices);
         }
-        let selected = tensor.shape.len() == 2 && matches(&self.include) && !matches(&self.exclude);
+        let selected = self.left_out(tensor).is_none();
         selected.then(|| self.recipe.default.clone())
+    }
+
+    /// Why a tensor of floats stays floats; `None` if it is to be quantized.
+    pub(crate) fn stays(&self, tensor: &Tensor) -> Option<Stays<'a>> {
+        let quantized = |choices: &Choices| matches!(choices.target(), Target::Quantized(_));
+        match self.rule_of(tensor) {
+            Some(_) if self.choices(tensor).as_ref().is_some_and(quantized) => None,
+            Some(i) => Some(Stays::Rule(&self.recipe.rules[i].glob)),
+            None => self.left_out(tensor),
+        }
+    }
+
+    /// The first rule that matches.
+    fn rule_of(&self, tensor: &Tensor) -> Option<usize> {
+        self.rules.iter().position(|g| g.is_match(&tensor.name))
+    }
+
+    /// Why a tensor without a rule stays as it is.
+    fn left_out(&self, tensor: &Tensor) -> Option<Stays<'a>> {
+        let position = |globs: &[GlobMatcher]| globs.iter().position(|g| g.is_match(&tensor.name));
+        if tensor.shape.len() != 2 {
+            return Some(Stays::Dimensions(tensor.shape.len()));
+        }
+        if position(&self.include).is_none() {
+            return Some(Stays::NotIncluded);
+        }
+        if let Some(i) = position(&self.exclude) {
+            return Some(Stays::Excluded(&self.recipe.exclude[i]));
+        }
+        self.roles.get(&tensor.name).copied().map(Stays::Role)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_escaped_name_matches_itself_alone() {
+        for name in [
+            r"back\slash.weight",
+            "a[0].weight",
+            "{a,b}?*",
+            "plain.weight",
+            "][",
+        ] {
+            let glob = compile(&escape(name)).unwrap();
+            assert!(glob.is_match(name), "{name}");
+            assert!(
+                !glob.is_match(format!("{name}x")) && !glob.is_match("a"),
+                "{name}"
+            );
+        }
     }
 }

@@ -40,7 +40,7 @@ pub fn resolve(
     };
     recipe.validate()?;
     let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
-    check_target(source, builder.sidecars.is_some(), out, options.existing)?;
+    check_target(source, builder.sidecars.as_ref(), out, options.existing)?;
     let plan = SearchPlan::new(source, recipe, &mut builder, calibration)?;
     let budget = plan.budget(search)?;
     let candidates = plan.measure(source, options)?;

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 #[derive(Debug, Args)]
 #[command(next_help_heading = Option::<&str>::None)]
 pub(crate) struct InputArgs {
-    /// The checkpoint: a .safetensors file, a folder with config.json, or a .gguf
+    /// The checkpoint: a .safetensors, .bin or .gguf file, or a folder with config.json
     #[arg(value_name = "IN")]
     pub(crate) input: PathBuf,
     #[command(flatten)]
@@ -61,7 +61,8 @@ impl InputArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = Option::<&str>::None)]
 pub(crate) struct QuietArgs {
-    /// Print the result alone: no progress, no notes, no tensors
+    /// Print the result alone: no progress, no notes, no tensors. One note remains: that many layers
+    /// stay floats which no option excludes
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
@@ -76,7 +77,7 @@ pub(crate) struct JobArgs {
     /// or with a slash after it, or a folder that exists.
     #[arg(long, short, value_name = "PATH")]
     pub(crate) out: PathBuf,
-    /// Replace the output if it exists
+    /// Replace the output if it exists; in a folder, what this program wrote
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]

@@ -32,8 +32,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Quantize a checkpoint
     ///
-    /// Reads a .safetensors file, a folder with config.json, or a .gguf; writes whichever --out
-    /// names. Embeddings, heads, norms and routers are kept unless a rule names them.
+    /// Reads a .safetensors, .bin (PyTorch) or .gguf file, or a folder with config.json; writes
+    /// whichever --out names. Embeddings, heads, norms and routers are kept unless a rule names them.
     #[command(after_help = examples::QUANTIZE)]
     Quantize(Box<QuantizeArgs>),
     /// List the tensors of a checkpoint with their bits per weight, and report what looks wrong

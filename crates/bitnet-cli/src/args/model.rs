@@ -6,6 +6,7 @@ use crate::print::note;
 use bitnet_formats::source::OpenOptions;
 use bitnet_inference::{
     ActivationType, CacheType, Config, FloatType, GenerateOptions, LoadOptions, Model, Sampling,
+    Tools,
 };
 use bitnet_kernels::Kernels;
 use clap::Args;
@@ -72,6 +73,35 @@ impl LoadArgs {
         }
         Ok(model)
     }
+
+    /// The tokens of a text, with a note if it begins with the start token that the tokenizer adds.
+    pub(crate) fn encode(
+        &self,
+        model: &Model,
+        text: &str,
+        quiet: &QuietArgs,
+    ) -> anyhow::Result<Vec<u32>> {
+        let tokenizer = model.tokenizer()?;
+        let tokens = tokenizer.encode(text, true)?;
+        if !quiet.quiet
+            && let Some(start) = tokenizer.doubled_start(&tokens)?
+        {
+            note(format!(
+                "the text begins with the start token {:?}, which the tokenizer adds: the model \
+                 sees it twice",
+                tokenizer.name(start).unwrap_or_default()
+            ));
+        }
+        Ok(tokens)
+    }
+}
+
+/// Reads the file of `--tools`.
+pub(crate) fn read_tools(path: &Path) -> anyhow::Result<Tools> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", path.display()))?;
+    Tools::from_json(text.trim_start_matches('\u{feff}'))
+        .map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
 /// How tokens are chosen, and when generation ends.
@@ -157,6 +187,9 @@ pub(crate) struct RunArgs {
     /// Send the prompt as a user's message, through the model's chat template
     #[arg(long)]
     pub(crate) chat: bool,
+    /// Tools that the model may call, for its chat template: a JSON list of functions
+    #[arg(long, value_name = "FILE", requires = "chat")]
+    pub(crate) tools: Option<PathBuf>,
     /// Positions of the context; 0 for what prompt and --max-tokens need
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) context: usize,
@@ -175,6 +208,9 @@ pub(crate) struct ChatArgs {
     /// Text of the system message
     #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
+    /// Tools that the model may call, for its chat template: a JSON list of functions
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tools: Option<PathBuf>,
     /// Positions of the context; 0 for the model's, at most 4096
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) context: usize,

@@ -136,6 +136,7 @@ fn title(check: &str) -> &str {
         "corrupt" => "damaged",
         "scale" => "doubtful scale",
         "k" => "columns",
+        "tied" => "tied head",
         other => other,
     }
 }

@@ -1,7 +1,7 @@
 //! `bitnet perplexity`: how well a model predicts a text.
 
 use crate::args::model::PerplexityArgs;
-use crate::print::{Answer, Output};
+use crate::print::{Answer, Output, without_bom};
 use crate::progress::{TokenBar, interrupt};
 use bitnet_inference::Model;
 use bitnet_inference::perplexity::{Mean, Perplexity, Windows, compare, perplexity};
@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 pub(crate) fn run(args: &PerplexityArgs, out: &mut Output) -> anyhow::Result<Answer> {
     let text = std::fs::read_to_string(&args.text)
         .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", args.text.display()))?;
+    let text = without_bom(text, &args.text.display().to_string());
     let model = args.load.load(&args.model, &args.quiet)?;
     let reference = args
         .reference
@@ -77,7 +78,7 @@ fn tokens(
     model: &Model,
     reference: Option<&Model>,
 ) -> anyhow::Result<Vec<u32>> {
-    let mut tokens = model.tokenizer()?.encode(text, true)?;
+    let mut tokens = args.load.encode(model, text, &args.quiet)?;
     if let Some(reference) = reference {
         anyhow::ensure!(
             reference.tokenizer()?.encode(text, true)? == tokens,

@@ -1,8 +1,8 @@
 //! `bitnet run`: generates text from a prompt.
 
-use crate::args::model::RunArgs;
+use crate::args::model::{RunArgs, read_tools};
 use crate::generation::{finish_name, speed, speed_json};
-use crate::print::{Answer, Output, note, stderr_line};
+use crate::print::{Answer, Output, note, stderr_line, without_bom};
 use crate::progress::interrupt;
 use anyhow::Context;
 use bitnet_inference::{ChatMessage, Error, Finish};
@@ -20,14 +20,15 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
                 .lock()
                 .read_to_string(&mut text)
                 .context("cannot read the prompt from stdin")?;
-            text
+            without_bom(text, "stdin")
         }
     };
+    let tools = args.tools.as_deref().map(read_tools).transpose()?;
     let model = args.load.load(&args.model, &args.quiet)?;
     let tokens = if args.chat {
-        model.chat_tokens(&[ChatMessage::new("user", prompt)])?
+        model.chat_tokens_with(&[ChatMessage::new("user", prompt)], tools.as_ref())?
     } else {
-        model.tokenizer()?.encode(&prompt, true)?
+        args.load.encode(&model, &prompt, &args.quiet)?
     };
     let context = match args.context {
         0 => tokens

@@ -61,6 +61,17 @@ pub(crate) fn safetensors(tensors: &[T]) -> Vec<u8> {
     raw(&Value::Object(header).to_string(), &data)
 }
 
+/// A safetensors file with one more tensor at its end.
+pub(crate) fn with_tensor(file: &[u8], T(name, dtype, shape, bytes): &T) -> Vec<u8> {
+    let (size, rest) = file.split_at(8);
+    let size = u64::from_le_bytes(size.try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&rest[..size]).unwrap();
+    let data = [&rest[size..], bytes].concat();
+    let range = [data.len() - bytes.len(), data.len()];
+    header[*name] = json!({"dtype": dtype, "shape": shape, "data_offsets": range});
+    raw(&header.to_string(), &data)
+}
+
 /// Numbers that depend on the seed only.
 pub(crate) fn random(seed: u64) -> impl FnMut() -> u64 {
     let mut random = Random::new(seed);

@@ -229,13 +229,41 @@ impl Architecture {
     pub fn from_hf_config(path: &Path, config: &Value) -> Result<&'static Self> {
         let key = "model_type";
         let value = config.get(key);
-        value
-            .and_then(Value::as_str)
-            .and_then(Self::by_name)
-            .ok_or_else(|| {
-                let names = ARCHITECTURES.iter().map(|a| a.name);
-                Error::config(path, key, one_of(names), shown(value))
-            })
+        let known = value.and_then(Value::as_str).and_then(Self::by_name);
+        let architecture = known.ok_or_else(|| {
+            let names = ARCHITECTURES.iter().map(|a| a.name);
+            Error::config(path, key, one_of(names), shown(value))
+        })?;
+        architecture.check_class(path, config)?;
+        Ok(architecture)
+    }
+
+    /// Refuses the first BitNet models: by `model_type` they are a llama, but their own class makes
+    /// the weights ternary in each forward pass and has two norms more.
+    fn check_class(&self, path: &Path, config: &Value) -> Result<()> {
+        let bits = config.get("weight_bits").filter(|v| !v.is_null());
+        let class = config.pointer("/architectures/0").and_then(Value::as_str);
+        let bitnet = |class: &str| class == "BitnetForCausalLM";
+        let is_bitnet = class.is_some_and(bitnet);
+        let few_bits = bits.is_some_and(|b| b.as_f64().is_none_or(|b| b < 16.0));
+        if self.name == BITNET.name || !(is_bitnet || few_bits) {
+            return Ok(());
+        }
+        let expected = format!(
+            "{} with weights that are used as they are stored; only quantize and dequantize take \
+             others",
+            self.hf_class
+        );
+        let (key, value) = match bits {
+            Some(bits) => ("weight_bits", Some(bits)),
+            None => ("architectures", config.get("architectures")),
+        };
+        let got = format!(
+            "{} of a {}, whose weights are made ternary in each forward pass",
+            shown(value),
+            class.unwrap_or("model without a class")
+        );
+        Err(Error::config(path, key, expected, got))
     }
 
     /// From `general.architecture` of a GGUF.
@@ -375,6 +403,32 @@ mod tests {
         );
         let none = Architecture::from_gguf(&[]).unwrap_err().to_string();
         assert!(none.contains("got none"), "{none}");
+    }
+
+    /// 1bitLLM's first models: their class computes something else than llama's.
+    #[test]
+    fn a_llama_that_is_made_ternary_is_refused() {
+        let path = Path::new("config.json");
+        let read = |class: &str, bits: Value| {
+            let config =
+                json!({"model_type": "llama", "architectures": [class], "weight_bits": bits});
+            Architecture::from_hf_config(path, &config)
+        };
+        for (class, bits) in [
+            ("BitnetForCausalLM", json!(1)),
+            ("BitnetForCausalLM", Value::Null),
+            ("LlamaForCausalLM", json!(1)),
+        ] {
+            let message = read(class, bits.clone()).unwrap_err().to_string();
+            assert!(
+                message.contains("ternary in each forward pass"),
+                "{message}"
+            );
+            assert!(message.contains(class) || bits == 1, "{message}");
+        }
+        for bits in [Value::Null, json!(16)] {
+            assert_eq!(read("LlamaForCausalLM", bits).unwrap(), &LLAMA);
+        }
     }
 
     /// Conversion needs no graph. A qwen3 model that is trained as llama would lose its norms of q

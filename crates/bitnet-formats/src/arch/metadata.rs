@@ -1,17 +1,22 @@
 //! The keys of a GGUF from a config.json, and a config.json from the keys of a GGUF.
 
 use super::architecture::{Activation, Architecture};
+use super::end_ids;
 use super::keys::GgufKeys;
 use super::rope::HfRope;
 use super::tokenizer;
 use super::values::{HfConfig, find};
-use crate::gguf;
 use crate::{Error, Result};
+use crate::{gguf, hints};
 use serde_json::{Value, json};
 use std::path::Path;
 
 /// Name of the tensor that holds [`GgufMetadata::rope_freqs`].
 pub const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// Largest vocabulary: a list of this length is made before the embedding is looked at. Known
+/// models have at most 262,208 tokens.
+const MAX_VOCAB: usize = 1 << 22;
 
 /// What a GGUF of a model has besides the model's own tensors.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +30,8 @@ pub struct GgufMetadata {
     pub rope_freqs: Option<Vec<f32>>,
     /// Differences between the folder and the file, each a sentence for a person.
     pub notes: Vec<String>,
+    /// What of the tokenizer is not in the file, each a sentence for a person.
+    pub losses: Vec<String>,
 }
 
 /// Keys of llama.cpp for a model folder with this config.json, tokenizer included.
@@ -47,6 +54,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     let mut notes = vec![];
     let heads = HeadShape::read(&config, architecture)?;
     let vocab_size = config.size("vocab_size")?;
+    if vocab_size > MAX_VOCAB {
+        return Err(config.bad("vocab_size", &format!("at most {MAX_VOCAB}")));
+    }
     let activation = architecture.activation(&config)?;
     let rope = HfRope::read(&config, architecture, heads.dim)?;
     check_limits(&config, architecture, &heads, &mut notes)?;
@@ -90,13 +100,18 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     if rope.freqs.is_some() {
         notes.push(format!("llama3 rope scaling is the tensor {ROPE_FREQS}"));
     }
-    let tokenizer = tokenizer::gguf_tokenizer(folder, config.value, vocab_size, &mut notes)?;
+    let mut resolved = config.value.clone();
+    resolved["eos_token_id"] = end_ids::eos_ids(folder, &config)?.into();
+    let mut losses = vec![];
+    let said = (&mut losses, &mut notes);
+    let tokenizer = tokenizer::gguf_tokenizer(folder, &resolved, vocab_size, said)?;
     metadata.extend(tokenizer);
     Ok(GgufMetadata {
         architecture,
         metadata,
         rope_freqs: rope.freqs,
         notes,
+        losses,
     })
 }
 
@@ -172,10 +187,7 @@ fn check_limits(
 /// The keys that every GGUF begins with.
 fn general_keys(folder: &Path, architecture: &Architecture) -> Vec<(String, gguf::Value)> {
     let prefix = architecture.gguf_name();
-    let name = folder
-        .canonicalize()
-        .ok()
-        .and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let name = hints::model_name(folder);
     vec![
         ("general.architecture".into(), prefix.into()),
         ("general.type".into(), "model".into()),
@@ -262,13 +274,17 @@ pub fn hf_config(
     });
     for (key, id) in [
         ("bos_token_id", "bos_token_id"),
-        ("eos_token_id", "eos_token_id"),
         ("pad_token_id", "padding_token_id"),
     ] {
         let id = find(metadata, &format!("tokenizer.ggml.{id}"));
         if let Some(id) = id.and_then(gguf::Value::as_u64) {
             config[key] = id.into();
         }
+    }
+    match end_ids::gguf_eos_ids(metadata).as_slice() {
+        [] => {}
+        [one] => config["eos_token_id"] = (*one).into(),
+        several => config["eos_token_id"] = several.into(),
     }
     Ok(config)
 }

@@ -61,9 +61,9 @@ fn llama_keys() {
     assert_eq!(get("llama.rope.freq_base"), G::F32(500_000.0));
     assert_eq!(get("tokenizer.ggml.model"), G::from("none"));
     assert!(
-        made.notes.iter().any(|n| n.contains("no tokenizer.json")),
+        made.losses.iter().any(|n| n.contains("no tokenizer.json")),
         "{:?}",
-        made.notes
+        made.losses
     );
     for absent in [
         "llama.attention.key_length",
@@ -185,6 +185,8 @@ fn what_llama_cpp_cannot_follow_is_refused() {
         (llama(), "hidden_size", json!(1u64 << 40)),
         (llama(), "num_key_value_heads", json!(3)),
         (llama(), "head_dim", json!(15)),
+        (llama(), "head_dim", json!(1_073_741_832)),
+        (llama(), "vocab_size", json!(2_147_483_648u64)),
         (llama(), "rms_norm_eps", json!(-1.0)),
         (llama(), "rope_theta", json!("big")),
         (bitnet(), "hidden_act", json!("gelu")),

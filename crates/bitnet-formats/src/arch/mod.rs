@@ -7,6 +7,7 @@
 //! is [`hf_config`], [`hf_tokenizer`], [`Architecture::hf_tensor`] and [`Architecture::hf_rows`].
 
 mod architecture;
+mod end_ids;
 mod keys;
 mod metadata;
 mod names;
@@ -19,6 +20,7 @@ pub use architecture::{
     ARCHITECTURES, Activation, Architecture, BITNET, DecoderGraph, GgufName, HfDefaults, LLAMA,
     strip_prefix,
 };
+pub use end_ids::eos_ids;
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config};
 pub use rope::HfRope;
 pub use rows::HeadCounts;

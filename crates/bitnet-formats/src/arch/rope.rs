@@ -16,15 +16,20 @@ pub struct HfRope {
     pub freqs: Option<Vec<f32>>,
 }
 
+/// Largest head: a table of this length is made before any tensor is looked at. Known models have
+/// at most 512.
+const MAX_HEAD_DIM: usize = 1 << 16;
+
 impl HfRope {
     /// From `rope_parameters` (since transformers 5), or from `rope_theta` and `rope_scaling`.
     ///
     /// # Errors
     /// [`Error::Config`] for a scaling that the architecture does not have, for a parameter that is
-    /// missing, and for a head of an odd number of dimensions.
+    /// missing, and for a head of an odd or absurd number of dimensions.
     pub fn read(config: &HfConfig, architecture: &Architecture, head_dim: usize) -> Result<Self> {
-        if !head_dim.is_multiple_of(2) {
-            return Err(config.bad("head_dim", "an even number"));
+        if !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
+            let expected = format!("an even number of at most {MAX_HEAD_DIM}");
+            return Err(config.bad("head_dim", &expected));
         }
         let key = if config.get("rope_parameters").is_some() {
             "rope_parameters"

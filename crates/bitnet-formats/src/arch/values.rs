@@ -1,6 +1,6 @@
 //! Values of a config.json and of a GGUF's metadata, and how messages show them.
 
-use crate::{Error, Result, gguf};
+use crate::{Error, Result, gguf, python_json};
 use serde_json::Value;
 use std::path::Path;
 
@@ -60,6 +60,23 @@ impl HfConfig<'_> {
             .ok_or_else(|| self.bad(key, "a positive number"))
     }
 
+    /// The tokens of a key that holds one token or a list; none where it is missing.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else.
+    pub fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
+        let one = |v: &Value| {
+            v.as_u64()
+                .and_then(|n| u32::try_from(n).ok())
+                .ok_or_else(|| self.bad(key, "a token, or a list of tokens"))
+        };
+        match self.get(key) {
+            None => Ok(vec![]),
+            Some(Value::Array(all)) => all.iter().map(one).collect(),
+            Some(value) => Ok(vec![one(value)?]),
+        }
+    }
+
     /// A boolean; false where there is none.
     ///
     /// # Errors
@@ -96,7 +113,7 @@ pub(super) fn shown(value: Option<&Value>) -> String {
     match value {
         None => "none".into(),
         Some(value) => {
-            let text = value.to_string();
+            let text = python_json::unmarked(&value.to_string());
             match text.char_indices().nth(120) {
                 Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
                 None => text,

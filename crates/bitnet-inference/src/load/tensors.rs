@@ -77,13 +77,7 @@ impl<'a> CheckpointLoader<'a> {
     pub(super) fn find(&self, hf_name: &str, shape: &[usize]) -> Result<FoundTensor<'a>> {
         let name = self.stored_name(hf_name);
         let Some(tensor) = self.source.find(&name) else {
-            return Err(bitnet_formats::Error::tensor(
-                self.source.path(),
-                &name,
-                format!("shape {shape:?}"),
-                "no such tensor",
-            )
-            .into());
+            return Err(self.missing(&name, hf_name, shape));
         };
         locked(&self.used).insert(name);
         let found = FoundTensor {
@@ -104,6 +98,19 @@ impl<'a> CheckpointLoader<'a> {
         Ok(found)
     }
 
+    /// The error of a tensor that is not there.
+    fn missing(&self, name: &str, hf_name: &str, shape: &[usize]) -> Error {
+        let mut got = "no such tensor".to_string();
+        if hf_name == "lm_head.weight" {
+            got += "; config.json needs tie_word_embeddings true if the embedding is the output \
+                    matrix";
+        } else if let Some(nearest) = self.source.nearest(name) {
+            got += &format!("; the nearest name is '{nearest}'");
+        }
+        let expected = format!("shape {shape:?}");
+        bitnet_formats::Error::tensor(self.source.path(), name, expected, got).into()
+    }
+
     /// The file of a tensor's first part.
     fn file_of(&self, tensor: &Tensor) -> &'a Path {
         self.source.file_of_tensor(tensor)
@@ -115,7 +122,7 @@ impl<'a> CheckpointLoader<'a> {
                 let name = self.config.architecture.gguf_tensor(hf_name);
                 name.unwrap_or_else(|| hf_name.into())
             }
-            Kind::Safetensors | Kind::Folder => hf_name.into(),
+            Kind::File | Kind::Folder => hf_name.into(),
         }
     }
 

@@ -279,7 +279,9 @@ fn ids_from_config_json_and_flags_from_the_settings() {
 #[test]
 fn folders() {
     let folder = tempfile::tempdir().unwrap();
-    let made = |notes: &mut Vec<String>| gguf_tokenizer(folder.path(), &json!({}), 7, notes);
+    let made = |losses: &mut Vec<String>| {
+        gguf_tokenizer(folder.path(), &json!({}), 7, (losses, &mut vec![]))
+    };
     let put = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
     let mut notes = vec![];
     assert_eq!(
@@ -312,6 +314,30 @@ fn folders() {
     assert_eq!(template(&made(&mut notes).unwrap()), Some(G::from("y")));
     put("chat_template.jinja", "z");
     assert_eq!(template(&made(&mut notes).unwrap()), Some(G::from("z")));
+}
+
+#[test]
+fn added_tokens_beyond_the_embedding_are_left_out_and_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tokenizer = byte_level();
+    tokenizer["model"]["vocab"]["<tool>"] = json!(6);
+    fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let settings = folder.path().join("tokenizer_config.json");
+    fs::write(settings, r#"{"bos_token": "<s>"}"#).unwrap();
+    for (rows, expected) in [(7, 0), (6, 1)] {
+        let (mut losses, mut notes) = (vec![], vec![]);
+        let said = (&mut losses, &mut notes);
+        let pairs = gguf_tokenizer(folder.path(), &json!({}), rows, said).unwrap();
+        assert!(
+            find(&pairs, "tokenizer.ggml.tokens").is_some(),
+            "{losses:?}"
+        );
+        assert_eq!(losses.len(), expected, "{losses:?}");
+        assert!(
+            losses.iter().all(|loss| loss.contains("token 6 '<tool>'")),
+            "{losses:?}"
+        );
+    }
 }
 
 #[test]

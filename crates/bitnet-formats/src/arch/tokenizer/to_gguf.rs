@@ -3,9 +3,10 @@
 use super::kind;
 use super::plan::{Plan, SPACE, plan_bpe, plan_unigram, steps};
 use super::vocabulary::{byte_token, merges, outside, scores_of_merges, vocabulary};
+use crate::arch::end_ids::EndIds;
 use crate::arch::values::shown;
 use crate::gguf::{self, Array};
-use crate::{Error, Result};
+use crate::{Error, Result, hints, python_json};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
@@ -14,19 +15,20 @@ use std::path::Path;
 
 pub(super) type Pairs = Vec<(String, gguf::Value)>;
 
-/// The tokenizer's keys: `none` and a note if GGUF cannot express it.
+/// The tokenizer's keys: `none` if GGUF cannot express it. What is lost goes into `losses`, other
+/// differences into `notes`. `eos_token_id` of `config` has all tokens that end a text.
 pub(in crate::arch) fn gguf_tokenizer(
     folder: &Path,
     config: &Value,
     vocab_size: usize,
-    notes: &mut Vec<String>,
+    (losses, notes): (&mut Vec<String>, &mut Vec<String>),
 ) -> Result<Pairs> {
     let none = || vec![("tokenizer.ggml.model".into(), "none".into())];
     let lost = "the file has no tokenizer, so programs must work with token ids";
     let settings = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
     let path = folder.join("tokenizer.json");
-    let Some(tokenizer) = read_json(&path)? else {
-        notes.push(format!("there is no tokenizer.json: {lost}"));
+    let Some(mut tokenizer) = read_json(&path)? else {
+        losses.push(format!("there is no tokenizer.json: {lost}"));
         return Ok(none());
     };
     let template = match fs::read_to_string(folder.join("chat_template.jinja")) {
@@ -34,6 +36,12 @@ pub(in crate::arch) fn gguf_tokenizer(
         Err(e) if e.kind() == ErrorKind::NotFound => None,
         Err(e) => return Err(Error::io(&folder.join("chat_template.jinja"), "read")(e)),
     };
+    for (id, token) in take_out_beyond(&mut tokenizer, vocab_size) {
+        losses.push(format!(
+            "token {id} '{token}' of tokenizer.json is beyond the embedding's {vocab_size} rows and \
+             is not in the file"
+        ));
+    }
     match express(&tokenizer, &settings, config, vocab_size) {
         Ok((mut pairs, said)) => {
             notes.extend(said);
@@ -43,7 +51,7 @@ pub(in crate::arch) fn gguf_tokenizer(
             Ok(pairs)
         }
         Err(reason) => {
-            notes.push(format!(
+            losses.push(format!(
                 "tokenizer.json cannot be expressed ({reason}): {lost}"
             ));
             Ok(none())
@@ -51,12 +59,39 @@ pub(in crate::arch) fn gguf_tokenizer(
     }
 }
 
+/// Takes out the added tokens behind the last row of the embedding. A model runs without them as
+/// long as no text has one.
+fn take_out_beyond(tokenizer: &mut Value, vocab_size: usize) -> Vec<(u64, String)> {
+    let Some(added) = tokenizer.get_mut("added_tokens") else {
+        return vec![];
+    };
+    let mut beyond = vec![];
+    for token in added.as_array().into_iter().flatten() {
+        if let (Some(id), Some(text)) = (token["id"].as_u64(), token["content"].as_str())
+            && id >= vocab_size as u64
+        {
+            beyond.push((id, text.to_string()));
+        }
+    }
+    if let Some(added) = added.as_array_mut() {
+        added.retain(|token| token["id"].as_u64().is_none_or(|id| id < vocab_size as u64));
+    }
+    let vocabulary = tokenizer.pointer_mut("/model/vocab");
+    if let Some(vocabulary) = vocabulary.and_then(Value::as_object_mut) {
+        for (_, text) in &beyond {
+            vocabulary.shift_remove(text);
+        }
+    }
+    beyond
+}
+
 fn read_json(path: &Path) -> Result<Option<Value>> {
     match fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::file(path, "JSON", e.to_string())),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Ok(bytes) => python_json::parse(path, &bytes).map(Some),
+        Err(e) if e.kind() == ErrorKind::NotFound => match hints::dangling_link(path) {
+            Some(got) => Err(Error::file(path, "a file", got)),
+            None => Ok(None),
+        },
         Err(e) => Err(Error::io(path, "read")(e)),
     }
 }
@@ -116,6 +151,7 @@ pub(super) fn express(
         unknown: unknown.or_else(|| id_of("unk")),
     };
     special.put(&mut pairs, &mut notes);
+    put_ends(config, special.eos, &tokens, &mut pairs, &mut notes);
     for (name, side, id) in [
         ("add_bos_token", Side::Start, special.bos),
         ("add_eos_token", Side::End, special.eos),
@@ -260,6 +296,43 @@ impl SpecialIds {
                     .into(),
             );
         }
+    }
+}
+
+/// Names the other tokens that end a text, and notes what the file cannot say of them.
+fn put_ends(
+    config: &Value,
+    eos: Option<usize>,
+    tokens: &[String],
+    pairs: &mut Pairs,
+    notes: &mut Vec<String>,
+) {
+    let value = &config["eos_token_id"];
+    let list = value
+        .as_array()
+        .map_or(std::slice::from_ref(value), |all| all);
+    let ids = list.iter().filter_map(Value::as_u64).map(|id| id as usize);
+    let ids: Vec<usize> = ids.filter(|id| *id < tokens.len()).collect();
+    let name = |id: usize| tokens.get(id).map_or("", String::as_str);
+    let ends = EndIds::new(&ids, eos, tokens);
+    for (key_name, id) in [("eot_token_id", ends.turn), ("eom_token_id", ends.message)] {
+        if let Some(id) = id {
+            pairs.push((key(key_name), gguf::Value::U32(id as u32)));
+        }
+    }
+    for id in ends.lost {
+        notes.push(format!(
+            "token {id} '{}' ends a text in the folder and not in the GGUF, which names three such \
+             tokens at most",
+            name(id)
+        ));
+    }
+    if let Some(eos) = eos.filter(|eos| !ids.is_empty() && !ids.contains(eos)) {
+        notes.push(format!(
+            "token {eos} '{}', the eos_token of tokenizer_config.json, ends a text in the GGUF and \
+             not in the folder, whose eos_token_id is {value}",
+            name(eos)
+        ));
     }
 }
 

@@ -1,0 +1,92 @@
+//! Matrices that other programs quantized, against the floats that their own readers make of them:
+//! `scripts/make-foreign-golden.py` wrote both.
+
+use bitnet_formats::{Content, Source};
+use std::path::{Path, PathBuf};
+
+const WEIGHT: &str = "model.layers.0.mlp.up_proj.weight";
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data/foreign")
+        .join(name)
+}
+
+fn floats(source: &Source, name: &str, range: std::ops::Range<usize>) -> Vec<f32> {
+    let tensor = source.find(name).unwrap();
+    assert_eq!(tensor.shape, [32, 64], "{name}");
+    let Content::Float(stored) = tensor.content else {
+        panic!("{name}: {:?}", source.notes());
+    };
+    let mut out = vec![0.0; range.len()];
+    source
+        .read_floats(stored, range, &mut vec![], &mut out)
+        .unwrap();
+    out
+}
+
+/// Checks a golden folder and returns the type of its matrix.
+fn check(name: &str) -> String {
+    let source = Source::open(&folder(name)).unwrap();
+    // The parts are no tensors of the model.
+    assert_eq!(source.tensors().len(), 2, "{name}");
+    let expected = floats(&source, "expected", 0..32 * 64);
+    assert_eq!(floats(&source, WEIGHT, 0..32 * 64), expected, "{name}");
+    // A range need not begin or end with a row.
+    assert_eq!(
+        floats(&source, WEIGHT, 70..200),
+        expected[70..200],
+        "{name}"
+    );
+    source.refuse_undecoded().unwrap();
+    let stored = source.find_stored(WEIGHT).unwrap();
+    // Its bytes are several tensors.
+    assert!(source.read_all(stored).is_err());
+    assert_eq!(source.notes().len(), 1, "{:?}", source.notes());
+    source.stored(stored).dtype.to_string()
+}
+
+#[test]
+fn gptq_of_2_3_4_and_8_bits_as_autogptq_reads_it() {
+    for bits in [2, 3, 4, 8] {
+        assert_eq!(
+            check(&format!("gptq-{bits}")),
+            format!("GPTQ {bits}-bit group 32")
+        );
+    }
+}
+
+#[test]
+fn gptq_v2_stores_zero_points_as_they_are() {
+    assert_eq!(check("gptq-v2"), "GPTQ 4-bit group 32");
+}
+
+#[test]
+fn awq_as_autoawq_reads_it() {
+    assert_eq!(check("awq"), "AWQ 4-bit group 32");
+}
+
+#[test]
+fn mlx_as_mlx_reads_it() {
+    for bits in [2, 3, 4, 5, 6, 8] {
+        assert_eq!(
+            check(&format!("mlx-{bits}")),
+            format!("MLX {bits}-bit group 32")
+        );
+    }
+}
+
+#[test]
+fn compressed_tensors_as_their_package_reads_them() {
+    for bits in [3, 4, 8] {
+        let got = check(&format!("compressed-tensors-{bits}"));
+        assert_eq!(got, format!("compressed-tensors {bits}-bit group 32"));
+    }
+}
+
+#[test]
+fn fp8_with_scales_of_blocks_rows_and_the_tensor() {
+    assert_eq!(check("fp8-block"), "FP8 8-bit group 32");
+    assert_eq!(check("fp8-row"), "FP8 8-bit");
+    assert_eq!(check("fp8-tensor"), "FP8 8-bit");
+}
