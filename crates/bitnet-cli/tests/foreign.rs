@@ -186,6 +186,19 @@ fn floats(file: &[u8], name: &str) -> Vec<u8> {
 }
 
 #[test]
+fn the_version_of_gptq_is_said_where_it_is_assumed() {
+    let dir = Dir::new();
+    for (name, assumed) in [("gptq-4", true), ("gptq-v2", false), ("awq", false)] {
+        let inspect = dir.run(&["inspect", &format!("{GOLDEN}/{name}")]);
+        let said = inspect
+            .is(0)
+            .stdout()
+            .contains("no config names the checkpoint_format");
+        assert_eq!(said, assumed, "{name}");
+    }
+}
+
+#[test]
 fn known_methods_become_floats_and_leave_no_trace() {
     const WEIGHT: &str = "model.layers.0.mlp.up_proj.weight";
     let dir = Dir::new();

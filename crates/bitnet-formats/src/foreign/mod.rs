@@ -178,7 +178,8 @@ impl Storage {
                 match &matrices[0].coding {
                     Ok(_) => format!(
                         "{count} {foreign_type}, quantized already: read as the floats that they \
-                         stand for"
+                         stand for{}",
+                        self.assumed(foreign_type.method)
                     ),
                     Err(why) => format!(
                         "{count} {foreign_type}, quantized already ('{}', …): not read: {why}",
@@ -187,6 +188,18 @@ impl Storage {
                 }
             })
             .collect()
+    }
+
+    /// What the files leave open about a method, and what is assumed.
+    fn assumed(&self, method: ForeignMethod) -> &'static str {
+        let open = method == ForeignMethod::Gptq
+            && Declared::read(self).text("checkpoint_format").is_none();
+        if open {
+            "; no config names the checkpoint_format: zero points count as stored less one, as in \
+             the first version of GPTQ"
+        } else {
+            ""
+        }
     }
 
     /// The method that the config names where no matrix is quantized.

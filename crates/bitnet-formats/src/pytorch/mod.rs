@@ -70,7 +70,8 @@ impl PytorchHeader {
     /// not contiguous or leaves its storage.
     pub(crate) fn read(path: &Path, file: &File) -> Result<Self> {
         let bad = |got: String| Error::file(path, "an archive of torch.save", got);
-        let archive = ZipArchive::new(BufReader::new(file)).map_err(|e| bad(e.to_string()))?;
+        let archive = ZipArchive::new(BufReader::new(file))
+            .map_err(|e| bad(format!("{e}: if it was cut short, download it again")))?;
         let (pickle, members) = members(path, archive)?;
         let (top, objects) =
             pickle::read(&pickle).map_err(|e| Error::file(path, "a pickle of tensors", e))?;
