@@ -124,6 +124,8 @@ fn number(report: &Value, key: &str) -> f64 {
 fn images_from_files_to_a_packed_folder() {
     let dir = Dir::new();
     images(&dir);
+    // An empty folder is used as if it were not there.
+    std::fs::create_dir(dir.at("run")).unwrap();
     let args = with(
         &IMAGE,
         &[
@@ -660,6 +662,19 @@ fn other_containers_hold_the_same_model() {
 fn fine_tuning_begins_where_the_model_is() {
     let dir = Dir::new();
     let assets = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/glassllm-en");
+    for entry in std::fs::read_dir(assets).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        dir.write(
+            &format!("model/{name}"),
+            std::fs::read(entry.path()).unwrap(),
+        );
+    }
+    dir.write(
+        "model/generation_config.json",
+        r#"{"eos_token_id": [7, 8]}"#,
+    );
+    dir.write("model/chat_template.jinja", "{{ messages }}");
     dir.write(
         "text.txt",
         "Alice was beginning to get very tired of sitting by her sister on the bank. ".repeat(60),
@@ -670,7 +685,7 @@ fn fine_tuning_begins_where_the_model_is() {
         "--text",
         "text.txt",
         "--from",
-        assets,
+        "model",
         "--context",
         "32",
         "--batch",
@@ -698,7 +713,14 @@ fn fine_tuning_begins_where_the_model_is() {
         .is(0)
         .json();
     assert_eq!(report["parameters"], 852_608);
-    assert!(dir.at("run/packed/tokenizer.json").exists());
+    for file in [
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ] {
+        let (written, given) = (format!("run/packed/{file}"), format!("model/{file}"));
+        assert_eq!(dir.read(&written), dir.read(&given), "{file}");
+    }
     dir.refuses(&with(&base, &["--out", "x", "--hidden", "64"]), &["--from"]);
 
     // A graph that is not there is no llama.
@@ -711,7 +733,7 @@ fn fine_tuning_begins_where_the_model_is() {
     dir.write("qwen3/config.json", config.to_string());
     let from_qwen3: Vec<&str> = base
         .iter()
-        .map(|arg| if *arg == assets { "qwen3" } else { arg })
+        .map(|arg| if *arg == "model" { "qwen3" } else { arg })
         .collect();
     dir.refuses(
         &with(&from_qwen3, &["--out", "x"]),

@@ -14,6 +14,7 @@ use bitnet_quant::{Activations, Source};
 use candle_core::{Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use serde_json::Value;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use xxhash_rust::xxh3::xxh3_64;
@@ -193,7 +194,15 @@ impl Workload for LmWorkload {
     }
 
     fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        self.vocabulary.files()
+        let mut files = self.vocabulary.files()?;
+        // The tokens that end a text, which come before those of config.json.
+        let name = "generation_config.json";
+        let generation = self.from.as_ref().map(|source| source.path().join(name));
+        if let Some(path) = generation.filter(|path| path.exists()) {
+            let bytes = fs::read(&path).map_err(bitnet_formats::Error::io(&path, "read"))?;
+            files.push((name.into(), bytes));
+        }
+        Ok(files)
     }
 
     fn task<'t>(

@@ -5,6 +5,8 @@ use crate::tokenizer::{read_json, read_text};
 use bitnet_formats::arch::gguf_bpe;
 use bitnet_formats::{Kind, Source};
 use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
 
 /// What a checkpoint has for chats.
 #[derive(Debug, Default)]
@@ -51,8 +53,9 @@ impl Found {
         }
     }
 
-    /// As transformers: chat_template.jinja, then tokenizer_config.json, then chat_template.json,
-    /// which transformers reads for models of text and images.
+    /// As transformers: chat_template.jinja and the files of additional_chat_templates, then
+    /// tokenizer_config.json, then chat_template.json, which transformers reads for models of text
+    /// and images.
     fn of_folder(source: &Source) -> Result<Self> {
         let folder = source.path();
         let json = |name: &str| -> Result<Value> {
@@ -64,11 +67,13 @@ impl Found {
             specials: specials(&settings, &map),
             ..Self::default()
         };
-        let jinja = read_text(&folder.join("chat_template.jinja"))?
-            .map(|text| vec![(DEFAULT.to_string(), text)]);
+        let mut jinja = additional(&folder.join("additional_chat_templates"))?;
+        if let Some(text) = read_text(&folder.join("chat_template.jinja"))? {
+            jinja.insert(0, (DEFAULT.to_string(), text));
+        }
         let old = json("chat_template.json").unwrap_or(Value::Null);
         let places = [
-            ("chat_template.jinja", jinja.unwrap_or_default()),
+            ("chat_template.jinja", jinja),
             ("tokenizer_config.json", named(&settings["chat_template"])),
             ("chat_template.json", named(&old["chat_template"])),
         ];
@@ -102,6 +107,22 @@ impl Found {
         }
         Ok(found)
     }
+}
+
+/// The templates of a folder, each named like its file, in the order of their names.
+fn additional(folder: &Path) -> Result<Vec<(String, String)>> {
+    let mut found = vec![];
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = path.file_stem().and_then(|stem| stem.to_str());
+        if let Some(name) = name.filter(|_| path.extension().is_some_and(|e| e == "jinja"))
+            && let Some(text) = read_text(&path)?
+        {
+            found.push((name.to_string(), text));
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// One template, a list of named ones, or an object of them.

@@ -170,3 +170,23 @@ fn tools_take_the_template_for_them() {
         "{message}"
     );
 }
+
+#[test]
+fn templates_in_a_folder_of_their_own_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+    write("additional_chat_templates/tool_use.jinja", "with tools");
+    write("additional_chat_templates/notes.txt", "no template");
+    write("chat_template.jinja", "without");
+    write("config.json", r#"{"model_type": "llama"}"#);
+    let header = br#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header);
+    bytes.extend_from_slice(&[0; 4]);
+    fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+    let found = Found::read(&bitnet_formats::Source::open(folder.path()).unwrap()).unwrap();
+    let owned = |name: &str, text: &str| (name.to_string(), text.to_string());
+    let expected = [owned(DEFAULT, "without"), owned("tool_use", "with tools")];
+    assert_eq!(found.templates, expected);
+}

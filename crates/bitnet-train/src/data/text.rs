@@ -7,6 +7,14 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Files beside a tokenizer.json that say how it is used.
+const BESIDE_TOKENIZER: [&str; 4] = [
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+];
+
 /// The tokens of text.
 #[derive(Debug, Clone)]
 pub enum Vocabulary {
@@ -79,7 +87,7 @@ impl Vocabulary {
         }
     }
 
-    /// Contents of tokenizer.json and tokenizer_config.json for this vocabulary.
+    /// Contents of tokenizer.json, and of the files that belong to it, for this vocabulary.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the file cannot be read again.
@@ -99,21 +107,24 @@ impl Vocabulary {
                 ])
             }
             Self::File { path, .. } => {
-                let read = |path: &Path| {
-                    fs::read(path).map_err(|e| Error::Tokenizer {
-                        path: path.to_path_buf(),
-                        what: e.to_string(),
-                    })
-                };
-                let mut files = vec![("tokenizer.json".into(), read(path)?)];
-                let config = path.with_file_name("tokenizer_config.json");
-                if config.exists() {
-                    files.push(("tokenizer_config.json".into(), read(&config)?));
+                let mut files = vec![("tokenizer.json".into(), read_bytes(path)?)];
+                for name in BESIDE_TOKENIZER {
+                    let beside = path.with_file_name(name);
+                    if beside.exists() {
+                        files.push((name.into(), read_bytes(&beside)?));
+                    }
                 }
                 Ok(files)
             }
         }
     }
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|e| Error::Tokenizer {
+        path: path.to_path_buf(),
+        what: e.to_string(),
+    })
 }
 
 /// A byte-level BPE without merges, in which token b is byte b.

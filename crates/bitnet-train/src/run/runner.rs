@@ -7,7 +7,7 @@ use crate::plot;
 use crate::variables::variables;
 use crate::{Error, Result, folder};
 use bitnet_core::Matrix;
-use bitnet_formats::replace::{remove, write_file};
+use bitnet_formats::replace::{is_empty_folder, remove, write_file};
 use bitnet_quant::checkpoint::{self, Existing, Options};
 use bitnet_quant::qat::{
     CheckpointConfig, Evaluation, Event, Linear, Linears, QATConfig, QATTrainer, Stopped, Task,
@@ -50,7 +50,7 @@ impl<W: Workload> Runner<'_, W> {
         let out = &self.output.out;
         let toml = out.join("run.toml");
         match (out.exists(), self.output.resume) {
-            (true, false) => {
+            (true, false) if !is_empty_folder(out) => {
                 return Err(bitnet_quant::CheckpointError::Exists { path: out.clone() }.into());
             }
             (true, true) if !toml.exists() => {
@@ -61,7 +61,7 @@ impl<W: Workload> Runner<'_, W> {
                 ));
             }
             (true, true) => {}
-            (false, _) => {
+            (_, _) => {
                 fs::create_dir_all(out).map_err(bitnet_formats::Error::io(out, "create"))?;
                 write_file(&toml, document.as_bytes())?;
             }
