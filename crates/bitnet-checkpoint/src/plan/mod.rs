@@ -344,7 +344,9 @@ impl<'a> Builder<'a> {
         };
         if source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(
-                "quantization_mode online: the model makes these weights ternary in each forward pass; here they count as floats".into(),
+                "quantization_mode online: the model makes these weights ternary in each forward \
+                 pass; here they count as floats"
+                    .into(),
             );
         }
         if format == Format::Gguf {
@@ -646,8 +648,26 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Floats that a model makes ternary in each forward pass need a config.json that says so.
+    fn check_online(&self) -> Result<()> {
+        let online = self.source.bitnet().is_some_and(|b| b.mode == Mode::Online);
+        let says_so = self.format == Format::Safetensors && self.sidecars.is_some();
+        if !online || says_so || !self.packed.is_empty() {
+            return Ok(());
+        }
+        Err(bitnet_formats::Error::config(
+            &self.source.path().join("config.json"),
+            "quantization_config.quantization_mode",
+            "offline, for a file that cannot say that its floats become ternary in each forward \
+             pass; 'bitnet quantize --granularity tensor' makes them so once",
+            "online",
+        )
+        .into())
+    }
+
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
         self.check_gguf_names()?;
+        self.check_online()?;
         if let Container::Gguf(metadata) = &mut self.container
             && let Some(file_type) = surroundings::file_type(&self.tensors)
         {
