@@ -85,7 +85,7 @@ def test_a_split_set_in_llama_cpp(tie, tmp_path):
     out.parent.mkdir()
     run("quantize", model, "--out", whole)
     files = run_json("quantize", model, "--out", out, "--shard-size", "300KB")["files"]
-    assert len(files) > 3 and files == sorted(str(p) for p in out.parent.iterdir())
+    assert len(files) > 2 and files == sorted(str(p) for p in out.parent.iterdir())
     ids = list(range(5, 30))
     a, b = gguf_logits(open_gguf(whole), ids), gguf_logits(open_gguf(files[0]), ids)
     assert np.array_equal(a, b) and np.abs(a).max() > 0.1
