@@ -14,10 +14,10 @@
 use crate::plan::Job;
 pub use crate::report::{Options, Progress, Summary, TensorReport};
 use crate::rows::thread_pool;
-use crate::target::{WEIGHTS, check_target, place_folder};
+use crate::target::{Outputs, WEIGHTS, check_target, place_folder};
 use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
-use bitnet_formats::output::Writer;
+use bitnet_formats::output::{Writer, is_placing};
 use bitnet_formats::replace;
 pub use bitnet_formats::replace::Existing;
 use std::fs;
@@ -38,7 +38,17 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
     if job.sidecars.is_some() {
         replace::recover_folder(&replace::beside(target, replace::PARTIAL), target)?;
     }
-    check_target(job.source, job.sidecars.as_ref(), target, options.existing)?;
+    let outputs = Outputs {
+        sidecars: job.sidecars.as_ref(),
+        weights: job.layout.files(match job.sidecars {
+            Some(_) => Path::new(WEIGHTS),
+            None => target,
+        }),
+    };
+    // What a killed run of this job gave its name is no obstacle.
+    if job.sidecars.is_some() || !is_placing(target, &job.layout) {
+        check_target(job.source, &outputs, target, options.existing)?;
+    }
     let folder = job
         .sidecars
         .is_some()
@@ -90,15 +100,19 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         None => options.existing,
     };
     let file_bytes = writer.finish(existing).map_err(|e| clean(e.into()))?;
-    let kept = match (&folder, &job.sidecars) {
-        (Some(folder), Some(sidecars)) => {
-            place_folder(folder, sidecars, target, options.existing).map_err(clean)?
-        }
-        _ => vec![],
+    let kept = match &folder {
+        Some(folder) => place_folder(folder, &outputs, target, options.existing).map_err(clean)?,
+        None => vec![],
     };
+    let files = outputs.weights.into_iter();
+    let files = files.map(|file| match &folder {
+        Some(_) => target.join(file),
+        None => file,
+    });
     Ok(Summary {
         tensors: reports,
         kept,
+        files: files.collect(),
         file_bytes,
         input_bytes: job.input_bytes(),
         resumed,

@@ -53,6 +53,7 @@ pub mod search;
 pub mod verify;
 
 pub use bitnet_formats::Source;
+pub use bitnet_formats::output::ShardSize;
 pub use error::{Error, Result};
-pub use plan::{FloatShare, GENERATOR, Job};
+pub use plan::{DEFAULT_SHARD_BYTES, FloatShare, GENERATOR, Job};
 pub use recipe::{Format, Recipe};

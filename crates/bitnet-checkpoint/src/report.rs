@@ -5,6 +5,7 @@ use bitnet_core::stats::ErrorStats;
 use bitnet_formats::output::Existing;
 use bitnet_kernels::Kernels;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -75,7 +76,9 @@ pub struct Summary {
     pub tensors: Vec<TensorReport>,
     /// What stays of a replaced folder, because this program did not write it.
     pub kept: Vec<String>,
-    /// Size of the written file.
+    /// The written files of weights: one, or a set of shards and, in a folder, their index.
+    pub files: Vec<PathBuf>,
+    /// Size of the written file, or of all shards.
     pub file_bytes: u64,
     /// Bytes of all tensors of the source.
     pub input_bytes: u64,

@@ -4,21 +4,57 @@ use crate::plan::Sidecar;
 use crate::plan::sidecars::named;
 use crate::{Error, Result};
 use bitnet_formats::Source;
+use bitnet_formats::output::earlier_forms;
 use bitnet_formats::replace::{self, Existing};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The weights in a folder that is written.
 pub(crate) const WEIGHTS: &str = "model.safetensors";
 
+/// What a job writes.
+pub(crate) struct Outputs<'a> {
+    /// The files of a new folder beside its weights; `None` for files that are not in a folder of
+    /// their own.
+    pub(crate) sidecars: Option<&'a BTreeMap<String, Sidecar>>,
+    /// The weights: names in the folder, or paths.
+    pub(crate) weights: Vec<PathBuf>,
+}
+
+impl Outputs<'_> {
+    /// Whether a new folder has a file of that name.
+    fn holds(&self, name: &str) -> bool {
+        let sidecar = self.sidecars.is_some_and(|files| files.contains_key(name));
+        sidecar || self.weights.iter().any(|w| w == Path::new(name))
+    }
+}
+
 /// Rejects a target that is the input or a parent of it, or that exists without `--force`; an empty
-/// folder may be used without. `sidecars` are the files of a new folder beside its weights; `None`
-/// for one file. A folder may be replaced only by another one, if it holds a model, and if what
-/// stays in it cannot be taken for a part of the new one.
+/// folder may be used without. A folder may be replaced only by another one, if it holds a model,
+/// and if what stays in it cannot be taken for a part of the new one.
 pub(crate) fn check_target(
     source: &Source,
-    sidecars: Option<&BTreeMap<String, Sidecar>>,
+    outputs: &Outputs<'_>,
+    target: &Path,
+    existing: Existing,
+) -> Result<()> {
+    if outputs.sidecars.is_none() {
+        let earlier = earlier_forms(target, &outputs.weights);
+        let there = outputs.weights.iter().chain(&earlier);
+        // A file of the target's own name that another program wrote stays beside a new set.
+        let own = (existing == Existing::Refuse).then_some(target);
+        for path in there.map(PathBuf::as_path).chain(own) {
+            check_path(source, outputs, path, existing)?;
+        }
+        return Ok(());
+    }
+    check_path(source, outputs, target, existing)
+}
+
+fn check_path(
+    source: &Source,
+    outputs: &Outputs<'_>,
     target: &Path,
     existing: Existing,
 ) -> Result<()> {
@@ -32,7 +68,10 @@ pub(crate) fn check_target(
         });
     }
     // A partial folder beside "." would be inside it.
-    if sidecars.is_some() && target.file_name().is_some() && replace::is_empty_folder(target) {
+    if outputs.sidecars.is_some()
+        && target.file_name().is_some()
+        && replace::is_empty_folder(target)
+    {
         return Ok(());
     }
     if existing == Existing::Refuse {
@@ -40,25 +79,24 @@ pub(crate) fn check_target(
             path: target.to_path_buf(),
         });
     }
-    match sidecars {
+    match outputs.sidecars {
         _ if !target_path.is_dir() => Ok(()),
         None => Err(bitnet_formats::Error::file(target, "a file to replace", "a directory").into()),
-        Some(sidecars) => kept_entries(target, sidecars).map(drop),
+        Some(_) => kept_entries(target, outputs).map(drop),
     }
 }
 
 /// What stays of a folder that is replaced: everything but the files that this program wrote. Where
 /// no document lists those, everything but the files that the new folder has.
-fn kept_entries(target: &Path, sidecars: &BTreeMap<String, Sidecar>) -> Result<Vec<String>> {
+fn kept_entries(target: &Path, outputs: &Outputs<'_>) -> Result<Vec<String>> {
     use bitnet_formats::Error as FileError;
-    let is_new = |name: &str| name == WEIGHTS || sidecars.contains_key(name);
     let written = replace::written_files(target);
     let mut kept = vec![];
     for entry in fs::read_dir(target).map_err(FileError::io(target, "list"))? {
         let name = entry.map_err(FileError::io(target, "list"))?.file_name();
         let name = name.to_string_lossy().into_owned();
         let ours = if written.is_empty() {
-            is_new(&name)
+            outputs.holds(&name)
         } else {
             written.contains(&name)
         };
@@ -77,7 +115,10 @@ fn kept_entries(target: &Path, sidecars: &BTreeMap<String, Sidecar>) -> Result<V
     }
     let weights =
         |name: &String| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
-    if let Some(name) = kept.iter().find(|name| is_new(name) || weights(name)) {
+    if let Some(name) = kept
+        .iter()
+        .find(|name| outputs.holds(name) || weights(name))
+    {
         let got = format!(
             "{name}, which no document of this program lists; move it away, or choose another name"
         );
@@ -91,7 +132,7 @@ fn kept_entries(target: &Path, sidecars: &BTreeMap<String, Sidecar>) -> Result<V
 /// it to the target. Returns the names of what stays.
 pub(crate) fn place_folder(
     folder: &Path,
-    sidecars: &BTreeMap<String, Sidecar>,
+    outputs: &Outputs<'_>,
     target: &Path,
     existing: Existing,
 ) -> Result<Vec<String>> {
@@ -101,11 +142,12 @@ pub(crate) fn place_folder(
         .map_err(FileError::io(folder, "list"))?
         .filter_map(|e| e.ok())
     {
-        if entry.file_name() != WEIGHTS {
+        let name = entry.file_name();
+        if !outputs.weights.iter().any(|w| w.as_os_str() == name) {
             replace::remove(&entry.path())?;
         }
     }
-    for (name, sidecar) in sidecars {
+    for (name, sidecar) in outputs.sidecars.into_iter().flatten() {
         let path = folder.join(name);
         match sidecar {
             Sidecar::Copy(from) => fs::copy(from, &path).map(drop),
@@ -122,7 +164,7 @@ pub(crate) fn place_folder(
         }
         // Of a link only the name is replaced: its folder and all in it stay where they are.
         if fs::symlink_metadata(target).is_ok_and(|m| m.is_dir()) {
-            kept = kept_entries(target, sidecars)?;
+            kept = kept_entries(target, outputs)?;
         }
         for name in &kept {
             replace::add_to_folder(&target.join(name), &folder.join(name))?;

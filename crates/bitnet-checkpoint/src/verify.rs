@@ -3,7 +3,11 @@
 use crate::rows::in_parallel;
 use crate::{Error, Result};
 use bitnet_formats::document::{self, Checksum, Document};
-use bitnet_formats::{Content, Source, StoredId};
+use bitnet_formats::output::{self, Container};
+use bitnet_formats::safetensors::SafetensorsHeader;
+use bitnet_formats::{Content, Kind, Source, StoredId, gguf};
+use std::fs::File;
+use std::path::Path;
 
 /// A damaged part of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +46,7 @@ pub fn verify(source: &Source) -> Result<Verification> {
     let mut damage = vec![];
     check_digest(source, document, &mut damage);
     check_surroundings(source, document, &mut damage)?;
+    check_set(source, document, &mut damage)?;
     let ids: Vec<StoredId> = source.stored_ids().collect();
     let sums = in_parallel(ids.len(), |i, _| checksum(source, ids[i]));
     for (stored, sum) in source.stored_tensors().iter().zip(sums) {
@@ -139,6 +144,89 @@ fn check_surroundings(
         }
     }
     Ok(())
+}
+
+/// What each file of a set says beside its tensors.
+fn check_set(source: &Source, document: &Document, damage: &mut Vec<Damage>) -> Result<()> {
+    let (count, tensors) = (source.files().len(), source.stored_tensors().len());
+    for (i, file) in source.files().iter().enumerate() {
+        let path = &file.path;
+        let what = match source.kind() {
+            Kind::Gguf => {
+                let keys = match i {
+                    0 => source.gguf().to_vec(),
+                    _ => open(path, gguf_metadata)?,
+                };
+                wrong_keys(&keys, i, count, tensors)
+            }
+            _ if i == 0 => None,
+            // Each has the metadata of the first, without the document.
+            Kind::Folder | Kind::File => {
+                let metadata = open(path, safetensors_metadata)?;
+                let got = document::metadata_checksum(&Container::Safetensors(metadata))
+                    .unwrap_or_default();
+                (got != document.metadata)
+                    .then(|| format!("expected checksum {}, got {got}", document.metadata))
+            }
+        };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        damage.extend(what.map(|what| Damage {
+            part: format!("metadata of {name}"),
+            what,
+        }));
+    }
+    Ok(())
+}
+
+/// The first key of a GGUF that does not say which file of the set it is. A set merged into one
+/// file says that it is the first of none.
+fn wrong_keys(
+    keys: &[(String, gguf::Value)],
+    index: usize,
+    count: usize,
+    tensors: usize,
+) -> Option<String> {
+    let expected = output::split_keys(index, count, tensors);
+    if index > 0
+        && let Some((key, _)) = keys
+            .iter()
+            .find(|(k, _)| !expected.iter().any(|(e, _)| e == k))
+    {
+        return Some(format!("expected the keys split.*, got {key}"));
+    }
+    expected.iter().find_map(|(key, value)| {
+        let (_, got) = keys.iter().find(|(k, _)| k == key)?;
+        let merged = count == 1 && key == output::SPLIT_COUNT && *got == gguf::Value::U16(0);
+        (got != value && !merged).then(|| format!("{key}: expected {value:?}, got {got:?}"))
+    })
+}
+
+fn open<T>(path: &Path, read: fn(&Path, &File, u64) -> bitnet_formats::Result<T>) -> Result<T> {
+    let open = || File::open(path).and_then(|file| file.metadata().map(|m| (file, m.len())));
+    let (file, len) = open().map_err(bitnet_formats::Error::io(path, "open"))?;
+    Ok(read(path, &file, len)?)
+}
+
+fn gguf_metadata(
+    path: &Path,
+    file: &File,
+    len: u64,
+) -> bitnet_formats::Result<Vec<(String, gguf::Value)>> {
+    match gguf::GgufHeader::read(file, len) {
+        Ok(header) => Ok(header.metadata),
+        Err(source) => Err(bitnet_formats::Error::Gguf {
+            path: path.to_path_buf(),
+            source,
+        }),
+    }
+}
+
+fn safetensors_metadata(
+    path: &Path,
+    file: &File,
+    len: u64,
+) -> bitnet_formats::Result<Vec<(String, String)>> {
+    SafetensorsHeader::read(path, file, len).map(|header| header.metadata)
 }
 
 fn checksum(source: &Source, stored: StoredId) -> Result<String> {

@@ -40,12 +40,16 @@ pub(crate) fn with_options<T>(
 
 /// Runs the job and prints what became of each tensor.
 pub(crate) fn run(
-    job: &Job<'_>,
+    job: Job<'_>,
     source: &Source,
     args: &JobArgs,
     compute: &Compute,
     out: &mut Output,
 ) -> anyhow::Result<()> {
+    let job = &match args.shard_size {
+        Some(size) => job.with_shard_size(size, &args.out)?,
+        None => job,
+    };
     let summary = with_options(args, compute, job.input_bytes(), |options| {
         job::run(job, &args.out, options)
     })?;

@@ -4,8 +4,10 @@ use crate::args::checkpoint::JobArgs;
 use crate::print::{Output, Table, bytes, decibels};
 use bitnet_checkpoint::job::{Summary, TensorReport};
 use bitnet_core::stats::ErrorStats;
+use bitnet_formats::output::shard_number;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 /// Checkpoints of more tensors are printed as the tensors with the largest error.
 const MOST_TENSORS: usize = 20;
@@ -85,7 +87,7 @@ pub(crate) fn print(
     let seconds = summary.elapsed.as_secs_f64();
     out.line(format!(
         "{}: {} from {} ({:.3} bits per weight in all, {}), {seconds:.2} s, {:.2} GB/s{}",
-        args.out.display(),
+        output(summary, args),
         bytes(summary.file_bytes),
         bytes(input_bytes),
         totals.file_bits,
@@ -97,7 +99,8 @@ pub(crate) fn print(
         },
     ));
     out.document(json!({
-        "output": args.out.display().to_string(),
+        "output": opened(summary, args).display().to_string(),
+        "files": summary.files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>(),
         "file_bytes": summary.file_bytes,
         "input_bytes": input_bytes,
         "seconds": seconds,
@@ -166,6 +169,25 @@ fn notes(tensors: &[TensorReport], all: bool) -> Vec<String> {
             _ => format!("{} and {} more: {note}", names[0], names.len() - 1),
         })
         .collect()
+}
+
+/// What opens the output: the first file of a GGUF set, else what `--out` names.
+fn opened<'a>(summary: &'a Summary, args: &'a JobArgs) -> &'a Path {
+    let first = summary
+        .files
+        .first()
+        .filter(|f| f.parent() == args.out.parent());
+    first.unwrap_or(&args.out)
+}
+
+/// The output and the number of its files.
+fn output(summary: &Summary, args: &JobArgs) -> String {
+    let shard = |file: &&PathBuf| shard_number(file).is_some_and(|(_, count)| count > 1);
+    let name = opened(summary, args).display();
+    match summary.files.iter().filter(shard).count() {
+        count if summary.files.len() > 1 => format!("{name} ({count} files)"),
+        _ => name.to_string(),
+    }
 }
 
 /// How much smaller or larger the output is.

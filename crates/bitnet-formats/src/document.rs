@@ -6,6 +6,7 @@
 
 use crate::container::{Container, gguf_alignment};
 use crate::gguf;
+use crate::output::{SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
 use bitnet_core::{MatrixSpec, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -90,7 +91,8 @@ impl Document {
 /// xxh3-128 of a container's own metadata, the document excepted.
 ///
 /// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key.
-/// Of GGUF: the header of a file that has these keys, in file order, and no tensors.
+/// Of GGUF: the header of a file that has these keys, in file order, and no tensors. The keys that
+/// make a file one of a set do not count: splitting and merging change them alone.
 ///
 /// # Errors
 /// [`gguf::Error`] for keys that no GGUF can have.
@@ -106,7 +108,13 @@ pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
             Ok(sum.hex())
         }
         Container::Gguf(metadata) => {
-            let own: Vec<_> = metadata.iter().filter(|(k, _)| k != KEY).cloned().collect();
+            let of_set = [SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS];
+            let counts = |key: &str| key != KEY && !of_set.contains(&key);
+            let own: Vec<_> = metadata
+                .iter()
+                .filter(|(k, _)| counts(k))
+                .cloned()
+                .collect();
             let alignment = gguf_alignment(&own);
             Ok(checksum(&gguf::encode_header(&own, &[], alignment)?.bytes))
         }

@@ -193,8 +193,8 @@ pub fn is_empty_folder(path: &Path) -> bool {
         && fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
 }
 
-/// The files that this program wrote into a folder: those with a [`Document`] and those that it
-/// lists. Empty if none has one.
+/// The files that this program wrote into a folder: those with a [`Document`], those that it lists,
+/// and those of an index that it lists. Empty if none has one.
 pub fn written_files(folder: &Path) -> BTreeSet<String> {
     let mut written = BTreeSet::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -203,11 +203,38 @@ pub fn written_files(folder: &Path) -> BTreeSet<String> {
             && let Some(document) = document_of(&path)
         {
             written.insert(name.to_string_lossy().into_owned());
+            written.extend(shards_of(folder, &document));
             written.extend(document.files.into_keys());
         }
     }
     written
 }
+
+/// The files that the index of a document names, if it is the one that was written.
+fn shards_of(folder: &Path, document: &Document) -> BTreeSet<String> {
+    let mut shards = BTreeSet::new();
+    for (name, sum) in &document.files {
+        let plain = Path::new(name)
+            .file_name()
+            .is_some_and(|n| n == name.as_str());
+        let path = folder.join(name);
+        let small = fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() <= MAX_INDEX_BYTES);
+        if !(plain && small && name.ends_with(".safetensors.index.json")) {
+            continue;
+        }
+        let Ok(bytes) = fs::read(&path) else { continue };
+        if document::checksum(&bytes) != *sum {
+            continue;
+        }
+        let index: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        let files = index["weight_map"].as_object().into_iter().flatten();
+        shards.extend(files.filter_map(|(_, file)| file.as_str().map(String::from)));
+    }
+    shards
+}
+
+/// Largest index that is read.
+const MAX_INDEX_BYTES: u64 = 256 << 20;
 
 /// The document of a safetensors file, if there is one that can be read.
 fn document_of(path: &Path) -> Option<Document> {

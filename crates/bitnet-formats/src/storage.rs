@@ -12,6 +12,7 @@ use crate::foreign::{Foreign, Loaded};
 use crate::gguf;
 use crate::hf::BitnetConfig;
 use crate::hints;
+use crate::output;
 use crate::prefixes;
 use crate::pytorch;
 use crate::resolve::{self, Weights};
@@ -112,6 +113,7 @@ impl Storage {
             storage.open_file(path)?;
         }
         storage.read_document()?;
+        storage.check_lone_shard()?;
         storage.forget_rewritten();
         storage.unwrap_names();
         storage.group_foreign()?;
@@ -329,6 +331,29 @@ impl Storage {
             other => return Err(bad(other.map_or("none".into(), |v| format!("version {v}")))),
         }
         self.document = Some(serde_json::from_value(value).map_err(|e| bad(e.to_string()))?);
+        Ok(())
+    }
+
+    /// One shard of a set, given as a file: refused where its document needs the others, else noted.
+    fn check_lone_shard(&mut self) -> Result<()> {
+        let number = output::shard_number(&self.path).filter(|(_, count)| *count > 1);
+        let (Kind::File, Some((number, count))) = (self.kind, number) else {
+            return Ok(());
+        };
+        let folder = self.path.parent().unwrap_or(Path::new(""));
+        let of_set = format!(
+            "file {number} of {count} of a set; give its folder ({})",
+            folder.join("").display()
+        );
+        let checksums = self.document.iter().flat_map(|d| d.checksums.keys());
+        if checksums
+            .into_iter()
+            .any(|name| self.find_stored(name).is_none())
+        {
+            return Err(Error::file(&self.path, "the whole model", of_set));
+        }
+        self.notes
+            .push(format!("the other tensors are not read: this is {of_set}"));
         Ok(())
     }
 

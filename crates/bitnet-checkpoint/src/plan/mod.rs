@@ -9,6 +9,7 @@ pub use floats::FloatShare;
 
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
+use crate::target::WEIGHTS;
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
@@ -16,7 +17,7 @@ use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, PackedTensor};
 use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::output::{self, Container, OutputId, OutputTensor, OutputTensors};
+use bitnet_formats::output::{self, Container, OutputId, OutputTensor, OutputTensors, ShardSize};
 use bitnet_formats::{Content, Source, StoredType, Tensor, TensorId, gguf};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -95,6 +96,14 @@ pub struct Job<'a> {
     pub losses: Vec<String>,
     /// What a quantized model keeps as floats, if that is worth a word.
     pub stays_float: Option<FloatShare>,
+}
+
+/// The size above which the weights of a folder are split where none is given: that of
+/// transformers' `save_pretrained`.
+pub const DEFAULT_SHARD_BYTES: u64 = 50_000_000_000;
+
+fn default_shard_size() -> Option<ShardSize> {
+    ShardSize::from_bytes(DEFAULT_SHARD_BYTES).ok()
 }
 
 /// Whether a path names a folder of tensors or one file.
@@ -257,6 +266,29 @@ impl<'a> Job<'a> {
             }
         }
         builder.finish(serde_json::json!({"command": "dequantize", "dtype": dtype}))
+    }
+
+    /// Writes files of at most `size` bytes of tensors: shards with an index in a folder, a split
+    /// set of GGUF files. `out` is the target that the job was planned for.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for a single safetensors file, which has no index; [`Error::File`] for too
+    /// many shards.
+    pub fn with_shard_size(mut self, size: ShardSize, out: &std::path::Path) -> Result<Self> {
+        if self.sidecars.is_none() && matches!(self.layout.container, Container::Safetensors(_)) {
+            return Err(Error::Recipe(format!(
+                "{} is one file, which is never split; for shards give a folder (a name without an \
+                 ending), or leave the shard size out",
+                out.display()
+            )));
+        }
+        self.layout.shard_size = Some(size);
+        self.layout.job += &format!("-{}", size.bytes());
+        self.layout.check_shards(match self.sidecars {
+            Some(_) => WEIGHTS.as_ref(),
+            None => out,
+        })?;
+        Ok(self)
     }
 
     /// Bytes to read, for a progress bar.
@@ -717,6 +749,7 @@ impl<'a> Builder<'a> {
                 document,
                 tensors: self.tensors,
                 job,
+                shard_size: self.sidecars.as_ref().and_then(|_| default_shard_size()),
             },
             sidecars: self.sidecars,
             notes: self.notes,

@@ -8,7 +8,7 @@ use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
-use bitnet_formats::output::{Container, OutputTensor};
+use bitnet_formats::output::{Container, OutputTensor, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
 use bitnet_formats::{Kind, StoredType, Tensor, gguf, python_json};
 use std::collections::BTreeMap;
 
@@ -16,7 +16,14 @@ impl Builder<'_> {
     pub(super) fn start_gguf(&mut self) -> Result<()> {
         let source = self.source;
         if source.kind() == Kind::Gguf {
-            let keep = |k: &str| k != document::KEY && k != "general.file_type";
+            let of_file = [
+                document::KEY,
+                "general.file_type",
+                SPLIT_NO,
+                SPLIT_COUNT,
+                SPLIT_TENSORS,
+            ];
+            let keep = |k: &str| !of_file.contains(&k);
             self.container = Container::Gguf(
                 source
                     .gguf()

@@ -8,7 +8,7 @@ use crate::recipe::{Choices, Format, Recipe, Rule, Search, Target, escape};
 use crate::rows::{
     StripGranule, WeightRows, in_parallel, strip_rows, thread_pool, windows, with_rows,
 };
-use crate::target::check_target;
+use crate::target::{Outputs, WEIGHTS, check_target};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
@@ -40,7 +40,15 @@ pub fn resolve(
     };
     recipe.validate()?;
     let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
-    check_target(source, builder.sidecars.as_ref(), out, options.existing)?;
+    let weights = match builder.sidecars {
+        Some(_) => WEIGHTS.into(),
+        None => out.to_path_buf(),
+    };
+    let outputs = Outputs {
+        sidecars: builder.sidecars.as_ref(),
+        weights: vec![weights],
+    };
+    check_target(source, &outputs, out, options.existing)?;
     let plan = SearchPlan::new(source, recipe, &mut builder, calibration)?;
     let budget = plan.budget(search)?;
     let candidates = plan.measure(source, options)?;

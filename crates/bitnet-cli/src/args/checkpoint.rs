@@ -1,6 +1,7 @@
 //! Flags of the commands that read and write checkpoints.
 
 use super::names::{layout, name, rule};
+use bitnet_checkpoint::ShardSize;
 use bitnet_checkpoint::recipe::Preset;
 use bitnet_checkpoint::recipe::{Choices, Format, Rule, Target};
 use bitnet_core::scheme::{BinarySplit, Clip, Mapping, Rounding, ScaleRule, Threshold};
@@ -80,6 +81,15 @@ pub(crate) struct JobArgs {
     /// Replace the output if it exists; in a folder, what this program wrote
     #[arg(long)]
     pub(crate) force: bool,
+    /// Most bytes of tensors in one file, such as 5GB, 500MB or 2GiB; above it a folder gets shards
+    /// with an index, and a .gguf becomes a split set [default: 50GB in a folder; a .gguf is one
+    /// file]
+    ///
+    /// A tensor that is larger has a file of its own. The set of NAME.gguf is
+    /// NAME-00001-of-00003.gguf and so on, as gguf-split names it; a .safetensors file is never
+    /// split.
+    #[arg(long, value_name = "SIZE", value_parser = shard_size)]
+    pub(crate) shard_size: Option<ShardSize>,
     #[command(flatten)]
     pub(crate) quiet: QuietArgs,
     /// Print each tensor, however many there are, instead of the ten with the largest error
@@ -88,6 +98,10 @@ pub(crate) struct JobArgs {
     /// Threads; 0 for one on each core
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Machine")]
     pub(crate) threads: usize,
+}
+
+fn shard_size(text: &str) -> Result<ShardSize, String> {
+    text.parse()
 }
 
 /// The container to write.

@@ -17,6 +17,6 @@ pub(crate) fn run(args: &ConvertArgs, out: &mut Output) -> anyhow::Result<Answer
         container.linear_class,
         &args.job.out,
     )?;
-    job::run(&plan, &source, &args.job, &Compute::default(), out)?;
+    job::run(plan, &source, &args.job, &Compute::default(), out)?;
     Ok(Answer::Yes)
 }

@@ -10,6 +10,6 @@ pub(crate) fn run(args: &DequantizeArgs, out: &mut Output) -> anyhow::Result<Ans
     target::format(None, &args.job.out)?;
     let source = args.input.open()?;
     let plan = Job::dequantize(&source, args.dtype, &args.job.out)?;
-    job::run(&plan, &source, &args.job, &Compute::default(), out)?;
+    job::run(plan, &source, &args.job, &Compute::default(), out)?;
     Ok(Answer::Yes)
 }

@@ -33,7 +33,7 @@ pub(crate) fn run(args: &QuantizeArgs, out: &mut Output) -> anyhow::Result<Answe
         }
         None => Job::quantize(&source, &recipe, &args.job.out)?,
     };
-    job::run(&plan, &source, &args.job, &recipe.compute, out)?;
+    job::run(plan, &source, &args.job, &recipe.compute, out)?;
     Ok(Answer::Yes)
 }
 

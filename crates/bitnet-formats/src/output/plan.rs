@@ -1,11 +1,12 @@
 //! The plan of a file: everything that is known before its first byte is written.
 
+use super::shards::ShardSize;
 use crate::container::Container;
 use crate::document::Document;
 use crate::dtype::StoredType;
 use bitnet_core::pack::PackedLen;
 use serde::{Deserialize, Serialize};
-use std::ops::{Deref, Index};
+use std::ops::{Deref, Index, Range};
 
 /// A tensor to be written.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub struct FilePlan {
     pub tensors: OutputTensors,
     /// Identity of the job: a checksum over its input and settings.
     pub job: String,
+    /// Above this size the tensors go into several files; `None` for always one.
+    pub shard_size: Option<ShardSize>,
 }
 
 /// A tensor of a [`FilePlan`].
@@ -52,6 +55,11 @@ impl OutputTensors {
     /// Removes all but the first `len` tensors.
     pub fn truncate(&mut self, len: usize) {
         self.0.truncate(len);
+    }
+
+    /// Those at these positions.
+    pub(super) fn range(&self, range: Range<usize>) -> &[OutputTensor] {
+        &self.0[range]
     }
 
     /// The tensors' ids, in order.
