@@ -10,7 +10,8 @@ import json, multiprocessing, os, pathlib, struct, subprocess, sys, tempfile
 N = 1 << 25
 SETTINGS = {
     "wide": [[], ["--granularity", "tensor", "--threshold", "median"], ["--precision", "int8", "--granularity", "group:32"]],
-    "tall": [[], ["--layout", "auto"], ["--planes", "2", "--granularity", "tensor"], ["--precision", "int8"]],
+    "tall": [[], ["--layout", "auto"], ["--planes", "2", "--granularity", "tensor"], ["--precision", "int8"],
+             ["--transposed", "a.weight"], ["--transposed", "a.weight", "--granularity", "tensor", "--threshold", "median"]],
     "mixed": [["--granularity", "tensor", "--threshold", "optimal"], ["--precision", "binary", "--split", "optimal", "--granularity", "tensor"]],
 }
 

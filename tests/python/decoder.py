@@ -252,4 +252,8 @@ def decode(entry, tensors):
     out = np.zeros((n, k), np.float32)
     for p in range(planes):
         out = out + granules(scales, spec, p) * (values[p].astype(np.float32) - granules(zeros, spec, p))
+    if entry.get("transposed"):
+        *batch, inputs, outputs = entry["shape"]
+        assert inputs == k and outputs * int(np.prod(batch)) == n
+        return values, np.ascontiguousarray(np.swapaxes(out.reshape(*batch, outputs, inputs), -1, -2))
     return values, out.reshape(entry["shape"])

@@ -1,6 +1,7 @@
 //! Lists the tensors of a checkpoint with their real bits per weight, and finds suspicious ones.
 
 use crate::Result;
+use crate::forms::{Forms, MatrixForm};
 use crate::rows::{in_parallel, strip_rows, windows, with_rows};
 use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
@@ -20,6 +21,8 @@ pub struct TensorSummary {
     pub stored_as: String,
     /// Alphabet, granularity and planes, if it is quantized.
     pub spec: Option<MatrixSpec>,
+    /// Whether the packed matrix is the transpose of the tensor.
+    pub transposed: bool,
     /// Bytes in the file, scales and padding included.
     pub bytes: u64,
 }
@@ -64,6 +67,7 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
                 shape: tensor.shape.clone(),
                 stored_as,
                 spec,
+                transposed: matches!(&tensor.content, Content::Quantized(q) if q.transposed),
                 bytes: source.bytes_of(tensor),
             }
         })
@@ -79,6 +83,7 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
 /// [`crate::Error::File`] for what cannot be read.
 pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     let mut findings = vec![];
+    let forms = Forms::new(source);
     for tensor in source.tensors() {
         let mut find = |check, what: String| {
             findings.push(Finding {
@@ -126,7 +131,7 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
                         format!("stored as {dtype}: quantizing it again adds to the error it has"),
                     );
                 }
-                lint_floats(source, tensor, kernels, &mut find)?;
+                lint_floats(source, tensor, forms.form(tensor), kernels, &mut find)?;
             }
         }
     }
@@ -145,12 +150,13 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
 fn lint_floats(
     source: &Source,
     tensor: &Tensor,
+    form: Option<MatrixForm>,
     kernels: Kernels,
     find: &mut dyn FnMut(&'static str, String),
 ) -> Result<()> {
     let (all, ternary_rows, rows) = with_rows(source, tensor, None, |rows| {
-        let rows = match tensor.matrix_shape() {
-            Some((_, cols)) => rows.reshaped(cols),
+        let rows = match form {
+            Some(form) => rows.in_form(form),
             None => rows.reshaped(rows.cols),
         };
         let mut all = Moments::EMPTY;
@@ -174,7 +180,7 @@ fn lint_floats(
         }
         Ok((all, ternary_rows, rows.count))
     })?;
-    let Some((_, cols)) = tensor.matrix_shape() else {
+    let Some(MatrixForm { cols, .. }) = form else {
         if !all.finite {
             find("not-finite", "NaN or infinity".into());
         }

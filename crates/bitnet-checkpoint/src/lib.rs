@@ -33,10 +33,12 @@
 //! | [`calibration`] | statistics of activations, for importance and ranges |
 //! | [`job`] | runs a planned job and writes the result |
 //! | [`compare`], [`inspect`], [`verify`] | look at checkpoints |
+//! | [`forms`] | which tensors are weight matrices, and which way round they are stored |
 //! | [`matrix`], [`rows`] | matrices in memory, and rows of stored tensors |
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod forms;
 mod plan;
 mod report;
 mod target;

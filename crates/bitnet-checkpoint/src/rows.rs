@@ -1,5 +1,6 @@
 //! Rows of a tensor as f32, read strip by strip.
 
+use crate::forms::{Forms, MatrixForm};
 use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
@@ -16,7 +17,13 @@ const STRIP_WEIGHTS: usize = 1 << 18;
 /// slowest.
 const STRIPS_PER_THREAD: usize = 4;
 
+/// Weights of a block of rows that are read to be turned, as far as a row allows.
+const TURNED_WEIGHTS: usize = 1 << 14;
+/// Rows of such a block: a cache line of floats.
+const TURNED_ROWS: usize = 16;
+
 /// Rows of a tensor as f32: stored floats or blocks, or dequantized values.
+#[derive(Clone, Copy)]
 pub(crate) struct WeightRows<'a> {
     source: &'a Source,
     from: RowSource<'a>,
@@ -25,6 +32,10 @@ pub(crate) struct WeightRows<'a> {
     /// Weights of a row.
     pub(crate) cols: usize,
     order: Option<&'a [usize]>,
+    /// The last two dimensions of what is read: those of each matrix.
+    matrix: (usize, usize),
+    /// Whether the rows are columns of what is read.
+    turned: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -51,24 +62,118 @@ impl WeightRows<'_> {
     ) -> Result<()> {
         let cols = self.cols;
         out.resize(rows.len() * cols, 0.0);
-        match (&self.from, self.order) {
-            (RowSource::Stored(stored), None) => {
-                self.source
-                    .read_floats(*stored, rows.start * cols..rows.end * cols, bytes, out)?
-            }
-            (RowSource::Stored(stored), Some(order)) => {
+        match self.order {
+            _ if self.turned => self.read_turned(rows.start * cols, bytes, out)?,
+            None => self.read_flat(rows.start * cols, bytes, out)?,
+            Some(order) => {
                 for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
-                    self.source
-                        .read_floats(*stored, row * cols..(row + 1) * cols, bytes, out)?;
-                }
-            }
-            (RowSource::Matrix(matrix), order) => {
-                for (row, out) in rows.zip(out.chunks_mut(cols.max(1))) {
-                    matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
+                    self.read_flat(row * cols, bytes, out)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Weights `start…` in the order in which they are stored.
+    fn read_flat(&self, start: usize, bytes: &mut Vec<u8>, out: &mut [f32]) -> Result<()> {
+        match self.from {
+            RowSource::Stored(stored) => {
+                let range = start..start + out.len();
+                self.source.read_floats(stored, range, bytes, out)?;
+            }
+            RowSource::Matrix(matrix) => dequantize_range(matrix, start, out),
+        }
+        Ok(())
+    }
+
+    /// Part of a row that need not begin and end with the blocks of its type.
+    fn read_part(&self, start: usize, bytes: &mut Vec<u8>, out: &mut [f32]) -> Result<()> {
+        let block = match self.from {
+            RowSource::Stored(stored) => self.source.stored(stored).dtype.block(),
+            RowSource::Matrix(_) => 1,
+        };
+        if block == 1 {
+            return self.read_flat(start, bytes, out);
+        }
+        let first = start / block * block;
+        let end = (start + out.len()).next_multiple_of(block);
+        let mut blocks = vec![0.0; end - first];
+        self.read_flat(first, bytes, &mut blocks)?;
+        out.copy_from_slice(&blocks[start - first..][..out.len()]);
+        Ok(())
+    }
+
+    /// Weights `start…` of the transposed matrices: whole columns of what is stored. Blocks of a few
+    /// parts of rows are read and turned, so memory holds little besides `out`.
+    fn read_turned(&self, start: usize, bytes: &mut Vec<u8>, out: &mut [f32]) -> Result<()> {
+        let (rows, cols) = self.matrix;
+        let mut block = vec![];
+        let (mut column, mut rest) = (start / rows.max(1), out);
+        while !rest.is_empty() {
+            let (matrix, first) = (column / cols, column % cols);
+            let width = (cols - first).min(rest.len() / rows);
+            if width == 0 {
+                return Err(Error::Core(bitnet_core::Error::Length {
+                    what: "columns",
+                    expected: rows,
+                    got: rest.len(),
+                }));
+            }
+            let (turned, after) = rest.split_at_mut(width * rows);
+            let height = (TURNED_WEIGHTS / width).clamp(1, TURNED_ROWS);
+            for row in (0..rows).step_by(height) {
+                let height = height.min(rows - row);
+                block.resize(height * width, 0.0);
+                for (i, part) in block.chunks_mut(width).enumerate() {
+                    let row = matrix * rows + row + i;
+                    let row = self.order.map_or(row, |order| order[row]);
+                    self.read_part(row * cols + first, bytes, part)?;
+                }
+                for (c, out) in turned.chunks_mut(rows).enumerate() {
+                    let weights = block[c..].iter().step_by(width);
+                    out[row..row + height]
+                        .iter_mut()
+                        .zip(weights)
+                        .for_each(|(out, w)| *out = *w);
+                }
+            }
+            (column, rest) = (column + width, after);
+        }
+        Ok(())
+    }
+
+    /// The same weights in rows of another length; of turned ones a multiple of a column.
+    pub(crate) fn reshaped(&self, cols: usize) -> Self {
+        Self {
+            count: self.count * self.cols / cols.max(1),
+            cols,
+            ..*self
+        }
+    }
+
+    /// The rows of the weight matrices: outputs.
+    pub(crate) fn in_form(&self, form: MatrixForm) -> Self {
+        if !form.transposed {
+            return self.reshaped(form.cols);
+        }
+        let turned = !self.turned;
+        let cols = if turned { self.matrix.0 } else { self.matrix.1 };
+        Self {
+            turned,
+            ..self.reshaped(cols)
+        }
+    }
+}
+
+/// Weights `start…` of a matrix, dequantized.
+fn dequantize_range(matrix: &Matrix, start: usize, out: &mut [f32]) {
+    let cols = matrix.spec.cols.max(1);
+    let mut done = 0;
+    while done < out.len() {
+        let (row, first) = ((start + done) / cols, (start + done) % cols);
+        let len = (cols - first).min(out.len() - done);
+        matrix.dequantize_part_into(row, first, &mut out[done..done + len]);
+        done += len;
     }
 }
 
@@ -180,57 +285,80 @@ pub fn read_all(source: &Source, tensor: &Tensor) -> Result<Vec<f32>> {
     })
 }
 
-/// Calls `f` with the rows of a tensor; row `r` is row `order[r]` of the source.
+/// The weight matrix of a tensor as f32, `[N, K]` row by row, and its shape; of several matrices one
+/// after another.
 ///
-/// The rows are those of the weight matrix. Of ggml blocks, which must not be cut, a row is the
-/// last dimension instead, and a one-dimensional tensor has rows of one element.
+/// # Errors
+/// [`Error::File`] for what cannot be read, [`Error::Recipe`] for a tensor that is no matrix.
+pub fn read_matrix(source: &Source, tensor: &Tensor) -> Result<(Vec<f32>, (usize, usize))> {
+    let form = Forms::new(source)
+        .form(tensor)
+        .ok_or_else(|| Error::Recipe(format!("'{}' has fewer than two dimensions", tensor.name)))?;
+    with_rows(source, tensor, None, |rows| {
+        let mut out = vec![];
+        let rows = rows.in_form(form);
+        rows.read(0..rows.count, &mut vec![], &mut out)?;
+        Ok((out, (form.rows, form.cols)))
+    })
+}
+
+/// Calls `f` with the rows of a tensor, in the order of its shape; row `r` is row `order[r]` of the
+/// source.
+///
+/// A row is the last dimension, or that of the packed matrix where it is longer. A one-dimensional
+/// tensor has rows of one element.
 pub(crate) fn with_rows<T>(
     source: &Source,
     tensor: &Tensor,
     order: Option<&[usize]>,
     f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {
-    let (rows, cols) = tensor.matrix_shape().unwrap_or((tensor.elements(), 1));
+    let shape = match tensor.shape[..] {
+        [.., rows, cols] => (rows, cols),
+        _ => (tensor.elements(), 1),
+    };
+    let rows = |from, cols: usize| WeightRows {
+        source,
+        from,
+        count: tensor.elements() / cols.max(1),
+        cols,
+        order,
+        matrix: shape,
+        turned: false,
+    };
     match &tensor.content {
         Content::Float(stored) | Content::Opaque(stored) => {
             let blocks = source.stored(*stored).dtype.block() > 1;
-            let cols = if blocks {
-                tensor.shape.last().copied().unwrap_or(1)
-            } else {
-                cols
+            let cols = match tensor.shape[..] {
+                [cols] if blocks => cols,
+                _ => shape.1,
             };
-            f(&WeightRows {
-                source,
-                from: RowSource::Stored(*stored),
-                count: tensor.elements() / cols.max(1),
-                cols,
-                order,
-            })
+            f(&rows(RowSource::Stored(*stored), cols))
         }
         Content::Quantized(q) => {
             let matrix = source.matrix(&tensor.name, q)?;
+            let (from, spec) = (RowSource::Matrix(&matrix), &matrix.spec);
+            if q.transposed {
+                if order.is_some() {
+                    let name = &tensor.name;
+                    return Err(Error::Recipe(format!(
+                        "'{name}' is packed transposed, so its rows cannot change their order"
+                    )));
+                }
+                return f(&WeightRows {
+                    count: spec.weights_len() / shape.1.max(1),
+                    matrix: (shape.1, shape.0),
+                    turned: true,
+                    ..rows(from, shape.1)
+                });
+            }
             // The same weights in the same order, if the matrix of the file has other rows than the
             // tensor.
+            let same_rows = tensor.shape.first() == Some(&spec.rows);
             f(&WeightRows {
-                source,
-                from: RowSource::Matrix(&matrix),
-                count: matrix.spec.rows,
-                cols: matrix.spec.cols,
-                order: order.filter(|_| matrix.spec.rows == rows),
+                order: order.filter(|_| same_rows),
+                ..rows(from, spec.cols)
             })
-        }
-    }
-}
-
-impl WeightRows<'_> {
-    /// The same weights in rows of another length.
-    pub(crate) fn reshaped(&self, cols: usize) -> Self {
-        Self {
-            source: self.source,
-            from: self.from,
-            count: self.count * self.cols / cols.max(1),
-            cols,
-            order: self.order,
         }
     }
 }

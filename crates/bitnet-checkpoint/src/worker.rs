@@ -234,7 +234,7 @@ impl Worker<'_> {
     fn pack(&self, pack: &Pack) -> Result<TensorReport> {
         match &pack.scheme {
             Some(scheme) => {
-                self.with_rows(|rows| self.quantize(pack, scheme, &rows.reshaped(pack.spec.cols)))
+                self.with_rows(|rows| self.quantize(pack, scheme, &rows.in_form(pack.form())))
             }
             None => self.recode(pack),
         }

@@ -99,21 +99,26 @@ fn a_vocabulary_is_seen_without_a_config() {
 #[test]
 fn the_share_of_floats_is_said_with_the_rule_that_changes_it() {
     let dir = Dir::new();
-    let experts = [
-        gauss("layers.0.mlp.experts.gate_up_proj", &[4, 32, 64], 0.02),
-        gauss("layers.0.mlp.experts.down_proj", &[4, 64, 32], 0.02),
+    let convolutions = [
+        gauss("encoder.conv1.weight", &[64, 64, 3], 0.02),
+        gauss("encoder.conv2.weight", &[16, 64, 4], 0.02),
         gauss("layers.0.q_proj.weight", &[64, 64], 0.02),
     ];
-    dir.write("in.safetensors", safetensors(&experts));
+    dir.write("in.safetensors", safetensors(&convolutions));
     let args = ["quantize", "in.safetensors", "--out", "q.safetensors"];
     let said = dir.run(&[&args[..], &["--quiet"]].concat()).is(0).stdout();
     for part in [
-        "note: 80% of the weights stay floats",
-        "--rule '*experts*=ternary'",
+        "note: 80% of the weights stay floats: 80% tensors of 3 dimensions",
+        "--rule 'encoder.conv*.weight=ternary' quantizes them",
     ] {
         assert!(said.contains(part), "{part} in {said}");
     }
-    let rule = ["--force", "--quiet", "--rule", "*experts*=ternary"];
+    let rule = [
+        "--force",
+        "--quiet",
+        "--rule",
+        "encoder.conv*.weight=ternary",
+    ];
     let said = dir.run(&[&args[..], &rule].concat()).is(0).stdout();
     assert!(!said.contains("note"), "{said}");
 }
@@ -167,7 +172,7 @@ fn hf_bitnet_refuses_layers_that_transformers_does_not_replace() {
         &["h.0.mlp.c_fc.weight", "Conv1D", "--format safetensors"],
     );
     let said = dir.run(&["quantize", "m", "--out", "q"]).is(0).stdout();
-    assert!(said.contains("stored [in, out] (Conv1D)"), "{said}");
+    assert!(said.contains("1 weights are stored [in, out]"), "{said}");
 
     let dir = folder(
         &json!({"architectures": ["BertModel"], "vocab_size": 100}),
@@ -182,7 +187,9 @@ fn hf_bitnet_refuses_layers_that_transformers_does_not_replace() {
         &[&hf[..], &["--rule", "*experts*=ternary"]].concat(),
         &["layer.0.experts.up", "3 dimensions"],
     );
-    dir.run(&hf).is(0);
+    let said = dir.run(&hf).is(0).stdout();
+    let why = "stacked experts, e.g. layer.0.experts.up (--format safetensors quantizes them)";
+    assert!(said.contains(why), "{said}");
     // Without a list transformers would leave the last module, which is packed, alone.
     let config: Value = serde_json::from_slice(&dir.read("q/config.json")).unwrap();
     let kept = &config["quantization_config"]["modules_to_not_convert"];

@@ -46,6 +46,10 @@ pub struct Document {
 pub struct PackedTensor {
     /// Shape of the original tensor.
     pub shape: Vec<usize>,
+    /// Whether the original stores each matrix as `[K, N]`, inputs first. The packed matrix is
+    /// always `[N, K]`.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub transposed: bool,
     /// The matrix.
     pub spec: MatrixSpec,
     /// The scheme that made it; absent if it was read already quantized.

@@ -136,6 +136,7 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
     }
     let q = StoredMatrix {
         spec: packed.spec.clone(),
+        transposed: packed.transposed,
         layout,
         packed: find(&packed.packed)?,
         scales: match &packed.scale {
@@ -178,11 +179,33 @@ fn from_document(storage: &Storage, name: &str, packed: &PackedTensor) -> Result
             format!("{:?}", packed.shape),
         ));
     }
+    if packed.transposed && !is_transpose(&packed.shape, &q.spec) {
+        return Err(Error::tensor(
+            path,
+            name,
+            format!(
+                "a shape that ends in {} inputs and has {} outputs in all, since it is transposed",
+                q.spec.cols, q.spec.rows
+            ),
+            format!("{:?}", packed.shape),
+        ));
+    }
     Ok(Tensor {
         name: name.into(),
         shape: packed.shape.clone(),
         content: Content::Quantized(q),
     })
+}
+
+/// Whether a shape `[…, K, N]` has the matrices of a spec, transposed.
+fn is_transpose(shape: &[usize], spec: &MatrixSpec) -> bool {
+    match shape {
+        [batch @ .., cols, rows] => {
+            let outputs = batch.iter().try_fold(*rows, |n, &d| n.checked_mul(d));
+            *cols == spec.cols && outputs == Some(spec.rows)
+        }
+        _ => false,
+    }
 }
 
 /// Checks sizes and types of the stored tensors against the spec.
@@ -337,6 +360,7 @@ fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Opti
     };
     let q = StoredMatrix {
         spec,
+        transposed: false,
         layout,
         packed: id,
         scales: ScaleSource::Stored {
@@ -382,6 +406,7 @@ fn foreign_block(
     };
     let q = StoredMatrix {
         spec,
+        transposed: false,
         layout,
         packed: id,
         scales: ScaleSource::Inside,

@@ -67,6 +67,9 @@ pub enum Content {
 pub struct StoredMatrix {
     /// Shape and conventions.
     pub spec: MatrixSpec,
+    /// Whether the tensor's shape is `[…, K, N]`: each matrix of it is the transpose of the packed
+    /// one.
+    pub transposed: bool,
     /// How the values are packed.
     pub layout: &'static dyn Layout,
     /// Stored tensor with the packed bytes.
@@ -126,7 +129,13 @@ impl Tensor {
     ///
     /// Three dimensions `[E, N, K]`, e.g. stacked experts, are a batch of E matrices: E·N rows of K.
     /// Of a convolution `[O, I, …]` a row is all that makes one output: O rows.
+    /// A packed matrix that is the transpose of the tensor has the rows and columns of its spec.
     pub fn matrix_shape(&self) -> Option<(usize, usize)> {
+        if let Content::Quantized(q) = &self.content
+            && q.transposed
+        {
+            return Some((q.spec.rows, q.spec.cols));
+        }
         match self.shape.as_slice() {
             &[batch, rows, cols] if !self.is_convolution() => Some((batch * rows, cols)),
             [rows, rest @ ..] if !rest.is_empty() => Some((*rows, rest.iter().product())),
@@ -134,13 +143,20 @@ impl Tensor {
         }
     }
 
+    /// Whether the name is that of a parameter of experts: `….experts.…` or `…_exps.…`.
+    pub fn is_of_experts(&self) -> bool {
+        let mut parts = self.name.split('.');
+        parts.any(|part| part == "experts" || part.ends_with("_exps"))
+    }
+
     /// Whether a tensor of three or more dimensions ends in those of a kernel: more than three
-    /// dimensions, a last one below [`LARGEST_KERNEL`], one input for each output, or a name that
-    /// says it.
+    /// dimensions, or no experts and a last one below [`LARGEST_KERNEL`], one input for each
+    /// output, or a name that says it.
     fn is_convolution(&self) -> bool {
         match self.shape[..] {
             [_, inputs, kernel] => {
-                kernel < LARGEST_KERNEL || inputs == 1 || self.name.contains("conv")
+                let small = kernel < LARGEST_KERNEL || inputs == 1;
+                !self.is_of_experts() && (small || self.name.contains("conv"))
             }
             _ => self.shape.len() > 3,
         }
@@ -159,6 +175,8 @@ mod tests {
         for (name, shape, expected) in [
             ("a.weight", &[4, 8][..], Some((4, 8))),
             ("mlp.experts.down_proj", &[8, 64, 128], Some((512, 128))),
+            ("mlp.experts.down_proj", &[8, 64, 16], Some((512, 16))),
+            ("blk.0.ffn_up_exps.weight", &[8, 16, 4], Some((128, 4))),
             ("mixer.conv1d.weight", &[64, 1, 4], Some((64, 4))),
             (
                 "pos_conv_embed.conv.weight",

@@ -7,6 +7,7 @@ mod surroundings;
 
 pub use floats::FloatShare;
 
+use crate::forms::Forms;
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
 use crate::target::WEIGHTS;
@@ -44,6 +45,8 @@ pub(crate) enum Action {
 pub(crate) struct Pack {
     pub(crate) scheme: Option<Scheme>,
     pub(crate) spec: MatrixSpec,
+    /// Whether the tensor has the inputs first.
+    pub(crate) transposed: bool,
     /// `None`: whichever is smallest.
     pub(crate) layout: Option<&'static dyn Layout>,
     /// Type and meaning of scales that are stored apart.
@@ -182,6 +185,7 @@ impl<'a> Job<'a> {
         let selector = recipe.selector(source)?.without_roles_of(given.keys());
         let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
         (builder.importance, builder.given) = (importance, given);
+        builder.forms = selector.forms().clone();
         let mut count = 0;
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match selector.choices(tensor) {
@@ -324,6 +328,7 @@ pub(crate) struct Builder<'a> {
     losses: Vec<String>,
     importance: BTreeMap<String, Vec<f32>>,
     given: BTreeMap<String, Matrix>,
+    pub(crate) forms: Forms,
 }
 
 impl<'a> Builder<'a> {
@@ -373,6 +378,7 @@ impl<'a> Builder<'a> {
             losses: vec![],
             importance: BTreeMap::new(),
             given: BTreeMap::new(),
+            forms: Forms::default(),
         };
         if source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(
@@ -580,6 +586,7 @@ impl<'a> Builder<'a> {
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
         let mut entry = PackedTensor {
             shape: tensor.shape.clone(),
+            transposed: pack.transposed,
             spec: spec.clone(),
             scheme: pack.scheme,
             layout: layout_name.into(),
@@ -645,25 +652,6 @@ impl<'a> Builder<'a> {
             entry.zero_point = Some(zero_name);
         }
         (scale, zero)
-    }
-
-    /// Says that rows of quantized matrices are inputs, where they are.
-    fn note_transposed(&mut self) {
-        let packed = self.tensor_jobs.iter().filter_map(|job| match &job.action {
-            Action::Pack(_) => job.tensor.map(|id| self.source.tensor(id)),
-            _ => None,
-        });
-        let transposed: Vec<_> = packed
-            .filter(|t| packing::transposed(self.source, t))
-            .collect();
-        if let Some(first) = transposed.first() {
-            self.notes.push(format!(
-                "{} weights are stored [in, out] (Conv1D), e.g. {}: a scale of 'channel' or 'group' \
-                 is one of an input there, not of an output",
-                transposed.len(),
-                first.name
-            ));
-        }
     }
 
     /// llama.cpp keeps a name in 64 bytes with the zero behind it.

@@ -1,14 +1,24 @@
 //! Which layout and which scales a tensor gets.
 
-use super::{Builder, Pack};
+use super::{Action, Builder, Pack};
+use crate::forms::MatrixForm;
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision, ScaleDtype, ScaleForm};
 use bitnet_formats::hf::LinearClass;
-use bitnet_formats::{
-    Content, ScaleSource, Source, StoredId, StoredType, Tensor, TensorId, output,
-};
+use bitnet_formats::{Content, ScaleSource, StoredId, StoredType, Tensor, TensorId, output};
+
+impl Pack {
+    /// The matrix as its tensor stores it.
+    pub(crate) fn form(&self) -> MatrixForm {
+        MatrixForm {
+            rows: self.spec.rows,
+            cols: self.spec.cols,
+            transposed: self.transposed,
+        }
+    }
+}
 
 impl Builder<'_> {
     /// Plans the quantization of a matrix: the first layout and scales that can hold it.
@@ -17,7 +27,7 @@ impl Builder<'_> {
         let Target::Quantized(precision) = choices.target() else {
             return self.keep(index);
         };
-        let Some(shape) = tensor.matrix_shape() else {
+        let Some(form) = self.forms.form(tensor) else {
             return self.keep(index);
         };
         let named = match choices.layout.as_deref() {
@@ -37,7 +47,7 @@ impl Builder<'_> {
             allowed.truncate(1);
         }
         if self.format == Format::HfBitnet {
-            self.check_hf_bitnet(tensor, choices, allowed[0])?;
+            self.check_hf_bitnet(tensor, form, choices, allowed[0])?;
             if self.stays_f32_in_transformers(tensor) {
                 let refusal = bitnet_core::Error::Unsupported {
                     layout: allowed[0].name(),
@@ -47,9 +57,12 @@ impl Builder<'_> {
             }
         }
         if let Some(matrix) = self.given.remove(&tensor.name) {
-            return self.quantize_given(index, shape, matrix, choices.layout.as_deref());
+            return self.quantize_given(index, matrix, choices.layout.as_deref());
         }
-        match self.first_fit(tensor, shape, choices, &allowed)? {
+        if self.format == Format::Gguf && form.transposed {
+            return Err(self.tensor_error(tensor)(transposed_in_gguf(allowed[0])));
+        }
+        match self.first_fit(tensor, form, choices, &allowed)? {
             Fit::Pack(pack) => self.pack(index, *pack, None),
             Fit::None {
                 refusal,
@@ -59,6 +72,27 @@ impl Builder<'_> {
             }
             Fit::None { refusal, .. } => Err(self.tensor_error(tensor)(refusal)),
         }
+    }
+
+    /// Says which quantized matrices have the inputs first, how that is known, and what contradicts
+    /// it.
+    pub(super) fn note_transposed(&mut self) {
+        let packed = self.tensor_jobs.iter().filter_map(|job| match &job.action {
+            Action::Pack(pack) if pack.transposed => job.tensor,
+            _ => None,
+        });
+        let names: Vec<&str> = packed
+            .map(|id| self.source.tensor(id).name.as_str())
+            .collect();
+        if let Some(first) = names.first() {
+            let evidence = self.forms.evidence(names.iter().copied());
+            self.notes.push(format!(
+                "{} weights are stored [in, out], e.g. {first} ({evidence}): they are quantized as \
+                 [out, in], so that a scale is one of an output",
+                names.len()
+            ));
+        }
+        self.notes.extend(self.forms.notes.iter().cloned());
     }
 
     /// The layouts to try: the one that was named, if the container holds it, or the defaults.
@@ -98,6 +132,7 @@ impl Builder<'_> {
     fn check_hf_bitnet(
         &self,
         tensor: &Tensor,
+        form: MatrixForm,
         choices: &Choices,
         layout: &dyn Layout,
     ) -> Result<()> {
@@ -121,12 +156,10 @@ impl Builder<'_> {
                     .into(),
             );
         }
-        if transposed(self.source, tensor) {
-            return refused(
-                "it is stored [in, out] (Conv1D, as in gpt2), which transformers' bitnet does not \
-                 replace; give --format safetensors"
-                    .into(),
-            );
+        if form.transposed {
+            return Err(self.tensor_error(tensor)(transposed_in_transformers(
+                layout,
+            )));
         }
         let model = self.model_dtype();
         if let Some(dtype) = choices.scale_dtype.filter(|&dtype| dtype != model) {
@@ -159,12 +192,12 @@ impl Builder<'_> {
     fn quantize_given(
         &mut self,
         index: TensorId,
-        (rows, cols): (usize, usize),
         matrix: Matrix,
         layout: Option<&str>,
     ) -> Result<()> {
+        let tensor = self.source.tensor(index);
+        let (rows, cols) = tensor.matrix_shape().unwrap_or((1, tensor.elements()));
         if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
-            let tensor = self.source.tensor(index);
             return Err(self.tensor_error(tensor)(bitnet_core::Error::Length {
                 what: "given values",
                 expected: rows * cols,
@@ -173,6 +206,7 @@ impl Builder<'_> {
         }
         let known = KnownValues {
             spec: matrix.spec.clone(),
+            transposed: false,
             layout: None,
             inverses: None,
             given: Some(Box::new(matrix)),
@@ -185,10 +219,11 @@ impl Builder<'_> {
     fn first_fit(
         &self,
         tensor: &Tensor,
-        (rows, cols): (usize, usize),
+        matrix: MatrixForm,
         choices: &Choices,
         allowed: &[&'static dyn Layout],
     ) -> Result<Fit> {
+        let (rows, cols) = (matrix.rows, matrix.cols);
         let form = self.scale_form();
         let mut first_refusal = None;
         let mut possible = false;
@@ -210,6 +245,7 @@ impl Builder<'_> {
                         return Ok(Fit::Pack(Box::new(Pack {
                             scheme: Some(scheme),
                             spec,
+                            transposed: matrix.transposed,
                             layout: Some(layout),
                             scale_dtype: dtype,
                             scale_form: form,
@@ -277,9 +313,10 @@ impl Builder<'_> {
 
     pub(super) fn quantize_auto(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
         let tensor = self.source.tensor(index);
-        let Some((rows, cols)) = tensor.matrix_shape() else {
+        let Some(form) = self.forms.form(tensor) else {
             return self.keep(index);
         };
+        let (rows, cols) = (form.rows, form.cols);
         let granularity = choices.granularity.unwrap_or(Granularity::Channel);
         let dtype = choices.scale_dtype.unwrap_or(ScaleDtype::F32);
         let Some(scheme) = choices.scheme(granularity, dtype, ScaleForm::Direct)? else {
@@ -291,6 +328,7 @@ impl Builder<'_> {
             Pack {
                 scheme: Some(scheme),
                 spec,
+                transposed: form.transposed,
                 layout: None,
                 scale_dtype: dtype,
                 scale_form: ScaleForm::Direct,
@@ -364,6 +402,7 @@ impl Builder<'_> {
         };
         let known = KnownValues {
             spec: q.spec.clone(),
+            transposed: q.transposed,
             layout: Some(q.layout),
             inverses,
             given: None,
@@ -378,6 +417,7 @@ impl Builder<'_> {
                 scheme: None,
                 scale_dtype: known.spec.scale_dtype,
                 spec: known.spec,
+                transposed: known.transposed,
                 layout: None,
                 scale_form: ScaleForm::Direct,
                 importance: None,
@@ -396,6 +436,13 @@ impl Builder<'_> {
             }
             (None, _) => default_layouts(self.format, known.spec.precision)?,
         };
+        if known.transposed && self.format != Format::Safetensors {
+            let refusal = match self.format {
+                Format::Gguf => transposed_in_gguf(layouts[0]),
+                _ => transposed_in_transformers(layouts[0]),
+            };
+            return Err(self.tensor_error(self.source.tensor(index))(refusal));
+        }
         let mut refusal = None;
         for layout in layouts {
             if !output::stores(&self.container, layout) || !self.holds(layout) {
@@ -411,6 +458,7 @@ impl Builder<'_> {
                         let pack = Pack {
                             scheme: None,
                             spec,
+                            transposed: known.transposed,
                             layout: Some(layout),
                             scale_dtype: stored,
                             scale_form: form,
@@ -506,9 +554,29 @@ fn scale_note(
     }
 }
 
+fn transposed_in_transformers(layout: &dyn Layout) -> bitnet_core::Error {
+    bitnet_core::Error::Unsupported {
+        layout: layout.name(),
+        why: "it is stored [in, out] (Conv1D, as in gpt2), which transformers' bitnet does not \
+              replace; give --format safetensors"
+            .into(),
+    }
+}
+
+fn transposed_in_gguf(layout: &dyn Layout) -> bitnet_core::Error {
+    bitnet_core::Error::Unsupported {
+        layout: layout.name(),
+        why: "it is stored [in, out], and GGUF stores [out, in]; give --format safetensors, or a \
+              rule that keeps it"
+            .into(),
+    }
+}
+
 /// Values and scales that need no quantizer.
 struct KnownValues {
     spec: MatrixSpec,
+    /// Whether the tensor has the inputs first.
+    transposed: bool,
     /// The layout that they have.
     layout: Option<&'static dyn Layout>,
     /// The stored tensor of their inverse scales.
@@ -555,30 +623,8 @@ pub(super) fn default_layouts(
     }))
 }
 
-/// Whether a matrix is stored `[in, out]`: its bias is as long as it has columns. Of square ones,
-/// and of those without a bias, config.json decides.
-pub(super) fn transposed(source: &Source, tensor: &Tensor) -> bool {
-    let [rows, cols] = tensor.shape[..] else {
-        return false;
-    };
-    let bias = tensor
-        .name
-        .strip_suffix("weight")
-        .and_then(|layer| source.find(&format!("{layer}bias")));
-    match bias.map(|b| b.elements()) {
-        Some(outputs) if rows != cols => outputs == cols,
-        Some(_) => source
-            .config()
-            .is_some_and(|c| CONV1D_MODELS.iter().any(|m| c["model_type"] == *m)),
-        None => false,
-    }
-}
-
 /// Whether a tensor belongs to one expert of several: `….experts.3.up_proj.weight`.
 fn is_numbered_expert(name: &str) -> bool {
     name.split_once(".experts.")
         .is_some_and(|(_, rest)| rest.starts_with(|c: char| c.is_ascii_digit()))
 }
-
-/// Models whose blocks are made of transformers' Conv1D.
-const CONV1D_MODELS: &[&str] = &["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];

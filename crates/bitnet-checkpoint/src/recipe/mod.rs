@@ -4,7 +4,7 @@
 mod builder;
 mod choices;
 mod preset;
-mod role;
+pub(crate) mod role;
 mod sections;
 mod selector;
 mod validate;
@@ -129,6 +129,10 @@ pub struct Recipe {
     pub include: Vec<String>,
     /// Weights to keep, as globs, although `include` matches them.
     pub exclude: Vec<String>,
+    /// Weights that are stored `[in, out]`, as globs, and no others. Default: those that the
+    /// checkpoint shows ([`crate::forms`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transposed: Option<Vec<String>>,
     /// Choices for every weight.
     pub default: Choices,
     /// Choices for some weights; the first rule that matches counts, and it counts more than
@@ -180,6 +184,7 @@ impl Default for Recipe {
             linear_class: None,
             include: vec!["*.weight".into()],
             exclude: DEFAULT_EXCLUDE.iter().map(|&s| s.into()).collect(),
+            transposed: None,
             default: Choices::default(),
             rules: vec![],
             activations: None,

@@ -35,16 +35,18 @@ impl Role {
 
 /// The sizes that roles are known by.
 #[derive(Debug, Default)]
-struct Sizes {
+pub(crate) struct Sizes {
     vocabulary: Vec<usize>,
     positions: Vec<usize>,
     labels: Option<usize>,
     buckets: Option<usize>,
-    experts: Option<usize>,
+    pub(crate) experts: Option<usize>,
+    /// Inputs and outputs of blocks.
+    pub(crate) widths: Vec<usize>,
 }
 
 impl Sizes {
-    fn read(config: &Value) -> Self {
+    pub(crate) fn read(config: &Value) -> Self {
         let mut sizes = Self::default();
         sizes.collect(config);
         let classifies = config["architectures"][0]
@@ -78,6 +80,7 @@ impl Sizes {
                     | "max_sequence_length",
                     Some(n),
                 ) => self.positions.push(n),
+                ("hidden_size" | "d_model" | "n_embd", Some(n)) => self.widths.push(n),
                 (key, Some(n)) if key.ends_with("vocab_size") => self.vocabulary.push(n),
                 ("id2label", _) => self.labels = value.as_object().map(|labels| labels.len()),
                 _ if value.is_object() => self.collect(value),
@@ -100,7 +103,7 @@ pub(crate) fn roles(source: &Source) -> HashMap<String, Role> {
             continue;
         };
         let role = match block(&tensor.name) {
-            Some(block) => block_role(&tensor.name, rows, cols, &sizes, experts.get(block)),
+            Some(block) => block_role(tensor, rows, cols, &sizes, experts.get(block)),
             None => model_role(rows, cols, &sizes),
         };
         roles.extend(role.map(|role| (tensor.name.clone(), role)));
@@ -123,12 +126,13 @@ fn model_role(rows: usize, cols: usize, sizes: &Sizes) -> Option<Role> {
 
 /// The role of a matrix that each block has; `experts` of the part of the block it is in.
 fn block_role(
-    name: &str,
+    tensor: &Tensor,
     rows: usize,
     cols: usize,
     sizes: &Sizes,
     experts: Option<&usize>,
 ) -> Option<Role> {
+    let name = tensor.name.as_str();
     let table = sizes.buckets == Some(rows) && cols < rows;
     if table || name.contains("relative_attention_bias") || name.contains("relative_position") {
         return Some(Role::RelativePosition);
@@ -137,18 +141,12 @@ fn block_role(
     let depth = name.strip_prefix(block(name)?)?.matches('.').count();
     let &experts = experts?;
     let beside = depth == 2 && rows <= experts;
-    (!is_expert(name) && (beside || rows == experts)).then_some(Role::Router)
-}
-
-/// Whether a tensor belongs to one of several experts.
-fn is_expert(name: &str) -> bool {
-    let mut parts = name.split('.');
-    parts.any(|part| part == "experts" || part.ends_with("_exps"))
+    (!tensor.is_of_experts() && (beside || rows == experts)).then_some(Role::Router)
 }
 
 /// The part of a block that a tensor is in: `model.layers.0.mlp` of `model.layers.0.mlp.gate.weight`.
 /// `None` for a tensor that is in no block.
-fn block(name: &str) -> Option<&str> {
+pub(crate) fn block(name: &str) -> Option<&str> {
     let mut end = 0;
     let mut parts = name.split('.');
     for part in parts.by_ref() {
@@ -175,7 +173,7 @@ fn experts(tensors: &[Tensor], config: Option<usize>) -> BTreeMap<&str, usize> {
             Some(number + 1)
         };
         let count = match tensor.shape[..] {
-            [first, _, _] if is_expert(&tensor.name) || config == Some(first) => Some(first),
+            [first, _, _] if tensor.is_of_experts() || config == Some(first) => Some(first),
             _ => numbered(),
         };
         if let Some(count) = count.map(|n| config.unwrap_or(n)) {

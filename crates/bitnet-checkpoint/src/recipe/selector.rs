@@ -1,7 +1,8 @@
 //! Which tensors of a checkpoint a recipe selects: its globs, compiled and checked.
 
 use super::role::{self, Role};
-use super::{Choices, DEFAULT_EXCLUDE, Recipe, Rule, Target};
+use super::{Choices, DEFAULT_EXCLUDE, Format, Recipe, Rule, Target};
+use crate::forms::Forms;
 use crate::{Error, Result};
 use bitnet_formats::{Content, Source, Tensor};
 use globset::{GlobBuilder, GlobMatcher};
@@ -86,6 +87,10 @@ impl Recipe {
             } else {
                 HashMap::new()
             },
+            forms: match &self.transposed {
+                None => Forms::new(source),
+                Some(globs) => Forms::with_transposed(source, &all(globs)?),
+            },
         };
         let own = |own: &[String], default: &[String]| {
             own.iter()
@@ -96,6 +101,7 @@ impl Recipe {
         let mut globs = own(&self.include, &default.include);
         globs.extend(own(&self.exclude, &default.exclude));
         globs.extend(self.rules.iter().map(|r| r.glob.clone()));
+        globs.extend(self.transposed.iter().flatten().cloned());
         for glob in globs {
             let matcher = compile(&glob)?;
             if !source.tensors().iter().any(|t| matcher.is_match(&t.name)) {
@@ -155,6 +161,7 @@ pub(crate) struct Selector<'a> {
     rules: Vec<GlobMatcher>,
     /// Weights that stay by default because of what they are.
     roles: HashMap<String, Role>,
+    forms: Forms,
 }
 
 /// Why a tensor stays as it is.
@@ -178,6 +185,11 @@ impl<'a> Selector<'a> {
         self.recipe
     }
 
+    /// The forms of the tensors, as the recipe says or the checkpoint shows.
+    pub(crate) fn forms(&self) -> &Forms {
+        &self.forms
+    }
+
     /// Whether a rule decides about the tensor of that name.
     pub(crate) fn has_rule(&self, name: &str) -> bool {
         self.rules.iter().any(|g| g.is_match(name))
@@ -194,7 +206,8 @@ impl<'a> Selector<'a> {
     /// The choices for a tensor; `None` if it stays as it is.
     ///
     /// Only weights with at least two dimensions can be quantized. Include reaches those with
-    /// exactly two; convolutions and stacked experts need a rule.
+    /// exactly two, and stacked experts, whatever their names where it is the default; convolutions
+    /// need a rule.
     pub(crate) fn choices(&self, tensor: &Tensor) -> Option<Choices> {
         if matches!(tensor.content, Content::Opaque(_)) {
             return None;
@@ -225,10 +238,13 @@ impl<'a> Selector<'a> {
     /// Why a tensor without a rule stays as it is.
     fn left_out(&self, tensor: &Tensor) -> Option<Stays<'a>> {
         let position = |globs: &[GlobMatcher]| globs.iter().position(|g| g.is_match(&tensor.name));
-        if tensor.shape.len() != 2 {
+        // transformers' bitnet has no layer for stacked experts.
+        let stack = self.recipe.format != Format::HfBitnet && self.forms.is_stack(&tensor.name);
+        if tensor.shape.len() != 2 && !stack {
             return Some(Stays::Dimensions(tensor.shape.len()));
         }
-        if position(&self.include).is_none() {
+        let by_default = stack && self.recipe.include == Recipe::default().include;
+        if !by_default && position(&self.include).is_none() {
             return Some(Stays::NotIncluded);
         }
         if let Some(i) = position(&self.exclude) {

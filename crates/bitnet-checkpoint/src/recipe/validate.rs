@@ -16,7 +16,12 @@ impl Recipe {
         self.default.problems("default", &mut wrong);
         let standard =
             |glob: &String| glob == "*.weight" || super::DEFAULT_EXCLUDE.contains(&glob.as_str());
-        for (list, globs) in [("include", &self.include), ("exclude", &self.exclude)] {
+        let transposed = self.transposed.clone().unwrap_or_default();
+        for (list, globs) in [
+            ("include", &self.include),
+            ("exclude", &self.exclude),
+            ("transposed", &transposed),
+        ] {
             let bad = globs
                 .iter()
                 .filter(|g| !standard(g))

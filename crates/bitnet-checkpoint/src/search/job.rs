@@ -2,6 +2,7 @@
 
 use super::{Candidate, select};
 use crate::calibration::{Calibration, importance};
+use crate::forms::MatrixForm;
 use crate::job::Options;
 use crate::plan::{Action, Builder};
 use crate::recipe::{Choices, Format, Recipe, Rule, Search, Target, escape};
@@ -74,6 +75,7 @@ pub fn resolve(
 /// A tensor that the search chooses for.
 struct SearchedTensor<'a> {
     tensor: &'a Tensor,
+    form: MatrixForm,
     importance: Option<Vec<f32>>,
     /// The settings that the container can hold: choices, bytes, scheme.
     possible: Vec<(Choices, u64, Scheme)>,
@@ -96,6 +98,7 @@ impl<'a> SearchPlan<'a> {
         calibration: Option<&Calibration>,
     ) -> Result<Self> {
         let selector = recipe.selector(source)?;
+        builder.forms = selector.forms().clone();
         let grid = grid(recipe.format, &recipe.default)?;
         let mut plan = Self {
             tensors: vec![],
@@ -120,10 +123,15 @@ impl<'a> SearchPlan<'a> {
                 // No low-bit layout holds it: it stays float, whatever is chosen.
                 continue;
             }
+            let Some(form) = builder.forms.form(tensor) else {
+                continue;
+            };
             plan.weights += tensor.elements() as u64;
+            let shape = Some((form.rows, form.cols));
             plan.tensors.push(SearchedTensor {
                 tensor,
-                importance: importance(calibration, &tensor.name, tensor.matrix_shape())?,
+                form,
+                importance: importance(calibration, &tensor.name, shape)?,
                 possible,
             });
         }
@@ -163,11 +171,10 @@ impl<'a> SearchPlan<'a> {
             let tensor = searched.tensor;
             options.progress.tensor(&tensor.name);
             let schemes: Vec<Scheme> = searched.possible.iter().map(|p| p.2).collect();
-            let cols = tensor.matrix_shape().map_or(1, |s| s.1);
             let importance = searched.importance.as_deref();
             let errors = pool.install(|| {
                 with_rows(source, tensor, None, |rows| {
-                    measure(&rows.reshaped(cols), &schemes, importance, options)
+                    measure(&rows.in_form(searched.form), &schemes, importance, options)
                 })
             })?;
             let settings = searched.possible.iter().zip(errors);

@@ -143,12 +143,16 @@ pub(crate) struct TensorArgs {
     /// times
     #[arg(long, value_name = "GLOB=PRECISION", value_parser = rule(), hide_possible_values = true)]
     pub(crate) rule: Vec<Rule>,
-    /// Tensors to quantize, instead of every two-dimensional *.weight
+    /// Tensors to quantize, instead of every two-dimensional *.weight and stacked experts
     #[arg(long, value_name = "GLOB")]
     pub(crate) include: Vec<String>,
     /// Tensors to keep, besides embeddings, heads, norms and routers
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<String>,
+    /// Tensors that are stored [in, out], and no others, instead of those that biases and shapes
+    /// show
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) transposed: Vec<String>,
 }
 
 /// The search for each tensor's precision, planes and granularity.

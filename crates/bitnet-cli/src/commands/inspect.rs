@@ -82,6 +82,7 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
             "precision": t.spec.as_ref().map(|s| s.precision.name()),
             "planes": t.spec.as_ref().map(|s| s.planes),
             "granularity": t.spec.as_ref().map(|s| s.granularity.to_string()),
+            "transposed": t.transposed,
             "bytes": t.bytes,
             "bits_per_weight": t.bits_per_weight(),
         })).collect::<Vec<_>>(),
@@ -118,7 +119,11 @@ fn table(tensors: &[TensorSummary]) -> Table {
             shape(&t.shape),
             t.stored_as.clone(),
             precision.unwrap_or_default(),
-            spec.map(|s| s.granularity.to_string()).unwrap_or_default(),
+            spec.map(|s| match t.transposed {
+                true => format!("{}, [in, out]", s.granularity),
+                false => s.granularity.to_string(),
+            })
+            .unwrap_or_default(),
             t.bytes.to_string(),
             format!("{:.3}", t.bits_per_weight()),
         ]);

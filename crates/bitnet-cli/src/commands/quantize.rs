@@ -53,6 +53,9 @@ fn recipe(args: &QuantizeArgs) -> anyhow::Result<Recipe> {
     if !tensors.include.is_empty() {
         recipe.include.clone_from(&tensors.include);
     }
+    if !tensors.transposed.is_empty() {
+        recipe.transposed = Some(tensors.transposed.clone());
+    }
     recipe.exclude.extend(tensors.exclude.iter().cloned());
     recipe.rules.splice(0..0, tensors.rule.iter().cloned());
     recipe.default = args.choices.choices().over(&recipe.default);

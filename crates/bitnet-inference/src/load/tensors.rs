@@ -90,6 +90,10 @@ impl<'a> CheckpointLoader<'a> {
                 format!("{:?}", tensor.shape),
             ));
         }
+        if matches!(&tensor.content, Content::Quantized(q) if q.transposed) {
+            let got = "one that is packed transposed, as [out, in] of a tensor [in, out]";
+            return Err(found.error("a matrix [out, in]", got));
+        }
         if matches!(tensor.content, Content::Opaque(_)) {
             let stored = self.source.stored(tensor.first_stored());
             let got = stored.dtype.to_string();

@@ -28,6 +28,7 @@ use super::runtime::Runtime;
 use super::{into_candle, not_empty, token_shape, with_floats};
 use crate::{Activations, QuantizationConfig};
 use crate::{Error, Result};
+use bitnet_checkpoint::forms::Forms;
 use bitnet_checkpoint::rows;
 use bitnet_core::{Matrix, MatrixSpec};
 use bitnet_formats::{Content, Source};
@@ -199,6 +200,7 @@ impl BitLinear {
     /// Reads `{name}.weight`, and `{name}.bias` if there is one, from a checkpoint that [`Source`]
     /// opens. Weights that are quantized there keep their values and scales and make a packed
     /// layer; floats make a latent one, with the choices that the configuration has for this name.
+    /// A weight that is stored `[K, N]`, as in GPT-2, is transposed.
     ///
     /// # Errors
     /// [`Error::Input`] if there is no such matrix,
@@ -207,9 +209,13 @@ impl BitLinear {
         let absent = |what: String| Error::input("layer", format!("a matrix '{what}'"), "none");
         let weight = format!("{name}.weight");
         let tensor = source.find(&weight).ok_or_else(|| absent(weight.clone()))?;
-        let (n, k) = tensor
-            .matrix_shape()
+        let form = Forms::new(source)
+            .form(tensor)
             .ok_or_else(|| absent(weight.clone()))?;
+        let (n, k) = match &tensor.content {
+            Content::Quantized(q) => (q.spec.rows, q.spec.cols),
+            _ => (form.rows, form.cols),
+        };
         let bias = match source.find(&format!("{name}.bias")) {
             Some(bias) => Some(Tensor::from_vec(
                 rows::read_all(source, bias)?,
@@ -232,7 +238,7 @@ impl BitLinear {
                 Self::from_matrix(&source.matrix(&tensor.name, q)?, bias, &config.config)
             }
             _ => Self::from_tensors(
-                Tensor::from_vec(rows::read_all(source, tensor)?, (n, k), &Device::Cpu)?,
+                Tensor::from_vec(rows::read_matrix(source, tensor)?.0, (n, k), &Device::Cpu)?,
                 bias,
                 &config,
             ),
