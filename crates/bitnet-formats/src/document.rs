@@ -90,7 +90,8 @@ impl Document {
 /// xxh3-128 of a container's own metadata, the document excepted.
 ///
 /// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key.
-/// Of GGUF: the header of a file that has these keys, in file order, and no tensors.
+/// Of GGUF: the header of a file that has these keys, in file order, and no tensors. The keys of a
+/// part ([`gguf::SPLIT_KEYS`]) are excepted too.
 ///
 /// # Errors
 /// [`gguf::Error`] for keys that no GGUF can have.
@@ -106,7 +107,12 @@ pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
             Ok(sum.hex())
         }
         Container::Gguf(metadata) => {
-            let own: Vec<_> = metadata.iter().filter(|(k, _)| k != KEY).cloned().collect();
+            let is_own = |key: &str| key != KEY && !gguf::SPLIT_KEYS.contains(&key);
+            let own: Vec<_> = metadata
+                .iter()
+                .filter(|(k, _)| is_own(k))
+                .cloned()
+                .collect();
             let alignment = gguf_alignment(&own);
             Ok(checksum(&gguf::encode_header(&own, &[], alignment)?.bytes))
         }
