@@ -6,7 +6,6 @@
 
 use crate::container::{Container, gguf_alignment};
 use crate::gguf;
-use crate::output::{SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
 use bitnet_core::{MatrixSpec, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -112,11 +111,10 @@ pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
             Ok(sum.hex())
         }
         Container::Gguf(metadata) => {
-            let of_set = [SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS];
-            let counts = |key: &str| key != KEY && !of_set.contains(&key);
+            let is_own = |key: &str| key != KEY && !gguf::SPLIT_KEYS.contains(&key);
             let own: Vec<_> = metadata
                 .iter()
-                .filter(|(k, _)| counts(k))
+                .filter(|(k, _)| is_own(k))
                 .cloned()
                 .collect();
             let alignment = gguf_alignment(&own);

@@ -1,5 +1,6 @@
 //! What a path holds where no checkpoint is, and the next step: the end of error messages.
 
+use crate::gguf_parts;
 use crate::python_json;
 use crate::{Error, Result};
 use std::fs::{self, File};
@@ -173,11 +174,17 @@ impl Listing {
         for ending in [".bin", ".pt", ".pth"] {
             readable.extend(self.ending(ending));
         }
-        if let (Some(first), []) = (self.ending(".gguf").first(), readable.as_slice()) {
-            return format!(
-                "a folder of .gguf files; give the file, {}",
-                beside(folder, first)
-            );
+        let ggufs = self.ending(".gguf");
+        if let (Some(first), []) = (ggufs.first(), readable.as_slice()) {
+            let file = beside(folder, first);
+            let parts = gguf_parts::names(first);
+            return match (ggufs.len(), parts) {
+                (1, _) => format!("a folder of one .gguf file; give the file, {file}"),
+                (n, Some(parts)) if parts == ggufs => {
+                    format!("a folder of one GGUF model in {n} parts; give the first, {file}")
+                }
+                _ => format!("a folder of .gguf files; give the file, {file}"),
+            };
         }
         let foreign = [".ckpt", ".h5", ".msgpack"];
         let foreign = foreign.iter().find_map(|e| self.ending(e).first().copied());
@@ -215,7 +222,7 @@ impl Listing {
 }
 
 /// The first names of a list, for a message.
-fn some(names: &[String]) -> String {
+pub(crate) fn some(names: &[String]) -> String {
     let shown = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
     match names.len() {
         0..=4 => shown,

@@ -13,12 +13,14 @@
 
 mod error;
 mod foreign;
+mod gguf_parts;
 mod grouping;
 mod io;
 mod prefixes;
 mod pytorch;
 mod resolve;
 mod storage;
+mod strided;
 
 pub mod arch;
 pub mod container;

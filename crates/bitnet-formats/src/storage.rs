@@ -17,7 +17,7 @@ use crate::prefixes;
 use crate::pytorch;
 use crate::resolve::{self, Weights};
 use crate::safetensors::SafetensorsHeader;
-use crate::tensor::{FileId, StoredId, StoredTensor};
+use crate::tensor::{Access, FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, LayoutOrigin};
 use serde_json::{Map, Value};
@@ -129,7 +129,7 @@ impl Storage {
         }
         if &magic == gguf::MAGIC || path.extension().is_some_and(|e| e == "gguf") {
             self.kind = Kind::Gguf;
-            self.add_gguf(file_id)
+            self.open_gguf(file_id)
         } else {
             self.kind = Kind::File;
             self.metadata = self.add_tensors(file_id, &|_| true)?;
@@ -137,7 +137,7 @@ impl Storage {
         }
     }
 
-    fn add_file(&mut self, path: &Path) -> Result<FileId> {
+    pub(crate) fn add_file(&mut self, path: &Path) -> Result<FileId> {
         let file = File::open(path).map_err(hints::open_error(path, "open"))?;
         let meta = file.metadata().map_err(Error::io(path, "open"))?;
         if !meta.is_file() {
@@ -165,10 +165,11 @@ impl Storage {
             (vec![], header.tensors)
         } else {
             let header = self.safetensors_header(file_id)?;
-            (header.metadata, header.tensors)
+            let tensors = header.tensors.into_iter().map(|t| (t, Access::AsRead));
+            (header.metadata, tensors.collect())
         };
         let path = &self.files[file_id.0].path;
-        for t in tensors.into_iter().filter(|t| only(&t.name)) {
+        for (t, access) in tensors.into_iter().filter(|(t, _)| only(&t.name)) {
             if self.names.contains_key(&t.name) {
                 let expected = "a tensor that no other shard has";
                 return Err(Error::tensor(path, &t.name, expected, "one"));
@@ -182,6 +183,7 @@ impl Storage {
                 file: file_id,
                 offset: t.offset,
                 len: t.len,
+                access,
             });
         }
         Ok(metadata)
@@ -197,48 +199,44 @@ impl Storage {
         })
     }
 
-    fn add_gguf(&mut self, file_id: FileId) -> Result<()> {
+    pub(crate) fn gguf_header(&self, file_id: FileId) -> Result<gguf::GgufHeader> {
         let file = &self.files[file_id.0];
-        let header =
-            gguf::GgufHeader::read(&file.file, file.len).map_err(
-                |source| match hints::content_at(&file.path) {
-                    Some(got) => Error::file(&file.path, "a GGUF file", got),
-                    None => Error::Gguf {
-                        path: file.path.clone(),
-                        source,
-                    },
+        gguf::GgufHeader::read(&file.file, file.len).map_err(|source| {
+            match hints::content_at(&file.path) {
+                Some(got) => Error::file(&file.path, "a GGUF file", got),
+                None => Error::Gguf {
+                    path: file.path.clone(),
+                    source,
                 },
-            )?;
-        self.gguf = header.metadata;
-        let parts = self
-            .gguf
-            .iter()
-            .find(|(k, _)| k == "split.count")
-            .and_then(|(_, v)| v.as_u64());
-        if let Some(parts) = parts.filter(|&n| n > 1) {
-            return Err(Error::config(
-                &self.files[file_id.0].path,
-                "split.count",
-                "1: a GGUF in one file",
-                format!("{parts} parts"),
-            ));
-        }
-        self.stored = header
-            .tensors
-            .into_iter()
-            .map(|t| StoredTensor {
+            }
+        })
+    }
+
+    /// The tensors of a GGUF file.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for one that an earlier file has.
+    pub(crate) fn add_gguf(&mut self, file_id: FileId, header: gguf::GgufHeader) -> Result<()> {
+        for t in header.tensors {
+            if let Some(earlier) = self.find_stored(&t.name) {
+                let earlier = self.file_of(earlier).display();
+                let got = format!("one that {earlier} has too");
+                let path = &self.files[file_id.0].path;
+                return Err(Error::tensor(path, &t.name, "a tensor of one part", got));
+            }
+            self.add_stored(StoredTensor {
                 name: t.name,
                 shape: t.shape,
                 dtype: StoredType::from_ggml(t.ggml_type),
                 file: file_id,
                 offset: t.offset,
                 len: t.len,
-            })
-            .collect();
-        self.names = self
-            .ids()
-            .map(|id| (self.stored(id).name.clone(), id))
-            .collect();
+                access: match header.byte_order {
+                    gguf::ByteOrder::Little => Access::AsRead,
+                    gguf::ByteOrder::Big => Access::BigEndian(t.ggml_type),
+                },
+            });
+        }
         Ok(())
     }
 
@@ -503,8 +501,15 @@ impl Storage {
         let file = &self.files[tensor.file.0];
         match start.checked_add(buffer.len() as u64) {
             Some(end) if end <= tensor.len && !self.foreign.contains_key(&stored) => {
-                crate::io::read_at(&file.file, buffer, tensor.offset + start)
-                    .map_err(Error::io(&file.path, "read"))
+                let read = |at: u64, out: &mut [u8]| {
+                    crate::io::read_at(&file.file, out, tensor.offset + at)
+                };
+                match &tensor.access {
+                    Access::AsRead => read(start, buffer),
+                    Access::BigEndian(ggml_type) => ggml_type.read_swapped(start, buffer, &read),
+                    Access::Strided(view) => view.read(start, buffer, &read),
+                }
+                .map_err(Error::io(&file.path, "read"))
             }
             _ => Err(Error::tensor(
                 &file.path,

@@ -1,6 +1,8 @@
 //! Tensors: as they are stored in files, and as the model has them.
 
 use crate::dtype::StoredType;
+use crate::gguf::GgmlType;
+use crate::strided::Strided;
 use bitnet_core::MatrixSpec;
 use bitnet_core::pack::Layout;
 
@@ -31,6 +33,20 @@ pub struct StoredTensor {
     pub offset: u64,
     /// Number of its bytes.
     pub len: u64,
+    /// How its bytes lie in the file.
+    pub(crate) access: Access,
+}
+
+/// How the bytes of a stored tensor lie in its file. Whatever it is, they are read row-major and
+/// little-endian.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Access {
+    /// As they are read.
+    AsRead,
+    /// Big-endian numbers of this type.
+    BigEndian(GgmlType),
+    /// A view with strides.
+    Strided(Strided),
 }
 
 impl StoredTensor {

@@ -1,5 +1,5 @@
 //! Matrices that other programs quantized, against the floats that their own readers make of them:
-//! `scripts/make-foreign-golden.py` wrote both.
+//! `scripts/make-foreign-golden.py` and `scripts/make-foreign-golden-experts.py` wrote both.
 
 use bitnet_formats::{Content, Source};
 use std::path::{Path, PathBuf};
@@ -13,9 +13,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn floats(source: &Source, name: &str, range: std::ops::Range<usize>) -> Vec<f32> {
-    let tensor = source.find(name).unwrap();
-    assert_eq!(tensor.shape, [32, 64], "{name}");
-    let Content::Float(stored) = tensor.content else {
+    let Content::Float(stored) = source.find(name).unwrap().content else {
         panic!("{name}: {:?}", source.notes());
     };
     let mut out = vec![0.0; range.len()];
@@ -27,19 +25,27 @@ fn floats(source: &Source, name: &str, range: std::ops::Range<usize>) -> Vec<f32
 
 /// Checks a golden folder and returns the type of its matrix.
 fn check(name: &str) -> String {
+    check_tensor(name, WEIGHT, &[32, 64])
+}
+
+fn check_tensor(name: &str, weight: &str, shape: &[usize]) -> String {
     let source = Source::open(&folder(name)).unwrap();
     // The parts are no tensors of the model.
     assert_eq!(source.tensors().len(), 2, "{name}");
-    let expected = floats(&source, "expected", 0..32 * 64);
-    assert_eq!(floats(&source, WEIGHT, 0..32 * 64), expected, "{name}");
+    assert_eq!(source.find("expected").unwrap().shape, shape, "{name}");
+    assert_eq!(source.find(weight).unwrap().shape, shape, "{name}");
+    let n = shape.iter().product();
+    let expected = floats(&source, "expected", 0..n);
+    assert_eq!(floats(&source, weight, 0..n), expected, "{name}");
     // A range need not begin or end with a row.
+    let part = 70..n - 100;
     assert_eq!(
-        floats(&source, WEIGHT, 70..200),
-        expected[70..200],
+        floats(&source, weight, part.clone()),
+        expected[part],
         "{name}"
     );
     source.refuse_undecoded().unwrap();
-    let stored = source.find_stored(WEIGHT).unwrap();
+    let stored = source.find_stored(weight).unwrap();
     // Its bytes are several tensors.
     assert!(source.read_all(stored).is_err());
     assert_eq!(source.notes().len(), 1, "{:?}", source.notes());
@@ -89,4 +95,36 @@ fn fp8_with_scales_of_blocks_rows_and_the_tensor() {
     assert_eq!(check("fp8-block"), "FP8 8-bit group 32");
     assert_eq!(check("fp8-row"), "FP8 8-bit");
     assert_eq!(check("fp8-tensor"), "FP8 8-bit");
+}
+
+#[test]
+fn compressed_tensors_with_an_order_of_groups() {
+    // The index of the second was never set.
+    for name in ["compressed-tensors-order", "compressed-tensors-no-order"] {
+        assert_eq!(check(name), "compressed-tensors 4-bit group 32");
+    }
+}
+
+#[test]
+fn stacked_experts_of_mlx() {
+    let weight = "model.layers.0.mlp.switch_mlp.up_proj.weight";
+    for bits in [4, 6] {
+        let got = check_tensor(&format!("mlx-experts-{bits}"), weight, &[4, 32, 64]);
+        assert_eq!(got, format!("MLX {bits}-bit group 32"));
+    }
+}
+
+#[test]
+fn stacked_experts_in_fp8() {
+    let weight = "model.layers.0.mlp.experts.up_proj";
+    for (name, group) in [
+        ("block", " group 32"),
+        ("row", ""),
+        ("column", " group 1"),
+        ("tensor", ""),
+        ("each", ""),
+    ] {
+        let got = check_tensor(&format!("fp8-experts-{name}"), weight, &[4, 32, 64]);
+        assert_eq!(got, format!("FP8 8-bit{group}"), "{name}");
+    }
 }

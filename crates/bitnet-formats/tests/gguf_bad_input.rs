@@ -2,8 +2,8 @@
 //! by a number in the file.
 
 use bitnet_formats::gguf::{
-    Array, EncodedHeader, Error, GgmlType, GgufEntry, GgufHeader, MAX_ARRAY_DEPTH, Value, decode,
-    encode_header,
+    Array, ByteOrder, EncodedHeader, Error, GgmlType, GgufEntry, GgufHeader, MAX_ARRAY_DEPTH,
+    Value, decode, encode_header,
 };
 
 const SMALL: &[u8] = include_bytes!("data/gguf/small.gguf");
@@ -114,20 +114,18 @@ fn bad_magic() {
 }
 
 #[test]
-fn version_1() {
+fn versions_that_do_not_exist() {
     assert_error!(
-        Raw(b"GGUF".to_vec()).u32(1).u64(0).error(),
-        Error::Version { got: 1 },
-        "GGUF version 1, expected 2 or 3"
+        Raw(b"GGUF".to_vec()).u32(4).u64(0).error(),
+        Error::Version { got: 4 },
+        "GGUF version 4, expected 1, 2 or 3"
     );
-    assert!(matches!(
-        Raw(b"GGUF".to_vec()).u32(0).error(),
-        Error::Version { got: 0 }
-    ));
-    assert!(matches!(
-        Raw(b"GGUF".to_vec()).u32(4).error(),
-        Error::Version { got: 4 }
-    ));
+    for got in [0u32, 4] {
+        for raw in [got, got.swap_bytes()] {
+            let error = Raw(b"GGUF".to_vec()).u32(raw).error();
+            assert!(matches!(error, Error::Version { got: g } if g == got));
+        }
+    }
 }
 
 #[test]
@@ -137,17 +135,83 @@ fn version_2_is_read() {
     assert_eq!(read(&file).unwrap().version, 2);
 }
 
+/// Version 1, in the widths of the first specification: counts, lengths and dimensions are u32.
 #[test]
-fn big_endian() {
-    let error = Raw(b"GGUF".to_vec())
-        .u32(3u32.swap_bytes())
-        .u64(0)
-        .u64(0)
-        .error();
+fn version_1_has_narrow_counts() {
+    let text = |raw: Raw, s: &str| {
+        let mut raw = raw.u32(s.len() as u32);
+        raw.0.extend(s.as_bytes());
+        raw
+    };
+    for end in ["", "\0"] {
+        let end = |s: &str| format!("{s}{end}");
+        let mut raw = Raw(b"GGUF".to_vec()).u32(1).u32(2).u32(3);
+        raw = text(raw, &end("general.architecture")).u32(8);
+        raw = text(raw, &end("llama"));
+        raw = text(raw, &end("tokens")).u32(9).u32(8).u32(2);
+        raw = text(text(raw, &end("<s>")), &end(""));
+        raw = text(raw, &end("n")).u32(4).u32(7);
+        raw = text(raw, &end("a")).u32(2).u32(4).u32(2).u32(0).u64(0);
+        raw = text(raw, &end("b")).u32(1).u32(4).u32(0).u64(32);
+        let file = raw.data(48);
+        let header = read(&file.0).unwrap();
+        assert_eq!(header.version, 1);
+        assert_eq!(header.byte_order, ByteOrder::Little);
+        assert_eq!(
+            header.metadata,
+            [
+                ("general.architecture".into(), Value::from("llama")),
+                (
+                    "tokens".into(),
+                    Value::Array(Array::String(vec!["<s>".into(), String::new()]))
+                ),
+                ("n".into(), Value::U32(7)),
+            ]
+        );
+        let tensors: Vec<_> = header.tensors.iter().collect();
+        assert_eq!(tensors[0].name, "a");
+        assert_eq!(tensors[0].shape, [2, 4]);
+        assert_eq!(tensors[1].name, "b");
+        assert_eq!(tensors[1].offset, header.data_start + 32);
+        assert_eq!(header.data_start % 32, 0);
+        for len in 0..file.0.len() {
+            assert!(read(&file.0[..len]).is_err(), "cut after {len} bytes");
+        }
+    }
+}
+
+/// A zero byte of a token is its own where keys do not end in one.
+#[test]
+fn zero_bytes_of_values_stay() {
+    let pair = |key: &str| {
+        let file = Raw::start(0, 1).str(key).u32(8).str("a\0").data(0);
+        let mut file = file.0;
+        file[4] = 2;
+        read(&file).unwrap().metadata.remove(0)
+    };
+    assert_eq!(pair("k"), ("k".into(), Value::from("a\0")));
+    assert_eq!(pair("k\0"), ("k".into(), Value::from("a")));
+}
+
+#[test]
+fn a_big_endian_file_with_blocks_that_nobody_defines() {
+    let mut file = b"GGUF".to_vec();
+    file.extend(3u32.to_be_bytes());
+    file.extend(1u64.to_be_bytes());
+    file.extend(0u64.to_be_bytes());
+    file.extend(1u64.to_be_bytes());
+    file.push(b'w');
+    file.extend(1u32.to_be_bytes());
+    file.extend(256u64.to_be_bytes());
+    file.extend(35u32.to_be_bytes());
+    file.extend(0u64.to_be_bytes());
+    let file = Raw(file).data(66);
     assert_error!(
-        error,
-        Error::BigEndian { version: 3 },
-        "GGUF version 3 in big-endian byte order, expected little-endian"
+        file.error(),
+        Error::BigEndian { .. },
+        "tensor 'w': expected a type that is read from big-endian files (F32, F16, Q4_0, Q8_0, \
+         Q4_K, Q6_K, I8, I16, I32, I64, F64, BF16, MXFP4, NVFP4), got TQ2_0; write the model again \
+         on a little-endian machine"
     );
 }
 

@@ -19,7 +19,7 @@ pub(crate) use decode::{Coding, Loaded};
 
 use crate::dtype::StoredType;
 use crate::storage::{Kind, Storage};
-use crate::tensor::{StoredId, StoredTensor};
+use crate::tensor::{Access, StoredId, StoredTensor};
 use crate::{Error, Result};
 use std::fmt;
 use std::sync::Arc;
@@ -124,6 +124,7 @@ impl Storage {
                 file: first.file,
                 offset: first.offset,
                 len,
+                access: Access::AsRead,
             };
             let id = self.add_stored(tensor);
             self.foreign.insert(id, matrix);

@@ -110,8 +110,9 @@ impl Packed {
     }
 
     fn load_groups(&self, storage: &Storage) -> Result<Vec<u32>> {
+        let in_order = || (0..self.cols).map(|c| (c / self.group) as u32).collect();
         let Some(id) = self.group_index else {
-            return Ok((0..self.cols).map(|c| (c / self.group) as u32).collect());
+            return Ok(in_order());
         };
         let bytes = all_bytes(storage, id)?;
         let groups: Vec<u32> = bytes
@@ -120,6 +121,10 @@ impl Packed {
             .iter()
             .map(|b| u32::from_le_bytes(*b))
             .collect();
+        // compressed-tensors: -1 is an index that was never set, and columns are in order then.
+        if self.order == Order::Rows && groups.contains(&u32::MAX) {
+            return Ok(in_order());
+        }
         if let Some(bad) = groups.iter().find(|&&g| g as usize >= self.groups) {
             let expected = format!("groups below {}", self.groups);
             let got = (*bad as i32).to_string();

@@ -1,7 +1,7 @@
 //! A forward-only reader that never allocates more than the file can hold.
 
-use super::MAX_HEADER_BYTES;
 use super::error::{Error, Result};
+use super::{ByteOrder, MAX_HEADER_BYTES};
 use std::fmt;
 use std::io::{BufReader, Read};
 
@@ -45,6 +45,9 @@ pub(super) struct Cursor<R> {
     inner: BufReader<R>,
     pos: u64,
     file_len: u64,
+    byte_order: ByteOrder,
+    /// Bytes of a count, a length or a dimension.
+    count_bytes: u64,
 }
 
 impl<R: Read> Cursor<R> {
@@ -53,7 +56,21 @@ impl<R: Read> Cursor<R> {
             inner: BufReader::with_capacity(1 << 16, reader),
             pos: 0,
             file_len,
+            byte_order: ByteOrder::Little,
+            count_bytes: 8,
         }
+    }
+
+    /// Sets how the rest is read: the byte order of numbers, and the width of counts, lengths and
+    /// dimensions, which are u32 in version 1.
+    pub(super) fn set_format(&mut self, byte_order: ByteOrder, version: u32) {
+        self.byte_order = byte_order;
+        self.count_bytes = if version == 1 { 4 } else { 8 };
+    }
+
+    /// Bytes of a count, a length or a dimension.
+    pub(super) fn count_bytes(&self) -> u64 {
+        self.count_bytes
     }
 
     /// Offset of the next byte.
@@ -100,16 +117,33 @@ impl<R: Read> Cursor<R> {
         Ok(out)
     }
 
+    /// The bytes of a number, least significant first.
+    pub(super) fn number<const N: usize>(&mut self, place: HeaderPart<'_>) -> Result<[u8; N]> {
+        let mut bytes = self.bytes(place)?;
+        if self.byte_order == ByteOrder::Big {
+            bytes.reverse();
+        }
+        Ok(bytes)
+    }
+
     pub(super) fn u32(&mut self, place: HeaderPart<'_>) -> Result<u32> {
-        self.bytes(place).map(u32::from_le_bytes)
+        self.number(place).map(u32::from_le_bytes)
     }
 
     pub(super) fn u64(&mut self, place: HeaderPart<'_>) -> Result<u64> {
-        self.bytes(place).map(u64::from_le_bytes)
+        self.number(place).map(u64::from_le_bytes)
+    }
+
+    /// A count, a length or a dimension.
+    pub(super) fn count(&mut self, place: HeaderPart<'_>) -> Result<u64> {
+        match self.count_bytes {
+            4 => self.u32(place).map(u64::from),
+            _ => self.u64(place),
+        }
     }
 
     pub(super) fn string(&mut self, place: HeaderPart<'_>) -> Result<String> {
-        let len = self.u64(place)?;
+        let len = self.count(place)?;
         self.need(place, len, 1)?;
         let offset = self.pos;
         // At most MAX_HEADER_BYTES, so that it fits.
@@ -129,7 +163,7 @@ impl<R: Read> Cursor<R> {
         bytes: u64,
         mut item: impl FnMut(&mut Self) -> Result<T>,
     ) -> Result<Vec<T>> {
-        let count = self.u64(place)?;
+        let count = self.count(place)?;
         self.need(place, count, bytes)?;
         let mut out = Vec::with_capacity((count as usize).min(MAX_RESERVE));
         for _ in 0..count {

@@ -24,16 +24,22 @@ pub enum Error {
         got: [u8; 4],
     },
     /// A version of the format that is not read.
-    #[error("GGUF version {got}, expected 2 or 3")]
+    #[error("GGUF version {got}, expected 1, 2 or 3")]
     Version {
         /// The version found.
         got: u32,
     },
-    /// The file is big-endian.
-    #[error("GGUF version {version} in big-endian byte order, expected little-endian")]
+    /// A big-endian file has a tensor whose bytes cannot be put in the usual order.
+    #[error(
+        "tensor '{tensor}': expected a type that is read from big-endian files ({}), got \
+         {ggml_type}; write the model again on a little-endian machine",
+        super::byte_order::readable()
+    )]
     BigEndian {
-        /// The version after swapping its bytes.
-        version: u32,
+        /// The tensor's name.
+        tensor: String,
+        /// Its type.
+        ggml_type: GgmlType,
     },
     /// The file ends too early, or a length in it is wrong.
     #[error("{what} at offset {offset} needs {needed} bytes, the file has {left} left")]

@@ -1,6 +1,6 @@
 //! GGUF: the single-file container of ggml programs.
 //!
-//! A little-endian file of four parts without padding except where noted:
+//! A file of four parts without padding except where noted:
 //!
 //! 1. the letters `GGUF`, a u32 version, a u64 number of tensors, a u64 number of metadata pairs;
 //! 2. the metadata: each pair is a key, a u32 type id and a value. Strings are a u64 byte count and
@@ -12,10 +12,13 @@
 //! 4. padding up to a multiple of the alignment (key `general.alignment`, else 32), then the
 //!    tensors' bytes, each on such a multiple.
 //!
-//! Versions 2 and 3 share this layout. [`GgufHeader::read`] checks all of it before anything is
+//! Versions 2 and 3 share this layout; in version 1 counts, lengths and dimensions are u32. Numbers
+//! are little-endian, or big-endian ([`ByteOrder`]) where the version reads so: then in the whole
+//! file, tensor data included. [`GgufHeader::read`] checks all of it before anything is
 //! allocated by a length from the file, [`encode_header`] writes it, and [`decode`] turns the bytes
 //! of most tensor types into floats.
 
+mod byte_order;
 mod cursor;
 mod decode;
 mod error;
@@ -24,6 +27,7 @@ mod types;
 mod value;
 mod writer;
 
+pub use byte_order::ByteOrder;
 pub use decode::{BlockIntegers, decode, has_decoder, integers};
 pub use error::{Error, Result};
 pub use reader::{GgufHeader, GgufTensor};
@@ -37,6 +41,14 @@ pub const MAGIC: &[u8; 4] = b"GGUF";
 pub const VERSION: u32 = 3;
 /// The key that sets another alignment than [`DEFAULT_ALIGNMENT`]; a u32.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
+/// The index of a file that is one part of a model, from 0; a u16.
+pub const SPLIT_NO: &str = "split.no";
+/// The number of parts of a model; a u16.
+pub const SPLIT_COUNT: &str = "split.count";
+/// The number of tensors in all parts of a model; an i32.
+pub const SPLIT_TENSORS: &str = "split.tensors.count";
+/// The keys of a file that is one part of a model.
+pub const SPLIT_KEYS: [&str; 3] = [SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS];
 /// Alignment of tensor data without [`ALIGNMENT_KEY`].
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Most dimensions that a tensor can have.

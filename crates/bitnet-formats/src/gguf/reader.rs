@@ -3,15 +3,19 @@
 use super::cursor::{Cursor, HeaderPart};
 use super::error::{Error, Result};
 use super::value::{Array, Value, type_id};
-use super::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, GgmlType, MAGIC, MAX_ARRAY_DEPTH, MAX_DIMS};
+use super::{
+    ALIGNMENT_KEY, ByteOrder, DEFAULT_ALIGNMENT, GgmlType, MAGIC, MAX_ARRAY_DEPTH, MAX_DIMS,
+};
 use std::collections::HashSet;
 use std::io::Read;
 
 /// Everything before the tensor data, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GgufHeader {
-    /// Version of the format, 2 or 3.
+    /// Version of the format, 1 to 3.
     pub version: u32,
+    /// Byte order of the numbers in the file, tensor data included.
+    pub byte_order: ByteOrder,
     /// Alignment of tensor data, a power of two.
     pub alignment: u32,
     /// Metadata in file order; no key occurs twice.
@@ -38,10 +42,10 @@ pub struct GgufTensor {
     pub len: u64,
 }
 
-/// Key length, type id and the smallest value.
-const MIN_PAIR_BYTES: u64 = 8 + 4 + 1;
-/// Name length, number of dimensions, type id and offset.
-const MIN_TENSOR_BYTES: u64 = 8 + 4 + 4 + 8;
+/// Type id and the smallest value: a pair without its key.
+const MIN_VALUE_BYTES: u64 = 4 + 1;
+/// Number of dimensions, type id and offset: a tensor info without its name.
+const MIN_INFO_BYTES: u64 = 4 + 4 + 8;
 
 impl GgufHeader {
     /// Reads the header of a file of `file_len` bytes.
@@ -54,26 +58,37 @@ impl GgufHeader {
     /// bytes.
     pub fn read(reader: impl Read, file_len: u64) -> Result<Self> {
         let mut cursor = Cursor::new(reader, file_len);
-        let (version, tensor_count, pair_count) = read_start(&mut cursor)?;
+        let (version, byte_order) = read_start(&mut cursor)?;
+        cursor.set_format(byte_order, version);
+        let tensor_count = cursor.count(HeaderPart::Start)?;
+        let pair_count = cursor.count(HeaderPart::Start)?;
 
-        cursor.need(HeaderPart::Pairs(pair_count), pair_count, MIN_PAIR_BYTES)?;
+        let min_pair = cursor.count_bytes() + MIN_VALUE_BYTES;
+        cursor.need(HeaderPart::Pairs(pair_count), pair_count, min_pair)?;
         let mut metadata = Vec::new();
         for index in 0..pair_count {
-            let key = cursor.string(HeaderPart::Key(index))?;
-            let value = read_value(&mut cursor, &key)?;
+            let mut key = cursor.string(HeaderPart::Key(index))?;
+            let mut value = read_value(&mut cursor, &key)?;
+            if version < 3 && take_nul(&mut key) {
+                strip_nuls(&mut value);
+            }
             metadata.push((key, value));
         }
         check_keys(&metadata)?;
         let alignment = alignment(&metadata)?;
 
-        cursor.need(
-            HeaderPart::Tensors(tensor_count),
-            tensor_count,
-            MIN_TENSOR_BYTES,
-        )?;
+        let min_tensor = cursor.count_bytes() + MIN_INFO_BYTES;
+        cursor.need(HeaderPart::Tensors(tensor_count), tensor_count, min_tensor)?;
         let mut tensors = Vec::new();
         for index in 0..tensor_count {
-            tensors.push(read_tensor(&mut cursor, index)?);
+            let mut tensor = read_tensor(&mut cursor, index)?;
+            if version < 3 {
+                take_nul(&mut tensor.name);
+            }
+            tensors.push(tensor);
+        }
+        if byte_order == ByteOrder::Big {
+            check_byte_order(&tensors)?;
         }
         check_names(tensors.iter().map(|t| t.name.as_str()))?;
 
@@ -85,6 +100,7 @@ impl GgufHeader {
         check_overlap(&tensors)?;
         Ok(Self {
             version,
+            byte_order,
             alignment,
             metadata,
             tensors,
@@ -106,23 +122,66 @@ impl GgufHeader {
     }
 }
 
-/// Version, number of tensors, number of metadata pairs.
-fn read_start(cursor: &mut Cursor<impl Read>) -> Result<(u32, u64, u64)> {
+/// Version and byte order.
+fn read_start(cursor: &mut Cursor<impl Read>) -> Result<(u32, ByteOrder)> {
     let magic = cursor.bytes(HeaderPart::Start)?;
     if magic != *MAGIC {
         return Err(Error::Magic { got: magic });
     }
-    match cursor.u32(HeaderPart::Start)? {
-        version @ 2..=3 => Ok((
-            version,
-            cursor.u64(HeaderPart::Start)?,
-            cursor.u64(HeaderPart::Start)?,
-        )),
-        // A small number whose bytes are in the other order.
-        swapped if swapped != 0 && swapped & 0xffff == 0 => Err(Error::BigEndian {
-            version: swapped.swap_bytes(),
-        }),
+    let got = cursor.u32(HeaderPart::Start)?;
+    // A small number whose bytes are in the other order.
+    let (version, byte_order) = match got {
+        swapped if swapped != 0 && swapped & 0xffff == 0 => (swapped.swap_bytes(), ByteOrder::Big),
+        version => (version, ByteOrder::Little),
+    };
+    match version {
+        1..=3 => Ok((version, byte_order)),
         got => Err(Error::Version { got }),
+    }
+}
+
+/// Takes the zero byte off the end of a string and says whether there was one.
+///
+/// llama.cpp's programs of August 2023 (version 1, and the first files of version 2) counted the
+/// zero that ends a string of C; its Python scripts did not. A key never ends in one otherwise.
+fn take_nul(text: &mut String) -> bool {
+    let found = text.ends_with('\0');
+    if found {
+        text.pop();
+    }
+    found
+}
+
+/// [`take_nul`] for every string of a value.
+fn strip_nuls(value: &mut Value) {
+    fn strip_array(array: &mut Array) {
+        match array {
+            Array::String(items) => {
+                for item in items {
+                    take_nul(item);
+                }
+            }
+            Array::Array(items) => items.iter_mut().for_each(strip_array),
+            _ => {}
+        }
+    }
+    match value {
+        Value::String(text) => {
+            take_nul(text);
+        }
+        Value::Array(array) => strip_array(array),
+        _ => {}
+    }
+}
+
+/// Refuses a big-endian file with a tensor whose numbers cannot be found in its blocks.
+fn check_byte_order(tensors: &[GgufTensor]) -> Result<()> {
+    match tensors.iter().find(|t| !t.ggml_type.swaps()) {
+        Some(tensor) => Err(Error::BigEndian {
+            tensor: tensor.name.clone(),
+            ggml_type: tensor.ggml_type,
+        }),
+        None => Ok(()),
     }
 }
 
@@ -130,19 +189,19 @@ fn read_value(cursor: &mut Cursor<impl Read>, key: &str) -> Result<Value> {
     let place = HeaderPart::Value(key);
     let offset = cursor.pos();
     Ok(match cursor.u32(place)? {
-        type_id::U8 => Value::U8(u8::from_le_bytes(cursor.bytes(place)?)),
-        type_id::I8 => Value::I8(i8::from_le_bytes(cursor.bytes(place)?)),
-        type_id::U16 => Value::U16(u16::from_le_bytes(cursor.bytes(place)?)),
-        type_id::I16 => Value::I16(i16::from_le_bytes(cursor.bytes(place)?)),
-        type_id::U32 => Value::U32(u32::from_le_bytes(cursor.bytes(place)?)),
-        type_id::I32 => Value::I32(i32::from_le_bytes(cursor.bytes(place)?)),
-        type_id::F32 => Value::F32(f32::from_le_bytes(cursor.bytes(place)?)),
+        type_id::U8 => Value::U8(u8::from_le_bytes(cursor.number(place)?)),
+        type_id::I8 => Value::I8(i8::from_le_bytes(cursor.number(place)?)),
+        type_id::U16 => Value::U16(u16::from_le_bytes(cursor.number(place)?)),
+        type_id::I16 => Value::I16(i16::from_le_bytes(cursor.number(place)?)),
+        type_id::U32 => Value::U32(u32::from_le_bytes(cursor.number(place)?)),
+        type_id::I32 => Value::I32(i32::from_le_bytes(cursor.number(place)?)),
+        type_id::F32 => Value::F32(f32::from_le_bytes(cursor.number(place)?)),
         type_id::BOOL => Value::Bool(read_bool(cursor, key)?),
         type_id::STRING => Value::String(cursor.string(place)?),
         type_id::ARRAY => Value::Array(read_array(cursor, key, MAX_ARRAY_DEPTH)?),
-        type_id::U64 => Value::U64(u64::from_le_bytes(cursor.bytes(place)?)),
-        type_id::I64 => Value::I64(i64::from_le_bytes(cursor.bytes(place)?)),
-        type_id::F64 => Value::F64(f64::from_le_bytes(cursor.bytes(place)?)),
+        type_id::U64 => Value::U64(u64::from_le_bytes(cursor.number(place)?)),
+        type_id::I64 => Value::I64(i64::from_le_bytes(cursor.number(place)?)),
+        type_id::F64 => Value::F64(f64::from_le_bytes(cursor.number(place)?)),
         got => {
             return Err(Error::ValueType {
                 key: key.into(),
@@ -163,34 +222,43 @@ fn read_array<R: Read>(cursor: &mut Cursor<R>, key: &str, depth: usize) -> Resul
     let place = HeaderPart::Value(key);
     let offset = cursor.pos();
     Ok(match cursor.u32(place)? {
-        type_id::U8 => Array::U8(cursor.list(place, 1, |c| c.bytes(place).map(u8::from_le_bytes))?),
-        type_id::I8 => Array::I8(cursor.list(place, 1, |c| c.bytes(place).map(i8::from_le_bytes))?),
+        type_id::U8 => {
+            Array::U8(cursor.list(place, 1, |c| c.number(place).map(u8::from_le_bytes))?)
+        }
+        type_id::I8 => {
+            Array::I8(cursor.list(place, 1, |c| c.number(place).map(i8::from_le_bytes))?)
+        }
         type_id::U16 => {
-            Array::U16(cursor.list(place, 2, |c| c.bytes(place).map(u16::from_le_bytes))?)
+            Array::U16(cursor.list(place, 2, |c| c.number(place).map(u16::from_le_bytes))?)
         }
         type_id::I16 => {
-            Array::I16(cursor.list(place, 2, |c| c.bytes(place).map(i16::from_le_bytes))?)
+            Array::I16(cursor.list(place, 2, |c| c.number(place).map(i16::from_le_bytes))?)
         }
         type_id::U32 => {
-            Array::U32(cursor.list(place, 4, |c| c.bytes(place).map(u32::from_le_bytes))?)
+            Array::U32(cursor.list(place, 4, |c| c.number(place).map(u32::from_le_bytes))?)
         }
         type_id::I32 => {
-            Array::I32(cursor.list(place, 4, |c| c.bytes(place).map(i32::from_le_bytes))?)
+            Array::I32(cursor.list(place, 4, |c| c.number(place).map(i32::from_le_bytes))?)
         }
         type_id::F32 => {
-            Array::F32(cursor.list(place, 4, |c| c.bytes(place).map(f32::from_le_bytes))?)
+            Array::F32(cursor.list(place, 4, |c| c.number(place).map(f32::from_le_bytes))?)
         }
         type_id::BOOL => Array::Bool(cursor.list(place, 1, |c| read_bool(c, key))?),
-        type_id::STRING => Array::String(cursor.list(place, 8, |c| c.string(place))?),
-        type_id::ARRAY => Array::Array(cursor.list(place, 12, |c| read_array(c, key, depth - 1))?),
+        type_id::STRING => {
+            Array::String(cursor.list(place, cursor.count_bytes(), |c| c.string(place))?)
+        }
+        type_id::ARRAY => {
+            let header = 4 + cursor.count_bytes();
+            Array::Array(cursor.list(place, header, |c| read_array(c, key, depth - 1))?)
+        }
         type_id::U64 => {
-            Array::U64(cursor.list(place, 8, |c| c.bytes(place).map(u64::from_le_bytes))?)
+            Array::U64(cursor.list(place, 8, |c| c.number(place).map(u64::from_le_bytes))?)
         }
         type_id::I64 => {
-            Array::I64(cursor.list(place, 8, |c| c.bytes(place).map(i64::from_le_bytes))?)
+            Array::I64(cursor.list(place, 8, |c| c.number(place).map(i64::from_le_bytes))?)
         }
         type_id::F64 => {
-            Array::F64(cursor.list(place, 8, |c| c.bytes(place).map(f64::from_le_bytes))?)
+            Array::F64(cursor.list(place, 8, |c| c.number(place).map(f64::from_le_bytes))?)
         }
         got => {
             return Err(Error::ValueType {
@@ -229,7 +297,7 @@ fn read_tensor(cursor: &mut Cursor<impl Read>, index: u64) -> Result<GgufTensor>
     }
     let mut shape = Vec::with_capacity(n_dims as usize);
     for _ in 0..n_dims {
-        let dim = cursor.u64(place)?;
+        let dim = cursor.count(place)?;
         // A dimension that does not fit saturates, and the product below reports it.
         shape.push(usize::try_from(dim).unwrap_or(usize::MAX));
     }

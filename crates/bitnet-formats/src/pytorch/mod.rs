@@ -1,13 +1,17 @@
 //! PyTorch checkpoints: what `torch.save` writes of a dictionary of tensors.
 //!
 //! The file is a zip archive without compression: `data.pkl` is a pickle of the dictionary, in
-//! which each tensor is a view of a storage, and `data/KEY` holds the bytes of a storage. The
-//! pickle is read without running it: [`read`] takes what `torch.load(weights_only=True)` takes of
+//! which each tensor is a view of a storage, and `data/KEY` holds the bytes of a storage. Before 1.6
+//! torch wrote the same pickle and storages one after another ([`legacy`]). The pickle is read
+//! without running it: [`pickle::read`] takes what `torch.load(weights_only=True)` takes of
 //! tensors and containers, and names what it does not take.
 
+mod legacy;
 mod pickle;
 
 use crate::safetensors::Entry;
+use crate::strided::Strided;
+use crate::tensor::Access;
 use crate::{Error, Result};
 use pickle::{Id, Object, Objects, View};
 use std::collections::HashMap;
@@ -19,64 +23,58 @@ use zip::{CompressionMethod, ZipArchive};
 /// Largest pickle that is read: the names and shapes of a hundred thousand tensors are a quarter.
 const MAX_PICKLE_BYTES: u64 = 64 << 20;
 
+/// Largest tensor that repeats elements of a smaller storage.
+const MAX_REPEATED_BYTES: u64 = 1 << 30;
+
 /// First bytes of the archive.
 const MAGIC: [u8; 4] = *b"PK\x03\x04";
-
-/// First bytes of what torch wrote before it wrote archives.
-const OLD_MAGIC: [u8; 4] = [0x80, 0x02, 0x8a, 0x0a];
 
 /// Whether a file is a PyTorch checkpoint: by its first bytes, or by its name.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::File`] for one that is no archive yet.
+/// [`Error::Io`].
 pub(crate) fn is_pytorch(path: &Path, file: &File) -> Result<bool> {
-    let mut magic = [0; 4];
-    let len = file.metadata().map_err(Error::io(path, "open"))?.len();
-    if len >= 4 {
-        crate::io::read_at(file, &mut magic, 0).map_err(Error::io(path, "read"))?;
-    }
-    if magic == OLD_MAGIC {
-        let got = "a pickle without one, as torch wrote before 1.6: load it and save it again";
-        return Err(Error::file(path, "an archive of torch.save", got));
-    }
+    let start = legacy::start(path, file)?;
     let endings = ["bin", "pt", "pth"];
     let named = path
         .extension()
         .is_some_and(|e| endings.iter().any(|n| e == *n));
-    Ok(magic == MAGIC || named)
+    Ok(start.starts_with(&MAGIC) || legacy::is_legacy(&start) || named)
 }
 
 /// A checkpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct PytorchHeader {
-    /// Tensors in the order of their bytes. Two may share bytes.
-    pub(crate) tensors: Vec<Entry>,
+    /// Tensors in the order of their first bytes, and how they lie there. Two may share bytes.
+    pub(crate) tensors: Vec<(Entry, Access)>,
     /// What of the file is not in `tensors`, each a sentence for a person.
     pub(crate) notes: Vec<String>,
 }
 
-/// A member of the archive.
-struct Member {
+/// Where the bytes of a storage lie in the file.
+struct Bytes {
     offset: u64,
     len: u64,
 }
+
+/// What is in a file: the last object of its pickle, all of them, and the storages by their keys.
+type Content = (Id, Objects, HashMap<String, Bytes>);
 
 impl PytorchHeader {
     /// Reads and checks the archive and the pickle; `path` is for messages.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::File`] for what is no archive of `torch.save`, is compressed, or
-    /// names anything beside tensors and plain containers; [`Error::Tensor`] for a view that is
-    /// not contiguous or leaves its storage.
+    /// [`Error::Io`]; [`Error::File`] for what `torch.save` did not write, is compressed, or names
+    /// anything beside tensors and plain containers; [`Error::Tensor`] for a view that leaves its
+    /// storage.
     pub(crate) fn read(path: &Path, file: &File) -> Result<Self> {
-        let bad = |got: String| Error::file(path, "an archive of torch.save", got);
-        let archive = ZipArchive::new(BufReader::new(file))
-            .map_err(|e| bad(format!("{e}: if it was cut short, download it again")))?;
-        let (pickle, members) = members(path, archive)?;
-        let (top, objects) =
-            pickle::read(&pickle).map_err(|e| Error::file(path, "a pickle of tensors", e))?;
+        let (top, objects, storages) = if legacy::is_legacy(&legacy::start(path, file)?) {
+            legacy::read(path, file)?
+        } else {
+            read_archive(path, file)?
+        };
         let (state, mut notes) = state_dict(path, &objects, top)?;
-        let mut tensors: Vec<Entry> = vec![];
+        let mut tensors: Vec<(Entry, Access)> = vec![];
         let mut positions: HashMap<String, usize> = HashMap::new();
         let mut others = 0;
         for (name, value) in state {
@@ -84,12 +82,12 @@ impl PytorchHeader {
                 others += 1;
                 continue;
             };
-            let entry = entry(path, name, view, &members)?;
+            let tensor = tensor(path, name, view, &storages)?;
             match positions.get(name) {
-                Some(&i) => tensors[i] = entry,
+                Some(&i) => tensors[i] = tensor,
                 None => {
                     positions.insert(name.into(), tensors.len());
-                    tensors.push(entry);
+                    tensors.push(tensor);
                 }
             }
         }
@@ -99,16 +97,27 @@ impl PytorchHeader {
                 path.display()
             ));
         }
-        tensors.sort_by_key(|t| t.offset);
+        tensors.sort_by_key(|(t, _)| t.offset);
         Ok(Self { tensors, notes })
     }
+}
+
+/// The content of an archive.
+fn read_archive(path: &Path, file: &File) -> Result<Content> {
+    let bad = |got: String| Error::file(path, "an archive of torch.save", got);
+    let archive = ZipArchive::new(BufReader::new(file))
+        .map_err(|e| bad(format!("{e}: if it was cut short, download it again")))?;
+    let (pickle, storages) = members(path, archive)?;
+    let (top, objects) = pickle::read(&mut pickle.as_slice())
+        .map_err(|e| Error::file(path, "a pickle of tensors", e))?;
+    Ok((top, objects, storages))
 }
 
 /// The pickle, and where the storages lie.
 fn members(
     path: &Path,
     mut archive: ZipArchive<BufReader<&File>>,
-) -> Result<(Vec<u8>, HashMap<String, Member>)> {
+) -> Result<(Vec<u8>, HashMap<String, Bytes>)> {
     let bad = |got: String| Error::file(path, "an archive of torch.save", got);
     let mut all = HashMap::new();
     let mut pickle = None;
@@ -137,9 +146,10 @@ fn members(
             if order != "little" {
                 return Err(bad(format!("numbers in the byte order '{order}'")));
             }
-        } else if let Some(offset) = member.data_start() {
+        } else if let (Some(key), Some(offset)) = (name.strip_prefix("data/"), member.data_start())
+        {
             let len = member.size();
-            all.insert(name.to_string(), Member { offset, len });
+            all.insert(key.to_string(), Bytes { offset, len });
         }
     }
     let pickle = pickle.ok_or_else(|| bad("no data.pkl".into()))?;
@@ -195,53 +205,57 @@ fn state_dict<'a>(path: &Path, objects: &'a Objects, top: Id) -> Result<(Named<'
     }
 }
 
-/// Where the bytes of a view lie.
-fn entry(path: &Path, name: &str, view: &View, members: &HashMap<String, Member>) -> Result<Entry> {
+/// A tensor, and where its bytes lie.
+fn tensor(
+    path: &Path,
+    name: &str,
+    view: &View,
+    storages: &HashMap<String, Bytes>,
+) -> Result<(Entry, Access)> {
     let bad = |expected: &str, got: String| Error::tensor(path, name, expected, got);
-    if !is_contiguous(view) {
-        let (shape, strides) = (&view.shape, &view.strides);
-        let got = format!("shape {shape:?} with strides {strides:?}: save it with .contiguous()");
-        return Err(bad("a contiguous tensor", got));
-    }
-    let key = format!("data/{}", view.storage.key);
-    let Some(member) = members.get(&key) else {
-        return Err(bad("a storage of the archive", format!("'{key}'")));
+    let key = &view.storage.key;
+    let Some(bytes) = storages.get(key) else {
+        return Err(bad("a storage of the file", format!("'{key}'")));
     };
-    let bits = view.dtype.bitsize() as u64;
-    let elements = view.shape.iter().try_fold(1u64, |product, &n| {
-        product.checked_mul(u64::try_from(n).ok()?)
-    });
-    let range = elements.and_then(|n| {
-        let (len, start) = (n.checked_mul(bits)? / 8, view.offset.checked_mul(bits)? / 8);
-        start.checked_add(len).map(|end| (start, len, end))
-    });
-    match range {
-        Some((start, len, end)) if end <= member.len => Ok(Entry {
-            name: name.into(),
-            shape: view.shape.clone(),
-            dtype: view.dtype,
-            offset: member.offset + start,
-            len,
-        }),
-        _ => Err(bad(
-            &format!("a view inside the {} bytes of '{key}'", member.len),
-            format!("shape {:?} from element {}", view.shape, view.offset),
-        )),
+    let size = view.dtype.bitsize() as u64 / 8;
+    let (shape, strides) = (&view.shape, &view.strides);
+    let outside = || {
+        bad(
+            &format!("a view inside the {} bytes of storage '{key}'", bytes.len),
+            format!(
+                "shape {shape:?} with strides {strides:?} from element {}",
+                view.offset
+            ),
+        )
+    };
+    let start = view.storage.start.checked_add(view.offset);
+    let start = start.and_then(|start| start.checked_mul(size));
+    let start = start.filter(|&start| start <= bytes.len);
+    let start = start.ok_or_else(outside)?;
+    let mut entry = Entry {
+        name: name.into(),
+        shape: shape.clone(),
+        dtype: view.dtype,
+        offset: bytes.offset + start,
+        len: 0,
+    };
+    if shape.contains(&0) && shape.len() == strides.len() {
+        return Ok((entry, Access::AsRead));
     }
-}
-
-/// Whether the elements lie in the order of their indices, without gaps. Strides of dimensions
-/// with one element say nothing.
-fn is_contiguous(view: &View) -> bool {
-    if view.shape.len() != view.strides.len() {
-        return false;
+    let strided = Strided::new(shape, strides, size).ok_or_else(outside)?;
+    if strided.span() > bytes.len - start {
+        return Err(outside());
     }
-    let mut expected = Some(1u64);
-    for (&n, &stride) in view.shape.iter().zip(&view.strides).rev() {
-        if n > 1 && expected != Some(stride) {
-            return false;
-        }
-        expected = expected.and_then(|e| e.checked_mul(n as u64));
+    // `Strided::new` has checked the product.
+    entry.len = shape.iter().map(|&n| n as u64).product::<u64>() * size;
+    if entry.len > bytes.len.max(MAX_REPEATED_BYTES) {
+        let got = format!("shape {shape:?} with strides {strides:?}");
+        let most = format!("at most {MAX_REPEATED_BYTES} bytes of repeated elements");
+        return Err(bad(&most, got));
     }
-    view.shape.contains(&0) || expected.is_some()
+    let access = match strided.is_contiguous() {
+        true => Access::AsRead,
+        false => Access::Strided(strided),
+    };
+    Ok((entry, access))
 }

@@ -20,7 +20,7 @@ pub(super) enum Name {
     /// `collections.OrderedDict`
     OrderedDict,
     /// `torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, …)`, and `_v3`, which has
-    /// the element type as its seventh argument.
+    /// the element type as its seventh argument. `_rebuild_tensor` has four arguments.
     RebuildTensor,
     /// `torch._utils._rebuild_parameter(tensor, …)`
     RebuildParameter,
@@ -37,12 +37,14 @@ pub(super) enum Name {
 /// The bytes that a tensor is a view of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Storage {
-    /// Its file in the archive.
+    /// Its key: that of its file in the archive, or of its bytes in a legacy file.
     pub(super) key: String,
     /// Element type; none for plain bytes.
     pub(super) dtype: Option<Dtype>,
-    /// Number of elements.
+    /// Number of elements of the whole file.
     pub(super) elements: u64,
+    /// Elements of it before its first, in files of torch before 0.4.
+    pub(super) start: u64,
 }
 
 /// A view of a storage.
@@ -80,6 +82,14 @@ pub(super) struct Objects(Vec<Object>);
 impl Objects {
     pub(super) fn get(&self, id: Id) -> &Object {
         &self.0[id.0 as usize]
+    }
+
+    /// All storages that the pickle refers to; one may come several times.
+    pub(super) fn storages(&self) -> impl Iterator<Item = &Storage> {
+        self.0.iter().filter_map(|object| match object {
+            Object::Storage(storage) => Some(storage),
+            _ => None,
+        })
     }
 
     fn push(&mut self, object: Object) -> Result<Id, String> {
@@ -124,19 +134,22 @@ impl Object {
     }
 }
 
-/// Runs a pickle; its last object and all others.
+/// Runs the pickle at the start of `input`; its last object and all others. What follows it stays
+/// in `input`.
 ///
 /// # Errors
-/// A sentence: bytes that are no pickle, an opcode or a name beyond those above.
-pub(super) fn read(bytes: &[u8]) -> Result<(Id, Objects), String> {
+/// A sentence: bytes that are no pickle, an opcode or a name beyond those above. [`SHORT`] if more
+/// bytes may help.
+pub(super) fn read(input: &mut &[u8]) -> Result<(Id, Objects), String> {
     let mut machine = Machine {
-        input: bytes,
+        input,
         objects: Objects::default(),
         stack: vec![],
         marks: vec![],
         memo: HashMap::new(),
     };
     let top = machine.run()?;
+    *input = machine.input;
     Ok((top, machine.objects))
 }
 
@@ -192,12 +205,15 @@ impl Machine<'_> {
             b'X' => self.text::<4>()?,
             0x8c => self.text::<1>()?,
             0x8d => self.text::<8>()?,
-            // Strings of Python 2, and bytes.
-            b'T' | b'B' => {
+            // Strings of Python 2.
+            b'T' => self.old_text::<4>()?,
+            b'U' => self.old_text::<1>()?,
+            // Bytes.
+            b'B' => {
                 self.counted::<4>()?;
                 Object::Other
             }
-            b'U' | b'C' => {
+            b'C' => {
                 self.counted::<1>()?;
                 Object::Other
             }
@@ -310,14 +326,24 @@ impl Machine<'_> {
         Ok(true)
     }
 
-    /// What torch stores by reference: `('storage', class, file, device, elements)`.
+    /// What torch stores by reference: `('storage', class, file, device, elements)`. Files that are
+    /// no archive add `None`, or `(key, start, elements)` for a part of a storage.
     fn storage(&self, id: Id) -> Result<Storage, String> {
         let bad = || "a reference that is no storage of torch".to_string();
         let Object::Tuple(parts) = self.objects.get(id) else {
             return Err(bad());
         };
-        let &[tag, class, key, _, elements] = parts.as_slice() else {
+        let &[tag, class, key, _, elements, ref part @ ..] = parts.as_slice() else {
             return Err(bad());
+        };
+        let start = match part {
+            [] => 0,
+            &[part] => match self.objects.get(part) {
+                Object::Other => 0,
+                Object::Tuple(part) if part.len() == 3 => self.objects.int(part[1])?,
+                _ => return Err(bad()),
+            },
+            _ => return Err(bad()),
         };
         let dtype = match (self.objects.get(tag), self.objects.get(class)) {
             (Object::Text(tag), Object::Name(Name::Storage(dtype))) if tag == "storage" => {
@@ -333,6 +359,7 @@ impl Machine<'_> {
             key: key.clone(),
             dtype,
             elements: self.objects.int(elements)?,
+            start,
         })
     }
 
@@ -409,6 +436,12 @@ impl Machine<'_> {
         Ok(Object::Text(text.into()))
     }
 
+    /// Text or bytes: Python 2 has one type for both.
+    fn old_text<const N: usize>(&mut self) -> Result<Object, String> {
+        let text = std::str::from_utf8(self.counted::<N>()?);
+        Ok(text.map_or(Object::Other, |text| Object::Text(text.into())))
+    }
+
     fn line(&mut self) -> Result<String, String> {
         let end = self.input.iter().position(|&b| b == b'\n').ok_or(SHORT)?;
         let line = String::from_utf8_lossy(&self.input[..end]).into_owned();
@@ -472,13 +505,16 @@ impl Machine<'_> {
     }
 }
 
-const SHORT: &str = "a pickle that ends early";
+/// The error of a pickle that was cut.
+pub(super) const SHORT: &str = "a pickle that ends early";
 
 /// The meaning of a name.
 fn named(module: &str, name: &str) -> Result<Name, String> {
     let known = match (module, name) {
         ("collections", "OrderedDict") => Some(Name::OrderedDict),
-        ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor_v3") => Some(Name::RebuildTensor),
+        ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3") => {
+            Some(Name::RebuildTensor)
+        }
         ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => {
             Some(Name::RebuildParameter)
         }
