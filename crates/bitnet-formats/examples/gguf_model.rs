@@ -111,8 +111,8 @@ fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(out)?;
     fs::write(out.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
     match arch::hf_tokenizer(source.gguf()) {
-        None => println!("note: no tokenizer"),
-        Some((tokenizer, settings)) => {
+        Err(why) => println!("note: no tokenizer: {why}"),
+        Ok((tokenizer, settings)) => {
             fs::write(out.join("tokenizer.json"), serde_json::to_vec(&tokenizer)?)?;
             fs::write(
                 out.join("tokenizer_config.json"),

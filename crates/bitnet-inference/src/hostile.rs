@@ -39,27 +39,28 @@ pub(crate) fn without_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     })
 }
 
-/// Rejects a table of a sentence-piece normalizer that names more entries than it has: they would
-/// be allocated.
-pub(crate) fn check_tables(text: &str) -> Result<(), String> {
+/// [`check_tables`] of the text of a tokenizer.json.
+pub(crate) fn check_text(text: &str) -> Result<(), String> {
     // A name can be escaped.
     if !text.contains("charsmap") && !text.contains("\\u00") {
         return Ok(());
     }
     match serde_json::from_str::<Value>(text) {
-        Ok(value) => check_table(&value["normalizer"]),
+        Ok(value) => check_tables(&value["normalizer"]),
         // The parser of the tokenizer says it better.
         Err(_) => Ok(()),
     }
 }
 
-fn check_table(value: &Value) -> Result<(), String> {
+/// Rejects a table of a sentence-piece normalizer that names more entries than it has: they would
+/// be allocated.
+pub(crate) fn check_tables(value: &Value) -> Result<(), String> {
     match value {
-        Value::Array(items) => items.iter().try_for_each(check_table),
+        Value::Array(items) => items.iter().try_for_each(check_tables),
         Value::Object(map) => map.iter().try_for_each(|(key, value)| {
             match value.as_str().filter(|_| key == "precompiled_charsmap") {
                 Some(table) => check_size(table),
-                None => check_table(value),
+                None => check_tables(value),
             }
         }),
         _ => Ok(()),
@@ -137,7 +138,7 @@ mod tests {
         let table = |text: &str| {
             let charsmap = json!({"type": "Precompiled", "precompiled_charsmap": text});
             let all = json!({"normalizer": {"normalizers": [charsmap]}});
-            check_tables(&all.to_string())
+            check_text(&all.to_string())
         };
         // 4 bytes of trie in 9, and 0xffffffff.
         assert_eq!(table("BAAAAAAAAAAA"), Ok(()));

@@ -1,8 +1,8 @@
 //! Text to tokens and back: tokenizer.json, or the vocabulary of a GGUF.
 
-use crate::hostile::{check_growth, check_tables, without_panic};
+use crate::hostile::{check_growth, check_tables, check_text, without_panic};
 use crate::{Config, Error, Result};
-use bitnet_formats::arch::{GgufTokenizer, gguf_bpe};
+use bitnet_formats::arch::GgufTokenizer;
 use bitnet_formats::{Kind, Source, hints, python_json};
 use serde_json::Value;
 use std::fs;
@@ -43,16 +43,19 @@ impl Tokenizer {
             path: path.to_path_buf(),
             what,
         };
+        let mut notes = vec![];
         let (path, inner, settings) = if source.kind() == Kind::Gguf {
             let path = source.path().to_path_buf();
-            let tokenizer = gguf_bpe(source.gguf()).ok_or_else(|| bad(&path, gguf_kind(source)))?;
+            let tokenizer = GgufTokenizer::read(source.gguf()).map_err(|what| bad(&path, what))?;
+            check_tables(&tokenizer.frame["normalizer"]).map_err(|what| bad(&path, what))?;
             let inner = build(&tokenizer).map_err(|e| bad(&path, e.to_string()))?;
+            notes.extend(tokenizer.notes);
             (path, inner, tokenizer.settings)
         } else {
             let path = source.path().join("tokenizer.json");
             let none = || hints::no_tokenizer(&path).unwrap_or("there is none".into());
             let text = read_text(&path)?.ok_or_else(|| bad(&path, none()))?;
-            check_tables(&text).map_err(|what| bad(&path, what))?;
+            check_text(&text).map_err(|what| bad(&path, what))?;
             // Not `from_bytes`, which is generic: it would compile the parser into this crate.
             let mut inner: tokenizers::Tokenizer =
                 text.parse().map_err(|e| bad(&path, format!("{e}")))?;
@@ -66,9 +69,10 @@ impl Tokenizer {
             let settings = read_json(&source.path().join("tokenizer_config.json"))?;
             (path, inner, settings.unwrap_or(Value::Null))
         };
-        let notes = beyond(&inner, config.vocab)
-            .map(|what| format!("{}: {what}", path.display()))
+        notes.extend(beyond(&inner, config.vocab));
+        let notes = notes
             .into_iter()
+            .map(|what| format!("{}: {what}", path.display()))
             .collect();
         let mut tokenizer = Self {
             inner,
@@ -169,38 +173,34 @@ impl Tokenizer {
 /// Builds the tokenizer of a GGUF. It equals that of its tokenizer.json, but the vocabulary is not
 /// written and parsed as JSON.
 fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let Some(merges) = gguf.merges() else {
+        return gguf.frame.to_string().parse();
+    };
     let vocab: Vocab = gguf
         .vocabulary()
         .map(|(token, id)| (token.into(), id as u32))
         .collect();
-    let merges = gguf.merges().map(|(a, b)| (a.into(), b.into())).collect();
-    let model = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .ignore_merges(gguf.frame["model"]["ignore_merges"] == true)
-        .build()?;
+    let merges = merges.iter().map(|(a, b)| (a.to_string(), b.to_string()));
+    let settings = &gguf.frame["model"];
+    let mut model = BPE::builder()
+        .vocab_and_merges(vocab, merges.collect())
+        .ignore_merges(settings["ignore_merges"] == true)
+        .byte_fallback(settings["byte_fallback"] == true)
+        .fuse_unk(settings["fuse_unk"] == true);
+    if let Some(unknown) = settings["unk_token"].as_str() {
+        model = model.unk_token(unknown.into());
+    }
+    let model = model.build()?;
     let mut frame = gguf.frame.clone();
     frame["added_tokens"] = serde_json::json!([]);
     let mut inner: tokenizers::Tokenizer = frame.to_string().parse()?;
     inner.with_model(model);
     let added: Vec<AddedToken> = serde_json::from_value(gguf.frame["added_tokens"].clone())?;
     inner.add_tokens(added)?;
+    inner.with_post_processor(serde_json::from_value::<Option<PostProcessorWrapper>>(
+        template,
+    )?);
     Ok(inner)
-}
-
-/// Why the vocabulary of a GGUF cannot be used.
-fn gguf_kind(source: &Source) -> String {
-    let get = |key: &str| {
-        source
-            .gguf()
-            .iter()
-            .find(|(k, _)| k == key)
-            .map_or("none".into(), |(_, v)| v.preview(40))
-    };
-    let (model, pre) = (get("tokenizer.ggml.model"), get("tokenizer.ggml.pre"));
-    format!(
-        "expected a byte-level BPE vocabulary with words that are known, got model {model}, pre \
-         {pre}"
-    )
 }
 
 /// Says which tokens have no row in an embedding of `rows` rows.
@@ -317,41 +317,126 @@ impl<'t> TextStream<'t> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bitnet_formats::arch::hf_tokenizer;
-    use bitnet_formats::gguf::Array;
+    use bitnet_formats::arch::{gguf_metadata, hf_tokenizer};
+    use bitnet_formats::gguf::{Array, Value as G};
+    use serde_json::json;
+
+    fn ids(tokenizer: &tokenizers::Tokenizer, text: &str) -> Vec<u32> {
+        let encoding = tokenizer.encode_fast(text, true);
+        encoding.unwrap().get_ids().to_vec()
+    }
+
+    /// The tokenizer as it is read, after comparing it with that of the tokenizer.json that is
+    /// written.
+    fn read(pairs: &[(String, G)]) -> tokenizers::Tokenizer {
+        let direct = build(&GgufTokenizer::read(pairs).unwrap()).unwrap();
+        let (json, _) = hf_tokenizer(pairs).unwrap();
+        let read: tokenizers::Tokenizer = json.to_string().parse().unwrap();
+        assert_eq!(
+            direct.to_string(true).unwrap(),
+            read.to_string(true).unwrap()
+        );
+        direct
+    }
 
     #[test]
     fn a_vocabulary_of_gguf_is_its_tokenizer_json() {
         let names = ["<s>", "a", "b", "c", "ab", "abc", "<|user|>", "[PAD7]", "ġ"];
         let types = vec![3, 1, 1, 1, 1, 1, 4, 5, 1];
         let strings = |all: &[&str]| Array::String(all.iter().map(|s| s.to_string()).collect());
-        for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2"] {
+        for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken"] {
             let pairs = [
                 ("model", "gpt2".into()),
                 ("pre", pre.into()),
                 ("tokens", strings(&names).into()),
                 ("token_type", Array::I32(types.clone()).into()),
                 ("merges", strings(&["a b", "ab c"]).into()),
-                ("bos_token_id", bitnet_formats::gguf::Value::U32(0)),
+                ("bos_token_id", G::U32(0)),
                 ("add_bos_token", true.into()),
             ]
             .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value));
-            let direct = build(&gguf_bpe(&pairs).unwrap()).unwrap();
-            let (json, _) = hf_tokenizer(&pairs).unwrap();
-            let read: tokenizers::Tokenizer = json.to_string().parse().unwrap();
-            assert_eq!(
-                direct.to_string(true).unwrap(),
-                read.to_string(true).unwrap(),
-                "{pre}"
-            );
-            let encode = |t: &tokenizers::Tokenizer| {
-                t.encode_fast("abcab<|user|>ba<s>", true)
-                    .unwrap()
-                    .get_ids()
-                    .to_vec()
-            };
-            assert_eq!(encode(&direct), encode(&read));
-            assert_eq!(encode(&direct)[..2], [0, 5], "{pre}");
+            let tokenizer = read(&pairs);
+            let got = ids(&tokenizer, "abcab<|user|>ba<s>");
+            assert_eq!(got, [0, 5, 4, 6, 2, 1, 0], "{pre}");
         }
+    }
+
+    /// What scripts/make-tokenizer-golden.py wrote: tokenizers of every kind, and ids of
+    /// `tokenizers`.
+    #[test]
+    fn a_tokenizer_that_goes_through_a_gguf_gives_the_same_ids() {
+        let golden: Value =
+            serde_json::from_str(include_str!("../tests/golden/tokenizers.json")).unwrap();
+        let texts = golden["texts"].as_array().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for (name, case) in golden["cases"].as_object().unwrap() {
+            let put = |file: &str, value: &Value| {
+                fs::write(folder.path().join(file), value.to_string()).unwrap();
+            };
+            put("tokenizer.json", &case["tokenizer"]);
+            put("tokenizer_config.json", &case["settings"]);
+            let config = json!({
+                "model_type": "llama",
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "vocab_size": 800,
+                "max_position_embeddings": 64,
+            });
+            let made = gguf_metadata(folder.path(), &config).unwrap();
+            assert_eq!(made.losses, [""; 0], "{name}");
+            let find = |key: &str| {
+                let key = format!("tokenizer.ggml.{key}");
+                let found = made.metadata.iter().find(|(k, _)| *k == key);
+                found.and_then(|(_, value)| value.as_str())
+            };
+            assert_eq!(find("model"), case["model"].as_str(), "{name}");
+            assert_eq!(find("pre"), case["pre"].as_str(), "{name}");
+            let tokenizer = read(&made.metadata);
+            let expected = case["ids"].as_array().unwrap();
+            for (text, expected) in texts.iter().zip(expected).filter(|(_, ids)| ids.is_array()) {
+                let got = ids(&tokenizer, text.as_str().unwrap());
+                assert_eq!(json!(got), *expected, "{name}: {text}");
+            }
+        }
+    }
+
+    /// As many tokens as Gemma has, with scores: no merge is listed.
+    #[test]
+    fn a_large_vocabulary_with_scores_is_read_in_seconds() {
+        let mut names: Vec<String> = (0..=255).map(|b| format!("<0x{b:02X}>")).collect();
+        let letters = "abcdefghijklmnopqrstuvwxyz▁".chars();
+        names.extend(letters.map(String::from));
+        let (first, mut at) = (256, 0);
+        while names.len() < 262_144 {
+            // Each piece is an earlier one and a letter.
+            let letter = names[first + (at * 7 + at / 27) % 27].clone();
+            let next = format!("{}{letter}", names[first + at / 2]);
+            at += 1;
+            if next.len() < 48 {
+                names.push(next);
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        let scores = (0..names.len()).map(|i| -(i as f32)).collect();
+        let types = (0..names.len()).map(|i| if i < first { 6 } else { 1 });
+        let last = names.last().unwrap().clone();
+        let pairs = [
+            ("model", "llama".into()),
+            ("token_type", Array::I32(types.collect()).into()),
+            ("scores", Array::F32(scores).into()),
+            ("tokens", Array::String(names.clone()).into()),
+            ("add_bos_token", false.into()),
+            ("add_space_prefix", false.into()),
+        ]
+        .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value));
+        let start = std::time::Instant::now();
+        let tokenizer = build(&GgufTokenizer::read(&pairs).unwrap()).unwrap();
+        assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+        assert!(names.len() > 100_000, "{}", names.len());
+        let text = tokenizer.decode(&ids(&tokenizer, &last), false).unwrap();
+        assert_eq!(text, last.replace('▁', " "));
     }
 }

@@ -76,13 +76,19 @@ impl Builder<'_> {
                     HeadCounts::from_gguf(source.gguf())?,
                 );
                 match arch::hf_tokenizer(source.gguf()) {
-                    Some((tokenizer, config)) => {
-                        for (name, json) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", config)] {
+                    Ok((tokenizer, config)) => {
+                        for (name, json) in [
+                            ("tokenizer.json", tokenizer),
+                            ("tokenizer_config.json", config),
+                        ] {
                             let text = serde_json::to_string_pretty(&json).unwrap_or_default();
                             sidecars.insert(name.into(), Sidecar::Bytes(text.into_bytes()));
                         }
                     }
-                    None => self.notes.push("the tokenizer of this GGUF has no form as a tokenizer.json; it is not written".into()),
+                    Err(why) => self.notes.push(format!(
+                        "the tokenizer of this GGUF has no form as a tokenizer.json; it is not \
+                         written: {why}"
+                    )),
                 }
             }
             Kind::File => {

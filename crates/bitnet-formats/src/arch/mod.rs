@@ -24,5 +24,5 @@ pub use end_ids::eos_ids;
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config};
 pub use rope::HfRope;
 pub use rows::HeadCounts;
-pub use tokenizer::{GgufTokenizer, gguf_bpe, hf_tokenizer};
+pub use tokenizer::{GgufTokenizer, hf_tokenizer, hf_tokenizer_settings};
 pub use values::HfConfig;

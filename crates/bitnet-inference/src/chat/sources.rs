@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::tokenizer::{read_json, read_text};
-use bitnet_formats::arch::gguf_bpe;
+use bitnet_formats::arch::hf_tokenizer_settings;
 use bitnet_formats::{Kind, Source};
 use serde_json::{Value, json};
 use std::fs;
@@ -45,7 +45,7 @@ impl Found {
                 Some((name.to_string(), value.as_str()?.to_string()))
             })
             .collect();
-        let settings = gguf_bpe(source.gguf()).map_or_else(|| json!({}), |t| t.settings);
+        let settings = hf_tokenizer_settings(source.gguf());
         Self {
             templates,
             specials: specials(&settings, &Value::Null),

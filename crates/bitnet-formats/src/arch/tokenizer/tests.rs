@@ -1,5 +1,5 @@
 use super::plan::BEFORE_SPACE;
-use super::pre::{LLAMA3, QWEN2};
+use super::pre::{LLAMA3, PRE, QWEN2, split};
 use super::to_gguf::{Pairs, express};
 use super::*;
 use crate::arch::values::find;
@@ -18,15 +18,25 @@ fn byte_level() -> Value {
         ],
         "normalizer": null,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": false},
-            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+            split(LLAMA3),
+            pre::byte_level(false, true, false),
         ]},
         "post_processor": {"type": "Sequence", "processors": [
-            {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true},
-            {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]},
+            pre::byte_level(true, false, true),
+            {"type": "TemplateProcessing", "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ]},
         ]},
-        "model": {"type": "BPE", "dropout": null, "end_of_word_suffix": null, "ignore_merges": true, "byte_fallback": false,
-            "vocab": {"<s>": 0, "</s>": 1, "a": 2, "Ġ": 3, "Ġa": 4, "b": 5}, "merges": [["Ġ", "a"]]},
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "end_of_word_suffix": null,
+            "ignore_merges": true,
+            "byte_fallback": false,
+            "vocab": {"<s>": 0, "</s>": 1, "a": 2, "Ġ": 3, "Ġa": 4, "b": 5},
+            "merges": [["Ġ", "a"]],
+        },
     })
 }
 
@@ -41,7 +51,13 @@ fn spaced(bytes: bool) -> Value {
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": null,
         "post_processor": null,
-        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": bytes, "vocab": vocab, "merges": ["a b", "▁ ab"]},
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "byte_fallback": bytes,
+            "vocab": vocab,
+            "merges": ["a b", "▁ ab"],
+        },
     })
 }
 
@@ -94,12 +110,11 @@ fn byte_level_keys() {
 
 #[test]
 fn words_of_byte_level() {
-    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
-    let regex = |regex: &str| {
-        let plain = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
-        json!({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}, plain]})
-    };
-    let digits = json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, bytes]});
+    let bytes = pre::byte_level(false, true, true);
+    let sequence = |steps: &[Value]| json!({"type": "Sequence", "pretokenizers": steps});
+    let regex = |regex: &str| sequence(&[split(regex), pre::byte_level(false, true, false)]);
+    let single = json!({"type": "Digits", "individual_digits": true});
+    let digits = sequence(&[single, bytes.clone()]);
     for (split, ignore, pre) in [
         (bytes.clone(), false, Some("gpt-2")),
         (digits.clone(), false, Some("smollm")),
@@ -119,17 +134,37 @@ fn words_of_byte_level() {
         let mut tokenizer = byte_level();
         tokenizer["pre_tokenizer"] = split.clone();
         tokenizer["model"]["ignore_merges"] = ignore.into();
-        let got = express(&tokenizer, &settings(), &json!({}), 7)
+        // No merge makes this token, so `ignore_merges` matters.
+        tokenizer["model"]["vocab"]["ab"] = json!(7);
+        let got = express(&tokenizer, &settings(), &json!({}), 8)
             .ok()
             .map(|(pairs, _)| get(&pairs, "pre").unwrap().clone());
         assert_eq!(got, pre.map(G::from), "{split}");
+        tokenizer["model"]["vocab"]
+            .as_object_mut()
+            .unwrap()
+            .remove("ab");
+        let got = express(&tokenizer, &settings(), &json!({}), 7).map(|(pairs, _)| pairs);
+        let written = got.ok().and_then(|pairs| get(&pairs, "pre").cloned());
+        let words = found_words(&tokenizer).is_some_and(|found| {
+            let same = |p: &pre::PreTokenizer| pre::compare(&found, p.steps) == pre::Match::Same;
+            PRE.iter().any(same)
+        });
+        assert_eq!(written.is_some(), words, "{split}");
     }
+}
+
+fn found_words(tokenizer: &Value) -> Option<Vec<pre::FoundStep>> {
+    pre::found_steps(&plan::steps(tokenizer, "pre_tokenizer", "pretokenizers"))
 }
 
 #[test]
 fn spaced_with_bytes_is_llama() {
     let mut tokenizer = spaced(true);
-    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, tokenizer["normalizer"]]});
+    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        tokenizer["normalizer"],
+    ]});
     let (pairs, _) = done(&tokenizer, 262);
     assert_eq!(get(&pairs, "model"), Some(&G::from("llama")));
     assert_eq!(get(&pairs, "pre"), None);
@@ -166,7 +201,7 @@ fn spaced_without_bytes_merges_by_rank() {
 #[test]
 fn merges_that_the_pieces_cut_are_refused() {
     let mut tokenizer = spaced(false);
-    tokenizer["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": BEFORE_SPACE}, "behavior": "Isolated", "invert": false});
+    tokenizer["pre_tokenizer"] = split(BEFORE_SPACE);
     assert!(express(&tokenizer, &settings(), &json!({}), 6).is_ok());
     tokenizer["model"]["merges"] = json!(["a b", "ab ▁"]);
     assert!(refused(&tokenizer, 6).contains("'ab' + '▁'"));
@@ -180,8 +215,18 @@ fn merges_that_the_pieces_cut_are_refused() {
 #[test]
 fn unigram_is_t5() {
     let tokenizer = json!({
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false},
-        "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": false, "vocab": [["<unk>", 0.0], ["▁a", -1.5], ["b", -2.25]]},
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "always",
+            "split": false,
+        },
+        "model": {
+            "type": "Unigram",
+            "unk_id": 0,
+            "byte_fallback": false,
+            "vocab": [["<unk>", 0.0], ["▁a", -1.5], ["b", -2.25]],
+        },
     });
     let (pairs, notes) = done(&tokenizer, 3);
     assert_eq!(get(&pairs, "model"), Some(&G::from("t5")));
@@ -199,7 +244,7 @@ fn unigram_is_t5() {
 #[test]
 fn what_gguf_cannot_express() {
     for (pointer, value, says) in [
-        ("/model/type", json!("WordPiece"), "WordPiece"),
+        ("/model/type", json!("WordLevel"), "WordLevel"),
         ("/model/dropout", json!(0.1), "dropout"),
         (
             "/model/end_of_word_suffix",
@@ -219,7 +264,7 @@ fn what_gguf_cannot_express() {
         (
             "/pre_tokenizer",
             json!({"type": "Whitespace"}),
-            "ignores merges",
+            "Whitespace",
         ),
         (
             "/post_processor",
@@ -308,7 +353,10 @@ fn folders() {
     put("tokenizer.json", &byte_level().to_string());
     put(
         "tokenizer_config.json",
-        r#"{"bos_token": "<s>", "chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}]}"#,
+        r#"{"bos_token": "<s>", "chat_template": [
+            {"name": "tool", "template": "x"},
+            {"name": "default", "template": "y"}
+        ]}"#,
     );
     let template = |pairs: &Pairs| find(pairs, "tokenizer.chat_template").cloned();
     assert_eq!(template(&made(&mut notes).unwrap()), Some(G::from("y")));
@@ -359,11 +407,276 @@ fn byte_level_goes_round() {
 }
 
 #[test]
-fn only_known_byte_level_tokenizers_go_back() {
-    assert_eq!(hf_tokenizer(&[]), None);
-    assert_eq!(hf_tokenizer(&done(&spaced(true), 262).0), None);
-    assert_eq!(hf_tokenizer(&done(&spaced(false), 6).0), None);
-    let (mut pairs, _) = done(&byte_level(), 7);
-    pairs.retain(|(k, _)| k != "tokenizer.ggml.token_type");
-    assert_eq!(hf_tokenizer(&pairs), None);
+fn only_known_tokenizers_go_back() {
+    let refused = |pairs: &Pairs| hf_tokenizer(pairs).unwrap_err();
+    assert!(refused(&vec![]).contains("tokenizer.ggml.model"));
+    let (pairs, _) = done(&byte_level(), 7);
+    for (key, says) in [
+        ("token_type", "a number for each of 7 tokens, got nothing"),
+        ("tokens", "a list of texts"),
+        ("merges", "a list of texts"),
+        ("pre", "got none; convert the model again"),
+    ] {
+        let mut pairs = pairs.clone();
+        pairs.retain(|(k, _)| *k != format!("tokenizer.ggml.{key}"));
+        let reason = refused(&pairs);
+        assert!(reason.contains(key) && reason.contains(says), "{reason}");
+    }
+    for (key, value, says) in [
+        ("model", G::from("rwkv"), "got \"rwkv\""),
+        ("pre", G::from("falcon"), "qwen2, qwen35"),
+        ("merges", strings(&["ab"]), "got \"ab\""),
+    ] {
+        let mut pairs = pairs.clone();
+        put(&mut pairs, key, value);
+        let reason = refused(&pairs);
+        assert!(reason.contains(key) && reason.contains(says), "{reason}");
+    }
+}
+
+fn put(pairs: &mut Pairs, key: &str, value: G) {
+    let key = format!("tokenizer.ggml.{key}");
+    pairs.retain(|(k, _)| *k != key);
+    pairs.push((key, value));
+}
+
+#[test]
+fn scored_merges_go_back_as_all_splits() {
+    let mut tokenizer = spaced(true);
+    tokenizer["model"]["vocab"]["▁a"] = json!(262);
+    tokenizer["model"]["merges"] = json!(["a b", "▁ ab", "▁ a", "▁a b"]);
+    let (mut pairs, _) = done(&tokenizer, 263);
+    let (back, settings) = hf_tokenizer(&pairs).unwrap();
+    let expected = json!([["a", "b"], ["▁a", "b"], ["▁", "ab"], ["▁", "a"]]);
+    assert_eq!(back["model"]["merges"], expected);
+    assert_eq!(back["model"]["byte_fallback"], true);
+    assert_eq!(back["model"]["unk_token"], "<unk>");
+    assert_eq!(back["normalizer"], tokenizer["normalizer"]);
+    assert_eq!(settings["add_bos_token"], false);
+    // What llama.cpp takes without the keys.
+    pairs.retain(|(k, _)| !k.contains("add_"));
+    let (back, settings) = hf_tokenizer(&pairs).unwrap();
+    assert_eq!(settings["add_bos_token"], true);
+    assert_eq!(back["normalizer"]["normalizers"][0]["type"], "Prepend");
+    // Without all bytes.
+    let Some(G::Array(Array::String(mut tokens))) = get(&pairs, "tokens").cloned() else {
+        panic!("no tokens")
+    };
+    tokens[6] = "x".into();
+    put(&mut pairs, "tokens", Array::String(tokens).into());
+    assert!(hf_tokenizer(&pairs).unwrap_err().contains("256 bytes"));
+}
+
+#[test]
+fn merges_that_no_scores_describe_are_ranked() {
+    let mut tokenizer = spaced(true);
+    // Nothing joins ▁ and a, though "▁a" is a token.
+    tokenizer["model"]["vocab"]["▁a"] = json!(262);
+    let (pairs, _) = done(&tokenizer, 263);
+    assert_eq!(get(&pairs, "pre"), Some(&G::from("sarvam-moe")));
+    assert_eq!(get(&pairs, "scores"), None);
+    let (back, _) = hf_tokenizer(&pairs).unwrap();
+    assert_eq!(back["model"]["merges"], json!([["a", "b"], ["▁", "ab"]]));
+    assert_eq!(back["pre_tokenizer"], split(plan::LINES));
+    let (again, _) = done(&back, 263);
+    assert_eq!(get(&again, "merges"), get(&pairs, "merges"));
+    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        tokenizer["normalizer"],
+    ]});
+    let reason = refused(&tokenizer, 263);
+    assert!(reason.contains("two pieces of the token '▁a'"), "{reason}");
+}
+
+#[test]
+fn digits_that_never_merge_are_runs_of_digits() {
+    let mut tokenizer = byte_level();
+    let pre = PRE.iter().find(|pre| pre.name() == "deepseek-llm").unwrap();
+    let mut words = pre::hf_pre_tokenizer(pre.steps);
+    let steps = words["pretokenizers"].as_array_mut().unwrap();
+    let at = steps.len() - 2;
+    steps[at] = json!({"type": "Digits", "individual_digits": true});
+    tokenizer["pre_tokenizer"] = words;
+    tokenizer["model"]["ignore_merges"] = false.into();
+    let (pairs, _) = done(&tokenizer, 7);
+    assert_eq!(get(&pairs, "pre"), Some(&G::from("deepseek-llm")));
+    for (token, id) in [("1", 7), ("2", 8), ("12", 9)] {
+        tokenizer["model"]["vocab"][token] = json!(id);
+    }
+    tokenizer["model"]["merges"] = json!(["1 2"]);
+    assert!(refused(&tokenizer, 10).contains("its pre-tokenizer is"));
+}
+
+#[test]
+fn every_pre_tokenizer_is_written_as_itself() {
+    for pre in PRE.iter() {
+        let mut tokenizer = byte_level();
+        tokenizer["pre_tokenizer"] = pre::hf_pre_tokenizer(pre.steps);
+        tokenizer["model"]["ignore_merges"] = pre.ignore_merges.into();
+        let (mut pairs, notes) = done(&tokenizer, 7);
+        let first = PRE.iter().find(|p| {
+            pre::compare(&found_words(&tokenizer).unwrap(), p.steps) == pre::Match::Same
+                && p.ignore_merges == pre.ignore_merges
+        });
+        let name = first.unwrap().name();
+        assert_eq!(get(&pairs, "pre"), Some(&G::from(name)));
+        let differs = |n: &String| pre.differs == Some(n.as_str());
+        assert_eq!(notes.iter().any(differs), pre.differs.is_some(), "{name}");
+        for name in pre.names {
+            put(&mut pairs, "pre", G::from(*name));
+            let (back, _) = hf_tokenizer(&pairs).unwrap();
+            assert_eq!(back["pre_tokenizer"], tokenizer["pre_tokenizer"], "{name}");
+            let ignores = &back["model"]["ignore_merges"];
+            assert_eq!(*ignores, pre.ignore_merges, "{name}");
+        }
+    }
+}
+
+#[test]
+fn spellings_of_the_same_words() {
+    let cl100k = concat!(
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|",
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    );
+    let mut step = split(cl100k);
+    step["behavior"] = "Removed".into();
+    step["invert"] = true.into();
+    let bytes = pre::byte_level(false, true, false);
+    let found = pre::found_steps(&[&step, &bytes]).unwrap();
+    let known = [pre::Step::Regex(LLAMA3)];
+    assert_eq!(pre::compare(&found, &known), pre::Match::Same);
+    // Words that leave something between them cannot be what is kept.
+    step["pattern"]["Regex"] = r"\p{N}".into();
+    assert_eq!(pre::found_steps(&[&step, &bytes]), None);
+}
+
+/// A small WordPiece tokenizer.
+fn words() -> Value {
+    json!({
+        "added_tokens": [
+            {"id": 0, "content": "[PAD]", "special": true},
+            {"id": 1, "content": "[UNK]", "special": true},
+            {"id": 2, "content": "[CLS]", "special": true},
+            {"id": 3, "content": "[SEP]", "special": true},
+        ],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": true,
+            "handle_chinese_chars": true,
+            "strip_accents": null,
+            "lowercase": true,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "##a": 5, "##": 6},
+        },
+    })
+}
+
+#[test]
+fn wordpiece_is_bert() {
+    let (pairs, notes) = express(&words(), &json!({}), &json!({}), 8).unwrap();
+    assert_eq!(get(&pairs, "model"), Some(&G::from("bert")));
+    let expected = [
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁a", "a", "▁##", "[PAD7]",
+    ];
+    assert_eq!(get(&pairs, "tokens"), Some(&strings(&expected)));
+    for (key, id) in [
+        ("bos_token_id", 2),
+        ("cls_token_id", 2),
+        ("seperator_token_id", 3),
+        ("unknown_token_id", 1),
+    ] {
+        assert_eq!(get(&pairs, key), Some(&G::U32(id)), "{key}");
+    }
+    assert_eq!(get(&pairs, "normalizer.lowercase"), None);
+    assert!(
+        notes.iter().any(|n| n.contains("100 characters")),
+        "{notes:?}"
+    );
+
+    let (back, settings) = hf_tokenizer(&pairs).unwrap();
+    assert_eq!(back["model"], words()["model"]);
+    let template = &back["post_processor"];
+    assert_eq!(template["single"][0]["SpecialToken"]["id"], "[CLS]");
+    assert_eq!(template["pair"].as_array().unwrap().len(), 5);
+    assert_eq!(settings["cls_token"], "[CLS]");
+    let (again, _) = express(&back, &settings, &json!({}), 8).unwrap();
+    assert_eq!(get(&again, "tokens"), get(&pairs, "tokens"));
+
+    let mut cased = words();
+    cased["normalizer"]["lowercase"] = false.into();
+    let (pairs, _) = express(&cased, &json!({}), &json!({}), 8).unwrap();
+    assert_eq!(get(&pairs, "normalizer.lowercase"), Some(&G::Bool(false)));
+    let (back, _) = hf_tokenizer(&pairs).unwrap();
+    assert_eq!(back["normalizer"]["strip_accents"], false);
+}
+
+#[test]
+fn what_bert_cannot_express() {
+    for (pointer, value, says) in [
+        ("/model/continuing_subword_prefix", json!("@@"), "@@"),
+        ("/normalizer/clean_text", json!(false), "normalizer"),
+        ("/normalizer", json!(null), "normalizer"),
+        ("/pre_tokenizer/type", json!("Whitespace"), "Whitespace"),
+        ("/post_processor", json!(null), "no special tokens"),
+        (
+            "/post_processor/cls/0",
+            json!("[X]"),
+            "'[X]', which is not there",
+        ),
+    ] {
+        let mut tokenizer = words();
+        *tokenizer.pointer_mut(pointer).unwrap() = value;
+        let reason = express(&tokenizer, &json!({}), &json!({}), 8).unwrap_err();
+        assert!(reason.contains(says), "{pointer}: {reason}");
+    }
+}
+
+#[test]
+fn unigram_keeps_its_table_and_drops_spaces() {
+    // 4 bytes of trie, and one replacement.
+    let table = charsmap::encode(&[4, 0, 0, 0, 1, 2, 3, 4, b'x', 0]);
+    let tokenizer = json!({
+        "added_tokens": [{"id": 0, "content": "<unk>", "special": true}],
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": table},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "WhitespaceSplit"},
+            {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
+        ]},
+        "model": {
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": [["<unk>", 0.0], ["▁a", -1.5], ["b", -2.25], ["▁", -3.0]],
+        },
+    });
+    let (pairs, notes) = done(&tokenizer, 5);
+    assert!(!notes.iter().any(|n| n.contains("space")), "{notes:?}");
+    let collapse = get(&pairs, "remove_extra_whitespaces");
+    assert_eq!(collapse, Some(&G::Bool(true)));
+    let (back, _) = hf_tokenizer(&pairs).unwrap();
+    assert_eq!(
+        back["normalizer"]["normalizers"][0],
+        tokenizer["normalizer"]
+    );
+    let unused = json!(["[PAD4]", -1e6]);
+    assert_eq!(back["model"]["vocab"][4], unused);
+    assert_eq!(back["model"]["unk_id"], 0);
+    let (again, _) = done(&back, 5);
+    assert_eq!(
+        get(&again, "precompiled_charsmap"),
+        get(&pairs, "precompiled_charsmap")
+    );
+
+    let mut cut = tokenizer.clone();
+    cut["model"]["vocab"][1][0] = "a▁b".into();
+    assert!(refused(&cut, 5).contains("cuts its token 'a▁b'"));
+    let mut short = tokenizer.clone();
+    short["normalizer"]["precompiled_charsmap"] = "BAAAAAA=".into();
+    assert!(refused(&short, 5).contains("precompiled_charsmap"));
 }

@@ -1,9 +1,10 @@
 //! tokenizer.json as keys of llama.cpp.
 
 use super::kind;
-use super::plan::{Plan, SPACE, plan_bpe, plan_unigram, steps};
-use super::vocabulary::{byte_token, merges, outside, scores_of_merges, vocabulary};
-use crate::arch::end_ids::EndIds;
+use super::plan::{Plan, SPACE, plan_bpe, plan_unigram, plan_wordpiece};
+use super::special::{Sources, put_special};
+use super::vocabulary::{byte_token, merges, outside, vocabulary};
+use super::wordpiece;
 use crate::arch::values::shown;
 use crate::gguf::{self, Array};
 use crate::{Error, Result, hints, python_json};
@@ -28,7 +29,9 @@ pub(in crate::arch) fn gguf_tokenizer(
     let settings = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_else(|| json!({}));
     let path = folder.join("tokenizer.json");
     let Some(mut tokenizer) = read_json(&path)? else {
-        losses.push(format!("there is no tokenizer.json: {lost}"));
+        let why = hints::no_tokenizer(&path);
+        let why = why.unwrap_or("there is no tokenizer.json".into());
+        losses.push(format!("{why}: {lost}"));
         return Ok(none());
     };
     let template = match fs::read_to_string(folder.join("chat_template.jinja")) {
@@ -117,10 +120,11 @@ pub(super) fn express(
     let model = &tokenizer["model"];
     let mut notes = vec![];
     let merges = merges(model)?;
-    let (tokens, mut scores) = vocabulary(model, vocab_size)?;
-    let plan = match model["type"].as_str() {
+    let (tokens, scores) = vocabulary(model, vocab_size)?;
+    let mut plan = match model["type"].as_str() {
         Some("BPE") => plan_bpe(tokenizer, &tokens, &merges, &mut notes)?,
-        Some("Unigram") => plan_unigram(tokenizer, &mut notes)?,
+        Some("Unigram") => plan_unigram(tokenizer, &tokens, &mut notes)?,
+        Some("WordPiece") => plan_wordpiece(tokenizer, &mut notes)?,
         _ => return Err(format!("its model is {}", shown(model.get("type")))),
     };
     let unknown = unknown_id(model, &tokens);
@@ -131,37 +135,39 @@ pub(super) fn express(
         *kind = kind::UNKNOWN;
     }
     let types = std::mem::take(&mut slots.types);
-    let tokens = slots.names(&mut notes);
+    let mut tokens = slots.names(&mut notes);
+    if plan.model == "bert" {
+        let marked = tokens.iter().zip(&types);
+        tokens = marked
+            .map(|(t, kind)| wordpiece::to_gguf(t, *kind))
+            .collect();
+    }
     let mut ids = HashMap::with_capacity(tokens.len());
     for (id, token) in tokens.iter().enumerate() {
         if ids.insert(token.as_str(), id).is_some() {
             return Err(format!("token '{token}' is there twice"));
         }
     }
-    if plan.model == "llama" && scores.is_none() {
-        scores = Some(scores_of_merges(&tokens, &merges));
-    }
 
     let mut pairs = identity(&plan);
-    let id_of = |name: &str| special_id(settings, config, name, &ids);
-    let special = SpecialIds {
-        bos: id_of("bos"),
-        eos: id_of("eos"),
-        pad: id_of("pad"),
-        unknown: unknown.or_else(|| id_of("unk")),
+    let sources = Sources {
+        tokenizer,
+        settings,
+        config,
+        tokens: &tokens,
+        ids: &ids,
     };
-    special.put(&mut pairs, &mut notes);
-    put_ends(config, special.eos, &tokens, &mut pairs, &mut notes);
-    for (name, side, id) in [
-        ("add_bos_token", Side::Start, special.bos),
-        ("add_eos_token", Side::End, special.eos),
-    ] {
-        let token = id.and_then(|id| tokens.get(id)).map(String::as_str);
-        let adds = adds(tokenizer, settings, side, token)?;
-        pairs.push((key(name), adds.into()));
+    put_special(&sources, unknown, plan.model, &mut pairs, &mut notes)?;
+    if plan.model != "bert" {
+        pairs.push((key("add_space_prefix"), plan.prefix.into()));
     }
-    pairs.push((key("add_space_prefix"), plan.prefix.into()));
-    if let Some(scores) = scores {
+    pairs.append(&mut plan.more);
+    if let Some(mut scores) = plan.scores.or(scores) {
+        // llama.cpp finds unused tokens in a text too.
+        let unused = scores.iter_mut().zip(&types);
+        unused
+            .filter(|(_, kind)| **kind == kind::UNUSED)
+            .for_each(|(score, _)| *score = UNUSED_SCORE);
         pairs.push((key("scores"), Array::F32(scores).into()));
     }
     pairs.push((key("token_type"), Array::I32(types).into()));
@@ -173,7 +179,10 @@ pub(super) fn express(
     Ok((pairs, notes))
 }
 
-fn key(name: &str) -> String {
+/// The score of a row of the embedding without a token.
+const UNUSED_SCORE: f32 = -1e6;
+
+pub(super) fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
 }
 
@@ -205,9 +214,8 @@ struct Slots {
 impl Slots {
     /// The model's own tokens.
     fn new(tokens: Vec<Option<String>>, plan: &Plan) -> Self {
-        let bytes = plan.model == "llama" || plan.model == "t5";
         let kind_of = |token: &Option<String>| match token.as_deref() {
-            Some(text) if bytes && byte_token(text).is_some() => kind::BYTE,
+            Some(text) if plan.bytes && byte_token(text).is_some() => kind::BYTE,
             Some(_) => kind::NORMAL,
             None => kind::UNUSED,
         };
@@ -223,6 +231,7 @@ impl Slots {
         notes: &mut Vec<String>,
     ) -> Result<(), String> {
         let vocab_size = self.tokens.len();
+        let mut normalized = None;
         for added in tokenizer["added_tokens"].as_array().into_iter().flatten() {
             let (Some(id), Some(text)) = (added["id"].as_u64(), added["content"].as_str()) else {
                 return Err(format!("an added token is {}", shown(Some(added))));
@@ -232,6 +241,9 @@ impl Slots {
                 return Err(outside(text, id, vocab_size));
             };
             let special = added["special"].as_bool().unwrap_or(false);
+            if added["normalized"] == true && (plan.spaces || plan.model == "bert") {
+                normalized.get_or_insert(text);
+            }
             if ["lstrip", "rstrip", "single_word"]
                 .iter()
                 .any(|flag| added[*flag] == true)
@@ -253,6 +265,12 @@ impl Slots {
                 kind::USER_DEFINED
             };
         }
+        notes.extend(normalized.map(|text| {
+            format!(
+                "the tokenizer looks for added tokens such as '{text}' in the normalized text, \
+                 llama.cpp in the text as it is"
+            )
+        }));
         Ok(())
     }
 
@@ -268,138 +286,4 @@ impl Slots {
             |(i, token): (usize, Option<String>)| token.unwrap_or_else(|| format!("[PAD{i}]"));
         self.tokens.into_iter().enumerate().map(named).collect()
     }
-}
-
-/// Ids of the special tokens that GGUF has keys for.
-struct SpecialIds {
-    bos: Option<usize>,
-    eos: Option<usize>,
-    pad: Option<usize>,
-    unknown: Option<usize>,
-}
-
-impl SpecialIds {
-    fn put(&self, pairs: &mut Pairs, notes: &mut Vec<String>) {
-        for (name, id) in [
-            ("bos_token_id", self.bos),
-            ("eos_token_id", self.eos),
-            ("padding_token_id", self.pad),
-            ("unknown_token_id", self.unknown),
-        ] {
-            if let Some(id) = id {
-                pairs.push((key(name), gguf::Value::U32(id as u32)));
-            }
-        }
-        if self.eos.is_none() {
-            notes.push(
-                "there is no end-of-text token: llama.cpp takes a token of its own choice for it"
-                    .into(),
-            );
-        }
-    }
-}
-
-/// Names the other tokens that end a text, and notes what the file cannot say of them.
-fn put_ends(
-    config: &Value,
-    eos: Option<usize>,
-    tokens: &[String],
-    pairs: &mut Pairs,
-    notes: &mut Vec<String>,
-) {
-    let value = &config["eos_token_id"];
-    let list = value
-        .as_array()
-        .map_or(std::slice::from_ref(value), |all| all);
-    let ids = list.iter().filter_map(Value::as_u64).map(|id| id as usize);
-    let ids: Vec<usize> = ids.filter(|id| *id < tokens.len()).collect();
-    let name = |id: usize| tokens.get(id).map_or("", String::as_str);
-    let ends = EndIds::new(&ids, eos, tokens);
-    for (key_name, id) in [("eot_token_id", ends.turn), ("eom_token_id", ends.message)] {
-        if let Some(id) = id {
-            pairs.push((key(key_name), gguf::Value::U32(id as u32)));
-        }
-    }
-    for id in ends.lost {
-        notes.push(format!(
-            "token {id} '{}' ends a text in the folder and not in the GGUF, which names three such \
-             tokens at most",
-            name(id)
-        ));
-    }
-    if let Some(eos) = eos.filter(|eos| !ids.is_empty() && !ids.contains(eos)) {
-        notes.push(format!(
-            "token {eos} '{}', the eos_token of tokenizer_config.json, ends a text in the GGUF and \
-             not in the folder, whose eos_token_id is {value}",
-            name(eos)
-        ));
-    }
-}
-
-/// The id of a special token: by its text in tokenizer_config.json, else by number in config.json.
-fn special_id(
-    settings: &Value,
-    config: &Value,
-    name: &str,
-    ids: &HashMap<&str, usize>,
-) -> Option<usize> {
-    let token = &settings[format!("{name}_token")];
-    let text = token.as_str().or_else(|| token["content"].as_str());
-    if let Some(&id) = text.and_then(|text| ids.get(text)) {
-        return Some(id);
-    }
-    let id = &config[format!("{name}_token_id")];
-    let id = id.as_u64().or_else(|| id[0].as_u64())? as usize;
-    (id < ids.len()).then_some(id)
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Start,
-    End,
-}
-
-/// Whether the tokenizer puts `token` at this side of every text. A template decides where there is
-/// one, as it does in `tokenizers`.
-fn adds(
-    tokenizer: &Value,
-    settings: &Value,
-    side: Side,
-    token: Option<&str>,
-) -> Result<bool, String> {
-    let processors = steps(tokenizer, "post_processor", "processors");
-    for step in &processors {
-        match step["type"].as_str() {
-            Some("ByteLevel") => {}
-            Some("TemplateProcessing") => {
-                let single = step["single"].as_array().map_or(&[][..], Vec::as_slice);
-                let at = single
-                    .iter()
-                    .position(|item| item.get("Sequence").is_some())
-                    .ok_or("its template has no text")?;
-                let around = if side == Side::Start {
-                    &single[..at]
-                } else {
-                    &single[at + 1..]
-                };
-                return match around {
-                    [] => Ok(false),
-                    [one] if token.is_some() && one["SpecialToken"]["id"].as_str() == token => {
-                        Ok(true)
-                    }
-                    _ => Err(format!(
-                        "its template puts {} beside the text",
-                        shown(Some(&json!(around)))
-                    )),
-                };
-            }
-            _ => return Err(format!("its post-processor has {}", shown(Some(step)))),
-        }
-    }
-    let key = if side == Side::Start {
-        "add_bos_token"
-    } else {
-        "add_eos_token"
-    };
-    Ok(token.is_some() && settings[key] == true)
 }

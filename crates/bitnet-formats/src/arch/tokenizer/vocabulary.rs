@@ -2,7 +2,7 @@
 
 use crate::arch::values::shown;
 use serde_json::Value;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 /// The merges in the order of their rank: `"a b"`, or `["a", "b"]` in newer files.
 pub(super) fn merges(model: &Value) -> Result<Vec<(String, String)>, String> {
@@ -68,18 +68,11 @@ pub(super) fn vocabulary(
     }
 }
 
-/// SentencePiece's convention: a token's score is minus the rank of the first merge that makes it.
-/// llama.cpp joins the neighbours of the highest score first, so tokens that no merge makes come
-/// last.
-pub(super) fn scores_of_merges(tokens: &[String], merges: &[(String, String)]) -> Vec<f32> {
-    let mut rank = HashMap::with_capacity(merges.len());
-    for (i, (a, b)) in merges.iter().enumerate() {
-        rank.entry(format!("{a}{b}")).or_insert(i);
-    }
-    tokens
-        .iter()
-        .enumerate()
-        .map(|(id, t)| -(rank.get(t).copied().unwrap_or(merges.len() + id) as f32))
+/// Ids of the tokens that are looked for in a text before it is cut.
+pub(super) fn added_ids(tokenizer: &Value) -> HashSet<usize> {
+    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+    added
+        .filter_map(|token| Some(token["id"].as_u64()? as usize))
         .collect()
 }
 
@@ -92,12 +85,6 @@ pub(super) fn byte_token(token: &str) -> Option<u8> {
     u8::from_str_radix(hex, 16).ok()
 }
 
-pub(super) fn has_all_bytes(tokens: &[Option<String>]) -> bool {
-    tokens
-        .iter()
-        .flatten()
-        .filter_map(|t| byte_token(t))
-        .collect::<HashSet<u8>>()
-        .len()
-        == 256
+pub(super) fn has_all_bytes<'a>(tokens: impl Iterator<Item = &'a str>) -> bool {
+    tokens.filter_map(byte_token).collect::<HashSet<u8>>().len() == 256
 }
