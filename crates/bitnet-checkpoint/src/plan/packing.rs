@@ -1,6 +1,6 @@
 //! Which layout and which scales a tensor gets.
 
-use super::{Builder, Pack};
+use super::{Builder, Pack, mlx};
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, LayoutOrigin};
@@ -46,6 +46,9 @@ impl Builder<'_> {
                 return self.keep_unquantized(index, &refusal);
             }
         }
+        if self.format == Format::Mlx && (tensor.shape.len() != 2 || !is_module(&tensor.name)) {
+            return self.keep_unquantized(index, &no_module(tensor));
+        }
         if let Some(matrix) = self.given.remove(&tensor.name) {
             return self.quantize_given(index, shape, matrix, choices.layout.as_deref());
         }
@@ -81,6 +84,10 @@ impl Builder<'_> {
     fn holds(&self, layout: &dyn Layout) -> bool {
         match self.format {
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Mlx => Precision::ALL
+                .iter()
+                .filter_map(|&precision| mlx::layout(precision))
+                .any(|own| own.name() == layout.name()),
             Format::Safetensors | Format::Gguf => output::stores(&self.container, layout),
         }
     }
@@ -198,7 +205,7 @@ impl Builder<'_> {
                     continue;
                 };
                 let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
-                match layout.check(&spec) {
+                match self.check_matrix(layout, &spec) {
                     Ok(()) if self.format == Format::HfBitnet && rows % 4 != 0 => {
                         let why =
                             format!("transformers needs a multiple of 4 rows, and it has {rows}");
@@ -250,7 +257,15 @@ impl Builder<'_> {
                 choices.scheme(granularity, dtype, form).ok().flatten()
             })
             .filter_map(|scheme| scheme.spec(rows, cols).ok())
-            .any(|spec| layout.check(&spec).is_ok())
+            .any(|spec| self.check_matrix(layout, &spec).is_ok())
+    }
+
+    /// Whether the layout, as the format uses it, can hold the matrix.
+    fn check_matrix(&self, layout: &dyn Layout, spec: &MatrixSpec) -> bitnet_core::Result<()> {
+        if self.format == Format::Mlx {
+            mlx::check(spec)?;
+        }
+        layout.check(spec)
     }
 
     /// Keeps a tensor that no layout of the container can hold, with a note.
@@ -310,12 +325,15 @@ impl Builder<'_> {
     ) -> Vec<(Granularity, ScaleDtype)> {
         let granularities: Vec<Granularity> = match choices.granularity {
             Some(granularity) => vec![granularity],
+            None if self.format == Format::Mlx => mlx::GROUPS.map(Granularity::Group).to_vec(),
             None => layout.default_granularities().to_vec(),
         };
         let dtypes = match choices.scale_dtype {
             Some(dtype) => vec![dtype],
             None if layout.stores_scales() => vec![ScaleDtype::F16, ScaleDtype::F32],
-            None if self.format == Format::HfBitnet => vec![self.model_dtype()],
+            None if self.format == Format::HfBitnet || self.format == Format::Mlx => {
+                vec![self.model_dtype()]
+            }
             None => vec![ScaleDtype::F32],
         };
         granularities
@@ -389,6 +407,7 @@ impl Builder<'_> {
             (Some(name), _) => vec![pack::by_name(name)?],
             (None, Some(own))
                 if self.format != Format::HfBitnet
+                    && self.format != Format::Mlx
                     && output::stores(&self.container, own)
                     && own.origin() != LayoutOrigin::HfBitnet =>
             {
@@ -396,13 +415,23 @@ impl Builder<'_> {
             }
             (None, _) => default_layouts(self.format, known.spec.precision)?,
         };
+        let tensor = self.source.tensor(index);
+        if self.format == Format::Mlx && (tensor.shape.len() != 2 || !is_module(&tensor.name)) {
+            let note = format!("not packed: {}; kept exactly, as F32", no_module(tensor));
+            return self.cast(index, ScaleDtype::F32, Some(note));
+        }
+        let groups = if self.format == Format::Mlx {
+            [128, 64, 32, 256]
+        } else {
+            [32, 64, 128, 256]
+        };
         let mut refusal = None;
         for layout in layouts {
             if !output::stores(&self.container, layout) || !self.holds(layout) {
                 return Err(self.does_not_hold(layout));
             }
-            for spec in with_other_scales(&known.spec) {
-                match layout.check(&spec) {
+            for spec in with_other_scales(&known.spec, groups) {
+                match self.check_matrix(layout, &spec) {
                     Err(why) => refusal = refusal.or(Some(why)),
                     Ok(()) => {
                         let (stored, spec) = self.stored_scales(spec, known.inverses);
@@ -423,7 +452,12 @@ impl Builder<'_> {
             }
         }
         let refusal = refusal.unwrap_or_else(no_layout);
-        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&known.spec) {
+        let kept = match self.format {
+            Format::Gguf => shape_is_to_blame(&known.spec),
+            Format::Mlx => !known.spec.cols.is_multiple_of(32),
+            Format::Safetensors | Format::HfBitnet => false,
+        };
+        if layout.is_none() && kept {
             let note = format!("not packed: {refusal}; kept exactly, as F32");
             return self.cast(index, ScaleDtype::F32, Some(note));
         }
@@ -469,10 +503,10 @@ fn no_layout() -> bitnet_core::Error {
 }
 
 /// The spec with the granularities and scale types that hold the same scales, its own first.
-fn with_other_scales(spec: &MatrixSpec) -> Vec<MatrixSpec> {
+fn with_other_scales(spec: &MatrixSpec, groups: [usize; 4]) -> Vec<MatrixSpec> {
     let granularities = [spec.granularity]
         .into_iter()
-        .chain([32, 64, 128, 256].map(Granularity::Group))
+        .chain(groups.map(Granularity::Group))
         .chain([Granularity::Tensor]);
     let dtypes = [spec.scale_dtype, ScaleDtype::F16, ScaleDtype::F32];
     granularities
@@ -541,6 +575,7 @@ pub(super) fn default_layouts(
         .filter(|layout| match format {
             Format::Safetensors => layout.origin() == LayoutOrigin::Own,
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Mlx => mlx::layout(precision).is_some_and(|own| own.name() == layout.name()),
             Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
         })
         .collect();
@@ -549,7 +584,7 @@ pub(super) fn default_layouts(
     }
     Err(Error::Recipe(match format {
         Format::HfBitnet => format!("format hf-bitnet holds ternary weights, not {precision}"),
-        Format::Safetensors | Format::Gguf => {
+        Format::Safetensors | Format::Gguf | Format::Mlx => {
             format!("format {format} has no type for {precision}")
         }
     }))
@@ -571,6 +606,21 @@ pub(super) fn transposed(source: &Source, tensor: &Tensor) -> bool {
             .config()
             .is_some_and(|c| CONV1D_MODELS.iter().any(|m| c["model_type"] == *m)),
         None => false,
+    }
+}
+
+/// Whether a tensor is the weight of a module, beside which MLX finds scales.
+fn is_module(name: &str) -> bool {
+    name.ends_with(".weight")
+}
+
+fn no_module(tensor: &Tensor) -> bitnet_core::Error {
+    bitnet_core::Error::Unsupported {
+        layout: "mlx",
+        why: format!(
+            "it holds matrices '….weight', and this has {} dimensions",
+            tensor.shape.len()
+        ),
     }
 }
 

@@ -19,6 +19,7 @@
 mod cursor;
 mod decode;
 mod error;
+mod q2_groups;
 mod reader;
 mod types;
 mod value;
