@@ -7,8 +7,11 @@ use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
 use bitnet_formats::hf::{Verdict, judge_scales};
-use bitnet_formats::{Content, Source, StoredType, Tensor};
+use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
 use bitnet_kernels::Kernels;
+use std::collections::{BTreeMap, BTreeSet};
+
+const LLAMA_CPP: &str = "llama.cpp";
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
@@ -72,6 +75,25 @@ pub fn tensors(source: &Source) -> Vec<TensorSummary> {
             }
         })
         .collect()
+}
+
+/// The programs that open a GGUF, by the types of its tensors: each with the types that only it
+/// reads, or llama.cpp alone where no type is of a fork. Empty for other files.
+pub fn opened_by(source: &Source) -> BTreeMap<&'static str, BTreeSet<&'static str>> {
+    let mut programs: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    if source.kind() != Kind::Gguf {
+        return programs;
+    }
+    for stored in source.stored_tensors() {
+        if let Some(ggml_type) = stored.dtype.to_ggml() {
+            let types = programs.entry(ggml_type.opened_by()).or_default();
+            types.insert(ggml_type.name());
+        }
+    }
+    if programs.len() > 1 {
+        programs.remove(LLAMA_CPP);
+    }
+    programs
 }
 
 /// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,

@@ -1,7 +1,8 @@
 //! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the
 //! writer thread in order.
 
-use crate::plan::{Action, Job, Pack, TensorJob};
+use crate::plan::{Action, Job, Pack, TensorJob, mlx};
+use crate::recipe::Format;
 use crate::report::{Options, TensorReport};
 use crate::rows::{
     StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows, with_rows,
@@ -290,7 +291,7 @@ impl Worker<'_> {
                 done.add(spec, &part);
                 self.advance(part.matrix.spec.rows, spec.rows);
                 if chunk.is_some() {
-                    self.send(WriterMessage::Append(self.tensor_job.data, part.packed))?;
+                    self.send_codes(pack, part.packed)?;
                 }
             }
         }
@@ -301,7 +302,7 @@ impl Worker<'_> {
         if let Some(values) = &done.values {
             let bytes = self.pack_whole(pack, values, &done.scales, &mut layout)?;
             done.packed_bytes += bytes.len() as u64;
-            self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
+            self.send_codes(pack, bytes)?;
         }
         let bytes = done.packed_bytes + self.finish_matrix(pack, &done.scales, &done.zeros)?;
         let mut report = self.packed_report(pack, layout, bytes);
@@ -391,10 +392,18 @@ impl Worker<'_> {
         let mut layout = pack.layout;
         let bytes = self.pack_whole(pack, &matrix.values, &matrix.scales, &mut layout)?;
         let mut total = bytes.len() as u64;
-        self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
+        self.send_codes(pack, bytes)?;
         total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
         self.advance(1, 1);
         Ok(self.packed_report(pack, layout, total))
+    }
+
+    /// Sends packed bytes as the format has them.
+    fn send_codes(&self, pack: &Pack, mut bytes: Vec<u8>) -> Result<()> {
+        if self.job.format == Format::Mlx {
+            mlx::encode(pack.spec.precision, &mut bytes);
+        }
+        self.send(WriterMessage::Append(self.tensor_job.data, bytes))
     }
 
     fn pack_whole(
@@ -458,6 +467,9 @@ impl Worker<'_> {
         }
         if let Some(index) = self.tensor_job.zero {
             let bytes = match pack.spec.zero_points {
+                _ if self.job.format == Format::Mlx => {
+                    mlx::biases(&pack.spec, pack.scale_dtype, scales, zeros)
+                }
                 ZeroPoints::F32 => zeros.iter().flat_map(|z| z.to_le_bytes()).collect(),
                 _ => zeros.iter().map(|&z| z as i8 as u8).collect(),
             };

@@ -2,7 +2,7 @@
 //!
 //! Values: x ← 1664525·x + 1013904223 mod 2^32 from x = 1, advanced first, v = (x >> 24) mod 3 − 1;
 //! scale 1. The vectors of tq1_0, tq2_0, q2_0 and q1_0 were written by ggml's own C functions,
-//! those of i2_s and hf-bitnet by independent ports.
+//! those of pq2_0, ptq1_0, i2_s and hf-bitnet by independent ports.
 
 use bitnet_core::pack::by_name;
 use bitnet_core::random::GoldenStream;
@@ -12,6 +12,8 @@ const TQ1_0: &str = "35a01c4841984ca19268615183a01bfc73da1a7f6ae951193999db596f5
 const TQ2_0: &str = "6499a05888192899499111689599a06a0596a055214a686008192641a1688560a295a6068900988268964291810501aa\
                      09560410914261222445a0808014116a003c";
 const Q2_0: &str = "003c044415854909641189aa828945281a18";
+const PQ2_0: &str = "003c044415854909641189aa828945281a18666494a564a2248a6982496a68544066";
+const PTQ1_0: &str = "2ca6033430a91c6a6f7a93327d7022c00d8ef964fd41b3fb1a2a003c";
 const Q1_0: &str = "3039a2b73b5efbb96b67effedeb69ffbeef8";
 const I2_S: &str = "19660a25226428666146442956660aa950960a5548a12909206498414a2952098a569a906200268229968146425040aa\
                     609510044681498818510a02021444a90000803f";
@@ -89,6 +91,39 @@ fn q2_0() {
         &[1.0],
         &hex(Q2_0),
     );
+}
+
+#[test]
+fn groups_of_128() {
+    let ternary = spec(1, 128, Precision::Ternary, ScaleDtype::F16);
+    for (name, vector) in [("pq2_0", PQ2_0), ("q2_0-g128", PQ2_0), ("ptq1_0", PTQ1_0)] {
+        both_ways(name, &ternary, &trits(128), &[1.0], &hex(vector));
+    }
+}
+
+/// Code 3 is +2 under the scale 0.5: the int2 value −2 under −0.5.
+#[test]
+fn code_3_is_int2_under_the_negated_scale() {
+    let codes: Vec<u8> = (0..128).map(|j| (j * 7 / 3 % 4) as u8).collect();
+    let values: Vec<i8> = codes.iter().map(|&code| 1 - code as i8).collect();
+    for (name, len) in [("q2_0", 64), ("pq2_0", 128), ("q2_0-g128", 128)] {
+        let mut bytes = vec![0x00, 0x38];
+        bytes.extend(
+            codes[..len]
+                .chunks(4)
+                .map(|c| c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6),
+        );
+        let int2 = spec(1, len, Precision::Int2, ScaleDtype::F16);
+        both_ways(name, &int2, &values[..len], &[-0.5], &bytes);
+        let ternary = spec(1, len, Precision::Ternary, ScaleDtype::F16);
+        assert!(by_name(name).unwrap().unpack(&ternary, &bytes).is_err());
+        let (precision, wider) = by_name(name).unwrap().wider().unwrap();
+        assert_eq!(precision, Precision::Int2);
+        assert!(wider(&bytes) && wider(&[hex(PQ2_0)[..bytes.len()].to_vec(), bytes].concat()));
+        assert!(!wider(&hex(if len == 64 { Q2_0 } else { PQ2_0 })));
+        // 0xffff in the place of the scale is no code.
+        assert!(!wider(&[vec![0xff, 0xff], vec![0; len / 4]].concat()));
+    }
 }
 
 #[test]
@@ -420,6 +455,9 @@ fn patterns_that_no_writer_produces() {
         corrupt("tq1_0", &ternary(256), &replaced(TQ1_0, 31, never), 31);
         corrupt("tq1_0", &ternary(256), &replaced(TQ1_0, 51, never), 51);
     }
+    corrupt("ptq1_0", &ternary(128), &replaced(PTQ1_0, 23, 20), 23);
+    corrupt("ptq1_0", &ternary(128), &replaced(PTQ1_0, 24, 2), 24); // q = 1, not a multiple of 3
+    corrupt("pq2_0", &ternary(128), &replaced(PQ2_0, 33, 0xc0), 33);
     corrupt("tq1_0", &ternary(256), &replaced(TQ1_0, 48, 2), 48); // q = 1, not a multiple of 3
     corrupt("tq1_0", &ternary(256), &replaced(TQ1_0, 53, 0x7c), 52); // an infinite scale
     corrupt("tq2_0", &ternary(256), &replaced(TQ2_0, 40, 0x30), 40);

@@ -209,7 +209,10 @@ fn a_layout_holds_what_it_says_of_itself() {
         if let Some(spec) = layout.foreign_spec(4, 256) {
             layout.check(&spec).unwrap();
         }
-        if let LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) = layout.origin() {
+        if let LayoutOrigin::Ggml(id)
+        | LayoutOrigin::GgmlOlder(id)
+        | LayoutOrigin::GgmlVariant(id) = layout.origin()
+        {
             let first = of_ggml_type(id).next().unwrap();
             assert_eq!(first.origin(), LayoutOrigin::Ggml(id), "{name}");
         }
@@ -237,7 +240,7 @@ fn every_layout_takes_some_precision() {
             "names are unique"
         );
     }
-    assert_eq!(pairs.len(), 33, "{pairs:?}");
+    assert_eq!(pairs.len(), 39, "{pairs:?}");
     assert!(matches!(by_name("q9"), Err(Error::UnknownName { .. })));
 }
 
@@ -467,7 +470,7 @@ fn refusals_leave_the_output_alone() {
         ),
         (
             "q2_0",
-            f16(spec(1, 64, Precision::Int2, Granularity::Tensor)),
+            f16(spec(1, 64, Precision::Int3, Granularity::Tensor)),
         ),
         (
             "q4_0",

@@ -3,7 +3,7 @@
 use crate::foreign::ForeignType;
 use crate::gguf::{self, GgmlType};
 use bitnet_core::ScaleDtype;
-use bitnet_core::pack::{Layout, LayoutOrigin};
+use bitnet_core::pack::{self, Layout, LayoutOrigin};
 use safetensors::Dtype;
 use std::fmt;
 
@@ -23,6 +23,8 @@ impl StoredType {
     pub const F32: Self = Self::Plain(Dtype::F32);
     /// Bytes.
     pub const U8: Self = Self::Plain(Dtype::U8);
+    /// Words of 32 bits.
+    pub const U32: Self = Self::Plain(Dtype::U32);
     /// Signed bytes.
     pub const I8: Self = Self::Plain(Dtype::I8);
 
@@ -206,9 +208,28 @@ impl From<ScaleDtype> for StoredType {
 /// The GGUF type that stores a wire layout, if there is one.
 pub fn ggml_type_of(layout: &dyn Layout) -> Option<GgmlType> {
     match layout.origin() {
-        LayoutOrigin::Ggml(id) => GgmlType::from_id(id),
-        LayoutOrigin::Own | LayoutOrigin::HfBitnet | LayoutOrigin::GgmlVariant(_) => None,
+        LayoutOrigin::GgmlVariant(_) => None,
+        origin => ggml_type_of_origin(origin),
     }
+}
+
+/// The type of a GGUF tensor of a layout, also of those that are only read.
+pub(crate) fn ggml_type_of_origin(origin: LayoutOrigin) -> Option<GgmlType> {
+    match origin {
+        LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) => GgmlType::from_id(id),
+        LayoutOrigin::GgmlOlder(id) => {
+            let first = GgmlType::from_id(id);
+            let mut types = GgmlType::ALL.iter().copied();
+            types.find(|t| t.id() == id && Some(*t) != first)
+        }
+        LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
+    }
+}
+
+/// The layout of the tensors of a GGUF type, the one that is written if there are several.
+pub fn layout_of(ggml_type: GgmlType) -> Option<&'static dyn Layout> {
+    let mut layouts = pack::layouts().iter().copied();
+    layouts.find(|layout| ggml_type_of(*layout) == Some(ggml_type))
 }
 
 /// Writes `weights` as `dtype`, rounded to nearest even.

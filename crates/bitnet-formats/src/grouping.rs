@@ -2,7 +2,7 @@
 //! folders, or by the block types of GGUF.
 
 use crate::document::PackedTensor;
-use crate::dtype::StoredType;
+use crate::dtype::{StoredType, ggml_type_of_origin, layout_of};
 use crate::gguf::GgmlType;
 use crate::hf::{BitnetConfig, Mode};
 use crate::storage::{Kind, OpenOptions, Storage};
@@ -11,6 +11,9 @@ use crate::{Error, Result};
 use bitnet_core::pack::{self, LayoutOrigin, PackedLen};
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use safetensors::Dtype;
+
+/// Bytes that are searched at once.
+const SCANNED: usize = 1 << 20;
 
 /// Groups stored tensors into the tensors of the model.
 pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Tensor>> {
@@ -214,12 +217,7 @@ fn check(storage: &Storage, name: &str, q: &StoredMatrix) -> Result<()> {
     q.spec.validate().map_err(Error::matrix(path, name))?;
     q.layout.check(&q.spec).map_err(Error::matrix(path, name))?;
     let expected = match storage.kind {
-        Kind::Gguf => match q.layout.origin() {
-            LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id) => {
-                GgmlType::from_id(id).map(StoredType::Ggml)
-            }
-            LayoutOrigin::Own | LayoutOrigin::HfBitnet => None,
-        },
+        Kind::Gguf => ggml_type_of_origin(q.layout.origin()).map(StoredType::Ggml),
         Kind::File | Kind::Folder => Some(StoredType::U8),
     };
     let got = storage.stored(q.packed).dtype;
@@ -377,7 +375,29 @@ fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Opti
     }))
 }
 
-/// A ternary or binary GGUF tensor of another writer: one scale for each block.
+/// Whether `found` is true of some blocks of a stored tensor. Reads it up to the first of them.
+fn any_blocks(
+    storage: &Storage,
+    id: StoredId,
+    block_bytes: usize,
+    found: fn(&[u8]) -> bool,
+) -> Result<bool> {
+    let len = storage.stored(id).len;
+    let piece = (SCANNED / block_bytes * block_bytes) as u64;
+    let (mut start, mut bytes) = (0, vec![]);
+    while start < len {
+        bytes.resize((len - start).min(piece) as usize, 0);
+        storage.read(id, start, &mut bytes)?;
+        if found(&bytes) {
+            return Ok(true);
+        }
+        start += piece;
+    }
+    Ok(false)
+}
+
+/// A ternary, binary or two-bit GGUF tensor of another writer: one scale for each block. Where codes
+/// of the type may be outside the ternary alphabet, they are read to know the precision.
 fn foreign_block(
     storage: &Storage,
     id: StoredId,
@@ -396,14 +416,19 @@ fn foreign_block(
     let layout = if ggml == GgmlType::I2S {
         pack::by_name(&options.i2s_layout).map_err(Error::matrix(path, &stored.name))?
     } else {
-        match pack::of_ggml_type(ggml.id()).next() {
+        match layout_of(ggml) {
             Some(layout) => layout,
             None => return Ok(None),
         }
     };
-    let Some(spec) = layout.foreign_spec(rows, cols) else {
+    let Some(mut spec) = layout.foreign_spec(rows, cols) else {
         return Ok(None);
     };
+    if let Some((precision, wider)) = layout.wider()
+        && any_blocks(storage, id, ggml.block_bytes(), wider)?
+    {
+        spec.precision = precision;
+    }
     let q = StoredMatrix {
         spec,
         transposed: false,

@@ -1,13 +1,14 @@
 //! The files of a checkpoint and the tensors stored in them.
 //!
-//! Opening reads and checks headers only. Tensors are read by position: memory holds only the bytes
+//! Opening reads and checks headers only, and the codes of GGUF types that may or may not be ternary
+//! (`grouping`). Tensors are read by position: memory holds only the bytes
 //! that a caller reads, threads can read at the same time, and a file that is truncated meanwhile
 //! is an error and not a signal.
 
 use crate::arch::Architecture;
 use crate::container::Container;
 use crate::document::{self, Checksum, Document, PackedTensor};
-use crate::dtype::StoredType;
+use crate::dtype::{StoredType, ggml_type_of_origin};
 use crate::foreign::{Foreign, Loaded};
 use crate::gguf;
 use crate::hf::BitnetConfig;
@@ -19,7 +20,7 @@ use crate::resolve::{self, Weights};
 use crate::safetensors::SafetensorsHeader;
 use crate::tensor::{Access, FileId, StoredId, StoredTensor};
 use crate::{Error, Result};
-use bitnet_core::pack::{self, LayoutOrigin};
+use bitnet_core::pack;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -421,8 +422,9 @@ impl Storage {
             return false;
         };
         match (self.kind, layout.origin(), dtype) {
-            (Kind::Gguf, LayoutOrigin::Ggml(id) | LayoutOrigin::GgmlVariant(id), Some(dtype)) => {
-                let other_type = dtype.to_ggml().is_some_and(|got| got.id() != id);
+            (Kind::Gguf, origin, Some(dtype)) => {
+                let expected = ggml_type_of_origin(origin);
+                let other_type = dtype.to_ggml() != expected && expected.is_some();
                 other_type && stored.is_some_and(|id| self.has_other_bytes(id, document))
             }
             // Under the model's own name, in place of the packed tensor.

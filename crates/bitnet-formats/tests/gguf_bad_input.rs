@@ -651,14 +651,15 @@ fn sizes_of_fork_types() {
 #[test]
 fn ids_and_names_are_unique() {
     for &t in GgmlType::ALL {
-        assert_eq!(GgmlType::from_id(t.id()), Some(t));
-        assert_eq!(
-            GgmlType::ALL
-                .iter()
-                .filter(|u| u.name() == t.name() || u.id() == t.id())
-                .count(),
-            1
-        );
+        // Two types have the id 42; it names the one of llama.cpp.
+        if t != GgmlType::Q2_0G128 {
+            assert_eq!(GgmlType::from_id(t.id()), Some(t));
+        }
+        let same_id = if t.id() == 42 { 2 } else { 1 };
+        let count =
+            |same: &dyn Fn(GgmlType) -> bool| GgmlType::ALL.iter().filter(|u| same(**u)).count();
+        assert_eq!(count(&|u| u.name() == t.name()), 1);
+        assert_eq!(count(&|u| u.id() == t.id()), same_id);
         assert!(t.block_len() > 0 && t.block_bytes() > 0);
     }
     for id in [4, 5, 31, 32, 33, 37, 38, 43, u32::MAX] {

@@ -214,7 +214,8 @@ fn writes_what_python_wrote() {
     assert_eq!(file, SMALL);
 }
 
-/// Blocks that ggml's C functions wrote for ternary values from a generator: the values come back.
+/// Blocks that ggml's C functions (of Prism's types: ports of them) wrote for ternary values from a
+/// generator: the values come back.
 #[test]
 fn ternary_values_from_c() {
     let mut stream = GoldenStream::new(1);
@@ -248,6 +249,14 @@ fn ternary_values_from_c() {
     check(
         GgmlType::Q2_0,
         "003c044415854909641189aa828945281a18",
+        f32::from,
+    );
+    let groups_of_128 = "003c044415854909641189aa828945281a18666494a564a2248a6982496a68544066";
+    check(GgmlType::Pq2_0, groups_of_128, f32::from);
+    check(GgmlType::Q2_0G128, groups_of_128, f32::from);
+    check(
+        GgmlType::Ptq1_0,
+        "2ca6033430a91c6a6f7a93327d7022c00d8ef964fd41b3fb1a2a003c",
         f32::from,
     );
     // One bit, and the mean of |v| as scale: here 0x3930.

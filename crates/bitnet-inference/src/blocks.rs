@@ -1,11 +1,12 @@
 //! Weights that keep their stored integer codes in memory, with float activations.
 
 use crate::{Error, Result};
-use bitnet_core::{Matrix, Precision, ScaleDtype, ZeroPoints};
+use bitnet_core::pack::PackedLen;
+use bitnet_core::{Matrix, MatrixSpec, Precision, ScaleDtype, ZeroPoints};
 use bitnet_formats::gguf::{BlockIntegers, GgmlType, integers};
-use bitnet_formats::{Source, StoredId};
+use bitnet_formats::{ScaleSource, Source, StoredId, StoredMatrix};
 use bitnet_kernels::Pool;
-use bitnet_kernels::dense::{BLOCK, BlockCodes, BlockType, Blocks, ScaleType};
+use bitnet_kernels::dense::{BLOCK, BlockCodes, BlockRow, BlockType, Blocks, ScaleType};
 
 /// Block type in memory for a GGUF type: 5- and 6-bit codes become 8-bit, the rest is unchanged.
 pub(crate) fn gguf_block_type(stored: GgmlType) -> Option<BlockType> {
@@ -74,15 +75,20 @@ pub(crate) fn gguf_blocks(
 /// Block type that holds a quantized matrix exactly, if there is one. The matrix must have one
 /// plane and no zero points.
 pub(crate) fn block_type(matrix: &Matrix) -> Option<BlockType> {
-    let spec = &matrix.spec;
+    let half = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
+    let halves = || matrix.scales.iter().all(half);
+    spec_block_type(&matrix.spec, &halves)
+}
+
+/// [`block_type`] of a spec; `halves` says whether binary16 holds all scales, whatever their type.
+fn spec_block_type(spec: &MatrixSpec, halves: &dyn Fn() -> bool) -> Option<BlockType> {
     if spec.planes != 1 || spec.zero_points != ZeroPoints::None {
         return None;
     }
     let group = spec.granule_cols();
     let fits = |line: usize| group.is_multiple_of(line) || group >= spec.cols;
-    let half = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
     let codes = match spec.precision {
-        Precision::Ternary | Precision::Binary if fits(64) => BlockCodes::Trits,
+        Precision::Ternary | Precision::Binary | Precision::Int2 if fits(64) => BlockCodes::Trits,
         Precision::Int8 => BlockCodes::Int8,
         _ => BlockCodes::Int4,
     };
@@ -90,7 +96,7 @@ pub(crate) fn block_type(matrix: &Matrix) -> Option<BlockType> {
     let halves = codes != BlockCodes::Trits
         && group < 2 * BLOCK
         && fits(BLOCK)
-        && (spec.scale_dtype == ScaleDtype::F16 || matrix.scales.iter().all(half));
+        && (spec.scale_dtype == ScaleDtype::F16 || halves());
     let scales = if halves {
         ScaleType::F16
     } else {
@@ -111,40 +117,94 @@ pub(crate) fn matrix_blocks(
     matrix: &Matrix,
     kind: BlockType,
 ) -> Result<Blocks, bitnet_kernels::Error> {
-    let spec = &matrix.spec;
-    let (cols, group) = (spec.cols, spec.granule_cols());
-    let offset = match kind.codes {
-        BlockCodes::Trits => 1,
-        BlockCodes::Int4 => 8,
-        BlockCodes::Int8 => 0,
-    };
+    let (spec, cols) = (&matrix.spec, matrix.spec.cols);
     Blocks::new(pool, spec.rows, cols, kind, |first, strip| {
         for i in 0..strip.rows() {
-            let row = strip.row(i);
             let values = &matrix.values[(first + i) * cols..][..cols];
-            row.codes
-                .iter_mut()
-                .zip(values)
-                .for_each(|(code, v)| *code = (v + offset).cast_unsigned());
             let scale = |column: usize| matrix.scales[spec.scale_index(0, first + i, column)];
-            row.floats
-                .iter_mut()
-                .enumerate()
-                .for_each(|(g, s)| *s = scale(g * group));
-            row.halves[0]
-                .iter_mut()
-                .enumerate()
-                .for_each(|(g, s)| *s = half::f16::from_f32(scale(g * BLOCK)).to_bits());
+            fill_row(strip.row(i), kind, spec, values, &scale);
         }
         Ok(())
     })
 }
 
+/// Converts a stored matrix that holds its scales, one strip of rows at a time, to the block type
+/// that its spec has. `None` if it has none, if `keeps` does not take it, or if the layout has no
+/// rows that can be read alone.
+pub(crate) fn strip_blocks(
+    pool: &Pool,
+    source: &Source,
+    q: &StoredMatrix,
+    keeps: impl Fn(BlockType) -> bool,
+    error: impl Fn(bitnet_kernels::Error) -> Error + Sync,
+) -> Result<Option<Blocks>> {
+    let spec = &q.spec;
+    let by_rows = q.scales == ScaleSource::Inside && q.layout.chunk_rows(spec) == Some(1);
+    let kind = spec_block_type(spec, &|| false).filter(|kind| by_rows && keeps(*kind));
+    let (Some(kind), PackedLen::Exact(len)) = (kind, q.layout.packed_len(spec)) else {
+        return Ok(None);
+    };
+    let (rows, cols) = (spec.rows, spec.cols);
+    let row_bytes = len / rows.max(1);
+    let blocks = Blocks::new(pool, rows, cols, kind, |first, strip| {
+        let mut bytes = vec![0; strip.rows() * row_bytes];
+        source.read(q.packed, (first * row_bytes) as u64, &mut bytes)?;
+        let spec = MatrixSpec {
+            rows: strip.rows(),
+            ..spec.clone()
+        };
+        let unpacked = q.layout.unpack(&spec, &bytes);
+        let unpacked = unpacked.map_err(|e| error(e.into()))?;
+        let scales = unpacked.scales.unwrap_or_default();
+        for (i, values) in unpacked.values.chunks_exact(cols.max(1)).enumerate() {
+            let scale = |column: usize| scales[spec.scale_index(0, i, column)];
+            fill_row(strip.row(i), kind, &spec, values, &scale);
+        }
+        Ok::<(), Error>(())
+    })?;
+    Ok(Some(blocks))
+}
+
+/// Writes the codes and scales of a row. Trits hold the int2 values 1 … −2 as the codes of −1 … 2,
+/// under the negated scale.
+fn fill_row(
+    row: BlockRow<'_>,
+    kind: BlockType,
+    spec: &MatrixSpec,
+    values: &[i8],
+    scale: &dyn Fn(usize) -> f32,
+) {
+    let negated = kind.codes == BlockCodes::Trits && spec.precision == Precision::Int2;
+    let scale = |column: usize| {
+        if negated {
+            -scale(column)
+        } else {
+            scale(column)
+        }
+    };
+    let offset = match kind.codes {
+        BlockCodes::Trits => 1,
+        BlockCodes::Int4 => 8,
+        BlockCodes::Int8 => 0,
+    };
+    for (code, &v) in row.codes.iter_mut().zip(values) {
+        *code = (offset + if negated { -v } else { v }).cast_unsigned();
+    }
+    let group = spec.granule_cols();
+    for (g, s) in row.floats.iter_mut().enumerate() {
+        *s = scale(g * group);
+    }
+    for (g, s) in row.halves[0].iter_mut().enumerate() {
+        *s = half::f16::from_f32(scale(g * BLOCK)).to_bits();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet_core::Granularity;
     use bitnet_core::random::Random;
-    use bitnet_core::{Granularity, MatrixSpec};
+    use bitnet_formats::Content;
     use bitnet_formats::gguf::{GgufEntry, decode, encode_header};
 
     const TYPES: [GgmlType; 10] = [
@@ -243,6 +303,75 @@ mod tests {
         }
     }
 
+    /// Random two-bit codes, with code 3, and ternary ones, as ggml decodes them.
+    #[test]
+    fn ternary_types_are_read_by_strips() {
+        let (rows, cols) = (70, 512);
+        let (mut random, dir) = (Random::new(5), tempfile::tempdir().unwrap());
+        let cases = [
+            ("q2_0", Precision::Int2),
+            ("q2_0-g128", Precision::Int2),
+            ("pq2_0", Precision::Int2),
+            ("pq2_0", Precision::Ternary),
+            ("ptq1_0", Precision::Ternary),
+            ("tq2_0", Precision::Ternary),
+            ("q1_0", Precision::Binary),
+        ];
+        for (n, (name, precision)) in cases.into_iter().enumerate() {
+            let layout = bitnet_core::pack::by_name(name).unwrap();
+            let mut spec = layout.foreign_spec(rows, cols).unwrap();
+            spec.precision = precision;
+            let (low, high) = precision.range();
+            let values: Vec<i8> = (0..rows * cols)
+                .map(|_| match precision {
+                    Precision::Binary => 2 * (random.bits() % 2) as i8 - 1,
+                    _ => low + (random.bits() % (i64::from(high - low) + 1) as u64) as i8,
+                })
+                .collect();
+            let scale = |bits: u64| half::f16::from_f32((bits % 1000) as f32 / 777.0 - 0.3);
+            let scales: Vec<f32> = (0..spec.scales_len())
+                .map(|_| scale(random.bits()).to_f32())
+                .collect();
+            let mut bytes = vec![];
+            layout
+                .pack_into(&spec, &values, &scales, &mut bytes)
+                .unwrap();
+            let ggml_type = bitnet_formats::dtype::ggml_type_of(layout).unwrap();
+            let path = dir.path().join(format!("{n}.gguf"));
+            let entry = GgufEntry {
+                name: "w".into(),
+                shape: vec![rows, cols],
+                ggml_type,
+                len: bytes.len() as u64,
+            };
+            let header = encode_header(&[], &[entry], 32).unwrap();
+            let mut file = header.bytes.clone();
+            file.extend(&bytes);
+            file.resize(header.file_len() as usize, 0);
+            std::fs::write(&path, file).unwrap();
+
+            let source = Source::open(&path).unwrap();
+            let Content::Quantized(q) = &source.tensors()[0].content else {
+                panic!("{name}");
+            };
+            assert_eq!((q.layout.name(), q.spec.precision), (name, precision));
+            let refused = |e| Error::Matrix {
+                path: path.clone(),
+                tensor: "w".into(),
+                source: e,
+            };
+            let blocks = strip_blocks(&Pool::new(2).unwrap(), &source, q, |_| true, refused);
+            let blocks = blocks.unwrap().unwrap();
+            assert_eq!(blocks.kind().codes, BlockCodes::Trits, "{name}");
+            let (mut expected, mut row) = (vec![0.0; rows * cols], vec![f32::NAN; cols]);
+            decode(ggml_type, &bytes, &mut expected).unwrap();
+            for (n, expected) in expected.chunks(cols).enumerate() {
+                blocks.row_into(n, &mut row);
+                assert_eq!(row, expected, "{name}, row {n}");
+            }
+        }
+    }
+
     #[test]
     fn scales_that_are_no_numbers_are_refused() {
         let dir = tempfile::tempdir().unwrap();
@@ -315,6 +444,11 @@ mod tests {
                 Some(BlockCodes::Int4),
             ),
             (
+                Precision::Int2,
+                Granularity::Group(64),
+                Some(BlockCodes::Trits),
+            ),
+            (
                 Precision::Int4,
                 Granularity::Group(96),
                 Some(BlockCodes::Int4),
@@ -374,9 +508,10 @@ mod tests {
                     blocks.row_into(n, &mut row);
                     matrix.dequantize_row_into(n, &mut expected);
                     assert!(
+                        // A zero may have the other sign.
                         row.iter()
                             .zip(&expected)
-                            .all(|(a, b)| a.to_bits() == b.to_bits()),
+                            .all(|(a, b)| a.to_bits() == b.to_bits() || (a == b && *a == 0.0)),
                         "{precision}, {granularity:?}: {row:?}, {expected:?}"
                     );
                 }

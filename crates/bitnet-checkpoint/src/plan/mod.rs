@@ -1,6 +1,7 @@
 //! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
 mod floats;
+pub(crate) mod mlx;
 mod packing;
 pub(crate) mod sidecars;
 mod surroundings;
@@ -89,6 +90,7 @@ pub(crate) enum Sidecar {
 #[derive(Debug)]
 pub struct Job<'a> {
     pub(crate) source: &'a Source,
+    pub(crate) format: Format,
     pub(crate) tensor_jobs: Vec<TensorJob>,
     pub(crate) layout: output::FilePlan,
     /// Files of the output folder by name; `None` if the output is one file.
@@ -322,6 +324,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) tensor_jobs: Vec<TensorJob>,
     pub(crate) tensors: OutputTensors,
     packed: BTreeMap<String, PackedTensor>,
+    /// Group and bits of the modules in format mlx.
+    mlx: BTreeMap<String, (usize, u32)>,
     pub(crate) sidecars: Option<BTreeMap<String, Sidecar>>,
     config: Option<serde_json::Value>,
     notes: Vec<String>,
@@ -345,9 +349,9 @@ impl<'a> Builder<'a> {
         }
         let folder = format != Format::Gguf && is_folder(out);
         match (format, out.extension().and_then(|e| e.to_str())) {
-            (Format::HfBitnet, Some(e @ ("safetensors" | "gguf"))) => {
+            (Format::HfBitnet | Format::Mlx, Some(e @ ("safetensors" | "gguf"))) => {
                 return Err(Error::Recipe(format!(
-                    "format hf-bitnet writes a folder, and the output is named .{e}"
+                    "format {format} writes a folder, and the output is named .{e}"
                 )));
             }
             (Format::Safetensors, Some("gguf")) => {
@@ -372,6 +376,7 @@ impl<'a> Builder<'a> {
             tensor_jobs: vec![],
             tensors: OutputTensors::default(),
             packed: BTreeMap::new(),
+            mlx: BTreeMap::new(),
             sidecars: None,
             config: source.config().cloned(),
             notes: source.notes().to_vec(),
@@ -483,7 +488,7 @@ impl<'a> Builder<'a> {
                 return self.cast(index, ScaleDtype::F32, note);
             }
             (_, StoredType::Foreign(_))
-            | (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_))
+            | (Format::Safetensors | Format::HfBitnet | Format::Mlx, StoredType::Ggml(_))
                 if dtype.is_float() =>
             {
                 return self.cast(
@@ -492,7 +497,7 @@ impl<'a> Builder<'a> {
                     Some(format!("{dtype} decoded to f32")),
                 );
             }
-            (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) => {
+            (Format::Safetensors | Format::HfBitnet | Format::Mlx, StoredType::Ggml(_)) => {
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
                     layout: "safetensors",
                     why: format!("{dtype} has no decoder here"),
@@ -581,6 +586,11 @@ impl<'a> Builder<'a> {
                 vec![spec.rows.div_ceil(4), spec.cols],
                 StoredType::U8,
             ),
+            Format::Mlx => (
+                name.clone(),
+                vec![spec.rows, len.bound() / 4 / spec.rows.max(1)],
+                StoredType::U32,
+            ),
             Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
@@ -595,8 +605,13 @@ impl<'a> Builder<'a> {
             reciprocal: pack.scale_form == ScaleForm::Inverse,
             zero_point: None,
         };
-        let (scale, zero) = self.add_scale_outs(&name, &pack, &mut entry);
-        self.packed.insert(name.clone(), entry);
+        let (scale, zero) = if self.format == Format::Mlx {
+            self.add_mlx_outs(&name, &pack)
+        } else {
+            let outs = self.add_scale_outs(&name, &pack, &mut entry);
+            self.packed.insert(name.clone(), entry);
+            outs
+        };
         self.push(
             Some(index),
             name,
@@ -606,6 +621,22 @@ impl<'a> Builder<'a> {
             note,
         );
         Ok(())
+    }
+
+    /// Adds scales and biases under the names of MLX. The document says nothing of such a matrix:
+    /// MLX's own names and config.json do.
+    fn add_mlx_outs(&mut self, name: &str, pack: &Pack) -> (Option<OutputId>, Option<OutputId>) {
+        let (spec, dtype) = (&pack.spec, pack.scale_dtype);
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        let shape = vec![spec.rows, spec.granules_per_row()];
+        let len = PackedLen::Exact(spec.scales_len() * dtype.bytes());
+        let outs = ["scales", "biases"].map(|part| {
+            let name = format!("{module}.{part}");
+            Some(self.add_out(name, shape.clone(), dtype.into(), len))
+        });
+        let kind = (spec.granule_cols(), spec.precision.code_bits());
+        self.mlx.insert(module.into(), kind);
+        outs.into()
     }
 
     /// Adds the outputs of scales and zero points that are stored as tensors of their own.
@@ -731,6 +762,7 @@ impl<'a> Builder<'a> {
         let job = format!("{:032x}", xxh3_128(job.as_bytes()));
         Ok(Job {
             source: self.source,
+            format: self.format,
             tensor_jobs: self.tensor_jobs,
             layout: output::FilePlan {
                 container: self.container,

@@ -1,6 +1,6 @@
 //! Which layout and which scales a tensor gets.
 
-use super::{Action, Builder, Pack};
+use super::{Action, Builder, Pack, mlx};
 use crate::forms::MatrixForm;
 use crate::recipe::{Choices, Format, Target};
 use crate::{Error, Result};
@@ -55,6 +55,9 @@ impl Builder<'_> {
                 };
                 return self.keep_unquantized(index, &refusal);
             }
+        }
+        if let Some(refusal) = self.not_in_mlx(tensor, form.transposed) {
+            return self.keep_unquantized(index, &refusal);
         }
         if let Some(matrix) = self.given.remove(&tensor.name) {
             return self.quantize_given(index, matrix, choices.layout.as_deref());
@@ -115,6 +118,10 @@ impl Builder<'_> {
     fn holds(&self, layout: &dyn Layout) -> bool {
         match self.format {
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Mlx => Precision::ALL
+                .iter()
+                .filter_map(|&precision| mlx::layout(precision))
+                .any(|own| own.name() == layout.name()),
             Format::Safetensors | Format::Gguf => output::stores(&self.container, layout),
         }
     }
@@ -233,7 +240,7 @@ impl Builder<'_> {
                     continue;
                 };
                 let spec = scheme.spec(rows, cols).map_err(self.tensor_error(tensor))?;
-                match layout.check(&spec) {
+                match self.check_matrix(layout, &spec) {
                     Ok(()) if self.format == Format::HfBitnet && rows % 4 != 0 => {
                         let why =
                             format!("transformers needs a multiple of 4 rows, and it has {rows}");
@@ -286,7 +293,31 @@ impl Builder<'_> {
                 choices.scheme(granularity, dtype, form).ok().flatten()
             })
             .filter_map(|scheme| scheme.spec(rows, cols).ok())
-            .any(|spec| layout.check(&spec).is_ok())
+            .any(|spec| self.check_matrix(layout, &spec).is_ok())
+    }
+
+    /// Whether the layout, as the format uses it, can hold the matrix.
+    fn check_matrix(&self, layout: &dyn Layout, spec: &MatrixSpec) -> bitnet_core::Result<()> {
+        if self.format == Format::Mlx {
+            mlx::check(spec)?;
+        }
+        layout.check(spec)
+    }
+
+    /// Why mlx cannot read a matrix of this tensor, if it cannot.
+    fn not_in_mlx(&self, tensor: &Tensor, transposed: bool) -> Option<bitnet_core::Error> {
+        let why = if self.format != Format::Mlx {
+            return None;
+        } else if transposed {
+            "its matrices are [out, in], and this is stored [in, out]".into()
+        } else if tensor.shape.len() == 2 && is_module(&tensor.name) {
+            return None;
+        } else {
+            let dims = tensor.shape.len();
+            format!("it holds matrices '….weight', and this has {dims} dimensions")
+        };
+        let layout = "mlx";
+        Some(bitnet_core::Error::Unsupported { layout, why })
     }
 
     /// Keeps a tensor that no layout of the container can hold, with a note.
@@ -348,12 +379,15 @@ impl Builder<'_> {
     ) -> Vec<(Granularity, ScaleDtype)> {
         let granularities: Vec<Granularity> = match choices.granularity {
             Some(granularity) => vec![granularity],
+            None if self.format == Format::Mlx => mlx::GROUPS.map(Granularity::Group).to_vec(),
             None => layout.default_granularities().to_vec(),
         };
         let dtypes = match choices.scale_dtype {
             Some(dtype) => vec![dtype],
             None if layout.stores_scales() => vec![ScaleDtype::F16, ScaleDtype::F32],
-            None if self.format == Format::HfBitnet => vec![self.model_dtype()],
+            None if self.format == Format::HfBitnet || self.format == Format::Mlx => {
+                vec![self.model_dtype()]
+            }
             None => vec![ScaleDtype::F32],
         };
         granularities
@@ -429,6 +463,7 @@ impl Builder<'_> {
             (Some(name), _) => vec![pack::by_name(name)?],
             (None, Some(own))
                 if self.format != Format::HfBitnet
+                    && self.format != Format::Mlx
                     && output::stores(&self.container, own)
                     && own.origin() != LayoutOrigin::HfBitnet =>
             {
@@ -436,20 +471,30 @@ impl Builder<'_> {
             }
             (None, _) => default_layouts(self.format, known.spec.precision)?,
         };
-        if known.transposed && self.format != Format::Safetensors {
+        let tensor = self.source.tensor(index);
+        if known.transposed && matches!(self.format, Format::Gguf | Format::HfBitnet) {
             let refusal = match self.format {
                 Format::Gguf => transposed_in_gguf(layouts[0]),
                 _ => transposed_in_transformers(layouts[0]),
             };
-            return Err(self.tensor_error(self.source.tensor(index))(refusal));
+            return Err(self.tensor_error(tensor)(refusal));
         }
+        if let Some(refusal) = self.not_in_mlx(tensor, known.transposed) {
+            let note = format!("not packed: {refusal}; kept exactly, as F32");
+            return self.cast(index, ScaleDtype::F32, Some(note));
+        }
+        let groups = if self.format == Format::Mlx {
+            [128, 64, 32, 256]
+        } else {
+            [32, 64, 128, 256]
+        };
         let mut refusal = None;
         for layout in layouts {
             if !output::stores(&self.container, layout) || !self.holds(layout) {
                 return Err(self.does_not_hold(layout));
             }
-            for spec in with_other_scales(&known.spec) {
-                match layout.check(&spec) {
+            for spec in with_other_scales(&known.spec, groups) {
+                match self.check_matrix(layout, &spec) {
                     Err(why) => refusal = refusal.or(Some(why)),
                     Ok(()) => {
                         let (stored, spec) = self.stored_scales(spec, known.inverses);
@@ -471,7 +516,12 @@ impl Builder<'_> {
             }
         }
         let refusal = refusal.unwrap_or_else(no_layout);
-        if layout.is_none() && self.format == Format::Gguf && shape_is_to_blame(&known.spec) {
+        let kept = match self.format {
+            Format::Gguf => shape_is_to_blame(&known.spec),
+            Format::Mlx => !known.spec.cols.is_multiple_of(32),
+            Format::Safetensors | Format::HfBitnet => false,
+        };
+        if layout.is_none() && kept {
             let note = format!("not packed: {refusal}; kept exactly, as F32");
             return self.cast(index, ScaleDtype::F32, Some(note));
         }
@@ -517,10 +567,10 @@ fn no_layout() -> bitnet_core::Error {
 }
 
 /// The spec with the granularities and scale types that hold the same scales, its own first.
-fn with_other_scales(spec: &MatrixSpec) -> Vec<MatrixSpec> {
+fn with_other_scales(spec: &MatrixSpec, groups: [usize; 4]) -> Vec<MatrixSpec> {
     let granularities = [spec.granularity]
         .into_iter()
-        .chain([32, 64, 128, 256].map(Granularity::Group))
+        .chain(groups.map(Granularity::Group))
         .chain([Granularity::Tensor]);
     let dtypes = [spec.scale_dtype, ScaleDtype::F16, ScaleDtype::F32];
     granularities
@@ -609,6 +659,7 @@ pub(super) fn default_layouts(
         .filter(|layout| match format {
             Format::Safetensors => layout.origin() == LayoutOrigin::Own,
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
+            Format::Mlx => mlx::layout(precision).is_some_and(|own| own.name() == layout.name()),
             Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
         })
         .collect();
@@ -617,10 +668,15 @@ pub(super) fn default_layouts(
     }
     Err(Error::Recipe(match format {
         Format::HfBitnet => format!("format hf-bitnet holds ternary weights, not {precision}"),
-        Format::Safetensors | Format::Gguf => {
+        Format::Safetensors | Format::Gguf | Format::Mlx => {
             format!("format {format} has no type for {precision}")
         }
     }))
+}
+
+/// Whether a tensor is the weight of a module, beside which MLX finds scales.
+fn is_module(name: &str) -> bool {
+    name.ends_with(".weight")
 }
 
 /// Whether a tensor belongs to one expert of several: `….experts.3.up_proj.weight`.

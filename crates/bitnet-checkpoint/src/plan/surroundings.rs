@@ -1,7 +1,7 @@
 //! The parts of an output beside its tensors: metadata, names and row orders, config.json and the
 //! other files of a folder.
 
-use super::{Action, Builder, Naming, Sidecar, sidecars};
+use super::{Action, Builder, Naming, Sidecar, mlx, sidecars};
 use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
@@ -178,6 +178,8 @@ impl Builder<'_> {
                 mode: Mode::Offline,
             };
             object.insert("quantization_config".into(), bitnet.to_json(&keep));
+        } else if let Some(quantization) = mlx::config(&self.mlx) {
+            object.insert("quantization".into(), quantization);
         } else if self.source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             let online = self
                 .source
@@ -219,6 +221,8 @@ pub(super) fn file_type(tensors: &[OutputTensor]) -> Option<u32> {
             gguf::GgmlType::Tq1_0 => 36,
             gguf::GgmlType::Tq2_0 => 37,
             gguf::GgmlType::I2S => 40,
+            gguf::GgmlType::Pq2_0 => 141,
+            gguf::GgmlType::Ptq1_0 => 143,
             _ => continue,
         };
         // Weights rather than bytes: a type is what most weights are.

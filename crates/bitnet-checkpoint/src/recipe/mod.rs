@@ -34,6 +34,9 @@ pub enum Format {
     Safetensors,
     /// A folder that HF transformers and mlx-lm open: ternary, one scale for each tensor.
     HfBitnet,
+    /// A folder that mlx-lm opens: ternary and integers of 2, 3, 4 and 8 bits in groups of 32, 64 or
+    /// 128.
+    Mlx,
     /// GGUF.
     Gguf,
 }
@@ -41,6 +44,7 @@ pub enum Format {
 named!(Format, "format", {
     Safetensors = "safetensors",
     HfBitnet = "hf-bitnet",
+    Mlx = "mlx",
     Gguf = "gguf",
 });
 

@@ -262,6 +262,14 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
         ]
         .map(|c| (c, &[][..]))
         .to_vec(),
+        Format::Mlx => [
+            ternary,
+            int(Precision::Int3),
+            int(Precision::Int4),
+            int(Precision::Int8),
+        ]
+        .map(|c| (c, &[64][..]))
+        .to_vec(),
         Format::HfBitnet => {
             return Err(Error::Recipe(
                 "format hf-bitnet holds one precision, so there is nothing to search".into(),

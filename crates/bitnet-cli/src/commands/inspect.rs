@@ -2,7 +2,7 @@
 
 use crate::args::checkpoint::InspectArgs;
 use crate::print::{Answer, Output, Table, bytes, shape};
-use bitnet_checkpoint::inspect::{Finding, TensorSummary, lint, tensors};
+use bitnet_checkpoint::inspect::{Finding, TensorSummary, lint, opened_by, tensors};
 use bitnet_kernels::Kernels;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -48,6 +48,21 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
             bitnet.mode
         ));
     }
+    let programs = opened_by(&source);
+    match programs.iter().next() {
+        Some((program, types)) if programs.len() == 1 => {
+            let types: Vec<_> = types.iter().copied().collect();
+            out.line(format!("opened by {program} (types {})", types.join(", ")));
+        }
+        Some(_) => {
+            let names: Vec<_> = programs.keys().copied().collect();
+            out.line(format!(
+                "opened by no one program: types of {}",
+                names.join(", of ")
+            ));
+        }
+        None => {}
+    }
     for note in source.notes() {
         out.line(format!("note: {note}"));
     }
@@ -73,6 +88,7 @@ pub(crate) fn run(args: &InspectArgs, out: &mut Output) -> anyhow::Result<Answer
         "quantized_bits_per_weight": if low.is_empty() { None } else { Some(low_bits) },
         "generator": source.document().map(|d| &d.generator),
         "recipe": source.document().map(|d| &d.recipe),
+        "opened_by": programs,
         "notes": source.notes(),
         "linear_class": source.bitnet().map(|b| b.linear_class.name()),
         "tensors": tensors.iter().map(|t| json!({

@@ -19,11 +19,16 @@ use std::marker::PhantomData;
 pub(super) trait Block: Send + Sync + Debug {
     const NAME: &'static str;
     const SUMMARY: &'static str;
-    const PRECISION: Precision;
-    /// The number of the type in GGUF.
-    const GGML_TYPE: u32;
-    /// Whether GGUF stores the precision in this type when the user names no layout.
-    const DEFAULT: bool;
+    /// What the blocks hold. Tensors of other programs are of the first, or of the wider second
+    /// where [`Block::WIDER`] finds its values. Int2 is stored negated: a block with the scale `d`
+    /// and the codes −1 … 2 is the values 1 … −2 with the scale `−d`.
+    const PRECISIONS: &'static [Precision];
+    /// The type in GGUF.
+    const ORIGIN: LayoutOrigin;
+    /// The precisions that GGUF stores in this type when the user names no layout.
+    const DEFAULT_FOR: &'static [Precision];
+    /// Whether some of these blocks have values outside the first precision.
+    const WIDER: Option<fn(&[u8]) -> bool> = None;
     /// Whether tensors of other programs are read as codes, and not as floats.
     const READ_AS_CODES: bool;
     const FAST_PATH: Option<FastPath> = None;
@@ -35,15 +40,24 @@ pub(super) trait Block: Send + Sync + Debug {
     const SCALE_AT: usize;
 
     /// Writes all of `block` (`BYTES` zeros) but the scale.
-    fn pack(values: &[i8], block: &mut [u8]);
+    fn pack(precision: Precision, values: &[i8], block: &mut [u8]);
 
     /// Reads all of `block` but the scale.
-    fn unpack(block: &[u8], values: &mut [i8]) -> Result<(), Bad>;
+    fn unpack(precision: Precision, block: &[u8], values: &mut [i8]) -> Result<(), Bad>;
 }
 
 /// The layout of one block type.
 #[derive(Debug)]
 pub(super) struct Ggml<B>(PhantomData<B>);
+
+/// The scale of a matrix of this precision for the one that is stored, and the reverse.
+fn stored_scale(precision: Precision, scale: f32) -> f32 {
+    if precision == Precision::Int2 {
+        -scale
+    } else {
+        scale
+    }
+}
 
 impl<B: Block> Ggml<B> {
     pub(super) const fn new() -> Self {
@@ -63,15 +77,16 @@ impl<B: Block> Ggml<B> {
         if !half.is_finite() {
             return Err(Bad::new(B::SCALE_AT, format!("the scale {half}")));
         }
+        let scale = stored_scale(spec.precision, half.to_f32());
         // Granules come up in order, so the first block of one is met exactly when its scale is not
         // there yet.
         match scales.get(spec.scale_index(0, i / per_row, i % per_row * B::VALUES)) {
-            None => scales.push(half.to_f32()),
-            Some(scale) if scale.to_bits() == half.to_f32().to_bits() => {}
-            Some(scale) => {
+            None => scales.push(scale),
+            Some(first) if first.to_bits() == scale.to_bits() => {}
+            Some(first) => {
                 return Err(Bad::new(
                     B::SCALE_AT,
-                    format!("the scale {half} in a granule that began with {scale}"),
+                    format!("the scale {scale} in a granule that began with {first}"),
                 ));
             }
         }
@@ -93,19 +108,23 @@ impl<B: Block> Layout for Ggml<B> {
     }
 
     fn origin(&self) -> LayoutOrigin {
-        LayoutOrigin::Ggml(B::GGML_TYPE)
+        B::ORIGIN
     }
 
     fn default_for(&self) -> &'static [Precision] {
-        const { if B::DEFAULT { &[B::PRECISION] } else { &[] } }
+        B::DEFAULT_FOR
     }
 
     fn foreign_spec(&self, rows: usize, cols: usize) -> Option<MatrixSpec> {
         let granularity = Granularity::Group(B::VALUES);
         B::READ_AS_CODES.then(|| MatrixSpec {
             scale_dtype: ScaleDtype::F16,
-            ..MatrixSpec::new(rows, cols, B::PRECISION, granularity)
+            ..MatrixSpec::new(rows, cols, B::PRECISIONS[0], granularity)
         })
+    }
+
+    fn wider(&self) -> Option<(Precision, fn(&[u8]) -> bool)> {
+        Some((*B::PRECISIONS.get(1)?, B::WIDER?))
     }
 
     fn fast_path(&self) -> Option<FastPath> {
@@ -113,7 +132,7 @@ impl<B: Block> Layout for Ggml<B> {
     }
 
     fn check(&self, spec: &MatrixSpec) -> Result<()> {
-        check_precision(B::NAME, spec, &[B::PRECISION])?;
+        check_precision(B::NAME, spec, B::PRECISIONS)?;
         check_plain(B::NAME, spec)?;
         check_cols(B::NAME, spec, B::VALUES)?;
         if spec.scale_dtype != ScaleDtype::F16 {
@@ -165,7 +184,7 @@ impl<B: Block> Layout for Ggml<B> {
         check_scales(B::NAME, spec, ScaleDtype::F16, scales)?;
         let halves: Vec<[u8; 2]> = scales
             .iter()
-            .map(|&s| f16::from_f32(s).to_le_bytes())
+            .map(|&s| f16::from_f32(stored_scale(spec.precision, s)).to_le_bytes())
             .collect();
         let start = out.len();
         out.resize(start + self.packed_len(spec).bound(), 0);
@@ -175,7 +194,7 @@ impl<B: Block> Layout for Ggml<B> {
             .zip(out[start..].chunks_exact_mut(B::BYTES))
             .enumerate()
         {
-            B::pack(values, block);
+            B::pack(spec.precision, values, block);
             let scale = halves[spec.scale_index(0, i / per_row, i % per_row * B::VALUES)];
             block[B::SCALE_AT..B::SCALE_AT + 2].copy_from_slice(&scale);
         }
@@ -193,7 +212,7 @@ impl<B: Block> Layout for Ggml<B> {
             .enumerate()
         {
             let corrupt = |bad: Bad| bad.at(B::NAME, i * B::BYTES);
-            B::unpack(block, values).map_err(corrupt)?;
+            B::unpack(spec.precision, block, values).map_err(corrupt)?;
             Self::add_scale(spec, i, block, &mut scales).map_err(corrupt)?;
         }
         Ok(Unpacked {

@@ -64,6 +64,9 @@ pub enum LayoutOrigin {
     HfBitnet,
     /// The tensor type of ggml with this number: GGUF files hold it.
     Ggml(u32),
+    /// An older form of the ggml type with this number, with larger blocks. GGUF files hold it;
+    /// the offsets of their tensors alone tell the two forms apart.
+    GgmlOlder(u32),
     /// A variant of a ggml type with another order of bytes. GGUF has no number for it: it is read
     /// when the user names it, and never written.
     GgmlVariant(u32),
@@ -137,6 +140,12 @@ pub trait Layout: Send + Sync + Debug {
         None
     }
 
+    /// For a layout whose codes other programs use in two alphabets: the wider precision than that
+    /// of [`Layout::foreign_spec`], and whether some whole blocks hold values that only it has.
+    fn wider(&self) -> Option<(Precision, fn(&[u8]) -> bool)> {
+        None
+    }
+
     /// The loop of `bitnet-kernels` that reads it, if it has one. The results are those of
     /// [`Layout::unpack`].
     fn fast_path(&self) -> Option<FastPath> {
@@ -205,6 +214,9 @@ pub fn layouts() -> &'static [&'static dyn Layout] {
         &tq_blocks::TQ1_0,
         &tq_blocks::TQ2_0,
         &q_blocks::Q2_0,
+        &q_blocks::Q2_0_G128,
+        &q_blocks::PQ2_0,
+        &tq_blocks::PTQ1_0,
         &q_blocks::Q1_0,
         &q_blocks::Q8_0,
         &q_blocks::Q4_0,
@@ -267,9 +279,12 @@ pub fn longest_own_name() -> &'static str {
 }
 
 /// The possible layouts of a tensor of this ggml type: first the one that is written, then its
-/// variants.
+/// older form and its variants.
 pub fn of_ggml_type(id: u32) -> impl Iterator<Item = &'static dyn Layout> {
     layouts().iter().copied().filter(move |layout| {
-        matches!(layout.origin(), LayoutOrigin::Ggml(i) | LayoutOrigin::GgmlVariant(i) if i == id)
+        matches!(
+            layout.origin(),
+            LayoutOrigin::Ggml(i) | LayoutOrigin::GgmlOlder(i) | LayoutOrigin::GgmlVariant(i) if i == id
+        )
     })
 }

@@ -1,4 +1,5 @@
-//! `tq1_0`, `tq2_0`: the ternary block types of ggml, 256 values and an f16 scale that comes last.
+//! `tq1_0`, `tq2_0`, `ptq1_0`: the ternary block types of ggml, 256 or 128 values and an f16 scale
+//! that comes last.
 //!
 //! With the digit of a value `x = value + 1` and `e` the number of a value in its block:
 //!
@@ -10,21 +11,27 @@
 //! tq2_0, 66 bytes   0 …31  byte m      [ x(96+m) | x(64+m) | x(32+m) | x(m) ]
 //!                   32…63  byte 32+m   the same of e = 128 …
 //!                   64,65  scale
+//! ptq1_0, 28 bytes  0 …15  byte m      five digits, those of e = m + 16n,         n = 0 … 4
+//!                   16…23  byte 16+m   five digits, those of e = 80 + m + 8n,     n = 0 … 4
+//!                   24,25  byte 24+m   four digits, those of e = 120 + m + 2n,    n = 0 … 3, and a fifth that is 0
+//!                   26,27  scale
 //! ```
 //!
-//! The digits of tq1_0 are a fraction: with `q = Σ x_n · 3^(4−n)` a byte is `ceil(256·q / 243)`,
+//! The digits of tq1_0 and ptq1_0 are a fraction: with `q = Σ x_n · 3^(4−n)` a byte is `ceil(256·q / 243)`,
 //! and digit `n` comes back as the carry of a multiplication, `(byte · 3^n mod 256) · 3 div 256`.
-//! Thirteen bytes are the image of no `q`; they are refused, and so are the bytes of 48…51 whose
-//! fifth digit is not 0, and code 3 in tq2_0.
+//! Thirteen bytes are the image of no `q`; they are refused, and so are the bytes of four
+//! digits whose fifth is not 0, and code 3 in tq2_0.
 
 use super::ggml::{Block, Ggml};
-use super::{Bad, FastPath, quads};
+use super::{Bad, FastPath, LayoutOrigin, quads};
 use crate::{Precision, Result};
 
 /// 1.6875 bits per weight.
 pub(super) const TQ1_0: Ggml<Tq1> = Ggml::new();
 /// 2.0625 bits per weight.
 pub(super) const TQ2_0: Ggml<Tq2> = Ggml::new();
+/// 1.75 bits per weight, of Prism's fork.
+pub(super) const PTQ1_0: Ggml<Ptq1> = Ggml::new();
 
 /// A block of `tq1_0`.
 #[derive(Debug)]
@@ -34,8 +41,15 @@ pub(super) struct Tq1;
 #[derive(Debug)]
 pub(super) struct Tq2;
 
-/// Where the three parts of a tq1_0 block begin, in values and in bytes.
-const PARTS: [(usize, usize); 3] = [(0, 0), (160, 32), (240, 48)];
+/// A block of `ptq1_0`.
+#[derive(Debug)]
+pub(super) struct Ptq1;
+
+/// Where the three parts of a block begin, in values and in bytes. The last has four digits a byte.
+type Parts = [(usize, usize); 3];
+
+const TQ1_PARTS: Parts = [(0, 0), (160, 32), (240, 48)];
+const PTQ1_PARTS: Parts = [(0, 0), (80, 16), (120, 24)];
 
 const fn fraction(q: u16) -> u8 {
     (q * 256).div_ceil(243) as u8
@@ -85,58 +99,86 @@ fn unpack_digits(bytes: &[u8], values: &mut [i8]) {
     }
 }
 
+fn pack_parts(parts: Parts, values: &[i8], codes: &mut [u8]) {
+    let [(v0, b0), (v1, b1), (v2, b2)] = parts;
+    pack_digits::<5>(&values[v0..v1], &mut codes[b0..b1]);
+    pack_digits::<5>(&values[v1..v2], &mut codes[b1..b2]);
+    pack_digits::<4>(&values[v2..], &mut codes[b2..]);
+}
+
+fn unpack_parts(parts: Parts, codes: &[u8], values: &mut [i8]) -> Result<(), Bad> {
+    let [(v0, b0), (v1, b1), (v2, b2)] = parts;
+    let five = codes[..b2]
+        .iter()
+        .fold(true, |ok, &b| ok & FIVE_DIGITS[usize::from(b)]);
+    let four = codes[b2..]
+        .iter()
+        .fold(true, |ok, &b| ok & FOUR_DIGITS[usize::from(b)]);
+    if !(five && four) {
+        let known = |i: usize, b: u8| {
+            if i < b2 {
+                FIVE_DIGITS[usize::from(b)]
+            } else {
+                FOUR_DIGITS[usize::from(b)]
+            }
+        };
+        let offset = codes
+            .iter()
+            .enumerate()
+            .position(|(i, &b)| !known(i, b))
+            .unwrap_or(0);
+        let digits = if offset < b2 { "five" } else { "four" };
+        return Err(Bad::new(
+            offset,
+            format!("{}, which no {digits} digits give", codes[offset]),
+        ));
+    }
+    unpack_digits(&codes[b0..b1], &mut values[v0..v1]);
+    unpack_digits(&codes[b1..b2], &mut values[v1..v2]);
+    unpack_digits(&codes[b2..], &mut values[v2..]);
+    Ok(())
+}
+
 impl Block for Tq1 {
     const NAME: &'static str = "tq1_0";
     const SUMMARY: &'static str =
         "ternary, 256 values in 54 bytes with an f16 scale, 1.6875 bits per weight (ggml TQ1_0)";
-    const PRECISION: Precision = Precision::Ternary;
-    const GGML_TYPE: u32 = 34;
-    const DEFAULT: bool = false;
+    const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
+    const ORIGIN: LayoutOrigin = LayoutOrigin::Ggml(34);
+    const DEFAULT_FOR: &'static [Precision] = &[];
     const READ_AS_CODES: bool = true;
     const FAST_PATH: Option<FastPath> = Some(FastPath::Tq1);
     const VALUES: usize = 256;
     const BYTES: usize = 54;
     const SCALE_AT: usize = 52;
 
-    fn pack(values: &[i8], block: &mut [u8]) {
-        let [(v0, b0), (v1, b1), (v2, b2)] = PARTS;
-        pack_digits::<5>(&values[v0..v1], &mut block[b0..b1]);
-        pack_digits::<5>(&values[v1..v2], &mut block[b1..b2]);
-        pack_digits::<4>(&values[v2..], &mut block[b2..Self::SCALE_AT]);
+    fn pack(_: Precision, values: &[i8], block: &mut [u8]) {
+        pack_parts(TQ1_PARTS, values, &mut block[..Self::SCALE_AT]);
     }
 
-    fn unpack(block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
-        let [(v0, b0), (v1, b1), (v2, b2)] = PARTS;
-        let codes = &block[..Self::SCALE_AT];
-        let five = codes[..b2]
-            .iter()
-            .fold(true, |ok, &b| ok & FIVE_DIGITS[usize::from(b)]);
-        let four = codes[b2..]
-            .iter()
-            .fold(true, |ok, &b| ok & FOUR_DIGITS[usize::from(b)]);
-        if !(five && four) {
-            let known = |i: usize, b: u8| {
-                if i < b2 {
-                    FIVE_DIGITS[usize::from(b)]
-                } else {
-                    FOUR_DIGITS[usize::from(b)]
-                }
-            };
-            let offset = codes
-                .iter()
-                .enumerate()
-                .position(|(i, &b)| !known(i, b))
-                .unwrap_or(0);
-            let digits = if offset < b2 { "five" } else { "four" };
-            return Err(Bad::new(
-                offset,
-                format!("{}, which no {digits} digits give", codes[offset]),
-            ));
-        }
-        unpack_digits(&codes[b0..b1], &mut values[v0..v1]);
-        unpack_digits(&codes[b1..b2], &mut values[v1..v2]);
-        unpack_digits(&codes[b2..], &mut values[v2..]);
-        Ok(())
+    fn unpack(_: Precision, block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
+        unpack_parts(TQ1_PARTS, &block[..Self::SCALE_AT], values)
+    }
+}
+
+impl Block for Ptq1 {
+    const NAME: &'static str = "ptq1_0";
+    const SUMMARY: &'static str =
+        "ternary, 128 values in 28 bytes with an f16 scale, 1.75 bits per weight (Prism's PTQ1_0)";
+    const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
+    const ORIGIN: LayoutOrigin = LayoutOrigin::Ggml(143);
+    const DEFAULT_FOR: &'static [Precision] = &[];
+    const READ_AS_CODES: bool = true;
+    const VALUES: usize = 128;
+    const BYTES: usize = 28;
+    const SCALE_AT: usize = 26;
+
+    fn pack(_: Precision, values: &[i8], block: &mut [u8]) {
+        pack_parts(PTQ1_PARTS, values, &mut block[..Self::SCALE_AT]);
+    }
+
+    fn unpack(_: Precision, block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
+        unpack_parts(PTQ1_PARTS, &block[..Self::SCALE_AT], values)
     }
 }
 
@@ -144,16 +186,16 @@ impl Block for Tq2 {
     const NAME: &'static str = "tq2_0";
     const SUMMARY: &'static str =
         "ternary, 256 values in 66 bytes with an f16 scale, 2.0625 bits per weight (ggml TQ2_0)";
-    const PRECISION: Precision = Precision::Ternary;
-    const GGML_TYPE: u32 = 35;
-    const DEFAULT: bool = true;
+    const PRECISIONS: &'static [Precision] = &[Precision::Ternary];
+    const ORIGIN: LayoutOrigin = LayoutOrigin::Ggml(35);
+    const DEFAULT_FOR: &'static [Precision] = Self::PRECISIONS;
     const READ_AS_CODES: bool = true;
     const FAST_PATH: Option<FastPath> = Some(FastPath::Tq2);
     const VALUES: usize = 256;
     const BYTES: usize = 66;
     const SCALE_AT: usize = 64;
 
-    fn pack(values: &[i8], block: &mut [u8]) {
+    fn pack(_: Precision, values: &[i8], block: &mut [u8]) {
         for (values, bytes) in values
             .as_chunks::<128>()
             .0
@@ -164,7 +206,7 @@ impl Block for Tq2 {
         }
     }
 
-    fn unpack(block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
+    fn unpack(_: Precision, block: &[u8], values: &mut [i8]) -> Result<(), Bad> {
         for (i, (bytes, values)) in block
             .as_chunks::<32>()
             .0

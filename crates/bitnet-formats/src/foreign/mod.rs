@@ -17,6 +17,7 @@ mod scaled;
 pub(crate) use declared::Declared;
 pub(crate) use decode::{Coding, Loaded};
 
+use crate::document::Document;
 use crate::dtype::StoredType;
 use crate::storage::{Kind, Storage};
 use crate::tensor::{Access, StoredId, StoredTensor};
@@ -109,7 +110,12 @@ pub(crate) struct Foreign {
 impl Storage {
     /// Finds the matrices that another program quantized, and adds each as a stored tensor.
     pub(crate) fn group_foreign(&mut self) -> Result<()> {
-        if self.kind == Kind::Gguf || self.document.is_some() || self.bitnet.is_some() {
+        // Of a folder in the form of MLX the document lists no tensors.
+        let listed = |d: &Document| !d.tensors.is_empty();
+        if self.kind == Kind::Gguf
+            || self.document.as_ref().is_some_and(listed)
+            || self.bitnet.is_some()
+        {
             return Ok(());
         }
         let declared = Declared::read(self);

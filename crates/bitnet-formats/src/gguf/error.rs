@@ -232,6 +232,41 @@ pub enum Error {
         /// The tensor type.
         ggml_type: GgmlType,
     },
+    /// The offsets of a file do not tell in which of two sizes its Q2_0 tensors are grouped.
+    #[error(
+        "type 42 (Q2_0) in groups of 64 or of 128 values, which offsets tell: {fit} of them end where \
+         the next tensor or the file begins or ends (all {count} tensors: {sums:?} bytes in groups of \
+         64 and of 128; '{tensor}' from {start} has room up to {next}, and ends at {ends:?}); ask the \
+         writer of the file, or convert it again"
+    )]
+    Q2Groups {
+        /// `both` or `neither`.
+        fit: &'static str,
+        /// Number of tensors of the type.
+        count: usize,
+        /// Bytes of them all, in groups of 64 and of 128.
+        sums: [u64; 2],
+        /// The first that does not fit, or the first of all.
+        tensor: String,
+        /// Where it begins, from the start of the data section.
+        start: u64,
+        /// Where the next tensor begins.
+        next: u64,
+        /// Where it ends with its padding, in groups of 64 and of 128.
+        ends: [u64; 2],
+    },
+    /// A file is to hold Q2_0 tensors in groups of both sizes.
+    #[error(
+        "tensor '{first}' in groups of 64 and '{second}' in groups of 128 have the same type 42 in \
+         GGUF, and no reader could tell them apart: choose one of the layouts q2_0 and q2_0-g128, or \
+         pq2_0 beside q2_0"
+    )]
+    MixedQ2Groups {
+        /// A tensor in groups of 64.
+        first: String,
+        /// A tensor in groups of 128.
+        second: String,
+    },
     /// A slice, or a tensor's data, does not have the length of its shape.
     #[error("{ggml_type}: expected {expected} bytes, got {got}")]
     Length {

@@ -22,6 +22,7 @@ mod byte_order;
 mod cursor;
 mod decode;
 mod error;
+mod q2_groups;
 mod reader;
 mod types;
 mod value;

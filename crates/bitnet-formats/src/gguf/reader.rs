@@ -2,6 +2,7 @@
 
 use super::cursor::{Cursor, HeaderPart};
 use super::error::{Error, Result};
+use super::q2_groups;
 use super::value::{Array, Value, type_id};
 use super::{
     ALIGNMENT_KEY, ByteOrder, DEFAULT_ALIGNMENT, GgmlType, MAGIC, MAX_ARRAY_DEPTH, MAX_DIMS,
@@ -94,6 +95,8 @@ impl GgufHeader {
 
         // The header is limited in length and the alignment is a u32: no overflow.
         let data_start = cursor.pos().next_multiple_of(alignment.into());
+        let data_len = file_len.saturating_sub(data_start);
+        q2_groups::settle(&mut tensors, &metadata, alignment, data_len)?;
         for tensor in &mut tensors {
             place_tensor(tensor, alignment, data_start, file_len)?;
         }

@@ -28,9 +28,16 @@ macro_rules! ggml_types {
             }
 
             /// The type with this id; `None` for ids that were never given out or whose types were
-            /// withdrawn.
+            /// withdrawn. Of two types with one id, the one that is not older.
             pub const fn from_id(id: u32) -> Option<Self> {
-                match id { $($id => Some(Self::$variant),)+ _ => None }
+                let mut i = 0;
+                while i < Self::ALL.len() {
+                    if Self::ALL[i].id() == id {
+                        return Some(Self::ALL[i]);
+                    }
+                    i += 1;
+                }
+                None
             }
 
             /// The usual name, such as `TQ2_0`.
@@ -125,16 +132,34 @@ ggml_types! {
     Q1_0 = 41, "Q1_0", 128 => 18;
     /// Four levels, one scale for 64 values.
     Q2_0 = 42, "Q2_0", 64 => 18;
+    /// Four levels, one scale for 128 values: what older files of Prism's fork hold under the id of
+    /// [`GgmlType::Q2_0`].
+    Q2_0G128 = 42, "Q2_0-g128", 128 => 34;
     /// Ternary, 13 bytes for 64 values and an f16 scale before each row; ik_llama.cpp's fork.
     Iq1Bn = 134, "IQ1_BN", 64 => 13;
     /// Ternary, 16 bytes for 64 values and an f32 scale before each row; ik_llama.cpp's fork.
     Iq2Bn = 135, "IQ2_BN", 64 => 16;
+    /// Four levels, one scale for 128 values; Prism's fork.
+    Pq2_0 = 142, "PQ2_0", 128 => 34;
+    /// Ternary, five values to a byte, one scale for 128 values; Prism's fork.
+    Ptq1_0 = 143, "PTQ1_0", 128 => 28;
 }
 
 /// Bytes after the codes of an I2_S tensor: its f32 scale and 28 bytes of padding.
 const I2_S_TRAILER: u64 = 32;
 
 impl GgmlType {
+    /// The programs that read tensors of this type: llama.cpp, or the fork that made it.
+    pub const fn opened_by(self) -> &'static str {
+        match self {
+            Self::Q2_0G128 => "the first version of Prism's fork of llama.cpp",
+            Self::Pq2_0 | Self::Ptq1_0 => "Prism's fork of llama.cpp",
+            Self::Iq1Bn | Self::Iq2Bn => "ik_llama.cpp",
+            Self::I2S => "bitnet.cpp",
+            _ => "llama.cpp",
+        }
+    }
+
     /// Bytes that precede the blocks of each row.
     const fn row_prefix(self) -> usize {
         match self {

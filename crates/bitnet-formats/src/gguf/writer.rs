@@ -72,6 +72,8 @@ pub fn encode_header(
     reader::check_keys(metadata)?;
     reader::check_names(tensors.iter().map(|t| t.name.as_str()))?;
 
+    check_q2_groups(tensors)?;
+
     let mut bytes = Vec::new();
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_le_bytes());
@@ -112,6 +114,18 @@ pub fn encode_header(
         offsets,
         data_len,
     })
+}
+
+/// Refuses Q2_0 in groups of both sizes: offsets tell the size for a whole file.
+fn check_q2_groups(tensors: &[GgufEntry]) -> Result<()> {
+    let of = |ggml_type| tensors.iter().find(|t| t.ggml_type == ggml_type);
+    match (of(GgmlType::Q2_0), of(GgmlType::Q2_0G128)) {
+        (Some(first), Some(second)) => Err(Error::MixedQ2Groups {
+            first: first.name.clone(),
+            second: second.name.clone(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn put_tensor(out: &mut Vec<u8>, tensor: &GgufEntry, offset: u64) -> Result<()> {

@@ -53,13 +53,18 @@ impl CheckpointLoader<'_> {
         let [rows, cols] = found.rows_and_cols();
         match &found.tensor.content {
             Content::Quantized(q) => {
-                let matrix = self.source.matrix(&found.tensor.name, q)?;
-                if (matrix.spec.rows, matrix.spec.cols) != (rows, cols) {
+                if (q.spec.rows, q.spec.cols) != (rows, cols) {
                     return Err(found.error(
                         format!("a matrix of {rows} × {cols}"),
-                        format!("{} × {}", matrix.spec.rows, matrix.spec.cols),
+                        format!("{} × {}", q.spec.rows, q.spec.cols),
                     ));
                 }
+                let (pool, keeps) = (&self.runtime.pool, |kind| choice.keeps(kind));
+                let error = |e| found.kernel_error(e);
+                if let Some(blocks) = blocks::strip_blocks(pool, self.source, q, keeps, error)? {
+                    return Ok(blocks.into());
+                }
+                let matrix = self.source.matrix(&found.tensor.name, q)?;
                 if let Some(kind) = blocks::block_type(&matrix).filter(|kind| choice.keeps(*kind)) {
                     return blocks::matrix_blocks(&self.runtime.pool, &matrix, kind)
                         .map(Into::into)

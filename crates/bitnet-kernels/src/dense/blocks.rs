@@ -32,7 +32,7 @@ const STRIP: usize = 1 << 16;
 /// The codes of a block type; a row to be filled has one byte for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockCodes {
-    /// 0, 1 and 2 for −1, 0 and 1, held in 2 bits.
+    /// 0, 1 and 2 for −1, 0 and 1, held in 2 bits; 3 is 2.
     Trits,
     /// 0 … 15, held in 4 bits; 8 is subtracted where there are no minima.
     Int4,

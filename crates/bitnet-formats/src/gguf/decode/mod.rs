@@ -41,7 +41,9 @@ fn decoder(ggml_type: GgmlType) -> Option<BlockDecoder> {
         GgmlType::Tq1_0 => ternary::tq1_0,
         GgmlType::Tq2_0 => ternary::tq2_0,
         GgmlType::Q1_0 => ternary::q1_0,
-        GgmlType::Q2_0 => ternary::q2_0,
+        GgmlType::Q2_0 => ternary::q2::<18, 64>,
+        GgmlType::Q2_0G128 | GgmlType::Pq2_0 => ternary::q2::<34, 128>,
+        GgmlType::Ptq1_0 => ternary::ptq1_0,
         _ => return None,
     })
 }
