@@ -4,7 +4,9 @@ use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
+use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::{Content, Source, StoredId, Tensor};
+use bitnet_kernels::Kernels;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +27,8 @@ pub(crate) struct WeightRows<'a> {
     /// Weights of a row.
     pub(crate) cols: usize,
     order: Option<&'a [usize]>,
+    /// Turns the rows back to their original basis.
+    unrotate: Option<(Kernels, &'a Hadamard)>,
 }
 
 #[derive(Clone, Copy)]
@@ -67,6 +71,9 @@ impl WeightRows<'_> {
                     matrix.dequantize_row_into(order.map_or(row, |order| order[row]), out);
                 }
             }
+        }
+        if let Some((kernels, rotation)) = self.unrotate {
+            kernels.hadamard_unrotate(rotation, out);
         }
         Ok(())
     }
@@ -205,6 +212,7 @@ pub(crate) fn with_rows<T>(
                 count: tensor.elements() / cols.max(1),
                 cols,
                 order,
+                unrotate: None,
             })
         }
         Content::Quantized(q) => {
@@ -217,6 +225,7 @@ pub(crate) fn with_rows<T>(
                 count: matrix.spec.rows,
                 cols: matrix.spec.cols,
                 order: order.filter(|_| matrix.spec.rows == rows),
+                unrotate: None,
             })
         }
     }
@@ -231,8 +240,35 @@ impl WeightRows<'_> {
             count: self.count * self.cols / cols.max(1),
             cols,
             order: self.order,
+            unrotate: self.unrotate,
         }
     }
+}
+
+/// [`with_rows`] in the original basis, where the source stores the tensor in a rotated one.
+pub(crate) fn with_original_rows<T>(
+    source: &Source,
+    tensor: &Tensor,
+    order: Option<&[usize]>,
+    kernels: Kernels,
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
+) -> Result<T> {
+    let rotation = source.rotation_of(&tensor.name)?;
+    with_rows(source, tensor, order, |rows| {
+        let Some(rotation) = rotation else {
+            return f(rows);
+        };
+        if !rows.cols.is_multiple_of(rotation.width()) {
+            let expected = format!("rows of {} columns, as its rotation has", rotation.width());
+            let got = format!("{} columns", rows.cols);
+            let path = source.file_of_tensor(tensor);
+            return Err(bitnet_formats::Error::tensor(path, &tensor.name, expected, got).into());
+        }
+        f(&WeightRows {
+            unrotate: Some((kernels, rotation)),
+            ..rows.reshaped(rows.cols)
+        })
+    })
 }
 
 /// Moments of finite numbers.

@@ -207,6 +207,7 @@ impl BitLinear {
         let absent = |what: String| Error::input("layer", format!("a matrix '{what}'"), "none");
         let weight = format!("{name}.weight");
         let tensor = source.find(&weight).ok_or_else(|| absent(weight.clone()))?;
+        source.refuse_rotated(&weight)?;
         let (n, k) = tensor
             .matrix_shape()
             .ok_or_else(|| absent(weight.clone()))?;
