@@ -1,11 +1,12 @@
 //! Error between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
-use crate::rows::{in_parallel, strip_rows, windows, with_rows};
+use crate::rows::{in_parallel, strip_rows, windows, with_original_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::{Content, Kind, Source, Tensor};
+use bitnet_kernels::Kernels;
 
 /// Comparison of one pair of tensors.
 #[derive(Debug, Clone)]
@@ -70,7 +71,7 @@ pub enum Scope {
 /// Compares every float or quantized tensor of `original` with its counterpart in `quantized`.
 ///
 /// Tensors are paired by name; between a Hugging Face folder and a GGUF by the names and the row
-/// order of the architecture.
+/// order of the architecture. What one of them stores in a rotated basis is turned back first.
 ///
 /// # Errors
 /// [`Error::Mismatch`] for a tensor that is missing or has another shape, [`Error::File`] for what
@@ -83,6 +84,7 @@ pub fn compare(
     original.refuse_undecoded()?;
     quantized.refuse_undecoded()?;
     let pairing = TensorPairs::new(original, quantized)?;
+    let kernels = Kernels::detect();
     let mut tensors = vec![];
     for tensor in original
         .tensors()
@@ -103,8 +105,8 @@ pub fn compare(
                 what,
             });
         }
-        let error = with_rows(original, tensor, None, |a| {
-            with_rows(quantized, other, order.as_deref(), |b| {
+        let error = with_original_rows(original, tensor, None, kernels, |a| {
+            with_original_rows(quantized, other, order.as_deref(), kernels, |b| {
                 // Rows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);

@@ -6,6 +6,7 @@ use crate::rows::{in_parallel, strip_rows, windows, with_rows};
 use bitnet_core::ops::{Moments, Ops};
 use bitnet_core::pack::Layout;
 use bitnet_core::{Granularity, MatrixSpec, Precision, ScaleDtype, pack};
+use bitnet_formats::arch::ROTATION_PREFIX;
 use bitnet_formats::hf::{Verdict, judge_scales};
 use bitnet_formats::{Content, Kind, Source, StoredType, Tensor};
 use bitnet_kernels::Kernels;
@@ -97,7 +98,7 @@ pub fn opened_by(source: &Source) -> BTreeMap<&'static str, BTreeSet<&'static st
 }
 
 /// Reads all weights and reports suspicious tensors. The checks are `dead`, `not-finite`,
-/// `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
+/// `rotation` (a basis that other programs do not read), `already-ternary`, `already-quantized`, `corrupt` (e.g. code 3), `scale` (convention against
 /// numbers), `k` (columns that block layouts do not divide) and `tied` (a head that config.json
 /// ties to another embedding).
 ///
@@ -106,6 +107,9 @@ pub fn opened_by(source: &Source) -> BTreeMap<&'static str, BTreeSet<&'static st
 pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
     let mut findings = vec![];
     let forms = Forms::new(source);
+    if let Some(finding) = rotation(source) {
+        findings.push(finding);
+    }
     for tensor in source.tensors() {
         let mut find = |check, what: String| {
             findings.push(Finding {
@@ -167,6 +171,19 @@ pub fn lint(source: &Source, kernels: Kernels) -> Result<Vec<Finding>> {
         });
     }
     Ok(findings)
+}
+
+/// Matrices in a rotated basis, or why what the file says of one is not understood.
+fn rotation(source: &Source) -> Option<Finding> {
+    let what = match source.rotation() {
+        Ok(rotation) => rotation?.note(),
+        Err(error) => format!("{error}: the model can be listed only"),
+    };
+    Some(Finding {
+        tensor: ROTATION_PREFIX.into(),
+        check: "rotation",
+        what,
+    })
 }
 
 fn lint_floats(

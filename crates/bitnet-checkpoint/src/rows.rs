@@ -5,7 +5,9 @@ use crate::recipe::MAX_THREADS;
 use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
+use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::{Content, Source, StoredId, Tensor};
+use bitnet_kernels::Kernels;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +38,8 @@ pub(crate) struct WeightRows<'a> {
     matrix: (usize, usize),
     /// Whether the rows are columns of what is read.
     turned: bool,
+    /// Turns the rows back to their original basis.
+    unrotate: Option<(Kernels, &'a Hadamard)>,
 }
 
 #[derive(Clone, Copy)]
@@ -70,6 +74,9 @@ impl WeightRows<'_> {
                     self.read_flat(row * cols, bytes, out)?;
                 }
             }
+        }
+        if let Some((kernels, rotation)) = self.unrotate {
+            kernels.hadamard_unrotate(rotation, out);
         }
         Ok(())
     }
@@ -325,6 +332,7 @@ pub(crate) fn with_rows<T>(
         order,
         matrix: shape,
         turned: false,
+        unrotate: None,
     };
     match &tensor.content {
         Content::Float(stored) | Content::Opaque(stored) => {
@@ -361,6 +369,32 @@ pub(crate) fn with_rows<T>(
             })
         }
     }
+}
+
+/// [`with_rows`] in the original basis, where the source stores the tensor in a rotated one.
+pub(crate) fn with_original_rows<T>(
+    source: &Source,
+    tensor: &Tensor,
+    order: Option<&[usize]>,
+    kernels: Kernels,
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
+) -> Result<T> {
+    let rotation = source.rotation_of(&tensor.name)?;
+    with_rows(source, tensor, order, |rows| {
+        let Some(rotation) = rotation else {
+            return f(rows);
+        };
+        if !rows.cols.is_multiple_of(rotation.width()) {
+            let expected = format!("rows of {} columns, as its rotation has", rotation.width());
+            let got = format!("{} columns", rows.cols);
+            let path = source.file_of_tensor(tensor);
+            return Err(bitnet_formats::Error::tensor(path, &tensor.name, expected, got).into());
+        }
+        f(&WeightRows {
+            unrotate: Some((kernels, rotation)),
+            ..*rows
+        })
+    })
 }
 
 /// Moments of finite numbers.

@@ -5,7 +5,8 @@ use crate::plan::{Action, Job, Pack, TensorJob, mlx};
 use crate::recipe::Format;
 use crate::report::{Options, TensorReport};
 use crate::rows::{
-    StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows, with_rows,
+    StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows, with_original_rows,
+    with_rows,
 };
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
@@ -99,7 +100,8 @@ impl Worker<'_> {
         let report = match &self.tensor_job.action {
             Action::Literal(bytes) => self.literal(bytes),
             Action::Copy => self.copy(),
-            Action::Cast(dtype) => self.cast(*dtype),
+            Action::Cast(dtype) => self.with_rows(|rows| self.cast(rows, *dtype)),
+            Action::Unrotate(dtype) => self.with_original_rows(|rows| self.cast(rows, *dtype)),
             Action::Pack(pack) => self.pack(pack),
         }
         .map_err(|e| self.error(e))?;
@@ -193,41 +195,53 @@ impl Worker<'_> {
         }
     }
 
-    fn cast(&self, to: ScaleDtype) -> Result<TensorReport> {
-        let bytes = self.with_rows(|rows| {
-            let (mut total, count) = (0, rows.count);
-            for window in windows(count, strip_rows(rows.cols)) {
-                self.check_interrupt()?;
-                let done: usize = window.iter().map(Range::len).sum();
-                let parts = in_parallel(window.len(), |i, scratch| -> Result<Vec<u8>> {
-                    let range = window[i].clone();
-                    let first = range.start * rows.cols;
-                    rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
-                    let lost = scratch
-                        .weights
-                        .iter()
-                        .position(|w| w.is_finite() && !to.round(*w).is_finite());
-                    if let Some(i) = lost {
-                        let index = first + i;
-                        let what = format!(
-                            "weight {index} is {}, which {to} cannot hold",
-                            scratch.weights[i]
-                        );
-                        return Err(bitnet_core::Error::Scheme(what).into());
-                    }
-                    let mut out = vec![];
-                    dtype::encode(to, &scratch.weights, &mut out);
-                    Ok(out)
-                });
-                for part in parts {
-                    let part = part?;
-                    total += part.len() as u64;
-                    self.send(WriterMessage::Append(self.tensor_job.data, part))?;
+    /// [`Self::with_rows`] in the original basis.
+    fn with_original_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
+        let (source, kernels) = (self.job.source, self.options.kernels);
+        match self.tensor_job.tensor {
+            Some(index) => with_original_rows(
+                source,
+                source.tensor(index),
+                self.tensor_job.rows.as_deref(),
+                kernels,
+                f,
+            ),
+            None => Err(Error::Recipe("a literal has no rows".into())),
+        }
+    }
+
+    fn cast(&self, rows: &WeightRows<'_>, to: ScaleDtype) -> Result<TensorReport> {
+        let (mut bytes, count) = (0, rows.count);
+        for window in windows(count, strip_rows(rows.cols)) {
+            self.check_interrupt()?;
+            let done: usize = window.iter().map(Range::len).sum();
+            let parts = in_parallel(window.len(), |i, scratch| -> Result<Vec<u8>> {
+                let range = window[i].clone();
+                let first = range.start * rows.cols;
+                rows.read(range, &mut scratch.bytes, &mut scratch.weights)?;
+                let lost = scratch
+                    .weights
+                    .iter()
+                    .position(|w| w.is_finite() && !to.round(*w).is_finite());
+                if let Some(i) = lost {
+                    let index = first + i;
+                    let what = format!(
+                        "weight {index} is {}, which {to} cannot hold",
+                        scratch.weights[i]
+                    );
+                    return Err(bitnet_core::Error::Scheme(what).into());
                 }
-                self.advance(done, count);
+                let mut out = vec![];
+                dtype::encode(to, &scratch.weights, &mut out);
+                Ok(out)
+            });
+            for part in parts {
+                let part = part?;
+                bytes += part.len() as u64;
+                self.send(WriterMessage::Append(self.tensor_job.data, part))?;
             }
-            Ok(total)
-        })?;
+            self.advance(done, count);
+        }
         self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report(to, bytes))
     }

@@ -65,6 +65,9 @@ pub enum Error {
     /// The scheme is invalid.
     #[error("invalid scheme: {0}")]
     Scheme(String),
+    /// Blocks or signs of a rotation are invalid.
+    #[error("invalid rotation: {0}")]
+    Rotation(String),
     /// The matrix does not fit the address space.
     #[error("a matrix of {rows} × {cols} is too large for this machine")]
     TooLarge {

@@ -31,6 +31,7 @@ mod ternary;
 pub mod activation;
 pub mod codes;
 pub mod granule;
+pub mod hadamard;
 pub mod memory;
 pub mod mixed_precision;
 pub mod names;

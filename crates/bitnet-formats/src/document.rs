@@ -28,6 +28,10 @@ pub struct Document {
     pub recipe: serde_json::Value,
     /// Quantized tensors by their name in the original model.
     pub tensors: BTreeMap<String, PackedTensor>,
+    /// Tensors whose rows are stored in a rotated basis:
+    /// [`RotationFacts`](crate::arch::RotationFacts). Only in safetensors; a GGUF says it in keys.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rotation: Option<serde_json::Value>,
     /// xxh3-128 of the bytes of each stored tensor, 32 hex digits, by stored name.
     pub checksums: BTreeMap<String, String>,
     /// xxh3-128 of each file that the writer put beside this one (config.json, tokenizer), by name.

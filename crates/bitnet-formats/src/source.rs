@@ -1,5 +1,6 @@
 //! A checkpoint to read: a safetensors file, a folder of them with config.json, or a GGUF file.
 
+use crate::arch::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 use crate::container::Container;
 use crate::document::Document;
 use crate::dtype::StoredType;
@@ -10,6 +11,7 @@ use crate::storage::Storage;
 pub use crate::storage::{Kind, OpenOptions, SourceFile};
 use crate::tensor::{Content, ScaleSource, StoredId, StoredMatrix, StoredTensor, Tensor, TensorId};
 use crate::{Error, Result, gguf};
+use bitnet_core::hadamard::Hadamard;
 use bitnet_core::{Matrix, ZeroPoints};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -32,6 +34,7 @@ pub struct Source {
     names: HashMap<String, TensorId>,
     notes: Vec<String>,
     untied_head: bool,
+    rotation: Result<Option<Rotation>, RotationError>,
 }
 
 impl Source {
@@ -67,9 +70,13 @@ impl Source {
             names,
             notes,
             untied_head: false,
+            rotation: Ok(None),
         };
         source.check_scales()?;
         source.resolve_head()?;
+        source.rotation = source.read_rotation();
+        let rotated = source.rotation.iter().flatten().map(Rotation::note);
+        source.notes.extend(rotated);
         Ok(source)
     }
 
@@ -207,12 +214,82 @@ impl Source {
     }
 
     /// Checks that every matrix can be read: an error for one that another program packed in a way
-    /// that is not decoded. Such a matrix can be listed, and nothing else.
+    /// that is not decoded, and for a rotation that is not known. Such a matrix can be listed, and
+    /// nothing else.
     ///
     /// # Errors
-    /// [`Error::File`] with the method, the number of matrices and the next step.
+    /// [`Error::File`] with the method, the number of matrices and the next step; those of
+    /// [`Source::rotation`].
     pub fn refuse_undecoded(&self) -> Result<()> {
-        self.storage.refuse_undecoded()
+        self.storage.refuse_undecoded()?;
+        self.rotation().map(drop)
+    }
+
+    /// Which matrices are stored in a rotated basis; none if all are stored as they are.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a rotation that is not known.
+    pub fn rotation(&self) -> Result<Option<&Rotation>> {
+        match &self.rotation {
+            Ok(rotation) => Ok(rotation.as_ref()),
+            Err(error) => Err(error.of_file(&self.storage.files[0].path)),
+        }
+    }
+
+    /// The rotation of a tensor's rows; none if they are stored as they are.
+    ///
+    /// # Errors
+    /// As [`Source::rotation`] and [`Rotation::of`].
+    pub fn rotation_of(&self, name: &str) -> Result<Option<&Hadamard>> {
+        match self.rotation()? {
+            None => Ok(None),
+            Some(rotation) => rotation
+                .of(name)
+                .map_err(|error| error.of_file(&self.storage.files[0].path)),
+        }
+    }
+
+    /// Checks that the rows of a tensor are stored as they are, for readers that know no rotation.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] with the next step, and those of [`Source::rotation`].
+    pub fn refuse_rotated(&self, name: &str) -> Result<()> {
+        match self.rotation()? {
+            Some(rotation) if rotation.contains(name) => {
+                let got = "a rotated basis; `bitnet convert --unrotate` writes floats in the original one";
+                Err(Error::tensor(
+                    self.path(),
+                    name,
+                    "weights in their original basis",
+                    got,
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The rotation that the keys or the document name, checked against the tensors.
+    fn read_rotation(&self) -> Result<Option<Rotation>, RotationError> {
+        let shape = |name: &str| self.find(name).map(|tensor| tensor.shape.clone());
+        let names = &mut self.tensors.iter().map(|tensor| tensor.name.as_str());
+        let said = self
+            .document()
+            .and_then(|document| document.rotation.as_ref());
+        let (prefix, facts) = match (self.kind(), said) {
+            (Kind::Gguf, None) => (ROTATION_PREFIX, RotationFacts::from_gguf(self.gguf())?),
+            (Kind::Gguf, Some(_)) => {
+                return Err(RotationError {
+                    key: "bitnet.document.rotation".into(),
+                    expected: format!("none in a GGUF, whose keys {ROTATION_PREFIX} say it"),
+                    got: "one".into(),
+                });
+            }
+            (_, None) => return Ok(None),
+            (_, Some(value)) => ("rotation", Some(RotationFacts::from_document(value)?)),
+        };
+        facts
+            .map(|facts| Rotation::check(prefix, facts, &shape, names))
+            .transpose()
     }
 
     /// Fills `buffer` with the bytes of a stored tensor from byte `start` of it on.

@@ -4,10 +4,11 @@ use crate::arch::GraphLayer;
 use crate::chat::{ChatMessage, ChatTemplate, Tools};
 use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located};
 use crate::linear::{KernelPool, LinearLayer};
-use crate::load::{ActivationType, CheckpointLoader, FloatType, WeightProvider};
+use crate::load::{ActivationType, CheckpointLoader, EmbeddingUse, FloatType, WeightProvider};
 use crate::synthetic::SyntheticWeights;
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
+use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::Source;
 use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::DenseMatrix;
@@ -72,6 +73,10 @@ pub struct Model {
     notes: Vec<String>,
 }
 
+/// Modules of the embedding and of an output matrix of its own.
+const EMBEDDING: &str = "model.embed_tokens";
+const HEAD: &str = "lm_head";
+
 /// All weights of a model.
 #[derive(Debug)]
 struct ModelWeights {
@@ -79,6 +84,8 @@ struct ModelWeights {
     embedding: DenseMatrix,
     /// `(vocab, hidden)`; none if the embedding is the output matrix.
     head: Option<DenseMatrix>,
+    /// The rotations of the rows of the embedding and of the output matrix.
+    rotations: [Option<Hadamard>; 2],
     /// The norm before the output matrix.
     norm: NormGain,
     layers: Vec<GraphLayer>,
@@ -88,12 +95,17 @@ impl ModelWeights {
     /// Loads layers in parallel on the threads of the pool.
     fn load(provider: &dyn WeightProvider, runtime: &KernelPool) -> Result<Self> {
         let config = provider.config();
-        let embedding = provider.embedding("model.embed_tokens", config.vocab, config.hidden)?;
+        let embedding = provider.embedding(EMBEDDING, config.vocab, config.hidden)?;
         let head = if config.tied {
             None
         } else {
-            Some(provider.embedding("lm_head", config.vocab, config.hidden)?)
+            Some(provider.embedding(HEAD, config.vocab, config.hidden)?)
         };
+        let head_name = if config.tied { EMBEDDING } else { HEAD };
+        let rotations = [
+            provider.rotation(EMBEDDING, EmbeddingUse::Table)?,
+            provider.rotation(head_name, EmbeddingUse::Head)?,
+        ];
         let norm = provider.norm("model.norm", config.hidden)?;
         let mut layers: Vec<Option<Result<GraphLayer>>> =
             (0..config.layers).map(|_| None).collect();
@@ -103,6 +115,7 @@ impl ModelWeights {
         Ok(Self {
             embedding,
             head,
+            rotations,
             norm,
             layers: layers.into_iter().flatten().collect::<Result<_>>()?,
         })
@@ -365,10 +378,11 @@ impl Model {
         buffers.logits.resize(wanted * vocab, 0.0);
         let KernelPool { kernels, pool } = &self.runtime;
         let head = self.weights.head.as_ref();
+        let [_, rotation] = &self.weights.rotations;
         kernels.dense_matmul(
             pool,
             head.unwrap_or(&self.weights.embedding),
-            buffers.normed.floats(),
+            buffers.normed.floats(&self.runtime, rotation.as_ref()),
             None,
             &mut buffers.logits,
         );
@@ -409,6 +423,9 @@ impl Model {
         let tokens = steps.iter().flat_map(|s| s.tokens);
         for (&token, x) in tokens.zip(buffers.x.chunks_exact_mut(hidden)) {
             self.weights.embedding.row_into(token as usize, x);
+            if let [Some(rotation), _] = &self.weights.rotations {
+                self.runtime.kernels.hadamard_unrotate(rotation, x);
+            }
         }
         buffers.angles.clear();
         for &(_, position) in &buffers.places {

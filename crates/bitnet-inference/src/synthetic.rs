@@ -122,6 +122,7 @@ impl WeightProvider for SyntheticWeights<'_> {
         Ok(LinearLayer {
             weights: LinearWeights::Ternary(packed),
             bias: bias.then(|| vec![0.0; rows]),
+            rotation: None,
         })
     }
 

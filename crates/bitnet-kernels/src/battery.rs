@@ -47,6 +47,7 @@ mod cases {
         DenseMatrix, RotaryPairing, TokenHeads, quantize_int4, quantize_int8,
     };
     use crate::error::Error;
+    use crate::hadamard::Signs;
     use crate::matmul::coding::Coding;
     use crate::matmul::float::{self, FloatTables};
     use crate::matmul::shape::{PANEL, STEP_BYTES};
@@ -664,6 +665,34 @@ mod cases {
             table.add(&mut x, &floats(n + 1)[1..]);
             results.floats(&x);
         })
+    }
+
+    pub(super) fn hadamard(table: &Table) -> String {
+        let mut results = Results::default();
+        for (block, blocks) in [
+            (1, 3),
+            (2, 3),
+            (8, 5),
+            (16, 3),
+            (32, 3),
+            (64, 5),
+            (128, 2),
+            (256, 3),
+            (512, 1),
+            (1024, 5),
+            (4096, 2),
+        ] {
+            let width = block * blocks;
+            let signs: Vec<f32> = (0..width)
+                .map(|i| (mix(i) % 2) as f32 * 2.0 - 1.0)
+                .collect();
+            for signs in [Signs::None, Signs::Before(&signs), Signs::After(&signs)] {
+                let mut x = floats(2 * width);
+                table.hadamard(&mut x, block, signs);
+                results.floats(&x);
+            }
+        }
+        results.0
     }
 
     pub(super) fn pack_lanes(table: &Table) -> String {

@@ -4,6 +4,7 @@
 //!   machine. It implements [`bitnet_core::ops::Ops`], the loops that quantization needs.
 //! - [`stream`] packs and unpacks the wire layouts, and rounds activations to int8.
 //! - [`matmul`] multiplies low-bit weights with activations, [`dense`] multiplies floats.
+//! - [`hadamard`] rotates activations for weights in a rotated basis.
 //! - [`update`] has the steps of optimizers, [`machine`] measures ceilings of the machine.
 //! - [`Pool`] runs the parts of a loop on threads.
 //!
@@ -25,6 +26,7 @@
 mod battery;
 pub mod dense;
 mod error;
+pub mod hadamard;
 mod isa;
 mod kernels;
 mod lines;

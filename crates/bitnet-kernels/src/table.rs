@@ -8,6 +8,7 @@
 use crate::dense::lanes::{self, Lanes};
 use crate::dense::{Attention, AttentionScratch, DenseMatrix, RotaryPairing, TokenHeads};
 use crate::dense::{attention, attention_run, elementwise, product};
+use crate::hadamard::{self, Signs};
 use crate::isa::{Isa, for_instruction_sets};
 use crate::matmul::coding::{self, Coding};
 use crate::matmul::float::{self, FloatSums, FloatTables};
@@ -221,6 +222,11 @@ macro_rules! for_kernels {
             /// [`elementwise::add`].
             fn add(x: &mut [f32], y: &[f32]) {
                 elementwise::add(x, y);
+            }
+
+            /// [`hadamard::transform`].
+            fn hadamard(x: &mut [f32], block: usize, signs: Signs<'_>) {
+                hadamard::transform(REGISTERS, x, block, signs);
             }
 
             // Products of low-bit weights: `matmul`.

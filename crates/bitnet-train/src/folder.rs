@@ -76,6 +76,7 @@ pub fn read(source: &Source, name: &str, shape: &[usize]) -> Result<Tensor> {
             format!("{:?}", tensor.shape),
         ));
     }
+    source.refuse_rotated(name)?;
     let Content::Float(stored) = tensor.content else {
         return Err(bad("floats, to be trained".into(), "other values".into()));
     };

@@ -3,6 +3,7 @@
 mod floats;
 pub(crate) mod mlx;
 mod packing;
+mod rotation;
 pub(crate) mod sidecars;
 mod surroundings;
 
@@ -35,6 +36,8 @@ pub(crate) enum Action {
     Copy,
     /// Floats of this type.
     Cast(ScaleDtype),
+    /// Floats of this type in the original basis, of a tensor that is stored in a rotated one.
+    Unrotate(ScaleDtype),
     /// Packed values: quantized by a scheme, given by the caller, or those of a quantized source.
     Pack(Pack),
     /// Bytes that no tensor of the source holds.
@@ -245,14 +248,32 @@ impl<'a> Job<'a> {
         out: &std::path::Path,
     ) -> Result<Self> {
         let mut builder = Builder::new(source, format, out, linear_class)?;
-        for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
-            match (&tensor.content, layout) {
-                (Content::Quantized(_), Some(layout)) => builder.recode(i, Some(layout))?,
-                _ => builder.keep(i)?,
-            }
-        }
+        builder.convert(layout, Basis::Stored)?;
         builder
             .finish(serde_json::json!({"command": "convert", "format": format, "layout": layout}))
+    }
+
+    /// [`Job::convert`] with matrices of a rotated basis as floats in their original one.
+    ///
+    /// # Errors
+    /// As [`Job::convert`]; also if nothing is in a rotated basis.
+    pub fn unrotate(
+        source: &'a Source,
+        format: Format,
+        layout: Option<&str>,
+        linear_class: Option<LinearClass>,
+        out: &std::path::Path,
+    ) -> Result<Self> {
+        let mut builder = Builder::new(source, format, out, linear_class)?;
+        if source.rotation()?.is_none() {
+            let path = source.path().display();
+            return Err(Error::Recipe(format!(
+                "{path} has no weights in a rotated basis; convert it without --unrotate"
+            )));
+        }
+        builder.convert(layout, Basis::Original)?;
+        let command = "convert --unrotate";
+        builder.finish(serde_json::json!({"command": command, "format": format, "layout": layout}))
     }
 
     /// Writes every tensor as floats.
@@ -268,6 +289,7 @@ impl<'a> Job<'a> {
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match tensor.content {
                 Content::Opaque(_) => builder.keep(i)?,
+                _ if builder.is_rotated(tensor)? => builder.unrotate(i, dtype)?,
                 _ => builder.cast(i, dtype, None)?,
             }
         }
@@ -305,6 +327,15 @@ impl<'a> Job<'a> {
             .map(|t| self.source.bytes_of(self.source.tensor(t)))
             .sum()
     }
+}
+
+/// The basis in which matrices are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Basis {
+    /// The one that the source has.
+    Stored,
+    /// The original one.
+    Original,
 }
 
 /// How names and row orders change between containers.
@@ -522,20 +553,24 @@ impl<'a> Builder<'a> {
     }
 
     fn cast(&mut self, index: TensorId, dtype: ScaleDtype, note: Option<String>) -> Result<()> {
+        self.floats(index, dtype, Action::Cast(dtype), note)
+    }
+
+    /// Plans a tensor of floats, which `action` writes.
+    fn floats(
+        &mut self,
+        index: TensorId,
+        dtype: ScaleDtype,
+        action: Action,
+        note: Option<String>,
+    ) -> Result<()> {
         let tensor = self.source.tensor(index);
         let Some((name, rows)) = self.rename(tensor)? else {
             return Ok(());
         };
         let len = PackedLen::Exact(tensor.elements() * dtype.bytes());
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype.into(), len);
-        self.push(
-            Some(index),
-            name,
-            Action::Cast(dtype),
-            rows,
-            (data, None, None),
-            note,
-        );
+        self.push(Some(index), name, action, rows, (data, None, None), note);
         Ok(())
     }
 
@@ -543,6 +578,9 @@ impl<'a> Builder<'a> {
         let tensor = self.source.tensor(index);
         if pack.scheme.is_some_and(|s| s.uses_importance()) {
             pack.importance = self.importance.get(&tensor.name).cloned();
+        }
+        if pack.importance.is_some() {
+            self.source.refuse_rotated(&tensor.name)?;
         }
         if let Some(h) = pack
             .importance
@@ -719,6 +757,7 @@ impl<'a> Builder<'a> {
     fn finish(mut self, recipe: serde_json::Value) -> Result<Job<'a>> {
         self.check_gguf_names()?;
         self.check_online()?;
+        let rotation = self.finish_rotation()?;
         if let Container::Gguf(metadata) = &mut self.container
             && let Some(file_type) = surroundings::file_type(&self.tensors)
         {
@@ -747,6 +786,7 @@ impl<'a> Builder<'a> {
             generator: GENERATOR.into(),
             recipe,
             tensors: self.packed,
+            rotation,
             checksums: BTreeMap::new(),
             files,
             metadata: String::new(),

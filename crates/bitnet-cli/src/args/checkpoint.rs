@@ -263,6 +263,9 @@ pub(crate) struct ConvertArgs {
     /// container holds it]
     #[arg(long, value_name = "NAME", value_parser = layout(), help_heading = "Container")]
     pub(crate) layout: Option<String>,
+    /// Write matrices that are stored in a rotated basis as f32 in their original one
+    #[arg(long, help_heading = "Container")]
+    pub(crate) unrotate: bool,
     #[command(flatten)]
     pub(crate) job: JobArgs,
     #[command(flatten)]

@@ -10,7 +10,11 @@ pub(crate) fn run(args: &ConvertArgs, out: &mut Output) -> anyhow::Result<Answer
     let container = &args.container;
     let format = target::format(container.format, &args.job.out)?;
     let source = args.input.open()?;
-    let plan = Job::convert(
+    let plan = match args.unrotate {
+        true => Job::unrotate,
+        false => Job::convert,
+    };
+    let plan = plan(
         &source,
         format,
         args.layout.as_deref(),

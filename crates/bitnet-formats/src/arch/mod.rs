@@ -12,6 +12,7 @@ mod keys;
 mod metadata;
 mod names;
 mod rope;
+mod rotation;
 mod rows;
 mod tokenizer;
 mod values;
@@ -23,6 +24,7 @@ pub use architecture::{
 pub use end_ids::eos_ids;
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config};
 pub use rope::HfRope;
+pub use rotation::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 pub use rows::HeadCounts;
 pub use tokenizer::{GgufTokenizer, hf_tokenizer, hf_tokenizer_settings};
 pub use values::HfConfig;

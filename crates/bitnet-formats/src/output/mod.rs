@@ -520,6 +520,7 @@ mod tests {
                 generator: "test".into(),
                 recipe: serde_json::Value::Null,
                 tensors: BTreeMap::new(),
+                rotation: None,
                 checksums: BTreeMap::new(),
                 files: BTreeMap::new(),
                 metadata: String::new(),

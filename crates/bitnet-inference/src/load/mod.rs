@@ -8,13 +8,14 @@ mod tensors;
 mod ternary;
 
 pub use options::{ActivationType, FloatType};
-pub(crate) use provider::WeightProvider;
+pub(crate) use provider::{EmbeddingUse, WeightProvider};
 pub(crate) use tensors::CheckpointLoader;
 
 use crate::forward::NormGain;
 use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
 use bitnet_core::Precision;
+use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::Content;
 use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
@@ -43,6 +44,7 @@ impl WeightProvider for CheckpointLoader<'_> {
                 }
                 _ => self.is_online(module)?,
             };
+        let rotation = self.source.rotation_of(&found.tensor.name)?.cloned();
         let weights = if quantize {
             LinearWeights::Ternary(self.ternary(found, multiplier)?)
         } else if self.is_online(module)? {
@@ -54,11 +56,32 @@ impl WeightProvider for CheckpointLoader<'_> {
         } else {
             LinearWeights::Dense(self.dense_multiplied(found, multiplier)?)
         };
-        Ok(LinearLayer { weights, bias })
+        Ok(LinearLayer {
+            weights,
+            bias,
+            rotation,
+        })
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
         let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
         self.dense(found, WeightUse::Embedding)
+    }
+
+    fn rotation(&self, module: &str, used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
+        let name = self.stored_name(&format!("{module}.weight"));
+        let listed = self.source.rotation()?;
+        let table = listed.is_some_and(|rotation| rotation.is_table(&name));
+        let rotation = self.source.rotation_of(&name)?;
+        if rotation.is_some() && used_as == EmbeddingUse::Table && !table {
+            return Err(bitnet_formats::Error::tensor(
+                self.source.path(),
+                &name,
+                "an entry in inverse_weight_names, since tokens are looked up in it",
+                "one in weight_names alone",
+            )
+            .into());
+        }
+        Ok(rotation.cloned())
     }
 }

@@ -3,7 +3,17 @@
 use crate::forward::NormGain;
 use crate::linear::LinearLayer;
 use crate::{Config, Result};
+use bitnet_core::hadamard::Hadamard;
 use bitnet_kernels::dense::DenseMatrix;
+
+/// What an embedding's rows are used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EmbeddingUse {
+    /// Tokens are looked up.
+    Table,
+    /// The output matrix.
+    Head,
+}
 
 /// A source of weights. Modules have their Hugging Face names, without `.weight`.
 pub(crate) trait WeightProvider: Sync {
@@ -14,4 +24,8 @@ pub(crate) trait WeightProvider: Sync {
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer>;
     /// The embedding or the output matrix, `(rows, cols)`.
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix>;
+    /// The rotation of the rows of an embedding or an output matrix, if they are in a rotated basis.
+    fn rotation(&self, _module: &str, _used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
+        Ok(None)
+    }
 }

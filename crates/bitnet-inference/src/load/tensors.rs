@@ -120,7 +120,7 @@ impl<'a> CheckpointLoader<'a> {
         self.source.file_of_tensor(tensor)
     }
 
-    fn stored_name(&self, hf_name: &str) -> String {
+    pub(super) fn stored_name(&self, hf_name: &str) -> String {
         match self.source.kind() {
             Kind::Gguf => {
                 let name = self.config.architecture.gguf_tensor(hf_name);

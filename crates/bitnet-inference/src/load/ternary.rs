@@ -142,6 +142,7 @@ impl CheckpointLoader<'_> {
                 "packed ones",
             ));
         };
+        self.source.refuse_rotated(&found.tensor.name)?;
         let [rows, cols] = found.rows_and_cols();
         let mut w = vec![0.0; rows * cols];
         self.source

@@ -85,6 +85,9 @@ pub(crate) unsafe trait Lanes: Copy {
     fn add_product(self, sum: Self::Floats, w: Self::Floats, x: Self::Floats) -> Self::Floats;
     /// Writes the lanes.
     fn store(self, from: Self::Floats, to: &mut [f32; LANES]);
+    /// The unnormalised Walsh–Hadamard transform of the lanes: for h = 1, 2, 4, 8 the sum and the
+    /// difference of each pair i, i + h.
+    fn butterflies(self, x: Self::Floats) -> Self::Floats;
     /// The sum, in pairs: 16 → 8 → 4 → 2 → 1, lane i with the one half the width above it.
     fn total(self, lanes: Self::Floats) -> f32;
     /// The sum of each.
@@ -186,6 +189,19 @@ unsafe impl Lanes for Plain {
         *to = from;
     }
 
+    fn butterflies(self, x: Self::Floats) -> Self::Floats {
+        let stage = |h: usize, x: Self::Floats| -> Self::Floats {
+            std::array::from_fn(|i| {
+                if i & h == 0 {
+                    x[i] + x[i + h]
+                } else {
+                    x[i - h] - x[i]
+                }
+            })
+        };
+        stage(8, stage(4, stage(2, stage(1, x))))
+    }
+
     fn total(self, lanes: Self::Floats) -> f32 {
         total(lanes)
     }
@@ -214,6 +230,32 @@ unsafe fn total_of_8(eight: __m256) -> f32 {
         );
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+/// The stages h = 1, 2, 4 of [`Lanes::butterflies`]: each register is added to its swapped lanes,
+/// negated where the lane's bit h is set.
+///
+/// # Safety
+/// The machine has AVX.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn butterflies_of_8(x: __m256) -> __m256 {
+    // SAFETY: the function's contract: the machine has AVX.
+    unsafe {
+        let (p, n) = (0.0, -0.0);
+        let x = _mm256_add_ps(
+            _mm256_permute_ps::<0b10_11_00_01>(x),
+            _mm256_xor_ps(x, _mm256_setr_ps(p, n, p, n, p, n, p, n)),
+        );
+        let x = _mm256_add_ps(
+            _mm256_permute_ps::<0b01_00_11_10>(x),
+            _mm256_xor_ps(x, _mm256_setr_ps(p, p, n, n, p, p, n, n)),
+        );
+        _mm256_add_ps(
+            _mm256_permute2f128_ps::<0x01>(x, x),
+            _mm256_xor_ps(x, _mm256_setr_ps(p, p, p, p, n, n, n, n)),
+        )
     }
 }
 
@@ -392,6 +434,18 @@ registers! {
             _mm512_storeu_ps(to.as_mut_ptr(), from)
         }
 
+        /// Each register is added to its swapped lanes, or subtracted from them where the lane's
+        /// bit h is set.
+        fn butterflies(x: Self::Floats) -> Self::Floats {
+            let stage = |swapped: __m512, subtracted: __mmask16, x: __m512| {
+                _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), subtracted, swapped, x)
+            };
+            let x = stage(_mm512_permute_ps::<0b10_11_00_01>(x), 0xaaaa, x);
+            let x = stage(_mm512_permute_ps::<0b01_00_11_10>(x), 0xcccc, x);
+            let x = stage(_mm512_shuffle_f32x4::<0b10_11_00_01>(x, x), 0xf0f0, x);
+            stage(_mm512_shuffle_f32x4::<0b01_00_11_10>(x, x), 0xff00, x)
+        }
+
         fn total(lanes: Self::Floats) -> f32 {
             total_of_8(_mm256_add_ps(
                 _mm512_castps512_ps256(lanes),
@@ -533,6 +587,11 @@ registers! {
         fn store(from: Self::Floats, to: &mut [f32; LANES]) {
             _mm256_storeu_ps(to.as_mut_ptr(), from.0);
             _mm256_storeu_ps(to[8..].as_mut_ptr(), from.1);
+        }
+
+        fn butterflies(x: Self::Floats) -> Self::Floats {
+            let (a, b) = (butterflies_of_8(x.0), butterflies_of_8(x.1));
+            (_mm256_add_ps(a, b), _mm256_sub_ps(a, b))
         }
 
         fn total(lanes: Self::Floats) -> f32 {

@@ -209,6 +209,7 @@ impl BitLinear {
         let absent = |what: String| Error::input("layer", format!("a matrix '{what}'"), "none");
         let weight = format!("{name}.weight");
         let tensor = source.find(&weight).ok_or_else(|| absent(weight.clone()))?;
+        source.refuse_rotated(&weight)?;
         let form = Forms::new(source)
             .form(tensor)
             .ok_or_else(|| absent(weight.clone()))?;
