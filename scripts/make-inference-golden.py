@@ -12,6 +12,7 @@ Packed weights are packed by transformers' own pack_weights, and its own BitLine
 import json
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,7 @@ warnings.filterwarnings("ignore")
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weights
 
 OUT = Path(__file__).resolve().parents[1] / "crates/bitnet-inference/tests/golden"
@@ -32,6 +33,13 @@ SIZES = dict(hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_atte
              max_position_embeddings=64, initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
+
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 40,
+            "short_factor": [1.0, 1.5, 2.25], "long_factor": [2.0, 3.0, 5.0]}
+BF16, HEADS = torch.bfloat16, dict(head_dim=10)
+# As in its own code, which is not part of transformers.
+MINICPM = {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
 # name: (architecture, dtype on disk, quantization_config, further settings)
 MODELS = {
@@ -45,23 +53,38 @@ MODELS = {
     "bitnet-autobitlinear": ("bitnet", torch.bfloat16, ("autobitlinear", "offline"), dict(tie_word_embeddings=True)),
     "bitnet-online": ("bitnet", torch.bfloat16, ("autobitlinear", "online"), dict(tie_word_embeddings=True)),
     "bitnet-float": ("bitnet", torch.bfloat16, None, dict(tie_word_embeddings=False, hidden_act="silu")),
+    "qwen2-bias": ("qwen2", BF16, None, dict(tie_word_embeddings=True, rope_parameters={"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0})),
+    "qwen2-window": ("qwen2", BF16, None, dict(tie_word_embeddings=False, use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "qwen3-yarn": ("qwen3", BF16, None, dict(tie_word_embeddings=True, rope_parameters=YARN, **HEADS)),
+    "qwen3-bias": ("qwen3", BF16, None, dict(tie_word_embeddings=False, attention_bias=True, head_dim=20)),
+    "mistral-window": ("mistral", BF16, None, dict(tie_word_embeddings=False, sliding_window=5, **HEADS)),
+    "smollm3-nope": ("smollm3", BF16, None, dict(tie_word_embeddings=True, num_hidden_layers=4, intermediate_size=44, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})),
+    "phi3-longrope": ("phi3", BF16, None, dict(tie_word_embeddings=False, rope_parameters=LONGROPE, original_max_position_embeddings=40, sliding_window=9)),
+    "phi3-partial": ("phi3", BF16, None, dict(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5})),
+    "minicpm": ("minicpm", BF16, None, dict(tie_word_embeddings=True)),
+    "gemma3": ("gemma3_text", BF16, None, dict(tie_word_embeddings=True, head_dim=10, query_pre_attn_scalar=17, sliding_window=6, final_logit_softcapping=3.0, layer_types=["sliding_attention", "full_attention"],
+               rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}})),
 }
 
 
 def make(name, seed):
     architecture, dtype, quantization, settings = MODELS[name]
     torch.manual_seed(seed)
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "bitnet": (BitNetConfig, BitNetForCausalLM)}[architecture]
-    model = model(config(**SIZES, **settings))
+    kind = "llama" if architecture == "minicpm" else architecture
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}), dtype=torch.float32)
     with torch.no_grad():
         for parameter, weights in model.named_parameters():
             if "norm" in parameter:
-                weights.copy_(1 + 0.2 * torch.randn_like(weights))
+                weights.copy_((architecture != "gemma3_text") + 0.2 * torch.randn_like(weights))
             elif parameter.endswith("bias"):
                 weights.copy_(0.3 * torch.randn_like(weights))
     folder = OUT / name
     model.to(dtype).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if architecture == "minicpm":
+        config = json.loads((folder / "config.json").read_text())
+        config.update(MINICPM)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if quantization:
         linear_class, mode = quantization
         path = folder / "model.safetensors"
@@ -79,8 +102,24 @@ def make(name, seed):
     return folder
 
 
+def load(folder):
+    """The model in transformers. minicpm, which is not in it, as the llama whose weights have its scales."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "minicpm":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**config, "model_type": "llama", "tie_word_embeddings": False}, attn_implementation="eager"))
+    weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * (config["dim_model_base"] / config["hidden_size"])
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] * config["scale_emb"]
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = weights[name] * (config["scale_depth"] / config["num_hidden_layers"] ** 0.5)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
 def logits_of(folder, quantization):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load(folder)
     torch.nn.Module.float(model)
     for module in model.modules():
         if isinstance(module, BitLinear):
@@ -103,8 +142,11 @@ def logits_of(folder, quantization):
 
 
 def main():
-    shutil.rmtree(OUT, ignore_errors=True)
+    """All folders, or those of the names given."""
     for seed, name in enumerate(MODELS):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        shutil.rmtree(OUT / name, ignore_errors=True)
         folder = make(name, seed)
         tokens, logits = logits_of(folder, MODELS[name][2])
         save_file({"tokens": tokens, "logits": logits}, folder / "golden.safetensors")

@@ -92,7 +92,7 @@ pub fn compare(
         .filter(|t| !matches!(t.content, Content::Opaque(_)))
     {
         progress.tensor(&tensor.name);
-        let Some((other, order)) = pairing.find(tensor)? else {
+        let Some((other, order, offset)) = pairing.find(tensor)? else {
             continue;
         };
         if tensor.shape != other.shape {
@@ -117,6 +117,7 @@ pub fn compare(
                         let range = window[i].clone();
                         a.read(range.clone(), &mut scratch.bytes, &mut scratch.weights)?;
                         b.read(range, &mut scratch.bytes, &mut scratch.back)?;
+                        scratch.back.iter_mut().for_each(|w| *w -= offset);
                         Ok(ErrorStats::measure(&scratch.weights, &scratch.back))
                     });
                     for part in parts {
@@ -159,7 +160,7 @@ struct TensorPairs<'a> {
 }
 
 /// The counterpart of a tensor and, for each of its rows, the row there.
-type Paired<'a> = (&'a Tensor, Option<Vec<usize>>);
+type Paired<'a> = (&'a Tensor, Option<Vec<usize>>, f32);
 
 impl<'a> TensorPairs<'a> {
     fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
@@ -188,11 +189,12 @@ impl<'a> TensorPairs<'a> {
         })
     }
 
-    /// The counterpart of a tensor and, for each row of the original, its row there. `None` for
+    /// The counterpart of a tensor, for each row of the original its row there, and what is added to
+    /// its elements there. `None` for
     /// buffers that the other side derives.
     fn find(&self, tensor: &Tensor) -> Result<Option<Paired<'a>>> {
         let mut name = Some(tensor.name.clone());
-        let mut order = None;
+        let (mut order, mut offset) = (None, 0.0);
         if let Some((architecture, heads)) = self.model {
             if tensor.name.ends_with("rotary_emb.inv_freq") || tensor.name == arch::ROPE_FREQS {
                 return Ok(None);
@@ -202,14 +204,16 @@ impl<'a> TensorPairs<'a> {
                 name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
                     order = architecture.gguf_rows(heads, hf, rows)?;
+                    offset = -architecture.gguf_offset(hf);
                 }
             } else {
                 name = architecture.gguf_tensor(&tensor.name);
                 order = architecture.hf_rows(heads, &tensor.name, rows)?;
+                offset = architecture.gguf_offset(&tensor.name);
             }
         }
         match name.as_deref().and_then(|name| self.quantized.find(name)) {
-            Some(other) => Ok(Some((other, order))),
+            Some(other) => Ok(Some((other, order, offset))),
             None => {
                 let what = format!(
                     "expected a tensor '{}', got none",

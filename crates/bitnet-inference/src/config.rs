@@ -2,32 +2,54 @@
 //! supports is an error.
 
 use crate::Result;
-use bitnet_formats::arch::{self, Activation, Architecture, DecoderGraph, HfConfig};
+use bitnet_formats::arch::{
+    self, Activation, Architecture, Biases, DecoderGraph, HfConfig, HfDecoder, HfRope,
+    LayerAttention, LayerRope, RopeScaling, Scales,
+};
 use bitnet_formats::{Error, Kind, Source, document};
 use bitnet_kernels::dense::RotaryPairing;
 use serde_json::Value;
 use std::path::Path;
 
-/// Rotary position embedding: pair i of a head with d elements rotates by
-/// `position · theta^(−2i/d) / divisor_i`.
+/// Rotary position embedding: pair i of the first d elements of a head rotates by
+/// `position · theta^(−2i/d) / divisor_i`, and is multiplied by `attention_factor`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// The base.
     pub theta: f64,
+    /// Elements of a head that rotate.
+    pub dims: usize,
     /// Which elements form a pair. Hugging Face folders: halves. GGUF: as the architecture says.
     pub pairing: RotaryPairing,
     /// Divisors of the d/2 frequencies; none means 1.
     pub divisors: Option<Vec<f32>>,
+    /// Multiplier of sines and cosines.
+    pub attention_factor: f32,
 }
 
 impl Rope {
+    fn from_hf(rope: &HfRope) -> Self {
+        Self {
+            theta: rope.theta,
+            dims: rope.dims,
+            pairing: RotaryPairing::Halves,
+            divisors: rope.divisors(),
+            attention_factor: rope.attention_factor as f32,
+        }
+    }
+
+    /// Number of pairs of a head that rotate.
+    pub(crate) fn pairs(&self) -> usize {
+        self.dims / 2
+    }
+
     /// Frequencies of the d/2 pairs, in radians per position.
-    pub(crate) fn frequencies(&self, head_dim: usize) -> Vec<f32> {
+    pub(crate) fn frequencies(&self) -> Vec<f32> {
         let frequency = |i: usize| {
             let divisor = self.divisors.as_ref().map_or(1.0, |d| f64::from(d[i]));
-            (self.theta.powf(-((2 * i) as f64) / head_dim as f64) / divisor) as f32
+            (self.theta.powf(-((2 * i) as f64) / self.dims as f64) / divisor) as f32
         };
-        (0..head_dim / 2).map(frequency).collect()
+        (0..self.pairs()).map(frequency).collect()
     }
 }
 
@@ -36,7 +58,7 @@ impl Rope {
 pub struct Config {
     /// The description of the architecture.
     pub architecture: &'static Architecture,
-    /// The equations of the layers.
+    /// The parts of the layers.
     pub graph: DecoderGraph,
     /// Elements of the residual stream.
     pub hidden: usize,
@@ -60,17 +82,23 @@ pub struct Config {
     pub activation: Activation,
     /// Rotary position embedding.
     pub rope: Rope,
+    /// That of layers with a window, where they have their own.
+    pub local_rope: Option<Rope>,
+    /// What each layer sees and how it rotates.
+    pub attention: Vec<LayerAttention>,
+    /// Multipliers of embedding, scores, residual stream and logits.
+    pub scales: Scales,
     /// Whether the embedding is also the output matrix.
     pub tied: bool,
-    /// Whether q, k, v and o have biases.
-    pub attention_bias: bool,
-    /// Whether gate, up and down have biases.
-    pub mlp_bias: bool,
+    /// Which linear layers have biases.
+    pub biases: Biases,
     /// Token at the start of texts, if the config names one.
     pub bos: Option<u32>,
     /// Tokens that end a text: those of generation_config.json before those of config.json, and all
     /// of a GGUF that end a text in llama.cpp.
     pub eos: Vec<u32>,
+    /// Sentences for the user about what the graph computes otherwise than the file suggests.
+    pub notes: Vec<String>,
 }
 
 impl Config {
@@ -106,71 +134,39 @@ impl Config {
         let architecture = Architecture::from_hf_config(path, value)?;
         let graph = architecture.inference_graph(path)?;
         let config = HfConfig { path, value };
-        let (hidden, heads) = (
-            config.size("hidden_size")?,
-            config.size("num_attention_heads")?,
-        );
-        let kv_heads = config
-            .optional_size("num_key_value_heads")?
-            .unwrap_or(heads);
-        let head_dim = match config.optional_size("head_dim")? {
-            Some(n) => n,
-            None if hidden % heads == 0 => hidden / heads,
-            None => {
-                return Err(config
-                    .bad(
-                        "head_dim",
-                        &format!("the size of one of {heads} heads, which do not divide {hidden}"),
-                    )
-                    .into());
-            }
-        };
-        if heads % kv_heads != 0 {
-            return Err(config
-                .bad(
-                    "num_key_value_heads",
-                    &format!("a divisor of {heads} heads"),
-                )
-                .into());
+        let decoder = HfDecoder::read(&config, architecture)?;
+        let (mut context, mut notes) = (decoder.context, vec![]);
+        if let RopeScaling::LongRope { context: short, .. } = decoder.rope.scaling
+            && short < context
+        {
+            notes.push(format!(
+                "the model is run with the rotary factors of texts of up to {short} tokens, and \
+                 not beyond them: config.json has others for up to {context}"
+            ));
+            context = short;
         }
-        if architecture.heads_fill_hidden && heads * head_dim != hidden {
-            return Err(config
-                .bad(
-                    "head_dim",
-                    &format!(
-                        "{hidden} / {heads}, since the norm of the heads has hidden_size elements"
-                    ),
-                )
-                .into());
-        }
-        let rope = arch::HfRope::read(&config, architecture, head_dim)?;
-        let divisors = rope
-            .freqs
-            .or(rope.linear.map(|factor| vec![factor as f32; head_dim / 2]));
-        let default_eps = architecture.hf_defaults.map(|d| d.rms_norm_eps);
         let read = Self {
             architecture,
             graph,
-            hidden,
-            ffn: config.size("intermediate_size")?,
-            layers: config.size("num_hidden_layers")?,
-            heads,
-            kv_heads,
-            head_dim,
-            vocab: config.size("vocab_size")?,
-            context: config.size("max_position_embeddings")?,
-            norm_eps: config.float_or("rms_norm_eps", default_eps)? as f32,
-            activation: architecture.activation(&config)?,
-            rope: Rope {
-                theta: rope.theta,
-                pairing: RotaryPairing::Halves,
-                divisors,
-            },
-            tied: config.flag("tie_word_embeddings")?,
-            attention_bias: config.flag("attention_bias")?,
-            mlp_bias: config.flag("mlp_bias")?,
+            hidden: decoder.hidden,
+            ffn: decoder.ffn,
+            layers: decoder.layers.len(),
+            heads: decoder.heads,
+            kv_heads: decoder.kv_heads,
+            head_dim: decoder.head_dim,
+            vocab: decoder.vocab,
+            context,
+            norm_eps: decoder.norm_eps as f32,
+            activation: decoder.activation,
+            rope: Rope::from_hf(&decoder.rope),
+            local_rope: decoder.local_rope.as_ref().map(Rope::from_hf),
+            attention: decoder.layers,
+            scales: decoder.scales,
+            tied: decoder.tied,
+            biases: decoder.biases,
             bos: config.token_ids("bos_token_id")?.first().copied(),
             eos: config.token_ids("eos_token_id")?,
+            notes,
         };
         read.check(path)?;
         Ok(read)
@@ -181,7 +177,7 @@ impl Config {
         let path = source.path();
         for (key, value) in source.gguf() {
             if let Some((architecture, rest)) = arch::strip_prefix(key)
-                && !architecture.gguf_keys.contains(&rest)
+                && !architecture.follows_gguf_key(rest)
                 && key != document::KEY
             {
                 return Err(Error::config(
@@ -203,13 +199,21 @@ impl Config {
         if config.architecture.gguf_adjacent_pairs {
             config.rope.pairing = RotaryPairing::Adjacent;
         }
+        let windows = config.attention.iter().filter_map(|layer| layer.window);
+        if let Some(window) = windows.min()
+            && !config.architecture.gguf_window
+        {
+            config.notes.push(format!(
+                "a token sees {window} positions, as the file says; llama.cpp does not follow it"
+            ));
+        }
         if let Some(stored) = source.find_stored(arch::ROPE_FREQS) {
             let mut divisors = vec![0.0; source.stored(stored).elements()];
             source.read_floats(stored, 0..divisors.len(), &mut vec![], &mut divisors)?;
-            if divisors.len() != config.head_dim / 2
+            if divisors.len() != config.rope.pairs()
                 || !divisors.iter().all(|d| d.is_finite() && *d > 0.0)
             {
-                let expected = format!("{} positive divisors", config.head_dim / 2);
+                let expected = format!("{} positive divisors", config.rope.pairs());
                 return Err(Error::tensor(
                     path,
                     arch::ROPE_FREQS,
@@ -221,6 +225,15 @@ impl Config {
             config.rope.divisors = Some(divisors);
         }
         Ok(config)
+    }
+
+    /// The rotary positions of a layer, if it has any.
+    pub(crate) fn layer_rope(&self, layer: usize) -> Option<&Rope> {
+        match self.attention[layer].rope {
+            LayerRope::None => None,
+            LayerRope::Global => Some(&self.rope),
+            LayerRope::Local => self.local_rope.as_ref(),
+        }
     }
 
     /// Checks the bounds that keep later arithmetic from overflowing.

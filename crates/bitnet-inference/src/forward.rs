@@ -1,8 +1,11 @@
 //! The operations that graphs consist of, over all tokens of a batch, and their buffers.
 
+use crate::arch::{AttentionBlock, FeedForwardBlock};
 use crate::cache::KvCache;
 use crate::linear::{KernelPool, LayerInput, LinearLayer};
+use crate::projections::Projections;
 use crate::{Activation, Config, Error, Result};
+use bitnet_formats::arch::LayerRope;
 use bitnet_kernels::dense::{Attention, TokenHeads};
 
 /// Tokens of a long batch whose attention one task computes.
@@ -41,6 +44,8 @@ pub struct ForwardBuffers {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    /// The output of a matrix that is several layers.
+    fused: Vec<f32>,
     /// The input of the output projection, `[tokens, heads · head_dim]`.
     heads: LayerInput,
     /// The result of attention before a sub-norm, `[tokens, heads · head_dim]`.
@@ -53,7 +58,8 @@ pub struct ForwardBuffers {
     delta: Vec<f32>,
     /// Step and position of each token.
     pub(crate) places: Vec<(usize, usize)>,
-    /// Cosine and sine of each pair, `[tokens, head_dim / 2]`.
+    /// Cosine and sine of each pair, `[tokens, pairs]`, of the model's rotary positions and then of
+    /// those of layers with a window.
     pub(crate) angles: Vec<(f32, f32)>,
     pub(crate) logits: Vec<f32>,
 }
@@ -89,12 +95,12 @@ impl ForwardPass<'_, '_> {
         )
     }
 
-    /// `attended = Attention(rope(q·normed), rope(k·normed), v·normed)`. The new keys and values
-    /// enter the cache. After the last layer, drops the rows of tokens whose logits were not
-    /// requested.
-    pub(crate) fn attention(&mut self, layer: usize, [q, k, v]: [&LinearLayer; 3]) -> Result<()> {
-        self.project([q, k, v])?;
-        self.rotate();
+    /// `x += attention of RMS(x)`, as `arch/decoder.rs` writes it. The new keys and values enter the
+    /// cache. After the last layer, drops the rows of tokens whose logits were not requested.
+    pub(crate) fn attention(&mut self, layer: usize, block: &AttentionBlock) -> Result<()> {
+        block.qkv.with(|layers| self.norm(&block.norm, layers))?;
+        self.project(&block.qkv)?;
+        self.rotate(layer, block.head_norms.as_ref());
         let kv_width = self.config.kv_heads * self.config.head_dim;
         let s = &*self.buffers;
         for (token, &(step, position)) in s.places.iter().enumerate() {
@@ -108,37 +114,61 @@ impl ForwardPass<'_, '_> {
         if layer + 1 == self.config.layers {
             self.drop_unwanted();
         }
+        self.attention_out(&block.out, block.sub_norm.as_ref())?;
+        self.add(block.post_norm.as_ref());
         Ok(())
     }
 
     /// `q, k, v = W·normed`.
-    fn project(&mut self, [q, k, v]: [&LinearLayer; 3]) -> Result<()> {
+    fn project(&mut self, qkv: &Projections<3>) -> Result<()> {
         let (tokens, config) = (self.buffers.places.len(), self.config);
         let (width, kv_width) = (
             config.heads * config.head_dim,
             config.kv_heads * config.head_dim,
         );
         let s = &mut *self.buffers;
-        for (linear, out, width) in [
-            (q, &mut s.q, width),
-            (k, &mut s.k, kv_width),
-            (v, &mut s.v, kv_width),
-        ] {
-            out.resize(tokens * width, 0.0);
-            linear.apply(self.runtime, &mut s.normed, out)?;
-        }
-        Ok(())
+        let outs = [
+            (&mut s.q, width),
+            (&mut s.k, kv_width),
+            (&mut s.v, kv_width),
+        ];
+        qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)
     }
 
-    /// `q, k = rope(q), rope(k)`.
-    fn rotate(&mut self) {
+    /// `q, k = rope(q), rope(k)`, each head after its norm where there is one.
+    fn rotate(&mut self, layer: usize, norms: Option<&[NormGain; 2]>) {
         let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
-        let pairs = config.head_dim / 2;
+        let rope = config.layer_rope(layer);
+        let (dim, eps) = (config.head_dim, config.norm_eps);
         let s = &mut *self.buffers;
-        let angles = &s.angles;
-        for (x, heads) in [(&mut s.q, config.heads), (&mut s.k, config.kv_heads)] {
-            pool.for_chunks(x, heads * config.head_dim, |token, x| {
-                kernels.rotate(x, &angles[token * pairs..][..pairs], config.rope.pairing)
+        let tokens = s.places.len();
+        // The angles of the model come before those of layers with a window.
+        let angles = match rope {
+            Some(_) if config.attention[layer].rope == LayerRope::Local => {
+                &s.angles[tokens * config.rope.pairs()..]
+            }
+            _ => &s.angles[..],
+        };
+        for (i, (x, heads)) in [(&mut s.q, config.heads), (&mut s.k, config.kv_heads)]
+            .into_iter()
+            .enumerate()
+        {
+            let norm = norms.map(|norms| &norms[i].0);
+            if norm.is_none() && rope.is_none() {
+                continue;
+            }
+            pool.for_chunks(x, heads * dim, |token, x| {
+                for head in x.chunks_exact_mut(dim).filter(|_| norm.is_some()) {
+                    norm.map(|gain| kernels.rms_norm_in_place(head, gain, eps));
+                }
+                let Some(rope) = rope else { return };
+                let angles = &angles[token * rope.pairs()..][..rope.pairs()];
+                if rope.dims == dim {
+                    return kernels.rotate(x, angles, rope.pairing);
+                }
+                for head in x.chunks_exact_mut(dim) {
+                    kernels.rotate(&mut head[..rope.dims], angles, rope.pairing);
+                }
             });
         }
     }
@@ -152,7 +182,7 @@ impl ForwardPass<'_, '_> {
             config.heads * config.head_dim,
             config.heads / config.kv_heads * config.head_dim,
         );
-        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        let (scale, window) = (config.scales.scores, config.attention[layer].window);
         let s = &mut *self.buffers;
         let (queries, places) = (&s.q, &s.places);
         s.attended.resize(tokens * width, 0.0);
@@ -162,6 +192,7 @@ impl ForwardPass<'_, '_> {
                 keys,
                 values,
                 len: position + 1,
+                window,
                 head_dim: config.head_dim,
                 scale,
             }
@@ -218,12 +249,8 @@ impl ForwardPass<'_, '_> {
         self.buffers.attended.truncate(wanted * width);
     }
 
-    /// `x += o · heads`, where `heads` is `attended`, or its sub-norm if the graph has one.
-    pub(crate) fn attention_out(
-        &mut self,
-        o: &LinearLayer,
-        sub_norm: Option<&NormGain>,
-    ) -> Result<()> {
+    /// `delta = o · heads`, where `heads` is `attended`, or its sub-norm if the graph has one.
+    fn attention_out(&mut self, o: &LinearLayer, sub_norm: Option<&NormGain>) -> Result<()> {
         let (kernels, width, eps) = (
             &self.runtime.kernels,
             self.config.heads * self.config.head_dim,
@@ -244,51 +271,65 @@ impl ForwardPass<'_, '_> {
             },
         )?;
         s.delta.resize(s.x.len(), 0.0);
-        o.apply(self.runtime, &mut s.heads, &mut s.delta)?;
-        add(self.runtime, self.config.hidden, s);
-        Ok(())
+        o.apply(self.runtime, &mut s.heads, &mut s.delta)
     }
 
-    /// `x += down · product`, where `product = f(gate · normed) ⊙ (up · normed)`, or its sub-norm
-    /// if the graph has one.
-    pub(crate) fn feed_forward(
-        &mut self,
-        [gate, up]: [&LinearLayer; 2],
-        down: &LinearLayer,
-        sub_norm: Option<&NormGain>,
-    ) -> Result<()> {
+    /// `x += feed-forward of RMS(x)`, as `arch/decoder.rs` writes it.
+    pub(crate) fn feed_forward(&mut self, block: &FeedForwardBlock) -> Result<()> {
+        block
+            .gate_up
+            .with(|layers| self.norm(&block.norm, layers))?;
         let (ffn, eps, kernels) = (self.config.ffn, self.config.norm_eps, &self.runtime.kernels);
+        let (down, activation) = (&block.down, self.config.activation);
         let s = &mut *self.buffers;
         let tokens = s.x.len() / self.config.hidden;
-        for (linear, out) in [(gate, &mut s.gate), (up, &mut s.up)] {
-            out.resize(tokens * ffn, 0.0);
-            linear.apply(self.runtime, &mut s.normed, out)?;
-        }
-        let (gate, up, activation) = (&s.gate, &s.up, self.config.activation);
+        let outs = [(&mut s.gate, ffn), (&mut s.up, ffn)];
+        let gate_up = &block.gate_up;
+        gate_up.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)?;
+        let (gate, up) = (&s.gate, &s.up);
         s.product
             .write(self.runtime, &[down], (tokens, ffn), |token, out| {
                 let (gate, up) = (&gate[token * ffn..][..ffn], &up[token * ffn..][..ffn]);
                 match activation {
                     Activation::Silu => kernels.silu_mul(gate, up, out),
                     Activation::Relu2 => kernels.relu2_mul(gate, up, out),
+                    Activation::GeluTanh => kernels.gelu_tanh_mul(gate, up, out),
                 }
-                if let Some(norm) = sub_norm {
+                if let Some(norm) = &block.sub_norm {
                     kernels.rms_norm_in_place(out, &norm.0, eps);
                 }
             })?;
         s.delta.resize(s.x.len(), 0.0);
         down.apply(self.runtime, &mut s.product, &mut s.delta)?;
-        add(self.runtime, self.config.hidden, s);
+        self.add(block.post_norm.as_ref());
         Ok(())
+    }
+
+    /// `x += r · delta`, token by token, with delta after its norm where there is one.
+    fn add(&mut self, post_norm: Option<&NormGain>) {
+        let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
+        let (hidden, eps, residual) = (config.hidden, config.norm_eps, config.scales.residual);
+        let s = &mut *self.buffers;
+        if post_norm.is_some() || residual != 1.0 {
+            pool.for_chunks(&mut s.delta, hidden, |_, delta| {
+                if let Some(norm) = post_norm {
+                    kernels.rms_norm_in_place(delta, &norm.0, eps);
+                }
+                scale(delta, residual);
+            });
+        }
+        let delta = &s.delta;
+        pool.for_chunks(&mut s.x, hidden, |token, x| {
+            kernels.add(x, &delta[token * hidden..][..hidden])
+        });
     }
 }
 
-/// `x += delta`, token by token.
-fn add(runtime: &KernelPool, hidden: usize, s: &mut ForwardBuffers) {
-    let delta = &s.delta;
-    runtime.pool.for_chunks(&mut s.x, hidden, |token, x| {
-        runtime.kernels.add(x, &delta[token * hidden..][..hidden])
-    });
+/// Multiplies all elements, unless by 1.
+pub(crate) fn scale(x: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
 }
 
 /// Adds the place to an error about activations that are not finite.

@@ -37,6 +37,7 @@ mod linear;
 mod load;
 mod model;
 pub mod perplexity;
+mod projections;
 mod sample;
 mod synthetic;
 mod tokenizer;

@@ -1,8 +1,8 @@
 //! A model in memory, and its forward pass.
 
-use crate::arch::GraphLayer;
+use crate::arch::DecoderLayer;
 use crate::chat::{ChatMessage, ChatTemplate, Tools};
-use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located};
+use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located, scale};
 use crate::linear::{KernelPool, LinearLayer};
 use crate::load::{ActivationType, CheckpointLoader, EmbeddingUse, FloatType, WeightProvider};
 use crate::synthetic::SyntheticWeights;
@@ -66,8 +66,9 @@ pub struct Model {
     config: Config,
     runtime: KernelPool,
     weights: ModelWeights,
-    /// Radians per position of each pair of a head.
-    frequencies: Vec<f32>,
+    /// Radians per position of each pair of a head, and the multiplier of its sine and cosine: of
+    /// the model, and of layers with a window.
+    frequencies: Vec<(Vec<f32>, f32)>,
     tokenizer: Result<Tokenizer, Error>,
     template: Result<Option<ChatTemplate>, Error>,
     notes: Vec<String>,
@@ -88,7 +89,7 @@ struct ModelWeights {
     rotations: [Option<Hadamard>; 2],
     /// The norm before the output matrix.
     norm: NormGain,
-    layers: Vec<GraphLayer>,
+    layers: Vec<DecoderLayer>,
 }
 
 impl ModelWeights {
@@ -107,10 +108,10 @@ impl ModelWeights {
             provider.rotation(head_name, EmbeddingUse::Head)?,
         ];
         let norm = provider.norm("model.norm", config.hidden)?;
-        let mut layers: Vec<Option<Result<GraphLayer>>> =
+        let mut layers: Vec<Option<Result<DecoderLayer>>> =
             (0..config.layers).map(|_| None).collect();
         runtime.pool.for_chunks(&mut layers, 1, |i, layer| {
-            layer[0] = Some(GraphLayer::load(provider, i))
+            layer[0] = Some(DecoderLayer::load(provider, i))
         });
         Ok(Self {
             embedding,
@@ -163,6 +164,7 @@ impl Model {
         let weights = weights?;
         loader.check_all_used()?;
         let mut notes = source.notes().to_vec();
+        notes.extend(config.notes.iter().cloned());
         if int8 != trained_with_int8 {
             let (uses, says) = if int8 {
                 ("int8", "nothing about it")
@@ -211,7 +213,11 @@ impl Model {
     }
 
     fn new(config: Config, runtime: KernelPool, weights: ModelWeights) -> Self {
-        let frequencies = config.rope.frequencies(config.head_dim);
+        let frequencies = [Some(&config.rope), config.local_rope.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|rope| (rope.frequencies(), rope.attention_factor))
+            .collect();
         let tokenizer = Err(Error::Tokenizer {
             path: "the model".into(),
             what: "synthetic weights have none".into(),
@@ -269,7 +275,7 @@ impl Model {
         } = &self.weights;
         let linear: usize = layers
             .iter()
-            .flat_map(GraphLayer::linears)
+            .flat_map(DecoderLayer::linears)
             .map(|l| l.bytes())
             .sum();
         linear + embedding.bytes() + head.as_ref().map_or(0, DenseMatrix::bytes)
@@ -286,21 +292,16 @@ impl Model {
 
     /// Integer multiply-adds in a pass over `tokens` tokens that computes the logits of `wanted`.
     pub fn integer_products(&self, tokens: usize, wanted: usize) -> usize {
-        let products = |linears: &[&LinearLayer], tokens: usize| {
-            tokens * linears.iter().map(|l| l.integer_products()).sum::<usize>()
-        };
         let layers = &self.weights.layers;
         let last = layers.len().saturating_sub(1);
         // In the last layer, q, k and v see all tokens, the rest only the wanted ones.
-        layers
-            .iter()
-            .map(GraphLayer::linears)
-            .enumerate()
-            .map(|(i, linears)| {
-                let after_attention = if i == last { wanted } else { tokens };
-                products(&linears[..3], tokens) + products(&linears[3..], after_attention)
-            })
-            .sum()
+        let products = |(i, layer): (usize, &DecoderLayer)| {
+            let sum = |n: usize, l: &LinearLayer| n + l.integer_products();
+            let before = layer.before_attention().iter().fold(0, sum);
+            let after = layer.after_attention().fold(0, sum);
+            tokens * before + if i == last { wanted } else { tokens } * after
+        };
+        layers.iter().enumerate().map(products).sum()
     }
 
     /// Whether the model has a chat template. It may still fail, with the reason, when it is used.
@@ -379,6 +380,7 @@ impl Model {
         let KernelPool { kernels, pool } = &self.runtime;
         let head = self.weights.head.as_ref();
         let [_, rotation] = &self.weights.rotations;
+        let scales = &self.config.scales;
         kernels.dense_matmul(
             pool,
             head.unwrap_or(&self.weights.embedding),
@@ -386,6 +388,14 @@ impl Model {
             None,
             &mut buffers.logits,
         );
+        if scales.logits != 1.0 || scales.logit_cap.is_some() {
+            pool.for_chunks(&mut buffers.logits, vocab, |_, logits| {
+                scale(logits, scales.logits);
+                if let Some(cap) = scales.logit_cap {
+                    logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+                }
+            });
+        }
         Ok(&buffers.logits)
     }
 
@@ -426,15 +436,18 @@ impl Model {
             if let [Some(rotation), _] = &self.weights.rotations {
                 self.runtime.kernels.hadamard_unrotate(rotation, x);
             }
+            scale(x, self.config.scales.embedding);
         }
         buffers.angles.clear();
-        for &(_, position) in &buffers.places {
-            buffers.angles.extend(self.frequencies.iter().map(|f| {
-                // The angle is rounded to f32 as in the models' own code; its sine and cosine are
-                // computed in f64.
-                let (sin, cos) = f64::from(position as f32 * f).sin_cos();
-                (cos as f32, sin as f32)
-            }));
+        for (frequencies, factor) in &self.frequencies {
+            for &(_, position) in &buffers.places {
+                buffers.angles.extend(frequencies.iter().map(|f| {
+                    // The angle is rounded to f32 as in the models' own code; its sine and cosine
+                    // are computed in f64.
+                    let (sin, cos) = f64::from(position as f32 * f).sin_cos();
+                    (cos as f32 * factor, sin as f32 * factor)
+                }));
+            }
         }
     }
 }

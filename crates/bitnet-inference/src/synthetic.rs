@@ -4,14 +4,15 @@
 use crate::forward::NormGain;
 use crate::linear::{KernelPool, LinearLayer, LinearWeights};
 use crate::load::{FloatType, WeightProvider};
-use crate::{Activation, Config, Error, Result, Rope};
+use crate::{Config, Error, Result};
 use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
-use bitnet_formats::arch::{BITNET, DecoderGraph, LLAMA};
 use bitnet_kernels::dense::{
-    BlockType, Blocks, DenseData, DenseMatrix, RotaryPairing, quantize_int4, quantize_int8, zeros,
+    BlockType, Blocks, DenseData, DenseMatrix, quantize_int4, quantize_int8, zeros,
 };
 use bitnet_kernels::matmul::Prepacked;
+use serde_json::{Value, json};
+use std::path::Path;
 
 impl Config {
     /// The config of a known shape: `bitnet-2b-4t`, `llama3-8b`, or `tiny` (2 layers of 256).
@@ -19,61 +20,41 @@ impl Config {
     /// # Errors
     /// [`Error::Option`] for another name.
     pub fn shape(name: &str) -> Result<Self> {
-        let config = |architecture,
-                      graph,
-                      activation,
-                      hidden,
-                      ffn,
-                      layers,
-                      heads,
-                      kv_heads,
-                      head_dim,
-                      vocab,
-                      context,
-                      theta,
-                      tied| Self {
-            architecture,
-            graph,
-            hidden,
-            ffn,
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-            vocab,
-            context,
-            norm_eps: 1e-5,
-            activation,
-            rope: Rope {
-                theta,
-                pairing: RotaryPairing::Halves,
-                divisors: None,
-            },
-            tied,
-            attention_bias: false,
-            mlp_bias: false,
-            bos: None,
-            eos: vec![],
-        };
-        use Activation::{Relu2, Silu};
-        use DecoderGraph::{Bitnet, Llama};
-        match name {
-            "bitnet-2b-4t" => Ok(config(
-                &BITNET, Bitnet, Relu2, 2560, 6912, 30, 20, 5, 128, 128_256, 4096, 5e5, true,
-            )),
-            "llama3-8b" => Ok(config(
-                &LLAMA, Llama, Silu, 4096, 14_336, 32, 32, 8, 128, 128_256, 8192, 5e5, false,
-            )),
-            "tiny" => Ok(config(
-                &BITNET, Bitnet, Relu2, 256, 512, 2, 4, 2, 64, 512, 512, 1e4, true,
-            )),
-            _ => Err(Error::Option {
+        let Some(config) = shape_config(name) else {
+            return Err(Error::Option {
                 option: "shape",
                 expected: "bitnet-2b-4t, llama3-8b or tiny",
                 got: format!("'{name}'"),
-            }),
-        }
+            });
+        };
+        Self::from_hf(Path::new(name), &config)
     }
+}
+
+/// The config.json of a known shape.
+fn shape_config(name: &str) -> Option<Value> {
+    let config = |model, [hidden, ffn, layers, heads, kv_heads, vocab, context]: [usize; 7]| {
+        json!({
+            "model_type": model, "hidden_size": hidden, "intermediate_size": ffn,
+            "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "vocab_size": vocab,
+            "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+            "hidden_act": if model == "bitnet" { "relu2" } else { "silu" },
+            "tie_word_embeddings": model == "bitnet",
+        })
+    };
+    let size = match name {
+        "bitnet-2b-4t" => [2560, 6912, 30, 20, 5, 128_256, 4096],
+        "llama3-8b" => [4096, 14_336, 32, 32, 8, 128_256, 8192],
+        "tiny" => [256, 512, 2, 4, 2, 512, 512],
+        _ => return None,
+    };
+    let model = if name == "llama3-8b" {
+        "llama"
+    } else {
+        "bitnet"
+    };
+    Some(config(model, size))
 }
 
 /// Generates weights: ternary layers with 40 % zeros and a scale that keeps activations of order 1,

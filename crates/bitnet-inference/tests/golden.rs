@@ -16,7 +16,7 @@ const STEPS: usize = 16;
 /// across a tie to the next code, 1/127 of the largest of its token; these models have no such tie.
 const BOUND: f32 = 2e-5;
 
-const MODELS: [&str; 10] = [
+const MODELS: [&str; 20] = [
     "llama-f32",
     "llama-f16-rope",
     "llama-bf16-head",
@@ -27,6 +27,16 @@ const MODELS: [&str; 10] = [
     "bitnet-autobitlinear",
     "bitnet-online",
     "bitnet-float",
+    "qwen2-bias",
+    "qwen2-window",
+    "qwen3-yarn",
+    "qwen3-bias",
+    "mistral-window",
+    "smollm3-nope",
+    "phi3-longrope",
+    "phi3-partial",
+    "minicpm",
+    "gemma3",
 ];
 
 fn folder(name: &str) -> PathBuf {
@@ -160,7 +170,19 @@ fn caches_of_fewer_bits_lose_what_they_must() {
 
 #[test]
 fn threads_instruction_sets_and_batches_change_no_bit() {
-    for name in ["llama-f32", "llama-bitlinear", "bitnet-autobitlinear"] {
+    // One of each graph, and each kind of weights.
+    for name in [
+        "llama-f32",
+        "llama-bitlinear",
+        "bitnet-autobitlinear",
+        "qwen2-window",
+        "qwen3-yarn",
+        "mistral-window",
+        "smollm3-nope",
+        "phi3-longrope",
+        "minicpm",
+        "gemma3",
+    ] {
         let golden = golden(name);
         let mut first: Option<Vec<u32>> = None;
         for kernels in Kernels::all() {
@@ -288,20 +310,17 @@ fn edit_tensor(dir: &Path, tensor: &str, edit: impl Fn(&mut [u8])) {
     fs::write(path, bytes).unwrap();
 }
 
+/// The largest difference of a changed folder to the golden of the unchanged one.
+fn error_of(dir: &Path, name: &str) -> f32 {
+    let (golden, model) = (golden(name), load(dir, 1, Kernels::detect()));
+    let logits = as_generated(&model, &golden.tokens, CacheType::F32);
+    relative(&logits, &golden.logits)
+}
+
 /// Errors that the goldens must detect, each far beyond the bound.
 #[test]
 fn mistakes_change_the_logits() {
-    let error = |dir: &Path, name: &str| {
-        let golden = golden(name);
-        relative(
-            &as_generated(
-                &load(dir, 1, Kernels::detect()),
-                &golden.tokens,
-                CacheType::F32,
-            ),
-            &golden.logits,
-        )
-    };
+    let error = error_of;
     // SiLU for ReLU².
     let dir = copy("bitnet-autobitlinear");
     edit_config(dir.path(), |c| c["hidden_act"] = "silu".into());
@@ -339,6 +358,127 @@ fn mistakes_change_the_logits() {
     }
 }
 
+/// Each fact of a graph, told otherwise than it is: the goldens must see it.
+#[test]
+fn each_fact_of_a_graph_counts() {
+    type Edit = fn(&mut serde_json::Value);
+    let cases: [(&str, Edit); 21] = [
+        ("qwen2-window", |c| c["sliding_window"] = 8.into()),
+        ("qwen2-window", |c| c["layer_types"][0] = "sliding_attention".into()),
+        ("qwen3-yarn", |c| c["rope_parameters"]["rope_type"] = "default".into()),
+        ("qwen3-yarn", |c| c["rope_parameters"]["attention_factor"] = 1.into()),
+        ("qwen3-yarn", |c| c["rope_parameters"]["beta_slow"] = 2.into()),
+        ("mistral-window", |c| c["sliding_window"] = 4.into()),
+        ("mistral-window", |c| c["sliding_window"] = 6.into()),
+        ("smollm3-nope", |c| c["no_rope_layers"][0] = 0.into()),
+        ("smollm3-nope", |c| c["rope_parameters"]["factor"] = 2.into()),
+        ("phi3-longrope", |c| c["rope_parameters"]["short_factor"][1] = 1.into()),
+        ("phi3-longrope", |c| c["sliding_window"] = 10.into()),
+        ("phi3-longrope", |c| c["rope_parameters"]["attention_factor"] = 1.into()),
+        ("phi3-partial", |c| c["rope_parameters"]["partial_rotary_factor"] = 1.into()),
+        ("minicpm", |c| c["scale_emb"] = 11.into()),
+        ("minicpm", |c| c["scale_depth"] = 1.into()),
+        ("minicpm", |c| c["dim_model_base"] = 15.into()),
+        ("gemma3", |c| c["sliding_window"] = 7.into()),
+        ("gemma3", |c| c["layer_types"][1] = "sliding_attention".into()),
+        ("gemma3", |c| c["query_pre_attn_scalar"] = 10.into()),
+        ("gemma3", |c| c["final_logit_softcapping"] = serde_json::Value::Null),
+        ("gemma3", |c| {
+            c["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.into()
+        }),
+    ];
+    for (i, (name, edit)) in cases.into_iter().enumerate() {
+        let dir = copy(name);
+        edit_config(dir.path(), edit);
+        let got = error_of(dir.path(), name);
+        assert!(got > 20.0 * BOUND, "{name}, case {i}: {got}");
+    }
+    // Gains and biases, a number of each: bf16 0 for what it was.
+    for (name, tensor) in [
+        ("qwen2-bias", "self_attn.q_proj.bias"),
+        ("qwen2-bias", "self_attn.v_proj.bias"),
+        ("qwen3-bias", "self_attn.o_proj.bias"),
+        ("qwen3-bias", "self_attn.q_norm.weight"),
+        ("qwen3-yarn", "self_attn.k_norm.weight"),
+        ("gemma3", "self_attn.q_norm.weight"),
+        ("gemma3", "post_attention_layernorm.weight"),
+        ("gemma3", "pre_feedforward_layernorm.weight"),
+        ("gemma3", "post_feedforward_layernorm.weight"),
+    ] {
+        let dir = copy(name);
+        let tensor = format!("model.layers.1.{tensor}");
+        edit_tensor(dir.path(), &tensor, |bytes| bytes[..8].fill(0));
+        let got = error_of(dir.path(), name);
+        assert!(got > 20.0 * BOUND, "{name}, {tensor}: {got}");
+    }
+}
+
+#[test]
+fn what_a_graph_does_not_compute_is_refused_by_its_key() {
+    type Edit = fn(&mut serde_json::Value);
+    let cases: [(&str, Edit, &[&str]); 9] = [
+        (
+            "gemma3",
+            |c| c["attn_logit_softcapping"] = 50.into(),
+            &["attn_logit_softcapping", "50"],
+        ),
+        (
+            "gemma3",
+            |c| c["use_bidirectional_attention"] = true.into(),
+            &["use_bidirectional_attention"],
+        ),
+        (
+            "gemma3",
+            |c| c["layer_types"][0] = "chunked_attention".into(),
+            &["layer_types", "chunked_attention"],
+        ),
+        (
+            "qwen2-bias",
+            |c| c["layer_types"][0] = "sliding_attention".into(),
+            &["sliding_window"],
+        ),
+        (
+            "qwen3-bias",
+            |c| c["attention_bias"] = false.into(),
+            &["proj.bias", "no place"],
+        ),
+        (
+            "phi3-partial",
+            |c| c["attention_bias"] = true.into(),
+            &["attention_bias", "phi3"],
+        ),
+        (
+            "phi3-longrope",
+            |c| c["rope_parameters"]["short_factor"] = vec![1.0, 2.0].into(),
+            &["short_factor", "3 positive numbers"],
+        ),
+        (
+            "mistral-window",
+            |c| c["rope_parameters"]["partial_rotary_factor"] = 0.5.into(),
+            &["partial_rotary_factor", "0.5"],
+        ),
+        (
+            "qwen3-yarn",
+            |c| c["model_type"] = "llama".into(),
+            &["_norm", "llama graph", "no place"],
+        ),
+    ];
+    for (name, edit, parts) in cases {
+        let dir = copy(name);
+        edit_config(dir.path(), edit);
+        refused(dir.path(), parts);
+    }
+}
+
+/// The context of a longrope model ends where its other factors begin.
+#[test]
+fn long_texts_of_longrope_are_refused() {
+    let model = load(&folder("phi3-longrope"), 1, Kernels::detect());
+    assert_eq!(model.config().context, 40);
+    let notes = model.notes().join("\n");
+    assert!(notes.contains("up to 40 tokens"), "{notes}");
+}
+
 #[test]
 fn what_is_not_known_is_refused() {
     type Edit = fn(&mut serde_json::Value);
@@ -355,8 +495,8 @@ fn what_is_not_known_is_refused() {
         ),
         (
             "llama-f32",
-            |c| c["rope_parameters"]["rope_type"] = "yarn".into(),
-            &["rope_type", "yarn"],
+            |c| c["rope_parameters"]["rope_type"] = "xpos".into(),
+            &["rope_type", "xpos"],
         ),
         (
             "llama-f32",

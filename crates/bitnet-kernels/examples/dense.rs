@@ -113,6 +113,7 @@ fn main() -> Result<(), bitnet_kernels::Error> {
             keys,
             values,
             len,
+            window: None,
             head_dim: 128,
             scale: 0.088,
         };

@@ -564,13 +564,16 @@ mod cases {
             Cached::F16(&halves),
             Cached::Int8(&int8, &scales),
         ] {
-            each(Attention {
-                keys: cached,
-                values: cached,
-                len: positions,
-                head_dim,
-                scale: 0.2,
-            });
+            for window in [None, Some(positions.div_ceil(3))] {
+                each(Attention {
+                    keys: cached,
+                    values: cached,
+                    len: positions,
+                    window,
+                    head_dim,
+                    scale: 0.2,
+                });
+            }
         }
     }
 
@@ -657,6 +660,10 @@ mod cases {
 
     pub(super) fn relu2_mul(table: &Table) -> String {
         each_gate(|gate, up, out| table.relu2_mul(gate, up, out))
+    }
+
+    pub(super) fn gelu_tanh_mul(table: &Table) -> String {
+        each_gate(|gate, up, out| table.gelu_tanh_mul(gate, up, out))
     }
 
     pub(super) fn add(table: &Table) -> String {

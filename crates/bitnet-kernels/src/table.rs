@@ -219,6 +219,10 @@ macro_rules! for_kernels {
             fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 elementwise::relu2_mul(gate, up, out);
             }
+            /// [`elementwise::gelu_tanh_mul`].
+            fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                elementwise::gelu_tanh_mul(gate, up, out);
+            }
             /// [`elementwise::add`].
             fn add(x: &mut [f32], y: &[f32]) {
                 elementwise::add(x, y);

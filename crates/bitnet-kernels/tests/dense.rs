@@ -461,8 +461,12 @@ fn attention_is_that_of_the_definition() {
                 restored(&vi),
             ),
         ];
-        for (keys, values, k, v) in caches {
-            let mut first = None;
+        let windows = [None, Some(1), Some(5), Some(64), Some(1000)];
+        let cases = caches.iter().flat_map(|c| windows.map(|w| (c, w)));
+        for ((keys, values, k, v), window) in cases {
+            let (keys, values, mut first) = (*keys, *values, None);
+            let hidden = len - window.unwrap_or(len).min(len);
+            let (k, v, seen) = (&k[hidden * d..], &v[hidden * d..], len - hidden);
             for kernels in Kernels::all() {
                 let mut out = vec![f32::NAN; group * d];
                 kernels.attend(
@@ -470,6 +474,7 @@ fn attention_is_that_of_the_definition() {
                         keys,
                         values,
                         len,
+                        window,
                         head_dim: d,
                         scale: 1.0 / (d as f32).sqrt(),
                     },
@@ -477,7 +482,7 @@ fn attention_is_that_of_the_definition() {
                     &mut out,
                 );
                 for (q, out) in q.chunks(d).zip(out.chunks(d)) {
-                    for (truth, &got) in attention_truth(q, &k, &v, len, d).iter().zip(out) {
+                    for (truth, &got) in attention_truth(q, k, v, seen, d).iter().zip(out) {
                         assert!(
                             (truth - f64::from(got)).abs() < 1e-5,
                             "{d} × {len}: {truth} and {got}"
@@ -496,6 +501,7 @@ fn attention_is_that_of_the_definition() {
                     keys,
                     values,
                     len,
+                    window,
                     head_dim: d,
                     scale: 1.0 / (d as f32).sqrt(),
                 };
@@ -539,11 +545,16 @@ fn attention_of_a_run_is_that_of_its_tokens() {
             [Cached::F16(&kh), Cached::F16(&vh)],
             [Cached::Int8(&ki, &scales), Cached::Int8(&vi, &scales)],
         ];
-        for (kernels, [keys, values]) in Kernels::all().flat_map(|k| caches.map(|c| (k, c))) {
+        let cases = [None, Some(1), Some(7), Some(64), Some(100)]
+            .into_iter()
+            .flat_map(|w| Kernels::all().map(move |k| (w, k)))
+            .flat_map(|(w, k)| caches.map(|c| (w, k, c)));
+        for (window, kernels, [keys, values]) in cases {
             let attention = |len| Attention {
                 keys,
                 values,
                 len,
+                window,
                 head_dim: d,
                 scale: 0.3,
             };
@@ -585,7 +596,7 @@ fn attention_of_a_run_is_that_of_its_tokens() {
 fn elementwise_steps() {
     for n in [1, 15, 16, 341] {
         let (x, w) = (random(4, n), random(5, n));
-        let mut all: [Option<Vec<u32>>; 4] = Default::default();
+        let mut all: [Option<Vec<u32>>; 5] = Default::default();
         for kernels in Kernels::all() {
             let mut norm = vec![f32::NAN; n];
             kernels.rms_norm(&x, &w, 1e-5, &mut norm);
@@ -593,9 +604,10 @@ fn elementwise_steps() {
             let (mut in_place, mut sum) = (x.clone(), x.clone());
             kernels.rms_norm_in_place(&mut in_place, &w, 1e-5);
             assert_eq!(bits(&in_place), bits(&norm));
-            let [mut silu, mut relu2] = [vec![f32::NAN; n], vec![f32::NAN; n]];
+            let [mut silu, mut relu2, mut gelu] = [0; 3].map(|_| vec![f32::NAN; n]);
             kernels.silu_mul(&x, &w, &mut silu);
             kernels.relu2_mul(&x, &w, &mut relu2);
+            kernels.gelu_tanh_mul(&x, &w, &mut gelu);
             kernels.add(&mut sum, &w);
             for i in 0..n {
                 let (x, w) = (f64::from(x[i]), f64::from(w[i]));
@@ -605,9 +617,11 @@ fn elementwise_steps() {
                 assert!(near(norm[i], w * x / (mean + 1e-5).sqrt()));
                 assert!(near(silu[i], x / (1.0 + (-x).exp()) * w));
                 assert!(near(relu2[i], x.max(0.0).powi(2) * w));
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                assert!(near(gelu[i], 0.5 * x * (1.0 + u.tanh()) * w));
                 assert!(near(sum[i], x + w));
             }
-            for (first, got) in all.iter_mut().zip([norm, silu, relu2, sum]) {
+            for (first, got) in all.iter_mut().zip([norm, silu, relu2, gelu, sum]) {
                 assert_eq!(
                     *first.get_or_insert_with(|| bits(&got)),
                     bits(&got),

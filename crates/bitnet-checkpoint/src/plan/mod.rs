@@ -500,6 +500,9 @@ impl<'a> Builder<'a> {
             Content::Quantized(_) => return self.recode(index, None),
             Content::Float(stored) | Content::Opaque(stored) => *stored,
         };
+        if self.shifted(index, stored)? {
+            return Ok(());
+        }
         let dtype = self.source.stored(stored).dtype;
         match (self.format, dtype) {
             // llama.cpp takes one-dimensional weights as f32 only.
@@ -565,6 +568,11 @@ impl<'a> Builder<'a> {
         note: Option<String>,
     ) -> Result<()> {
         let tensor = self.source.tensor(index);
+        if let Content::Float(stored) = tensor.content
+            && self.shifted(index, stored)?
+        {
+            return Ok(());
+        }
         let Some((name, rows)) = self.rename(tensor)? else {
             return Ok(());
         };

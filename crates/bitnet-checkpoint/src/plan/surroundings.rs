@@ -9,7 +9,7 @@ use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
 use bitnet_formats::output::{Container, OutputTensor};
-use bitnet_formats::{Kind, StoredType, Tensor, gguf, python_json};
+use bitnet_formats::{Kind, StoredId, StoredType, Tensor, TensorId, gguf, python_json};
 use std::collections::BTreeMap;
 
 impl Builder<'_> {
@@ -100,6 +100,38 @@ impl Builder<'_> {
         }
         self.sidecars = Some(sidecars);
         Ok(())
+    }
+
+    /// Writes a vector whose elements differ by a number in the other container: the gains of norms
+    /// that count from 1. Whether it is one.
+    pub(super) fn shifted(&mut self, index: TensorId, stored: StoredId) -> Result<bool> {
+        let tensor = self.source.tensor(index);
+        let offset = match self.naming {
+            Naming::Same => 0.0,
+            Naming::ToGguf(architecture, _) => architecture.gguf_offset(&tensor.name),
+            Naming::ToHf(architecture, _) => {
+                let name = architecture.hf_tensor(&tensor.name);
+                -name.map_or(0.0, |name| architecture.gguf_offset(&name))
+            }
+        };
+        let &[len] = &tensor.shape[..] else {
+            return Ok(false);
+        };
+        let Some((name, None)) = self.rename(tensor)?.filter(|_| offset != 0.0) else {
+            return Ok(false);
+        };
+        let mut values = vec![0.0; len];
+        let source = self.source;
+        source.read_floats(stored, 0..len, &mut vec![], &mut values)?;
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|w| (w + offset).to_le_bytes())
+            .collect();
+        let size = PackedLen::Exact(bytes.len());
+        let data = self.add_out(name.clone(), vec![len], StoredType::F32, size);
+        let action = Action::Literal(bytes);
+        self.push(Some(index), name, action, None, (data, None, None), None);
+        Ok(true)
     }
 
     /// Name and row order in the output; `None` for a buffer that the other container does not

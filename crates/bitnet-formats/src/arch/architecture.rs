@@ -1,6 +1,7 @@
-//! The architectures. Each is one [`Architecture`]: facts that conversion, inference and training
-//! read. A new one is a `static` here and a place in [`ARCHITECTURES`].
+//! What describes an architecture: facts that conversion, inference and training read. The
+//! descriptions are in `known.rs`.
 
+use super::known::{ARCHITECTURES, BITNET, DECODER_KEYS};
 use super::values::{find, shown};
 use crate::{Error, Result, gguf};
 use serde_json::Value;
@@ -14,6 +15,8 @@ pub enum Activation {
     Silu,
     /// `max(x, 0)²`.
     Relu2,
+    /// `x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`.
+    GeluTanh,
 }
 
 impl Activation {
@@ -22,18 +25,81 @@ impl Activation {
         match self {
             Self::Silu => "silu",
             Self::Relu2 => "relu2",
+            Self::GeluTanh => "gelu_pytorch_tanh",
         }
     }
 }
 
-/// The equations of a decoder's layers; bitnet-inference's `arch` has them, one file for each.
+/// The parts of a decoder's layers. All have RMS norms before attention and feed-forward,
+/// grouped-query attention and a gated feed-forward; the fields say what differs.
+/// bitnet-inference's `arch/decoder.rs` has the equations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DecoderGraph {
-    /// RMS norms before attention and feed-forward, grouped-query attention with rotary positions,
-    /// and a gated feed-forward.
-    Llama,
-    /// Llama's, with a norm before each output projection.
-    Bitnet,
+pub struct DecoderGraph {
+    /// Module of the norm before the feed-forward.
+    pub ffn_norm: &'static str,
+    /// Modules of the norms of what attention and feed-forward add to the residual stream.
+    pub post_norms: Option<[&'static str; 2]>,
+    /// Whether there is a norm before each output projection: `attn_sub_norm`, `ffn_sub_norm`.
+    pub sub_norms: bool,
+    /// Whether each head of q and of k has a norm: `q_norm`, `k_norm`.
+    pub head_norms: bool,
+    /// Whether q, k and v are one matrix (`qkv_proj`), and gate and up (`gate_up_proj`).
+    pub fused: bool,
+}
+
+impl DecoderGraph {
+    /// Llama's layer, which has none of the parts that others add.
+    pub const LLAMA: Self = Self {
+        ffn_norm: "post_attention_layernorm",
+        post_norms: None,
+        sub_norms: false,
+        head_norms: false,
+        fused: false,
+    };
+}
+
+/// Which linear layers have biases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BiasRule {
+    /// `attention_bias` of a config.json says so for q, k, v and o, `mlp_bias` for the rest.
+    Config,
+    /// `attention_bias` says so for q, k, v and o; the rest has none.
+    Attention,
+    /// q, k and v have them, nothing else.
+    Qkv,
+    /// None has.
+    None,
+}
+
+/// How a config.json says what a layer sees and how it rotates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerRule {
+    /// Each layer sees all positions and rotates.
+    Uniform,
+    /// `sliding_window` holds for each layer.
+    Window,
+    /// `use_sliding_window` turns `sliding_window` on, from layer `max_window_layers` on or where
+    /// `layer_types` says so.
+    UpperWindow,
+    /// `no_rope_layers` says which layers rotate, or one in `no_rope_layer_interval` does not.
+    /// `use_sliding_window` turns `sliding_window` on in those that do not, or where `layer_types`
+    /// says so.
+    SomeRotate,
+    /// One layer in `sliding_window_pattern` sees all positions; the others see a window and have
+    /// rotary positions of their own, or so where `layer_types` says it.
+    Local,
+}
+
+/// What multiplies embedding, scores, residual stream and logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScaleRule {
+    /// Scores by `1/√head_dim`; nothing else.
+    Plain,
+    /// `scale_emb`, `scale_depth` and `dim_model_base` of minicpm.
+    Minicpm,
+    /// The embedding by `√hidden_size`, scores by `1/√query_pre_attn_scalar`, and
+    /// `final_logit_softcapping`.
+    Gemma,
 }
 
 /// A value of `general.architecture`.
@@ -52,8 +118,14 @@ pub struct HfDefaults {
     pub rope_theta: f64,
     /// `rms_norm_eps`.
     pub rms_norm_eps: f64,
-    /// `hidden_act`.
+    /// The activation.
     pub activation: Activation,
+    /// `tie_word_embeddings`.
+    pub tied: bool,
+    /// `num_key_value_heads`; none for as many as heads.
+    pub kv_heads: Option<usize>,
+    /// `head_dim`; none for `hidden_size / num_attention_heads`.
+    pub head_dim: Option<usize>,
 }
 
 /// A model architecture: names, conventions and limits in Hugging Face folders and in GGUF files,
@@ -66,7 +138,7 @@ pub struct Architecture {
     pub hf_class: &'static str,
     /// Its values of `general.architecture`. The first is written.
     pub gguf_names: &'static [GgufName],
-    /// Keys of a GGUF, without prefix, that a graph follows or that do not matter to it.
+    /// Keys of a GGUF, without prefix, that its graph follows beside those of all decoders.
     pub gguf_keys: &'static [&'static str],
     /// Modules outside the layers: Hugging Face's name and ggml's.
     pub modules: &'static [(&'static str, &'static str)],
@@ -83,8 +155,22 @@ pub struct Architecture {
     pub gguf_activation: bool,
     /// Whether the heads together must have `hidden_size` dimensions.
     pub heads_fill_hidden: bool,
-    /// Whether `llama3` scaling of rotary positions is known.
-    pub llama3_rope: bool,
+    /// Whether llama.cpp reads divisors of the rotation frequencies: `llama3` scaling.
+    pub gguf_rope_freqs: bool,
+    /// Whether llama.cpp's graph has sliding windows.
+    pub gguf_window: bool,
+    /// Whether `partial_rotary_factor` is followed; otherwise it must be 1.
+    pub partial_rotary: bool,
+    /// Which linear layers have biases.
+    pub biases: BiasRule,
+    /// What each layer sees and how it rotates.
+    pub layers: LayerRule,
+    /// What multiplies embedding, scores, residual stream and logits.
+    pub scales: ScaleRule,
+    /// Whether a Hugging Face norm with weights w multiplies by `1 + w`. A GGUF stores the factor.
+    pub hf_norms_from_one: bool,
+    /// Key of the activation in a config.json.
+    pub hf_activation: &'static str,
     /// The activations that it may have.
     pub activations: &'static [Activation],
     /// The activation of a new model.
@@ -98,123 +184,6 @@ pub struct Architecture {
     /// The graph that bitnet-train differentiates; none if it has none.
     pub training: Option<DecoderGraph>,
 }
-
-/// `llama` on both sides.
-pub static LLAMA: Architecture = Architecture {
-    name: "llama",
-    hf_class: "LlamaForCausalLM",
-    gguf_names: &[GgufName {
-        name: "llama",
-        activation: Activation::Silu,
-    }],
-    gguf_keys: &DECODER_KEYS,
-    modules: &DECODER_MODULES,
-    layer_modules: &LAYER_MODULES,
-    gguf_adjacent_pairs: true,
-    gguf_biases: true,
-    gguf_head: true,
-    gguf_activation: false,
-    heads_fill_hidden: false,
-    llama3_rope: true,
-    activations: &[Activation::Silu],
-    new_activation: Activation::Silu,
-    hf_defaults: Some(HfDefaults {
-        rope_theta: 10000.0,
-        rms_norm_eps: 1e-6,
-        activation: Activation::Silu,
-    }),
-    int8_activations: false,
-    inference: Some(DecoderGraph::Llama),
-    training: Some(DecoderGraph::Llama),
-};
-
-/// `bitnet` in Hugging Face folders; `bitnet`, `bitnet-b1.58` or `bitnet-25` in GGUF files.
-///
-/// Mainline llama.cpp knows the name `bitnet` alone, and computes SiLU for a file without the key
-/// `bitnet.hidden_activation`: so that key is always written. Hugging Face's configuration class
-/// has defaults, on which no published model relies.
-pub static BITNET: Architecture = Architecture {
-    name: "bitnet",
-    hf_class: "BitNetForCausalLM",
-    gguf_names: &[
-        GgufName {
-            name: "bitnet",
-            activation: Activation::Silu,
-        },
-        GgufName {
-            name: "bitnet-b1.58",
-            activation: Activation::Relu2,
-        },
-        GgufName {
-            name: "bitnet-25",
-            activation: Activation::Relu2,
-        },
-    ],
-    gguf_keys: &DECODER_KEYS,
-    modules: &DECODER_MODULES,
-    layer_modules: &LAYER_MODULES,
-    gguf_adjacent_pairs: false,
-    gguf_biases: false,
-    gguf_head: false,
-    gguf_activation: true,
-    heads_fill_hidden: true,
-    llama3_rope: false,
-    activations: &[Activation::Silu, Activation::Relu2],
-    new_activation: Activation::Relu2,
-    hf_defaults: None,
-    int8_activations: true,
-    inference: Some(DecoderGraph::Bitnet),
-    training: Some(DecoderGraph::Bitnet),
-};
-
-/// All architectures.
-pub static ARCHITECTURES: &[&Architecture] = &[&LLAMA, &BITNET];
-
-/// Modules of a decoder outside its layers.
-const DECODER_MODULES: [(&str, &str); 3] = [
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-    ("lm_head", "output"),
-];
-
-/// Modules of a decoder's layer, sub-norms among them.
-const LAYER_MODULES: [(&str, &str); 11] = [
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.attn_sub_norm", "attn_sub_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("mlp.ffn_sub_norm", "ffn_sub_norm"),
-];
-
-/// Keys of a GGUF, without prefix, that the decoder graphs follow or that do not affect them.
-const DECODER_KEYS: [&str; 20] = [
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "vocab_size",
-    "hidden_activation",
-    "tensor_data_layout",
-    "attention.causal",
-    "tie_word_embeddings",
-];
 
 impl Architecture {
     /// The architecture of a `model_type`.
@@ -324,6 +293,17 @@ impl Architecture {
         })
     }
 
+    /// Whether the graph follows a key of a GGUF, given without prefix, or is not affected by it.
+    pub fn follows_gguf_key(&self, key: &str) -> bool {
+        DECODER_KEYS.contains(&key) || self.gguf_keys.contains(&key)
+    }
+
+    /// The architecture of the same GGUF name whose layers have windows: mistral of llama.
+    pub(super) fn with_windows(&self) -> Option<&'static Self> {
+        let same = |a: &&&Self| a.gguf_name() == self.gguf_name() && a.layers != LayerRule::Uniform;
+        ARCHITECTURES.iter().find(same).copied()
+    }
+
     /// The name that is written as `general.architecture`, and before each key of the architecture.
     pub const fn gguf_name(&self) -> &'static str {
         self.gguf_names[0].name
@@ -341,7 +321,8 @@ impl fmt::Debug for Architecture {
     }
 }
 
-/// Each architecture with each of its names in GGUF files.
+/// Each architecture with each of its names in GGUF files; one whose names all belong to an earlier
+/// one is found by [`Architecture::with_windows`].
 fn gguf_names() -> impl Iterator<Item = (&'static Architecture, &'static GgufName)> {
     ARCHITECTURES
         .iter()
@@ -367,6 +348,7 @@ fn one_of(names: impl Iterator<Item = &'static str>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::known::LLAMA;
     use super::*;
     use serde_json::json;
 
@@ -379,14 +361,14 @@ mod tests {
             assert_eq!(found, *architecture);
         }
         for (config, got) in [
-            (json!({"model_type": "qwen3"}), "\"qwen3\""),
+            (json!({"model_type": "mamba"}), "\"mamba\""),
             (json!({}), "none"),
         ] {
             let message = Architecture::from_hf_config(path, &config)
                 .unwrap_err()
                 .to_string();
             assert!(
-                message.contains("'llama' or 'bitnet'") && message.contains(got),
+                message.contains("'llama', 'bitnet', 'qwen2'") && message.contains(got),
                 "{message}"
             );
         }
@@ -398,7 +380,8 @@ mod tests {
         }
         let message = named("gemma").unwrap_err().to_string();
         assert!(
-            message.contains("'llama', 'bitnet', 'bitnet-b1.58' or 'bitnet-25', got 'gemma'"),
+            message.contains("'llama', 'bitnet', 'bitnet-b1.58', 'bitnet-25', 'qwen2'")
+                && message.contains("got 'gemma'"),
             "{message}"
         );
         let none = Architecture::from_gguf(&[]).unwrap_err().to_string();
@@ -431,39 +414,38 @@ mod tests {
         }
     }
 
-    /// Conversion needs no graph. A qwen3 model that is trained as llama would lose its norms of q
-    /// and k.
+    /// Conversion needs no graph. A model that is trained as llama would lose what llama has
+    /// not.
     #[test]
     fn an_architecture_without_a_graph_is_refused() {
-        let qwen3 = Architecture {
-            name: "qwen3",
+        let other = Architecture {
+            name: "other",
             inference: None,
             training: None,
             ..LLAMA
         };
         let path = Path::new("config.json");
         assert_eq!(
-            qwen3.training_graph(path).unwrap_err().to_string(),
+            other.training_graph(path).unwrap_err().to_string(),
             "config.json: model_type: expected a model that can be trained: 'llama' or 'bitnet', \
-             got 'qwen3'"
+             got 'other'"
         );
-        let message = qwen3.inference_graph(path).unwrap_err().to_string();
+        let message = other.inference_graph(path).unwrap_err().to_string();
         assert!(
-            message.contains("can be run: 'llama' or 'bitnet'"),
+            message.contains("can be run: 'llama', 'bitnet', 'qwen2'"),
             "{message}"
         );
-        assert_eq!(BITNET.training_graph(path).unwrap(), DecoderGraph::Bitnet);
+        assert!(BITNET.training_graph(path).unwrap().sub_norms);
     }
 
     #[test]
     fn names_and_graphs_belong_to_one_architecture() {
-        let mut seen = std::collections::BTreeSet::new();
         for (architecture, known) in gguf_names() {
-            assert!(seen.insert(known.name), "{} twice", known.name);
-            assert_eq!(
-                strip_prefix(&format!("{}.block_count", known.name)),
-                Some((architecture, "block_count"))
-            );
+            // Two may share a name, as mistral and llama do: the first reads it.
+            let key = format!("{}.block_count", known.name);
+            let (first, rest) = strip_prefix(&key).unwrap();
+            assert_eq!(rest, "block_count");
+            assert!(first == architecture || first.layer_modules == architecture.layer_modules);
         }
         for architecture in ARCHITECTURES {
             assert!(

@@ -1,6 +1,6 @@
 //! Typed access to the keys of a GGUF, with errors that name file and key.
 
-use super::architecture::{Architecture, GgufName};
+use super::architecture::{Architecture, GgufName, LayerRule};
 use super::values::find;
 use crate::{Error, Result, gguf};
 use std::path::Path;
@@ -24,6 +24,15 @@ impl<'a> GgufKeys<'a> {
             architecture,
             name,
         })
+    }
+
+    /// The architecture of a config.json with the facts of this file: a llama with a window is a
+    /// mistral.
+    pub(super) fn hf_architecture(&self) -> &'static Architecture {
+        let windows = self.architecture.layers == LayerRule::Uniform
+            && self.get("attention.sliding_window").is_some();
+        let other = self.architecture.with_windows().filter(|_| windows);
+        other.unwrap_or(self.architecture)
     }
 
     pub(super) fn get(&self, key: &str) -> Option<&'a gguf::Value> {

@@ -1,9 +1,11 @@
 //! The keys of a GGUF from a config.json, and a config.json from the keys of a GGUF.
 
-use super::architecture::{Activation, Architecture};
+use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ScaleRule};
+use super::decoder::HfDecoder;
 use super::end_ids;
 use super::keys::GgufKeys;
-use super::rope::HfRope;
+use super::layers::{LayerAttention, LayerRope};
+use super::rope::RopeScaling;
 use super::tokenizer;
 use super::values::{HfConfig, find};
 use crate::{Error, Result};
@@ -52,44 +54,23 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         value: config,
     };
     let mut notes = vec![];
-    let heads = HeadShape::read(&config, architecture)?;
-    let vocab_size = config.size("vocab_size")?;
-    if vocab_size > MAX_VOCAB {
+    let decoder = HfDecoder::read(&config, architecture)?;
+    if decoder.vocab > MAX_VOCAB {
         return Err(config.bad("vocab_size", &format!("at most {MAX_VOCAB}")));
     }
-    let activation = architecture.activation(&config)?;
-    let rope = HfRope::read(&config, architecture, heads.dim)?;
-    check_limits(&config, architecture, &heads, &mut notes)?;
-
-    let mut metadata = general_keys(folder, architecture);
-    let prefix = architecture.gguf_name();
-    let size = |n: usize| gguf::Value::U32(n as u32);
-    let mut put = |key: &str, value: gguf::Value| metadata.push((format!("{prefix}.{key}"), value));
-    put("block_count", size(config.size("num_hidden_layers")?));
-    let context = config.size("max_position_embeddings")?;
-    put("context_length", size(context));
-    put("embedding_length", size(heads.hidden));
-    let ffn = config.size("intermediate_size")?;
-    put("feed_forward_length", size(ffn));
-    put("attention.head_count", size(heads.count));
-    put("attention.head_count_kv", size(heads.kv_count));
-    let default = architecture.hf_defaults.map(|d| d.rms_norm_eps);
-    let eps = config.float_or("rms_norm_eps", default)?;
-    put("attention.layer_norm_rms_epsilon", (eps as f32).into());
-    if heads.dim * heads.count != heads.hidden {
-        put("attention.key_length", size(heads.dim));
-        put("attention.value_length", size(heads.dim));
-    }
-    put("rope.dimension_count", size(heads.dim));
-    put("rope.freq_base", (rope.theta as f32).into());
-    if let Some(factor) = rope.linear {
-        put("rope.scaling.type", "linear".into());
-        put("rope.scaling.factor", (factor as f32).into());
-    }
-    put("vocab_size", size(vocab_size));
+    check_limits(&config, architecture, &decoder, &mut notes)?;
+    let mut keys = NewKeys {
+        prefix: architecture.gguf_name(),
+        metadata: general_keys(folder, architecture),
+    };
+    keys.decoder(&decoder);
+    keys.rope(&decoder, &mut notes);
+    keys.layers(&config, architecture, &decoder)?;
+    keys.scales(architecture, &decoder);
+    keys.size("vocab_size", decoder.vocab);
     if architecture.gguf_activation {
-        put("hidden_activation", activation.name().into());
-        if activation == Activation::Relu2 {
+        keys.put("hidden_activation", decoder.activation.name().into());
+        if decoder.activation == Activation::Relu2 {
             notes.push(
                 "versions of llama.cpp that do not read bitnet.hidden_activation compute SiLU instead of \
                  relu2 without a warning, among them the one in llama-cpp-python 0.3.36"
@@ -97,9 +78,12 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
             );
         }
     }
-    if rope.freqs.is_some() {
-        notes.push(format!("llama3 rope scaling is the tensor {ROPE_FREQS}"));
-    }
+    let mut metadata = keys.metadata;
+    let vocab_size = decoder.vocab;
+    let rope_freqs = match decoder.rope.scaling {
+        RopeScaling::Llama3(freqs) => Some(freqs),
+        _ => None,
+    };
     let mut resolved = config.value.clone();
     resolved["eos_token_id"] = end_ids::eos_ids(folder, &config)?.into();
     let mut losses = vec![];
@@ -109,58 +93,17 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     Ok(GgufMetadata {
         architecture,
         metadata,
-        rope_freqs: rope.freqs,
+        rope_freqs,
         notes,
         losses,
     })
-}
-
-/// Attention heads of a config.json.
-struct HeadShape {
-    hidden: usize,
-    count: usize,
-    kv_count: usize,
-    /// Dimensions of a head.
-    dim: usize,
-}
-
-impl HeadShape {
-    fn read(config: &HfConfig, architecture: &Architecture) -> Result<Self> {
-        let hidden = config.size("hidden_size")?;
-        let count = config.size("num_attention_heads")?;
-        let kv_count = match config.optional_size("num_key_value_heads")? {
-            Some(n) => n,
-            None if architecture.hf_defaults.is_some() => count,
-            None => return Err(config.bad("num_key_value_heads", "a positive number")),
-        };
-        let dim = match config.optional_size("head_dim")? {
-            Some(n) => n,
-            None if hidden % count == 0 => hidden / count,
-            None => {
-                let expected = format!(
-                    "the size of one of {count} heads, which do not divide hidden_size {hidden}"
-                );
-                return Err(config.bad("head_dim", &expected));
-            }
-        };
-        if count % kv_count != 0 {
-            let expected = format!("a divisor of {count} heads");
-            return Err(config.bad("num_key_value_heads", &expected));
-        }
-        Ok(Self {
-            hidden,
-            count,
-            kv_count,
-            dim,
-        })
-    }
 }
 
 /// Refuses a config that llama.cpp's graph of the architecture does not support.
 fn check_limits(
     config: &HfConfig,
     architecture: &Architecture,
-    heads: &HeadShape,
+    decoder: &HfDecoder,
     notes: &mut Vec<String>,
 ) -> Result<()> {
     let name = architecture.name;
@@ -170,19 +113,235 @@ fn check_limits(
             return Err(config.bad(key, &expected));
         }
     }
-    if architecture.heads_fill_hidden && heads.dim * heads.count != heads.hidden {
-        let (hidden, count) = (heads.hidden, heads.count);
-        let expected = format!("{hidden} / {count}, which {name} in llama.cpp assumes");
-        return Err(config.bad("head_dim", &expected));
+    let scaling = match decoder.rope.scaling {
+        RopeScaling::Llama3(_) if !architecture.gguf_rope_freqs => Some("llama3"),
+        RopeScaling::LongRope { .. } => Some("longrope"),
+        _ => None,
+    };
+    if let Some(scaling) = scaling {
+        let key = match config.get("rope_parameters") {
+            Some(_) => "rope_parameters.rope_type",
+            None => "rope_scaling.rope_type",
+        };
+        let expected = format!("'default' or 'linear': a GGUF of {name} has no other divisors");
+        return Err(Error::config(
+            config.path,
+            key,
+            expected,
+            format!("'{scaling}'"),
+        ));
     }
-    if !architecture.gguf_head && !config.flag("tie_word_embeddings")? {
+    if !architecture.gguf_head && !decoder.tied {
         notes.push(format!(
             "{name} in llama.cpp always uses the embedding as output matrix: a file with an \
              output.weight of its own is refused there"
         ));
     }
+    let windows = decoder.layers.iter().filter_map(|layer| layer.window);
+    if let Some(window) = windows
+        .min()
+        .filter(|w| *w < decoder.context && !architecture.gguf_window)
+    {
+        notes.push(format!(
+            "llama.cpp computes no sliding window for {name}: texts of more than {window} tokens get \
+             other results there"
+        ));
+    }
     Ok(())
 }
+
+/// The keys of a GGUF in the making.
+struct NewKeys {
+    /// Before each key of the architecture.
+    prefix: &'static str,
+    metadata: Vec<(String, gguf::Value)>,
+}
+
+impl NewKeys {
+    fn put(&mut self, key: &str, value: gguf::Value) {
+        self.metadata
+            .push((format!("{}.{key}", self.prefix), value));
+    }
+
+    fn size(&mut self, key: &str, n: usize) {
+        self.put(key, gguf::Value::U32(n as u32));
+    }
+
+    fn float(&mut self, key: &str, x: f64) {
+        self.put(key, (x as f32).into());
+    }
+
+    fn decoder(&mut self, decoder: &HfDecoder) {
+        self.size("block_count", decoder.layers.len());
+        self.size("context_length", decoder.context);
+        self.size("embedding_length", decoder.hidden);
+        self.size("feed_forward_length", decoder.ffn);
+        self.size("attention.head_count", decoder.heads);
+        self.size("attention.head_count_kv", decoder.kv_heads);
+        self.float("attention.layer_norm_rms_epsilon", decoder.norm_eps);
+        if decoder.head_dim * decoder.heads != decoder.hidden {
+            self.size("attention.key_length", decoder.head_dim);
+            self.size("attention.value_length", decoder.head_dim);
+        }
+    }
+
+    fn rope(&mut self, decoder: &HfDecoder, notes: &mut Vec<String>) {
+        let rope = &decoder.rope;
+        self.size("rope.dimension_count", rope.dims);
+        self.float("rope.freq_base", rope.theta);
+        match &rope.scaling {
+            RopeScaling::None | RopeScaling::LongRope { .. } => {}
+            RopeScaling::Dynamic => notes.push(format!(
+                "dynamic rope scaling begins after {} positions: the file has none",
+                decoder.context
+            )),
+            RopeScaling::Linear(factor) => {
+                self.put("rope.scaling.type", "linear".into());
+                self.float("rope.scaling.factor", *factor);
+            }
+            RopeScaling::Llama3(_) => {
+                notes.push(format!("llama3 rope scaling is the tensor {ROPE_FREQS}"));
+            }
+            RopeScaling::Yarn(yarn) => {
+                self.put("rope.scaling.type", "yarn".into());
+                self.float("rope.scaling.factor", yarn.factor);
+                let context = yarn.context as usize;
+                self.size("rope.scaling.original_context_length", context);
+                // llama.cpp multiplies this by what the factor means.
+                let factor = rope.attention_factor / yarn.magnitude(1.0);
+                if (factor - 1.0).abs() > 1e-9 {
+                    self.float("rope.scaling.attn_factor", factor);
+                }
+                if yarn.beta_fast != 32.0 {
+                    self.float("rope.scaling.yarn_beta_fast", yarn.beta_fast);
+                }
+                if yarn.beta_slow != 1.0 {
+                    self.float("rope.scaling.yarn_beta_slow", yarn.beta_slow);
+                }
+                if !yarn.truncate {
+                    notes.push(
+                        "the bounds of yarn rope scaling are rounded to whole dimensions in a GGUF"
+                            .into(),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Windows and layers that do not rotate.
+    fn layers(
+        &mut self,
+        config: &HfConfig,
+        architecture: &Architecture,
+        decoder: &HfDecoder,
+    ) -> Result<()> {
+        let layers = &decoder.layers;
+        let refused = |key: &str, expected: &str| {
+            let expected = format!("{expected} in a GGUF of {}", architecture.name);
+            Err(config.bad(key, &expected))
+        };
+        let windows: Vec<Option<usize>> = layers.iter().map(|layer| layer.window).collect();
+        let window = windows.iter().flatten().next().copied();
+        match architecture.layers {
+            LayerRule::Uniform => {}
+            LayerRule::Window | LayerRule::UpperWindow => {
+                if windows.iter().any(|w| *w != window) {
+                    return refused("max_window_layers", "a window in all layers or in none");
+                }
+            }
+            LayerRule::SomeRotate => {
+                let rotates = |i: usize| (i + 1) % SMOLLM3_INTERVAL != 0;
+                let fits =
+                    |(i, l): (usize, &LayerAttention)| (l.rope != LayerRope::None) == rotates(i);
+                if window.is_some() {
+                    return refused("use_sliding_window", "false");
+                }
+                if !layers.iter().enumerate().all(fits) {
+                    let key = match config.get("no_rope_layers") {
+                        Some(_) => "no_rope_layers",
+                        None => "no_rope_layer_interval",
+                    };
+                    return refused(key, "one layer in 4 without rotary positions");
+                }
+            }
+            LayerRule::Local => {
+                let Some(pattern) = pattern(&windows) else {
+                    return refused("layer_types", "windows in all layers but each n-th");
+                };
+                if pattern != GEMMA3_PATTERN {
+                    self.size("attention.sliding_window_pattern", pattern);
+                }
+            }
+        }
+        if let Some(window) = window {
+            self.size("attention.sliding_window", window);
+        }
+        if let Some(local) = &decoder.local_rope {
+            if local.scaling != RopeScaling::None {
+                let key = "rope_parameters.sliding_attention";
+                return refused(
+                    key,
+                    "no scaling of the rotary positions of layers with a window",
+                );
+            }
+            if local.theta != 10000.0 {
+                self.float("rope.freq_base_swa", local.theta);
+            }
+        }
+        Ok(())
+    }
+
+    fn scales(&mut self, architecture: &Architecture, decoder: &HfDecoder) {
+        let scales = decoder.scales;
+        match architecture.scales {
+            ScaleRule::Plain => {}
+            ScaleRule::Minicpm => {
+                self.put("embedding_scale", scales.embedding.into());
+                self.put("residual_scale", scales.residual.into());
+                // llama.cpp divides by it.
+                self.float("logit_scale", 1.0 / f64::from(scales.logits));
+            }
+            ScaleRule::Gemma => {
+                let (heads, dim) = (decoder.heads, decoder.head_dim);
+                let default = gemma3_scores(decoder.layers.len(), decoder.hidden, heads, dim);
+                if scales.scores != (1.0 / default.sqrt()) as f32 {
+                    self.put("attention.scale", scales.scores.into());
+                }
+                if let Some(cap) = scales.logit_cap {
+                    self.put("final_logit_softcapping", cap.into());
+                }
+            }
+        }
+    }
+}
+
+/// n, where layer n and its multiples alone have no window; none where other layers have none.
+fn pattern(windows: &[Option<usize>]) -> Option<usize> {
+    let first = windows.iter().position(Option::is_none);
+    let n = first.map_or(windows.len() + 1, |i| i + 1);
+    let n = if n == windows.len() + 1 && n <= GEMMA3_PATTERN {
+        GEMMA3_PATTERN
+    } else {
+        n
+    };
+    let fits = |(i, w): (usize, &Option<usize>)| w.is_none() == ((i + 1) % n == 0);
+    windows.iter().enumerate().all(fits).then_some(n)
+}
+
+/// `query_pre_attn_scalar` that llama.cpp takes for a gemma3: the size of a head, or in the largest
+/// model, of 62 layers, the part of the embedding for a head.
+fn gemma3_scores(layers: usize, hidden: usize, heads: usize, head_dim: usize) -> f64 {
+    match layers {
+        62 => (hidden / heads) as f64,
+        _ => head_dim as f64,
+    }
+}
+
+/// llama.cpp's smollm3: one layer in so many does not rotate.
+const SMOLLM3_INTERVAL: usize = 4;
+
+/// llama.cpp's gemma3: one layer in so many has no window, unless a key says it.
+const GEMMA3_PATTERN: usize = 6;
 
 /// The keys that every GGUF begins with.
 fn general_keys(folder: &Path, architecture: &Architecture) -> Vec<(String, gguf::Value)> {
@@ -199,12 +358,12 @@ fn general_keys(folder: &Path, architecture: &Architecture) -> Vec<(String, gguf
 }
 
 impl Architecture {
-    /// `hidden_act` of a config.json.
+    /// `hidden_act` of a config.json, or what the architecture calls so.
     ///
     /// # Errors
     /// [`Error::Config`] for one that the architecture does not have.
     pub fn activation(&self, config: &HfConfig) -> Result<Activation> {
-        let key = "hidden_act";
+        let key = self.hf_activation;
         let known = |name: &str| self.activations.iter().find(|a| a.name() == name).copied();
         match config.get(key) {
             Some(value) => value.as_str().and_then(known),
@@ -228,10 +387,10 @@ pub fn hf_config(
     shape: &dyn Fn(&str) -> Option<Vec<usize>>,
 ) -> Result<Value> {
     let keys = GgufKeys::new(path, metadata)?;
-    let architecture = keys.architecture;
+    let architecture = keys.hf_architecture();
     let hidden = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
-    let head_dim = head_dim(&keys, hidden, heads)?;
+    let (head_dim, rotated) = head_dim(&keys, hidden, heads)?;
     if let Some(shape) = shape(ROPE_FREQS) {
         return Err(Error::tensor(
             path,
@@ -256,7 +415,7 @@ pub fn hf_config(
         "architectures": [architecture.hf_class],
         "attention_bias": shape("blk.0.attn_q.bias").is_some(),
         "head_dim": head_dim,
-        "hidden_act": hidden_act,
+        architecture.hf_activation: hidden_act,
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length")?,
         "max_position_embeddings": keys.size("context_length")?,
@@ -272,6 +431,14 @@ pub fn hf_config(
         "torch_dtype": "float32",
         "vocab_size": vocab_size,
     });
+    if architecture.partial_rotary {
+        config["partial_rotary_factor"] = (rotated as f64 / head_dim as f64).into();
+    }
+    if matches!(architecture.biases, BiasRule::Qkv) {
+        config["attention_bias"] = Value::Null;
+    }
+    add_layers(&keys, &mut config)?;
+    add_scales(&keys, head_dim, &mut config)?;
     for (key, id) in [
         ("bos_token_id", "bos_token_id"),
         ("pad_token_id", "padding_token_id"),
@@ -289,8 +456,8 @@ pub fn hf_config(
     Ok(config)
 }
 
-/// Dimensions of a head. Keys, values and rotated dimensions must have the same number.
-fn head_dim(keys: &GgufKeys, hidden: usize, heads: usize) -> Result<usize> {
+/// Dimensions of a head, and those that rotate. Keys and values must have the same number.
+fn head_dim(keys: &GgufKeys, hidden: usize, heads: usize) -> Result<(usize, usize)> {
     let key = "attention.key_length";
     let head_dim = match keys.optional_size(key)? {
         Some(n) => n,
@@ -300,26 +467,106 @@ fn head_dim(keys: &GgufKeys, hidden: usize, heads: usize) -> Result<usize> {
             return Err(keys.bad(key, &expected));
         }
     };
-    for (key, whose) in [
-        ("attention.value_length", "key"),
-        ("rope.dimension_count", "head"),
-    ] {
-        if keys.optional_size(key)?.is_some_and(|n| n != head_dim) {
-            return Err(keys.bad(key, &format!("{head_dim}, the size of a {whose}")));
-        }
+    let key = "attention.value_length";
+    if keys.optional_size(key)?.is_some_and(|n| n != head_dim) {
+        return Err(keys.bad(key, &format!("{head_dim}, the size of a key")));
     }
-    Ok(head_dim)
+    let key = "rope.dimension_count";
+    let rotated = keys.optional_size(key)?.unwrap_or(head_dim);
+    if rotated > head_dim || (rotated != head_dim && !keys.architecture.partial_rotary) {
+        return Err(keys.bad(key, &format!("{head_dim}, the size of a head")));
+    }
+    Ok((head_dim, rotated))
 }
 
 /// `rope_scaling` of a config.json.
 fn rope_scaling(keys: &GgufKeys) -> Result<Value> {
     let kind = keys.get("rope.scaling.type").map(gguf::Value::as_str);
     let factor = keys.optional_float("rope.scaling.factor")?;
+    let attention = keys.optional_float("rope.scaling.attn_factor")?;
+    if attention.is_some_and(|f| f != 1.0) && kind != Some(Some("yarn")) {
+        return Err(keys.bad("rope.scaling.attn_factor", "1 without yarn"));
+    }
     Ok(match (kind, factor) {
         (None | Some(Some("none")), _) | (Some(Some("linear")), None | Some(1.0)) => Value::Null,
         (Some(Some("linear")), Some(factor)) => json!({"rope_type": "linear", "factor": factor}),
-        _ => return Err(keys.bad("rope.scaling.type", "'none' or 'linear'")),
+        (Some(Some("yarn")), Some(factor)) => {
+            let context = "rope.scaling.original_context_length";
+            let mut scaling = json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": keys.size(context)?,
+            });
+            for (key, gguf) in [
+                ("beta_fast", "rope.scaling.yarn_beta_fast"),
+                ("beta_slow", "rope.scaling.yarn_beta_slow"),
+            ] {
+                if let Some(beta) = keys.optional_float(gguf)? {
+                    scaling[key] = beta.into();
+                }
+            }
+            if let Some(attention) = attention {
+                let usual = 1.0 + 0.1 * factor.max(1.0).ln();
+                scaling["attention_factor"] = (attention * usual).into();
+            }
+            scaling
+        }
+        _ => {
+            let expected = "'none', 'linear' with a factor or 'yarn' with a factor";
+            return Err(keys.bad("rope.scaling.type", expected));
+        }
     })
+}
+
+/// Windows and layers that do not rotate.
+fn add_layers(keys: &GgufKeys, config: &mut Value) -> Result<()> {
+    let window = keys.optional_size("attention.sliding_window")?;
+    match keys.hf_architecture().layers {
+        LayerRule::Uniform => {}
+        LayerRule::Window => config["sliding_window"] = window.into(),
+        LayerRule::UpperWindow => {
+            config["sliding_window"] = window.into();
+            config["use_sliding_window"] = window.is_some().into();
+            config["max_window_layers"] = 0.into();
+        }
+        LayerRule::SomeRotate => config["no_rope_layer_interval"] = SMOLLM3_INTERVAL.into(),
+        LayerRule::Local => {
+            let pattern = keys.optional_size("attention.sliding_window_pattern")?;
+            config["sliding_window"] = keys.size("attention.sliding_window")?.into();
+            config["sliding_window_pattern"] = pattern.unwrap_or(GEMMA3_PATTERN).into();
+            let theta = keys.optional_float("rope.freq_base_swa")?;
+            config["rope_local_base_freq"] = theta.unwrap_or(10000.0).into();
+        }
+    }
+    Ok(())
+}
+
+/// Multipliers of embedding, scores, residual stream and logits.
+fn add_scales(keys: &GgufKeys, head_dim: usize, config: &mut Value) -> Result<()> {
+    let (layers, hidden) = (keys.size("block_count")?, keys.size("embedding_length")?);
+    let heads = keys.size("attention.head_count")?;
+    match keys.architecture.scales {
+        ScaleRule::Plain => {}
+        ScaleRule::Minicpm => {
+            let float = |key: &str, default: f64| Ok(keys.optional_float(key)?.unwrap_or(default));
+            // llama.cpp's defaults for files that are older than the keys.
+            let root = (layers as f64).sqrt();
+            config["scale_emb"] = float("embedding_scale", 12.0)?.into();
+            config["scale_depth"] = (float("residual_scale", 1.4 / root)? * root).into();
+            let divisor = float("logit_scale", hidden as f64 / 256.0)?;
+            config["dim_model_base"] = (hidden as f64 / divisor).into();
+        }
+        ScaleRule::Gemma => {
+            let scalar = match keys.optional_float("attention.scale")? {
+                Some(scale) => 1.0 / (scale * scale),
+                None => gemma3_scores(layers, hidden, heads, head_dim),
+            };
+            config["query_pre_attn_scalar"] = scalar.into();
+            let cap = keys.optional_float("final_logit_softcapping")?;
+            config["final_logit_softcapping"] = cap.into();
+        }
+    }
+    Ok(())
 }
 
 /// The activation that a GGUF names, or that its architecture's name means.

@@ -7,8 +7,11 @@
 //! is [`hf_config`], [`hf_tokenizer`], [`Architecture::hf_tensor`] and [`Architecture::hf_rows`].
 
 mod architecture;
+mod decoder;
 mod end_ids;
 mod keys;
+mod known;
+mod layers;
 mod metadata;
 mod names;
 mod rope;
@@ -18,12 +21,17 @@ mod tokenizer;
 mod values;
 
 pub use architecture::{
-    ARCHITECTURES, Activation, Architecture, BITNET, DecoderGraph, GgufName, HfDefaults, LLAMA,
+    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ScaleRule,
     strip_prefix,
 };
+pub use decoder::{Biases, HfDecoder, Scales};
 pub use end_ids::eos_ids;
+pub use known::{
+    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
+};
+pub use layers::{LayerAttention, LayerRope};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config};
-pub use rope::HfRope;
+pub use rope::{HfRope, RopeScaling};
 pub use rotation::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 pub use rows::HeadCounts;
 pub use tokenizer::{GgufTokenizer, hf_tokenizer, hf_tokenizer_settings};

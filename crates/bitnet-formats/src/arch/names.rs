@@ -21,6 +21,15 @@ impl Architecture {
         self.rename(gguf, ["blk.", "model.layers."], |(hf, gguf)| (gguf, hf))
     }
 
+    /// What a GGUF adds to each element of a Hugging Face tensor: 1 to the weights of norms that
+    /// multiply by `1 + w` in transformers.
+    pub fn gguf_offset(&self, hf: &str) -> f32 {
+        match hf.ends_with("norm.weight") {
+            true if self.hf_norms_from_one => 1.0,
+            _ => 0.0,
+        }
+    }
+
     fn rename(
         &self,
         name: &str,
@@ -56,7 +65,7 @@ type ModuleNames = (&'static str, &'static str);
 
 #[cfg(test)]
 mod tests {
-    use super::super::architecture::{ARCHITECTURES, LLAMA};
+    use super::super::known::{ARCHITECTURES, GEMMA3, LLAMA};
 
     #[test]
     fn every_name_goes_round() {
@@ -83,6 +92,15 @@ mod tests {
             }
             assert_eq!(seen.len(), 2 * 2 * (modules.len() + 3 * layer.len()));
         }
+    }
+
+    #[test]
+    fn norms_that_count_from_one() {
+        for name in ["model.norm", "model.layers.3.self_attn.q_norm", "model.layers.0.input_layernorm"] {
+            let name = format!("{name}.weight");
+            assert_eq!((GEMMA3.gguf_offset(&name), LLAMA.gguf_offset(&name)), (1.0, 0.0));
+        }
+        assert_eq!(GEMMA3.gguf_offset("model.layers.0.mlp.up_proj.weight"), 0.0);
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Architecture {
 
 #[cfg(test)]
 mod tests {
-    use super::super::architecture::{BITNET, LLAMA};
+    use super::super::known::{BITNET, LLAMA};
     use super::*;
     use serde_json::json;
 

@@ -14,8 +14,8 @@ pub struct HfConfig<'a> {
     pub value: &'a Value,
 }
 
-impl HfConfig<'_> {
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+impl<'a> HfConfig<'a> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.value.get(key).filter(|v| !v.is_null())
     }
 
@@ -47,6 +47,14 @@ impl HfConfig<'_> {
             .filter(|n| *n > 0);
         n.map(|n| Some(n as usize))
             .ok_or_else(|| self.bad(key, "a positive number"))
+    }
+
+    /// A number of things, none of them included.
+    pub(super) fn count(&self, key: &str) -> Result<usize> {
+        let n = self.get(key).and_then(Value::as_u64);
+        n.and_then(|n| u32::try_from(n).ok())
+            .map(|n| n as usize)
+            .ok_or_else(|| self.bad(key, "a number of layers"))
     }
 
     pub(super) fn optional_float(&self, key: &str) -> Result<Option<f64>> {
@@ -82,7 +90,12 @@ impl HfConfig<'_> {
     /// # Errors
     /// [`Error::Config`] if it is anything else.
     pub fn flag(&self, key: &str) -> Result<bool> {
-        self.get(key).map_or(Ok(false), |value| {
+        self.flag_or(key, Default::default())
+    }
+
+    /// A boolean; the default where there is none.
+    pub(super) fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        self.get(key).map_or(Ok(default), |value| {
             value
                 .as_bool()
                 .ok_or_else(|| self.bad(key, "true or false"))

@@ -16,7 +16,7 @@ use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
 use bitnet_core::Precision;
 use bitnet_core::hadamard::Hadamard;
-use bitnet_formats::Content;
+use bitnet_formats::{Content, Kind};
 use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
 
@@ -26,7 +26,11 @@ impl WeightProvider for CheckpointLoader<'_> {
     }
 
     fn norm(&self, module: &str, len: usize) -> Result<NormGain> {
-        Ok(NormGain(self.vector(&format!("{module}.weight"), len)?))
+        let mut gain = self.vector(&format!("{module}.weight"), len)?;
+        if self.config.architecture.hf_norms_from_one && self.source.kind() != Kind::Gguf {
+            gain.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(NormGain(gain))
     }
 
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {

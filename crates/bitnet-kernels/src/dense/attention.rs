@@ -33,7 +33,8 @@ impl Cached<'_> {
     }
 }
 
-/// `out = softmax(q · Kᵀ · scale) · V` over the first `len` positions of one key and value head.
+/// `out = softmax(q · Kᵀ · scale) · V` over the first `len` positions of one key and value head, or
+/// over the last `window` of them.
 ///
 /// The softmax runs over blocks of 64 positions with a running maximum, so that no buffer depends
 /// on the length and the result is the same whether a token is computed alone or among others.
@@ -45,6 +46,8 @@ pub struct Attention<'a> {
     pub values: Cached<'a>,
     /// Positions that the token sees, itself included.
     pub len: usize,
+    /// Largest number of positions that a token sees, itself included; none for all.
+    pub window: Option<usize>,
     /// Elements of a head.
     pub head_dim: usize,
     /// Multiplier of the scores, usually `1/√head_dim`.
@@ -61,6 +64,13 @@ impl Attention<'_> {
         let held =
             self.keys.holds(self.len, self.head_dim) && self.values.holds(self.len, self.head_dim);
         assert!(held, "a cache of {} positions", self.len);
+        assert!(self.window != Some(0), "a window of positions");
+    }
+
+    /// First position that a token sees; `token` counts from the one that sees `len` positions.
+    pub(super) fn start(&self, token: usize) -> usize {
+        let before = |window| (self.len + token).saturating_sub(window);
+        self.window.map_or(0, before)
     }
 }
 
@@ -96,8 +106,10 @@ fn heads<L: Lanes, const S: usize, const G: usize>(
     let (mut tops, mut sums) = ([f32::NEG_INFINITY; G], [0.0f32; G]);
     let mut scores = [[0.0; BLOCK]; G];
     out.fill(0.0);
-    for first in (0..a.len).step_by(BLOCK) {
+    let start = a.start(0);
+    for first in (start / BLOCK * BLOCK..a.len).step_by(BLOCK) {
         let count = BLOCK.min(a.len - first);
+        let hidden = start.saturating_sub(first);
         let positions = first..first + count;
         match a.keys {
             Cached::F32(all) => dots(
@@ -134,6 +146,7 @@ fn heads<L: Lanes, const S: usize, const G: usize>(
             .zip(out.chunks_exact_mut(cols))
         {
             scores[..count].iter_mut().for_each(|s| *s *= a.scale);
+            scores[..hidden].fill(f32::NEG_INFINITY);
             scores[count..].fill(f32::NEG_INFINITY);
             let shrink = softmax(scores, top, sum);
             out.iter_mut().for_each(|o| *o *= shrink);

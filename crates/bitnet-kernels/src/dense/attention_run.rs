@@ -63,19 +63,26 @@ pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
         .tops
         .resize(at.tokens * heads, (f32::NEG_INFINITY, 0.0));
     (0..at.tokens).for_each(|token| out[at.range(token)].fill(0.0));
-    for first in (0..longest).step_by(BLOCK) {
+    for first in (a.start(0) / BLOCK * BLOCK..longest).step_by(BLOCK) {
         // Tokens that see a position of the block at least.
         let from = (first + 1).saturating_sub(a.len);
-        let seen = |token: usize| BLOCK.min(a.len + token - first);
+        let to = a.window.map_or(at.tokens, |window| {
+            let end = window.saturating_add(first + BLOCK);
+            at.tokens.min(end.saturating_sub(a.len))
+        });
+        let seen = |token: usize| {
+            let hidden = a.start(token).saturating_sub(first);
+            hidden..BLOCK.min(a.len + token - first)
+        };
         let block = first..longest.min(first + BLOCK);
-        for token in from..at.tokens {
+        for token in from..to {
             if token == from {
                 widen(lanes, a.keys, block.clone(), cols, &mut scratch.block);
             }
             let (q, out) = (&q[at.range(token)], &mut out[at.range(token)]);
             score_token::<L, G>(lanes, a, scratch, token * heads, first, seen(token), q, out);
         }
-        for token in from..at.tokens {
+        for token in from..to {
             if token == from {
                 widen(lanes, a.values, block.clone(), cols, &mut scratch.block);
             }
@@ -84,7 +91,7 @@ pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
                 cols,
             };
             let scores = &scratch.scores[token * heads..][..heads];
-            let (count, out) = (seen(token), &mut out[at.range(token)]);
+            let (count, out) = (seen(token).end, &mut out[at.range(token)]);
             for (scores, out) in scores.chunks(G).zip(out.chunks_mut(G * cols)) {
                 match scores.len().min(G) {
                     1 => add_values::<L, S, 1>(lanes, values, count, scores, out),
@@ -105,8 +112,8 @@ pub(crate) fn attend_run<L: Lanes, const S: usize, const G: usize>(
     }
 }
 
-/// The weights of one token's heads over the first `count` positions of the block that begins at
-/// position `first`; its outputs so far shrink as the softmax of the new scores says. `head` is the
+/// The weights of one token's heads over the positions `seen` of the block that begins at position
+/// `first`; its outputs so far shrink as the softmax of the new scores says. `head` is the
 /// index of its first head in the buffers.
 #[inline(always)]
 #[expect(
@@ -119,11 +126,11 @@ fn score_token<L: Lanes, const G: usize>(
     scratch: &mut AttentionScratch,
     head: usize,
     first: usize,
-    count: usize,
+    seen: Range<usize>,
     q: &[f32],
     out: &mut [f32],
 ) {
-    let cols = a.head_dim;
+    let (cols, count) = (a.head_dim, seen.end);
     let keys = Floats {
         all: &scratch.block,
         cols,
@@ -143,6 +150,7 @@ fn score_token<L: Lanes, const G: usize>(
             multiply(&mut scores[..count], &scales[first..]);
         }
         scores[..count].iter_mut().for_each(|s| *s *= a.scale);
+        scores[..seen.start].fill(f32::NEG_INFINITY);
         scores[count..].fill(f32::NEG_INFINITY);
         let shrink = softmax(scores, top, sum);
         out.iter_mut().for_each(|o| *o *= shrink);

@@ -168,6 +168,18 @@ impl Kernels {
         self.table.relu2_mul(gate, up, out);
     }
 
+    /// `out = gate · (1 + tanh(√(2/π) · (gate + 0.044715 · gate³))) / 2 · up`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn gelu_tanh_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(
+            gate.len() == up.len() && gate.len() == out.len(),
+            "as many gates as values"
+        );
+        self.table.gelu_tanh_mul(gate, up, out);
+    }
+
     /// `x += y`.
     ///
     /// # Panics

@@ -146,14 +146,19 @@ impl DecoderLayer {
         let (attention, mlp) = (vb.pp("self_attn"), vb.pp("mlp"));
         let project = |i: usize, inputs, outputs| {
             let vb = attention.pp(ATTENTION[i]);
-            Linear::new(inputs, outputs, config.attention_bias, &vb)
+            let bias = if i == 3 {
+                config.biases.out
+            } else {
+                config.biases.qkv
+            };
+            Linear::new(inputs, outputs, bias, &vb)
         };
         let feed = |i: usize, inputs, outputs| {
-            Linear::new(inputs, outputs, config.mlp_bias, &mlp.pp(FFN[i]))
+            Linear::new(inputs, outputs, config.biases.mlp, &mlp.pp(FFN[i]))
         };
-        let sub_norm = |vb: VarBuilder<'_>, len| match graph {
-            DecoderGraph::Bitnet => gain(&vb, len).map(Some),
-            DecoderGraph::Llama => Ok(None),
+        let sub_norm = |vb: VarBuilder<'_>, len| match graph.sub_norms {
+            true => gain(&vb, len).map(Some),
+            false => Ok(None),
         };
         Ok(Self {
             attention_norm: gain(&vb.pp("input_layernorm"), hidden)?,
@@ -312,6 +317,9 @@ impl DecoderModel {
         let mut product = match self.config.activation {
             Activation::Silu => ops::silu_gate(&gate, &up)?,
             Activation::Relu2 => ops::relu2_gate(&gate, &up)?,
+            other @ Activation::GeluTanh => {
+                candle_core::bail!("{} has no gradient here", other.name())
+            }
         };
         if let Some(gain) = &layer.ffn_sub_norm {
             product = self.rms_norm(&product, gain)?;
@@ -322,6 +330,15 @@ impl DecoderModel {
 
 /// Rejects a config that has no graph with gradients.
 fn check_trainable(config: &Config, json: &Value, positions: usize) -> Result<()> {
+    // What the equations here have of a layer: sub-norms, and nothing else beside llama's.
+    let graph = DecoderGraph {
+        sub_norms: config.graph.sub_norms,
+        ..DecoderGraph::LLAMA
+    };
+    if config.graph != graph || config.activation == Activation::GeluTanh {
+        let known = "a graph of llama or bitnet, in a model to be trained";
+        return Err(Error::option("model_type", known, config.architecture.name));
+    }
     if config.rope.divisors.is_some() {
         return Err(Error::option(
             "rope_scaling",
