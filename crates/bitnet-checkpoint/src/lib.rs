@@ -37,6 +37,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod onnx;
 mod plan;
 mod report;
 mod target;

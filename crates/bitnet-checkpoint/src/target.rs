@@ -1,5 +1,6 @@
 //! The path that a job writes: what may be replaced, and how a folder gets its name.
 
+use crate::onnx;
 use crate::plan::Sidecar;
 use crate::plan::sidecars::named;
 use crate::{Error, Result};
@@ -9,8 +10,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-/// The weights in a folder that is written.
-pub(crate) const WEIGHTS: &str = "model.safetensors";
+/// Name of the weights in a folder with these other files.
+pub(crate) fn weights_name(sidecars: &BTreeMap<String, Sidecar>) -> &'static str {
+    match sidecars.contains_key(onnx::MODEL) {
+        true => onnx::DATA,
+        false => "model.safetensors",
+    }
+}
 
 /// Rejects a target that is the input or a parent of it, or that exists without `--force`; an empty
 /// folder may be used without. `sidecars` are the files of a new folder beside its weights; `None`
@@ -51,7 +57,7 @@ pub(crate) fn check_target(
 /// no document lists those, everything but the files that the new folder has.
 fn kept_entries(target: &Path, sidecars: &BTreeMap<String, Sidecar>) -> Result<Vec<String>> {
     use bitnet_formats::Error as FileError;
-    let is_new = |name: &str| name == WEIGHTS || sidecars.contains_key(name);
+    let is_new = |name: &str| name == weights_name(sidecars) || sidecars.contains_key(name);
     let written = replace::written_files(target);
     let mut kept = vec![];
     for entry in fs::read_dir(target).map_err(FileError::io(target, "list"))? {
@@ -101,7 +107,7 @@ pub(crate) fn place_folder(
         .map_err(FileError::io(folder, "list"))?
         .filter_map(|e| e.ok())
     {
-        if entry.file_name() != WEIGHTS {
+        if entry.file_name() != weights_name(sidecars) {
             replace::remove(&entry.path())?;
         }
     }

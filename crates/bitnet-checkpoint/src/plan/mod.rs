@@ -1,12 +1,14 @@
 //! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
 mod floats;
+mod onnx;
 mod packing;
 pub(crate) mod sidecars;
 mod surroundings;
 
 pub use floats::FloatShare;
 
+use crate::onnx::RotaryTable;
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
 use crate::{Error, Result};
@@ -16,6 +18,7 @@ use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, PackedTensor};
 use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
+use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{self, Container, OutputId, OutputTensor, OutputTensors};
 use bitnet_formats::{Content, Source, StoredType, Tensor, TensorId, gguf};
 use std::collections::BTreeMap;
@@ -36,6 +39,10 @@ pub(crate) enum Action {
     Pack(Pack),
     /// Bytes that no tensor of the source holds.
     Literal(Vec<u8>),
+    /// The values of a quantized source in blocks of ONNX operators.
+    Blocks(BlockFormat),
+    /// A table of rotary positions.
+    Rotary(RotaryTable),
 }
 
 /// How values are packed.
@@ -165,6 +172,7 @@ impl<'a> Job<'a> {
         importance: BTreeMap<String, Vec<f32>>,
         given: BTreeMap<String, Matrix>,
     ) -> Result<Self> {
+        onnx::refuse_quantize(recipe.format)?;
         if recipe.search.is_some() {
             return Err(Error::Recipe(
                 "the search must run first: search::resolve".into(),
@@ -229,6 +237,9 @@ impl<'a> Job<'a> {
         linear_class: Option<LinearClass>,
         out: &std::path::Path,
     ) -> Result<Self> {
+        if format == Format::Onnx && linear_class.is_none() {
+            return onnx::convert(source, layout, out);
+        }
         let mut builder = Builder::new(source, format, out, linear_class)?;
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
             match (&tensor.content, layout) {
@@ -308,9 +319,9 @@ impl<'a> Builder<'a> {
         }
         let folder = format != Format::Gguf && is_folder(out);
         match (format, out.extension().and_then(|e| e.to_str())) {
-            (Format::HfBitnet, Some(e @ ("safetensors" | "gguf"))) => {
+            (Format::HfBitnet | Format::Onnx, Some(e @ ("safetensors" | "gguf"))) => {
                 return Err(Error::Recipe(format!(
-                    "format hf-bitnet writes a folder, and the output is named .{e}"
+                    "format {format} writes a folder, and the output is named .{e}"
                 )));
             }
             (Format::Safetensors, Some("gguf")) => {
@@ -443,7 +454,7 @@ impl<'a> Builder<'a> {
                 return self.cast(index, ScaleDtype::F32, note);
             }
             (_, StoredType::Foreign(_))
-            | (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_))
+            | (Format::Safetensors | Format::HfBitnet | Format::Onnx, StoredType::Ggml(_))
                 if dtype.is_float() =>
             {
                 return self.cast(
@@ -452,7 +463,7 @@ impl<'a> Builder<'a> {
                     Some(format!("{dtype} decoded to f32")),
                 );
             }
-            (Format::Safetensors | Format::HfBitnet, StoredType::Ggml(_)) => {
+            (Format::Safetensors | Format::HfBitnet | Format::Onnx, StoredType::Ggml(_)) => {
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
                     layout: "safetensors",
                     why: format!("{dtype} has no decoder here"),
@@ -541,7 +552,9 @@ impl<'a> Builder<'a> {
                 vec![spec.rows.div_ceil(4), spec.cols],
                 StoredType::U8,
             ),
-            Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
+            Format::Safetensors | Format::Onnx => {
+                (format!("{name}_packed"), vec![len.bound()], StoredType::U8)
+            }
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
         let mut entry = PackedTensor {

@@ -82,6 +82,7 @@ impl Builder<'_> {
         match self.format {
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
             Format::Safetensors | Format::Gguf => output::stores(&self.container, layout),
+            Format::Onnx => false,
         }
     }
 
@@ -542,6 +543,7 @@ pub(super) fn default_layouts(
             Format::Safetensors => layout.origin() == LayoutOrigin::Own,
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
             Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
+            Format::Onnx => false,
         })
         .collect();
     if !found.is_empty() {
@@ -549,7 +551,7 @@ pub(super) fn default_layouts(
     }
     Err(Error::Recipe(match format {
         Format::HfBitnet => format!("format hf-bitnet holds ternary weights, not {precision}"),
-        Format::Safetensors | Format::Gguf => {
+        Format::Safetensors | Format::Gguf | Format::Onnx => {
             format!("format {format} has no type for {precision}")
         }
     }))

@@ -36,12 +36,15 @@ pub enum Format {
     HfBitnet,
     /// GGUF.
     Gguf,
+    /// A folder that onnxruntime opens: `model.onnx` with the whole decoder, and its weights.
+    Onnx,
 }
 
 named!(Format, "format", {
     Safetensors = "safetensors",
     HfBitnet = "hf-bitnet",
     Gguf = "gguf",
+    Onnx = "onnx",
 });
 
 /// Choices for the tensors that a glob matches.

@@ -247,6 +247,11 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
         ]
         .map(|c| (c, &[][..]))
         .to_vec(),
+        Format::Onnx => {
+            return Err(Error::Recipe(
+                "format onnx takes a model as it is: search into a folder, then convert it".into(),
+            ));
+        }
         Format::HfBitnet => {
             return Err(Error::Recipe(
                 "format hf-bitnet holds one precision, so there is nothing to search".into(),

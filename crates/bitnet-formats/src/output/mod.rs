@@ -70,15 +70,7 @@ impl Writer {
     /// same target or the header does not fit.
     pub fn open(target: &Path, mut plan: FilePlan) -> Result<Self> {
         let (partial, journal_path) = (beside(target, PARTIAL), beside(target, JOURNAL));
-        let blank = "0".repeat(32);
-        let names = plan.tensors.iter().map(|t| t.name.clone());
-        plan.document.checksums = names.map(|name| (name, blank.clone())).collect();
-        plan.document.digest = blank;
-        plan.document.metadata =
-            document::metadata_checksum(&plan.container).map_err(|source| Error::Gguf {
-                path: target.to_path_buf(),
-                source,
-            })?;
+        fill_in(target, &mut plan)?;
         let (header_len, offsets, tail) = place(target, &plan)?;
         let lock = lock_journal(target, &journal_path)?;
         let file = match open_or_create(&partial) {
@@ -369,6 +361,37 @@ impl Writer {
         let _ = fs::remove_file(&self.partial);
         let _ = fs::remove_file(&self.journal_path);
     }
+}
+
+/// Gives the document checksums of the right length, which the tensors will have.
+fn fill_in(target: &Path, plan: &mut FilePlan) -> Result<()> {
+    let blank = "0".repeat(32);
+    let names = plan.tensors.iter().map(|t| t.name.clone());
+    plan.document.checksums = names.map(|name| (name, blank.clone())).collect();
+    plan.document.digest = blank;
+    plan.document.metadata =
+        document::metadata_checksum(&plan.container).map_err(|source| Error::Gguf {
+            path: target.to_path_buf(),
+            source,
+        })?;
+    Ok(())
+}
+
+/// Where the tensors of known size will lie in the file: offset from its beginning, and length.
+///
+/// # Errors
+/// As [`Writer::open`].
+pub fn regions(target: &Path, plan: &FilePlan) -> Result<BTreeMap<String, (u64, u64)>> {
+    let mut plan = plan.clone();
+    fill_in(target, &mut plan)?;
+    let (header_len, offsets, _) = place(target, &plan)?;
+    let tensors = plan.tensors.iter().zip(offsets);
+    Ok(tensors
+        .filter_map(|(tensor, offset)| {
+            let region = (header_len + offset?, tensor.len.bound() as u64);
+            Some((tensor.name.clone(), region))
+        })
+        .collect())
 }
 
 fn open_or_create(path: &Path) -> Result<File> {
