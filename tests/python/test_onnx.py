@@ -142,6 +142,14 @@ def test_odd_widths(tmp_path):
         check(tmp_path / name, out, tmp_path, 90, f"odd widths, {name}")
 
 
+def test_glassllm(glassllm, tmp_path):
+    """A real model, with rows of 341."""
+    run("quantize", glassllm, "--out", tmp_path / "ternary", "--threshold", "optimal", "--granularity", "group:64", "--quiet")
+    for folder in (glassllm, tmp_path / "ternary"):
+        out = export(folder, tmp_path / f"{folder.name}-onnx")
+        check(folder, out, tmp_path, 1024, folder.name)
+
+
 def test_from_gguf(llama, tmp_path):
     """Rows of q and k change places in a GGUF, and back."""
     run("convert", llama, "--out", tmp_path / "model.gguf", "--quiet")
