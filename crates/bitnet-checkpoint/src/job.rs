@@ -14,7 +14,7 @@
 use crate::plan::Job;
 pub use crate::report::{Options, Progress, Summary, TensorReport};
 use crate::rows::thread_pool;
-use crate::target::{Outputs, WEIGHTS, check_target, place_folder};
+use crate::target::{Outputs, check_target, place_folder, weights_name};
 use crate::worker::{Worker, WriterMessage};
 use crate::{Error, Result};
 use bitnet_formats::output::{Writer, is_placing};
@@ -40,8 +40,8 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
     }
     let outputs = Outputs {
         sidecars: job.sidecars.as_ref(),
-        weights: job.layout.files(match job.sidecars {
-            Some(_) => Path::new(WEIGHTS),
+        weights: job.layout.files(match &job.sidecars {
+            Some(sidecars) => Path::new(weights_name(sidecars)),
             None => target,
         }),
     };
@@ -54,14 +54,14 @@ pub fn run(job: &Job<'_>, target: &Path, options: &Options<'_>) -> Result<Summar
         .is_some()
         .then(|| replace::beside(target, replace::PARTIAL));
     let pool = thread_pool(options.threads)?;
-    let file = match &folder {
-        Some(folder) => match fs::create_dir(folder) {
+    let file = match (&folder, &job.sidecars) {
+        (Some(folder), Some(sidecars)) => match fs::create_dir(folder) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(bitnet_formats::Error::io(folder, "create")(error).into());
             }
-            _ => folder.join(WEIGHTS),
+            _ => folder.join(weights_name(sidecars)),
         },
-        None => target.to_path_buf(),
+        _ => target.to_path_buf(),
     };
     let writer = Writer::open(&file, job.layout.clone()).inspect_err(|_| {
         // Only if it is empty: it may be the work of another process.

@@ -39,6 +39,7 @@
 
 mod error;
 pub mod forms;
+mod onnx;
 mod plan;
 mod report;
 mod target;

@@ -1,5 +1,6 @@
 //! The path that a job writes: what may be replaced, and how a folder gets its name.
 
+use crate::onnx;
 use crate::plan::Sidecar;
 use crate::plan::sidecars::named;
 use crate::{Error, Result};
@@ -10,8 +11,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The weights in a folder that is written.
-pub(crate) const WEIGHTS: &str = "model.safetensors";
+/// Name of the weights in a folder with these other files.
+pub(crate) fn weights_name(sidecars: &BTreeMap<String, Sidecar>) -> &'static str {
+    match sidecars.contains_key(onnx::MODEL) {
+        true => onnx::DATA,
+        false => "model.safetensors",
+    }
+}
 
 /// What a job writes.
 pub(crate) struct Outputs<'a> {

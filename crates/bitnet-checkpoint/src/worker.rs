@@ -1,6 +1,7 @@
 //! The work on one tensor: read, quantize, measure and pack strips, and send the bytes to the
 //! writer thread in order.
 
+use crate::onnx::RotaryTable;
 use crate::plan::{Action, Job, Pack, TensorJob, mlx};
 use crate::recipe::Format;
 use crate::report::{Options, TensorReport};
@@ -14,6 +15,7 @@ use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
+use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{OutputId, Writer};
 use bitnet_formats::{Content, dtype};
 use bitnet_kernels::{Pool, stream};
@@ -103,6 +105,8 @@ impl Worker<'_> {
             Action::Cast(dtype) => self.with_rows(|rows| self.cast(rows, *dtype)),
             Action::Unrotate(dtype) => self.with_original_rows(|rows| self.cast(rows, *dtype)),
             Action::Pack(pack) => self.pack(pack),
+            Action::Blocks(format) => self.blocks(format),
+            Action::Rotary(table) => self.rotary(table),
         }
         .map_err(|e| self.error(e))?;
         self.send(WriterMessage::Commit(
@@ -418,6 +422,55 @@ impl Worker<'_> {
             mlx::encode(pack.spec.precision, &mut bytes);
         }
         self.send(WriterMessage::Append(self.tensor_job.data, bytes))
+    }
+
+    /// The values of a quantized source in blocks of ONNX operators.
+    fn blocks(&self, format: &BlockFormat) -> Result<TensorReport> {
+        let source = self.job.source;
+        let tensor = self.tensor_job.tensor.map(|i| source.tensor(i));
+        let Some((tensor, Content::Quantized(q))) = tensor.map(|t| (t, &t.content)) else {
+            return Err(Error::Recipe("floats have no codes".into()));
+        };
+        let mut matrix = source.matrix(&tensor.name, q)?;
+        if let Some(order) = &self.tensor_job.rows {
+            matrix = matrix.select_rows(order);
+        }
+        let precision = matrix.spec.precision;
+        let packed = format.pack(&matrix)?;
+        drop(matrix);
+        let job = self.tensor_job;
+        let parts = [
+            (Some(job.data), packed.codes),
+            (job.scale, packed.scales),
+            (job.zero, packed.zero_points),
+        ];
+        let mut total = 0;
+        for (id, bytes) in parts {
+            let Some(id) = id else { continue };
+            total += bytes.len() as u64;
+            self.send(WriterMessage::Append(id, bytes))?;
+            self.send(WriterMessage::End(id))?;
+        }
+        self.advance(1, 1);
+        Ok(TensorReport {
+            layout: Some(format!("{}-bit blocks", format.bits)),
+            granularity: Some(Granularity::Group(format.block)),
+            ..self.report(precision, total)
+        })
+    }
+
+    fn rotary(&self, table: &RotaryTable) -> Result<TensorReport> {
+        let step = (COPY_BYTES / (table.frequencies.len() * 4).max(1)).max(1);
+        let mut start = 0;
+        while start < table.positions {
+            self.check_interrupt()?;
+            let end = (start + step).min(table.positions);
+            let rows = table.rows(start..end);
+            self.send(WriterMessage::Append(self.tensor_job.data, rows))?;
+            start = end;
+        }
+        self.send(WriterMessage::End(self.tensor_job.data))?;
+        Ok(self.report("f32", table.len() as u64))
     }
 
     fn pack_whole(

@@ -9,6 +9,13 @@ use std::path::{MAIN_SEPARATOR, Path};
 /// # Errors
 /// For a file with an ending that no container has.
 pub(crate) fn format(flag: Option<Format>, out: &Path) -> anyhow::Result<Format> {
+    if let Some("onnx") = unknown_ending(out) {
+        bail!(
+            "--out {}: ONNX is a folder with model.onnx and its weights: --format onnx --out {}",
+            out.display(),
+            out.with_extension("").display()
+        );
+    }
     if let Some(ending) = unknown_ending(out) {
         bail!(
             "--out {}: unknown ending .{ending}; a file ends in .safetensors or .gguf, a folder \

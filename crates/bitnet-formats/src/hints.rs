@@ -186,6 +186,12 @@ impl Listing {
                 _ => format!("a folder of .gguf files; give the file, {file}"),
             };
         }
+        if let (Some(first), []) = (self.ending(".onnx").first(), readable.as_slice()) {
+            return format!(
+                "an ONNX model, {first}, which this program writes and does not read; give the \
+                 folder that it was made from"
+            );
+        }
         let foreign = [".ckpt", ".h5", ".msgpack"];
         let foreign = foreign.iter().find_map(|e| self.ending(e).first().copied());
         if let (Some(name), []) = (foreign, readable.as_slice()) {

@@ -29,6 +29,7 @@ pub mod dtype;
 pub mod gguf;
 pub mod hf;
 pub mod hints;
+pub mod onnx;
 pub mod output;
 pub mod python_json;
 pub mod replace;

@@ -199,7 +199,8 @@ pub fn written_files(folder: &Path) -> BTreeSet<String> {
     let mut written = BTreeSet::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let (path, name) = (entry.path(), entry.file_name());
-        if path.extension().is_some_and(|e| e == "safetensors")
+        let data = name.to_string_lossy().ends_with(".onnx.data");
+        if (data || path.extension().is_some_and(|e| e == "safetensors"))
             && let Some(document) = document_of(&path)
         {
             written.insert(name.to_string_lossy().into_owned());

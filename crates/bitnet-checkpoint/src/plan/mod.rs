@@ -2,6 +2,7 @@
 
 mod floats;
 pub(crate) mod mlx;
+mod onnx;
 mod packing;
 mod rotation;
 pub(crate) mod sidecars;
@@ -10,9 +11,10 @@ mod surroundings;
 pub use floats::FloatShare;
 
 use crate::forms::Forms;
+use crate::onnx::RotaryTable;
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
-use crate::target::WEIGHTS;
+use crate::target::weights_name;
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
@@ -20,6 +22,7 @@ use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, PackedTensor};
 use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
+use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{self, Container, OutputId, OutputTensor, OutputTensors, ShardSize};
 use bitnet_formats::{Content, Source, StoredType, Tensor, TensorId, gguf};
 use std::collections::BTreeMap;
@@ -42,6 +45,10 @@ pub(crate) enum Action {
     Pack(Pack),
     /// Bytes that no tensor of the source holds.
     Literal(Vec<u8>),
+    /// The values of a quantized source in blocks of ONNX operators.
+    Blocks(BlockFormat),
+    /// A table of rotary positions.
+    Rotary(RotaryTable),
 }
 
 /// How values are packed.
@@ -182,6 +189,7 @@ impl<'a> Job<'a> {
         importance: BTreeMap<String, Vec<f32>>,
         given: BTreeMap<String, Matrix>,
     ) -> Result<Self> {
+        onnx::refuse_quantize(recipe.format)?;
         if recipe.search.is_some() {
             return Err(Error::Recipe(
                 "the search must run first: search::resolve".into(),
@@ -247,6 +255,9 @@ impl<'a> Job<'a> {
         linear_class: Option<LinearClass>,
         out: &std::path::Path,
     ) -> Result<Self> {
+        if format == Format::Onnx && linear_class.is_none() {
+            return onnx::convert(source, layout, out);
+        }
         let mut builder = Builder::new(source, format, out, linear_class)?;
         builder.convert(layout, Basis::Stored)?;
         builder
@@ -310,10 +321,15 @@ impl<'a> Job<'a> {
                 out.display()
             )));
         }
+        if self.format == Format::Onnx {
+            return Err(Error::Recipe(
+                "format onnx has one file of weights; leave the shard size out".into(),
+            ));
+        }
         self.layout.shard_size = Some(size);
         self.layout.job += &format!("-{}", size.bytes());
-        self.layout.check_shards(match self.sidecars {
-            Some(_) => WEIGHTS.as_ref(),
+        self.layout.check_shards(match &self.sidecars {
+            Some(sidecars) => weights_name(sidecars).as_ref(),
             None => out,
         })?;
         Ok(self)
@@ -380,7 +396,7 @@ impl<'a> Builder<'a> {
         }
         let folder = format != Format::Gguf && is_folder(out);
         match (format, out.extension().and_then(|e| e.to_str())) {
-            (Format::HfBitnet | Format::Mlx, Some(e @ ("safetensors" | "gguf"))) => {
+            (Format::HfBitnet | Format::Mlx | Format::Onnx, Some(e @ ("safetensors" | "gguf"))) => {
                 return Err(Error::Recipe(format!(
                     "format {format} writes a folder, and the output is named .{e}"
                 )));
@@ -522,16 +538,20 @@ impl<'a> Builder<'a> {
                 return self.cast(index, ScaleDtype::F32, note);
             }
             (_, StoredType::Foreign(_))
-            | (Format::Safetensors | Format::HfBitnet | Format::Mlx, StoredType::Ggml(_))
-                if dtype.is_float() =>
-            {
+            | (
+                Format::Safetensors | Format::HfBitnet | Format::Mlx | Format::Onnx,
+                StoredType::Ggml(_),
+            ) if dtype.is_float() => {
                 return self.cast(
                     index,
                     ScaleDtype::F32,
                     Some(format!("{dtype} decoded to f32")),
                 );
             }
-            (Format::Safetensors | Format::HfBitnet | Format::Mlx, StoredType::Ggml(_)) => {
+            (
+                Format::Safetensors | Format::HfBitnet | Format::Mlx | Format::Onnx,
+                StoredType::Ggml(_),
+            ) => {
                 return Err(self.tensor_error(tensor)(bitnet_core::Error::Unsupported {
                     layout: "safetensors",
                     why: format!("{dtype} has no decoder here"),
@@ -637,7 +657,9 @@ impl<'a> Builder<'a> {
                 vec![spec.rows, len.bound() / 4 / spec.rows.max(1)],
                 StoredType::U32,
             ),
-            Format::Safetensors => (format!("{name}_packed"), vec![len.bound()], StoredType::U8),
+            Format::Safetensors | Format::Onnx => {
+                (format!("{name}_packed"), vec![len.bound()], StoredType::U8)
+            }
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
         let mut entry = PackedTensor {

@@ -123,6 +123,7 @@ impl Builder<'_> {
                 .filter_map(|&precision| mlx::layout(precision))
                 .any(|own| own.name() == layout.name()),
             Format::Safetensors | Format::Gguf => output::stores(&self.container, layout),
+            Format::Onnx => false,
         }
     }
 
@@ -519,7 +520,7 @@ impl Builder<'_> {
         let kept = match self.format {
             Format::Gguf => shape_is_to_blame(&known.spec),
             Format::Mlx => !known.spec.cols.is_multiple_of(32),
-            Format::Safetensors | Format::HfBitnet => false,
+            Format::Safetensors | Format::HfBitnet | Format::Onnx => false,
         };
         if layout.is_none() && kept {
             let note = format!("not packed: {refusal}; kept exactly, as F32");
@@ -661,6 +662,7 @@ pub(super) fn default_layouts(
             Format::HfBitnet => layout.origin() == LayoutOrigin::HfBitnet,
             Format::Mlx => mlx::layout(precision).is_some_and(|own| own.name() == layout.name()),
             Format::Gguf => matches!(layout.origin(), LayoutOrigin::Ggml(_)),
+            Format::Onnx => false,
         })
         .collect();
     if !found.is_empty() {
@@ -668,7 +670,7 @@ pub(super) fn default_layouts(
     }
     Err(Error::Recipe(match format {
         Format::HfBitnet => format!("format hf-bitnet holds ternary weights, not {precision}"),
-        Format::Safetensors | Format::Gguf | Format::Mlx => {
+        Format::Safetensors | Format::Gguf | Format::Mlx | Format::Onnx => {
             format!("format {format} has no type for {precision}")
         }
     }))

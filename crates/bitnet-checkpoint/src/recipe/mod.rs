@@ -39,6 +39,8 @@ pub enum Format {
     Mlx,
     /// GGUF.
     Gguf,
+    /// A folder that onnxruntime opens: `model.onnx` with the whole decoder, and its weights.
+    Onnx,
 }
 
 named!(Format, "format", {
@@ -46,6 +48,7 @@ named!(Format, "format", {
     HfBitnet = "hf-bitnet",
     Mlx = "mlx",
     Gguf = "gguf",
+    Onnx = "onnx",
 });
 
 /// Choices for the tensors that a glob matches.

@@ -1,6 +1,6 @@
 //! Checks of a whole recipe: each wrong field is named.
 
-use super::{MAX_THREADS, Recipe, VERSION, compile};
+use super::{Format, MAX_THREADS, Recipe, VERSION, compile};
 use crate::{Error, Result};
 
 impl Recipe {
@@ -12,6 +12,13 @@ impl Recipe {
         let mut wrong = vec![];
         if self.version != VERSION {
             wrong.push(format!("version: expected {VERSION}, got {}", self.version));
+        }
+        if self.format == Format::Onnx {
+            wrong.push(
+                "format: onnx takes a model as it is; write a folder, then bitnet convert FOLDER \
+                 --format onnx"
+                    .into(),
+            );
         }
         self.default.problems("default", &mut wrong);
         let standard =

@@ -9,7 +9,7 @@ use crate::recipe::{Choices, Format, Recipe, Rule, Search, Target, escape};
 use crate::rows::{
     StripGranule, WeightRows, in_parallel, strip_rows, thread_pool, windows, with_rows,
 };
-use crate::target::{Outputs, WEIGHTS, check_target};
+use crate::target::{Outputs, check_target, weights_name};
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
@@ -41,8 +41,8 @@ pub fn resolve(
     };
     recipe.validate()?;
     let mut builder = Builder::new(source, recipe.format, out, recipe.linear_class)?;
-    let weights = match builder.sidecars {
-        Some(_) => WEIGHTS.into(),
+    let weights = match &builder.sidecars {
+        Some(sidecars) => weights_name(sidecars).into(),
         None => out.to_path_buf(),
     };
     let outputs = Outputs {
@@ -270,6 +270,11 @@ pub fn grid(format: Format, default: &Choices) -> Result<Vec<Choices>> {
         ]
         .map(|c| (c, &[64][..]))
         .to_vec(),
+        Format::Onnx => {
+            return Err(Error::Recipe(
+                "format onnx takes a model as it is: search into a folder, then convert it".into(),
+            ));
+        }
         Format::HfBitnet => {
             return Err(Error::Recipe(
                 "format hf-bitnet holds one precision, so there is nothing to search".into(),

@@ -27,7 +27,8 @@ Examples:
 pub(super) const CONVERT: &str = "\
 Examples:
   bitnet convert model-hf --out model.gguf
-  bitnet convert model.gguf --out model.safetensors --layout base-3";
+  bitnet convert model.gguf --out model.safetensors --layout base-3
+  bitnet convert model-ternary --format onnx --out model-onnx";
 
 pub(super) const DEQUANTIZE: &str = "\
 Examples:

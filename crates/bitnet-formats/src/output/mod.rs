@@ -84,18 +84,7 @@ impl Writer {
     /// same target, the header does not fit, or there are too many shards.
     pub fn open(target: &Path, mut plan: FilePlan) -> Result<Self> {
         let journal_path = beside(target, JOURNAL);
-        let blank = "0".repeat(32);
-        let names = plan.tensors.iter().map(|t| t.name.clone());
-        plan.document.checksums = names.map(|name| (name, blank.clone())).collect();
-        if let Some(index) = index_name(target, &plan) {
-            plan.document.files.insert(index, blank.clone());
-        }
-        plan.document.digest = blank;
-        plan.document.metadata =
-            document::metadata_checksum(&plan.container).map_err(|source| Error::Gguf {
-                path: target.to_path_buf(),
-                source,
-            })?;
+        fill_in(target, &mut plan)?;
         let (files, offsets) = Files::new(target, &plan)?;
         let lock = lock_journal(target, &journal_path)?;
         let journal = OpenOptions::new()
@@ -471,6 +460,41 @@ fn index_name(target: &Path, plan: &FilePlan) -> Option<String> {
 fn file_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default();
     name.to_string_lossy().into_owned()
+}
+
+/// Gives the document checksums of the right length, which the tensors will have.
+fn fill_in(target: &Path, plan: &mut FilePlan) -> Result<()> {
+    let blank = "0".repeat(32);
+    let names = plan.tensors.iter().map(|t| t.name.clone());
+    plan.document.checksums = names.map(|name| (name, blank.clone())).collect();
+    if let Some(index) = index_name(target, plan) {
+        plan.document.files.insert(index, blank.clone());
+    }
+    plan.document.digest = blank;
+    plan.document.metadata =
+        document::metadata_checksum(&plan.container).map_err(|source| Error::Gguf {
+            path: target.to_path_buf(),
+            source,
+        })?;
+    Ok(())
+}
+
+/// Where the tensors of known size will lie in their file: offset from its beginning, and length.
+///
+/// # Errors
+/// As [`Writer::open`].
+pub fn regions(target: &Path, plan: &FilePlan) -> Result<BTreeMap<String, (u64, u64)>> {
+    let mut plan = plan.clone();
+    fill_in(target, &mut plan)?;
+    let (files, offsets) = Files::new(target, &plan)?;
+    let tensors = plan.tensors.ids().zip(offsets);
+    Ok(tensors
+        .filter_map(|(id, offset)| {
+            let start = files.shards[files.of(id)].header_len + offset?;
+            let tensor = &plan.tensors[id];
+            Some((tensor.name.clone(), (start, tensor.len.bound() as u64)))
+        })
+        .collect())
 }
 
 /// Locks the journal, and with it the target.

@@ -259,7 +259,9 @@ impl<W: Workload> Runner<'_, W> {
     pub(super) fn packed(&self, name: &str) -> PathBuf {
         match self.training.quantization.format {
             Format::Gguf => self.output.out.join(format!("{name}.gguf")),
-            Format::Safetensors | Format::HfBitnet | Format::Mlx => self.output.out.join(name),
+            Format::Safetensors | Format::HfBitnet | Format::Mlx | Format::Onnx => {
+                self.output.out.join(name)
+            }
         }
     }
 
