@@ -196,7 +196,7 @@ fn wrong_keys(
     }
     expected.iter().find_map(|(key, value)| {
         let (_, got) = keys.iter().find(|(k, _)| k == key)?;
-        let merged = count == 1 && key == output::SPLIT_COUNT && *got == gguf::Value::U16(0);
+        let merged = count == 1 && key == gguf::SPLIT_KEYS[1] && *got == gguf::Value::U16(0);
         (got != value && !merged).then(|| format!("{key}: expected {value:?}, got {got:?}"))
     })
 }

@@ -6,7 +6,6 @@
 
 use crate::container::{Container, gguf_alignment};
 use crate::gguf;
-use crate::output::{SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
 use bitnet_core::{MatrixSpec, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -91,8 +90,8 @@ impl Document {
 /// xxh3-128 of a container's own metadata, the document excepted.
 ///
 /// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key.
-/// Of GGUF: the header of a file that has these keys, in file order, and no tensors. The keys that
-/// make a file one of a set do not count: splitting and merging change them alone.
+/// Of GGUF: the header of a file that has these keys, in file order, and no tensors. The keys of a
+/// part ([`gguf::SPLIT_KEYS`]) are excepted too.
 ///
 /// # Errors
 /// [`gguf::Error`] for keys that no GGUF can have.
@@ -108,11 +107,10 @@ pub fn metadata_checksum(container: &Container) -> Result<String, gguf::Error> {
             Ok(sum.hex())
         }
         Container::Gguf(metadata) => {
-            let of_set = [SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS];
-            let counts = |key: &str| key != KEY && !of_set.contains(&key);
+            let is_own = |key: &str| key != KEY && !gguf::SPLIT_KEYS.contains(&key);
             let own: Vec<_> = metadata
                 .iter()
-                .filter(|(k, _)| counts(k))
+                .filter(|(k, _)| is_own(k))
                 .cloned()
                 .collect();
             let alignment = gguf_alignment(&own);

@@ -8,7 +8,7 @@ use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
-use bitnet_formats::output::{Container, OutputTensor, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
+use bitnet_formats::output::{Container, OutputTensor};
 use bitnet_formats::{Kind, StoredType, Tensor, gguf, python_json};
 use std::collections::BTreeMap;
 
@@ -16,14 +16,8 @@ impl Builder<'_> {
     pub(super) fn start_gguf(&mut self) -> Result<()> {
         let source = self.source;
         if source.kind() == Kind::Gguf {
-            let of_file = [
-                document::KEY,
-                "general.file_type",
-                SPLIT_NO,
-                SPLIT_COUNT,
-                SPLIT_TENSORS,
-            ];
-            let keep = |k: &str| !of_file.contains(&k);
+            let of_file = |k: &str| k == document::KEY || gguf::SPLIT_KEYS.contains(&k);
+            let keep = |k: &str| !of_file(k) && k != "general.file_type";
             self.container = Container::Gguf(
                 source
                     .gguf()

@@ -37,6 +37,9 @@ pub const MAGIC: &[u8; 4] = b"GGUF";
 pub const VERSION: u32 = 3;
 /// The key that sets another alignment than [`DEFAULT_ALIGNMENT`]; a u32.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
+/// The keys of a file that is one part of a model: its index from 0, the number of parts, and the
+/// number of tensors in all of them.
+pub const SPLIT_KEYS: [&str; 3] = ["split.no", "split.count", "split.tensors.count"];
 /// Alignment of tensor data without [`ALIGNMENT_KEY`].
 pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Most dimensions that a tensor can have.

@@ -28,9 +28,7 @@ mod shards;
 
 pub use header::AUTO;
 pub use plan::{FilePlan, OutputId, OutputTensor, OutputTensors};
-pub use shards::{
-    SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, ShardSize, earlier_forms, shard_number, split_keys,
-};
+pub use shards::{ShardSize, earlier_forms, shard_number, split_keys};
 
 pub use crate::container::Container;
 use crate::document::Checksum;

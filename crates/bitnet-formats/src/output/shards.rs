@@ -21,13 +21,6 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// Number of a file in a GGUF set, from 0; a u16.
-pub const SPLIT_NO: &str = "split.no";
-/// Number of files of a GGUF set; a u16.
-pub const SPLIT_COUNT: &str = "split.count";
-/// Number of tensors of a whole GGUF set; an i32.
-pub const SPLIT_TENSORS: &str = "split.tensors.count";
-
 /// Most shards: names have five digits, `split.count` has 16 bits.
 const MAX_SHARDS: usize = 65535;
 
@@ -241,14 +234,17 @@ impl FilePlan {
     }
 }
 
-/// The keys of file `index`, from 0, of a GGUF set.
+/// The keys of file `index`, from 0, of a GGUF set: u16, u16 and i32, as gguf-split writes them.
 pub fn split_keys(index: usize, count: usize, tensors: usize) -> [(String, gguf::Value); 3] {
     // `check_shards` holds the numbers to the types' ranges; tensors are fewer than 2^31.
-    [
-        (SPLIT_NO.into(), gguf::Value::U16(index as u16)),
-        (SPLIT_COUNT.into(), gguf::Value::U16(count as u16)),
-        (SPLIT_TENSORS.into(), gguf::Value::I32(tensors as i32)),
-    ]
+    let values = [
+        gguf::Value::U16(index as u16),
+        gguf::Value::U16(count as u16),
+        gguf::Value::I32(tensors as i32),
+    ];
+    let [no, number, all] = values;
+    let [no_key, number_key, all_key] = gguf::SPLIT_KEYS.map(String::from);
+    [(no_key, no), (number_key, number), (all_key, all)]
 }
 
 /// The index of a set: for each tensor its file, as transformers and huggingface_hub write it.
