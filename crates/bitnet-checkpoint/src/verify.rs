@@ -154,7 +154,7 @@ fn check_set(source: &Source, document: &Document, damage: &mut Vec<Damage>) -> 
         let what = match source.kind() {
             Kind::Gguf => {
                 let keys = match i {
-                    0 => source.gguf().to_vec(),
+                    0 if count == 1 => source.gguf().to_vec(),
                     _ => open(path, gguf_metadata)?,
                 };
                 wrong_keys(&keys, i, count, tensors)

@@ -98,8 +98,8 @@ impl Document {
 /// xxh3-128 of a container's own metadata, the document excepted.
 ///
 /// Of safetensors: key, a zero byte, value and a zero byte of each entry of `__metadata__`, by key.
-/// Of GGUF: the header of a file that has these keys, in file order, and no tensors. The keys that
-/// make a file one of a set do not count: splitting and merging change them alone.
+/// Of GGUF: the header of a file that has these keys, in file order, and no tensors. The keys of a
+/// part ([`gguf::SPLIT_KEYS`]) are excepted too.
 ///
 /// # Errors
 /// [`gguf::Error`] for keys that no GGUF can have.

@@ -27,6 +27,7 @@ Examples:
 pub(super) const CONVERT: &str = "\
 Examples:
   bitnet convert model-hf --out model.gguf
+  bitnet convert model-hf --out parts.gguf --shard-size 2GB
   bitnet convert model.gguf --out model.safetensors --layout base-3
   bitnet convert model-ternary --format onnx --out model-onnx";
 

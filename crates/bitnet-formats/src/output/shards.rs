@@ -234,7 +234,7 @@ impl FilePlan {
     }
 }
 
-/// The keys of file `index`, from 0, of a GGUF set.
+/// The keys of file `index`, from 0, of a GGUF set: u16, u16 and i32, as gguf-split writes them.
 pub fn split_keys(index: usize, count: usize, tensors: usize) -> [(String, gguf::Value); 3] {
     // `check_shards` holds the numbers to the types' ranges; tensors are fewer than 2^31.
     [
