@@ -364,25 +364,45 @@ fn each_fact_of_a_graph_counts() {
     type Edit = fn(&mut serde_json::Value);
     let cases: [(&str, Edit); 21] = [
         ("qwen2-window", |c| c["sliding_window"] = 8.into()),
-        ("qwen2-window", |c| c["layer_types"][0] = "sliding_attention".into()),
-        ("qwen3-yarn", |c| c["rope_parameters"]["rope_type"] = "default".into()),
-        ("qwen3-yarn", |c| c["rope_parameters"]["attention_factor"] = 1.into()),
-        ("qwen3-yarn", |c| c["rope_parameters"]["beta_slow"] = 2.into()),
+        ("qwen2-window", |c| {
+            c["layer_types"][0] = "sliding_attention".into()
+        }),
+        ("qwen3-yarn", |c| {
+            c["rope_parameters"]["rope_type"] = "default".into()
+        }),
+        ("qwen3-yarn", |c| {
+            c["rope_parameters"]["attention_factor"] = 1.into()
+        }),
+        ("qwen3-yarn", |c| {
+            c["rope_parameters"]["beta_slow"] = 2.into()
+        }),
         ("mistral-window", |c| c["sliding_window"] = 4.into()),
         ("mistral-window", |c| c["sliding_window"] = 6.into()),
         ("smollm3-nope", |c| c["no_rope_layers"][0] = 0.into()),
-        ("smollm3-nope", |c| c["rope_parameters"]["factor"] = 2.into()),
-        ("phi3-longrope", |c| c["rope_parameters"]["short_factor"][1] = 1.into()),
+        ("smollm3-nope", |c| {
+            c["rope_parameters"]["factor"] = 2.into()
+        }),
+        ("phi3-longrope", |c| {
+            c["rope_parameters"]["short_factor"][1] = 1.into()
+        }),
         ("phi3-longrope", |c| c["sliding_window"] = 10.into()),
-        ("phi3-longrope", |c| c["rope_parameters"]["attention_factor"] = 1.into()),
-        ("phi3-partial", |c| c["rope_parameters"]["partial_rotary_factor"] = 1.into()),
+        ("phi3-longrope", |c| {
+            c["rope_parameters"]["attention_factor"] = 1.into()
+        }),
+        ("phi3-partial", |c| {
+            c["rope_parameters"]["partial_rotary_factor"] = 1.into()
+        }),
         ("minicpm", |c| c["scale_emb"] = 11.into()),
         ("minicpm", |c| c["scale_depth"] = 1.into()),
         ("minicpm", |c| c["dim_model_base"] = 15.into()),
         ("gemma3", |c| c["sliding_window"] = 7.into()),
-        ("gemma3", |c| c["layer_types"][1] = "sliding_attention".into()),
+        ("gemma3", |c| {
+            c["layer_types"][1] = "sliding_attention".into()
+        }),
         ("gemma3", |c| c["query_pre_attn_scalar"] = 10.into()),
-        ("gemma3", |c| c["final_logit_softcapping"] = serde_json::Value::Null),
+        ("gemma3", |c| {
+            c["final_logit_softcapping"] = serde_json::Value::Null
+        }),
         ("gemma3", |c| {
             c["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.into()
         }),

@@ -96,9 +96,16 @@ mod tests {
 
     #[test]
     fn norms_that_count_from_one() {
-        for name in ["model.norm", "model.layers.3.self_attn.q_norm", "model.layers.0.input_layernorm"] {
+        for name in [
+            "model.norm",
+            "model.layers.3.self_attn.q_norm",
+            "model.layers.0.input_layernorm",
+        ] {
             let name = format!("{name}.weight");
-            assert_eq!((GEMMA3.gguf_offset(&name), LLAMA.gguf_offset(&name)), (1.0, 0.0));
+            assert_eq!(
+                (GEMMA3.gguf_offset(&name), LLAMA.gguf_offset(&name)),
+                (1.0, 0.0)
+            );
         }
         assert_eq!(GEMMA3.gguf_offset("model.layers.0.mlp.up_proj.weight"), 0.0);
     }
