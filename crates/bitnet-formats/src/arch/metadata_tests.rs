@@ -276,9 +276,49 @@ fn shape(name: &str) -> Option<Vec<usize>> {
     (name == "token_embd.weight").then(|| vec![10, 64])
 }
 
+/// A config of another architecture.
+fn other(name: &str, more: Value) -> Value {
+    let mut config = with(llama(), "model_type", json!(name));
+    for (key, value) in more.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn gemma3(more: Value) -> Value {
+    let config = other("gemma3_text", more);
+    let config = with(config, "hidden_activation", json!("gelu_pytorch_tanh"));
+    with(without(config, "hidden_act"), "sliding_window", json!(9))
+}
+
 #[test]
 fn config_goes_round() {
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64});
     for config in [
+        other(
+            "qwen2",
+            json!({"use_sliding_window": false, "rope_scaling": yarn}),
+        ),
+        other(
+            "qwen2",
+            json!({"use_sliding_window": true, "sliding_window": 7, "max_window_layers": 0}),
+        ),
+        other("qwen3", json!({"head_dim": 32, "attention_bias": false})),
+        other("mistral", json!({"sliding_window": 5})),
+        other("smollm3", json!({"no_rope_layer_interval": 4})),
+        other(
+            "phi3",
+            json!({"partial_rotary_factor": 0.75, "sliding_window": 100}),
+        ),
+        other(
+            "minicpm",
+            json!({"scale_emb": 12.0, "dim_model_base": 16.0}),
+        ),
+        gemma3(json!({"head_dim": 32, "query_pre_attn_scalar": 32.0, "sliding_window_pattern": 6})),
+        gemma3(
+            json!({"head_dim": 32, "query_pre_attn_scalar": 4.0, "sliding_window_pattern": 2,
+                      "rope_local_base_freq": 5000.0, "final_logit_softcapping": 30.0}),
+        ),
         llama(),
         bitnet(),
         with(bitnet(), "hidden_act", json!("silu")),
@@ -299,6 +339,82 @@ fn config_goes_round() {
             assert_eq!(&back[key], value, "{key}");
         }
         assert_eq!(back["torch_dtype"], "float32");
+    }
+}
+
+/// Names of gguf-py's constants, and what llama.cpp's graphs take without a key.
+#[test]
+fn keys_of_the_other_decoders() {
+    let key = |config: &Value, key: &str| find(&gguf_of(config), key).cloned();
+    let gemma = gemma3(
+        json!({"head_dim": 32, "query_pre_attn_scalar": 4, "sliding_window_pattern": 2,
+                              "rope_local_base_freq": 5000.0, "final_logit_softcapping": 30.0}),
+    );
+    for (name, value) in [
+        ("general.architecture", G::from("gemma3")),
+        ("gemma3.attention.key_length", G::U32(32)),
+        ("gemma3.attention.sliding_window", G::U32(9)),
+        ("gemma3.attention.sliding_window_pattern", G::U32(2)),
+        ("gemma3.attention.scale", G::F32(0.5)),
+        ("gemma3.rope.freq_base_swa", G::F32(5000.0)),
+        ("gemma3.final_logit_softcapping", G::F32(30.0)),
+    ] {
+        assert_eq!(key(&gemma, name), Some(value), "{name}");
+    }
+    let usual = gemma3(json!({"head_dim": 32, "query_pre_attn_scalar": 32}));
+    for name in [
+        "attention.scale",
+        "attention.sliding_window_pattern",
+        "rope.freq_base_swa",
+    ] {
+        assert_eq!(key(&usual, &format!("gemma3.{name}")), None, "{name}");
+    }
+    let minicpm = other(
+        "minicpm",
+        json!({"scale_emb": 12, "scale_depth": 2, "dim_model_base": 16}),
+    );
+    for (name, value) in [
+        ("minicpm.embedding_scale", 12.0),
+        ("minicpm.residual_scale", std::f32::consts::SQRT_2),
+        ("minicpm.logit_scale", 4.0),
+    ] {
+        assert_eq!(key(&minicpm, name), Some(G::F32(value)), "{name}");
+    }
+    let mistral = other("mistral", json!({"sliding_window": 5}));
+    assert_eq!(
+        key(&mistral, "general.architecture"),
+        Some(G::from("llama"))
+    );
+    assert_eq!(
+        key(&mistral, "llama.attention.sliding_window"),
+        Some(G::U32(5))
+    );
+    let notes = made(&mistral).unwrap().notes.join(" ");
+    assert!(notes.contains("more than 5 tokens"), "{notes}");
+    let phi3 = other("phi3", json!({"partial_rotary_factor": 0.75}));
+    assert_eq!(key(&phi3, "phi3.rope.dimension_count"), Some(G::U32(12)));
+    for (config, key) in [
+        (
+            other("smollm3", json!({"no_rope_layer_interval": 2})),
+            "no_rope_layer_interval",
+        ),
+        (
+            other("qwen3", json!({"attention_bias": true})),
+            "attention_bias",
+        ),
+        (
+            other("gemma3_text", json!({"hidden_act": "silu"})),
+            "sliding_window",
+        ),
+        (
+            other(
+                "qwen2",
+                json!({"use_sliding_window": true, "sliding_window": 7, "max_window_layers": 1}),
+            ),
+            "max_window_layers",
+        ),
+    ] {
+        assert!(refused(&config).contains(key), "{key}");
     }
 }
 
