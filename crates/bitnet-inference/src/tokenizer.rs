@@ -197,9 +197,6 @@ fn build(gguf: &GgufTokenizer<'_>) -> tokenizers::Result<tokenizers::Tokenizer> 
     inner.with_model(model);
     let added: Vec<AddedToken> = serde_json::from_value(gguf.frame["added_tokens"].clone())?;
     inner.add_tokens(added)?;
-    inner.with_post_processor(serde_json::from_value::<Option<PostProcessorWrapper>>(
-        template,
-    )?);
     Ok(inner)
 }
 

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::tokenizer::{read_json, read_text};
 use bitnet_formats::arch::hf_tokenizer_settings;
 use bitnet_formats::{Kind, Source};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::fs;
 use std::path::Path;
 
