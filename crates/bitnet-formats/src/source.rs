@@ -260,6 +260,30 @@ impl Source {
         self.storage.read_floats(stored, range, bytes, out)
     }
 
+    /// The floats of a stored vector of at most 65,536 elements; `None` where there is no tensor of
+    /// this name.
+    ///
+    /// # Errors
+    /// As [`Source::read_floats`], and [`Error::Tensor`] for another shape.
+    pub fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(stored) = self.find_stored(name) else {
+            return Ok(None);
+        };
+        let shape = &self.stored(stored).shape;
+        let &[len @ 0..=65_536] = &shape[..] else {
+            let expected = "a vector of at most 65536 elements";
+            return Err(Error::tensor(
+                self.file_of(stored),
+                name,
+                expected,
+                format!("{shape:?}"),
+            ));
+        };
+        let mut out = vec![0.0; len];
+        self.read_floats(stored, 0..len, &mut vec![], &mut out)?;
+        Ok(Some(out))
+    }
+
     /// Reads and unpacks a quantized tensor: values, scales and zero points, all checked.
     ///
     /// # Errors

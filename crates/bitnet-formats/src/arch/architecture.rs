@@ -157,6 +157,8 @@ pub struct Architecture {
     pub heads_fill_hidden: bool,
     /// Whether llama.cpp reads divisors of the rotation frequencies: `llama3` scaling.
     pub gguf_rope_freqs: bool,
+    /// Whether llama.cpp reads such divisors for short and for long texts: `longrope` scaling.
+    pub gguf_rope_factors: bool,
     /// Whether llama.cpp's graph has sliding windows.
     pub gguf_window: bool,
     /// Whether `partial_rotary_factor` is followed; otherwise it must be 1.

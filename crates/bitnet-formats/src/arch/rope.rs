@@ -38,6 +38,8 @@ pub enum RopeScaling {
     LongRope {
         /// `short_factor`.
         divisors: Vec<f32>,
+        /// `long_factor`.
+        long: Vec<f32>,
         /// `original_max_position_embeddings`.
         context: usize,
     },
@@ -289,16 +291,18 @@ impl<'a> Parameters<'a> {
     }
 
     fn long_rope(&self, plain: &HfRope) -> Result<(RopeScaling, f64)> {
-        let key = "short_factor";
-        let listed = self.value.get(key).and_then(Value::as_array);
-        let divisors: Option<Vec<f32>> = listed.and_then(|list| {
+        let pairs = plain.dims / 2;
+        let list = |key: &str| {
+            let listed = self.value.get(key).and_then(Value::as_array);
             let divisor = |v: &Value| v.as_f64().filter(|d| *d > 0.0).map(|d| d as f32);
-            list.iter().map(divisor).collect()
-        });
-        let Some(divisors) = divisors.filter(|d| d.len() == plain.dims / 2) else {
-            let expected = format!("a list of {} positive numbers", plain.dims / 2);
-            return Err(self.bad(key, &expected));
+            let divisors = listed.and_then(|list| list.iter().map(divisor).collect());
+            let whole = |divisors: &Vec<f32>| divisors.len() == pairs;
+            let expected = format!("a list of {pairs} positive numbers");
+            divisors
+                .filter(whole)
+                .ok_or_else(|| self.bad(key, &expected))
         };
+        let (divisors, long) = (list("short_factor")?, list("long_factor")?);
         let context = self.original_context()?;
         let factor = match self.value.optional_float("factor")? {
             Some(factor) => factor,
@@ -311,6 +315,7 @@ impl<'a> Parameters<'a> {
         };
         let scaling = RopeScaling::LongRope {
             divisors,
+            long,
             context: context as usize,
         };
         Ok((scaling, attention_factor))
