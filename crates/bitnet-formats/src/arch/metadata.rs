@@ -134,7 +134,7 @@ fn check_limits(
             Some(_) => "rope_parameters.rope_type",
             None => "rope_scaling.rope_type",
         };
-        let expected = format!("'default' or 'linear': a GGUF of {name} has no other divisors");
+        let expected = format!("a scaling that a GGUF of {name} can say");
         return Err(Error::config(
             config.path,
             key,
@@ -333,11 +333,10 @@ impl NewKeys {
 /// n, where layer n and its multiples alone have no window; none where other layers have none.
 fn pattern(windows: &[Option<usize>]) -> Option<usize> {
     let first = windows.iter().position(Option::is_none);
-    let n = first.map_or(windows.len() + 1, |i| i + 1);
-    let n = if n == windows.len() + 1 && n <= GEMMA3_PATTERN {
-        GEMMA3_PATTERN
-    } else {
-        n
+    let n = match first {
+        Some(i) => i + 1,
+        // The usual number, if no layer has it.
+        None => GEMMA3_PATTERN.max(windows.len() + 1),
     };
     let fits = |(i, w): (usize, &Option<usize>)| w.is_none() == ((i + 1) % n == 0);
     windows.iter().enumerate().all(fits).then_some(n)

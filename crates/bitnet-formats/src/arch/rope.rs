@@ -78,10 +78,13 @@ impl HfRope {
         }
         let default = architecture.hf_defaults.map(|d| d.rope_theta);
         let parameters = Parameters::global(config, architecture);
-        let theta = match parameters.map(|p| p.value.optional_float("rope_theta")) {
-            Some(Ok(Some(theta))) => theta,
-            Some(Err(error)) => return Err(error),
-            Some(Ok(None)) | None => config.float_or("rope_theta", default)?,
+        let own = match &parameters {
+            Some(p) => p.value.optional_float("rope_theta")?,
+            None => None,
+        };
+        let theta = match own {
+            Some(theta) => theta,
+            None => config.float_or("rope_theta", default)?,
         };
         let dims = rotated(config, parameters.as_ref(), architecture, head_dim)?;
         let plain = Self {
