@@ -1,5 +1,6 @@
 //! A checkpoint to read: a safetensors file, a folder of them with config.json, or a GGUF file.
 
+use crate::arch::Architecture;
 use crate::container::Container;
 use crate::document::Document;
 use crate::dtype::StoredType;
@@ -399,7 +400,13 @@ impl Source {
     /// Compares the output matrix with the embedding where config.json calls them one matrix.
     fn resolve_head(&mut self) -> Result<()> {
         const KEY: &str = "tie_word_embeddings";
-        if self.config().and_then(|c| c.get(KEY)) != Some(&Value::Bool(true)) {
+        let tied = |config: &Value| match config.get(KEY) {
+            Some(Value::Null) | None => {
+                Architecture::hf_defaults_of(config).is_some_and(|d| d.tied)
+            }
+            Some(value) => *value == Value::Bool(true),
+        };
+        if !self.config().is_some_and(tied) {
             return Ok(());
         }
         let (Some(head), Some(embedding)) = (self.find(HEAD), self.find(EMBEDDING)) else {
