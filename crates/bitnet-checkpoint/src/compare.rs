@@ -196,7 +196,7 @@ impl<'a> TensorPairs<'a> {
         let mut name = Some(tensor.name.clone());
         let (mut order, mut offset) = (None, 0.0);
         if let Some((architecture, heads)) = self.model {
-            if tensor.name.ends_with("rotary_emb.inv_freq") || tensor.name == arch::ROPE_FREQS {
+            if arch::is_rope_tensor(&tensor.name) {
                 return Ok(None);
             }
             let rows = tensor.shape.first().copied().unwrap_or(0);

@@ -79,10 +79,10 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
         });
         data.push(bytes);
     }
-    if let Some(freqs) = made.rope_freqs {
+    for (name, freqs) in made.rope_tensors {
         let bytes: Vec<u8> = freqs.iter().flat_map(|x| x.to_le_bytes()).collect();
         infos.push(GgufEntry {
-            name: arch::ROPE_FREQS.into(),
+            name: name.into(),
             shape: vec![freqs.len()],
             ggml_type: GgmlType::F32,
             len: bytes.len() as u64,
@@ -103,7 +103,9 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
 
 fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
     let shape = |name: &str| source.find(name).map(|t| t.shape.clone());
-    let config = arch::hf_config(source.path(), source.gguf(), &shape)?;
+    let config = arch::hf_config(source.path(), source.gguf(), &shape, &|name| {
+        source.vector(name)
+    })?;
     let (architecture, counts) = (
         Architecture::from_gguf(source.gguf())?,
         HeadCounts::from_gguf(source.gguf())?,

@@ -1,6 +1,6 @@
 //! A checkpoint to read: a safetensors file, a folder of them with config.json, or a GGUF file.
 
-use crate::arch::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
+use crate::arch::{Architecture, ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 use crate::container::Container;
 use crate::document::Document;
 use crate::dtype::StoredType;
@@ -337,6 +337,30 @@ impl Source {
         self.storage.read_floats(stored, range, bytes, out)
     }
 
+    /// The floats of a stored vector of at most 65,536 elements; `None` where there is no tensor of
+    /// this name.
+    ///
+    /// # Errors
+    /// As [`Source::read_floats`], and [`Error::Tensor`] for another shape.
+    pub fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(stored) = self.find_stored(name) else {
+            return Ok(None);
+        };
+        let shape = &self.stored(stored).shape;
+        let &[len @ 0..=65_536] = &shape[..] else {
+            let expected = "a vector of at most 65536 elements";
+            return Err(Error::tensor(
+                self.file_of(stored),
+                name,
+                expected,
+                format!("{shape:?}"),
+            ));
+        };
+        let mut out = vec![0.0; len];
+        self.read_floats(stored, 0..len, &mut vec![], &mut out)?;
+        Ok(Some(out))
+    }
+
     /// Reads and unpacks a quantized tensor: values, scales and zero points, all checked.
     ///
     /// # Errors
@@ -452,7 +476,13 @@ impl Source {
     /// Compares the output matrix with the embedding where config.json calls them one matrix.
     fn resolve_head(&mut self) -> Result<()> {
         const KEY: &str = "tie_word_embeddings";
-        if self.config().and_then(|c| c.get(KEY)) != Some(&Value::Bool(true)) {
+        let tied = |config: &Value| match config.get(KEY) {
+            Some(Value::Null) | None => {
+                Architecture::hf_defaults_of(config).is_some_and(|d| d.tied)
+            }
+            Some(value) => *value == Value::Bool(true),
+        };
+        if !self.config().is_some_and(tied) {
             return Ok(());
         }
         let (Some(head), Some(embedding)) = (self.find(HEAD), self.find(EMBEDDING)) else {

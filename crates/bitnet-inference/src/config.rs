@@ -195,7 +195,10 @@ impl Config {
                 .filter(|_| name != arch::ROPE_FREQS)
                 .map(|i| source.stored(i).shape.clone())
         };
-        let mut config = Self::from_hf(path, &arch::hf_config(path, source.gguf(), &shape)?)?;
+        let mut config = Self::from_hf(
+            path,
+            &arch::hf_config(path, source.gguf(), &shape, &|name| source.vector(name))?,
+        )?;
         if config.architecture.gguf_adjacent_pairs {
             config.rope.pairing = RotaryPairing::Adjacent;
         }

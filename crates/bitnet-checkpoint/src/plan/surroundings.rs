@@ -39,17 +39,17 @@ impl Builder<'_> {
         self.notes.extend(model.notes);
         self.losses = model.losses;
         self.container = Container::Gguf(model.metadata);
-        if let Some(freqs) = model.rope_freqs {
-            let bytes: Vec<u8> = freqs.iter().flat_map(|f| f.to_le_bytes()).collect();
+        for (name, divisors) in model.rope_tensors {
+            let bytes: Vec<u8> = divisors.iter().flat_map(|f| f.to_le_bytes()).collect();
             let data = self.add_out(
-                arch::ROPE_FREQS.into(),
-                vec![freqs.len()],
+                name.into(),
+                vec![divisors.len()],
                 StoredType::F32,
                 PackedLen::Exact(bytes.len()),
             );
             self.push(
                 None,
-                arch::ROPE_FREQS.into(),
+                name.into(),
                 Action::Literal(bytes),
                 None,
                 (data, None, None),
@@ -70,7 +70,12 @@ impl Builder<'_> {
                         .find_stored(name)
                         .map(|i| source.stored(i).shape.clone())
                 };
-                self.config = Some(arch::hf_config(source.path(), source.gguf(), &shape)?);
+                self.config = Some(arch::hf_config(
+                    source.path(),
+                    source.gguf(),
+                    &shape,
+                    &|name| source.vector(name),
+                )?);
                 self.naming = Naming::ToHf(
                     Architecture::from_gguf(source.gguf())?,
                     HeadCounts::from_gguf(source.gguf())?,
@@ -140,7 +145,7 @@ impl Builder<'_> {
         if matches!(self.naming, Naming::Same) {
             return Ok(Some((tensor.name.clone(), None)));
         }
-        if tensor.name.ends_with("rotary_emb.inv_freq") || tensor.name == arch::ROPE_FREQS {
+        if arch::is_rope_tensor(&tensor.name) {
             return Ok(None);
         }
         let unknown = |side: &str| {

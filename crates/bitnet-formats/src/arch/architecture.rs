@@ -157,6 +157,8 @@ pub struct Architecture {
     pub heads_fill_hidden: bool,
     /// Whether llama.cpp reads divisors of the rotation frequencies: `llama3` scaling.
     pub gguf_rope_freqs: bool,
+    /// Whether llama.cpp reads such divisors for short and for long texts: `longrope` scaling.
+    pub gguf_rope_factors: bool,
     /// Whether llama.cpp's graph has sliding windows.
     pub gguf_window: bool,
     /// Whether `partial_rotary_factor` is followed; otherwise it must be 1.
@@ -189,6 +191,12 @@ impl Architecture {
     /// The architecture of a `model_type`.
     pub fn by_name(name: &str) -> Option<&'static Self> {
         ARCHITECTURES.iter().copied().find(|a| a.name == name)
+    }
+
+    /// The defaults for keys that a config.json leaves out, if its `model_type` is known and has any.
+    pub fn hf_defaults_of(config: &Value) -> Option<HfDefaults> {
+        let name = config.get("model_type").and_then(Value::as_str)?;
+        Self::by_name(name)?.hf_defaults
     }
 
     /// From `model_type` of a config.json; `path` is for the message.

@@ -181,6 +181,10 @@ fn scales(
     Ok(match architecture.scales {
         ScaleRule::Plain => plain,
         ScaleRule::Minicpm => {
+            let key = "sparse_config";
+            if config.get(key).is_some() {
+                return Err(config.bad(key, "none, since this graph does not compute it"));
+            }
             let layers = config.size("num_hidden_layers")? as f64;
             let depth = config.float_or("scale_depth", Some(1.0))?;
             let base = config.float_or("dim_model_base", Some(1.0))?;

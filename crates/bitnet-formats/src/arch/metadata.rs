@@ -13,8 +13,17 @@ use crate::{gguf, hints};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// Name of the tensor that holds [`GgufMetadata::rope_freqs`].
+/// Tensor with the divisors of the rotation frequencies.
 pub const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// Tensors with the divisors of short and of long texts (`longrope`).
+const ROPE_FACTORS: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
+
+/// Whether a tensor is part of the rotary positions: the other container derives it, or stores it
+/// elsewhere.
+pub fn is_rope_tensor(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq") || name == ROPE_FREQS || ROPE_FACTORS.contains(&name)
+}
 
 /// Largest vocabulary: a list of this length is made before the embedding is looked at. Known
 /// models have at most 262,208 tokens.
@@ -27,9 +36,8 @@ pub struct GgufMetadata {
     pub architecture: &'static Architecture,
     /// Keys and values, without `general.file_type` and `general.quantization_version`.
     pub metadata: Vec<(String, gguf::Value)>,
-    /// Divisors of the rotation frequencies: to be written as the f32 tensor [`ROPE_FREQS`] where
-    /// there are any.
-    pub rope_freqs: Option<Vec<f32>>,
+    /// Divisors of the rotation frequencies, to be written as f32 tensors of these names.
+    pub rope_tensors: Vec<(&'static str, Vec<f32>)>,
     /// Differences between the folder and the file, each a sentence for a person.
     pub notes: Vec<String>,
     /// What of the tokenizer is not in the file, each a sentence for a person.
@@ -80,9 +88,12 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     }
     let mut metadata = keys.metadata;
     let vocab_size = decoder.vocab;
-    let rope_freqs = match decoder.rope.scaling {
-        RopeScaling::Llama3(freqs) => Some(freqs),
-        _ => None,
+    let rope_tensors = match decoder.rope.scaling {
+        RopeScaling::Llama3(freqs) => vec![(ROPE_FREQS, freqs)],
+        RopeScaling::LongRope { divisors, long, .. } => {
+            ROPE_FACTORS.into_iter().zip([divisors, long]).collect()
+        }
+        _ => vec![],
     };
     let mut resolved = config.value.clone();
     resolved["eos_token_id"] = end_ids::eos_ids(folder, &config)?.into();
@@ -93,7 +104,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     Ok(GgufMetadata {
         architecture,
         metadata,
-        rope_freqs,
+        rope_tensors,
         notes,
         losses,
     })
@@ -115,7 +126,7 @@ fn check_limits(
     }
     let scaling = match decoder.rope.scaling {
         RopeScaling::Llama3(_) if !architecture.gguf_rope_freqs => Some("llama3"),
-        RopeScaling::LongRope { .. } => Some("longrope"),
+        RopeScaling::LongRope { .. } if !architecture.gguf_rope_factors => Some("longrope"),
         _ => None,
     };
     if let Some(scaling) = scaling {
@@ -123,7 +134,7 @@ fn check_limits(
             Some(_) => "rope_parameters.rope_type",
             None => "rope_scaling.rope_type",
         };
-        let expected = format!("'default' or 'linear': a GGUF of {name} has no other divisors");
+        let expected = format!("a scaling that a GGUF of {name} can say");
         return Err(Error::config(
             config.path,
             key,
@@ -190,7 +201,11 @@ impl NewKeys {
         self.size("rope.dimension_count", rope.dims);
         self.float("rope.freq_base", rope.theta);
         match &rope.scaling {
-            RopeScaling::None | RopeScaling::LongRope { .. } => {}
+            RopeScaling::None => {}
+            RopeScaling::LongRope { context, .. } => {
+                self.size("rope.scaling.original_context_length", *context);
+                self.float("rope.scaling.attn_factor", rope.attention_factor);
+            }
             RopeScaling::Dynamic => notes.push(format!(
                 "dynamic rope scaling begins after {} positions: the file has none",
                 decoder.context
@@ -318,11 +333,10 @@ impl NewKeys {
 /// n, where layer n and its multiples alone have no window; none where other layers have none.
 fn pattern(windows: &[Option<usize>]) -> Option<usize> {
     let first = windows.iter().position(Option::is_none);
-    let n = first.map_or(windows.len() + 1, |i| i + 1);
-    let n = if n == windows.len() + 1 && n <= GEMMA3_PATTERN {
-        GEMMA3_PATTERN
-    } else {
-        n
+    let n = match first {
+        Some(i) => i + 1,
+        // The usual number, if no layer has it.
+        None => GEMMA3_PATTERN.max(windows.len() + 1),
     };
     let fits = |(i, w): (usize, &Option<usize>)| w.is_none() == ((i + 1) % n == 0);
     windows.iter().enumerate().all(fits).then_some(n)
@@ -374,7 +388,7 @@ impl Architecture {
 }
 
 /// config.json of a GGUF. `path` is for messages; `shape` gives the shape of the GGUF tensor of a
-/// name, if there is one.
+/// name, if there is one, and `values` the elements of a small one.
 ///
 /// The weights are taken to be written as f32 without any quantization.
 ///
@@ -385,6 +399,7 @@ pub fn hf_config(
     path: &Path,
     metadata: &[(String, gguf::Value)],
     shape: &dyn Fn(&str) -> Option<Vec<usize>>,
+    values: &dyn Fn(&str) -> Result<Option<Vec<f32>>>,
 ) -> Result<Value> {
     let keys = GgufKeys::new(path, metadata)?;
     let architecture = keys.hf_architecture();
@@ -407,7 +422,10 @@ pub fn hf_config(
             "none",
         ));
     };
-    let scaling = rope_scaling(&keys)?;
+    let scaling = match values(ROPE_FACTORS[0])? {
+        None => rope_scaling(&keys)?,
+        Some(short) => long_rope(&keys, short, values)?,
+    };
     let hidden_act = gguf_activation(&keys)?.name();
     let eps_key = "attention.layer_norm_rms_epsilon";
     let eps = keys.optional_float(eps_key)?;
@@ -518,9 +536,37 @@ fn rope_scaling(keys: &GgufKeys) -> Result<Value> {
     })
 }
 
+/// `rope_scaling` of a file with divisors for short texts.
+fn long_rope(
+    keys: &GgufKeys,
+    short: Vec<f32>,
+    values: &dyn Fn(&str) -> Result<Option<Vec<f32>>>,
+) -> Result<Value> {
+    let key = "rope.scaling.original_context_length";
+    // Without divisors for long texts, config.json cannot be read, which says so.
+    let long = values(ROPE_FACTORS[1])?;
+    let attention = keys.optional_float("rope.scaling.attn_factor")?;
+    Ok(json!({
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": keys.size(key)?,
+        "attention_factor": attention.unwrap_or(1.0),
+    }))
+}
+
+/// `attention.sliding_window`; files of phi3 without one say 0.
+fn sliding_window(keys: &GgufKeys) -> Result<Option<usize>> {
+    let key = "attention.sliding_window";
+    match keys.get(key).and_then(gguf::Value::as_u64) {
+        Some(0) => Ok(None),
+        _ => keys.optional_size(key),
+    }
+}
+
 /// Windows and layers that do not rotate.
 fn add_layers(keys: &GgufKeys, config: &mut Value) -> Result<()> {
-    let window = keys.optional_size("attention.sliding_window")?;
+    let window = sliding_window(keys)?;
     match keys.hf_architecture().layers {
         LayerRule::Uniform => {}
         LayerRule::Window => config["sliding_window"] = window.into(),

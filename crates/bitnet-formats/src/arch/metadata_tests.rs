@@ -72,7 +72,7 @@ fn llama_keys() {
     ] {
         assert_eq!(find(&made.metadata, absent), None);
     }
-    assert_eq!(made.rope_freqs, None);
+    assert_eq!(made.rope_tensors, []);
 }
 
 #[test]
@@ -256,8 +256,10 @@ fn rope_scaling() {
     // scaled one.
     let freqs = made(&with(llama(), "rope_scaling", llama3))
         .unwrap()
-        .rope_freqs
-        .unwrap();
+        .rope_tensors
+        .remove(0);
+    assert_eq!(freqs.0, ROPE_FREQS);
+    let freqs = freqs.1;
     let expected = [1.0, 1.0, 1.0, 1.0, 2.694_530_2, 8.0, 8.0, 8.0];
     assert_eq!(freqs.len(), 8);
     for (i, (got, expected)) in freqs.iter().zip(expected).enumerate() {
@@ -289,6 +291,41 @@ fn gemma3(more: Value) -> Value {
     let config = other("gemma3_text", more);
     let config = with(config, "hidden_activation", json!("gelu_pytorch_tanh"));
     with(without(config, "hidden_act"), "sliding_window", json!(9))
+}
+
+fn no_values(_: &str) -> Result<Option<Vec<f32>>> {
+    Ok(None)
+}
+
+#[test]
+fn divisors_of_short_and_long_texts_are_tensors() {
+    let scaling = json!({"rope_type": "longrope", "short_factor": vec![1.5; 8], "long_factor": vec![2.5; 8],
+                         "original_max_position_embeddings": 64, "attention_factor": 1.25});
+    let config = other(
+        "phi3",
+        json!({"rope_scaling": scaling, "sliding_window": null}),
+    );
+    let done = made(&config).unwrap();
+    let values = |name: &str| {
+        let tensor = done.rope_tensors.iter().find(|(n, _)| *n == name);
+        Ok(tensor.map(|(_, values)| values.clone()))
+    };
+    assert_eq!(
+        values("rope_factors_long.weight").unwrap(),
+        Some(vec![2.5; 8])
+    );
+    // Files of phi3 without a window say 0.
+    let mut metadata = done.metadata.clone();
+    metadata.push(("phi3.attention.sliding_window".into(), G::U32(0)));
+    let back = hf_config(Path::new("m.gguf"), &metadata, &shape, &values).unwrap();
+    assert_eq!(back["rope_scaling"], config["rope_scaling"]);
+    assert_eq!(back["sliding_window"], Value::Null);
+    let refused = refused(&with(
+        llama(),
+        "rope_scaling",
+        config["rope_scaling"].clone(),
+    ));
+    assert!(refused.contains("longrope"), "{refused}");
 }
 
 #[test]
@@ -329,7 +366,7 @@ fn config_goes_round() {
             json!({"rope_type": "linear", "factor": 4.0}),
         ),
     ] {
-        let back = hf_config(Path::new("m.gguf"), &gguf_of(&config), &shape).unwrap();
+        let back = hf_config(Path::new("m.gguf"), &gguf_of(&config), &shape, &no_values).unwrap();
         for (key, value) in config.as_object().unwrap() {
             let value = if key == "head_dim" && value.is_null() {
                 &json!(16)
@@ -427,7 +464,7 @@ fn tensors_tell_biases_and_the_output_matrix() {
             Some(vec![10, 64])
         }
     };
-    let back = hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &all).unwrap();
+    let back = hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &all, &no_values).unwrap();
     assert_eq!(
         (
             &back["tie_word_embeddings"],
@@ -449,7 +486,7 @@ fn activation_of_the_bitnet_names() {
                 *value = name.into();
             }
         }
-        hf_config(Path::new("m.gguf"), &metadata, &shape).unwrap()["hidden_act"].clone()
+        hf_config(Path::new("m.gguf"), &metadata, &shape, &no_values).unwrap()["hidden_act"].clone()
     };
     assert_eq!(
         (named("bitnet"), named("bitnet-b1.58"), named("bitnet-25")),
@@ -463,7 +500,7 @@ fn a_gguf_that_no_config_can_say_is_refused() {
         let mut metadata = gguf_of(&llama());
         metadata.retain(|(k, _)| k != key);
         metadata.extend(value.map(|v| (key.to_string(), v)));
-        hf_config(Path::new("m.gguf"), &metadata, &shape)
+        hf_config(Path::new("m.gguf"), &metadata, &shape, &no_values)
             .unwrap_err()
             .to_string()
     };
@@ -492,9 +529,12 @@ fn a_gguf_that_no_config_can_say_is_refused() {
         assert!(message(key, Some(value)).contains(key), "{key}");
     }
     let tensors = |name: &'static str| {
-        hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &move |n| {
-            (n == name || n == "token_embd.weight").then(|| vec![8, 1])
-        })
+        hf_config(
+            Path::new("m.gguf"),
+            &gguf_of(&llama()),
+            &move |n| (n == name || n == "token_embd.weight").then(|| vec![8, 1]),
+            &no_values,
+        )
     };
     assert!(
         tensors(ROPE_FREQS)
@@ -503,9 +543,14 @@ fn a_gguf_that_no_config_can_say_is_refused() {
             .contains(ROPE_FREQS)
     );
     assert!(
-        hf_config(Path::new("m.gguf"), &gguf_of(&llama()), &|_| None)
-            .unwrap_err()
-            .to_string()
-            .contains("token_embd.weight")
+        hf_config(
+            Path::new("m.gguf"),
+            &gguf_of(&llama()),
+            &|_| None,
+            &no_values
+        )
+        .unwrap_err()
+        .to_string()
+        .contains("token_embd.weight")
     );
 }

@@ -3,7 +3,7 @@
 //!
 //! Everything but the tensors' bytes. To write a GGUF: [`gguf_metadata`] gives the keys,
 //! [`Architecture::gguf_tensor`] the names and [`Architecture::gguf_rows`] the rows that have to
-//! change places; [`GgufMetadata::rope_freqs`] is one more tensor where there is one. The way back
+//! change places; [`GgufMetadata::rope_tensors`] are more tensors where there are any. The way back
 //! is [`hf_config`], [`hf_tokenizer`], [`Architecture::hf_tensor`] and [`Architecture::hf_rows`].
 
 mod architecture;
@@ -30,7 +30,7 @@ pub use known::{
     ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
 };
 pub use layers::{LayerAttention, LayerRope};
-pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config};
+pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};
 pub use rope::{HfRope, RopeScaling};
 pub use rotation::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 pub use rows::HeadCounts;

@@ -38,6 +38,8 @@ pub enum RopeScaling {
     LongRope {
         /// `short_factor`.
         divisors: Vec<f32>,
+        /// `long_factor`.
+        long: Vec<f32>,
         /// `original_max_position_embeddings`.
         context: usize,
     },
@@ -76,10 +78,13 @@ impl HfRope {
         }
         let default = architecture.hf_defaults.map(|d| d.rope_theta);
         let parameters = Parameters::global(config, architecture);
-        let theta = match parameters.map(|p| p.value.optional_float("rope_theta")) {
-            Some(Ok(Some(theta))) => theta,
-            Some(Err(error)) => return Err(error),
-            Some(Ok(None)) | None => config.float_or("rope_theta", default)?,
+        let own = match &parameters {
+            Some(p) => p.value.optional_float("rope_theta")?,
+            None => None,
+        };
+        let theta = match own {
+            Some(theta) => theta,
+            None => config.float_or("rope_theta", default)?,
         };
         let dims = rotated(config, parameters.as_ref(), architecture, head_dim)?;
         let plain = Self {
@@ -289,16 +294,18 @@ impl<'a> Parameters<'a> {
     }
 
     fn long_rope(&self, plain: &HfRope) -> Result<(RopeScaling, f64)> {
-        let key = "short_factor";
-        let listed = self.value.get(key).and_then(Value::as_array);
-        let divisors: Option<Vec<f32>> = listed.and_then(|list| {
+        let pairs = plain.dims / 2;
+        let list = |key: &str| {
+            let listed = self.value.get(key).and_then(Value::as_array);
             let divisor = |v: &Value| v.as_f64().filter(|d| *d > 0.0).map(|d| d as f32);
-            list.iter().map(divisor).collect()
-        });
-        let Some(divisors) = divisors.filter(|d| d.len() == plain.dims / 2) else {
-            let expected = format!("a list of {} positive numbers", plain.dims / 2);
-            return Err(self.bad(key, &expected));
+            let divisors = listed.and_then(|list| list.iter().map(divisor).collect());
+            let whole = |divisors: &Vec<f32>| divisors.len() == pairs;
+            let expected = format!("a list of {pairs} positive numbers");
+            divisors
+                .filter(whole)
+                .ok_or_else(|| self.bad(key, &expected))
         };
+        let (divisors, long) = (list("short_factor")?, list("long_factor")?);
         let context = self.original_context()?;
         let factor = match self.value.optional_float("factor")? {
             Some(factor) => factor,
@@ -311,6 +318,7 @@ impl<'a> Parameters<'a> {
         };
         let scaling = RopeScaling::LongRope {
             divisors,
+            long,
             context: context as usize,
         };
         Ok((scaling, attention_factor))

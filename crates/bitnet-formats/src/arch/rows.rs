@@ -18,7 +18,8 @@ pub struct HeadCounts {
 }
 
 impl HeadCounts {
-    /// From a config.json: `num_attention_heads`, and `num_key_value_heads` or as many.
+    /// From a config.json: `num_attention_heads`, and `num_key_value_heads` or the architecture's
+    /// default.
     ///
     /// # Errors
     /// [`Error::Config`] where the first is missing or one of them is no positive number.
@@ -28,11 +29,13 @@ impl HeadCounts {
             value: config,
         };
         let heads = config.size("num_attention_heads")?;
+        let defaults = Architecture::hf_defaults_of(config.value);
+        let default = defaults.and_then(|d| d.kv_heads).unwrap_or(heads);
         Ok(Self {
             heads,
             kv_heads: config
                 .optional_size("num_key_value_heads")?
-                .unwrap_or(heads),
+                .unwrap_or(default),
         })
     }
 
@@ -227,6 +230,8 @@ mod tests {
                 kv_heads: 4
             }
         );
+        let mistral = json!({"model_type": "mistral", "num_attention_heads": 32});
+        assert_eq!(counts(mistral).unwrap().kv_heads, 8);
         for (json, key) in [
             (json!({}), "num_attention_heads"),
             (

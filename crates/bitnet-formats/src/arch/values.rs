@@ -90,7 +90,7 @@ impl<'a> HfConfig<'a> {
     /// # Errors
     /// [`Error::Config`] if it is anything else.
     pub fn flag(&self, key: &str) -> Result<bool> {
-        self.flag_or(key, Default::default())
+        self.flag_or(key, false)
     }
 
     /// A boolean; the default where there is none.

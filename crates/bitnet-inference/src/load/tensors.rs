@@ -182,8 +182,7 @@ impl<'a> CheckpointLoader<'a> {
             // A tied head is the embedding, whatever else the file holds. Rotation frequencies are
             // computed or read elsewhere.
             let known = used.contains(name)
-                || name.ends_with("rotary_emb.inv_freq")
-                || name == arch::ROPE_FREQS
+                || arch::is_rope_tensor(name)
                 || (self.config.tied && name == "lm_head.weight");
             if known {
                 continue;
