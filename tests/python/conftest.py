@@ -1,7 +1,7 @@
 """Runs the program, builds small models, and reads what the program wrote without any of its code.
 
 `scripts/python-truth` runs these tests. BITNET_BIN names the binary, BITNET_MODELS the folder that scripts/fetch-models fills.
-Nothing here skips: what is missing is a failure.
+Nothing here skips: what is missing is a failure. MLX alone may be absent.
 """
 
 import json

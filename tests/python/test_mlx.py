@@ -1,7 +1,6 @@
 """MLX folders: mlx.core.dequantize gives our values, and mlx-lm the logits of the float twin.
 
-MLX is no package of scripts/requirements-truth.txt (it has no wheel for every machine that runs the other tests): these tests are
-skipped, with the reason, where it is absent.
+MLX has no wheel for every machine that runs the other tests: these are skipped, with the reason, where it is absent.
 """
 
 import json

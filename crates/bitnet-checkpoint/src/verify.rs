@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use bitnet_formats::document::{self, Checksum, Document};
 use bitnet_formats::output::{self, Container};
 use bitnet_formats::safetensors::SafetensorsHeader;
-use bitnet_formats::{Content, Kind, Source, StoredId, gguf};
+use bitnet_formats::{Content, Kind, Source, StoredId, StoredTensor, StoredType, gguf};
 use std::fs::File;
 use std::path::Path;
 
@@ -47,9 +47,12 @@ pub fn verify(source: &Source) -> Result<Verification> {
     check_digest(source, document, &mut damage);
     check_surroundings(source, document, &mut damage)?;
     check_set(source, document, &mut damage)?;
-    let ids: Vec<StoredId> = source.stored_ids().collect();
+    let ids: Vec<StoredId> = source
+        .stored_ids()
+        .filter(|&id| has_bytes(source.stored(id)))
+        .collect();
     let sums = in_parallel(ids.len(), |i, _| checksum(source, ids[i]));
-    for (stored, sum) in source.stored_tensors().iter().zip(sums) {
+    for (stored, sum) in stored_tensors(source).zip(sums) {
         let sum = sum?;
         match document.checksums.get(&stored.name) {
             Some(expected) if *expected == sum => {}
@@ -85,18 +88,24 @@ pub fn verify(source: &Source) -> Result<Verification> {
         }
     }
     Ok(Verification {
-        checked: source.stored_tensors().len(),
-        bytes: source.stored_tensors().iter().map(|s| s.len).sum(),
+        checked: stored_tensors(source).count(),
+        bytes: stored_tensors(source).map(|s| s.len).sum(),
         damage,
     })
 }
 
+/// Whether a stored tensor is in the files, and not one that stands for several of them.
+fn has_bytes(stored: &StoredTensor) -> bool {
+    !matches!(stored.dtype, StoredType::Foreign(_))
+}
+
+fn stored_tensors(source: &Source) -> impl Iterator<Item = &StoredTensor> {
+    source.stored_tensors().iter().filter(|s| has_bytes(s))
+}
+
 fn check_digest(source: &Source, document: &Document, damage: &mut Vec<Damage>) {
     let got = document.compute_digest(
-        source
-            .stored_tensors()
-            .iter()
-            .map(|s| (s.name.as_str(), s.dtype.to_string(), &s.shape[..])),
+        stored_tensors(source).map(|s| (s.name.as_str(), s.dtype.to_string(), &s.shape[..])),
     );
     if got != document.digest {
         damage.push(Damage {

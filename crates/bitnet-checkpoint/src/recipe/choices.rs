@@ -84,10 +84,12 @@ pub struct Choices {
     /// Range of integers. Default: none, i.e. all of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<Clip>,
-    /// Granularity of the scales. Default: channel; the block of a GGUF type; tensor for hf-bitnet.
+    /// Granularity of the scales. Default: channel; the block of a GGUF type; tensor for
+    /// hf-bitnet; group:64 for mlx.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub granularity: Option<Granularity>,
-    /// How scales are stored. Default: f32; f16 in GGUF; the model's type for hf-bitnet.
+    /// How scales are stored. Default: f32; f16 in GGUF; the model's type for hf-bitnet and
+    /// mlx.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_dtype: Option<ScaleDtype>,
     /// Rounding of ties. Default: half-even.

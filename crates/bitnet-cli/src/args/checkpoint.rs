@@ -193,7 +193,8 @@ pub(crate) struct ChoiceArgs {
     /// Rule for the ternary threshold [default: absmean; optimal for several planes]
     #[arg(long, value_parser = name::<Threshold>())]
     threshold: Option<Threshold>,
-    /// Weights under one scale [default: channel; the block in GGUF; tensor in hf-bitnet]
+    /// Weights under one scale [default: channel; the block in GGUF; tensor in hf-bitnet;
+    /// group:64 in mlx]
     #[arg(long, value_parser = name::<Granularity>())]
     granularity: Option<Granularity>,
     /// Trit planes: 1, 2 or 3 [default: 1]
@@ -202,7 +203,8 @@ pub(crate) struct ChoiceArgs {
     /// Wire layout; auto is the smallest [default: the plain one of the precision]
     #[arg(long, value_name = "NAME", value_parser = layout())]
     layout: Option<String>,
-    /// Type of stored scales [default: f32; f16 in GGUF; the model's type in hf-bitnet]
+    /// Type of stored scales [default: f32; f16 in GGUF; the model's type in hf-bitnet
+    /// and mlx]
     #[arg(long, value_name = "TYPE", value_parser = name::<ScaleDtype>())]
     scale_dtype: Option<ScaleDtype>,
     /// Ternary scale: of the threshold rule, or least squares [default: rule]
