@@ -49,6 +49,12 @@ impl Facts {
             let got = format!("'{}' with {got}", architecture.name);
             return Err(FileError::config(path, key, expected, got).into());
         }
+        if !decoder.head_dim.is_multiple_of(16) {
+            let expected = "a multiple of 16, which onnxruntime's attention rotates; write a GGUF \
+                            or a folder instead";
+            let got = decoder.head_dim.to_string();
+            return Err(FileError::config(path, "head_dim", expected, got).into());
+        }
         if decoder.context > MAX_CONTEXT {
             let expected = format!("at most {MAX_CONTEXT}");
             return Err(config.bad("max_position_embeddings", &expected).into());
