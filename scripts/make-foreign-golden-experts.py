@@ -14,7 +14,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import torch
-from compressed_tensors.compressors.quantized_compressors.pack_quantized import PackedQuantizationCompressor, pack_to_int32
+from compressed_tensors.compressors.quantized_compressors.pack_quantized import PackedQuantizationCompressor, pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from mlx_lm.models.switch_layers import SwitchLinear
 from safetensors.torch import save_file
@@ -68,3 +68,22 @@ for name, order in [("order", (torch.arange(K) // G)[torch.randperm(K)]), ("no-o
     weights = {"num_bits": 4, "group_size": G, "symmetric": True, "type": "int", "strategy": "group", "actorder": "group"}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}}
     write(f"compressed-tensors-{name}", {f"up_proj.{k}": v for k, v in parts.items()}, expected, quantization_config=config)
+
+# In versions up to 0.17 no code crosses a word.
+for bits in [3, 5, 6, 7]:
+    half = 1 << (bits - 1)
+    values = torch.randint(-half, half, (N, K)).to(torch.int8)
+    zero = torch.randint(-half, half, (N, K // G)).to(torch.int8)
+    scale = (torch.rand(N, K // G) * 0.02).bfloat16()
+    # Its own padding of this dimension adds columns: whole words of rows need none.
+    rows = 32 // bits * -(-N // (32 // bits))
+    whole = torch.nn.functional.pad(zero, (0, 0, 0, rows - N))
+    packed, zeros = pack_to_int32(values, bits), pack_to_int32(whole, bits, packed_dim=0)
+    codes = unpack_from_int32(packed, bits, torch.Size([N, K]))
+    zero = unpack_from_int32(zeros, bits, torch.Size([N, K // G]), packed_dim=0)
+    wide = lambda x: x.float().repeat_interleave(G, dim=1)
+    expected = (codes.float() - wide(zero)) * wide(scale)
+    parts = {"weight_packed": packed, "weight_scale": scale, "weight_zero_point": zeros, "weight_shape": torch.tensor([N, K])}
+    weights = {"num_bits": bits, "group_size": G, "symmetric": False, "type": "int"}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}}
+    write(f"compressed-tensors-words-{bits}", {f"up_proj.{k}": v for k, v in parts.items()}, expected, quantization_config=config)

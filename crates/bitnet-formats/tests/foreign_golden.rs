@@ -105,6 +105,15 @@ fn compressed_tensors_with_an_order_of_groups() {
     }
 }
 
+/// As versions up to 0.17 packed: no code crosses a word.
+#[test]
+fn compressed_tensors_in_whole_words() {
+    for bits in [3, 5, 6, 7] {
+        let got = check(&format!("compressed-tensors-words-{bits}"));
+        assert_eq!(got, format!("compressed-tensors {bits}-bit group 32"));
+    }
+}
+
 #[test]
 fn stacked_experts_of_mlx() {
     let weight = "model.layers.0.mlp.switch_mlp.up_proj.weight";

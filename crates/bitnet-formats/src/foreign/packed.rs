@@ -11,6 +11,8 @@ use crate::tensor::StoredId;
 pub(super) enum Order {
     /// `[rows, cols·bits/32]`: the words of a row follow each other.
     Rows,
+    /// `[rows, cols/(32 div bits)]`: as `Rows`, but no code crosses a word; high bits are unused.
+    WholeWords,
     /// GPTQ, `[cols·bits/32, rows]`: the words of a row lie below each other.
     Columns,
     /// AWQ, `[cols, rows/8]`: a word holds a column of eight rows, as 0 2 4 6 1 3 5 7.
@@ -29,8 +31,30 @@ pub(super) enum Zeros {
     PackedRows { id: StoredId, plus: u32 },
     /// As `PackedRows`, in the order of AWQ.
     PackedAwq(StoredId),
-    /// `(q − z)·s` with codes packed down the rows, `[rows·bits/32, groups]`.
+    /// `(q − z)·s` with codes packed down the rows, `[rows·bits/32, groups]`, in words as the order
+    /// has them.
     PackedDown(StoredId),
+}
+
+impl Order {
+    /// 32-bit words of `n` codes of a line.
+    pub(super) fn words(self, n: usize, bits: usize) -> usize {
+        match self {
+            Self::WholeWords => n.div_ceil(32 / bits),
+            _ => (n * bits).div_ceil(32),
+        }
+    }
+
+    /// Code `i` of a line.
+    fn code(self, bytes: &[u8], i: usize, bits: usize) -> u32 {
+        match self {
+            Self::WholeWords => {
+                let in_word = 32 / bits;
+                code(&bytes[i / in_word * 4..][..4], i % in_word, bits)
+            }
+            _ => code(bytes, i, bits),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -63,7 +87,7 @@ impl Packed {
             scales
         };
         let codes = match self.order {
-            Order::Rows => vec![],
+            Order::Rows | Order::WholeWords => vec![],
             Order::Columns | Order::Awq => all_bytes(storage, self.codes)?,
         };
         Ok(Loaded {
@@ -100,11 +124,11 @@ impl Packed {
             }
             Zeros::PackedDown(id) => {
                 let bytes = all_bytes(storage, id)?;
-                let words = (self.rows * bits).div_ceil(32);
+                let words = self.order.words(self.rows, bits);
                 let columns: Vec<Vec<u8>> = (0..self.groups)
                     .map(|group| column(&bytes, words, self.groups, group))
                     .collect();
-                self.by_row(|row, group| code(&columns[group], row, bits) as f32)
+                self.by_row(|row, group| self.order.code(&columns[group], row, bits) as f32)
             }
         })
     }
@@ -122,7 +146,8 @@ impl Packed {
             .map(|b| u32::from_le_bytes(*b))
             .collect();
         // compressed-tensors: -1 is an index that was never set, and columns are in order then.
-        if self.order == Order::Rows && groups.contains(&u32::MAX) {
+        let compressed = matches!(self.order, Order::Rows | Order::WholeWords);
+        if compressed && groups.contains(&u32::MAX) {
             return Ok(in_order());
         }
         if let Some(bad) = groups.iter().find(|&&g| g as usize >= self.groups) {
@@ -148,8 +173,8 @@ impl Packed {
         out: &mut [f32],
     ) -> Result<()> {
         match self.order {
-            Order::Rows => {
-                let len = (self.cols * self.bits).div_ceil(32) * 4;
+            Order::Rows | Order::WholeWords => {
+                let len = self.order.words(self.cols, self.bits) * 4;
                 bytes.resize(len, 0);
                 storage.read(self.codes, (row * len) as u64, bytes)?;
             }
@@ -165,7 +190,7 @@ impl Packed {
             let group = group as usize;
             let q = match self.order {
                 Order::Awq => self.awq_code(&loaded.codes, c, row),
-                Order::Rows | Order::Columns => code(bytes, c, self.bits),
+                order => order.code(bytes, c, self.bits),
             } as f32;
             *out = match self.zeros {
                 Zeros::Constant(z) => (q - z) * scales[group],

@@ -567,12 +567,19 @@ impl Finder<'_> {
         };
         let name = &self.storage.stored(id).name;
         let module = name.trim_end_matches("weight_packed").trim_end_matches('.');
-        let fits = |bits: &usize| (cols * bits).div_ceil(32) == words;
-        let bits = match self.declared.bits_and_group(module).0 {
-            Some(bits) => Some(bits).filter(|bits| (1..=8).contains(bits) && fits(bits)),
-            None => [4, 8, 2, 3, 5, 6, 7].into_iter().find(fits),
+        // Codes in a row of bits, or, of versions that kept each code in one word, in whole words.
+        // The two are the same for 1, 2, 4 and 8 bits.
+        let order = |bits: usize| {
+            let orders = [Order::Rows, Order::WholeWords];
+            orders.into_iter().find(|o| o.words(cols, bits) == words)
         };
-        let Some(bits) = bits else {
+        let bits = match self.declared.bits_and_group(module).0 {
+            Some(bits) => Some(bits).filter(|bits| (1..=8).contains(bits)),
+            None => [4, 8, 2, 3, 5, 6, 7]
+                .into_iter()
+                .find(|&bits| order(bits).is_some()),
+        };
+        let Some((bits, order)) = bits.and_then(|bits| Some((bits, order(bits)?))) else {
             return Err(disagree());
         };
         let sizes = shape_rows == rows
@@ -580,7 +587,7 @@ impl Finder<'_> {
             && (1..=cols).contains(&groups)
             && self.dtype(scale).is_float()
             && zero.is_none_or(|id| {
-                self.dtype(id) == I32 && self.shape(id) == [(rows * bits).div_ceil(32), groups]
+                self.dtype(id) == I32 && self.shape(id) == [order.words(rows, bits), groups]
             })
             && index.is_none_or(|id| self.dtype(id) == I32 && self.shape(id) == [cols]);
         let declared = self.declared.bits_and_group(module).1;
@@ -600,7 +607,7 @@ impl Finder<'_> {
                 cols,
                 groups,
                 group,
-                order: Order::Rows,
+                order,
                 codes: id,
                 scales: scale,
                 scales_by_group: false,
