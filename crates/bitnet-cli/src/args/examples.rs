@@ -27,7 +27,8 @@ Examples:
 pub(super) const CONVERT: &str = "\
 Examples:
   bitnet convert model-hf --out model.gguf
-  bitnet convert model.gguf --out model.safetensors --layout base-3";
+  bitnet convert model.gguf --out model.safetensors --layout base-3
+  bitnet convert rotated.gguf --out plain.gguf --unrotate";
 
 pub(super) const DEQUANTIZE: &str = "\
 Examples:
