@@ -168,7 +168,7 @@ mod tests {
         let row = |i: usize| {
             let of_block = &signed[i / block * block..][..block];
             let terms = of_block.iter().enumerate().map(|(j, x)| {
-                let odd = (i % block & j).count_ones() % 2 == 1;
+                let odd = ((i % block) & j).count_ones() % 2 == 1;
                 if odd { -x } else { *x }
             });
             terms.sum::<f64>() / (block as f64).sqrt()

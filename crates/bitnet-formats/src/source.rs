@@ -75,8 +75,6 @@ impl Source {
         source.check_scales()?;
         source.resolve_head()?;
         source.rotation = source.read_rotation();
-        let rotated = source.rotation.iter().flatten().map(Rotation::note);
-        source.notes.extend(rotated);
         Ok(source)
     }
 

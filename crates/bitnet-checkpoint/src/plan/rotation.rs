@@ -32,8 +32,7 @@ impl Builder<'_> {
 
     /// Plans floats in the original basis.
     pub(super) fn unrotate(&mut self, index: TensorId, dtype: ScaleDtype) -> Result<()> {
-        let note = Some("in its original basis".into());
-        self.floats(index, dtype, Action::Unrotate(dtype), note)
+        self.floats(index, dtype, Action::Unrotate(dtype), None)
     }
 
     /// Writes the facts of the rotation for the tensors that keep it: keys of a GGUF, or the value
@@ -44,7 +43,6 @@ impl Builder<'_> {
             return Ok(None);
         };
         let note = rotation.note();
-        self.notes.retain(|said| *said != note);
         let kept: HashMap<&str, &str> = self
             .tensor_jobs
             .iter()
@@ -66,6 +64,10 @@ impl Builder<'_> {
             metadata.retain(|(key, _)| !key.starts_with(ROTATION_PREFIX));
         }
         if kept.is_empty() {
+            let count = rotation.tensors();
+            self.notes.push(format!(
+                "{count} matrices are in their original basis again"
+            ));
             return Ok(None);
         }
         if self.format == Format::HfBitnet {

@@ -29,6 +29,7 @@ Examples:
   bitnet convert model-hf --out model.gguf
   bitnet convert model-hf --out parts.gguf --shard-size 2GB
   bitnet convert model.gguf --out model.safetensors --layout base-3
+  bitnet convert rotated.gguf --out plain.gguf --unrotate
   bitnet convert model-ternary --format onnx --out model-onnx";
 
 pub(super) const DEQUANTIZE: &str = "\
