@@ -120,7 +120,7 @@ fn a_transposed_weight_gets_the_bytes_of_its_transpose() {
         assert!((error("conv") - error("linear")).abs() < 1e-6);
         let floats = ["compare", "conv-q.safetensors", "conv-f.safetensors"];
         let report = dir.run(&[&floats[..], &["--json"]].concat()).json();
-        assert_eq!(report["tensors"][0]["rmse"], 0.0, "{report}");
+        assert_eq!(report["all"]["exact"], true, "{report}");
     }
     // Quantized again, and converted, they stay what they are.
     for command in [
@@ -319,30 +319,6 @@ fn the_recipe_says_what_is_transposed() {
         &[&quantize[..], &["--force", "--config", "bad.toml"]].concat(),
         &["glob '['"],
     );
-}
-
-/// Columns of blocks begin and end within them.
-#[test]
-fn blocks_are_transposed_too() {
-    let dir = Dir::new();
-    let w = gauss("a.weight", &[INPUTS, 1024], 0.02);
-    dir.write("in.safetensors", safetensors(&[w]));
-    let q8 = ["--precision", "int8", "--layout", "q8_0"];
-    let args = ["quantize", "in.safetensors", "--out", "q8.gguf"];
-    dir.run(&[&args[..], &q8].concat()).is(0);
-    dir.run(&["dequantize", "q8.gguf", "--out", "f.safetensors"])
-        .is(0);
-    for (input, out) in [
-        ("q8.gguf", "a.safetensors"),
-        ("f.safetensors", "b.safetensors"),
-    ] {
-        let args = ["quantize", input, "--out", out, "--transposed", "a.weight"];
-        dir.run(&args).is(0);
-    }
-    for part in ["a.weight_packed", "a.weight_scale"] {
-        let stored = |file| stored(&dir, file, part);
-        assert_eq!(stored("a.safetensors"), stored("b.safetensors"), "{part}");
-    }
 }
 
 #[test]
