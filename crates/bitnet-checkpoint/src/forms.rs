@@ -213,7 +213,7 @@ fn stem(name: &str) -> &str {
 
 /// Whether a tensor is `[E, …, …]` with a matrix for each expert: by its name, or because it is in a
 /// block and has as many matrices as config.json has experts.
-fn is_stack_of_experts(tensor: &Tensor, sizes: &Sizes) -> bool {
+pub(crate) fn is_stack_of_experts(tensor: &Tensor, sizes: &Sizes) -> bool {
     let [first, second, _] = tensor.shape[..] else {
         return false;
     };
@@ -288,10 +288,11 @@ const fn order(transposed: bool) -> &'static str {
 /// config.json, or that of the router beside them.
 fn by_width(source: &Source, members: &mut [Member<'_>], widths: &[usize]) {
     let [a, b, c] = members else { return };
-    let up = match () {
-        () if (a.rows, a.cols) == (b.rows, b.cols) => (a.rows, a.cols),
-        () if (a.rows, a.cols) == (c.rows, c.cols) => (a.rows, a.cols),
-        () => (b.rows, b.cols),
+    let shape = |m: &Member<'_>| (m.rows, m.cols);
+    let up = if shape(a) == shape(b) || shape(a) == shape(c) {
+        shape(a)
+    } else {
+        shape(b)
     };
     let alike = members.iter().filter(|m| (m.rows, m.cols) == up).count();
     let others = members.iter().filter(|m| (m.cols, m.rows) == up).count();

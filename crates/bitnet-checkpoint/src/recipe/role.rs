@@ -1,6 +1,7 @@
 //! Weights that stay floats by default because of what they are: by shape and config.json, since
 //! families give embeddings, heads and routers many names.
 
+use crate::forms::is_stack_of_experts;
 use bitnet_formats::{Source, Tensor};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
@@ -96,7 +97,7 @@ pub(crate) fn roles(source: &Source) -> HashMap<String, Role> {
     if sizes.vocabulary.is_empty() {
         sizes.vocabulary.extend(largest_rows(source.tensors()));
     }
-    let experts = experts(source.tensors(), sizes.experts);
+    let experts = experts(source.tensors(), &sizes);
     let mut roles = HashMap::new();
     for tensor in source.tensors() {
         let [rows, cols] = tensor.shape[..] else {
@@ -161,7 +162,7 @@ pub(crate) fn block(name: &str) -> Option<&str> {
 
 /// The number of experts by part of a block: what the config says, the first dimension of stacked
 /// experts, or how many are numbered.
-fn experts(tensors: &[Tensor], config: Option<usize>) -> BTreeMap<&str, usize> {
+fn experts<'a>(tensors: &'a [Tensor], sizes: &Sizes) -> BTreeMap<&'a str, usize> {
     let mut experts = BTreeMap::new();
     for tensor in tensors {
         let Some(block) = block(&tensor.name) else {
@@ -173,10 +174,10 @@ fn experts(tensors: &[Tensor], config: Option<usize>) -> BTreeMap<&str, usize> {
             Some(number + 1)
         };
         let count = match tensor.shape[..] {
-            [first, _, _] if tensor.is_of_experts() || config == Some(first) => Some(first),
+            [first, _, _] if is_stack_of_experts(tensor, sizes) => Some(first),
             _ => numbered(),
         };
-        if let Some(count) = count.map(|n| config.unwrap_or(n)) {
+        if let Some(count) = count.map(|n| sizes.experts.unwrap_or(n)) {
             let most = experts.entry(block).or_insert(count);
             *most = count.max(*most);
         }
