@@ -90,4 +90,9 @@ def test_a_ternary_model_of_ours_becomes_mlx_without_loss(tmp_path):
         parts = (stored[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
         got = np.array(mx.dequantize(*parts, group_size=128, bits=2))
         assert (got == floats[f"{name}.weight"]).all(), name
-    assert run_json("inspect", out)["tensors"]
+    assert {t["precision"] for t in run_json("inspect", out)["tensors"]} == {"ternary", None}
+    # And back: the ternary values, in the groups of MLX.
+    back = tmp_path / "back"
+    run("convert", out, "--out", back, "--layout", "base-3")
+    again = dequantize(back)
+    assert again.keys() == floats.keys() and all((again[n] == floats[n]).all() for n in floats)

@@ -59,11 +59,13 @@ pub(crate) fn tensors(storage: &Storage, options: &OpenOptions) -> Result<Vec<Te
     }
     for id in storage.ids().filter(|id| !taken[id.0]) {
         let stored = storage.stored(id);
-        let content = match foreign_block(storage, id, options)? {
-            Some(q) => Content::Quantized(q),
-            None if stored.dtype.is_float() => Content::Float(id),
-            None => Content::Opaque(id),
-        };
+        let foreign = storage.foreign.get(&id).and_then(|f| f.ternary.clone());
+        let content =
+            match foreign.map_or_else(|| foreign_block(storage, id, options), |q| Ok(Some(q)))? {
+                Some(q) => Content::Quantized(q),
+                None if stored.dtype.is_float() => Content::Float(id),
+                None => Content::Opaque(id),
+            };
         found.push(Tensor {
             name: stored.name.clone(),
             shape: stored.shape.clone(),
@@ -376,7 +378,7 @@ fn from_hf(storage: &Storage, id: StoredId, bitnet: BitnetConfig) -> Result<Opti
 }
 
 /// Whether `found` is true of some blocks of a stored tensor. Reads it up to the first of them.
-fn any_blocks(
+pub(crate) fn any_blocks(
     storage: &Storage,
     id: StoredId,
     block_bytes: usize,

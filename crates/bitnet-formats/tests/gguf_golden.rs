@@ -28,6 +28,10 @@ fn every_decoder_gives_the_reference_bits() {
         ) {
             continue; // gguf has no dequantizer for them; see `plain_numbers`
         }
+        let of_a_fork = GgmlType::Q2_0G128 == ggml_type || ggml_type.id() > GgmlType::Q2_0.id();
+        if of_a_fork {
+            continue; // gguf does not know them; see `ternary_values`
+        }
         let bytes = data(
             DECODE,
             header.tensor(&format!("{ggml_type}.bytes")).unwrap(),
@@ -217,7 +221,7 @@ fn writes_what_python_wrote() {
 /// Blocks that ggml's C functions (of Prism's types: ports of them) wrote for ternary values from a
 /// generator: the values come back.
 #[test]
-fn ternary_values_from_c() {
+fn ternary_values() {
     let mut stream = GoldenStream::new(1);
     let values: Vec<i8> = (0..256).map(|_| stream.trit()).collect();
     let check = |ggml_type: GgmlType, hex: &str, value: fn(i8) -> f32| {

@@ -7,8 +7,8 @@
 //! block. The scale is finite; it may be negative (ggml writes negative scales in some types).
 
 use super::{
-    Bad, FastPath, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len, check_plain,
-    check_precision, check_scales, check_values, unsupported,
+    Bad, FastPath, FindsWider, Layout, LayoutOrigin, PackedLen, Unpacked, check_cols, check_len,
+    check_plain, check_precision, check_scales, check_values, unsupported,
 };
 use crate::{Granularity, MatrixSpec, Precision, Result, ScaleDtype};
 use half::f16;
@@ -28,7 +28,7 @@ pub(super) trait Block: Send + Sync + Debug {
     /// The precisions that GGUF stores in this type when the user names no layout.
     const DEFAULT_FOR: &'static [Precision];
     /// Whether some of these blocks have values outside the first precision.
-    const WIDER: Option<fn(&[u8]) -> bool> = None;
+    const WIDER: Option<FindsWider> = None;
     /// Whether tensors of other programs are read as codes, and not as floats.
     const READ_AS_CODES: bool;
     const FAST_PATH: Option<FastPath> = None;
@@ -123,7 +123,7 @@ impl<B: Block> Layout for Ggml<B> {
         })
     }
 
-    fn wider(&self) -> Option<(Precision, fn(&[u8]) -> bool)> {
+    fn wider(&self) -> Option<(Precision, FindsWider)> {
         Some((*B::PRECISIONS.get(1)?, B::WIDER?))
     }
 

@@ -93,6 +93,9 @@ pub enum FastPath {
     Tq2,
 }
 
+/// Whether some whole blocks hold values that only a wider precision has: [`Layout::wider`].
+pub type FindsWider = fn(&[u8]) -> bool;
+
 /// One wire layout.
 pub trait Layout: Send + Sync + Debug {
     /// The name in files and on the command line.
@@ -142,7 +145,7 @@ pub trait Layout: Send + Sync + Debug {
 
     /// For a layout whose codes other programs use in two alphabets: the wider precision than that
     /// of [`Layout::foreign_spec`], and whether some whole blocks hold values that only it has.
-    fn wider(&self) -> Option<(Precision, fn(&[u8]) -> bool)> {
+    fn wider(&self) -> Option<(Precision, FindsWider)> {
         None
     }
 

@@ -14,7 +14,7 @@
 //! −2 with the scale `−d`, and the int2 code (value + 2) is the stored code with all bits inverted.
 
 use super::ggml::{Block, Ggml};
-use super::{Bad, LayoutOrigin, bits};
+use super::{Bad, FindsWider, LayoutOrigin, bits};
 use crate::{Precision, Result};
 
 /// 2.25 bits per weight.
@@ -102,7 +102,7 @@ macro_rules! two_bit_block {
             const PRECISIONS: &'static [Precision] = &[Precision::Ternary, Precision::Int2];
             const ORIGIN: LayoutOrigin = $origin;
             const DEFAULT_FOR: &'static [Precision] = $default;
-            const WIDER: Option<fn(&[u8]) -> bool> = Some(|blocks| has_code_3(blocks, $bytes));
+            const WIDER: Option<FindsWider> = Some(|blocks| has_code_3(blocks, $bytes));
             const READ_AS_CODES: bool = true;
             const VALUES: usize = $values;
             const BYTES: usize = $bytes;

@@ -2,8 +2,9 @@
 //!
 //! Such a matrix is several stored tensors: codes, scales, zero points. [`recognise`] finds them by
 //! names, types and shapes. Each becomes one more stored tensor of the type [`StoredType::Foreign`]
-//! whose elements decode to f32, so that every reader of floats reads it. A matrix that is
-//! recognised and not decoded is opaque; [`Storage::refuse_undecoded`] names it.
+//! whose elements decode to f32, so that every reader of floats reads it. One of MLX that is ternary
+//! is read as values and scales. A matrix that is recognised and not decoded is opaque;
+//! [`Storage::refuse_undecoded`] names it.
 //!
 //! Values are products in f32 of the stored scale and the integer (or F8) value. A reader that
 //! multiplies in f16 or bf16 has the same number rounded to that type.
@@ -13,6 +14,7 @@ mod decode;
 mod packed;
 mod recognise;
 mod scaled;
+mod ternary;
 
 pub(crate) use declared::Declared;
 pub(crate) use decode::{Coding, Loaded};
@@ -20,7 +22,7 @@ pub(crate) use decode::{Coding, Loaded};
 use crate::document::Document;
 use crate::dtype::StoredType;
 use crate::storage::{Kind, Storage};
-use crate::tensor::{Access, StoredId, StoredTensor};
+use crate::tensor::{Access, StoredId, StoredMatrix, StoredTensor};
 use crate::{Error, Result};
 use std::fmt;
 use std::sync::Arc;
@@ -105,6 +107,8 @@ pub(crate) struct Foreign {
     pub(crate) parts: Vec<StoredId>,
     /// How to decode it, or why it cannot be read and the next step.
     pub(crate) coding: Result<Coding, String>,
+    /// The matrix as ternary values and scales, if it is one.
+    pub(crate) ternary: Option<StoredMatrix>,
 }
 
 impl Storage {
@@ -119,7 +123,8 @@ impl Storage {
             return Ok(());
         }
         let declared = Declared::read(self);
-        for matrix in recognise::matrices(self, &declared) {
+        for mut matrix in recognise::matrices(self, &declared) {
+            matrix.ternary = self.ternary(&matrix)?;
             let parts = matrix.parts.iter().map(|&id| self.stored(id));
             let len = parts.map(|part| part.len).sum();
             let first = self.stored(matrix.parts[0]);
@@ -178,23 +183,35 @@ impl Storage {
                  floats that they are"
             )];
         }
-        self.foreign_types()
-            .into_iter()
-            .map(|(foreign_type, matrices)| {
-                let count = count(matrices.len());
-                match &matrices[0].coding {
-                    Ok(_) => format!(
-                        "{count} {foreign_type}, quantized already: read as the floats that they \
-                         stand for{}",
-                        self.assumed(foreign_type.method)
-                    ),
-                    Err(why) => format!(
-                        "{count} {foreign_type}, quantized already ('{}', …): not read: {why}",
-                        matrices[0].name
-                    ),
-                }
-            })
-            .collect()
+        let ternary: Vec<_> = self
+            .foreign
+            .values()
+            .filter(|f| f.ternary.is_some())
+            .collect();
+        let ternary = ternary.first().map(|first| {
+            let (count, of) = (count(ternary.len()), first.foreign_type);
+            format!("{count} {of} whose values are ternary: read as values and scales")
+        });
+        let types = self.foreign_types().into_iter();
+        let types = types.filter_map(|(of, mut matrices)| {
+            matrices.retain(|f| f.ternary.is_none());
+            (!matrices.is_empty()).then_some((of, matrices))
+        });
+        let floats = types.map(|(foreign_type, matrices)| {
+            let count = count(matrices.len());
+            match &matrices[0].coding {
+                Ok(_) => format!(
+                    "{count} {foreign_type}, quantized already: read as the floats that they \
+                     stand for{}",
+                    self.assumed(foreign_type.method)
+                ),
+                Err(why) => format!(
+                    "{count} {foreign_type}, quantized already ('{}', …): not read: {why}",
+                    matrices[0].name
+                ),
+            }
+        });
+        ternary.into_iter().chain(floats).collect()
     }
 
     /// What the files leave open about a method, and what is assumed.

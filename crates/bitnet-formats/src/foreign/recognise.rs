@@ -97,6 +97,7 @@ impl Finder<'_> {
             foreign_type,
             parts,
             coding,
+            ternary: None,
         }
     }
 
