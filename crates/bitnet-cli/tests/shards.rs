@@ -415,6 +415,53 @@ fn a_gguf_set_has_the_names_and_keys_of_gguf_split() {
 }
 
 #[test]
+#[ignore = "until the reader opens split GGUF sets"]
+fn a_gguf_set_is_read_and_verified() {
+    let dir = model();
+    let quantize = |out, threshold| {
+        let args = ["quantize", "m", "--out", out, "--threshold", threshold];
+        dir.run(&[&args[..], &["--shard-size", "50KB"]].concat())
+            .is(0);
+    };
+    dir.run(&["quantize", "m", "--out", "whole.gguf"]).is(0);
+    quantize("q.gguf", "absmean");
+    quantize("other.gguf", "mean");
+    let files: Vec<String> = weights(&dir, ".")
+        .into_iter()
+        .filter(|name| name.starts_with("q-"))
+        .collect();
+    let first = files[0].as_str();
+    let verified = dir.run(&["verify", first, "--json"]).is(0).json();
+    assert_eq!(verified["checked"], 11);
+    dir.run(&["compare", "whole.gguf", first, "--min-sqnr", "150"])
+        .is(0);
+    for file in &files {
+        let good = dir.read(file);
+        let after = |key: &str| {
+            let place = good.windows(key.len()).position(|w| w == key.as_bytes());
+            place.unwrap() + key.len()
+        };
+        // The type and the value of a key, and data.
+        let mut places = vec![good.len() - 1];
+        for key in ["split.no", "split.count", "split.tensors.count"] {
+            places.extend([after(key), after(key) + 4]);
+        }
+        for place in places {
+            let mut bad = good.clone();
+            bad[place] ^= 1;
+            dir.write(file, &bad);
+            let run = dir.run(&["verify", first]);
+            let status = run.output.status.code();
+            assert!(matches!(status, Some(1 | 2)), "byte {place} of {file}");
+        }
+        dir.write(file, dir.read(&file.replace("q-", "other-")));
+        dir.run(&["verify", first]).is(1);
+        dir.write(file, good);
+    }
+    dir.run(&["verify", first]).is(0);
+}
+
+#[test]
 fn force_replaces_the_gguf_set_of_before() {
     let dir = model();
     let run = |size: &str| {
