@@ -158,8 +158,10 @@ impl ForwardPass<'_, '_> {
                 continue;
             }
             pool.for_chunks(x, heads * dim, |token, x| {
-                for head in x.chunks_exact_mut(dim).filter(|_| norm.is_some()) {
-                    norm.map(|gain| kernels.rms_norm_in_place(head, gain, eps));
+                if let Some(gain) = norm {
+                    for head in x.chunks_exact_mut(dim) {
+                        kernels.rms_norm_in_place(head, gain, eps);
+                    }
                 }
                 let Some(rope) = rope else { return };
                 let angles = &angles[token * rope.pairs()..][..rope.pairs()];

@@ -7,7 +7,7 @@ use crate::linear::{KernelPool, LayerInput, LinearLayer};
 #[derive(Debug)]
 pub(crate) enum Projections<const N: usize> {
     Separate([LinearLayer; N]),
-    Fused(LinearLayer),
+    Fused(Box<LinearLayer>),
 }
 
 impl<const N: usize> Projections<N> {
@@ -15,7 +15,7 @@ impl<const N: usize> Projections<N> {
     pub(crate) fn layers(&self) -> &[LinearLayer] {
         match self {
             Self::Separate(layers) => layers,
-            Self::Fused(layer) => std::slice::from_ref(layer),
+            Self::Fused(layer) => std::slice::from_ref(&**layer),
         }
     }
 

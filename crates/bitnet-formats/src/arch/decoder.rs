@@ -83,7 +83,7 @@ impl HfDecoder {
             (None, Some(defaults)) => defaults.kv_heads.unwrap_or(heads),
             (None, None) => return Err(config.bad("num_key_value_heads", "a positive number")),
         };
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of {heads} heads");
             return Err(config.bad("num_key_value_heads", &expected));
         }
@@ -118,7 +118,7 @@ fn head_dim(
     let default = architecture.hf_defaults.and_then(|d| d.head_dim);
     let head_dim = match config.optional_size(key)?.or(default) {
         Some(n) => n,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let expected = format!(
                 "the size of one of {heads} heads, which do not divide hidden_size {hidden}"

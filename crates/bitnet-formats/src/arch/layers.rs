@@ -73,7 +73,7 @@ impl LayerAttention {
             }
             LayerRule::Local => {
                 let pattern = config.optional_size("sliding_window_pattern")?.unwrap_or(6);
-                set_windows(config, &mut layers, |i, _| (i + 1) % pattern != 0)?;
+                set_windows(config, &mut layers, |i, _| !(i + 1).is_multiple_of(pattern))?;
                 for layer in layers.iter_mut().filter(|layer| layer.window.is_some()) {
                     layer.rope = LayerRope::Local;
                 }
@@ -122,7 +122,7 @@ fn set_rotation(config: &HfConfig, layers: &mut [LayerAttention]) -> Result<()> 
     let interval = config.optional_size(interval)?.unwrap_or(4);
     for (i, layer) in layers.iter_mut().enumerate() {
         let rotates = match listed.map(|listed| listed[i].as_u64()) {
-            None => (i + 1) % interval != 0,
+            None => !(i + 1).is_multiple_of(interval),
             Some(Some(0)) => false,
             Some(Some(1)) => true,
             Some(_) => return Err(config.bad(key, "1 for a layer that rotates, else 0")),

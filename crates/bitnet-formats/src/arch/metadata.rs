@@ -74,7 +74,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     keys.decoder(&decoder);
     keys.rope(&decoder, &mut notes);
     keys.layers(&config, architecture, &decoder)?;
-    keys.scales(architecture, &decoder);
+    keys.scales(architecture, &decoder, &mut notes);
     keys.size("vocab_size", decoder.vocab);
     if architecture.gguf_activation {
         keys.put("hidden_activation", decoder.activation.name().into());
@@ -265,7 +265,7 @@ impl NewKeys {
                 }
             }
             LayerRule::SomeRotate => {
-                let rotates = |i: usize| (i + 1) % SMOLLM3_INTERVAL != 0;
+                let rotates = |i: usize| !(i + 1).is_multiple_of(SMOLLM3_INTERVAL);
                 let fits =
                     |(i, l): (usize, &LayerAttention)| (l.rope != LayerRope::None) == rotates(i);
                 if window.is_some() {
@@ -306,7 +306,12 @@ impl NewKeys {
         Ok(())
     }
 
-    fn scales(&mut self, architecture: &Architecture, decoder: &HfDecoder) {
+    fn scales(
+        &mut self,
+        architecture: &Architecture,
+        decoder: &HfDecoder,
+        notes: &mut Vec<String>,
+    ) {
         let scales = decoder.scales;
         match architecture.scales {
             ScaleRule::Plain => {}
@@ -321,6 +326,10 @@ impl NewKeys {
                 let default = gemma3_scores(decoder.layers.len(), decoder.hidden, heads, dim);
                 if scales.scores != (1.0 / default.sqrt()) as f32 {
                     self.put("attention.scale", scales.scores.into());
+                    notes.push(format!(
+                        "llama.cpp takes {default} for query_pre_attn_scalar of a gemma3 and does \
+                         not read attention.scale: its results differ"
+                    ));
                 }
                 if let Some(cap) = scales.logit_cap {
                     self.put("final_logit_softcapping", cap.into());
@@ -338,7 +347,7 @@ fn pattern(windows: &[Option<usize>]) -> Option<usize> {
         // The usual number, if no layer has it.
         None => GEMMA3_PATTERN.max(windows.len() + 1),
     };
-    let fits = |(i, w): (usize, &Option<usize>)| w.is_none() == ((i + 1) % n == 0);
+    let fits = |(i, w): (usize, &Option<usize>)| w.is_none() == (i + 1).is_multiple_of(n);
     windows.iter().enumerate().all(fits).then_some(n)
 }
 

@@ -398,6 +398,8 @@ fn keys_of_the_other_decoders() {
     ] {
         assert_eq!(key(&gemma, name), Some(value), "{name}");
     }
+    let notes = made(&gemma).unwrap().notes.join(" ");
+    assert!(notes.contains("query_pre_attn_scalar"), "{notes}");
     let usual = gemma3(json!({"head_dim": 32, "query_pre_attn_scalar": 32}));
     for name in [
         "attention.scale",

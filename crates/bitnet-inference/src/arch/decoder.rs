@@ -77,7 +77,12 @@ impl DecoderLayer {
         let (d, v) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let (qkv_bias, mlp_bias) = (c.biases.qkv, c.biases.mlp);
         let qkv = if graph.fused {
-            Projections::Fused(linear("self_attn.qkv_proj", d + 2 * v, c.hidden, qkv_bias)?)
+            Projections::Fused(Box::new(linear(
+                "self_attn.qkv_proj",
+                d + 2 * v,
+                c.hidden,
+                qkv_bias,
+            )?))
         } else {
             Projections::Separate([
                 linear("self_attn.q_proj", d, c.hidden, qkv_bias)?,
@@ -86,7 +91,12 @@ impl DecoderLayer {
             ])
         };
         let gate_up = if graph.fused {
-            Projections::Fused(linear("mlp.gate_up_proj", 2 * c.ffn, c.hidden, mlp_bias)?)
+            Projections::Fused(Box::new(linear(
+                "mlp.gate_up_proj",
+                2 * c.ffn,
+                c.hidden,
+                mlp_bias,
+            )?))
         } else {
             Projections::Separate([
                 linear("mlp.gate_proj", c.ffn, c.hidden, mlp_bias)?,

@@ -88,7 +88,7 @@ pub(crate) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
 #[inline(always)]
 pub(crate) fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     // (1 + tanh u) / 2 = 1 / (1 + e^−2u).
-    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_2;
     for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
         let u = TWICE_SQRT_2_OVER_PI * (gate + 0.044_715 * (gate * gate * gate));
         *out = gate / (1.0 + exp(-u)) * up;

@@ -4,7 +4,7 @@
 use super::gain;
 use crate::ops::{self, Angles};
 use crate::{Error, Result};
-use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph};
+use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph, LayerAttention};
 use bitnet_inference::{Activation, Config};
 use bitnet_quant::qat::{Linear, Linears};
 use candle_core::{Module, Tensor};
@@ -335,7 +335,14 @@ fn check_trainable(config: &Config, json: &Value, positions: usize) -> Result<()
         sub_norms: config.graph.sub_norms,
         ..DecoderGraph::LLAMA
     };
-    if config.graph != graph || config.activation == Activation::GeluTanh {
+    let scales = config.scales;
+    let plain = [scales.embedding, scales.residual, scales.logits] == [1.0; 3]
+        && scales.logit_cap.is_none()
+        && config
+            .attention
+            .iter()
+            .all(|layer| *layer == LayerAttention::FULL);
+    if config.graph != graph || !plain || config.activation == Activation::GeluTanh {
         let known = "a graph of llama or bitnet, in a model to be trained";
         return Err(Error::option("model_type", known, config.architecture.name));
     }
