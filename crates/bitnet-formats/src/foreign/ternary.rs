@@ -56,6 +56,7 @@ impl Storage {
             return Ok(None);
         }
         Ok(Some(StoredMatrix {
+            transposed: false,
             spec,
             layout,
             packed: codes,
