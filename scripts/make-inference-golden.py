@@ -41,6 +41,8 @@ BF16, HEADS = torch.bfloat16, dict(head_dim=10)
 # As in its own code, which is not part of transformers.
 MINICPM = {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
+DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=12, linear_value_head_dim=12)
+
 # name: (architecture, dtype on disk, quantization_config, further settings)
 MODELS = {
     "llama-f32": ("llama", torch.float32, None, dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)),
@@ -64,6 +66,10 @@ MODELS = {
     "minicpm": ("minicpm", BF16, None, dict(tie_word_embeddings=True)),
     "gemma3": ("gemma3_text", BF16, None, dict(tie_word_embeddings=True, head_dim=10, query_pre_attn_scalar=17, sliding_window=6, final_logit_softcapping=3.0, layer_types=["sliding_attention", "full_attention"],
                rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}})),
+    "qwen35": ("qwen3_5_text", BF16, None, dict(tie_word_embeddings=True, num_hidden_layers=4, intermediate_size=44, head_dim=24, **DELTA)),
+    "qwen35-mixed": ("qwen3_5_text", BF16, None, dict(tie_word_embeddings=False, num_hidden_layers=3, head_dim=20, attention_bias=True,
+                     layer_types=["full_attention", "linear_attention", "linear_attention"], linear_conv_kernel_dim=3, **{**DELTA, "linear_value_head_dim": 17},
+                     rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5})),
 }
 
 
@@ -75,8 +81,14 @@ def make(name, seed):
     with torch.no_grad():
         for parameter, weights in model.named_parameters():
             if "norm" in parameter:
-                weights.copy_((architecture != "gemma3_text") + 0.2 * torch.randn_like(weights))
-            elif parameter.endswith("bias"):
+                from_one = architecture in ("gemma3_text", "qwen3_5_text") and "linear_attn" not in parameter
+                weights.copy_((not from_one) + 0.2 * torch.randn_like(weights))
+            elif parameter.endswith("A_log"):
+                # Some heads forget at once, some keep the state for the whole text.
+                weights.copy_(torch.linspace(-4, 1, len(weights)))
+            elif "conv1d" in parameter:
+                weights.copy_(0.5 * torch.randn_like(weights))
+            elif parameter.endswith("bias"):  # dt_bias too
                 weights.copy_(0.3 * torch.randn_like(weights))
     folder = OUT / name
     model.to(dtype).save_pretrained(folder)

@@ -1,7 +1,8 @@
-//! The KV cache: keys and values of earlier tokens.
+//! The cache of a sequence: keys and values of earlier tokens, and the states of gated delta nets.
 
 use crate::Config;
-use bitnet_kernels::dense::Cached;
+use bitnet_formats::arch::TokenMixer;
+use bitnet_kernels::dense::{Cached, DeltaTokens};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 /// Type of the keys and values in a cache.
@@ -31,10 +32,24 @@ enum Store {
     Int8(Vec<i8>, Vec<f32>),
 }
 
-/// Keys and values of one sequence in all layers.
+/// What a layer keeps of a sequence.
+#[derive(Debug, Clone)]
+enum LayerCache {
+    /// Keys and values.
+    Attention([Store; 2]),
+    /// The last inputs of the convolution of a gated delta net, `[taps − 1, channels]`, and its
+    /// state, as [`DeltaTokens`] describes it, of each value head. Both are f32 in every cache: they
+    /// are changed at each token, and would be rounded as often.
+    DeltaNet(Vec<f32>, Vec<f32>),
+}
+
+/// Keys and values of one sequence in all layers, and states of those that are gated delta nets.
+///
+/// Keys and values of earlier tokens stay as they are, so a cache of them can be cut back to any
+/// length. A state holds all tokens at once: [`KvCache::truncate`] can only empty it.
 #[derive(Debug, Clone)]
 pub struct KvCache {
-    layers: Vec<[Store; 2]>,
+    layers: Vec<LayerCache>,
     kv_heads: usize,
     head_dim: usize,
     capacity: usize,
@@ -51,7 +66,15 @@ impl KvCache {
             CacheType::F16 => Store::F16(vec![0; elements]),
             CacheType::Int8 => Store::Int8(vec![0; elements], vec![0.0; positions]),
         };
-        let layers = (0..config.layers).map(|_| [store(), store()]).collect();
+        let layer = |mixer: TokenMixer| match (mixer, config.delta) {
+            (TokenMixer::DeltaNet, Some(shape)) => {
+                let state = DeltaTokens::state_len(shape.key_dim, shape.value_dim);
+                let inputs = (shape.taps - 1) * shape.conv_width();
+                LayerCache::DeltaNet(vec![0.0; inputs], vec![0.0; shape.value_heads * state])
+            }
+            _ => LayerCache::Attention([store(), store()]),
+        };
+        let layers = config.attention.iter().map(|l| layer(l.mixer)).collect();
         Self {
             layers,
             kv_heads: config.kv_heads,
@@ -76,9 +99,40 @@ impl KvCache {
         self.capacity
     }
 
-    /// Drops all positions from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+    /// Drops all positions from `len` on and returns how many are left: `len`, or fewer if there
+    /// were fewer. A cache with the state of a gated delta net cannot go back to an earlier length:
+    /// if it has more than `len` positions, it drops all, and the tokens have to be computed again.
+    pub fn truncate(&mut self, len: usize) -> usize {
+        if len < self.len {
+            self.len = if self.has_states() { 0 } else { len };
+        }
+        if self.len == 0 {
+            self.clear_states();
+        }
+        self.len
+    }
+
+    /// Whether a layer has a state, which no earlier length can be taken from.
+    pub fn has_states(&self) -> bool {
+        let state = |layer: &LayerCache| matches!(layer, LayerCache::DeltaNet(..));
+        self.layers.iter().any(state)
+    }
+
+    fn clear_states(&mut self) {
+        for layer in &mut self.layers {
+            if let LayerCache::DeltaNet(inputs, states) = layer {
+                inputs.fill(0.0);
+                states.fill(0.0);
+            }
+        }
+    }
+
+    /// Empties a cache whose states a forward pass left half way.
+    pub(crate) fn abandon(&mut self) {
+        if self.has_states() {
+            self.truncate(0);
+            self.clear_states();
+        }
     }
 
     /// Size in bytes, all layers.
@@ -88,13 +142,20 @@ impl KvCache {
             Store::F16(v) => 2 * v.len(),
             Store::Int8(v, s) => v.len() + 4 * s.len(),
         };
-        self.layers.iter().flatten().map(store).sum()
+        let layer = |layer: &LayerCache| match layer {
+            LayerCache::Attention(stores) => stores.iter().map(store).sum::<usize>(),
+            LayerCache::DeltaNet(inputs, states) => 4 * (inputs.len() + states.len()),
+        };
+        self.layers.iter().map(layer).sum()
     }
 
     /// Writes the key and the value of one token for all heads.
     pub(crate) fn write(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]) {
         let (d, capacity) = (self.head_dim, self.capacity);
-        for (store, x) in self.layers[layer].iter_mut().zip([key, value]) {
+        let LayerCache::Attention(stores) = &mut self.layers[layer] else {
+            return;
+        };
+        for (store, x) in stores.iter_mut().zip([key, value]) {
             for (head, x) in x.chunks_exact(d).enumerate() {
                 let at = head * capacity + position;
                 match store {
@@ -123,7 +184,10 @@ impl KvCache {
         let (d, capacity) = (self.head_dim, self.capacity);
         debug_assert!(head < self.kv_heads);
         let elements = head * capacity * d..(head + 1) * capacity * d;
-        self.layers[layer].each_ref().map(|store| match store {
+        let LayerCache::Attention(stores) = &self.layers[layer] else {
+            return [Cached::F32(&[]); 2];
+        };
+        stores.each_ref().map(|store| match store {
             Store::F32(all) => Cached::F32(&all[elements.clone()]),
             Store::F16(all) => Cached::F16(&all[elements.clone()]),
             Store::Int8(all, scales) => Cached::Int8(
@@ -131,5 +195,13 @@ impl KvCache {
                 &scales[head * capacity..][..capacity],
             ),
         })
+    }
+
+    /// The last inputs of the convolution and the states of a gated delta net.
+    pub(crate) fn delta_state(&mut self, layer: usize) -> (&mut [f32], &mut [f32]) {
+        match &mut self.layers[layer] {
+            LayerCache::DeltaNet(inputs, states) => (inputs, states),
+            LayerCache::Attention(_) => (&mut [], &mut []),
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::Result;
 use bitnet_formats::arch::{
-    self, Activation, Architecture, Biases, DecoderGraph, HfConfig, HfDecoder, HfRope,
+    self, Activation, Architecture, Biases, DecoderGraph, DeltaShape, HfConfig, HfDecoder, HfRope,
     LayerAttention, LayerRope, RopeScaling, Scales,
 };
 use bitnet_formats::{Error, Kind, Source, document};
@@ -53,6 +53,15 @@ impl Rope {
     }
 }
 
+/// Which head of q and k of a gated delta net serves a head of v.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ValueHeads {
+    /// `h / (value_heads / key_heads)`: Hugging Face's order.
+    Grouped,
+    /// `h % key_heads`: ggml's.
+    Tiled,
+}
+
 /// The config of a model: the architecture and sizes of its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -86,6 +95,10 @@ pub struct Config {
     pub local_rope: Option<Rope>,
     /// What each layer sees and how it rotates.
     pub attention: Vec<LayerAttention>,
+    /// Sizes of the layers that are gated delta nets, if any are.
+    pub delta: Option<DeltaShape>,
+    /// Their order of heads. Hugging Face folders: grouped. GGUF: tiled.
+    pub value_heads: ValueHeads,
     /// Multipliers of embedding, scores, residual stream and logits.
     pub scales: Scales,
     /// Whether the embedding is also the output matrix.
@@ -161,6 +174,8 @@ impl Config {
             rope: Rope::from_hf(&decoder.rope),
             local_rope: decoder.local_rope.as_ref().map(Rope::from_hf),
             attention: decoder.layers,
+            delta: decoder.delta,
+            value_heads: ValueHeads::Grouped,
             scales: decoder.scales,
             tied: decoder.tied,
             biases: decoder.biases,
@@ -199,6 +214,7 @@ impl Config {
             path,
             &arch::hf_config(path, source.gguf(), &shape, &|name| source.vector(name))?,
         )?;
+        config.value_heads = ValueHeads::Tiled;
         if config.architecture.gguf_adjacent_pairs {
             config.rope.pairing = RotaryPairing::Adjacent;
         }

@@ -1,6 +1,6 @@
 //! The operations that graphs consist of, over all tokens of a batch, and their buffers.
 
-use crate::arch::{AttentionBlock, FeedForwardBlock};
+use crate::arch::{AttentionBlock, DeltaBuffers, FeedForwardBlock};
 use crate::cache::KvCache;
 use crate::linear::{KernelPool, LayerInput, LinearLayer};
 use crate::projections::Projections;
@@ -41,15 +41,20 @@ pub struct ForwardBuffers {
     pub(crate) x: Vec<f32>,
     /// The output of the last norm, `[tokens, hidden]`.
     pub(crate) normed: LayerInput,
+    /// q and its gate.
+    gated: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
     /// The output of a matrix that is several layers.
-    fused: Vec<f32>,
-    /// The input of the output projection, `[tokens, heads · head_dim]`.
+    pub(crate) fused: Vec<f32>,
+    /// The gate of what attention gives, of the same shape.
+    pub(crate) output_gate: Vec<f32>,
+    pub(crate) delta_net: DeltaBuffers,
+    /// The input of the output projection, `[tokens, heads · head_dim]`, or of those of values.
     heads: LayerInput,
-    /// The result of attention before a sub-norm, `[tokens, heads · head_dim]`.
-    attended: Vec<f32>,
+    /// The result of attention before a sub-norm or a gate, in the same shape.
+    pub(crate) attended: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
     /// The input of the down projection, `[tokens, ffn]`.
@@ -67,6 +72,14 @@ pub struct ForwardBuffers {
 /// The gain of an RMS norm.
 #[derive(Debug)]
 pub(crate) struct NormGain(pub(crate) Vec<f32>);
+
+/// What multiplies the result of attention: a function of `output_gate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OutputGate {
+    None,
+    Sigmoid,
+    Silu,
+}
 
 /// A forward pass in progress.
 pub(crate) struct ForwardPass<'a, 'c> {
@@ -111,10 +124,15 @@ impl ForwardPass<'_, '_> {
             self.steps[step].cache.write(layer, position, k, v);
         }
         self.attend(layer);
+        let width = self.config.heads * self.config.head_dim;
         if layer + 1 == self.config.layers {
-            self.drop_unwanted();
+            self.drop_unwanted(width);
         }
-        self.attention_out(&block.out, block.sub_norm.as_ref())?;
+        let gate = match self.config.graph.output_gate {
+            true => OutputGate::Sigmoid,
+            false => OutputGate::None,
+        };
+        self.attention_out(&block.out, width, block.sub_norm.as_ref(), gate)?;
         self.add(block.post_norm.as_ref());
         Ok(())
     }
@@ -127,12 +145,26 @@ impl ForwardPass<'_, '_> {
             config.kv_heads * config.head_dim,
         );
         let s = &mut *self.buffers;
-        let outs = [
-            (&mut s.q, width),
-            (&mut s.k, kv_width),
-            (&mut s.v, kv_width),
-        ];
-        qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)
+        let kv = [(&mut s.k, kv_width), (&mut s.v, kv_width)];
+        let [k, v] = kv;
+        if !config.graph.output_gate {
+            let outs = [(&mut s.q, width), k, v];
+            return qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs);
+        }
+        let outs = [(&mut s.gated, 2 * width), k, v];
+        qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)?;
+        // Each head and then its gate.
+        s.q.resize(tokens * width, 0.0);
+        s.output_gate.resize(tokens * width, 0.0);
+        let dim = config.head_dim;
+        let heads =
+            s.q.chunks_exact_mut(dim)
+                .zip(s.output_gate.chunks_exact_mut(dim));
+        for ((q, gate), both) in heads.zip(s.gated.chunks_exact(2 * dim)) {
+            q.copy_from_slice(&both[..dim]);
+            gate.copy_from_slice(&both[dim..]);
+        }
+        Ok(())
     }
 
     /// `q, k = rope(q), rope(k)`, each head after its norm where there is one.
@@ -227,9 +259,12 @@ impl ForwardPass<'_, '_> {
         });
     }
 
-    /// Keeps the rows of tokens whose logits were requested and drops the others.
-    fn drop_unwanted(&mut self) {
-        let (hidden, width) = (self.config.hidden, self.config.heads * self.config.head_dim);
+    /// Keeps the rows of tokens whose logits were requested and drops the others; `width` is that of
+    /// the result of attention.
+    pub(crate) fn drop_unwanted(&mut self, width: usize) {
+        let hidden = self.config.hidden;
+        let s = &mut *self.buffers;
+        let gated = !s.output_gate.is_empty();
         let (mut first, mut wanted) = (0, 0);
         for step in self.steps.iter() {
             let end = first + step.tokens.len();
@@ -238,37 +273,45 @@ impl ForwardPass<'_, '_> {
                 WantedLogits::Last => end - 1,
                 WantedLogits::All => first,
             };
-            self.buffers
-                .x
-                .copy_within(from * hidden..end * hidden, wanted * hidden);
-            self.buffers
-                .attended
+            s.x.copy_within(from * hidden..end * hidden, wanted * hidden);
+            s.attended
                 .copy_within(from * width..end * width, wanted * width);
+            if gated {
+                s.output_gate
+                    .copy_within(from * width..end * width, wanted * width);
+            }
             wanted += end - from;
             first = end;
         }
-        self.buffers.x.truncate(wanted * hidden);
-        self.buffers.attended.truncate(wanted * width);
+        s.x.truncate(wanted * hidden);
+        s.attended.truncate(wanted * width);
+        s.output_gate.truncate(wanted * width);
     }
 
-    /// `delta = o · heads`, where `heads` is `attended`, or its sub-norm if the graph has one.
-    fn attention_out(&mut self, o: &LinearLayer, sub_norm: Option<&NormGain>) -> Result<()> {
-        let (kernels, width, eps) = (
-            &self.runtime.kernels,
-            self.config.heads * self.config.head_dim,
-            self.config.norm_eps,
-        );
+    /// `delta = o · heads`, where `heads` is `attended`, of `width` elements for each token, or its
+    /// sub-norm or its product with a gate if the graph has one.
+    pub(crate) fn attention_out(
+        &mut self,
+        o: &LinearLayer,
+        width: usize,
+        sub_norm: Option<&NormGain>,
+        gate: OutputGate,
+    ) -> Result<()> {
+        let (kernels, eps) = (&self.runtime.kernels, self.config.norm_eps);
         let s = &mut *self.buffers;
-        let attended = &s.attended;
+        let (attended, gates) = (&s.attended, &s.output_gate);
         s.heads.write(
             self.runtime,
             &[o],
             (attended.len() / width, width),
             |token, out| {
                 let attended = &attended[token * width..][..width];
-                match sub_norm {
-                    None => out.copy_from_slice(attended),
-                    Some(norm) => kernels.rms_norm(attended, &norm.0, eps, out),
+                let gates = || &gates[token * width..][..width];
+                match (sub_norm, gate) {
+                    (Some(norm), _) => kernels.rms_norm(attended, &norm.0, eps, out),
+                    (None, OutputGate::None) => out.copy_from_slice(attended),
+                    (None, OutputGate::Sigmoid) => kernels.sigmoid_mul(gates(), attended, out),
+                    (None, OutputGate::Silu) => kernels.silu_mul(gates(), attended, out),
                 }
             },
         )?;
@@ -308,7 +351,7 @@ impl ForwardPass<'_, '_> {
     }
 
     /// `x += r · delta`, token by token, with delta after its norm where there is one.
-    fn add(&mut self, post_norm: Option<&NormGain>) {
+    pub(crate) fn add(&mut self, post_norm: Option<&NormGain>) {
         let (KernelPool { kernels, pool }, config) = (self.runtime, self.config);
         let (hidden, eps, residual) = (config.hidden, config.norm_eps, config.scales.residual);
         let s = &mut *self.buffers;

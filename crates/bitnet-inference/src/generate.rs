@@ -152,10 +152,11 @@ impl<'m> Session<'m> {
     /// Drops all tokens; the memory stays.
     pub fn clear(&mut self) {
         self.tokens.clear();
-        self.cache.truncate(0);
+        let _ = self.cache.truncate(0);
     }
 
-    /// Sets the tokens of the session. Keeps the cache of the common prefix and computes the rest.
+    /// Sets the tokens of the session. Keeps the cache of the common prefix and computes the rest; a
+    /// model with gated delta nets computes all, unless the new tokens continue the old ones.
     /// Returns the logits after the last token and the number of computed tokens.
     ///
     /// # Errors
@@ -178,8 +179,8 @@ impl<'m> Session<'m> {
             .zip(&tokens[..last])
             .take_while(|(a, b)| a == b)
             .count();
+        let same = self.cache.truncate(same);
         self.tokens.truncate(same);
-        self.cache.truncate(same);
         for part in tokens[same..].chunks(BATCH) {
             let end = self.tokens.len() + part.len();
             let want = if end == tokens.len() {
@@ -187,15 +188,7 @@ impl<'m> Session<'m> {
             } else {
                 WantedLogits::Nothing
             };
-            self.model.forward(
-                &mut [ForwardStep {
-                    cache: &mut self.cache,
-                    tokens: part,
-                    want,
-                }],
-                &mut self.scratch,
-            )?;
-            self.tokens.extend_from_slice(part);
+            self.forward(part, want)?;
         }
         Ok((&self.scratch.logits, tokens.len() - same))
     }
@@ -205,14 +198,24 @@ impl<'m> Session<'m> {
     /// # Errors
     /// As [`Model::forward`].
     pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
+        self.forward(&[token], WantedLogits::Last)?;
+        Ok(&self.scratch.logits)
+    }
+
+    /// Computes tokens after those of the session.
+    fn forward(&mut self, tokens: &[u32], want: WantedLogits) -> Result<()> {
         let step = ForwardStep {
             cache: &mut self.cache,
-            tokens: &[token],
-            want: WantedLogits::Last,
+            tokens,
+            want,
         };
-        self.model.forward(&mut [step], &mut self.scratch)?;
-        self.tokens.push(token);
-        Ok(&self.scratch.logits)
+        if let Err(error) = self.model.forward(&mut [step], &mut self.scratch) {
+            // A cache with states may be empty now.
+            self.tokens.truncate(self.cache.len());
+            return Err(error);
+        }
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
     }
 
     /// Generates after `prompt`. [`Generation::into_session`] returns the session.

@@ -45,7 +45,7 @@ mod tokenizer;
 pub use bitnet_formats::arch::Activation;
 pub use cache::{CacheType, KvCache};
 pub use chat::{ChatMessage, Tools};
-pub use config::{Config, Rope};
+pub use config::{Config, Rope, ValueHeads};
 pub use error::{Error, Result};
 pub use forward::{ForwardBuffers, ForwardStep, WantedLogits};
 pub use generate::{Finish, GenerateOptions, Generation, Session, Timings, Token};

@@ -121,6 +121,16 @@ impl ModelWeights {
             layers: layers.into_iter().flatten().collect::<Result<_>>()?,
         })
     }
+
+    /// All layers and the norm after them.
+    fn run(&self, pass: &mut ForwardPass<'_, '_>) -> Result<()> {
+        for (i, layer) in self.layers.iter().enumerate() {
+            layer
+                .forward(pass, i)
+                .map_err(located(|| format!("layer {i}")))?;
+        }
+        pass.norm(&self.norm, &[])
+    }
 }
 
 impl Model {
@@ -340,10 +350,10 @@ impl Model {
     }
 
     /// Runs tokens of one or several sequences through the graph. Their keys and values enter the
-    /// caches.
+    /// caches, whose states move on.
     ///
     /// Returns the requested logits in the order of the steps, `[wanted, vocab]`. After an error
-    /// the caches have their former lengths.
+    /// the caches have their former lengths, but one with states that the pass has changed is empty.
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] for a step without tokens, [`Error::Token`] for a token outside the
@@ -366,13 +376,11 @@ impl Model {
             buffers,
             steps,
         };
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            layer
-                .forward(&mut pass, i)
-                .map_err(located(|| format!("layer {i}")))?;
+        if let Err(error) = self.weights.run(&mut pass) {
+            steps.iter_mut().for_each(|step| step.cache.abandon());
+            return Err(error);
         }
-        pass.norm(&self.weights.norm, &[])?;
-        let wanted = pass.buffers.x.len() / hidden;
+        let wanted = buffers.x.len() / hidden;
         for step in steps {
             step.cache.len += step.tokens.len();
         }

@@ -270,7 +270,7 @@ fn sweep(
     let mut scratches: Vec<ForwardBuffers> =
         models.iter().map(|_| ForwardBuffers::default()).collect();
     for (window, first) in all {
-        caches.iter_mut().for_each(|c| c.truncate(0));
+        caches.iter_mut().for_each(|c| _ = c.truncate(0));
         // The logits of token i − 1 predict token i, so the last token of a window is left out.
         let cuts = [
             (window.start, first - 1, WantedLogits::Nothing),

@@ -1,12 +1,14 @@
 //! Synthetic models: the shape of a known model with generated weights, to measure speed without
 //! a download.
 
+use crate::arch::DeltaVectors;
 use crate::forward::NormGain;
 use crate::linear::{KernelPool, LinearLayer, LinearWeights};
 use crate::load::{FloatType, WeightProvider};
 use crate::{Config, Error, Result};
 use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
+use bitnet_formats::arch::DeltaShape;
 use bitnet_kernels::dense::{
     BlockType, Blocks, DenseData, DenseMatrix, quantize_int4, quantize_int8, zeros,
 };
@@ -104,6 +106,14 @@ impl WeightProvider for SyntheticWeights<'_> {
             weights: LinearWeights::Ternary(packed),
             bias: bias.then(|| vec![0.0; rows]),
             rotation: None,
+        })
+    }
+
+    fn delta_vectors(&self, _: &str, shape: &DeltaShape) -> Result<DeltaVectors> {
+        Ok(DeltaVectors {
+            conv: vec![0.5; shape.taps * shape.conv_width()],
+            rates: vec![-0.1; shape.value_heads],
+            dt_bias: vec![0.0; shape.value_heads],
         })
     }
 

@@ -16,7 +16,7 @@ const STEPS: usize = 16;
 /// across a tie to the next code, 1/127 of the largest of its token; these models have no such tie.
 const BOUND: f32 = 2e-5;
 
-const MODELS: [&str; 20] = [
+const MODELS: [&str; 22] = [
     "llama-f32",
     "llama-f16-rope",
     "llama-bf16-head",
@@ -37,6 +37,8 @@ const MODELS: [&str; 20] = [
     "phi3-partial",
     "minicpm",
     "gemma3",
+    "qwen35",
+    "qwen35-mixed",
 ];
 
 fn folder(name: &str) -> PathBuf {
@@ -182,6 +184,8 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
         "phi3-longrope",
         "minicpm",
         "gemma3",
+        "qwen35",
+        "qwen35-mixed",
     ] {
         let golden = golden(name);
         let mut first: Option<Vec<u32>> = None;

@@ -43,8 +43,8 @@ fn every_kernel_gives_the_bits_of_the_scalar_one() {
 mod cases {
     use super::Table;
     use crate::dense::{
-        Attention, AttentionScratch, BlockRow, BlockStrip, BlockType, Blocks, Cached, DenseData,
-        DenseMatrix, RotaryPairing, TokenHeads, quantize_int4, quantize_int8,
+        Attention, AttentionScratch, BlockRow, BlockStrip, BlockType, Blocks, Cached, DeltaTokens,
+        DenseData, DenseMatrix, RotaryPairing, TokenHeads, quantize_int4, quantize_int8,
     };
     use crate::error::Error;
     use crate::hadamard::Signs;
@@ -664,6 +664,45 @@ mod cases {
 
     pub(super) fn gelu_tanh_mul(table: &Table) -> String {
         each_gate(|gate, up, out| table.gelu_tanh_mul(gate, up, out))
+    }
+
+    pub(super) fn sigmoid_mul(table: &Table) -> String {
+        each_gate(|gate, up, out| table.sigmoid_mul(gate, up, out))
+    }
+
+    pub(super) fn conv_silu(table: &Table) -> String {
+        each_length(|n, results| {
+            let mut out = vec![9.0; n];
+            table.conv_silu(&floats(4 * n), &floats(4 * n + 1)[1..], &mut out);
+            results.floats(&out);
+        })
+    }
+
+    pub(super) fn delta_tokens(table: &Table) -> String {
+        let mut results = Results::default();
+        for (key_dim, value_dim, tokens) in [(1, 1, 2), (12, 17, 3), (33, 16, 1), (128, 128, 4)] {
+            let (q, k) = (floats(tokens * key_dim), floats(tokens * key_dim + 1));
+            let (v, gates) = (floats(tokens * value_dim), floats(2 * tokens));
+            let gates: Vec<(f32, f32)> = gates.chunks(2).map(|x| (x[0], x[1])).collect();
+            let run = DeltaTokens {
+                tokens,
+                q: &q,
+                k: &k[1..],
+                key_stride: key_dim,
+                v: &v,
+                value_stride: value_dim,
+                gates: &gates,
+                gate_stride: 1,
+                key_dim,
+                value_dim,
+            };
+            let mut state = floats(DeltaTokens::state_len(key_dim, value_dim));
+            let mut out = vec![9.0; tokens * value_dim];
+            table.delta_tokens(&run, &mut state, &mut out);
+            results.floats(&state);
+            results.floats(&out);
+        }
+        results.0
     }
 
     pub(super) fn add(table: &Table) -> String {

@@ -115,6 +115,23 @@ impl Pool {
         });
     }
 
+    /// [`Pool::for_chunks`] of two slices, whose chunks of `lens` elements belong together.
+    ///
+    /// # Panics
+    /// If a length is 0 or the slices are not the same number of whole chunks, and with the first
+    /// panic of `each`.
+    pub fn for_chunks_of_two<A: Send, B: Send>(
+        &self,
+        (a, b): (&mut [A], &mut [B]),
+        lens: [usize; 2],
+        each: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+    ) {
+        // Elements without a size, which take no memory.
+        let mut nothing = vec![(); a.len() / lens[0]];
+        let each = |part: usize, a: &mut [A], b: &mut [B], _: &mut [()]| each(part, a, b);
+        self.for_chunks_of_three((a, b, &mut nothing), [lens[0], lens[1], 1], each);
+    }
+
     /// [`Pool::for_chunks`] of three slices, whose chunks of `lens` elements belong together.
     ///
     /// # Panics

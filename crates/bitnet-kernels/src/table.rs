@@ -6,8 +6,10 @@
 //! declared kernel to the bits of its scalar form, and does not compile without a case for it.
 
 use crate::dense::lanes::{self, Lanes};
-use crate::dense::{Attention, AttentionScratch, DenseMatrix, RotaryPairing, TokenHeads};
-use crate::dense::{attention, attention_run, elementwise, product};
+use crate::dense::{
+    Attention, AttentionScratch, DeltaTokens, DenseMatrix, RotaryPairing, TokenHeads,
+};
+use crate::dense::{attention, attention_run, delta, elementwise, product};
 use crate::hadamard::{self, Signs};
 use crate::isa::{Isa, for_instruction_sets};
 use crate::matmul::coding::{self, Coding};
@@ -222,6 +224,18 @@ macro_rules! for_kernels {
             /// [`elementwise::gelu_tanh_mul`].
             fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 elementwise::gelu_tanh_mul(gate, up, out);
+            }
+            /// [`delta::sigmoid_mul`].
+            fn sigmoid_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                delta::sigmoid_mul(gate, up, out);
+            }
+            /// [`delta::conv_silu`].
+            fn conv_silu(x: &[f32], w: &[f32], out: &mut [f32]) {
+                delta::conv_silu(x, w, out);
+            }
+            /// [`delta::delta_tokens`].
+            fn delta_tokens(tokens: &DeltaTokens<'_>, state: &mut [f32], out: &mut [f32]) {
+                delta::delta_tokens(REGISTERS, tokens, state, out);
             }
             /// [`elementwise::add`].
             fn add(x: &mut [f32], y: &[f32]) {

@@ -43,6 +43,9 @@ pub struct DecoderGraph {
     pub sub_norms: bool,
     /// Whether each head of q and of k has a norm: `q_norm`, `k_norm`.
     pub head_norms: bool,
+    /// Whether each head of q has a gate beside it in the rows of `q_proj`: its sigmoid multiplies
+    /// what the head attends to.
+    pub output_gate: bool,
     /// Whether q, k and v are one matrix (`qkv_proj`), and gate and up (`gate_up_proj`).
     pub fused: bool,
 }
@@ -54,6 +57,7 @@ impl DecoderGraph {
         post_norms: None,
         sub_norms: false,
         head_norms: false,
+        output_gate: false,
         fused: false,
     };
 }
@@ -88,6 +92,9 @@ pub enum LayerRule {
     /// One layer in `sliding_window_pattern` sees all positions; the others see a window and have
     /// rotary positions of their own, or so where `layer_types` says it.
     Local,
+    /// `layer_types` says which layers are gated delta nets, or all are but one in
+    /// `full_attention_interval`.
+    Delta,
 }
 
 /// What multiplies embedding, scores, residual stream and logits.
@@ -126,6 +133,8 @@ pub struct HfDefaults {
     pub kv_heads: Option<usize>,
     /// `head_dim`; none for `hidden_size / num_attention_heads`.
     pub head_dim: Option<usize>,
+    /// `partial_rotary_factor`.
+    pub rotary_factor: f64,
 }
 
 /// A model architecture: names, conventions and limits in Hugging Face folders and in GGUF files,
@@ -144,6 +153,8 @@ pub struct Architecture {
     pub modules: &'static [(&'static str, &'static str)],
     /// Modules of a layer: the part after `model.layers.N.`, and the part after `blk.N.`.
     pub layer_modules: &'static [(&'static str, &'static str)],
+    /// Tensors of a layer that are no weight or bias of a module, in the same way.
+    pub layer_tensors: &'static [(&'static str, &'static str)],
     /// Whether llama.cpp rotates adjacent dimensions of a head, so that the rows of q and k change
     /// places. Hugging Face rotates dimension i with i + d/2 in every model.
     pub gguf_adjacent_pairs: bool,

@@ -1,6 +1,7 @@
 //! A decoder's config.json, read once for conversion and inference.
 
 use super::architecture::{Activation, Architecture, BiasRule, ScaleRule};
+use super::delta::DeltaShape;
 use super::layers::LayerAttention;
 use super::rope::HfRope;
 use super::values::HfConfig;
@@ -41,6 +42,8 @@ pub struct HfDecoder {
     pub ffn: usize,
     /// Each layer.
     pub layers: Vec<LayerAttention>,
+    /// Sizes of the layers that are gated delta nets, if any are.
+    pub delta: Option<DeltaShape>,
     /// `num_attention_heads`.
     pub heads: usize,
     /// `num_key_value_heads`; a divisor of `heads`.
@@ -88,10 +91,12 @@ impl HfDecoder {
             return Err(config.bad("num_key_value_heads", &expected));
         }
         let head_dim = head_dim(config, architecture, hidden, heads)?;
+        let layers = LayerAttention::read(config, architecture)?;
         Ok(Self {
             hidden,
             ffn: config.size("intermediate_size")?,
-            layers: LayerAttention::read(config, architecture)?,
+            delta: DeltaShape::read(config, &layers)?,
+            layers,
             heads,
             kv_heads,
             head_dim,

@@ -7,7 +7,7 @@ use super::architecture::{
 
 /// All architectures. Of those that share a name in GGUF files the first reads it.
 pub static ARCHITECTURES: &[&Architecture] = &[
-    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3,
+    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3, &QWEN35,
 ];
 
 /// `llama` on both sides.
@@ -22,6 +22,7 @@ pub static LLAMA: Architecture = Architecture {
     gguf_keys: &["attention.sliding_window"],
     modules: &DECODER_MODULES,
     layer_modules: &LAYER_MODULES,
+    layer_tensors: &[],
     gguf_adjacent_pairs: true,
     gguf_biases: true,
     gguf_head: true,
@@ -258,6 +259,52 @@ pub static GEMMA3: Architecture = Architecture {
     ..LLAMA
 };
 
+/// The text models of Qwen3.5, 3.6 and 3.8: gated delta nets, and gated attention in one layer of
+/// four.
+pub static QWEN35: Architecture = Architecture {
+    name: "qwen3_5_text",
+    hf_class: "Qwen3_5ForCausalLM",
+    gguf_names: &[GgufName {
+        name: "qwen35",
+        activation: Activation::Silu,
+    }],
+    gguf_keys: &[
+        "full_attention_interval",
+        "ssm.conv_kernel",
+        "ssm.group_count",
+        "ssm.inner_size",
+        "ssm.state_size",
+        "ssm.time_step_rank",
+        // Of the three positions of a picture's part; those of text are equal.
+        "rope.dimension_sections",
+    ],
+    layer_modules: &QWEN35_MODULES,
+    layer_tensors: &[
+        ("linear_attn.A_log", "ssm_a"),
+        ("linear_attn.dt_bias", "ssm_dt.bias"),
+    ],
+    gguf_adjacent_pairs: false,
+    gguf_biases: false,
+    gguf_rope_freqs: false,
+    partial_rotary: true,
+    biases: BiasRule::Attention,
+    layers: LayerRule::Delta,
+    hf_norms_from_one: true,
+    hf_defaults: Some(HfDefaults {
+        kv_heads: Some(4),
+        head_dim: Some(256),
+        rotary_factor: 0.25,
+        ..DEFAULTS
+    }),
+    inference: Some(DecoderGraph {
+        head_norms: true,
+        output_gate: true,
+        ..DecoderGraph::LLAMA
+    }),
+    training: None,
+    ..LLAMA
+};
+
 /// Values that the configuration classes of Hugging Face share.
 const DEFAULTS: HfDefaults = HfDefaults {
     rope_theta: 10000.0,
@@ -266,6 +313,7 @@ const DEFAULTS: HfDefaults = HfDefaults {
     tied: false,
     kv_heads: None,
     head_dim: None,
+    rotary_factor: 1.0,
 };
 
 /// Modules of a decoder outside its layers.
@@ -314,6 +362,28 @@ const GEMMA3_MODULES: [(&str, &str); 13] = [
     ("self_attn.o_proj", "attn_output"),
     ("self_attn.q_norm", "attn_q_norm"),
     ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// Modules of a layer of qwen3_5.
+const QWEN35_MODULES: [(&str, &str); 18] = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("linear_attn.in_proj_qkv", "attn_qkv"),
+    ("linear_attn.in_proj_z", "attn_gate"),
+    ("linear_attn.in_proj_b", "ssm_beta"),
+    ("linear_attn.in_proj_a", "ssm_alpha"),
+    ("linear_attn.conv1d", "ssm_conv1d"),
+    ("linear_attn.norm", "ssm_norm"),
+    ("linear_attn.out_proj", "ssm_out"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),

@@ -19,6 +19,15 @@ pub enum LayerRope {
     Local,
 }
 
+/// How a layer mixes the tokens of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenMixer {
+    /// Softmax attention over keys and values.
+    Attention,
+    /// A gated delta net, which has a state instead of keys and values.
+    DeltaNet,
+}
+
 /// What a layer sees and how it rotates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerAttention {
@@ -26,6 +35,8 @@ pub struct LayerAttention {
     pub window: Option<usize>,
     /// Its rotary positions.
     pub rope: LayerRope,
+    /// How it mixes tokens.
+    pub mixer: TokenMixer,
 }
 
 impl LayerAttention {
@@ -33,6 +44,14 @@ impl LayerAttention {
     pub const FULL: Self = Self {
         window: None,
         rope: LayerRope::Global,
+        mixer: TokenMixer::Attention,
+    };
+
+    /// A gated delta net.
+    pub const DELTA_NET: Self = Self {
+        window: None,
+        rope: LayerRope::None,
+        mixer: TokenMixer::DeltaNet,
     };
 
     /// Those of each layer of a config.json.
@@ -78,6 +97,7 @@ impl LayerAttention {
                     layer.rope = LayerRope::Local;
                 }
             }
+            LayerRule::Delta => set_delta_nets(config, &mut layers)?,
         }
         Ok(layers)
     }
@@ -134,6 +154,28 @@ fn set_rotation(config: &HfConfig, layers: &mut [LayerAttention]) -> Result<()> 
     Ok(())
 }
 
+/// Makes gated delta nets of the layers that `layer_types` names, or of all but one in
+/// `full_attention_interval`.
+fn set_delta_nets(config: &HfConfig, layers: &mut [LayerAttention]) -> Result<()> {
+    let key = "layer_types";
+    let types = list(config, key, layers.len())?;
+    let interval = config
+        .optional_size("full_attention_interval")?
+        .unwrap_or(4);
+    for (i, layer) in layers.iter_mut().enumerate() {
+        let delta = match types.map(|types| types[i].as_str()) {
+            None => !(i + 1).is_multiple_of(interval),
+            Some(Some("full_attention")) => false,
+            Some(Some("linear_attention")) => true,
+            Some(_) => return Err(config.bad(key, "'full_attention' or 'linear_attention'")),
+        };
+        if delta {
+            *layer = LayerAttention::DELTA_NET;
+        }
+    }
+    Ok(())
+}
+
 /// A list with an entry for each layer, if the key is there.
 fn list<'a>(config: &HfConfig<'a>, key: &str, count: usize) -> Result<Option<&'a Vec<Value>>> {
     let Some(value) = config.get(key) else {
@@ -150,7 +192,7 @@ fn list<'a>(config: &HfConfig<'a>, key: &str, count: usize) -> Result<Option<&'a
 
 #[cfg(test)]
 mod tests {
-    use super::super::known::{GEMMA3, MISTRAL, QWEN3, SMOLLM3};
+    use super::super::known::{GEMMA3, MISTRAL, QWEN3, QWEN35, SMOLLM3};
     use super::*;
     use serde_json::json;
     use std::path::Path;
@@ -164,6 +206,7 @@ mod tests {
         let layers = LayerAttention::read(&config, architecture)?;
         let shown = layers.iter().map(|l| {
             let rope = match l.rope {
+                _ if l.mixer == TokenMixer::DeltaNet => 'd',
                 LayerRope::None => '-',
                 LayerRope::Global => 'g',
                 LayerRope::Local => 'l',
@@ -209,6 +252,12 @@ mod tests {
                 &GEMMA3,
                 json!({"sliding_window": 4, "sliding_window_pattern": 3}),
                 "l4 l4 g0 l4 l4 g0",
+            ),
+            (&QWEN35, json!({}), "d0 d0 d0 g0 d0 d0"),
+            (
+                &QWEN35,
+                json!({"full_attention_interval": 3}),
+                "d0 d0 g0 d0 d0 g0",
             ),
         ] {
             assert_eq!(

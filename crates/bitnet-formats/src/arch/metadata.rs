@@ -2,6 +2,7 @@
 
 use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ScaleRule};
 use super::decoder::HfDecoder;
+use super::delta_keys::add_delta_net;
 use super::end_ids;
 use super::keys::GgufKeys;
 use super::layers::{LayerAttention, LayerRope};
@@ -162,19 +163,19 @@ fn check_limits(
 }
 
 /// The keys of a GGUF in the making.
-struct NewKeys {
+pub(super) struct NewKeys {
     /// Before each key of the architecture.
     prefix: &'static str,
     metadata: Vec<(String, gguf::Value)>,
 }
 
 impl NewKeys {
-    fn put(&mut self, key: &str, value: gguf::Value) {
+    pub(super) fn put(&mut self, key: &str, value: gguf::Value) {
         self.metadata
             .push((format!("{}.{key}", self.prefix), value));
     }
 
-    fn size(&mut self, key: &str, n: usize) {
+    pub(super) fn size(&mut self, key: &str, n: usize) {
         self.put(key, gguf::Value::U32(n as u32));
     }
 
@@ -279,6 +280,7 @@ impl NewKeys {
                     return refused(key, "one layer in 4 without rotary positions");
                 }
             }
+            LayerRule::Delta => self.delta_net(config, architecture, decoder)?,
             LayerRule::Local => {
                 let Some(pattern) = pattern(&windows) else {
                     return refused("layer_types", "windows in all layers but each n-th");
@@ -585,6 +587,7 @@ fn add_layers(keys: &GgufKeys, config: &mut Value) -> Result<()> {
             config["max_window_layers"] = 0.into();
         }
         LayerRule::SomeRotate => config["no_rope_layer_interval"] = SMOLLM3_INTERVAL.into(),
+        LayerRule::Delta => add_delta_net(keys, config)?,
         LayerRule::Local => {
             let pattern = keys.optional_size("attention.sliding_window_pattern")?;
             config["sliding_window"] = keys.size("attention.sliding_window")?.into();

@@ -8,6 +8,8 @@
 
 mod architecture;
 mod decoder;
+mod delta;
+mod delta_keys;
 mod end_ids;
 mod keys;
 mod known;
@@ -25,11 +27,12 @@ pub use architecture::{
     strip_prefix,
 };
 pub use decoder::{Biases, HfDecoder, Scales};
+pub use delta::DeltaShape;
 pub use end_ids::eos_ids;
 pub use known::{
-    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
+    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, QWEN35, SMOLLM3,
 };
-pub use layers::{LayerAttention, LayerRope};
+pub use layers::{LayerAttention, LayerRope, TokenMixer};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};
 pub use rope::{HfRope, RopeScaling};
 pub use rotation::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};

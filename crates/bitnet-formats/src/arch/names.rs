@@ -24,7 +24,8 @@ impl Architecture {
     /// What a GGUF adds to each element of a Hugging Face tensor: 1 to the weights of norms that
     /// multiply by `1 + w` in transformers.
     pub fn gguf_offset(&self, hf: &str) -> f32 {
-        match hf.ends_with("norm.weight") {
+        // The norm behind a gated delta net multiplies by w in every model.
+        match hf.ends_with("norm.weight") && !hf.ends_with("linear_attn.norm.weight") {
             true if self.hf_norms_from_one => 1.0,
             _ => 0.0,
         }
@@ -36,27 +37,28 @@ impl Architecture {
         [layers, new_layers]: [&str; 2],
         direction: fn(ModuleNames) -> ModuleNames,
     ) -> Option<String> {
-        let (module, kind) = name.rsplit_once('.')?;
-        if !matches!(kind, "weight" | "bias") {
-            return None;
-        }
         let find = |table: &[ModuleNames], module: &str| {
             let mut pairs = table.iter().map(|&pair| direction(pair));
             pairs.find(|(from, _)| *from == module).map(|(_, to)| to)
         };
-        match module.strip_prefix(layers) {
-            None => Some(format!("{}.{kind}", find(self.modules, module)?)),
-            Some(rest) => {
-                let (number, module) = rest.split_once('.')?;
-                // The number is written back as it was read: one spelling for each layer.
-                let layer: u32 = number
-                    .parse()
-                    .ok()
-                    .filter(|n: &u32| n.to_string() == number)?;
-                let module = find(self.layer_modules, module)?;
-                Some(format!("{new_layers}{layer}.{module}.{kind}"))
-            }
-        }
+        let with_kind = |table: &[ModuleNames], name: &str| {
+            let (module, kind) = name.rsplit_once('.')?;
+            let known = matches!(kind, "weight" | "bias");
+            known.then_some(format!("{}.{kind}", find(table, module)?))
+        };
+        let Some(rest) = name.strip_prefix(layers) else {
+            return with_kind(self.modules, name);
+        };
+        let (number, rest) = rest.split_once('.')?;
+        // The number is written back as it was read: one spelling for each layer.
+        let layer: u32 = number
+            .parse()
+            .ok()
+            .filter(|n: &u32| n.to_string() == number)?;
+        let to = find(self.layer_tensors, rest)
+            .map(String::from)
+            .or_else(|| with_kind(self.layer_modules, rest))?;
+        Some(format!("{new_layers}{layer}.{to}"))
     }
 }
 
@@ -65,7 +67,7 @@ type ModuleNames = (&'static str, &'static str);
 
 #[cfg(test)]
 mod tests {
-    use super::super::known::{ARCHITECTURES, GEMMA3, LLAMA};
+    use super::super::known::{ARCHITECTURES, GEMMA3, LLAMA, QWEN35};
 
     #[test]
     fn every_name_goes_round() {
@@ -92,6 +94,22 @@ mod tests {
             }
             assert_eq!(seen.len(), 2 * 2 * (modules.len() + 3 * layer.len()));
         }
+    }
+
+    #[test]
+    fn tensors_of_a_delta_net() {
+        for (hf, gguf) in [
+            ("model.layers.2.linear_attn.A_log", "blk.2.ssm_a"),
+            ("model.layers.2.linear_attn.dt_bias", "blk.2.ssm_dt.bias"),
+        ] {
+            assert_eq!(QWEN35.gguf_tensor(hf).as_deref(), Some(gguf));
+            assert_eq!(QWEN35.hf_tensor(gguf).as_deref(), Some(hf));
+            assert_eq!(LLAMA.gguf_tensor(hf), None);
+        }
+        // Its norm multiplies by w, those of the layer by 1 + w.
+        let norms = ["linear_attn.norm", "input_layernorm"]
+            .map(|norm| QWEN35.gguf_offset(&format!("model.layers.0.{norm}.weight")));
+        assert_eq!(norms, [0.0, 1.0]);
     }
 
     #[test]

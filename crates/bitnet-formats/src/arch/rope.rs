@@ -149,22 +149,24 @@ fn rotated(
     head_dim: usize,
 ) -> Result<usize> {
     let key = "partial_rotary_factor";
-    for part in parameters.map(|p| p.value).iter().chain([config]) {
-        let Some(factor) = part.optional_float(key)? else {
-            continue;
-        };
-        if !architecture.partial_rotary && factor != 1.0 {
-            return Err(part.bad(key, "1"));
+    let default = architecture.hf_defaults.map_or(1.0, |d| d.rotary_factor);
+    let (mut part, mut factor) = (*config, default);
+    for place in parameters.map(|p| p.value).iter().chain([config]) {
+        if let Some(given) = place.optional_float(key)? {
+            (part, factor) = (*place, given);
+            break;
         }
-        // As transformers rounds.
-        let dims = (head_dim as f64 * factor) as usize;
-        if factor > 1.0 || dims == 0 || !dims.is_multiple_of(2) {
-            let expected = format!("a part of {head_dim} dimensions that is an even number");
-            return Err(part.bad(key, &expected));
-        }
-        return Ok(dims);
     }
-    Ok(head_dim)
+    if !architecture.partial_rotary && factor != 1.0 {
+        return Err(part.bad(key, "1"));
+    }
+    // As transformers rounds.
+    let dims = (head_dim as f64 * factor) as usize;
+    if factor > 1.0 || dims == 0 || !dims.is_multiple_of(2) {
+        let expected = format!("a part of {head_dim} dimensions that is an even number");
+        return Err(part.bad(key, &expected));
+    }
+    Ok(dims)
 }
 
 /// The object with the scaling of the frequencies.

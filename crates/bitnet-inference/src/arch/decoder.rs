@@ -3,27 +3,38 @@
 //!
 //! ```text
 //! a = RMS_in(x)
-//! h = x + r · RMS_post(o · RMS_sub(Attention(rope(RMS_q(q·a)), rope(RMS_k(k·a)), v·a)))
+//! h = x + r · RMS_post(o · G(RMS_sub(Attention(rope(RMS_q(q·a)), rope(RMS_k(k·a)), v·a))))
 //! z = RMS_ffn(h)
 //! y = h + r · RMS_post'(down · RMS_sub'(f(gate·z) ⊙ up·z))
 //! ```
 //!
 //! `RMS_in` and `RMS_ffn` are in every model; r is 1 in all but minicpm. llama, mistral, smollm3 and
 //! minicpm have no other norm, `RMS_q` and `RMS_k` over each head are in qwen3 and gemma3, `RMS_sub`
-//! in bitnet, `RMS_post` in gemma3. phi3 has q, k and v in one matrix, and gate and up in another.
+//! in bitnet, `RMS_post` in gemma3. `G(y) = y ⊙ sigmoid(gate·a)` in qwen3_5, where each head's rows
+//! of q are followed by those of its gate, and where most layers have a gated delta net (`delta.rs`)
+//! in place of attention. phi3 has q, k and v in one matrix, and gate and up in another.
 //! What a layer sees and how it rotates is [`LayerAttention`](bitnet_formats::arch::LayerAttention).
 
+use super::delta::DeltaBlock;
 use crate::Result;
 use crate::forward::{ForwardPass, NormGain};
 use crate::linear::LinearLayer;
 use crate::load::WeightProvider;
 use crate::projections::Projections;
+use bitnet_formats::arch::TokenMixer;
 
 /// Weights of a layer. Shapes are (N, K); D = heads · head_dim, V = kv_heads · head_dim.
 #[derive(Debug)]
 pub(crate) struct DecoderLayer {
-    attention: AttentionBlock,
+    mixer: MixerBlock,
     feed_forward: FeedForwardBlock,
+}
+
+/// What mixes the tokens of a layer.
+#[derive(Debug)]
+enum MixerBlock {
+    Attention(Box<AttentionBlock>),
+    DeltaNet(Box<DeltaBlock>),
 }
 
 /// Weights of the attention of a layer.
@@ -31,7 +42,7 @@ pub(crate) struct DecoderLayer {
 pub(crate) struct AttentionBlock {
     /// `[hidden]`.
     pub(crate) norm: NormGain,
-    /// `(D, hidden)`, `(V, hidden)` and `(V, hidden)`.
+    /// `(D, hidden)`, `(V, hidden)` and `(V, hidden)`; with an output gate, `(2D, hidden)` first.
     pub(crate) qkv: Projections<3>,
     /// Of each head of q and of k, `[head_dim]`.
     pub(crate) head_norms: Option<[NormGain; 2]>,
@@ -58,49 +69,24 @@ pub(crate) struct FeedForwardBlock {
     pub(crate) post_norm: Option<NormGain>,
 }
 
-impl DecoderLayer {
-    pub(crate) fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
+impl AttentionBlock {
+    fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
         let c = provider.config();
         let graph = c.graph;
         let name = |module: &str| format!("model.layers.{layer}.{module}");
         let norm = |module: &str, len| provider.norm(&name(module), len);
-        let optional = |there: bool, module: &str, len| match there {
-            true => norm(module, len).map(Some),
-            false => Ok(None),
-        };
-        let post_norm = |i: usize| match graph.post_norms {
-            Some(modules) => norm(modules[i], c.hidden).map(Some),
-            None => Ok(None),
-        };
         let linear =
             |module: &str, rows, cols, bias| provider.linear(&name(module), rows, cols, bias);
-        let (d, v) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let (qkv_bias, mlp_bias) = (c.biases.qkv, c.biases.mlp);
+        let (d, v, bias) = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.biases.qkv);
         let qkv = if graph.fused {
-            Projections::Fused(Box::new(linear(
-                "self_attn.qkv_proj",
-                d + 2 * v,
-                c.hidden,
-                qkv_bias,
-            )?))
+            let fused = linear("self_attn.qkv_proj", d + 2 * v, c.hidden, bias)?;
+            Projections::Fused(Box::new(fused))
         } else {
+            let q_rows = if graph.output_gate { 2 * d } else { d };
             Projections::Separate([
-                linear("self_attn.q_proj", d, c.hidden, qkv_bias)?,
-                linear("self_attn.k_proj", v, c.hidden, qkv_bias)?,
-                linear("self_attn.v_proj", v, c.hidden, qkv_bias)?,
-            ])
-        };
-        let gate_up = if graph.fused {
-            Projections::Fused(Box::new(linear(
-                "mlp.gate_up_proj",
-                2 * c.ffn,
-                c.hidden,
-                mlp_bias,
-            )?))
-        } else {
-            Projections::Separate([
-                linear("mlp.gate_proj", c.ffn, c.hidden, mlp_bias)?,
-                linear("mlp.up_proj", c.ffn, c.hidden, mlp_bias)?,
+                linear("self_attn.q_proj", q_rows, c.hidden, bias)?,
+                linear("self_attn.k_proj", v, c.hidden, bias)?,
+                linear("self_attn.v_proj", v, c.hidden, bias)?,
             ])
         };
         let head_norms = if graph.head_norms {
@@ -110,40 +96,93 @@ impl DecoderLayer {
             None
         };
         Ok(Self {
-            attention: AttentionBlock {
-                norm: norm("input_layernorm", c.hidden)?,
-                qkv,
-                head_norms,
-                sub_norm: optional(graph.sub_norms, "self_attn.attn_sub_norm", d)?,
-                out: linear("self_attn.o_proj", c.hidden, d, c.biases.out)?,
-                post_norm: post_norm(0)?,
+            norm: norm("input_layernorm", c.hidden)?,
+            qkv,
+            head_norms,
+            sub_norm: match graph.sub_norms {
+                true => Some(norm("self_attn.attn_sub_norm", d)?),
+                false => None,
             },
-            feed_forward: FeedForwardBlock {
-                norm: norm(graph.ffn_norm, c.hidden)?,
-                gate_up,
-                sub_norm: optional(graph.sub_norms, "mlp.ffn_sub_norm", c.ffn)?,
-                down: linear("mlp.down_proj", c.hidden, c.ffn, mlp_bias)?,
-                post_norm: post_norm(1)?,
+            out: linear("self_attn.o_proj", c.hidden, d, c.biases.out)?,
+            post_norm: match graph.post_norms {
+                Some([module, _]) => Some(norm(module, c.hidden)?),
+                None => None,
             },
+        })
+    }
+}
+
+impl FeedForwardBlock {
+    fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
+        let c = provider.config();
+        let (graph, bias) = (c.graph, c.biases.mlp);
+        let name = |module: &str| format!("model.layers.{layer}.{module}");
+        let norm = |module: &str, len| provider.norm(&name(module), len);
+        let linear = |module: &str, rows, cols| provider.linear(&name(module), rows, cols, bias);
+        let gate_up = if graph.fused {
+            let fused = linear("mlp.gate_up_proj", 2 * c.ffn, c.hidden)?;
+            Projections::Fused(Box::new(fused))
+        } else {
+            Projections::Separate([
+                linear("mlp.gate_proj", c.ffn, c.hidden)?,
+                linear("mlp.up_proj", c.ffn, c.hidden)?,
+            ])
+        };
+        Ok(Self {
+            norm: norm(graph.ffn_norm, c.hidden)?,
+            gate_up,
+            sub_norm: match graph.sub_norms {
+                true => Some(norm("mlp.ffn_sub_norm", c.ffn)?),
+                false => None,
+            },
+            down: linear("mlp.down_proj", c.hidden, c.ffn)?,
+            post_norm: match graph.post_norms {
+                Some([_, module]) => Some(norm(module, c.hidden)?),
+                None => None,
+            },
+        })
+    }
+}
+
+impl DecoderLayer {
+    pub(crate) fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
+        let c = provider.config();
+        let mixer = match (c.attention[layer].mixer, c.delta) {
+            (TokenMixer::DeltaNet, Some(shape)) => {
+                MixerBlock::DeltaNet(Box::new(DeltaBlock::load(provider, layer, shape)?))
+            }
+            _ => MixerBlock::Attention(Box::new(AttentionBlock::load(provider, layer)?)),
+        };
+        Ok(Self {
+            mixer,
+            feed_forward: FeedForwardBlock::load(provider, layer)?,
         })
     }
 
     pub(crate) fn forward(&self, run: &mut ForwardPass<'_, '_>, layer: usize) -> Result<()> {
-        run.attention(layer, &self.attention)?;
+        match &self.mixer {
+            MixerBlock::Attention(block) => run.attention(layer, block)?,
+            MixerBlock::DeltaNet(block) => run.delta_net(layer, block)?,
+        }
         run.feed_forward(&self.feed_forward)
     }
 
     /// The linear layers that see every token.
     pub(crate) fn before_attention(&self) -> &[LinearLayer] {
-        self.attention.qkv.layers()
+        match &self.mixer {
+            MixerBlock::Attention(block) => block.qkv.layers(),
+            MixerBlock::DeltaNet(block) => block.inputs(),
+        }
     }
 
     /// The linear layers that in the last layer see only the tokens whose logits are wanted.
     pub(crate) fn after_attention(&self) -> impl Iterator<Item = &LinearLayer> {
         let gate_up = self.feed_forward.gate_up.layers();
-        [&self.attention.out, &self.feed_forward.down]
-            .into_iter()
-            .chain(gate_up)
+        let out = match &self.mixer {
+            MixerBlock::Attention(block) => &block.out,
+            MixerBlock::DeltaNet(block) => block.out(),
+        };
+        [out, &self.feed_forward.down].into_iter().chain(gate_up)
     }
 
     /// All linear layers.

@@ -11,11 +11,13 @@ pub use options::{ActivationType, FloatType};
 pub(crate) use provider::{EmbeddingUse, WeightProvider};
 pub(crate) use tensors::CheckpointLoader;
 
+use crate::arch::DeltaVectors;
 use crate::forward::NormGain;
 use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
 use bitnet_core::Precision;
 use bitnet_core::hadamard::Hadamard;
+use bitnet_formats::arch::DeltaShape;
 use bitnet_formats::{Content, Kind};
 use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
@@ -26,9 +28,11 @@ impl WeightProvider for CheckpointLoader<'_> {
     }
 
     fn norm(&self, module: &str, len: usize) -> Result<NormGain> {
-        let mut gain = self.vector(&format!("{module}.weight"), len)?;
-        if self.config.architecture.hf_norms_from_one && self.source.kind() != Kind::Gguf {
-            gain.iter_mut().for_each(|w| *w += 1.0);
+        let name = format!("{module}.weight");
+        let mut gain = self.vector(&name, len)?;
+        let offset = self.config.architecture.gguf_offset(&name);
+        if offset != 0.0 && self.source.kind() != Kind::Gguf {
+            gain.iter_mut().for_each(|w| *w += offset);
         }
         Ok(NormGain(gain))
     }
@@ -64,6 +68,26 @@ impl WeightProvider for CheckpointLoader<'_> {
             weights,
             bias,
             rotation,
+        })
+    }
+
+    fn delta_vectors(&self, module: &str, shape: &DeltaShape) -> Result<DeltaVectors> {
+        let (heads, width, taps) = (shape.value_heads, shape.conv_width(), shape.taps);
+        let gguf = self.source.kind() == Kind::Gguf;
+        let name = format!("{module}.conv1d.weight");
+        let rows = match gguf {
+            true => self.floats(&name, &[width, taps])?,
+            false => self.floats(&name, &[width, 1, taps])?,
+        };
+        let conv = (0..taps * width).map(|i| rows[i % width * taps + i / width]);
+        let mut rates = self.vector(&format!("{module}.A_log"), heads)?;
+        if !gguf {
+            rates.iter_mut().for_each(|a| *a = -a.exp());
+        }
+        Ok(DeltaVectors {
+            conv: conv.collect(),
+            rates,
+            dt_bias: self.vector(&format!("{module}.dt_bias"), heads)?,
         })
     }
 

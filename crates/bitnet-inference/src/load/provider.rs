@@ -1,9 +1,11 @@
 //! Where a graph takes its weights from: a checkpoint or a generator.
 
+use crate::arch::DeltaVectors;
 use crate::forward::NormGain;
 use crate::linear::LinearLayer;
 use crate::{Config, Result};
 use bitnet_core::hadamard::Hadamard;
+use bitnet_formats::arch::DeltaShape;
 use bitnet_kernels::dense::DenseMatrix;
 
 /// What an embedding's rows are used for.
@@ -22,6 +24,8 @@ pub(crate) trait WeightProvider: Sync {
     fn norm(&self, module: &str, len: usize) -> Result<NormGain>;
     /// A linear layer `(rows, cols)`.
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer>;
+    /// The parameters of a gated delta net that are neither norms nor matrices.
+    fn delta_vectors(&self, module: &str, shape: &DeltaShape) -> Result<DeltaVectors>;
     /// The embedding or the output matrix, `(rows, cols)`.
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix>;
     /// The rotation of the rows of an embedding or an output matrix, if they are in a rotated basis.

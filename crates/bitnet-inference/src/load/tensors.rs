@@ -132,7 +132,13 @@ impl<'a> CheckpointLoader<'a> {
 
     /// A vector of floats: the gain of a norm or a bias.
     pub(super) fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
-        let found = self.find(hf_name, &[len])?;
+        self.floats(hf_name, &[len])
+    }
+
+    /// All elements of a small tensor of floats.
+    pub(super) fn floats(&self, hf_name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let found = self.find(hf_name, shape)?;
+        let len = shape.iter().product();
         let Content::Float(stored) = found.tensor.content else {
             return Err(found.error("floats", "quantized values"));
         };

@@ -14,6 +14,7 @@
 pub(crate) mod attention;
 pub(crate) mod attention_run;
 mod blocks;
+pub(crate) mod delta;
 pub(crate) mod elementwise;
 pub(crate) mod lanes;
 mod matrix;
@@ -32,6 +33,7 @@ pub use blocks::{
     BLOCK, BlockCodes, BlockRow, BlockStrip, BlockType, Blocks, SUPER, ScaleType, quantize_int4,
     quantize_int8,
 };
+pub use delta::DeltaTokens;
 pub use elementwise::RotaryPairing;
 pub use lanes::f16_to_f32;
 pub use matrix::{DenseData, DenseMatrix};

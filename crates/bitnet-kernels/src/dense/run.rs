@@ -2,6 +2,7 @@
 
 use super::attention::Attention;
 use super::attention_run::{AttentionScratch, TokenHeads};
+use super::delta::DeltaTokens;
 use super::elementwise::RotaryPairing;
 use super::matrix::DenseMatrix;
 use crate::kernels::Kernels;
@@ -178,6 +179,42 @@ impl Kernels {
             "as many gates as values"
         );
         self.table.gelu_tanh_mul(gate, up, out);
+    }
+
+    /// `out = up / (1 + exp(−gate))`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn sigmoid_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(
+            gate.len() == up.len() && gate.len() == out.len(),
+            "as many gates as values"
+        );
+        self.table.sigmoid_mul(gate, up, out);
+    }
+
+    /// `out[c] = silu(Σ_i x[i, c] · w[i, c])`: a depthwise convolution at one token, over the
+    /// `[taps, channels]` inputs that end at it.
+    ///
+    /// # Panics
+    /// If `x` and `w` are not the same number of rows as long as `out`.
+    pub fn conv_silu(&self, x: &[f32], w: &[f32], out: &mut [f32]) {
+        assert!(
+            x.len() == w.len() && x.len().is_multiple_of(out.len().max(1)),
+            "whole rows of {} channels",
+            out.len()
+        );
+        self.table.conv_silu(x, w, out);
+    }
+
+    /// Tokens of one head of a gated delta net: changes the state and writes `out`,
+    /// `[tokens, value_dim]`. See [`DeltaTokens`].
+    ///
+    /// # Panics
+    /// If `state`, `out` or the inputs have another length.
+    pub fn delta_tokens(&self, tokens: &DeltaTokens<'_>, state: &mut [f32], out: &mut [f32]) {
+        tokens.check(state, out);
+        self.table.delta_tokens(tokens, state, out);
     }
 
     /// `x += y`.
