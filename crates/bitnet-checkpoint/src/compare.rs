@@ -4,7 +4,7 @@ use crate::job::Progress;
 use crate::rows::{in_parallel, strip_rows, windows, with_original_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
-use bitnet_formats::arch::{self, Architecture, HeadCounts};
+use bitnet_formats::arch::{self, Architecture, HeadCounts, TensorOrder};
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use bitnet_kernels::Kernels;
 
@@ -92,13 +92,19 @@ pub fn compare(
         .filter(|t| !matches!(t.content, Content::Opaque(_)))
     {
         progress.tensor(&tensor.name);
-        let Some((other, order, offset)) = pairing.find(tensor)? else {
+        let Some(Paired {
+            tensor: other,
+            order,
+            shape,
+            element,
+        }) = pairing.find(tensor)?
+        else {
             continue;
         };
-        if tensor.shape != other.shape {
+        if shape != other.shape {
             let what = format!(
-                "tensor '{}': expected shape {:?}, got {:?}",
-                other.name, tensor.shape, other.shape
+                "tensor '{}': expected shape {shape:?}, got {:?}",
+                other.name, other.shape
             );
             return Err(Error::Mismatch {
                 path: quantized.path().to_path_buf(),
@@ -106,7 +112,7 @@ pub fn compare(
             });
         }
         let error = with_original_rows(original, tensor, None, kernels, |a| {
-            with_original_rows(quantized, other, order.as_deref(), kernels, |b| {
+            with_original_rows(quantized, other, order.as_ref(), kernels, |b| {
                 // Rows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
@@ -117,7 +123,7 @@ pub fn compare(
                         let range = window[i].clone();
                         a.read(range.clone(), &mut scratch.bytes, &mut scratch.weights)?;
                         b.read(range, &mut scratch.bytes, &mut scratch.back)?;
-                        scratch.back.iter_mut().for_each(|w| *w -= offset);
+                        scratch.back.iter_mut().for_each(|w| *w = element(*w));
                         Ok(ErrorStats::measure(&scratch.weights, &scratch.back))
                     });
                     for part in parts {
@@ -159,8 +165,16 @@ struct TensorPairs<'a> {
     model: Option<(&'static Architecture, HeadCounts)>,
 }
 
-/// The counterpart of a tensor and, for each of its rows, the row there.
-type Paired<'a> = (&'a Tensor, Option<Vec<usize>>, f32);
+/// The counterpart of a tensor.
+struct Paired<'a> {
+    tensor: &'a Tensor,
+    /// For each row or column of the original that of the counterpart.
+    order: Option<TensorOrder>,
+    /// The shape of the counterpart.
+    shape: Vec<usize>,
+    /// An element of the original, from that of the counterpart.
+    element: Box<dyn Fn(f32) -> f32 + Sync>,
+}
 
 impl<'a> TensorPairs<'a> {
     fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
@@ -189,31 +203,38 @@ impl<'a> TensorPairs<'a> {
         })
     }
 
-    /// The counterpart of a tensor, for each row of the original its row there, and what is added to
-    /// its elements there. `None` for
-    /// buffers that the other side derives.
+    /// The counterpart of a tensor. `None` for buffers that the other side derives.
     fn find(&self, tensor: &Tensor) -> Result<Option<Paired<'a>>> {
         let mut name = Some(tensor.name.clone());
-        let (mut order, mut offset) = (None, 0.0);
+        let (mut order, mut shape) = (None, tensor.shape.clone());
+        let mut element: Box<dyn Fn(f32) -> f32 + Sync> = Box::new(|w| w);
         if let Some((architecture, heads)) = self.model {
             if arch::is_rope_tensor(&tensor.name) {
                 return Ok(None);
             }
-            let rows = tensor.shape.first().copied().unwrap_or(0);
             if self.original.kind() == Kind::Gguf {
                 name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
-                    order = architecture.gguf_rows(heads, hf, rows)?;
-                    offset = -architecture.gguf_offset(hf);
+                    shape = architecture.hf_shape(hf, &tensor.shape);
+                    order = architecture.gguf_order(heads, hf, &shape)?;
+                    let form = architecture.gguf_elements(hf);
+                    element = Box::new(move |w| form.to_gguf(w));
                 }
             } else {
                 name = architecture.gguf_tensor(&tensor.name);
-                order = architecture.hf_rows(heads, &tensor.name, rows)?;
-                offset = architecture.gguf_offset(&tensor.name);
+                shape = architecture.gguf_shape(&tensor.name, &tensor.shape);
+                order = architecture.hf_order(heads, &tensor.name, &shape)?;
+                let form = architecture.gguf_elements(&tensor.name);
+                element = Box::new(move |w| form.to_hf(w));
             }
         }
         match name.as_deref().and_then(|name| self.quantized.find(name)) {
-            Some(other) => Ok(Some((other, order, offset))),
+            Some(other) => Ok(Some(Paired {
+                tensor: other,
+                order,
+                shape,
+                element,
+            })),
             None => {
                 let what = format!(
                     "expected a tensor '{}', got none",

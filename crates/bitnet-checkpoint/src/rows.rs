@@ -6,6 +6,7 @@ use crate::{Error, Result};
 use bitnet_core::Matrix;
 use bitnet_core::granule::Granule;
 use bitnet_core::hadamard::Hadamard;
+use bitnet_formats::arch::TensorOrder;
 use bitnet_formats::{Content, Source, StoredId, Tensor};
 use bitnet_kernels::Kernels;
 use rayon::prelude::*;
@@ -34,6 +35,8 @@ pub(crate) struct WeightRows<'a> {
     /// Weights of a row.
     pub(crate) cols: usize,
     order: Option<&'a [usize]>,
+    /// For each column the column of what is read.
+    columns: Option<&'a [usize]>,
     /// The last two dimensions of what is read: those of each matrix.
     matrix: (usize, usize),
     /// Whether the rows are columns of what is read.
@@ -77,6 +80,15 @@ impl WeightRows<'_> {
         }
         if let Some((kernels, rotation)) = self.unrotate {
             kernels.hadamard_unrotate(rotation, out);
+        }
+        if let Some(columns) = self.columns {
+            let mut moved = vec![0.0; columns.len()];
+            for row in out.chunks_exact_mut(columns.len().max(1)) {
+                for (to, &column) in moved.iter_mut().zip(columns) {
+                    *to = row[column];
+                }
+                row.copy_from_slice(&moved);
+            }
         }
         Ok(())
     }
@@ -309,17 +321,22 @@ pub fn read_matrix(source: &Source, tensor: &Tensor) -> Result<(Vec<f32>, (usize
     })
 }
 
-/// Calls `f` with the rows of a tensor, in the order of its shape; row `r` is row `order[r]` of the
-/// source.
+/// Calls `f` with the rows of a tensor, in the order of its shape; row (or column) `r` is row (or
+/// column) `order[r]` of the source.
 ///
 /// A row is the last dimension, or that of the packed matrix where it is longer. A one-dimensional
 /// tensor has rows of one element.
 pub(crate) fn with_rows<T>(
     source: &Source,
     tensor: &Tensor,
-    order: Option<&[usize]>,
+    order: Option<&TensorOrder>,
     f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {
+    let (order, columns) = match order {
+        None => (None, None),
+        Some(TensorOrder::Rows(rows)) => (Some(&rows[..]), None),
+        Some(TensorOrder::Columns(columns)) => (None, Some(&columns[..])),
+    };
     let shape = match tensor.shape[..] {
         [.., rows, cols] => (rows, cols),
         _ => (tensor.elements(), 1),
@@ -330,6 +347,7 @@ pub(crate) fn with_rows<T>(
         count: tensor.elements() / cols.max(1),
         cols,
         order,
+        columns,
         matrix: shape,
         turned: false,
         unrotate: None,
@@ -347,10 +365,11 @@ pub(crate) fn with_rows<T>(
             let matrix = source.matrix(&tensor.name, q)?;
             let (from, spec) = (RowSource::Matrix(&matrix), &matrix.spec);
             if q.transposed {
-                if order.is_some() {
+                if order.is_some() || columns.is_some() {
                     let name = &tensor.name;
                     return Err(Error::Recipe(format!(
-                        "'{name}' is packed transposed, so its rows cannot change their order"
+                        "'{name}' is packed transposed, so its rows and columns cannot change \
+                         their order"
                     )));
                 }
                 return f(&WeightRows {
@@ -375,7 +394,7 @@ pub(crate) fn with_rows<T>(
 pub(crate) fn with_original_rows<T>(
     source: &Source,
     tensor: &Tensor,
-    order: Option<&[usize]>,
+    order: Option<&TensorOrder>,
     kernels: Kernels,
     f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {

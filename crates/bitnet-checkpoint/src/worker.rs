@@ -15,9 +15,10 @@ use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
+use bitnet_formats::arch::TensorOrder;
 use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{OutputId, Writer};
-use bitnet_formats::{Content, dtype};
+use bitnet_formats::{Content, StoredId, dtype};
 use bitnet_kernels::{Pool, stream};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -159,7 +160,7 @@ impl Worker<'_> {
             ))?;
             self.check_interrupt()
         };
-        match &self.tensor_job.rows {
+        match &self.tensor_job.order {
             None => {
                 let mut at = 0;
                 while at < len {
@@ -169,7 +170,21 @@ impl Worker<'_> {
                     send(&mut buffer)?;
                 }
             }
-            Some(order) => {
+            Some(TensorOrder::Columns(order)) => {
+                let (order, unit) = self.moved_units(stored, order)?;
+                let mut row = vec![0; row_bytes as usize];
+                for at in 0..len / row_bytes.max(1) {
+                    source.read(stored, at * row_bytes, &mut row)?;
+                    for &from in &order {
+                        buffer.extend_from_slice(&row[from * unit..][..unit]);
+                    }
+                    if buffer.len() >= COPY_BYTES {
+                        send(&mut buffer)?;
+                    }
+                }
+                send(&mut buffer)?;
+            }
+            Some(TensorOrder::Rows(order)) => {
                 for &row in order {
                     let end = buffer.len();
                     buffer.resize(end + row_bytes as usize, 0);
@@ -185,6 +200,16 @@ impl Worker<'_> {
         Ok(self.report(format!("copied {}", source.stored(stored).dtype), len))
     }
 
+    /// An order of columns as one of the blocks of a stored tensor, and the bytes of a block. The
+    /// plan has checked that it moves whole ones.
+    fn moved_units(&self, stored: StoredId, order: &[usize]) -> Result<(Vec<usize>, usize)> {
+        let stored = self.job.source.stored(stored);
+        let block = stored.dtype.block();
+        let units = order.iter().step_by(block).map(|c| c / block);
+        let bytes = stored.len as usize * block / stored.elements().max(1);
+        Ok((units.collect(), bytes))
+    }
+
     /// Calls `f` with the rows of the tensor.
     fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
@@ -192,7 +217,7 @@ impl Worker<'_> {
             Some(index) => with_rows(
                 source,
                 source.tensor(index),
-                self.tensor_job.rows.as_deref(),
+                self.tensor_job.order.as_ref(),
                 f,
             ),
             None => Err(Error::Recipe("a literal has no rows".into())),
@@ -206,7 +231,7 @@ impl Worker<'_> {
             Some(index) => with_original_rows(
                 source,
                 source.tensor(index),
-                self.tensor_job.rows.as_deref(),
+                self.tensor_job.order.as_ref(),
                 kernels,
                 f,
             ),
@@ -382,6 +407,20 @@ impl Worker<'_> {
         })
     }
 
+    /// The matrix with its rows or columns in the order of the output.
+    fn ordered(&self, matrix: Matrix) -> Result<Matrix> {
+        match &self.tensor_job.order {
+            None => Ok(matrix),
+            Some(TensorOrder::Rows(order)) => Ok(matrix.select_rows(order)),
+            Some(TensorOrder::Columns(order)) => matrix.select_columns(order).ok_or_else(|| {
+                let name = &self.tensor_job.name;
+                Error::Recipe(format!(
+                    "'{name}': groups of columns that do not move as one"
+                ))
+            }),
+        }
+    }
+
     fn recode(&self, pack: &Pack) -> Result<TensorReport> {
         let source = self.job.source;
         let Some(tensor) = self.tensor_job.tensor.map(|i| source.tensor(i)) else {
@@ -392,10 +431,9 @@ impl Worker<'_> {
             (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
-        let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
-        if let Some(order) = &self.tensor_job.rows {
-            matrix = matrix.select_rows(order);
-        }
+        let mut matrix = self
+            .ordered(matrix)?
+            .with_granularity(pack.spec.granularity)?;
         for scale in &mut matrix.scales {
             *scale = pack.spec.scale_dtype.round(*scale);
             if !scale.is_finite() {
@@ -431,10 +469,7 @@ impl Worker<'_> {
         let Some((tensor, Content::Quantized(q))) = tensor.map(|t| (t, &t.content)) else {
             return Err(Error::Recipe("floats have no codes".into()));
         };
-        let mut matrix = source.matrix(&tensor.name, q)?;
-        if let Some(order) = &self.tensor_job.rows {
-            matrix = matrix.select_rows(order);
-        }
+        let matrix = self.ordered(source.matrix(&tensor.name, q)?)?;
         let precision = matrix.spec.precision;
         let packed = format.pack(&matrix)?;
         drop(matrix);

@@ -388,6 +388,37 @@ impl Matrix {
         }
     }
 
+    /// The matrix whose column c is column `order[c]`, or none if a group of the new columns is not
+    /// a group of the old ones, which have a scale of their own. `order` has as many columns.
+    pub fn select_columns(&self, order: &[usize]) -> Option<Self> {
+        let (cols, group) = (self.spec.cols, self.spec.granule_cols());
+        let per_row = self.spec.granules_per_row();
+        if order.len() != cols || order.iter().any(|&c| c >= cols) {
+            return None;
+        }
+        if per_row > 1 && !whole_groups(order, group) {
+            return None;
+        }
+        let values = self.values.chunks_exact(cols.max(1));
+        let granules = |all: &[f32]| -> Vec<f32> {
+            if per_row <= 1 {
+                return all.to_vec();
+            }
+            let firsts = order.iter().step_by(group);
+            all.chunks_exact(per_row)
+                .flat_map(|row| firsts.clone().map(move |&c| row[c / group]))
+                .collect()
+        };
+        Some(Self {
+            values: values
+                .flat_map(|row| order.iter().map(move |&c| row[c]))
+                .collect(),
+            scales: granules(&self.scales),
+            zero_points: granules(&self.zero_points),
+            spec: self.spec.clone(),
+        })
+    }
+
     /// Bytes of the matrix in memory: one for each value; scales and zero points in their stored
     /// types.
     pub fn memory_footprint(&self) -> usize {
@@ -410,4 +441,14 @@ impl Matrix {
             }),
         }
     }
+}
+/// Whether an order of columns moves whole groups of `group` columns; the last one may be shorter,
+/// if it stays the last.
+pub fn whole_groups(order: &[usize], group: usize) -> bool {
+    order.chunks(group.max(1)).all(|run| {
+        let first = run[0];
+        let whole = run.len() == group || first + run.len() == order.len();
+        let in_order = run.iter().zip(first..).all(|(&c, at)| c == at);
+        whole && in_order && first.is_multiple_of(group)
+    })
 }

@@ -18,7 +18,7 @@ use crate::target::weights_name;
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
-use bitnet_formats::arch::{Architecture, HeadCounts};
+use bitnet_formats::arch::{Architecture, HeadCounts, TensorOrder};
 use bitnet_formats::document::{self, Document, PackedTensor};
 use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
@@ -77,8 +77,8 @@ pub(crate) struct TensorJob {
     /// Its name in the output.
     pub(crate) name: String,
     pub(crate) action: Action,
-    /// For each row of the output the row of the source.
-    pub(crate) rows: Option<Vec<usize>>,
+    /// For each row or column of the output that of the source.
+    pub(crate) order: Option<TensorOrder>,
     /// The written tensors: data, scales, zero points.
     pub(crate) data: OutputId,
     pub(crate) scale: Option<OutputId>,
@@ -493,7 +493,7 @@ impl<'a> Builder<'a> {
         tensor: Option<TensorId>,
         name: String,
         action: Action,
-        rows: Option<Vec<usize>>,
+        order: Option<TensorOrder>,
         (data, scale, zero): (OutputId, Option<OutputId>, Option<OutputId>),
         note: Option<String>,
     ) {
@@ -501,7 +501,7 @@ impl<'a> Builder<'a> {
             tensor,
             name,
             action,
-            rows,
+            order,
             data,
             scale,
             zero,
@@ -516,7 +516,7 @@ impl<'a> Builder<'a> {
             Content::Quantized(_) => return self.recode(index, None),
             Content::Float(stored) | Content::Opaque(stored) => *stored,
         };
-        if self.shifted(index, stored)? {
+        if self.converted(index, stored)? {
             return Ok(());
         }
         let dtype = self.source.stored(stored).dtype;
@@ -589,7 +589,7 @@ impl<'a> Builder<'a> {
     ) -> Result<()> {
         let tensor = self.source.tensor(index);
         if let Content::Float(stored) = tensor.content
-            && self.shifted(index, stored)?
+            && self.converted(index, stored)?
         {
             return Ok(());
         }

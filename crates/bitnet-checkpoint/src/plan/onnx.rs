@@ -9,6 +9,7 @@ use crate::recipe::Format;
 use crate::{Error, Result};
 use bitnet_core::ScaleDtype;
 use bitnet_core::pack::PackedLen;
+use bitnet_formats::arch::TensorOrder;
 use bitnet_formats::arch::{self, HfConfig};
 use bitnet_formats::hf::Mode;
 use bitnet_formats::onnx::{BlockFormat, ElementType};
@@ -157,7 +158,7 @@ impl Builder<'_> {
         &mut self,
         id: TensorId,
         name: &str,
-        rows: Option<Vec<usize>>,
+        rows: Option<TensorOrder>,
         format: &BlockFormat,
     ) {
         let (n, blocks) = (format.rows, format.blocks());

@@ -4,12 +4,13 @@
 use super::{Action, Builder, Naming, Sidecar, mlx, sidecars};
 use crate::recipe::Format;
 use crate::{Error, Result};
+use bitnet_core::codes::whole_groups;
 use bitnet_core::pack::PackedLen;
-use bitnet_formats::arch::{self, Architecture, HeadCounts};
+use bitnet_formats::arch::{self, Architecture, ElementForm, HeadCounts, TensorOrder};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
 use bitnet_formats::output::{Container, OutputTensor};
-use bitnet_formats::{Kind, StoredId, StoredType, Tensor, TensorId, gguf, python_json};
+use bitnet_formats::{Content, Kind, StoredId, StoredType, Tensor, TensorId, gguf, python_json};
 use std::collections::BTreeMap;
 
 impl Builder<'_> {
@@ -107,41 +108,90 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Writes a vector whose elements differ by a number in the other container: the gains of norms
-    /// that count from 1. Whether it is one.
-    pub(super) fn shifted(&mut self, index: TensorId, stored: StoredId) -> Result<bool> {
+    /// Writes a small tensor that has other elements or another shape in the other container: the
+    /// gains of norms that count from 1, and parts of gated delta nets. Whether it is one.
+    pub(super) fn converted(&mut self, index: TensorId, stored: StoredId) -> Result<bool> {
         let tensor = self.source.tensor(index);
-        let offset = match self.naming {
-            Naming::Same => 0.0,
-            Naming::ToGguf(architecture, _) => architecture.gguf_offset(&tensor.name),
-            Naming::ToHf(architecture, _) => {
-                let name = architecture.hf_tensor(&tensor.name);
-                -name.map_or(0.0, |name| architecture.gguf_offset(&name))
+        let (form, shape) = match self.naming {
+            Naming::Same => return Ok(false),
+            Naming::ToGguf(architecture, _) => {
+                let name = &tensor.name;
+                let shape = architecture.gguf_shape(name, &tensor.shape);
+                (architecture.gguf_elements(name), shape)
             }
+            Naming::ToHf(architecture, _) => match architecture.hf_tensor(&tensor.name) {
+                Some(name) => {
+                    let shape = architecture.hf_shape(&name, &tensor.shape);
+                    (architecture.gguf_elements(&name), shape)
+                }
+                None => return Ok(false),
+            },
         };
-        let &[len] = &tensor.shape[..] else {
+        let vector = tensor.shape.len() == 1 && form != ElementForm::Same;
+        if !vector && shape == tensor.shape {
+            return Ok(false);
+        }
+        let Some((name, order)) = self.rename(tensor)? else {
             return Ok(false);
         };
-        let Some((name, None)) = self.rename(tensor)?.filter(|_| offset != 0.0) else {
-            return Ok(false);
-        };
-        let mut values = vec![0.0; len];
-        let source = self.source;
+        let mut values = vec![0.0; tensor.elements()];
+        let (source, len) = (self.source, values.len());
         source.read_floats(stored, 0..len, &mut vec![], &mut values)?;
+        if let Some(TensorOrder::Rows(order)) = &order {
+            let row = len / order.len().max(1);
+            let moved = order.iter().flat_map(|&r| &values[r * row..][..row]);
+            values = moved.copied().collect();
+        }
+        let element = |w: f32| match self.naming {
+            Naming::ToHf(..) => form.to_hf(w),
+            _ => form.to_gguf(w),
+        };
         let bytes: Vec<u8> = values
             .iter()
-            .flat_map(|w| (w + offset).to_le_bytes())
+            .flat_map(|&w| element(w).to_le_bytes())
             .collect();
         let size = PackedLen::Exact(bytes.len());
-        let data = self.add_out(name.clone(), vec![len], StoredType::F32, size);
+        let data = self.add_out(name.clone(), shape, StoredType::F32, size);
         let action = Action::Literal(bytes);
         self.push(Some(index), name, action, None, (data, None, None), None);
         Ok(true)
     }
 
-    /// Name and row order in the output; `None` for a buffer that the other container does not
+    /// Refuses an order of columns that would tear apart what has one scale, or a rotation.
+    fn check_columns(&self, tensor: &Tensor, order: &TensorOrder) -> Result<()> {
+        let TensorOrder::Columns(columns) = order else {
+            return Ok(());
+        };
+        let group = match &tensor.content {
+            Content::Quantized(q) if q.transposed => columns.len(),
+            Content::Quantized(q) if q.spec.granules_per_row() > 1 => q.spec.granule_cols(),
+            Content::Quantized(_) => 1,
+            Content::Float(stored) | Content::Opaque(stored) => {
+                self.source.stored(*stored).dtype.block()
+            }
+        };
+        let refused = |expected: String, got: &str| {
+            let path = self.path(tensor);
+            Err(bitnet_formats::Error::tensor(&path, &tensor.name, expected, got).into())
+        };
+        if !whole_groups(columns, group) {
+            let expected = format!(
+                "groups of columns within a value head, since heads change places between a folder \
+                 and a GGUF: {group} columns have one scale; `bitnet dequantize` first"
+            );
+            return refused(expected, "groups over several heads");
+        }
+        if self.is_rotated(tensor)? {
+            let expected = "the original basis, since heads change places between a folder and a \
+                            GGUF: `bitnet convert --unrotate` within the container first";
+            return refused(expected.into(), "a rotated basis");
+        }
+        Ok(())
+    }
+
+    /// Name and order of rows or columns in the output; `None` for a buffer that the other container does not
     /// store.
-    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<Vec<usize>>)>> {
+    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<TensorOrder>)>> {
         if matches!(self.naming, Naming::Same) {
             return Ok(Some((tensor.name.clone(), None)));
         }
@@ -157,21 +207,24 @@ impl Builder<'_> {
                 "none",
             ))
         };
-        let rows = tensor.shape.first().copied().unwrap_or(0);
-        Ok(Some(match self.naming {
+        let named = match self.naming {
             Naming::Same => (tensor.name.clone(), None),
             Naming::ToGguf(architecture, heads) => {
                 let name = architecture.gguf_tensor(&tensor.name);
-                let order = architecture.gguf_rows(heads, &tensor.name, rows);
+                let order = architecture.gguf_order(heads, &tensor.name, &tensor.shape);
                 (name.ok_or_else(|| unknown("GGUF"))?, order?)
             }
             Naming::ToHf(architecture, heads) => {
                 let name = architecture.hf_tensor(&tensor.name);
                 let name = name.ok_or_else(|| unknown("a Hugging Face folder"))?;
-                let order = architecture.hf_rows(heads, &name, rows)?;
+                let order = architecture.hf_order(heads, &name, &tensor.shape)?;
                 (name, order)
             }
-        }))
+        };
+        if let Some(order) = &named.1 {
+            self.check_columns(tensor, order)?;
+        }
+        Ok(Some(named))
     }
 
     /// Writes config.json of an output folder so that its quantization section matches the tensors.

@@ -204,10 +204,14 @@ impl Architecture {
         ARCHITECTURES.iter().copied().find(|a| a.name == name)
     }
 
+    /// The architecture of a config.json, if its `model_type` is known.
+    pub fn of(config: &Value) -> Option<&'static Self> {
+        Self::by_name(config.get("model_type").and_then(Value::as_str)?)
+    }
+
     /// The defaults for keys that a config.json leaves out, if its `model_type` is known and has any.
     pub fn hf_defaults_of(config: &Value) -> Option<HfDefaults> {
-        let name = config.get("model_type").and_then(Value::as_str)?;
-        Self::by_name(name)?.hf_defaults
+        Self::of(config)?.hf_defaults
     }
 
     /// From `model_type` of a config.json; `path` is for the message.

@@ -1,6 +1,37 @@
 //! Tensor names: Hugging Face on one side, GGUF on the other.
 
-use super::architecture::Architecture;
+use super::architecture::{Architecture, LayerRule};
+
+/// How elements of a Hugging Face tensor are stored in a GGUF.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ElementForm {
+    /// As they are.
+    Same,
+    /// `1 + w`: the weights of norms that multiply by it.
+    PlusOne,
+    /// `−e^w`: the logarithms of decay rates.
+    NegatedExp,
+}
+
+impl ElementForm {
+    /// An element as a GGUF stores it.
+    pub fn to_gguf(self, w: f32) -> f32 {
+        match self {
+            Self::Same => w,
+            Self::PlusOne => w + 1.0,
+            Self::NegatedExp => -f64::from(w).exp() as f32,
+        }
+    }
+
+    /// An element as a Hugging Face folder stores it.
+    pub fn to_hf(self, w: f32) -> f32 {
+        match self {
+            Self::Same => w,
+            Self::PlusOne => w - 1.0,
+            Self::NegatedExp => f64::from(-w).ln() as f32,
+        }
+    }
+}
 
 impl Architecture {
     /// The GGUF name of a Hugging Face tensor; `None` for a name that GGUF has no place for.
@@ -21,14 +52,37 @@ impl Architecture {
         self.rename(gguf, ["blk.", "model.layers."], |(hf, gguf)| (gguf, hf))
     }
 
-    /// What a GGUF adds to each element of a Hugging Face tensor: 1 to the weights of norms that
-    /// multiply by `1 + w` in transformers.
-    pub fn gguf_offset(&self, hf: &str) -> f32 {
-        // The norm behind a gated delta net multiplies by w in every model.
-        match hf.ends_with("norm.weight") && !hf.ends_with("linear_attn.norm.weight") {
-            true if self.hf_norms_from_one => 1.0,
-            _ => 0.0,
+    /// How the elements of a Hugging Face tensor are stored in a GGUF.
+    pub fn gguf_elements(&self, hf: &str) -> ElementForm {
+        if self.layers == LayerRule::Delta && hf.ends_with(".linear_attn.A_log") {
+            return ElementForm::NegatedExp;
         }
+        // The norm behind a gated delta net multiplies by w in every model.
+        let from_one = hf.ends_with("norm.weight") && !hf.ends_with("linear_attn.norm.weight");
+        match from_one && self.hf_norms_from_one {
+            true => ElementForm::PlusOne,
+            false => ElementForm::Same,
+        }
+    }
+
+    /// The shape in a GGUF of a Hugging Face tensor: a depthwise convolution has no dimension of 1.
+    pub fn gguf_shape(&self, hf: &str, shape: &[usize]) -> Vec<usize> {
+        match shape {
+            &[channels, 1, taps] if self.is_convolution(hf) => vec![channels, taps],
+            _ => shape.to_vec(),
+        }
+    }
+
+    /// The shape of a Hugging Face tensor that has this one in a GGUF.
+    pub fn hf_shape(&self, hf: &str, shape: &[usize]) -> Vec<usize> {
+        match shape {
+            &[channels, taps] if self.is_convolution(hf) => vec![channels, 1, taps],
+            _ => shape.to_vec(),
+        }
+    }
+
+    fn is_convolution(&self, hf: &str) -> bool {
+        self.layers == LayerRule::Delta && hf.ends_with(".linear_attn.conv1d.weight")
     }
 
     fn rename(
@@ -68,6 +122,7 @@ type ModuleNames = (&'static str, &'static str);
 #[cfg(test)]
 mod tests {
     use super::super::known::{ARCHITECTURES, GEMMA3, LLAMA, QWEN35};
+    use super::*;
 
     #[test]
     fn every_name_goes_round() {
@@ -108,8 +163,14 @@ mod tests {
         }
         // Its norm multiplies by w, those of the layer by 1 + w.
         let norms = ["linear_attn.norm", "input_layernorm"]
-            .map(|norm| QWEN35.gguf_offset(&format!("model.layers.0.{norm}.weight")));
-        assert_eq!(norms, [0.0, 1.0]);
+            .map(|norm| QWEN35.gguf_elements(&format!("model.layers.0.{norm}.weight")));
+        assert_eq!(norms, [ElementForm::Same, ElementForm::PlusOne]);
+        let form = QWEN35.gguf_elements("model.layers.2.linear_attn.A_log");
+        assert_eq!(form.to_gguf(0.5), -1.648_721_3);
+        assert_eq!(form.to_hf(form.to_gguf(0.5)), 0.5);
+        let conv = "model.layers.2.linear_attn.conv1d.weight";
+        assert_eq!(QWEN35.gguf_shape(conv, &[96, 1, 4]), [96, 4]);
+        assert_eq!(QWEN35.hf_shape(conv, &[96, 4]), [96, 1, 4]);
     }
 
     #[test]
@@ -121,11 +182,12 @@ mod tests {
         ] {
             let name = format!("{name}.weight");
             assert_eq!(
-                (GEMMA3.gguf_offset(&name), LLAMA.gguf_offset(&name)),
-                (1.0, 0.0)
+                (GEMMA3.gguf_elements(&name), LLAMA.gguf_elements(&name)),
+                (ElementForm::PlusOne, ElementForm::Same)
             );
         }
-        assert_eq!(GEMMA3.gguf_offset("model.layers.0.mlp.up_proj.weight"), 0.0);
+        let up = "model.layers.0.mlp.up_proj.weight";
+        assert_eq!(GEMMA3.gguf_elements(up), ElementForm::Same);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! The order of rows, which differs where llama.cpp rotates other pairs of dimensions than Hugging
 //! Face.
 
-use super::architecture::Architecture;
+use super::architecture::{Architecture, LayerRule};
+use super::delta::DeltaShape;
+use super::delta_keys::gguf_shape;
 use super::keys::GgufKeys;
+use super::layers::LayerAttention;
 use super::values::HfConfig;
 use crate::{Error, Result, gguf};
 use serde_json::Value;
@@ -15,6 +18,17 @@ pub struct HeadCounts {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
+    /// Sizes of gated delta nets.
+    pub delta: Option<DeltaShape>,
+}
+
+/// What changes places in a matrix, between a Hugging Face folder and a GGUF.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TensorOrder {
+    /// For each row the row of the other container.
+    Rows(Vec<usize>),
+    /// For each column the column of the other container.
+    Columns(Vec<usize>),
 }
 
 impl HeadCounts {
@@ -36,6 +50,12 @@ impl HeadCounts {
             kv_heads: config
                 .optional_size("num_key_value_heads")?
                 .unwrap_or(default),
+            delta: match Architecture::of(config.value) {
+                Some(architecture) if architecture.layers == LayerRule::Delta => {
+                    DeltaShape::read(&config, &LayerAttention::read(&config, architecture)?)?
+                }
+                _ => None,
+            },
         })
     }
 
@@ -52,8 +72,55 @@ impl HeadCounts {
             kv_heads: keys
                 .optional_size("attention.head_count_kv")?
                 .unwrap_or(heads),
+            delta: match keys.architecture.layers {
+                LayerRule::Delta => Some(gguf_shape(&keys)?),
+                _ => None,
+            },
         })
     }
+}
+
+/// The sizes of a gated delta net whose heads change places, and the module of a tensor of it.
+fn delta_module(counts: HeadCounts, hf_name: &str) -> Option<(DeltaShape, &str)> {
+    let shape = counts
+        .delta
+        .filter(|d| d.key_heads > 1 && d.values_per_key() > 1)?;
+    let (_, rest) = hf_name.split_once(".linear_attn.")?;
+    Some((shape, rest.strip_suffix(".weight").unwrap_or(rest)))
+}
+
+/// The place of a head of v in a Hugging Face folder, where those of a key follow one another, by
+/// its place in a GGUF, where head h belongs to key `h % key_heads`.
+fn grouped(shape: &DeltaShape, tiled: usize) -> usize {
+    let (turn, key) = (tiled / shape.key_heads, tiled % shape.key_heads);
+    key * shape.values_per_key() + turn
+}
+
+/// The inverse of [`grouped`].
+fn tiled(shape: &DeltaShape, grouped: usize) -> usize {
+    let (key, turn) = (
+        grouped / shape.values_per_key(),
+        grouped % shape.values_per_key(),
+    );
+    turn * shape.key_heads + key
+}
+
+/// `total` indices, of which those from `first` on are heads of `unit` in another order.
+fn permuted(
+    shape: &DeltaShape,
+    hf_name: &str,
+    [first, unit, total]: [usize; 3],
+    head_of: fn(&DeltaShape, usize) -> usize,
+) -> Result<Vec<usize>> {
+    let expected = first + shape.value_heads * unit;
+    if total != expected {
+        let expected = format!("{expected}, of {} value heads", shape.value_heads);
+        let got = total.to_string();
+        return Err(Error::tensor(Path::new("model"), hf_name, expected, got));
+    }
+    let heads = (0..shape.value_heads).map(|head| first + head_of(shape, head) * unit);
+    let moved = heads.flat_map(|start| start..start + unit);
+    Ok((0..first).chain(moved).collect())
 }
 
 impl Architecture {
@@ -76,6 +143,9 @@ impl Architecture {
         hf_name: &str,
         rows: usize,
     ) -> Result<Option<Vec<usize>>> {
+        if let Some(moved) = self.value_heads(counts, hf_name, rows, grouped)? {
+            return Ok(Some(moved));
+        }
         // GGUF row (head, pair, half) is row (head, half, pair) here.
         self.rows(counts, hf_name, rows, |head_dim, within| {
             (within % 2) * (head_dim / 2) + within / 2
@@ -93,9 +163,85 @@ impl Architecture {
         hf_name: &str,
         rows: usize,
     ) -> Result<Option<Vec<usize>>> {
+        if let Some(moved) = self.value_heads(counts, hf_name, rows, tiled)? {
+            return Ok(Some(moved));
+        }
         self.rows(counts, hf_name, rows, |head_dim, within| {
             2 * (within % (head_dim / 2)) + within / (head_dim / 2)
         })
+    }
+
+    /// For a GGUF tensor of a Hugging Face name and shape, what changes places: the rows of
+    /// [`Architecture::gguf_rows`], or the columns of the output matrix of a gated delta net.
+    ///
+    /// # Errors
+    /// As [`Architecture::gguf_rows`].
+    pub fn gguf_order(
+        &self,
+        counts: HeadCounts,
+        hf_name: &str,
+        shape: &[usize],
+    ) -> Result<Option<TensorOrder>> {
+        if let Some(columns) = self.value_columns(counts, hf_name, shape, grouped)? {
+            return Ok(Some(TensorOrder::Columns(columns)));
+        }
+        let rows = self.gguf_rows(counts, hf_name, shape.first().copied().unwrap_or(0))?;
+        Ok(rows.map(TensorOrder::Rows))
+    }
+
+    /// The inverse of [`Architecture::gguf_order`].
+    ///
+    /// # Errors
+    /// As [`Architecture::gguf_rows`].
+    pub fn hf_order(
+        &self,
+        counts: HeadCounts,
+        hf_name: &str,
+        shape: &[usize],
+    ) -> Result<Option<TensorOrder>> {
+        if let Some(columns) = self.value_columns(counts, hf_name, shape, tiled)? {
+            return Ok(Some(TensorOrder::Columns(columns)));
+        }
+        let rows = self.hf_rows(counts, hf_name, shape.first().copied().unwrap_or(0))?;
+        Ok(rows.map(TensorOrder::Rows))
+    }
+
+    /// The rows of a gated delta net's tensor in the order of its value heads, where it has any.
+    fn value_heads(
+        &self,
+        counts: HeadCounts,
+        hf_name: &str,
+        rows: usize,
+        head_of: fn(&DeltaShape, usize) -> usize,
+    ) -> Result<Option<Vec<usize>>> {
+        let Some((shape, module)) = delta_module(counts, hf_name) else {
+            return Ok(None);
+        };
+        // Rows before those of the value heads, and rows of a head.
+        let (first, unit) = match module {
+            "in_proj_qkv" | "conv1d" => (2 * shape.key_width(), shape.value_dim),
+            "in_proj_z" => (0, shape.value_dim),
+            "in_proj_b" | "in_proj_a" | "A_log" | "dt_bias" => (0, 1),
+            _ => return Ok(None),
+        };
+        permuted(&shape, hf_name, [first, unit, rows], head_of).map(Some)
+    }
+
+    /// The columns of a gated delta net's output matrix in the order of its value heads.
+    fn value_columns(
+        &self,
+        counts: HeadCounts,
+        hf_name: &str,
+        shape: &[usize],
+        head_of: fn(&DeltaShape, usize) -> usize,
+    ) -> Result<Option<Vec<usize>>> {
+        match (delta_module(counts, hf_name), shape) {
+            (Some((delta, "out_proj")), &[_, columns]) => {
+                let sizes = [0, delta.value_dim, columns];
+                permuted(&delta, hf_name, sizes, head_of).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     fn rows(
@@ -138,13 +284,14 @@ impl Architecture {
 
 #[cfg(test)]
 mod tests {
-    use super::super::known::{BITNET, LLAMA};
+    use super::super::known::{BITNET, LLAMA, QWEN35};
     use super::*;
     use serde_json::json;
 
     const COUNTS: HeadCounts = HeadCounts {
         heads: 4,
         kv_heads: 2,
+        delta: None,
     };
 
     #[test]
@@ -164,6 +311,50 @@ mod tests {
                 Some(four_heads_of_four.clone())
             );
         }
+    }
+
+    /// numpy: the heads of `np.arange(6).reshape(2, 3).T.reshape(-1)`, in units of 4 or 1.
+    #[test]
+    fn value_heads_are_those_of_llama_cpps_converter() {
+        let shape = DeltaShape {
+            key_heads: 2,
+            value_heads: 6,
+            key_dim: 4,
+            value_dim: 2,
+            taps: 4,
+        };
+        let counts = HeadCounts {
+            delta: Some(shape),
+            ..COUNTS
+        };
+        let name = |module: &str| format!("model.layers.0.linear_attn.{module}");
+        let rows = |module: &str, rows| QWEN35.gguf_rows(counts, &name(module), rows).unwrap();
+        assert_eq!(rows("A_log", 6), Some(vec![0, 3, 1, 4, 2, 5]));
+        let z = vec![0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11];
+        assert_eq!(rows("in_proj_z.weight", 12), Some(z.clone()));
+        let qkv: Vec<usize> = (0..16).chain(z.iter().map(|i| 16 + i)).collect();
+        assert_eq!(rows("in_proj_qkv.weight", 28), Some(qkv.clone()));
+        assert_eq!(rows("conv1d.weight", 28), Some(qkv));
+        assert_eq!(rows("norm.weight", 2), None);
+        let out = name("out_proj.weight");
+        let there = QWEN35.gguf_order(counts, &out, &[48, 12]).unwrap();
+        assert_eq!(there, Some(TensorOrder::Columns(z.clone())));
+        let Some(TensorOrder::Columns(back)) = QWEN35.hf_order(counts, &out, &[48, 12]).unwrap()
+        else {
+            panic!("columns");
+        };
+        let both: Vec<usize> = back.iter().map(|&c| z[c]).collect();
+        assert_eq!(both, (0..12).collect::<Vec<_>>());
+        assert!(QWEN35.gguf_order(counts, &out, &[48, 13]).is_err());
+        // As many values as keys: no order to change.
+        let counts = HeadCounts {
+            delta: Some(DeltaShape {
+                key_heads: 6,
+                ..shape
+            }),
+            ..COUNTS
+        };
+        assert_eq!(QWEN35.gguf_rows(counts, &name("A_log"), 6).unwrap(), None);
     }
 
     #[test]
@@ -227,7 +418,8 @@ mod tests {
             counts(json!({"num_attention_heads": 4})).unwrap(),
             HeadCounts {
                 heads: 4,
-                kv_heads: 4
+                kv_heads: 4,
+                delta: None,
             }
         );
         let mistral = json!({"model_type": "mistral", "num_attention_heads": 32});
@@ -249,7 +441,8 @@ mod tests {
             HeadCounts::from_gguf(&gguf).unwrap(),
             HeadCounts {
                 heads: 4,
-                kv_heads: 4
+                kv_heads: 4,
+                delta: None,
             }
         );
     }

@@ -30,9 +30,9 @@ impl WeightProvider for CheckpointLoader<'_> {
     fn norm(&self, module: &str, len: usize) -> Result<NormGain> {
         let name = format!("{module}.weight");
         let mut gain = self.vector(&name, len)?;
-        let offset = self.config.architecture.gguf_offset(&name);
-        if offset != 0.0 && self.source.kind() != Kind::Gguf {
-            gain.iter_mut().for_each(|w| *w += offset);
+        let form = self.config.architecture.gguf_elements(&name);
+        if self.source.kind() != Kind::Gguf {
+            gain.iter_mut().for_each(|w| *w = form.to_gguf(*w));
         }
         Ok(NormGain(gain))
     }
@@ -80,9 +80,11 @@ impl WeightProvider for CheckpointLoader<'_> {
             false => self.floats(&name, &[width, 1, taps])?,
         };
         let conv = (0..taps * width).map(|i| rows[i % width * taps + i / width]);
-        let mut rates = self.vector(&format!("{module}.A_log"), heads)?;
+        let name = format!("{module}.A_log");
+        let mut rates = self.vector(&name, heads)?;
+        let form = self.config.architecture.gguf_elements(&name);
         if !gguf {
-            rates.iter_mut().for_each(|a| *a = -a.exp());
+            rates.iter_mut().for_each(|a| *a = form.to_gguf(*a));
         }
         Ok(DeltaVectors {
             conv: conv.collect(),
