@@ -366,7 +366,7 @@ fn mistakes_change_the_logits() {
 #[test]
 fn each_fact_of_a_graph_counts() {
     type Edit = fn(&mut serde_json::Value);
-    let cases: [(&str, Edit); 21] = [
+    let cases: [(&str, Edit); 24] = [
         ("qwen2-window", |c| c["sliding_window"] = 8.into()),
         ("qwen2-window", |c| {
             c["layer_types"][0] = "sliding_attention".into()
@@ -410,6 +410,13 @@ fn each_fact_of_a_graph_counts() {
         ("gemma3", |c| {
             c["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.into()
         }),
+        ("qwen35", |c| {
+            c["rope_parameters"]["partial_rotary_factor"] = 0.5.into()
+        }),
+        ("qwen35", |c| c["rms_norm_eps"] = 1e-2.into()),
+        ("qwen35-mixed", |c| {
+            c["rope_parameters"]["rope_theta"] = 10000.into()
+        }),
     ];
     for (i, (name, edit)) in cases.into_iter().enumerate() {
         let dir = copy(name);
@@ -428,6 +435,11 @@ fn each_fact_of_a_graph_counts() {
         ("gemma3", "post_attention_layernorm.weight"),
         ("gemma3", "pre_feedforward_layernorm.weight"),
         ("gemma3", "post_feedforward_layernorm.weight"),
+        ("qwen35", "linear_attn.conv1d.weight"),
+        ("qwen35", "linear_attn.A_log"),
+        ("qwen35-mixed", "linear_attn.dt_bias"),
+        ("qwen35-mixed", "linear_attn.norm.weight"),
+        ("qwen35-mixed", "linear_attn.in_proj_b.weight"),
     ] {
         let dir = copy(name);
         let tensor = format!("model.layers.1.{tensor}");
@@ -440,7 +452,7 @@ fn each_fact_of_a_graph_counts() {
 #[test]
 fn what_a_graph_does_not_compute_is_refused_by_its_key() {
     type Edit = fn(&mut serde_json::Value);
-    let cases: [(&str, Edit, &[&str]); 9] = [
+    let cases: [(&str, Edit, &[&str]); 12] = [
         (
             "gemma3",
             |c| c["attn_logit_softcapping"] = 50.into(),
@@ -485,6 +497,21 @@ fn what_a_graph_does_not_compute_is_refused_by_its_key() {
             "qwen3-yarn",
             |c| c["model_type"] = "llama".into(),
             &["_norm", "llama graph", "no place"],
+        ),
+        (
+            "qwen35",
+            |c| c["layer_types"][0] = "sliding_attention".into(),
+            &["layer_types", "linear_attention"],
+        ),
+        (
+            "qwen35",
+            |c| c["linear_num_key_heads"] = 4.into(),
+            &["linear_num_value_heads", "multiple of", "4", "6"],
+        ),
+        (
+            "qwen35-mixed",
+            |c| c["linear_conv_kernel_dim"] = 4.into(),
+            &["conv1d.weight", "[150, 1, 4]", "[150, 1, 3]"],
         ),
     ];
     for (name, edit, parts) in cases {
