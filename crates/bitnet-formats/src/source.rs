@@ -1,6 +1,8 @@
 //! A checkpoint to read: a safetensors file, a folder of them with config.json, or a GGUF file.
 
-use crate::arch::{Architecture, ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
+use crate::arch::{
+    Architecture, InputRotation, ROTATION_PREFIX, Rotation, RotationError, RotationFacts,
+};
 use crate::container::Container;
 use crate::document::Document;
 use crate::dtype::StoredType;
@@ -245,6 +247,16 @@ impl Source {
                 .of(name)
                 .map_err(|error| error.of_file(&self.storage.files[0].path)),
         }
+    }
+
+    /// What happens to the input of a matrix before the product; none if it is not rotated.
+    ///
+    /// # Errors
+    /// As [`Source::rotation`].
+    pub fn input_rotation(&self, name: &str) -> Result<Option<InputRotation<'_>>> {
+        Ok(self
+            .rotation()?
+            .and_then(|rotation| rotation.of_input(name)))
     }
 
     /// Checks that the rows of a tensor are stored as they are, for readers that know no rotation.

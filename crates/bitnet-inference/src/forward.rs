@@ -78,7 +78,6 @@ pub(crate) struct NormGain(pub(crate) Vec<f32>);
 pub(crate) enum OutputGate {
     None,
     Sigmoid,
-    Silu,
 }
 
 /// A forward pass in progress.
@@ -264,7 +263,7 @@ impl ForwardPass<'_, '_> {
     pub(crate) fn drop_unwanted(&mut self, width: usize) {
         let hidden = self.config.hidden;
         let s = &mut *self.buffers;
-        let gated = !s.output_gate.is_empty();
+        let gated = s.output_gate.len() == s.attended.len();
         let (mut first, mut wanted) = (0, 0);
         for step in self.steps.iter() {
             let end = first + step.tokens.len();
@@ -311,7 +310,6 @@ impl ForwardPass<'_, '_> {
                     (Some(norm), _) => kernels.rms_norm(attended, &norm.0, eps, out),
                     (None, OutputGate::None) => out.copy_from_slice(attended),
                     (None, OutputGate::Sigmoid) => kernels.sigmoid_mul(gates(), attended, out),
-                    (None, OutputGate::Silu) => kernels.silu_mul(gates(), attended, out),
                 }
             },
         )?;

@@ -16,16 +16,21 @@ const PROMPT: usize = 23;
 /// As in golden.rs: the bound on the difference of a logit relative to the largest logit.
 const BOUND: f32 = 2e-5;
 const PREFIX: &str = "prism.hadamard.";
+const LLAMA: &str = "llama-rotated";
+const QWEN35: &str = "qwen35-rotated";
 
-fn golden(name: &str) -> PathBuf {
+/// A file of a golden: `llama-rotated`, or `qwen35-rotated`, which mlx-lm computed
+/// (scripts/make-rotated-delta-golden.py).
+fn golden(model: &str, name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/llama-rotated")
+        .join("tests/golden")
+        .join(model)
         .join(name)
 }
 
 /// Tokens and their logits.
-fn truth() -> (Vec<u32>, Vec<f32>) {
-    let bytes = fs::read(golden("golden.safetensors")).unwrap();
+fn truth(model: &str) -> (Vec<u32>, Vec<f32>) {
+    let bytes = fs::read(golden(model, "golden.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let (tokens, logits) = (
         file.tensor("tokens").unwrap(),
@@ -69,7 +74,7 @@ fn relative(got: &[f32], expected: &[f32]) -> f32 {
 
 #[test]
 fn logits_are_those_of_the_original_basis() {
-    let (tokens, expected) = truth();
+    let (tokens, expected) = truth(LLAMA);
     let mut first: Option<Vec<u32>> = None;
     for kernels in Kernels::all() {
         for (threads, piece) in [(1, 1), (2, 1), (3, 16)] {
@@ -78,7 +83,7 @@ fn logits_are_those_of_the_original_basis() {
                 kernels,
                 ..Default::default()
             };
-            let model = load(&golden("model.gguf"), options).unwrap();
+            let model = load(&golden(LLAMA, "model.gguf"), options).unwrap();
             let got = logits(&model, &tokens, piece);
             let error = relative(&got, &expected);
             assert!(error < BOUND, "{}: {error:.2e}", kernels.isa());
@@ -92,12 +97,12 @@ fn logits_are_those_of_the_original_basis() {
 /// Ternary layers quantize the rotated input, once for all layers of that basis.
 #[test]
 fn rotated_inputs_are_quantized() {
-    let (tokens, expected) = truth();
+    let (tokens, expected) = truth(LLAMA);
     let options = LoadOptions {
         activations: ActivationType::Int8,
         ..Default::default()
     };
-    let model = load(&golden("model.gguf"), options).unwrap();
+    let model = load(&golden(LLAMA, "model.gguf"), options).unwrap();
     assert!(model.integer_products(1, 1) > 0);
     let got = logits(&model, &tokens, 1);
     let error = relative(&got, &expected);
@@ -106,9 +111,9 @@ fn rotated_inputs_are_quantized() {
     assert!(same(&got, &logits(&model, &tokens, 16)));
 }
 
-/// The golden with other keys.
-fn with_keys(to: &Path, edit: impl FnOnce(&mut Vec<(String, Value)>)) {
-    let source = Source::open(&golden("model.gguf")).unwrap();
+/// A golden with other keys.
+fn with_keys(model: &str, to: &Path, edit: impl FnOnce(&mut Vec<(String, Value)>)) {
+    let source = Source::open(&golden(model, "model.gguf")).unwrap();
     let mut metadata = source.gguf().to_vec();
     edit(&mut metadata);
     let mut tensors = vec![];
@@ -142,7 +147,7 @@ fn names(names: &[&str]) -> Value {
 /// Errors that the golden must detect, each far beyond the bound.
 #[test]
 fn mistakes_change_the_logits() {
-    let (tokens, expected) = truth();
+    let (tokens, expected) = truth(LLAMA);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.gguf");
     type Edit = fn(&mut Vec<(String, Value)>);
@@ -169,15 +174,45 @@ fn mistakes_change_the_logits() {
         }),
     ];
     for (mistake, edit) in mistakes {
-        with_keys(&path, edit);
+        with_keys(LLAMA, &path, edit);
         let model = load(&path, LoadOptions::default()).unwrap();
         let error = relative(&logits(&model, &tokens, 1), &expected);
         assert!(error > 100.0 * BOUND, "{mistake}: {error:.2e}");
     }
     // The file written so is the golden where nothing is changed.
-    with_keys(&path, |_| {});
+    with_keys(LLAMA, &path, |_| {});
     let model = load(&path, LoadOptions::default()).unwrap();
     assert!(relative(&logits(&model, &tokens, 1), &expected) < BOUND);
+}
+
+/// The output matrix of a gated delta net takes the heads in another order than the model has them.
+#[test]
+fn grouped_value_heads_are_those_of_mlx() {
+    let (tokens, expected) = truth(QWEN35);
+    let path = golden(QWEN35, "model.gguf");
+    let model = load(&path, LoadOptions::default()).unwrap();
+    let got = logits(&model, &tokens, 1);
+    let error = relative(&got, &expected);
+    assert!(error < BOUND, "{error:.2e}");
+    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&got), bits(&logits(&model, &tokens, 16)));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    type Edit = fn(&mut Vec<(String, Value)>);
+    let mistakes: [(&str, Edit); 2] = [
+        ("the order of the model", |keys| {
+            *key(keys, "gdn_v_grouped") = Value::Bool(false);
+        }),
+        ("ignored", |keys| {
+            keys.retain(|(key, _)| !key.starts_with(PREFIX))
+        }),
+    ];
+    for (mistake, edit) in mistakes {
+        with_keys(QWEN35, &path, edit);
+        let model = load(&path, LoadOptions::default()).unwrap();
+        let error = relative(&logits(&model, &tokens, 1), &expected);
+        assert!(error > 100.0 * BOUND, "{mistake}: {error:.2e}");
+    }
 }
 
 #[test]
@@ -203,7 +238,7 @@ fn what_is_not_known_is_refused() {
         ),
     ];
     for (edit, parts) in cases {
-        with_keys(&path, edit);
+        with_keys(LLAMA, &path, edit);
         // A file that is only listed opens.
         assert!(Source::open(&path).is_ok());
         let message = load(&path, LoadOptions::default()).unwrap_err().to_string();

@@ -36,7 +36,7 @@ pub use layers::{LayerAttention, LayerRope, TokenMixer};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};
 pub use names::ElementForm;
 pub use rope::{HfRope, RopeScaling};
-pub use rotation::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
+pub use rotation::{InputRotation, ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 pub use rows::{HeadCounts, TensorOrder};
 pub use tokenizer::{GgufTokenizer, hf_tokenizer, hf_tokenizer_settings};
 pub use values::HfConfig;

@@ -90,6 +90,21 @@ impl RotationError {
     }
 }
 
+/// What happens to the input of a matrix in a rotated basis.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct InputRotation<'a> {
+    /// The rotation.
+    pub transform: &'a Hadamard,
+    /// Whether the value heads of a gated delta net come in Hugging Face's order before it, those of
+    /// a key after one another, whatever the order of the model.
+    pub grouped_heads: bool,
+}
+
+/// Whether a tensor is the output matrix of a gated delta net in a GGUF.
+fn is_delta_output(name: &str) -> bool {
+    name.contains("ssm_out")
+}
+
 /// A checked rotation of a checkpoint's tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
@@ -188,23 +203,31 @@ impl Rotation {
         Ok(())
     }
 
+    /// What happens to the input of a matrix before the product; none if it is not rotated.
+    pub fn of_input(&self, name: &str) -> Option<InputRotation<'_>> {
+        let width = self.tensors.get(name)?;
+        Some(InputRotation {
+            transform: self.widths.get(width)?,
+            grouped_heads: self.facts.gdn_v_grouped && is_delta_output(name),
+        })
+    }
+
     /// The rotation of a tensor's rows; none if they are stored as they are.
     ///
     /// # Errors
-    /// [`RotationError`] for an `ssm_out` whose value heads are in another order: no graph and no
-    /// conversion of this program undoes that.
+    /// [`RotationError`] for an `ssm_out` whose value heads are in another order: no conversion of
+    /// this program undoes that. A graph follows it: [`Rotation::of_input`].
     pub fn of(&self, name: &str) -> Result<Option<&Hadamard>, RotationError> {
         let Some(width) = self.tensors.get(name) else {
             return Ok(None);
         };
         // Names of another container do not say which matrix it is.
-        let output = |name: &str| name.contains("ssm_out");
-        let known = self.tensors.keys().any(|name| output(name));
-        if self.facts.gdn_v_grouped && (output(name) || !known) {
+        let known = self.tensors.keys().any(|name| is_delta_output(name));
+        if self.facts.gdn_v_grouped && (is_delta_output(name) || !known) {
             return Err(RotationError::new(
                 &format!("{ROTATION_PREFIX}.gdn_v_grouped"),
                 format!(
-                    "false: this program has no graph that reorders the value heads of '{name}'"
+                    "false: no conversion of this program reorders the value heads of '{name}'"
                 ),
                 "true; `bitnet convert` without --unrotate carries the tensor as it is",
             ));

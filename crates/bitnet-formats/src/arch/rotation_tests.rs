@@ -101,7 +101,7 @@ fn identity_needs_no_signs() {
 }
 
 #[test]
-fn grouped_value_heads_are_refused_where_they_matter() {
+fn grouped_value_heads_are_refused_by_conversions() {
     let grouped = |names: Vec<String>| {
         let mut all = with("gdn_v_grouped", Some(true.into()));
         all.retain(|(key, _)| !key.ends_with(".weight_names"));
@@ -113,6 +113,8 @@ fn grouped_value_heads_are_refused_where_they_matter() {
     assert!(rotation.of("a.weight").unwrap().is_some());
     let error = rotation.of("blk.0.ssm_out.weight").unwrap_err();
     assert!(error.key.ends_with("gdn_v_grouped") && error.expected.contains("ssm_out"));
+    let input = rotation.of_input("blk.0.ssm_out.weight").unwrap();
+    assert!(input.grouped_heads && !rotation.of_input("a.weight").unwrap().grouped_heads);
 }
 
 #[test]

@@ -41,6 +41,9 @@ pub(crate) struct DeltaBlock {
     head_norm: NormGain,
     /// `(hidden, V)`.
     out: LinearLayer,
+    /// The order of the heads in the columns of `out`: that of the model, but for weights in a
+    /// rotated basis that are grouped in a model that is not.
+    out_heads: ValueHeads,
 }
 
 /// Parameters of a gated delta net that are neither norms nor matrices.
@@ -63,6 +66,8 @@ pub(crate) struct DeltaBuffers {
     padded: Vec<f32>,
     /// Its result, `[tokens, C]`.
     qkv: Vec<f32>,
+    /// The gate, `[tokens, V]`.
+    z: Vec<f32>,
     b: Vec<f32>,
     a: Vec<f32>,
     /// Decay and rate, `[tokens, value_heads]`.
@@ -96,7 +101,26 @@ impl DeltaBlock {
             unit: [1.0 / dim, 1.0 / dim.sqrt()].map(|factor| vec![factor; shape.key_dim]),
             head_norm: provider.norm(&name("linear_attn.norm"), shape.value_dim)?,
             out: linear("out_proj", hidden, shape.value_width())?,
+            out_heads: match provider.grouped_input(&name("linear_attn.out_proj"))? {
+                true => ValueHeads::Grouped,
+                false => provider.config().value_heads,
+            },
         })
+    }
+
+    /// The head of q and k that serves a head of v, and the place of that head in the input of
+    /// `out`.
+    fn heads_of(&self, order: ValueHeads, head: usize) -> (usize, usize) {
+        let (keys, each) = (self.shape.key_heads, self.shape.values_per_key());
+        let (key, turn) = match order {
+            ValueHeads::Grouped => (head / each, head % each),
+            ValueHeads::Tiled => (head % keys, head / keys),
+        };
+        let place = match self.out_heads {
+            ValueHeads::Grouped => key * each + turn,
+            ValueHeads::Tiled => turn * keys + key,
+        };
+        (key, place)
     }
 
     /// The linear layers that see every token.
@@ -122,7 +146,7 @@ impl ForwardPass<'_, '_> {
         if layer + 1 == self.config.layers {
             self.drop_unwanted(width);
         }
-        self.attention_out(&block.out, width, None, OutputGate::Silu)?;
+        self.attention_out(&block.out, width, None, OutputGate::None)?;
         self.add(None);
         Ok(())
     }
@@ -132,7 +156,7 @@ impl ForwardPass<'_, '_> {
         let (shape, s) = (&block.shape, &mut *self.buffers);
         let outs = [
             (&mut s.delta_net.mixed, shape.conv_width()),
-            (&mut s.output_gate, shape.value_width()),
+            (&mut s.delta_net.z, shape.value_width()),
             (&mut s.delta_net.b, shape.value_heads),
             (&mut s.delta_net.a, shape.value_heads),
         ];
@@ -195,7 +219,7 @@ impl ForwardPass<'_, '_> {
         });
     }
 
-    /// The recurrence, a head of a sequence at a time, and the norm of each head's output.
+    /// The recurrence, a head of a sequence at a time, and the norm and the gate of its output.
     fn delta_heads(&mut self, layer: usize, block: &DeltaBlock) {
         let KernelPool { kernels, pool } = self.runtime;
         let (shape, eps, order) = (&block.shape, self.config.norm_eps, self.config.value_heads);
@@ -216,10 +240,7 @@ impl ForwardPass<'_, '_> {
             let heads = &mut d.heads[first * width..end * width];
             let lens = [DeltaTokens::state_len(shape.key_dim, dim), tokens * dim];
             pool.for_chunks_of_two((states, &mut *heads), lens, |head, state, out| {
-                let key = match order {
-                    ValueHeads::Grouped => head / shape.values_per_key(),
-                    ValueHeads::Tiled => head % shape.key_heads,
-                } * shape.key_dim;
+                let key = block.heads_of(order, head).0 * shape.key_dim;
                 let run = DeltaTokens {
                     tokens,
                     q: &qkv[key..],
@@ -237,13 +258,16 @@ impl ForwardPass<'_, '_> {
                     kernels.rms_norm_in_place(out, &block.head_norm.0, eps);
                 }
             });
+            let z = &d.z[first * width..end * width];
             let attended = &mut s.attended[first * width..end * width];
-            for (head, outs) in heads.chunks_exact(tokens * dim).enumerate() {
-                let rows = attended.chunks_exact_mut(width);
-                for (row, out) in rows.zip(outs.chunks_exact(dim)) {
-                    row[head * dim..][..dim].copy_from_slice(out);
+            pool.for_chunks(attended, width, |token, row| {
+                for (head, outs) in heads.chunks_exact(tokens * dim).enumerate() {
+                    let (_, place) = block.heads_of(order, head);
+                    let gate = &z[token * width + head * dim..][..dim];
+                    let out = &outs[token * dim..][..dim];
+                    kernels.silu_mul(gate, out, &mut row[place * dim..][..dim]);
                 }
-            }
+            });
             first = end;
         }
     }

@@ -52,7 +52,8 @@ impl WeightProvider for CheckpointLoader<'_> {
                 }
                 _ => self.is_online(module)?,
             };
-        let rotation = self.source.rotation_of(&found.tensor.name)?.cloned();
+        let rotation = self.source.input_rotation(&found.tensor.name)?;
+        let rotation = rotation.map(|input| input.transform.clone());
         let weights = if quantize {
             LinearWeights::Ternary(self.ternary(found, multiplier)?)
         } else if self.is_online(module)? {
@@ -91,6 +92,12 @@ impl WeightProvider for CheckpointLoader<'_> {
             rates,
             dt_bias: self.vector(&format!("{module}.dt_bias"), heads)?,
         })
+    }
+
+    fn grouped_input(&self, module: &str) -> Result<bool> {
+        let name = self.stored_name(&format!("{module}.weight"));
+        let rotation = self.source.input_rotation(&name)?;
+        Ok(rotation.is_some_and(|input| input.grouped_heads))
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {

@@ -26,6 +26,11 @@ pub(crate) trait WeightProvider: Sync {
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer>;
     /// The parameters of a gated delta net that are neither norms nor matrices.
     fn delta_vectors(&self, module: &str, shape: &DeltaShape) -> Result<DeltaVectors>;
+    /// Whether a matrix takes the value heads of a gated delta net in Hugging Face's order, whatever
+    /// the order of the model.
+    fn grouped_input(&self, _module: &str) -> Result<bool> {
+        Ok(false)
+    }
     /// The embedding or the output matrix, `(rows, cols)`.
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix>;
     /// The rotation of the rows of an embedding or an output matrix, if they are in a rotated basis.
