@@ -452,3 +452,44 @@ pub fn whole_groups(order: &[usize], group: usize) -> bool {
         whole && in_order && first.is_multiple_of(group)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Granularity, Precision};
+
+    /// A matrix of two rows of six columns, whose values are their columns.
+    fn matrix(granularity: Granularity, scales: &[f32]) -> Matrix {
+        Matrix {
+            spec: MatrixSpec::new(2, 6, Precision::Int8, granularity),
+            values: [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15].to_vec(),
+            scales: scales.to_vec(),
+            zero_points: vec![],
+        }
+    }
+
+    #[test]
+    fn columns_move_with_their_scales() {
+        let order = [4, 5, 0, 1, 2, 3];
+        let values = vec![4, 5, 0, 1, 2, 3, 14, 15, 10, 11, 12, 13];
+        let groups = matrix(Granularity::Group(2), &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let moved = groups.select_columns(&order).unwrap();
+        assert_eq!(moved.values, values);
+        assert_eq!(moved.scales, [3.0, 1.0, 2.0, 6.0, 4.0, 5.0]);
+        for (row, column) in [(0, 3), (1, 0), (1, 5)] {
+            let mut rows = [[0.0; 6]; 2];
+            groups.dequantize_row_into(row, &mut rows[0]);
+            moved.dequantize_row_into(row, &mut rows[1]);
+            assert_eq!(rows[1][column], rows[0][order[column]]);
+        }
+        let rows = matrix(Granularity::Channel, &[1.0, 2.0]);
+        let moved = rows.select_columns(&[5, 4, 3, 2, 1, 0]).unwrap();
+        assert_eq!((moved.values[0], moved.scales), (5, vec![1.0, 2.0]));
+        // Three columns with one scale, of which two move; and orders that are none.
+        let wide = matrix(Granularity::Group(3), &[1.0, 2.0, 3.0, 4.0]);
+        for (matrix, order) in [(&wide, &order[..]), (&rows, &order[..5]), (&rows, &[6; 6])] {
+            assert!(matrix.select_columns(order).is_none());
+        }
+        assert!(whole_groups(&[2, 3, 0, 1, 4], 2) && !whole_groups(&[4, 0, 1, 2, 3], 2));
+    }
+}

@@ -559,16 +559,18 @@ impl<'a> Builder<'a> {
             }
             _ => {}
         }
-        let Some((name, rows)) = self.rename(tensor)? else {
+        let Some((name, order)) = self.rename(tensor)? else {
             return Ok(());
         };
+        self.check_groups(tensor, order.as_ref())?;
+        self.check_basis(tensor, order.as_ref())?;
         let len = PackedLen::Exact(self.source.stored(stored).len as usize);
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype, len);
         self.push(
             Some(index),
             name,
             Action::Copy,
-            rows,
+            order,
             (data, None, None),
             None,
         );
@@ -593,12 +595,15 @@ impl<'a> Builder<'a> {
         {
             return Ok(());
         }
-        let Some((name, rows)) = self.rename(tensor)? else {
+        let Some((name, order)) = self.rename(tensor)? else {
             return Ok(());
         };
+        if !matches!(action, Action::Unrotate(_)) {
+            self.check_basis(tensor, order.as_ref())?;
+        }
         let len = PackedLen::Exact(tensor.elements() * dtype.bytes());
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype.into(), len);
-        self.push(Some(index), name, action, rows, (data, None, None), note);
+        self.push(Some(index), name, action, order, (data, None, None), note);
         Ok(())
     }
 
@@ -622,9 +627,13 @@ impl<'a> Builder<'a> {
             };
             return Err(self.tensor_error(tensor)(error));
         }
-        let Some((name, rows)) = self.rename(tensor)? else {
+        let Some((name, order)) = self.rename(tensor)? else {
             return Ok(());
         };
+        if pack.scheme.is_none() {
+            self.check_groups(tensor, order.as_ref())?;
+        }
+        self.check_basis(tensor, order.as_ref())?;
         let spec = &pack.spec;
         let len = match pack.layout {
             Some(layout) => layout.packed_len(spec),
@@ -684,7 +693,7 @@ impl<'a> Builder<'a> {
             Some(index),
             name,
             Action::Pack(pack),
-            rows,
+            order,
             (data, scale, zero),
             note,
         );

@@ -157,9 +157,10 @@ impl Builder<'_> {
         Ok(true)
     }
 
-    /// Refuses an order of columns that would tear apart what has one scale, or a rotation.
-    fn check_columns(&self, tensor: &Tensor, order: &TensorOrder) -> Result<()> {
-        let TensorOrder::Columns(columns) = order else {
+    /// Refuses an order of columns that would tear apart what has one scale, in a tensor whose codes
+    /// are kept.
+    pub(super) fn check_groups(&self, tensor: &Tensor, order: Option<&TensorOrder>) -> Result<()> {
+        let Some(TensorOrder::Columns(columns)) = order else {
             return Ok(());
         };
         let group = match &tensor.content {
@@ -170,23 +171,24 @@ impl Builder<'_> {
                 self.source.stored(*stored).dtype.block()
             }
         };
-        let refused = |expected: String, got: &str| {
-            let path = self.path(tensor);
-            Err(bitnet_formats::Error::tensor(&path, &tensor.name, expected, got).into())
-        };
-        if !whole_groups(columns, group) {
-            let expected = format!(
-                "groups of columns within a value head, since heads change places between a folder \
-                 and a GGUF: {group} columns have one scale; `bitnet dequantize` first"
-            );
-            return refused(expected, "groups over several heads");
+        if whole_groups(columns, group) {
+            return Ok(());
         }
-        if self.is_rotated(tensor)? {
-            let expected = "the original basis, since heads change places between a folder and a \
-                            GGUF: `bitnet convert --unrotate` within the container first";
-            return refused(expected.into(), "a rotated basis");
+        let expected = "groups of columns within a value head, since heads change places between a \
+                        folder and a GGUF; `bitnet dequantize` first";
+        let got = format!("{group} columns with one scale");
+        Err(bitnet_formats::Error::tensor(&self.path(tensor), &tensor.name, expected, got).into())
+    }
+
+    /// Refuses an order of columns in a rotated basis, which is not that of the original one.
+    pub(super) fn check_basis(&self, tensor: &Tensor, order: Option<&TensorOrder>) -> Result<()> {
+        if !matches!(order, Some(TensorOrder::Columns(_))) || !self.is_rotated(tensor)? {
+            return Ok(());
         }
-        Ok(())
+        let expected = "columns in their original basis, since heads change places between a \
+                        folder and a GGUF; `bitnet convert --unrotate`";
+        let got = "a rotated basis";
+        Err(bitnet_formats::Error::tensor(&self.path(tensor), &tensor.name, expected, got).into())
     }
 
     /// Name and order of rows or columns in the output; `None` for a buffer that the other container does not
@@ -207,7 +209,7 @@ impl Builder<'_> {
                 "none",
             ))
         };
-        let named = match self.naming {
+        Ok(Some(match self.naming {
             Naming::Same => (tensor.name.clone(), None),
             Naming::ToGguf(architecture, heads) => {
                 let name = architecture.gguf_tensor(&tensor.name);
@@ -220,11 +222,7 @@ impl Builder<'_> {
                 let order = architecture.hf_order(heads, &name, &tensor.shape)?;
                 (name, order)
             }
-        };
-        if let Some(order) = &named.1 {
-            self.check_columns(tensor, order)?;
-        }
-        Ok(Some(named))
+        }))
     }
 
     /// Writes config.json of an output folder so that its quantization section matches the tensors.
