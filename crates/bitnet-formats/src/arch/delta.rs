@@ -5,7 +5,13 @@ use super::values::HfConfig;
 use crate::Result;
 
 /// Largest number of taps of the convolution: that many rows are kept for each sequence.
-const MAX_TAPS: usize = 64;
+pub(super) const MAX_TAPS: usize = 64;
+
+/// Largest number of heads, and of elements of a head.
+pub(super) const MAX_HEADS: usize = 1 << 12;
+
+/// Largest number of elements of a layer's state, which each sequence has. The 27B has 2^19.6.
+const MAX_STATE: usize = 1 << 25;
 
 /// Sizes of the gated delta nets of a decoder. `bitnet-inference`'s `arch/delta.rs` has the
 /// equations.
@@ -42,12 +48,16 @@ impl DeltaShape {
             }
         };
         let shape = Self {
-            key_heads: size("linear_num_key_heads", 16, 1 << 12)?,
-            value_heads: size("linear_num_value_heads", 32, 1 << 12)?,
-            key_dim: size("linear_key_head_dim", 128, 1 << 12)?,
-            value_dim: size("linear_value_head_dim", 128, 1 << 12)?,
+            key_heads: size("linear_num_key_heads", 16, MAX_HEADS)?,
+            value_heads: size("linear_num_value_heads", 32, MAX_HEADS)?,
+            key_dim: size("linear_key_head_dim", 128, MAX_HEADS)?,
+            value_dim: size("linear_value_head_dim", 128, MAX_HEADS)?,
             taps: size("linear_conv_kernel_dim", 4, MAX_TAPS)?,
         };
+        if shape.value_width() * shape.key_dim > MAX_STATE {
+            let expected = format!("a state of at most {MAX_STATE} elements in a layer");
+            return Err(config.bad("linear_value_head_dim", &expected));
+        }
         if !shape.value_heads.is_multiple_of(shape.key_heads) {
             let expected = format!("a multiple of linear_num_key_heads {}", shape.key_heads);
             return Err(config.bad("linear_num_value_heads", &expected));

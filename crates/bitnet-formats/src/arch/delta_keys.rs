@@ -2,7 +2,7 @@
 
 use super::architecture::Architecture;
 use super::decoder::HfDecoder;
-use super::delta::DeltaShape;
+use super::delta::{DeltaShape, MAX_HEADS, MAX_TAPS};
 use super::keys::GgufKeys;
 use super::layers::TokenMixer;
 use super::metadata::NewKeys;
@@ -78,9 +78,13 @@ pub(super) fn add_delta_net(keys: &GgufKeys, config: &mut Value) -> Result<()> {
 
 /// The sizes that the keys of a GGUF have.
 pub(super) fn gguf_shape(keys: &GgufKeys) -> Result<DeltaShape> {
-    let value_heads = keys.size("ssm.time_step_rank")?;
+    let size = |key: &str, most: usize| match keys.size(key)? {
+        n if n > most => Err(keys.bad(key, &format!("at most {most}"))),
+        n => Ok(n),
+    };
+    let value_heads = size("ssm.time_step_rank", MAX_HEADS)?;
     let key = "ssm.inner_size";
-    let inner = keys.size(key)?;
+    let inner = size(key, value_heads * MAX_HEADS)?;
     if !inner.is_multiple_of(value_heads) {
         return Err(keys.bad(key, &format!("a multiple of {value_heads} heads")));
     }
@@ -92,8 +96,61 @@ pub(super) fn gguf_shape(keys: &GgufKeys) -> Result<DeltaShape> {
     Ok(DeltaShape {
         key_heads,
         value_heads,
-        key_dim: keys.size("ssm.state_size")?,
+        key_dim: size("ssm.state_size", MAX_HEADS)?,
         value_dim: inner / value_heads,
-        taps: keys.size("ssm.conv_kernel")?,
+        taps: size("ssm.conv_kernel", MAX_TAPS)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn keys(change: (&str, u32)) -> Vec<(String, gguf::Value)> {
+        let mut all = vec![("general.architecture".into(), "qwen35".into())];
+        for (key, n) in [
+            ("ssm.conv_kernel", 4),
+            ("ssm.group_count", 16),
+            ("ssm.inner_size", 6144),
+            ("ssm.state_size", 128),
+            ("ssm.time_step_rank", 48),
+        ] {
+            let n = if key == change.0 { change.1 } else { n };
+            all.push((format!("qwen35.{key}"), gguf::Value::U32(n)));
+        }
+        all
+    }
+
+    #[test]
+    fn sizes_of_the_27b() {
+        let all = keys(("", 0));
+        let keys = GgufKeys::new(Path::new("x.gguf"), &all).unwrap();
+        let shape = gguf_shape(&keys).unwrap();
+        assert_eq!((shape.value_dim, shape.conv_width()), (128, 10_240));
+        let mut config = json!({});
+        add_delta_net(&keys, &mut config).unwrap();
+        assert_eq!(config["full_attention_interval"], 4);
+        assert_eq!(config["linear_num_value_heads"], 48);
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused_by_their_key() {
+        for (key, n) in [
+            ("ssm.conv_kernel", 65),
+            ("ssm.group_count", 7),
+            ("ssm.inner_size", 6145),
+            ("ssm.inner_size", u32::MAX),
+            ("ssm.state_size", 0),
+            ("ssm.state_size", u32::MAX),
+            ("ssm.time_step_rank", u32::MAX),
+        ] {
+            let all = keys((key, n));
+            let keys = GgufKeys::new(Path::new("x.gguf"), &all).unwrap();
+            let message = gguf_shape(&keys).unwrap_err().to_string();
+            let expected = format!("x.gguf: qwen35.{key}: expected");
+            assert!(message.starts_with(&expected), "{message}");
+        }
+    }
 }
