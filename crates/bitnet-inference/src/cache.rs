@@ -131,7 +131,6 @@ impl KvCache {
     pub(crate) fn abandon(&mut self) {
         if self.has_states() {
             self.truncate(0);
-            self.clear_states();
         }
     }
 

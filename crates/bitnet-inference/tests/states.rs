@@ -1,6 +1,8 @@
 //! Caches with the states of gated delta nets: what can be taken back, and what is computed again.
 
-use bitnet_inference::{CacheType, ForwardBuffers, ForwardStep, KvCache, Model, WantedLogits};
+use bitnet_inference::{
+    CacheType, Config, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model, WantedLogits,
+};
 use std::path::Path;
 
 const TOKENS: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
@@ -76,4 +78,38 @@ fn bytes_of_states() {
     assert_eq!(bytes(100) - bytes(0), 100 * 4 * 2 * 2 * 24);
     // In three layers: 3 inputs of 2 · 2 · 12 + 72 channels, 6 heads of 12 × 16 (12 rows of S).
     assert_eq!(bytes(0), 3 * 4 * (3 * 120 + 6 * 12 * 16));
+}
+
+/// A pass that fails leaves no state half way: the cache is empty, and the next text is as the
+/// first of a new one.
+#[test]
+fn a_failed_pass_empties_a_cache_with_states() {
+    let json = serde_json::json!({
+        "model_type": "qwen3_5_text", "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 32, "vocab_size": 32, "max_position_embeddings": 64,
+        "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 32, "tie_word_embeddings": true,
+    });
+    let config = Config::from_hf(Path::new("config.json"), &json).unwrap();
+    let mut bad = config.clone();
+    // The first layers compute; the last one, whose inputs are too large, does not.
+    bad.scales.residual = f32::MAX;
+    let options = LoadOptions {
+        threads: 1,
+        ..LoadOptions::default()
+    };
+    let [good, bad] = [config, bad].map(|c| Model::synthetic(c, &options).unwrap());
+    let mut cache = KvCache::new(good.config(), 32, CacheType::F32);
+    let first = forward(&good, &mut cache, &TOKENS);
+    let step = ForwardStep {
+        cache: &mut cache,
+        tokens: &TOKENS[..3],
+        want: WantedLogits::Last,
+    };
+    let mut buffers = ForwardBuffers::default();
+    let error = bad.forward(&mut [step], &mut buffers).unwrap_err();
+    assert!(error.to_string().contains("not finite"), "{error}");
+    assert!(cache.is_empty());
+    assert_eq!(forward(&good, &mut cache, &TOKENS), first);
 }
