@@ -5,7 +5,7 @@
 //! gguf_model FOLDER OUT.gguf        gguf_model IN.gguf OUT_FOLDER
 //! ```
 
-use bitnet_formats::arch::{self, Architecture, HeadCounts};
+use bitnet_formats::arch::{self, Architecture, HeadCounts, TensorOrder};
 use bitnet_formats::gguf::{GgmlType, GgufEntry, Value, encode_header};
 use bitnet_formats::{Content, Kind, Source};
 use safetensors::{Dtype, tensor::TensorView};
@@ -26,11 +26,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// All values of a tensor, its rows in another order where one is given.
+/// All values of a tensor as `element` makes them, rows or columns in another order where one is
+/// given.
 fn rows(
     source: &Source,
     tensor: &bitnet_formats::Tensor,
-    order: Option<Vec<usize>>,
+    order: Option<TensorOrder>,
+    element: impl Fn(f32) -> f32,
 ) -> Result<Vec<u8>, Box<dyn Error>> {
     let mut values = vec![0.0; tensor.elements()];
     match &tensor.content {
@@ -40,12 +42,19 @@ fn rows(
         _ => return Err(format!("'{}' holds no floats", tensor.name).into()),
     }
     let rows = tensor.shape[0];
-    let order = order.unwrap_or_else(|| (0..rows).collect());
     let cols = values.len() / rows;
-    Ok(order
+    let (mut row_order, mut columns) = ((0..rows).collect(), (0..cols).collect());
+    match order {
+        None => {}
+        Some(TensorOrder::Rows(order)) => row_order = order,
+        Some(TensorOrder::Columns(order)) => columns = order,
+    }
+    let (row_order, columns): (Vec<usize>, Vec<usize>) = (row_order, columns);
+    let elements = row_order
         .iter()
-        .flat_map(|&row| &values[row * cols..(row + 1) * cols])
-        .flat_map(|x| x.to_le_bytes())
+        .flat_map(|row| columns.iter().map(move |column| row * cols + column));
+    Ok(elements
+        .flat_map(|i| element(values[i]).to_le_bytes())
         .collect())
 }
 
@@ -69,11 +78,12 @@ fn to_gguf(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
         let bytes = rows(
             source,
             tensor,
-            architecture.gguf_rows(counts, &tensor.name, tensor.shape[0])?,
+            architecture.gguf_order(counts, &tensor.name, &tensor.shape)?,
+            |w| architecture.gguf_elements(&tensor.name).to_gguf(w),
         )?;
         infos.push(GgufEntry {
             name,
-            shape: tensor.shape.clone(),
+            shape: architecture.gguf_shape(&tensor.name, &tensor.shape),
             ggml_type: GgmlType::F32,
             len: bytes.len() as u64,
         });
@@ -127,8 +137,11 @@ fn to_folder(source: &Source, out: &Path) -> Result<(), Box<dyn Error>> {
         let name = architecture
             .hf_tensor(&tensor.name)
             .ok_or_else(|| format!("no Hugging Face name for '{}'", tensor.name))?;
-        let order = architecture.hf_rows(counts, &name, tensor.shape[0])?;
-        tensors.push((name, tensor.shape.clone(), rows(source, tensor, order)?));
+        let order = architecture.hf_order(counts, &name, &tensor.shape)?;
+        let form = architecture.gguf_elements(&name);
+        let bytes = rows(source, tensor, order, |w| form.to_hf(w))?;
+        let shape = architecture.hf_shape(&name, &tensor.shape);
+        tensors.push((name, shape, bytes));
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {
         TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view))
