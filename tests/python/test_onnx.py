@@ -134,8 +134,8 @@ def test_tied(name, tmp_path):
 
 
 def test_odd_widths(tmp_path):
-    """Rows of 72 and 100: the last block of a row is padded."""
-    folder = make_llama(tmp_path / "llama", hidden=72, ffn=100, vocab=90, heads=3, kv_heads=1)
+    """Rows of 80 and 100: blocks of 16, and the last one of a row is padded."""
+    folder = make_llama(tmp_path / "llama", hidden=80, ffn=100, vocab=90, heads=5, kv_heads=1)
     for name, flags in (("ternary", []), ("groups", ["--precision", "int4", "--granularity", "group:48"])):
         run("quantize", folder, "--out", tmp_path / name, "--quiet", *flags)
         out = export(tmp_path / name, tmp_path / f"{name}-onnx")
@@ -286,8 +286,10 @@ def test_mistakes_are_seen(llama, tmp_path):
         assert relative(ort_logits(out, ids), expected) > 50 * BOUND
     data.write_bytes(raw)
     assert relative(ort_logits(out, ids), expected) < BOUND
-    for attribute in model.graph.node[0:0] or [a for n in model.graph.node for a in n.attribute if a.name == "rotary_interleaved"]:
-        attribute.i = 1
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "rotary_interleaved":
+                attribute.i = 1
     path.write_bytes(model.SerializeToString())
     assert relative(ort_logits(out, ids), expected) > 50 * BOUND
     path.write_bytes(graph)
@@ -336,9 +338,9 @@ def test_refused(llama, tmp_path):
         assert not (tmp_path / out).exists()
 
     groups = quantized(llama, tmp_path, ["--granularity", "group:24"])
-    refused(groups, "q_proj", "24", "dequantize")
+    refused(groups, "down_proj", "groups of 24", "dequantize")
     run("quantize", llama, "--out", tmp_path / "planes", "--planes", "2", "--quiet")
-    refused(tmp_path / "planes", "q_proj", "2 trit planes", "--planes 1")
+    refused(tmp_path / "planes", "_proj", "2 trit planes", "--planes 1")
     run("quantize", llama, "--out", tmp_path / "binary", "--precision", "binary", "--split", "mean", "--quiet")
     refused(tmp_path / "binary", "zero points are floats")
     refused(llama, "convert", command="quantize")
@@ -355,6 +357,8 @@ def test_refused(llama, tmp_path):
     save_file(tensors, extra / "model.safetensors")
     (extra / "config.json").write_text(json.dumps(config(192, 321, 2, 300, 6, 2)))
     refused(extra, "[321, 192]", "[320, 192]")
+    (extra / "config.json").write_text(json.dumps(config(192, 320, 2, 300, 8, 2)))
+    refused(extra, "head_dim", "multiple of 16", "24")
 
 
 def test_genai(llama, tmp_path):

@@ -252,10 +252,10 @@ fn what_onnx_cannot_hold_is_refused_with_the_next_step() {
         "group:24",
     ])
     .is(0);
-    dir.refuses(&onnx("groups"), &["q_proj", "groups of 24", "dequantize"]);
+    dir.refuses(&onnx("groups"), &["_proj", "groups of 24", "dequantize"]);
     dir.run(&["quantize", "model", "--out", "planes", "--planes", "2"])
         .is(0);
-    dir.refuses(&onnx("planes"), &["q_proj", "2 trit planes", "--planes 1"]);
+    dir.refuses(&onnx("planes"), &["_proj", "2 trit planes", "--planes 1"]);
     dir.refuses(
         &["quantize", "model", "--format", "onnx", "--out", "o"],
         &["onnx takes a model as it is", "bitnet convert"],
@@ -283,6 +283,10 @@ fn what_onnx_cannot_hold_is_refused_with_the_next_step() {
     config["intermediate_size"] = 95.into();
     dir.write_json("model/config.json", &config);
     dir.refuses(&onnx("model"), &["gate_proj", "[95, 64]", "[96, 64]"]);
+    config["num_attention_heads"] = 8.into();
+    dir.write_json("model/config.json", &config);
+    dir.refuses(&onnx("model"), &["head_dim", "a multiple of 16", "got 8"]);
+    config["num_attention_heads"] = 4.into();
     config["num_hidden_layers"] = 2.into();
     config["intermediate_size"] = 96.into();
     dir.write_json("model/config.json", &config);

@@ -66,6 +66,12 @@ impl Facts {
             let expected = format!("a divisor of {heads} heads");
             return Err(config.bad("num_key_value_heads", &expected).into());
         }
+        if !head_dim.is_multiple_of(16) {
+            let expected = "a multiple of 16, which onnxruntime's attention rotates; write a GGUF \
+                            or a folder instead";
+            let got = head_dim.to_string();
+            return Err(bitnet_formats::Error::config(path, "head_dim", expected, got).into());
+        }
         let rope = HfRope::read(&config, architecture, head_dim)?;
         let frequency = |i: usize| {
             let divisor = match (&rope.freqs, rope.linear) {

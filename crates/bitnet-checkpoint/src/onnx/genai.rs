@@ -5,14 +5,8 @@ use serde_json::{Value, json};
 
 /// The configuration of onnxruntime-genai for this graph.
 pub(crate) fn genai_config(facts: &Facts) -> Value {
-    let eos = match facts.eos.as_slice() {
-        [one] => json!(one),
-        several => json!(several),
-    };
-    let first_eos = facts.eos.first().copied().unwrap_or_default();
-    json!({
+    let mut config = json!({
         "model": {
-            "bos_token_id": facts.bos.unwrap_or_default(),
             "context_length": facts.context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -34,8 +28,6 @@ pub(crate) fn genai_config(facts: &Facts) -> Value {
                 "num_hidden_layers": facts.layers,
                 "num_key_value_heads": facts.kv_heads,
             },
-            "eos_token_id": eos,
-            "pad_token_id": facts.pad.unwrap_or(first_eos),
             // A decoder without anything of its own, whatever its architecture.
             "type": "llama",
             "vocab_size": facts.vocab,
@@ -45,5 +37,21 @@ pub(crate) fn genai_config(facts: &Facts) -> Value {
             "max_length": facts.context,
             "past_present_share_buffer": false,
         },
-    })
+    });
+    let eos = match facts.eos.as_slice() {
+        [] => None,
+        [one] => Some(json!(one)),
+        several => Some(json!(several)),
+    };
+    let pad = facts.pad.or(facts.eos.first().copied());
+    for (key, ids) in [
+        ("bos_token_id", facts.bos.map(Value::from)),
+        ("eos_token_id", eos),
+        ("pad_token_id", pad.map(Value::from)),
+    ] {
+        if let Some(ids) = ids {
+            config["model"][key] = ids;
+        }
+    }
+    config
 }

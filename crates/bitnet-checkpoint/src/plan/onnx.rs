@@ -139,14 +139,10 @@ impl Builder<'_> {
         let len = PackedLen::Exact(tensor.elements() * dtype.bytes());
         let data = self.add_out(name.clone(), tensor.shape.clone(), dtype.into(), len);
         let action = kept.map_or(Action::Cast(ScaleDtype::F32), |_| Action::Copy);
-        self.push(
-            Some(id),
-            name.clone(),
-            action,
-            rows,
-            (data, None, None),
-            None,
-        );
+        let decoded = !matches!(stored.dtype, StoredType::Plain(_));
+        let note = decoded.then(|| format!("{} decoded to f32", stored.dtype));
+        let ids = (data, None, None);
+        self.push(Some(id), name.clone(), action, rows, ids, note);
         let element = match dtype {
             ScaleDtype::F32 => ElementType::F32,
             ScaleDtype::F16 => ElementType::F16,
