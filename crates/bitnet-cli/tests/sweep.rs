@@ -7,6 +7,9 @@ use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Models that have something that no GGUF can say.
+const WITHOUT_GGUF: [&str; 1] = ["qwen2-window"];
+
 /// The folders that transformers wrote, one for each graph and convention.
 fn models() -> Vec<PathBuf> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bitnet-inference/tests/golden");
@@ -60,13 +63,15 @@ fn said(dir: &Dir, model: &str, more: &[&str]) -> (Value, Value) {
 fn converted(dir: &Dir, model: &str, more: &[&str], name: &str) {
     let (gguf, back) = (format!("{model}.gguf"), format!("{model}-back"));
     let expected = said(dir, model, more);
-    dir.run(&["convert", model, "--out", &gguf, "--quiet"])
-        .is(0);
-    assert_eq!(said(dir, &gguf, more), expected, "{name}: {model} as GGUF");
-    // A config.json cannot hold divisors of rotation frequencies.
-    if name == "llama-f16-rope" {
-        return dir.refuses(&["convert", &gguf, "--out", &back], &["rope_freqs"]);
+    let convert = dir.run(&["convert", model, "--out", &gguf, "--quiet"]);
+    if WITHOUT_GGUF.contains(&name) {
+        convert.refused(&["config.json", "in a GGUF"]);
+        dir.run(&["convert", model, "--out", &back, "--quiet"])
+            .is(0);
+        return assert_eq!(said(dir, &back, more), expected, "{name}: {model} copied");
     }
+    convert.is(0);
+    assert_eq!(said(dir, &gguf, more), expected, "{name}: {model} as GGUF");
     dir.run(&["convert", &gguf, "--out", &back, "--quiet"])
         .is(0);
     assert_eq!(

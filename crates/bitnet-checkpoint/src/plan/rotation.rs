@@ -70,10 +70,11 @@ impl Builder<'_> {
             ));
             return Ok(None);
         }
-        if self.format == Format::HfBitnet {
+        if !matches!(self.format, Format::Gguf | Format::Safetensors) {
             return Err(Error::Recipe(format!(
-                "format hf-bitnet cannot say that {} matrices are in a rotated basis; write a GGUF, \
+                "format {} cannot say that {} matrices are in a rotated basis; write a GGUF, \
                  --format safetensors, or floats with `bitnet convert --unrotate`",
+                self.format,
                 kept.len()
             )));
         }

@@ -5,7 +5,7 @@ use super::decoder::HfDecoder;
 use super::end_ids;
 use super::keys::GgufKeys;
 use super::layers::{LayerAttention, LayerRope};
-use super::rope::RopeScaling;
+use super::rope::{RopeScaling, llama3_scaling};
 use super::tokenizer;
 use super::values::{HfConfig, find};
 use crate::{Error, Result};
@@ -415,14 +415,6 @@ pub fn hf_config(
     let hidden = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
     let (head_dim, rotated) = head_dim(&keys, hidden, heads)?;
-    if let Some(shape) = shape(ROPE_FREQS) {
-        return Err(Error::tensor(
-            path,
-            ROPE_FREQS,
-            "no divisors of rotation frequencies, which config.json cannot hold",
-            format!("shape {shape:?}"),
-        ));
-    }
     let Some(&[vocab_size, _]) = shape("token_embd.weight").as_deref() else {
         return Err(Error::tensor(
             path,
@@ -431,9 +423,18 @@ pub fn hf_config(
             "none",
         ));
     };
-    let scaling = match values(ROPE_FACTORS[0])? {
-        None => rope_scaling(&keys)?,
-        Some(short) => long_rope(&keys, short, values)?,
+    let theta = keys.optional_float("rope.freq_base")?.unwrap_or(10000.0);
+    let scaling = if shape(ROPE_FREQS).is_some() {
+        let divisors = values(ROPE_FREQS)?.unwrap_or_default();
+        llama3_scaling(&divisors, theta, rotated).ok_or_else(|| {
+            let expected = "divisors of llama3 rope scaling; others no config.json can hold";
+            Error::tensor(path, ROPE_FREQS, expected, format!("{divisors:.60?}"))
+        })?
+    } else {
+        match values(ROPE_FACTORS[0])? {
+            None => rope_scaling(&keys)?,
+            Some(short) => long_rope(&keys, short, values)?,
+        }
     };
     let hidden_act = gguf_activation(&keys)?.name();
     let eps_key = "attention.layer_norm_rms_epsilon";
@@ -453,7 +454,7 @@ pub fn hf_config(
         "num_key_value_heads": keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
         "rms_norm_eps": eps.ok_or_else(|| keys.bad(eps_key, "a positive number"))?,
         "rope_scaling": scaling,
-        "rope_theta": keys.optional_float("rope.freq_base")?.unwrap_or(10000.0),
+        "rope_theta": theta,
         "tie_word_embeddings": shape("output.weight").is_none(),
         "torch_dtype": "float32",
         "vocab_size": vocab_size,
