@@ -119,19 +119,24 @@ pub(super) fn pooling_key(
 /// Key of the pooling in a GGUF, without prefix.
 const POOLING_TYPE: &str = "pooling_type";
 
-/// The pooling that a GGUF names, if it names one.
+/// The pooling that a GGUF names, if it names one: none inside if it names that it has none.
 ///
 /// # Errors
 /// [`Error::Config`] for one that this program does not compute.
-pub fn gguf_pooling(path: &Path, metadata: &[(String, gguf::Value)]) -> Result<Option<Pooling>> {
+pub fn gguf_pooling(
+    path: &Path,
+    metadata: &[(String, gguf::Value)],
+) -> Result<Option<Option<Pooling>>> {
     let keys = GgufKeys::new(path, metadata)?;
     let Some(value) = keys.get(POOLING_TYPE) else {
         return Ok(None);
     };
     match value.as_u64() {
-        Some(0) => Ok(None),
-        Some(n) if let Some(pooling) = Pooling::from_gguf_type(n) => Ok(Some(pooling)),
-        _ => Err(keys.bad(POOLING_TYPE, "0 (none), 1 (mean), 2 (cls) or 3 (last)")),
+        Some(0) => Ok(Some(None)),
+        n => match n.and_then(Pooling::from_gguf_type) {
+            Some(pooling) => Ok(Some(Some(pooling))),
+            None => Err(keys.bad(POOLING_TYPE, "0 (none), 1 (mean), 2 (cls) or 3 (last)")),
+        },
     }
 }
 
