@@ -318,7 +318,13 @@ impl Architecture {
                 "a model that can be {used}: {}",
                 one_of(known.map(|a| a.name))
             );
-            Error::config(path, "model_type", expected, format!("'{}'", self.name))
+            let got = match self.kind {
+                ModelKind::Decoder => format!("'{}'", self.name),
+                ModelKind::Encoder => {
+                    format!("'{}', an encoder, which bitnet embed takes", self.name)
+                }
+            };
+            Error::config(path, "model_type", expected, got)
         })
     }
 
