@@ -42,7 +42,7 @@ impl Builder<'_> {
         let ignored: Vec<String> = ignored.map(str::to_string).collect();
         if !ignored.is_empty() {
             self.notes.push(format!(
-                "a GGUF of a {} has no place for {}: hidden states do not depend on it",
+                "a GGUF of a {} has no place for {}: hidden states do not depend on them",
                 model.architecture.name,
                 sidecars::named(&ignored)
             ));

@@ -105,15 +105,29 @@ impl HfEncoder {
 }
 
 /// The pooling of the folder's sentence-transformers files, as the key of a GGUF, without prefix.
+/// `notes` gets what the file does not say.
 pub(super) fn pooling_key(
     folder: &Path,
     hidden: usize,
+    notes: &mut Vec<String>,
 ) -> Result<Option<(&'static str, gguf::Value)>> {
-    let files = SentenceFiles::read(folder, hidden)?;
-    let pooling = files.and_then(|files| files.pooling);
-    Ok(pooling
-        .and_then(Pooling::gguf_type)
-        .map(|n| (POOLING_TYPE, gguf::Value::U32(n))))
+    let Some(files) = SentenceFiles::read(folder, hidden)? else {
+        return Ok(None);
+    };
+    let key = files.pooling.and_then(Pooling::gguf_type);
+    match files.pooling {
+        Some(pooling) if key.is_none() => notes.push(format!(
+            "a GGUF has no name for the pooling {pooling}: embed with --pooling {pooling}"
+        )),
+        Some(_) if !files.normalize => notes.push(
+            "a GGUF does not say that vectors keep their length: embed with --no-normalize".into(),
+        ),
+        _ => {}
+    }
+    if files.prompts.iter().any(|(_, text)| !text.is_empty()) {
+        notes.push("a GGUF has no prompts: put them before the texts".into());
+    }
+    Ok(key.map(|n| (POOLING_TYPE, gguf::Value::U32(n))))
 }
 
 /// Key of the pooling in a GGUF, without prefix.

@@ -80,7 +80,7 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     keys.layers(&config, architecture, &decoder)?;
     keys.scales(architecture, &decoder, &mut notes);
     keys.size("vocab_size", decoder.vocab);
-    if let Some((key, value)) = encoder::pooling_key(folder, decoder.hidden)? {
+    if let Some((key, value)) = encoder::pooling_key(folder, decoder.hidden, &mut notes)? {
         keys.put(key, value);
     }
     if architecture.gguf_activation {
@@ -125,14 +125,14 @@ fn encoder_metadata(folder: &Path, config: &HfConfig) -> Result<GgufMetadata> {
         prefix: architecture.gguf_name(),
         metadata: general_keys(folder, architecture),
     };
-    let pooling = encoder::pooling_key(folder, facts.hidden)?;
+    let (mut notes, mut losses) = (vec![], vec![]);
+    let pooling = encoder::pooling_key(folder, facts.hidden, &mut notes)?;
     for (key, value) in facts.gguf_keys().into_iter().chain(pooling) {
         keys.put(key, value);
     }
     let mut metadata = keys.metadata;
     let types = ("tokenizer.ggml.token_type_count", facts.token_types as u32);
     metadata.push((types.0.into(), gguf::Value::U32(types.1)));
-    let (mut notes, mut losses) = (vec![], vec![]);
     let said = (&mut losses, &mut notes);
     metadata.extend(tokenizer::gguf_tokenizer(
         folder,
