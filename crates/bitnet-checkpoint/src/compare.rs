@@ -196,7 +196,7 @@ impl<'a> TensorPairs<'a> {
         let mut name = Some(tensor.name.clone());
         let (mut order, mut offset) = (None, 0.0);
         if let Some((architecture, heads)) = self.model {
-            if arch::is_rope_tensor(&tensor.name) {
+            if arch::is_rope_tensor(&tensor.name) || architecture.ignores(&tensor.name) {
                 return Ok(None);
             }
             let rows = tensor.shape.first().copied().unwrap_or(0);

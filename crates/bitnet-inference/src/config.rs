@@ -175,30 +175,8 @@ impl Config {
     /// Converts the keys of a GGUF to a config.json and reads that.
     fn from_gguf(source: &Source) -> Result<Self> {
         let path = source.path();
-        for (key, value) in source.gguf() {
-            if let Some((architecture, rest)) = arch::strip_prefix(key)
-                && !architecture.follows_gguf_key(rest)
-                && key != document::KEY
-            {
-                return Err(Error::config(
-                    path,
-                    key,
-                    "a key that this engine's graph follows",
-                    value.preview(80),
-                )
-                .into());
-            }
-        }
-        let shape = |name: &str| {
-            source
-                .find_stored(name)
-                .filter(|_| name != arch::ROPE_FREQS)
-                .map(|i| source.stored(i).shape.clone())
-        };
-        let mut config = Self::from_hf(
-            path,
-            &arch::hf_config(path, source.gguf(), &shape, &|name| source.vector(name))?,
-        )?;
+        check_gguf_keys(source)?;
+        let mut config = Self::from_hf(path, &gguf_config(source)?)?;
         if config.architecture.gguf_adjacent_pairs {
             config.rope.pairing = RotaryPairing::Adjacent;
         }
@@ -262,4 +240,40 @@ impl Config {
         bounded("max_position_embeddings", self.context, 1 << 24)?;
         Ok(())
     }
+}
+
+/// Refuses a key of a GGUF that the graph does not follow.
+pub(crate) fn check_gguf_keys(source: &Source) -> Result<()> {
+    let path = source.path();
+    for (key, value) in source.gguf() {
+        if let Some((architecture, rest)) = arch::strip_prefix(key)
+            && !architecture.follows_gguf_key(rest)
+            && key != document::KEY
+        {
+            return Err(Error::config(
+                path,
+                key,
+                "a key that this engine's graph follows",
+                value.preview(80),
+            )
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// The config.json of a GGUF.
+pub(crate) fn gguf_config(source: &Source) -> Result<Value> {
+    let shape = |name: &str| {
+        source
+            .find_stored(name)
+            .filter(|_| name != arch::ROPE_FREQS)
+            .map(|i| source.stored(i).shape.clone())
+    };
+    Ok(arch::hf_config(
+        source.path(),
+        source.gguf(),
+        &shape,
+        &|name| source.vector(name),
+    )?)
 }

@@ -4,17 +4,19 @@ use crate::arch::DecoderLayer;
 use crate::chat::{ChatMessage, ChatTemplate, Tools};
 use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located, scale};
 use crate::linear::{KernelPool, LinearLayer};
-use crate::load::{ActivationType, CheckpointLoader, EmbeddingUse, FloatType, WeightProvider};
+use crate::load::{
+    ActivationType, CheckpointLoader, DecoderLoader, EmbeddingUse, FloatType, WeightProvider,
+};
 use crate::synthetic::SyntheticWeights;
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::Source;
+use bitnet_formats::arch::Architecture;
 use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::DenseMatrix;
 use bitnet_kernels::{Kernels, Pool};
 use std::path::Path;
-use std::sync::PoisonError;
 
 /// Options of [`Model::load_with`].
 #[derive(Debug, Clone)]
@@ -47,7 +49,7 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    fn runtime(&self) -> Result<KernelPool> {
+    pub(crate) fn runtime(&self) -> Result<KernelPool> {
         let threads = match self.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
@@ -142,52 +144,32 @@ impl Model {
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
         let source = Source::open_with(path.as_ref(), &options.open)?;
         let config = Config::read(&source)?;
+        Self::load_source(&source, config, options)
+    }
+
+    /// [`Model::load_with`] of an open checkpoint.
+    pub(crate) fn load_source(
+        source: &Source,
+        config: Config,
+        options: &LoadOptions,
+    ) -> Result<Self> {
         let runtime = options.runtime()?;
-        let trained_with_int8 = trained_with_int8(&source, &config);
-        let int8 = match options.activations {
-            ActivationType::Auto => trained_with_int8,
-            ActivationType::Int8 => true,
-            ActivationType::Float => false,
-        };
+        let (int8, int8_note) = int8_activations(source, config.architecture, options.activations);
+        let facts = (config.architecture, config.tied);
         let floats = [options.weights, options.embedding];
-        let loader = CheckpointLoader {
-            source: &source,
+        let loader = DecoderLoader {
+            tensors: CheckpointLoader::new(source, facts, &runtime, int8, floats),
             config: &config,
-            runtime: &runtime,
-            int8,
-            floats,
-            used: Default::default(),
-            buffers: Default::default(),
-            rounding: Default::default(),
         };
-        let (tokenizer, weights) = load_parts(&source, &config, &loader, &runtime);
+        let (tokenizer, weights) = load_parts(source, &config, &loader, &runtime);
         let weights = weights?;
-        loader.check_all_used()?;
+        loader.tensors.check_all_used()?;
         let mut notes = source.notes().to_vec();
         notes.extend(config.notes.iter().cloned());
-        if int8 != trained_with_int8 {
-            let (uses, says) = if int8 {
-                ("int8", "nothing about it")
-            } else {
-                ("floats", "it was trained with int8")
-            };
-            notes.push(format!(
-                "inputs of ternary layers are {uses}, where the model says {says}"
-            ));
-        }
-        let rounding = loader
-            .rounding
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
-        notes.extend(
-            rounding
-                .iter()
-                .zip(["linear layers", "embedding and output matrix"])
-                .zip(floats)
-                .filter_map(|((error, what), held)| error.note(what, held)),
-        );
+        notes.extend(int8_note);
+        notes.extend(loader.tensors.rounding_notes());
         // An unusable tokenizer or template is an error where it is used.
-        let template = ChatTemplate::read(&source);
+        let template = ChatTemplate::read(source);
         notes.extend(tokenizer.iter().flat_map(Tokenizer::notes).cloned());
         let templates = template.iter().flatten();
         notes.extend(templates.flat_map(ChatTemplate::notes).cloned());
@@ -357,25 +339,8 @@ impl Model {
         steps: &mut [ForwardStep<'_>],
         buffers: &'s mut ForwardBuffers,
     ) -> Result<&'s [f32]> {
-        let (hidden, vocab) = (self.config.hidden, self.config.vocab);
-        self.place(steps, buffers)?;
-        self.embed(steps, buffers);
-        let mut pass = ForwardPass {
-            runtime: &self.runtime,
-            config: &self.config,
-            buffers,
-            steps,
-        };
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            layer
-                .forward(&mut pass, i)
-                .map_err(located(|| format!("layer {i}")))?;
-        }
-        pass.norm(&self.weights.norm, &[])?;
-        let wanted = pass.buffers.x.len() / hidden;
-        for step in steps {
-            step.cache.len += step.tokens.len();
-        }
+        let vocab = self.config.vocab;
+        let wanted = self.run_layers(steps, buffers)?;
         buffers.logits.resize(wanted * vocab, 0.0);
         let KernelPool { kernels, pool } = &self.runtime;
         let head = self.weights.head.as_ref();
@@ -397,6 +362,43 @@ impl Model {
             });
         }
         Ok(&buffers.logits)
+    }
+
+    /// [`Model::forward`] up to the norm before the output matrix: its output, `[wanted, hidden]`.
+    pub(crate) fn hidden_states<'s>(
+        &self,
+        steps: &mut [ForwardStep<'_>],
+        buffers: &'s mut ForwardBuffers,
+    ) -> Result<&'s [f32]> {
+        self.run_layers(steps, buffers)?;
+        Ok(buffers.normed.floats(&self.runtime, None))
+    }
+
+    /// Writes the output of the last norm for the wanted tokens, and returns their number.
+    fn run_layers(
+        &self,
+        steps: &mut [ForwardStep<'_>],
+        buffers: &mut ForwardBuffers,
+    ) -> Result<usize> {
+        self.place(steps, buffers)?;
+        self.embed(steps, buffers);
+        let mut pass = ForwardPass {
+            runtime: &self.runtime,
+            config: &self.config,
+            buffers,
+            steps,
+        };
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            layer
+                .forward(&mut pass, i)
+                .map_err(located(|| format!("layer {i}")))?;
+        }
+        pass.norm(&self.weights.norm, &[])?;
+        let wanted = pass.buffers.x.len() / self.config.hidden;
+        for step in steps {
+            step.cache.len += step.tokens.len();
+        }
+        Ok(wanted)
     }
 
     /// Checks the steps and writes the step and position of each token.
@@ -452,12 +454,28 @@ impl Model {
     }
 }
 
-/// Whether the checkpoint says that its ternary layers were trained with int8 activations.
-fn trained_with_int8(source: &Source, config: &Config) -> bool {
+/// Whether the inputs of ternary layers are int8, and a note where the checkpoint says otherwise.
+pub(crate) fn int8_activations(
+    source: &Source,
+    architecture: &Architecture,
+    wanted: ActivationType,
+) -> (bool, Option<String>) {
     let recipe = source.document();
-    config.architecture.int8_activations
+    let trained = architecture.int8_activations
         || source.bitnet().is_some()
-        || recipe.is_some_and(|d| d.recipe["activations"] == "int8")
+        || recipe.is_some_and(|d| d.recipe["activations"] == "int8");
+    let int8 = match wanted {
+        ActivationType::Auto => trained,
+        ActivationType::Int8 => true,
+        ActivationType::Float => false,
+    };
+    let (uses, says) = if int8 {
+        ("int8", "nothing about it")
+    } else {
+        ("floats", "it was trained with int8")
+    };
+    let note = format!("inputs of ternary layers are {uses}, where the model says {says}");
+    (int8, (int8 != trained).then_some(note))
 }
 
 /// Reads tokenizer and weights, in parallel if there are threads: a large vocabulary takes as long
@@ -468,7 +486,7 @@ fn load_parts(
     provider: &dyn WeightProvider,
     runtime: &KernelPool,
 ) -> (Result<Tokenizer>, Result<ModelWeights>) {
-    let tokenizer = || Tokenizer::read(source, config);
+    let tokenizer = || Tokenizer::read(source, config.vocab, config.bos);
     let weights = || ModelWeights::load(provider, runtime);
     if runtime.pool.threads() == 1 {
         return (tokenizer(), weights());

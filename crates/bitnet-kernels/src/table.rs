@@ -207,6 +207,10 @@ macro_rules! for_kernels {
             fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
                 elementwise::rms_norm_in_place(REGISTERS, x, weight, eps);
             }
+            /// [`elementwise::layer_norm`].
+            fn layer_norm(x: &[f32], weights: [&[f32]; 2], eps: f32, out: &mut [f32]) {
+                elementwise::layer_norm(REGISTERS, x, weights, eps, out);
+            }
             /// [`elementwise::rotate`].
             fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: RotaryPairing) {
                 elementwise::rotate(x, angles, pairing);
@@ -222,6 +226,10 @@ macro_rules! for_kernels {
             /// [`elementwise::gelu_tanh_mul`].
             fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 elementwise::gelu_tanh_mul(gate, up, out);
+            }
+            /// [`elementwise::gelu`].
+            fn gelu(x: &mut [f32]) {
+                elementwise::gelu(x);
             }
             /// [`elementwise::add`].
             fn add(x: &mut [f32], y: &[f32]) {

@@ -37,6 +37,16 @@ impl Builder<'_> {
         let model = arch::gguf_metadata(source.path(), config)?;
         self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
         self.notes.extend(model.notes);
+        let ignored = source.tensors().iter().map(|t| t.name.as_str());
+        let ignored = ignored.filter(|name| model.architecture.ignores(name));
+        let ignored: Vec<String> = ignored.map(str::to_string).collect();
+        if !ignored.is_empty() {
+            self.notes.push(format!(
+                "a GGUF of a {} has no place for {}: hidden states do not depend on them",
+                model.architecture.name,
+                sidecars::named(&ignored)
+            ));
+        }
         self.losses = model.losses;
         self.container = Container::Gguf(model.metadata);
         for (name, divisors) in model.rope_tensors {
@@ -146,6 +156,11 @@ impl Builder<'_> {
             return Ok(Some((tensor.name.clone(), None)));
         }
         if arch::is_rope_tensor(&tensor.name) {
+            return Ok(None);
+        }
+        if let Naming::ToGguf(architecture, _) = self.naming
+            && architecture.ignores(&tensor.name)
+        {
             return Ok(None);
         }
         let unknown = |side: &str| {

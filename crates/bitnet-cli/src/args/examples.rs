@@ -60,6 +60,12 @@ Examples:
   bitnet chat model.gguf
   bitnet chat model/ --system \"Answer in one sentence.\" --temperature 0.8";
 
+pub(super) const EMBED: &str = "\
+Examples:
+  bitnet embed model/ \"a cat\" \"a kitten\" --similarity
+  bitnet embed model/ --file lines.txt --format npy > vectors.npy
+  bitnet embed model.gguf --prompt-name query --format jsonl < questions.txt";
+
 pub(super) const PERPLEXITY: &str = "\
 Examples:
   bitnet perplexity model.gguf --text book.txt

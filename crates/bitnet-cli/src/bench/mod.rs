@@ -48,7 +48,7 @@ pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result
     };
     let load_seconds = begin.elapsed().as_secs_f64();
     let (prompt, count) = (args.prompt as usize, args.tokens as usize);
-    let mut session = model.session(prompt + count, args.load.cache)?;
+    let mut session = model.session(prompt + count, args.cache.kind)?;
     let cache_bytes = session.cache_bytes();
     // A token reads the weights and, on average, the cache of half the tokens decoded before it.
     let bytes_per_token =

@@ -30,6 +30,25 @@ impl Activation {
     }
 }
 
+/// What a model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelKind {
+    /// The next token.
+    Decoder,
+    /// A vector for each token, which depends on all tokens of the text.
+    Encoder,
+}
+
+impl ModelKind {
+    /// What Hugging Face names of a layer's tensors begin with, before its number.
+    pub(super) const fn hf_layers(self) -> &'static str {
+        match self {
+            Self::Decoder => "model.layers.",
+            Self::Encoder => "encoder.layer.",
+        }
+    }
+}
+
 /// The parts of a decoder's layers. All have RMS norms before attention and feed-forward,
 /// grouped-query attention and a gated feed-forward; the fields say what differs.
 /// bitnet-inference's `arch/decoder.rs` has the equations.
@@ -132,6 +151,8 @@ pub struct HfDefaults {
 /// and the graphs that compute it.
 #[derive(Clone, Copy, PartialEq)]
 pub struct Architecture {
+    /// What a model computes.
+    pub kind: ModelKind,
     /// `model_type` of a config.json, and the name in messages.
     pub name: &'static str,
     /// Its class in transformers: `architectures` of a config.json.
@@ -297,7 +318,13 @@ impl Architecture {
                 "a model that can be {used}: {}",
                 one_of(known.map(|a| a.name))
             );
-            Error::config(path, "model_type", expected, format!("'{}'", self.name))
+            let got = match self.kind {
+                ModelKind::Decoder => format!("'{}'", self.name),
+                ModelKind::Encoder => {
+                    format!("'{}', an encoder, which bitnet embed takes", self.name)
+                }
+            };
+            Error::config(path, "model_type", expected, got)
         })
     }
 

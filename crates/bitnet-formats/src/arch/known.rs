@@ -2,16 +2,18 @@
 //! [`ARCHITECTURES`].
 
 use super::architecture::{
-    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ScaleRule,
+    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ModelKind,
+    ScaleRule,
 };
 
 /// All architectures. Of those that share a name in GGUF files the first reads it.
 pub static ARCHITECTURES: &[&Architecture] = &[
-    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3,
+    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3, &BERT,
 ];
 
 /// `llama` on both sides.
 pub static LLAMA: Architecture = Architecture {
+    kind: ModelKind::Decoder,
     name: "llama",
     hf_class: "LlamaForCausalLM",
     gguf_names: &[GgufName {
@@ -258,6 +260,41 @@ pub static GEMMA3: Architecture = Architecture {
     ..LLAMA
 };
 
+/// Bert, the encoder: norms after attention and feed-forward, learned positions, no output matrix.
+/// [`HfEncoder`](super::HfEncoder) reads its config.json; the facts of decoders are not looked at.
+pub static BERT: Architecture = Architecture {
+    kind: ModelKind::Encoder,
+    name: "bert",
+    hf_class: "BertModel",
+    gguf_names: &[GgufName {
+        name: "bert",
+        activation: Activation::GeluTanh,
+    }],
+    gguf_keys: &["attention.layer_norm_epsilon"],
+    modules: &[
+        ("embeddings.word_embeddings", "token_embd"),
+        ("embeddings.position_embeddings", "position_embd"),
+        ("embeddings.token_type_embeddings", "token_types"),
+        ("embeddings.LayerNorm", "token_embd_norm"),
+    ],
+    layer_modules: &[
+        ("attention.self.query", "attn_q"),
+        ("attention.self.key", "attn_k"),
+        ("attention.self.value", "attn_v"),
+        ("attention.output.dense", "attn_output"),
+        ("attention.output.LayerNorm", "attn_output_norm"),
+        ("intermediate.dense", "ffn_up"),
+        ("output.dense", "ffn_down"),
+        ("output.LayerNorm", "layer_output_norm"),
+    ],
+    gguf_adjacent_pairs: false,
+    gguf_rope_freqs: false,
+    hf_defaults: None,
+    inference: None,
+    training: None,
+    ..LLAMA
+};
+
 /// Values that the configuration classes of Hugging Face share.
 const DEFAULTS: HfDefaults = HfDefaults {
     rope_theta: 10000.0,
@@ -343,5 +380,6 @@ pub(super) const DECODER_KEYS: &[&str] = &[
     "hidden_activation",
     "tensor_data_layout",
     "attention.causal",
+    "pooling_type",
     "tie_word_embeddings",
 ];

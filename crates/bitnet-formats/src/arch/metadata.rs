@@ -1,7 +1,8 @@
 //! The keys of a GGUF from a config.json, and a config.json from the keys of a GGUF.
 
-use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ScaleRule};
+use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ModelKind, ScaleRule};
 use super::decoder::HfDecoder;
+use super::encoder::{self, HfEncoder};
 use super::end_ids;
 use super::keys::GgufKeys;
 use super::layers::{LayerAttention, LayerRope};
@@ -61,6 +62,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         path: &path,
         value: config,
     };
+    if architecture.kind == ModelKind::Encoder {
+        return encoder_metadata(folder, &config);
+    }
     let mut notes = vec![];
     let decoder = HfDecoder::read(&config, architecture)?;
     if decoder.vocab > MAX_VOCAB {
@@ -76,6 +80,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     keys.layers(&config, architecture, &decoder)?;
     keys.scales(architecture, &decoder, &mut notes);
     keys.size("vocab_size", decoder.vocab);
+    if let Some((key, value)) = encoder::pooling_key(folder, decoder.hidden, &mut notes)? {
+        keys.put(key, value);
+    }
     if architecture.gguf_activation {
         keys.put("hidden_activation", decoder.activation.name().into());
         if decoder.activation == Activation::Relu2 {
@@ -105,6 +112,38 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         architecture,
         metadata,
         rope_tensors,
+        notes,
+        losses,
+    })
+}
+
+/// [`gguf_metadata`] of an encoder.
+fn encoder_metadata(folder: &Path, config: &HfConfig) -> Result<GgufMetadata> {
+    let facts = HfEncoder::read(config)?;
+    let architecture = facts.architecture;
+    let mut keys = NewKeys {
+        prefix: architecture.gguf_name(),
+        metadata: general_keys(folder, architecture),
+    };
+    let (mut notes, mut losses) = (vec![], vec![]);
+    let pooling = encoder::pooling_key(folder, facts.hidden, &mut notes)?;
+    for (key, value) in facts.gguf_keys().into_iter().chain(pooling) {
+        keys.put(key, value);
+    }
+    let mut metadata = keys.metadata;
+    let types = ("tokenizer.ggml.token_type_count", facts.token_types as u32);
+    metadata.push((types.0.into(), gguf::Value::U32(types.1)));
+    let said = (&mut losses, &mut notes);
+    metadata.extend(tokenizer::gguf_tokenizer(
+        folder,
+        config.value,
+        facts.vocab,
+        said,
+    )?);
+    Ok(GgufMetadata {
+        architecture,
+        metadata,
+        rope_tensors: vec![],
         notes,
         losses,
     })
@@ -412,6 +451,9 @@ pub fn hf_config(
 ) -> Result<Value> {
     let keys = GgufKeys::new(path, metadata)?;
     let architecture = keys.hf_architecture();
+    if architecture.kind == ModelKind::Encoder {
+        return encoder::hf_config(path, &keys, shape);
+    }
     let hidden = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
     let (head_dim, rotated) = head_dim(&keys, hidden, heads)?;

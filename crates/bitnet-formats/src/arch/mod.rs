@@ -8,6 +8,7 @@
 
 mod architecture;
 mod decoder;
+mod encoder;
 mod end_ids;
 mod keys;
 mod known;
@@ -17,22 +18,25 @@ mod names;
 mod rope;
 mod rotation;
 mod rows;
+mod sentence;
 mod tokenizer;
 mod values;
 
 pub use architecture::{
-    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ScaleRule,
-    strip_prefix,
+    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ModelKind,
+    ScaleRule, strip_prefix,
 };
 pub use decoder::{Biases, HfDecoder, Scales};
+pub use encoder::{HfEncoder, gguf_pooling};
 pub use end_ids::eos_ids;
 pub use known::{
-    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
+    ARCHITECTURES, BERT, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
 };
 pub use layers::{LayerAttention, LayerRope};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};
 pub use rope::{HfRope, RopeScaling};
 pub use rotation::{ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 pub use rows::HeadCounts;
+pub use sentence::{Pooling, SentenceFiles};
 pub use tokenizer::{GgufTokenizer, hf_tokenizer, hf_tokenizer_settings};
 pub use values::HfConfig;

@@ -20,20 +20,48 @@ use bitnet_formats::{Content, Kind};
 use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
 
-impl WeightProvider for CheckpointLoader<'_> {
+/// The weights of a decoder.
+pub(crate) struct DecoderLoader<'a> {
+    pub(crate) tensors: CheckpointLoader<'a>,
+    pub(crate) config: &'a Config,
+}
+
+impl WeightProvider for DecoderLoader<'_> {
     fn config(&self) -> &Config {
         self.config
     }
 
     fn norm(&self, module: &str, len: usize) -> Result<NormGain> {
-        let mut gain = self.vector(&format!("{module}.weight"), len)?;
-        if self.config.architecture.hf_norms_from_one && self.source.kind() != Kind::Gguf {
+        let mut gain = self.tensors.vector(&format!("{module}.weight"), len)?;
+        let architecture = self.config.architecture;
+        if architecture.hf_norms_from_one && self.tensors.source.kind() != Kind::Gguf {
             gain.iter_mut().for_each(|w| *w += 1.0);
         }
         Ok(NormGain(gain))
     }
 
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {
+        self.tensors.linear(module, rows, cols, bias)
+    }
+
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
+        self.tensors.embedding(module, rows, cols)
+    }
+
+    fn rotation(&self, module: &str, used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
+        self.tensors.rotation(module, used_as)
+    }
+}
+
+impl CheckpointLoader<'_> {
+    /// A linear layer `(rows, cols)`.
+    pub(crate) fn linear(
+        &self,
+        module: &str,
+        rows: usize,
+        cols: usize,
+        bias: bool,
+    ) -> Result<LinearLayer> {
         let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
         let bias = if bias {
             Some(self.vector(&format!("{module}.bias"), rows)?)
@@ -67,12 +95,14 @@ impl WeightProvider for CheckpointLoader<'_> {
         })
     }
 
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
+    /// An embedding or the output matrix, `(rows, cols)`.
+    pub(crate) fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
         let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
         self.dense(found, WeightUse::Embedding)
     }
 
-    fn rotation(&self, module: &str, used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
+    /// The rotation of the rows of an embedding or an output matrix, if they have one.
+    pub(crate) fn rotation(&self, module: &str, used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
         let name = self.stored_name(&format!("{module}.weight"));
         let listed = self.source.rotation()?;
         let table = listed.is_some_and(|rotation| rotation.is_table(&name));

@@ -3,8 +3,8 @@
 use super::options::FloatType;
 use super::rounding::RoundingError;
 use crate::linear::KernelPool;
-use crate::{Config, Error, Result};
-use bitnet_formats::arch;
+use crate::{Error, Result};
+use bitnet_formats::arch::{self, Architecture};
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,7 +13,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Takes weights from a checkpoint.
 pub(crate) struct CheckpointLoader<'a> {
     pub(crate) source: &'a Source,
-    pub(crate) config: &'a Config,
+    pub(crate) architecture: &'static Architecture,
+    /// Whether the embedding is also the output matrix.
+    pub(crate) tied: bool,
     pub(crate) runtime: &'a KernelPool,
     /// Whether ternary layers have int8 activations.
     pub(crate) int8: bool,
@@ -73,6 +75,35 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'a> CheckpointLoader<'a> {
+    pub(crate) fn new(
+        source: &'a Source,
+        (architecture, tied): (&'static Architecture, bool),
+        runtime: &'a KernelPool,
+        int8: bool,
+        floats: [FloatType; 2],
+    ) -> Self {
+        Self {
+            source,
+            architecture,
+            tied,
+            runtime,
+            int8,
+            floats,
+            used: Default::default(),
+            buffers: Default::default(),
+            rounding: Default::default(),
+        }
+    }
+
+    /// Sentences on what was rounded by choice.
+    pub(crate) fn rounding_notes(&self) -> Vec<String> {
+        let rounding = locked(&self.rounding);
+        let kinds = ["linear layers", "embedding and output matrix"];
+        let all = rounding.iter().zip(kinds).zip(self.floats);
+        all.filter_map(|((error, what), held)| error.note(what, held))
+            .collect()
+    }
+
     /// The tensor of a Hugging Face name, which must have this shape.
     pub(super) fn find(&self, hf_name: &str, shape: &[usize]) -> Result<FoundTensor<'a>> {
         let name = self.stored_name(hf_name);
@@ -120,10 +151,10 @@ impl<'a> CheckpointLoader<'a> {
         self.source.file_of_tensor(tensor)
     }
 
-    pub(super) fn stored_name(&self, hf_name: &str) -> String {
+    pub(crate) fn stored_name(&self, hf_name: &str) -> String {
         match self.source.kind() {
             Kind::Gguf => {
-                let name = self.config.architecture.gguf_tensor(hf_name);
+                let name = self.architecture.gguf_tensor(hf_name);
                 name.unwrap_or_else(|| hf_name.into())
             }
             Kind::File | Kind::Folder => hf_name.into(),
@@ -131,7 +162,7 @@ impl<'a> CheckpointLoader<'a> {
     }
 
     /// A vector of floats: the gain of a norm or a bias.
-    pub(super) fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
+    pub(crate) fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
         let found = self.find(hf_name, &[len])?;
         let Content::Float(stored) = found.tensor.content else {
             return Err(found.error("floats", "quantized values"));
@@ -183,7 +214,8 @@ impl<'a> CheckpointLoader<'a> {
             // computed or read elsewhere.
             let known = used.contains(name)
                 || arch::is_rope_tensor(name)
-                || (self.config.tied && name == "lm_head.weight");
+                || (self.tied && name == "lm_head.weight")
+                || self.architecture.ignores(name);
             if known {
                 continue;
             }
@@ -191,7 +223,7 @@ impl<'a> CheckpointLoader<'a> {
                 tensor,
                 path: self.file_of(tensor),
             };
-            let graph = self.config.architecture.name;
+            let graph = self.architecture.name;
             return Err(found.error(
                 format!("a tensor of the {graph} graph with this config"),
                 format!("one that it has no place for, of shape {:?}", tensor.shape),
