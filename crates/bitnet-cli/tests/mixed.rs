@@ -219,7 +219,14 @@ fn goals_that_cannot_be() {
 fn presets_and_configurations_are_the_same_type() {
     let dir = three();
     let mut sizes = BTreeSet::new();
-    for preset in ["bitnet", "performance", "accuracy", "memory", "balanced"] {
+    for preset in [
+        "bitnet",
+        "performance",
+        "accuracy",
+        "memory",
+        "balanced",
+        "bonsai",
+    ] {
         let report = quantize(
             &dir,
             &format!("{preset}.safetensors"),
