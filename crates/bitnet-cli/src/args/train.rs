@@ -91,9 +91,9 @@ pub(crate) struct StepArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Precision")]
 pub(crate) struct PrecisionArgs {
-    /// Start from a preset of `bitnet quantize` instead of the defaults; `bonsai` makes every matrix
-    /// ternary, embedding and head too
-    #[arg(long, value_name = "NAME", conflicts_with = "config", value_parser = name::<Preset>())]
+    /// Start from a preset of `bitnet quantize`, not from the defaults or the recipe of --config;
+    /// `bonsai` makes every matrix ternary, embedding and head too
+    #[arg(long, value_name = "NAME", value_parser = name::<Preset>())]
     preset: Option<Preset>,
     /// Precision of the layers [default: ternary]
     #[arg(long, value_parser = name::<Target>())]
