@@ -248,7 +248,7 @@ fn presets_and_configurations_are_the_same_type() {
             );
         }
     }
-    assert_eq!(sizes.len(), 5, "{sizes:?}");
+    assert_eq!(sizes.len(), 6, "{sizes:?}");
     let refused = |more: &[&'static str], parts: &[&str]| {
         dir.refuses(
             &[
