@@ -7,7 +7,7 @@ use crate::linear::{KernelPool, LinearLayer};
 use crate::load::{
     ActivationType, CheckpointLoader, DecoderLoader, EmbeddingUse, FloatType, WeightProvider,
 };
-use crate::synthetic::SyntheticWeights;
+use crate::synthetic::{Shape, SyntheticWeights};
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_core::hadamard::Hadamard;
@@ -179,16 +179,38 @@ impl Model {
     }
 
     /// A model of this shape with synthetic ternary weights and no tokenizer, for measurements of
-    /// speed and memory only.
+    /// speed and memory only. Ternary layers have one scale and int8 activations; the embedding is
+    /// floats.
     ///
     /// # Errors
     /// [`Error::Threads`], and [`Error::Kernels`] for a shape that the kernels reject.
     pub fn synthetic(config: Config, options: &LoadOptions) -> Result<Self> {
+        Self::synthetic_groups(config, None, options)
+    }
+
+    /// [`Model::synthetic`] of the shape of this name ([`Config::shape`]), with the weights that the
+    /// published models of that shape have: `bonsai-…` are ternary in groups of 128, embedding and
+    /// output matrix too, and have int8 activations only where the options say so, as their files
+    /// do not ask for it.
+    ///
+    /// # Errors
+    /// As [`Config::shape`] and [`Model::synthetic`].
+    pub fn synthetic_shape(name: &str, options: &LoadOptions) -> Result<Self> {
+        Self::synthetic_groups(Config::shape(name)?, Shape::by_name(name)?.group, options)
+    }
+
+    fn synthetic_groups(
+        config: Config,
+        group: Option<usize>,
+        options: &LoadOptions,
+    ) -> Result<Self> {
         let runtime = options.runtime()?;
         let provider = SyntheticWeights {
             config: &config,
             runtime: &runtime,
             embedding: options.embedding,
+            group,
+            int8: group.is_none() || options.activations == ActivationType::Int8,
         };
         let weights = ModelWeights::load(&provider, &runtime)?;
         Ok(Self::new(config, runtime, weights))

@@ -1,6 +1,6 @@
 //! A decoded token allocates nothing.
 
-use bitnet_inference::{CacheType, Config, FloatType, LoadOptions, Model};
+use bitnet_inference::{ActivationType, CacheType, Config, FloatType, LoadOptions, Model};
 use std::path::Path;
 
 fn decodes_without_allocating(what: &str, model: &Model) {
@@ -30,6 +30,22 @@ fn a_decoded_token_allocates_nothing() {
         };
         let model = Model::synthetic(Config::shape("tiny").unwrap(), &options).unwrap();
         decodes_without_allocating("bitnet, made up", &model);
+    }
+    for activations in [ActivationType::Float, ActivationType::Int8] {
+        let options = LoadOptions {
+            threads: 1,
+            activations,
+            ..LoadOptions::default()
+        };
+        let model = Model::synthetic_shape("bonsai-tiny", &options).unwrap();
+        // Two bits a weight and an f32 scale for each 128: 2.25 bits, and the norms.
+        let c = model.config();
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let layer = c.hidden * (2 * q + 2 * kv + 3 * c.ffn);
+        let weights = c.layers * layer + 2 * c.vocab * c.hidden;
+        let bits = 8.0 * model.bytes() as f64 / weights as f64;
+        assert!((2.2..2.6).contains(&bits), "{bits} bits, {activations:?}");
+        decodes_without_allocating("bonsai, made up", &model);
     }
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let mut models = 0;

@@ -489,31 +489,40 @@ impl Builder<'_> {
         } else {
             [32, 64, 128, 256]
         };
-        let mut refusal = None;
-        for layout in layouts {
+        for &layout in &layouts {
             if !output::stores(&self.container, layout) || !self.holds(layout) {
                 return Err(self.does_not_hold(layout));
             }
-            for spec in with_other_scales(&known.spec, groups) {
-                match self.check_matrix(layout, &spec) {
-                    Err(why) => refusal = refusal.or(Some(why)),
-                    Ok(()) => {
-                        let (stored, spec) = self.stored_scales(spec, known.inverses);
-                        let form = self.scale_form();
-                        let note = scale_note(known.spec.scale_dtype, &spec, stored, form);
-                        let pack = Pack {
-                            scheme: None,
-                            spec,
-                            transposed: known.transposed,
-                            layout: Some(layout),
-                            scale_dtype: stored,
-                            scale_form: form,
-                            importance: None,
-                            given: known.given,
-                        };
-                        return self.pack(index, pack, note);
-                    }
+        }
+        // Groups within those of the source hold its scales in any case, larger ones only if the
+        // scales agree, which is known when they are read: so larger ones are the last choice.
+        let (within, larger): (Vec<_>, Vec<_>) = with_other_scales(&known.spec, groups)
+            .into_iter()
+            .partition(|spec| is_within(spec.granularity, known.spec.granularity));
+        let mut refusal = None;
+        for specs in [within, larger] {
+            let pairs = layouts
+                .iter()
+                .flat_map(|&l| specs.iter().map(move |s| (l, s)));
+            for (layout, spec) in pairs {
+                if let Err(why) = self.check_matrix(layout, spec) {
+                    refusal = refusal.or(Some(why));
+                    continue;
                 }
+                let (stored, spec) = self.stored_scales(spec.clone(), known.inverses);
+                let form = self.scale_form();
+                let note = scale_note(known.spec.scale_dtype, &spec, stored, form);
+                let pack = Pack {
+                    scheme: None,
+                    spec,
+                    transposed: known.transposed,
+                    layout: Some(layout),
+                    scale_dtype: stored,
+                    scale_form: form,
+                    importance: None,
+                    given: known.given,
+                };
+                return self.pack(index, pack, note);
             }
         }
         let refusal = refusal.unwrap_or_else(no_layout);
@@ -565,6 +574,15 @@ enum Fit {
 
 fn no_layout() -> bitnet_core::Error {
     bitnet_core::Error::Scheme("no layout".into())
+}
+
+/// Whether each granule of `a` lies within one of `b`.
+fn is_within(a: Granularity, b: Granularity) -> bool {
+    match (a, b) {
+        (_, Granularity::Tensor) | (Granularity::Group(_), Granularity::Channel) => true,
+        (Granularity::Group(a), Granularity::Group(b)) => b.is_multiple_of(a),
+        (a, b) => a == b,
+    }
 }
 
 /// The spec with the granularities and scale types that hold the same scales, its own first.

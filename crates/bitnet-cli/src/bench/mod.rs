@@ -4,7 +4,7 @@ mod ceilings;
 
 use crate::args::model::BenchArgs;
 use crate::progress::interrupt;
-use bitnet_inference::{Config, Error, LoadOptions, Model, Session};
+use bitnet_inference::{Error, LoadOptions, Model, Session};
 use bitnet_kernels::Isa;
 use ceilings::{Ceilings, peak_memory};
 use std::sync::atomic::Ordering;
@@ -42,7 +42,7 @@ pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result
         (Some(path), _) => (path.display().to_string(), Model::load_with(path, options)?),
         (None, Some(shape)) => (
             format!("{shape}, synthetic weights"),
-            Model::synthetic(Config::shape(shape)?, options)?,
+            Model::synthetic_shape(shape, options)?,
         ),
         (None, None) => anyhow::bail!("expected a model or --shape, got none"),
     };

@@ -462,8 +462,8 @@ mod tests {
         let path = Path::new("config.json");
         assert_eq!(
             other.training_graph(path).unwrap_err().to_string(),
-            "config.json: model_type: expected a model that can be trained: 'llama' or 'bitnet', \
-             got 'other'"
+            "config.json: model_type: expected a model that can be trained: 'llama', 'bitnet', 'qwen2', \
+             'qwen3', 'mistral' or 'smollm3', got 'other'"
         );
         let message = other.inference_graph(path).unwrap_err().to_string();
         assert!(

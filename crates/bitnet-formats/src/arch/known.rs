@@ -105,7 +105,7 @@ pub static QWEN2: Architecture = Architecture {
         kv_heads: Some(32),
         ..DEFAULTS
     }),
-    training: None,
+    training: Some(DecoderGraph::LLAMA),
     ..LLAMA
 };
 
@@ -124,11 +124,14 @@ pub static QWEN3: Architecture = Architecture {
         head_dim: Some(128),
         ..DEFAULTS
     }),
-    inference: Some(DecoderGraph {
-        head_norms: true,
-        ..DecoderGraph::LLAMA
-    }),
+    inference: Some(QWEN3_GRAPH),
+    training: Some(QWEN3_GRAPH),
     ..QWEN2
+};
+
+const QWEN3_GRAPH: DecoderGraph = DecoderGraph {
+    head_norms: true,
+    ..DecoderGraph::LLAMA
 };
 
 /// Mistral and Ministral's first: llama with a sliding window. A GGUF calls it `llama`.
@@ -141,7 +144,7 @@ pub static MISTRAL: Architecture = Architecture {
         kv_heads: Some(8),
         ..DEFAULTS
     }),
-    training: None,
+    training: Some(DecoderGraph::LLAMA),
     ..LLAMA
 };
 
@@ -162,7 +165,7 @@ pub static SMOLLM3: Architecture = Architecture {
         kv_heads: Some(4),
         ..DEFAULTS
     }),
-    training: None,
+    training: Some(DecoderGraph::LLAMA),
     ..LLAMA
 };
 
