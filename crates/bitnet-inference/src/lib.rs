@@ -30,6 +30,7 @@ mod cache;
 mod chat;
 mod config;
 mod error;
+mod experts;
 mod forward;
 mod generate;
 mod hostile;

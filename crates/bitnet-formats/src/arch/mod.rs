@@ -9,6 +9,7 @@
 mod architecture;
 mod decoder;
 mod end_ids;
+mod experts;
 mod keys;
 mod known;
 mod layers;
@@ -26,8 +27,10 @@ pub use architecture::{
 };
 pub use decoder::{Biases, HfDecoder, Scales};
 pub use end_ids::eos_ids;
+pub use experts::{ExpertRule, Experts};
 pub use known::{
-    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
+    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3,
+    QWEN3_MOE, SMOLLM3,
 };
 pub use layers::{LayerAttention, LayerRope};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};

@@ -2,4 +2,4 @@
 
 mod decoder;
 
-pub(crate) use decoder::{AttentionBlock, DecoderLayer, FeedForwardBlock};
+pub(crate) use decoder::{AttentionBlock, DecoderLayer, FeedForward};

@@ -1,16 +1,19 @@
 //! Weights of a checkpoint, in the layouts of the kernels.
 
 mod dense;
+mod experts;
 mod options;
+mod parts;
 mod provider;
 mod rounding;
 mod tensors;
 mod ternary;
 
 pub use options::{ActivationType, FloatType};
-pub(crate) use provider::{EmbeddingUse, WeightProvider};
+pub(crate) use provider::{EmbeddingUse, WeightProvider, numbered_experts};
 pub(crate) use tensors::CheckpointLoader;
 
+use crate::experts::Expert;
 use crate::forward::NormGain;
 use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
@@ -19,6 +22,7 @@ use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::{Content, Kind};
 use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
+use tensors::FoundTensor;
 
 impl WeightProvider for CheckpointLoader<'_> {
     fn config(&self) -> &Config {
@@ -40,6 +44,45 @@ impl WeightProvider for CheckpointLoader<'_> {
         } else {
             None
         };
+        self.linear_of(found, module, bias)
+    }
+
+    fn experts(&self, mlp: &str, [count, ffn, hidden]: [usize; 3]) -> Result<Vec<Expert>> {
+        self.stacked_experts(mlp, [count, ffn, hidden])?
+            .map_or_else(|| numbered_experts(self, mlp, [count, ffn, hidden]), Ok)
+    }
+
+    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
+        let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
+        self.dense(found, WeightUse::Embedding)
+    }
+
+    fn rotation(&self, module: &str, used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
+        let name = self.stored_name(&format!("{module}.weight"));
+        let listed = self.source.rotation()?;
+        let table = listed.is_some_and(|rotation| rotation.is_table(&name));
+        let rotation = self.source.rotation_of(&name)?;
+        if rotation.is_some() && used_as == EmbeddingUse::Table && !table {
+            return Err(bitnet_formats::Error::tensor(
+                self.source.path(),
+                &name,
+                "an entry in inverse_weight_names, since tokens are looked up in it",
+                "one in weight_names alone",
+            )
+            .into());
+        }
+        Ok(rotation.cloned())
+    }
+}
+
+impl CheckpointLoader<'_> {
+    /// A linear layer with the weights of a tensor, or of one matrix of a stack.
+    fn linear_of(
+        &self,
+        found: FoundTensor<'_>,
+        module: &str,
+        bias: Option<Vec<f32>>,
+    ) -> Result<LinearLayer> {
         let multiplier = self.multiplier(module)?;
         let quantize = self.int8
             && match &found.tensor.content {
@@ -65,27 +108,5 @@ impl WeightProvider for CheckpointLoader<'_> {
             bias,
             rotation,
         })
-    }
-
-    fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
-        let found = self.find(&format!("{module}.weight"), &[rows, cols])?;
-        self.dense(found, WeightUse::Embedding)
-    }
-
-    fn rotation(&self, module: &str, used_as: EmbeddingUse) -> Result<Option<Hadamard>> {
-        let name = self.stored_name(&format!("{module}.weight"));
-        let listed = self.source.rotation()?;
-        let table = listed.is_some_and(|rotation| rotation.is_table(&name));
-        let rotation = self.source.rotation_of(&name)?;
-        if rotation.is_some() && used_as == EmbeddingUse::Table && !table {
-            return Err(bitnet_formats::Error::tensor(
-                self.source.path(),
-                &name,
-                "an entry in inverse_weight_names, since tokens are looked up in it",
-                "one in weight_names alone",
-            )
-            .into());
-        }
-        Ok(rotation.cloned())
     }
 }
