@@ -107,6 +107,60 @@ impl Experts {
     }
 }
 
+/// What a tensor of experts in a Hugging Face folder is in a GGUF, which has a tensor of three
+/// dimensions for each projection of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExpertTensor {
+    /// `experts.gate_up_proj`, `[E, 2·ffn, hidden]`: gate and up of each expert, for two tensors.
+    GateUp([String; 2]),
+    /// `experts.down_proj`, `[E, hidden, ffn]`: this tensor.
+    Down(String),
+    /// `experts.N.….weight`: one matrix of a tensor.
+    One {
+        /// The tensor.
+        stack: String,
+        /// N.
+        expert: usize,
+    },
+}
+
+impl Architecture {
+    /// What a tensor of experts is in a GGUF; `None` for every other tensor.
+    ///
+    /// ```
+    /// use bitnet_formats::arch::{ExpertTensor, QWEN3_MOE};
+    /// let stack = "blk.3.ffn_up_exps.weight".to_string();
+    /// let one = QWEN3_MOE.gguf_experts("model.layers.3.mlp.experts.7.up_proj.weight");
+    /// assert_eq!(one, Some(ExpertTensor::One { stack, expert: 7 }));
+    /// ```
+    pub fn gguf_experts(&self, hf: &str) -> Option<ExpertTensor> {
+        let (mlp, rest) = hf.split_once(".experts.")?;
+        let stack = |of: &str| self.gguf_tensor(&format!("{mlp}.switch_mlp.{of}"));
+        match rest {
+            "gate_up_proj" => Some(ExpertTensor::GateUp([
+                stack("gate_proj.weight")?,
+                stack("up_proj.weight")?,
+            ])),
+            "down_proj" => stack("down_proj.weight").map(ExpertTensor::Down),
+            _ => {
+                let (number, of) = rest.split_once('.')?;
+                let expert: usize = number.parse().ok().filter(|_| of.ends_with(".weight"))?;
+                // One spelling for each number.
+                let stack = stack(of).filter(|_| expert.to_string() == number)?;
+                Some(ExpertTensor::One { stack, expert })
+            }
+        }
+    }
+
+    /// For a tensor of experts in a GGUF the module of experts in a Hugging Face folder, and the
+    /// part of a name behind the number of the expert.
+    pub fn hf_experts(&self, gguf: &str) -> Option<(String, String)> {
+        let hf = self.hf_tensor(gguf)?;
+        let (mlp, of) = hf.split_once(".switch_mlp.")?;
+        Some((format!("{mlp}.experts"), of.into()))
+    }
+}
+
 const STEP: &str = "decoder_sparse_step";
 const DENSE: &str = "mlp_only_layers";
 
@@ -214,6 +268,42 @@ mod tests {
         }
         let shared = read(&QWEN2_MOE, json!({})).unwrap().unwrap();
         assert_eq!(shared.shared_ffn, Some(48));
+    }
+
+    #[test]
+    fn tensors_of_experts() {
+        let gguf = |name: &str| format!("blk.2.{name}.weight");
+        let of = |name: &str| QWEN3_MOE.gguf_experts(&format!("model.layers.2.mlp.{name}"));
+        let both = [gguf("ffn_gate_exps"), gguf("ffn_up_exps")];
+        assert_eq!(of("experts.gate_up_proj"), Some(ExpertTensor::GateUp(both)));
+        let down = gguf("ffn_down_exps");
+        assert_eq!(
+            of("experts.down_proj"),
+            Some(ExpertTensor::Down(down.clone()))
+        );
+        let one = ExpertTensor::One {
+            stack: down.clone(),
+            expert: 10,
+        };
+        assert_eq!(of("experts.10.down_proj.weight"), Some(one));
+        for other in [
+            "experts.1.down_proj.bias",
+            "experts.01.down_proj.weight",
+            "experts.x.down_proj.weight",
+            "experts.1.other.weight",
+            "gate.weight",
+            "shared_expert.up_proj.weight",
+        ] {
+            assert_eq!(of(other), None, "{other}");
+        }
+        assert_eq!(
+            QWEN3.gguf_experts("model.layers.2.mlp.experts.down_proj"),
+            None
+        );
+        let experts = "model.layers.2.mlp.experts".to_string();
+        let expected = Some((experts, "down_proj.weight".into()));
+        assert_eq!(QWEN3_MOE.hf_experts(&down), expected);
+        assert_eq!(QWEN3_MOE.hf_experts(&gguf("ffn_down")), None);
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub use architecture::{
 };
 pub use decoder::{Biases, HfDecoder, Scales};
 pub use end_ids::eos_ids;
-pub use experts::{ExpertRule, Experts};
+pub use experts::{ExpertRule, ExpertTensor, Experts};
 pub use known::{
     ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3,
     QWEN3_MOE, SMOLLM3,
