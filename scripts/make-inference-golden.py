@@ -71,7 +71,7 @@ MODELS = {
 MODELS.update({
     "qwen3-moe": ("qwen3_moe", BF16, None, dict(tie_word_embeddings=False, num_experts_per_tok=2, norm_topk_prob=True, **EXPERTS, **HEADS)),
     "qwen3-moe-stacked": ("qwen3_moe", BF16, None, dict(tie_word_embeddings=True, num_hidden_layers=3, mlp_only_layers=[1], num_experts_per_tok=3, norm_topk_prob=False, **EXPERTS, **HEADS)),
-    "qwen2-moe": ("qwen2_moe", BF16, None, dict(tie_word_embeddings=True, num_experts_per_tok=3, shared_expert_intermediate_size=28, **EXPERTS)),
+    "qwen2-moe": ("qwen2_moe", BF16, None, dict(tie_word_embeddings=False, num_experts_per_tok=3, shared_expert_intermediate_size=28, **EXPERTS)),
 })
 
 

@@ -108,6 +108,22 @@ pub(crate) struct StripBuffers {
     pub(crate) back: Vec<f32>,
 }
 
+impl<'a> WeightRows<'a> {
+    /// All rows of a matrix, in its order.
+    const fn plain(source: &'a Source, from: RowSource<'a>, matrix: (usize, usize)) -> Self {
+        Self {
+            source,
+            from,
+            count: matrix.0,
+            cols: matrix.1,
+            order: None,
+            matrix,
+            turned: false,
+            unrotate: None,
+        }
+    }
+}
+
 impl WeightRows<'_> {
     /// Reads rows `rows` into `out`; `bytes` is scratch.
     pub(crate) fn read(
@@ -446,16 +462,22 @@ pub(crate) fn with_joined_rows<T>(
     let &[rows, cols] = tensors.first().map_or(&[][..], |t| &t.shape[..]) else {
         return Err(Error::Recipe("only matrices can be joined".into()));
     };
-    f(&WeightRows {
+    let from = RowSource::Joined(&stored, rows * cols);
+    f(&WeightRows::plain(
         source,
-        from: RowSource::Joined(&stored, rows * cols),
-        count: rows * tensors.len(),
-        cols,
-        order: None,
-        matrix: (rows * tensors.len(), cols),
-        turned: false,
-        unrotate: None,
-    })
+        from,
+        (rows * tensors.len(), cols),
+    ))
+}
+
+/// Calls `f` with the rows of a quantized matrix.
+pub(crate) fn with_matrix_rows<T>(
+    source: &Source,
+    matrix: &Matrix,
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
+) -> Result<T> {
+    let shape = (matrix.spec.rows, matrix.spec.cols);
+    f(&WeightRows::plain(source, RowSource::Matrix(matrix), shape))
 }
 
 /// [`with_rows`] in the original basis, where the source stores the tensor in a rotated one.

@@ -7,7 +7,7 @@ use crate::recipe::Format;
 use crate::report::{Options, TensorReport};
 use crate::rows::{
     RowOrder, StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows,
-    with_joined_rows, with_original_rows, with_rows,
+    with_joined_rows, with_matrix_rows, with_original_rows, with_rows,
 };
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
@@ -224,8 +224,16 @@ impl Worker<'_> {
     fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
         if !self.tensor_job.joined.is_empty() {
-            let tensors = self.tensor_job.tensors().map(|t| source.tensor(t));
-            return with_joined_rows(source, &tensors.collect::<Vec<_>>(), f);
+            let tensors: Vec<&Tensor> = self
+                .tensor_job
+                .tensors()
+                .map(|t| source.tensor(t))
+                .collect();
+            let Content::Quantized(q) = &tensors[0].content else {
+                return with_joined_rows(source, &tensors, f);
+            };
+            let matrix = self.joined_matrix(source.matrix(&tensors[0].name, q)?)?;
+            return with_matrix_rows(source, &matrix, f);
         }
         match self.tensor_job.tensor {
             Some(index) => with_rows(

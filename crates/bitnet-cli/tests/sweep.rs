@@ -56,10 +56,20 @@ fn said(dir: &Dir, model: &str, more: &[&str]) -> (Value, Value) {
     (document["tokens"].clone(), document["finish"].clone())
 }
 
+/// Models that no GGUF can say, and the key that the refusal names.
+const NOT_IN_GGUF: [(&str, &str); 3] = [
+    ("qwen2-window", "max_window_layers"),
+    ("qwen3-bias", "attention_bias"),
+    ("qwen3-moe-stacked", "norm_topk_prob"),
+];
+
 /// Converts `model` to a GGUF and that back to a folder; both must say what the model says.
 fn converted(dir: &Dir, model: &str, more: &[&str], name: &str) {
     let (gguf, back) = (format!("{model}.gguf"), format!("{model}-back"));
     let expected = said(dir, model, more);
+    if let Some((_, key)) = NOT_IN_GGUF.iter().find(|(refused, _)| *refused == name) {
+        return dir.refuses(&["convert", model, "--out", &gguf], &[key]);
+    }
     dir.run(&["convert", model, "--out", &gguf, "--quiet"])
         .is(0);
     assert_eq!(said(dir, &gguf, more), expected, "{name}: {model} as GGUF");
