@@ -1,10 +1,10 @@
 //! Error between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
-use crate::rows::{in_parallel, strip_rows, windows, with_original_rows};
+use crate::rows::{RowOrder, in_parallel, strip_rows, windows, with_original_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
-use bitnet_formats::arch::{self, Architecture, HeadCounts};
+use bitnet_formats::arch::{self, Architecture, ExpertTensor, HeadCounts};
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use bitnet_kernels::Kernels;
 
@@ -95,7 +95,12 @@ pub fn compare(
         let Some((other, order, offset)) = pairing.find(tensor)? else {
             continue;
         };
-        if tensor.shape != other.shape {
+        // One of several experts.
+        let shape = match order {
+            Some(RowOrder::Runs { .. }) => &other.shape[1..],
+            _ => &other.shape[..],
+        };
+        if tensor.shape != shape && tensor.shape[..] != [&[1], shape].concat() {
             let what = format!(
                 "tensor '{}': expected shape {:?}, got {:?}",
                 other.name, tensor.shape, other.shape
@@ -106,7 +111,7 @@ pub fn compare(
             });
         }
         let error = with_original_rows(original, tensor, None, kernels, |a| {
-            with_original_rows(quantized, other, order.as_deref(), kernels, |b| {
+            with_original_rows(quantized, other, order.as_ref(), kernels, |b| {
                 // Rows of blocks may be shorter than those of the matrix: go by the longer, which
                 // holds whole ones of both.
                 let cols = a.cols.max(b.cols).max(1);
@@ -160,7 +165,7 @@ struct TensorPairs<'a> {
 }
 
 /// The counterpart of a tensor and, for each of its rows, the row there.
-type Paired<'a> = (&'a Tensor, Option<Vec<usize>>, f32);
+type Paired<'a> = (&'a Tensor, Option<RowOrder>, f32);
 
 impl<'a> TensorPairs<'a> {
     fn new(original: &'a Source, quantized: &'a Source) -> Result<Self> {
@@ -203,12 +208,22 @@ impl<'a> TensorPairs<'a> {
             if self.original.kind() == Kind::Gguf {
                 name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
-                    order = architecture.gguf_rows(heads, hf, rows)?;
+                    order = architecture.gguf_rows(heads, hf, rows)?.map(RowOrder::List);
                     offset = -architecture.gguf_offset(hf);
                 }
             } else {
                 name = architecture.gguf_tensor(&tensor.name);
-                order = architecture.hf_rows(heads, &tensor.name, rows)?;
+                order = architecture
+                    .hf_rows(heads, &tensor.name, rows)?
+                    .map(RowOrder::List);
+                match architecture.gguf_experts(&tensor.name) {
+                    Some(ExpertTensor::One { stack, expert }) => {
+                        order = Some(RowOrder::run(expert * rows, rows));
+                        name = Some(stack);
+                    }
+                    Some(ExpertTensor::Down(stack)) => name = Some(stack),
+                    Some(ExpertTensor::GateUp(_)) | None => {}
+                }
                 offset = architecture.gguf_offset(&tensor.name);
             }
         }

@@ -6,8 +6,8 @@ use crate::plan::{Action, Job, Pack, TensorJob, mlx};
 use crate::recipe::Format;
 use crate::report::{Options, TensorReport};
 use crate::rows::{
-    StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows, with_original_rows,
-    with_rows,
+    RowOrder, StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows,
+    with_joined_rows, with_matrix_rows, with_original_rows, with_rows,
 };
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
@@ -17,7 +17,7 @@ use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
 use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{OutputId, Writer};
-use bitnet_formats::{Content, dtype};
+use bitnet_formats::{Content, StoredId, Tensor, dtype};
 use bitnet_kernels::{Pool, stream};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -72,11 +72,9 @@ impl Worker<'_> {
     }
 
     fn advance(&self, share: usize, of: usize) {
-        let Some(index) = self.tensor_job.tensor else {
-            return;
-        };
         let source = self.job.source;
-        let bytes = source.bytes_of(source.tensor(index));
+        let tensors = self.tensor_job.tensors();
+        let bytes: u64 = tensors.map(|t| source.bytes_of(source.tensor(t))).sum();
         self.options
             .progress
             .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
@@ -145,54 +143,103 @@ impl Worker<'_> {
             return Ok(self.report("nothing", 0));
         };
         let tensor = source.tensor(index);
-        let Some(&stored) = tensor.stored().first() else {
+        let Some(&first) = tensor.stored().first() else {
             return Ok(self.report("nothing", 0));
         };
-        let len = source.stored(stored).len;
-        let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
-        let mut buffer = vec![];
-        let send = |buffer: &mut Vec<u8>| -> Result<()> {
-            self.advance(buffer.len(), len as usize);
-            self.send(WriterMessage::Append(
-                self.tensor_job.data,
-                std::mem::take(buffer),
-            ))?;
-            self.check_interrupt()
-        };
+        let mut total = 0;
         match &self.tensor_job.rows {
             None => {
-                let mut at = 0;
-                while at < len {
-                    buffer.resize((len - at).min(COPY_BYTES as u64) as usize, 0);
-                    source.read(stored, at, &mut buffer)?;
-                    at += buffer.len() as u64;
-                    send(&mut buffer)?;
+                let tensors = self.tensor_job.tensors().map(|t| source.tensor(t));
+                for stored in tensors.map(Tensor::first_stored) {
+                    let len = source.stored(stored).len;
+                    self.copy_bytes(stored, 0..len)?;
+                    total += len;
                 }
             }
             Some(order) => {
-                for &row in order {
-                    let end = buffer.len();
-                    buffer.resize(end + row_bytes as usize, 0);
-                    source.read(stored, row as u64 * row_bytes, &mut buffer[end..])?;
-                    if buffer.len() >= COPY_BYTES {
-                        send(&mut buffer)?;
-                    }
-                }
-                send(&mut buffer)?;
+                let rows = match tensor.shape[..] {
+                    [ref outer @ .., _] if !outer.is_empty() => outer.iter().product(),
+                    _ => tensor.elements(),
+                };
+                let row_bytes = source.stored(first).len / rows.max(1) as u64;
+                total = order.len() as u64 * row_bytes;
+                self.copy_rows(first, order, row_bytes)?;
             }
         }
         self.send(WriterMessage::End(self.tensor_job.data))?;
-        Ok(self.report(format!("copied {}", source.stored(stored).dtype), len))
+        Ok(self.report(format!("copied {}", source.stored(first).dtype), total))
+    }
+
+    /// Sends bytes of a stored tensor.
+    fn copy_bytes(&self, stored: StoredId, bytes: Range<u64>) -> Result<()> {
+        let (source, mut at) = (self.job.source, bytes.start);
+        let all = source.stored(stored).len as usize;
+        while at < bytes.end {
+            let mut buffer = vec![0; (bytes.end - at).min(COPY_BYTES as u64) as usize];
+            source.read(stored, at, &mut buffer)?;
+            at += buffer.len() as u64;
+            self.advance(buffer.len(), all);
+            self.send(WriterMessage::Append(self.tensor_job.data, buffer))?;
+            self.check_interrupt()?;
+        }
+        Ok(())
+    }
+
+    /// Sends rows of a stored tensor.
+    fn copy_rows(&self, stored: StoredId, order: &RowOrder, row_bytes: u64) -> Result<()> {
+        if let &RowOrder::Runs {
+            first,
+            len,
+            stride,
+            count,
+        } = order
+        {
+            for run in 0..count {
+                let start = (first + run * stride) as u64 * row_bytes;
+                self.copy_bytes(stored, start..start + len as u64 * row_bytes)?;
+            }
+            return Ok(());
+        }
+        let (source, mut buffer) = (self.job.source, vec![]);
+        let all = source.stored(stored).len as usize;
+        for row in 0..order.len() {
+            let end = buffer.len();
+            buffer.resize(end + row_bytes as usize, 0);
+            source.read(
+                stored,
+                order.row(row) as u64 * row_bytes,
+                &mut buffer[end..],
+            )?;
+            if buffer.len() >= COPY_BYTES || row + 1 == order.len() {
+                self.advance(buffer.len(), all);
+                let bytes = std::mem::take(&mut buffer);
+                self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
+                self.check_interrupt()?;
+            }
+        }
+        Ok(())
     }
 
     /// Calls `f` with the rows of the tensor.
     fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
+        if !self.tensor_job.joined.is_empty() {
+            let tensors: Vec<&Tensor> = self
+                .tensor_job
+                .tensors()
+                .map(|t| source.tensor(t))
+                .collect();
+            let Content::Quantized(q) = &tensors[0].content else {
+                return with_joined_rows(source, &tensors, f);
+            };
+            let matrix = self.joined_matrix(source.matrix(&tensors[0].name, q)?)?;
+            return with_matrix_rows(source, &matrix, f);
+        }
         match self.tensor_job.tensor {
             Some(index) => with_rows(
                 source,
                 source.tensor(index),
-                self.tensor_job.rows.as_deref(),
+                self.tensor_job.rows.as_ref(),
                 f,
             ),
             None => Err(Error::Recipe("a literal has no rows".into())),
@@ -206,7 +253,7 @@ impl Worker<'_> {
             Some(index) => with_original_rows(
                 source,
                 source.tensor(index),
-                self.tensor_job.rows.as_deref(),
+                self.tensor_job.rows.as_ref(),
                 kernels,
                 f,
             ),
@@ -392,10 +439,11 @@ impl Worker<'_> {
             (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
-        let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
+        let mut matrix = self.joined_matrix(matrix)?;
         if let Some(order) = &self.tensor_job.rows {
-            matrix = matrix.select_rows(order);
+            matrix = matrix.select_rows(&order.to_list());
         }
+        let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
         for scale in &mut matrix.scales {
             *scale = pack.spec.scale_dtype.round(*scale);
             if !scale.is_finite() {
@@ -416,6 +464,34 @@ impl Worker<'_> {
         Ok(self.packed_report(pack, layout, total))
     }
 
+    /// A matrix with the rows of those that are joined to it.
+    fn joined_matrix(&self, mut matrix: Matrix) -> Result<Matrix> {
+        let source = self.job.source;
+        if self.tensor_job.joined.is_empty() {
+            return Ok(matrix);
+        }
+        if matrix.spec.planes != 1 {
+            let why = "experts of several planes cannot be joined to one tensor";
+            return Err(bitnet_core::Error::Scheme(why.into()).into());
+        }
+        if matrix.spec.granularity == Granularity::Tensor {
+            matrix = matrix.with_granularity(Granularity::Channel)?;
+        }
+        for &id in &self.tensor_job.joined {
+            let tensor = source.tensor(id);
+            let Content::Quantized(q) = &tensor.content else {
+                return Err(Error::Recipe("floats have no codes".into()));
+            };
+            let other = source.matrix(&tensor.name, q)?;
+            let other = other.with_granularity(matrix.spec.granularity)?;
+            matrix.spec.rows += other.spec.rows;
+            matrix.values.extend(other.values);
+            matrix.scales.extend(other.scales);
+            matrix.zero_points.extend(other.zero_points);
+        }
+        Ok(matrix)
+    }
+
     /// Sends packed bytes as the format has them.
     fn send_codes(&self, pack: &Pack, mut bytes: Vec<u8>) -> Result<()> {
         if self.job.format == Format::Mlx {
@@ -433,7 +509,7 @@ impl Worker<'_> {
         };
         let mut matrix = source.matrix(&tensor.name, q)?;
         if let Some(order) = &self.tensor_job.rows {
-            matrix = matrix.select_rows(order);
+            matrix = matrix.select_rows(&order.to_list());
         }
         let precision = matrix.spec.precision;
         let packed = format.pack(&matrix)?;

@@ -70,7 +70,7 @@ fn model(name: &str) -> Dir {
     dir
 }
 
-const MODELS: [&str; 11] = [
+const MODELS: [&str; 13] = [
     "llama-f32",
     "llama-f16-rope",
     "qwen2-bias",
@@ -82,6 +82,8 @@ const MODELS: [&str; 11] = [
     "minicpm",
     "gemma3",
     "bitnet-float",
+    "qwen3-moe",
+    "qwen2-moe",
 ];
 
 #[test]
@@ -127,6 +129,7 @@ fn facts_without_a_place_in_a_gguf_are_refused() {
     for (name, key) in [
         ("qwen2-window", "max_window_layers"),
         ("qwen3-bias", "attention_bias"),
+        ("qwen3-moe-stacked", "norm_topk_prob"),
     ] {
         let dir = model(name);
         dir.refuses(&["convert", "m", "--out", "m.gguf"], &[key]);

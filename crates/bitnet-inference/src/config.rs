@@ -3,7 +3,7 @@
 
 use crate::Result;
 use bitnet_formats::arch::{
-    self, Activation, Architecture, Biases, DecoderGraph, HfConfig, HfDecoder, HfRope,
+    self, Activation, Architecture, Biases, DecoderGraph, Experts, HfConfig, HfDecoder, HfRope,
     LayerAttention, LayerRope, RopeScaling, Scales,
 };
 use bitnet_formats::{Error, Kind, Source, document};
@@ -88,6 +88,8 @@ pub struct Config {
     pub attention: Vec<LayerAttention>,
     /// Multipliers of embedding, scores, residual stream and logits.
     pub scales: Scales,
+    /// Mixtures of experts, where layers have them.
+    pub experts: Option<Experts>,
     /// Whether the embedding is also the output matrix.
     pub tied: bool,
     /// Which linear layers have biases.
@@ -162,6 +164,7 @@ impl Config {
             local_rope: decoder.local_rope.as_ref().map(Rope::from_hf),
             attention: decoder.layers,
             scales: decoder.scales,
+            experts: decoder.experts,
             tied: decoder.tied,
             biases: decoder.biases,
             bos: config.token_ids("bos_token_id")?.first().copied(),
@@ -233,6 +236,11 @@ impl Config {
         };
         bounded("hidden_size", self.hidden, 1 << 17)?;
         bounded("intermediate_size", self.ffn, 1 << 20)?;
+        if let Some(experts) = &self.experts {
+            bounded("moe_intermediate_size", experts.ffn, 1 << 20)?;
+            let shared = experts.shared_ffn.unwrap_or(0);
+            bounded("shared_expert_intermediate_size", shared, 1 << 20)?;
+        }
         bounded("num_hidden_layers", self.layers, 1 << 12)?;
         bounded("num_attention_heads", self.heads, 1 << 12)?;
         bounded("head_dim", self.head_dim, 1 << 12)?;

@@ -1,10 +1,11 @@
 //! The operations that graphs consist of, over all tokens of a batch, and their buffers.
 
-use crate::arch::{AttentionBlock, FeedForwardBlock};
+use crate::arch::{AttentionBlock, FeedForward};
 use crate::cache::KvCache;
+use crate::experts::RoutingBuffers;
 use crate::linear::{KernelPool, LayerInput, LinearLayer};
-use crate::projections::Projections;
-use crate::{Activation, Config, Error, Result};
+use crate::projections::{GatedBuffers, GatedWeights, Projections};
+use crate::{Config, Error, Result};
 use bitnet_formats::arch::LayerRope;
 use bitnet_kernels::dense::{Attention, TokenHeads};
 
@@ -44,18 +45,14 @@ pub struct ForwardBuffers {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    /// The output of a matrix that is several layers.
-    fused: Vec<f32>,
     /// The input of the output projection, `[tokens, heads · head_dim]`.
     heads: LayerInput,
     /// The result of attention before a sub-norm, `[tokens, heads · head_dim]`.
     attended: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-    /// The input of the down projection, `[tokens, ffn]`.
-    product: LayerInput,
+    pub(crate) gated: GatedBuffers,
+    pub(crate) routing: RoutingBuffers,
     /// The output of the attention or feed-forward block, `[tokens, hidden]`.
-    delta: Vec<f32>,
+    pub(crate) delta: Vec<f32>,
     /// Step and position of each token.
     pub(crate) places: Vec<(usize, usize)>,
     /// Cosine and sine of each pair, `[tokens, pairs]`, of the model's rotary positions and then of
@@ -132,7 +129,13 @@ impl ForwardPass<'_, '_> {
             (&mut s.k, kv_width),
             (&mut s.v, kv_width),
         ];
-        qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)
+        qkv.apply(
+            self.runtime,
+            &mut s.normed,
+            tokens,
+            &mut s.gated.fused,
+            outs,
+        )
     }
 
     /// `q, k = rope(q), rope(k)`, each head after its norm where there is one.
@@ -276,33 +279,30 @@ impl ForwardPass<'_, '_> {
         o.apply(self.runtime, &mut s.heads, &mut s.delta)
     }
 
-    /// `x += feed-forward of RMS(x)`, as `arch/decoder.rs` writes it.
-    pub(crate) fn feed_forward(&mut self, block: &FeedForwardBlock) -> Result<()> {
+    /// `x += feed-forward of RMS(x)`, as `arch/decoder.rs` and `experts.rs` write it.
+    pub(crate) fn feed_forward(&mut self, block: &FeedForward) -> Result<()> {
+        let block = match block {
+            FeedForward::Experts(block) => {
+                self.experts(block)?;
+                self.add(None);
+                return Ok(());
+            }
+            FeedForward::Dense(block) => block,
+        };
         block
             .gate_up
             .with(|layers| self.norm(&block.norm, layers))?;
-        let (ffn, eps, kernels) = (self.config.ffn, self.config.norm_eps, &self.runtime.kernels);
-        let (down, activation) = (&block.down, self.config.activation);
+        let weights = GatedWeights {
+            gate_up: &block.gate_up,
+            sub_norm: block.sub_norm.as_ref(),
+            down: &block.down,
+            ffn: self.config.ffn,
+        };
         let s = &mut *self.buffers;
-        let tokens = s.x.len() / self.config.hidden;
-        let outs = [(&mut s.gate, ffn), (&mut s.up, ffn)];
-        let gate_up = &block.gate_up;
-        gate_up.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)?;
-        let (gate, up) = (&s.gate, &s.up);
-        s.product
-            .write(self.runtime, &[down], (tokens, ffn), |token, out| {
-                let (gate, up) = (&gate[token * ffn..][..ffn], &up[token * ffn..][..ffn]);
-                match activation {
-                    Activation::Silu => kernels.silu_mul(gate, up, out),
-                    Activation::Relu2 => kernels.relu2_mul(gate, up, out),
-                    Activation::GeluTanh => kernels.gelu_tanh_mul(gate, up, out),
-                }
-                if let Some(norm) = &block.sub_norm {
-                    kernels.rms_norm_in_place(out, &norm.0, eps);
-                }
-            })?;
         s.delta.resize(s.x.len(), 0.0);
-        down.apply(self.runtime, &mut s.product, &mut s.delta)?;
+        let runtime = (self.runtime, self.config);
+        s.gated
+            .apply(runtime, &weights, &mut s.normed, &mut s.delta)?;
         self.add(block.post_norm.as_ref());
         Ok(())
     }

@@ -32,6 +32,7 @@ mod chat;
 mod config;
 mod embed;
 mod error;
+mod experts;
 mod forward;
 mod generate;
 mod hostile;

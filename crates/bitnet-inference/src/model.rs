@@ -286,11 +286,13 @@ impl Model {
     }
 
     /// Bytes of the weights that a decoded token reads: without the embedding, unless it is the
-    /// output matrix too.
+    /// output matrix too, and without the experts that it does not use.
     pub fn bytes_per_token(&self) -> usize {
+        let layers = self.weights.layers.iter();
+        let read = self.bytes() - layers.map(DecoderLayer::unused_bytes).sum::<usize>();
         match &self.weights.head {
-            Some(_) => self.bytes() - self.weights.embedding.bytes(),
-            None => self.bytes(),
+            Some(_) => read - self.weights.embedding.bytes(),
+            None => read,
         }
     }
 
@@ -302,7 +304,7 @@ impl Model {
         let products = |(i, layer): (usize, &DecoderLayer)| {
             let sum = |n: usize, l: &LinearLayer| n + l.integer_products();
             let before = layer.before_attention().iter().fold(0, sum);
-            let after = layer.after_attention().fold(0, sum);
+            let after = layer.products_after_attention();
             tokens * before + if i == last { wanted } else { tokens } * after
         };
         layers.iter().enumerate().map(products).sum()

@@ -1,9 +1,10 @@
 //! Synthetic models: the shape of a known model with generated weights, to measure speed without
 //! a download.
 
+use crate::experts::Expert;
 use crate::forward::NormGain;
 use crate::linear::{KernelPool, LinearLayer, LinearWeights};
-use crate::load::{FloatType, WeightProvider};
+use crate::load::{FloatType, WeightProvider, numbered_experts};
 use crate::{Config, Error, Result};
 use bitnet_core::random::Random;
 use bitnet_core::{Granularity, MatrixSpec, Precision};
@@ -204,6 +205,10 @@ impl WeightProvider for SyntheticWeights<'_> {
             bias,
             rotation: None,
         })
+    }
+
+    fn experts(&self, mlp: &str, shape: [usize; 3]) -> Result<Vec<Expert>> {
+        numbered_experts(self, mlp, shape)
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {

@@ -6,6 +6,7 @@
 use super::{Action, Builder, Job, Sidecar};
 use crate::onnx::{self, Facts, RotaryFunction, RotaryTable, SUFFIXES, Weight};
 use crate::recipe::Format;
+use crate::rows::RowOrder;
 use crate::{Error, Result};
 use bitnet_core::ScaleDtype;
 use bitnet_core::pack::PackedLen;
@@ -157,7 +158,7 @@ impl Builder<'_> {
         &mut self,
         id: TensorId,
         name: &str,
-        rows: Option<Vec<usize>>,
+        rows: Option<RowOrder>,
         format: &BlockFormat,
     ) {
         let (n, blocks) = (format.rows, format.blocks());

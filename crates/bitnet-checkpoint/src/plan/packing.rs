@@ -27,7 +27,7 @@ impl Builder<'_> {
         let Target::Quantized(precision) = choices.target() else {
             return self.keep(index);
         };
-        let Some(form) = self.forms.form(tensor) else {
+        let Some(form) = self.form(tensor)? else {
             return self.keep(index);
         };
         let named = match choices.layout.as_deref() {
@@ -42,7 +42,7 @@ impl Builder<'_> {
             Some(name) => Some(pack::by_name(name)?),
         };
         let mut allowed = self.allowed_layouts(named, precision)?;
-        if self.format == Format::Gguf && tensor.shape.len() > 2 {
+        if self.format == Format::Gguf && self.shape(tensor).len() > 2 {
             // Fewer readers know the later choices (Q2_0), above all for stacked experts.
             allowed.truncate(1);
         }
@@ -75,6 +75,25 @@ impl Builder<'_> {
             }
             Fit::None { refusal, .. } => Err(self.tensor_error(tensor)(refusal)),
         }
+    }
+
+    /// The form of the output of a tensor.
+    fn form(&self, tensor: &Tensor) -> Result<Option<MatrixForm>> {
+        let (form, output) = (self.forms.form(tensor), self.reshaped.as_ref());
+        let (Some(form), Some(output)) = (form, output) else {
+            return Ok(form);
+        };
+        if form.transposed {
+            let refusal = bitnet_core::Error::Unsupported {
+                layout: "gguf",
+                why: "it is stored [in, out], and experts are split and joined as [out, in]".into(),
+            };
+            return Err(self.tensor_error(tensor)(refusal));
+        }
+        Ok((output.shape.len() > 1).then(|| MatrixForm {
+            rows: output.matrix_rows(),
+            ..form
+        }))
     }
 
     /// Says which quantized matrices have the inputs first, how that is known, and what contradicts
@@ -345,7 +364,7 @@ impl Builder<'_> {
 
     pub(super) fn quantize_auto(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
         let tensor = self.source.tensor(index);
-        let Some(form) = self.forms.form(tensor) else {
+        let Some(form) = self.form(tensor)? else {
             return self.keep(index);
         };
         let (rows, cols) = (form.rows, form.cols);
@@ -435,8 +454,16 @@ impl Builder<'_> {
             } => Some(id),
             _ => None,
         };
+        let mut spec = q.spec.clone();
+        if let Some(output) = &self.reshaped {
+            spec.rows = output.matrix_rows();
+            if !self.joined().is_empty() && spec.granularity == Granularity::Tensor {
+                // Each expert has a scale.
+                spec.granularity = Granularity::Channel;
+            }
+        }
         let known = KnownValues {
-            spec: q.spec.clone(),
+            spec,
             transposed: q.transposed,
             layout: Some(q.layout),
             inverses,

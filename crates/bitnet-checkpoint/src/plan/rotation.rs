@@ -14,13 +14,13 @@ impl Builder<'_> {
     pub(super) fn convert(&mut self, layout: Option<&str>, basis: Basis) -> Result<()> {
         let source = self.source;
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
-            match (&tensor.content, layout) {
-                _ if basis == Basis::Original && self.is_rotated(tensor)? => {
-                    self.unrotate(i, ScaleDtype::F32)?;
+            self.for_each_output(i, |builder| match (&tensor.content, layout) {
+                _ if basis == Basis::Original && builder.is_rotated(tensor)? => {
+                    builder.unrotate(i, ScaleDtype::F32)
                 }
-                (Content::Quantized(_), Some(layout)) => self.recode(i, Some(layout))?,
-                _ => self.keep(i)?,
-            }
+                (Content::Quantized(_), Some(layout)) => builder.recode(i, Some(layout)),
+                _ => builder.keep(i),
+            })?;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 
 use super::{Action, Builder, Naming, Sidecar, mlx, sidecars};
 use crate::recipe::Format;
+use crate::rows::RowOrder;
 use crate::{Error, Result};
 use bitnet_core::pack::PackedLen;
 use bitnet_formats::arch::{self, Architecture, HeadCounts};
@@ -151,7 +152,10 @@ impl Builder<'_> {
 
     /// Name and row order in the output; `None` for a buffer that the other container does not
     /// store.
-    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<Vec<usize>>)>> {
+    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<RowOrder>)>> {
+        if let Some(output) = &self.reshaped {
+            return Ok(Some((output.name.clone(), output.rows.clone())));
+        }
         if matches!(self.naming, Naming::Same) {
             return Ok(Some((tensor.name.clone(), None)));
         }
@@ -178,13 +182,14 @@ impl Builder<'_> {
             Naming::ToGguf(architecture, heads) => {
                 let name = architecture.gguf_tensor(&tensor.name);
                 let order = architecture.gguf_rows(heads, &tensor.name, rows);
-                (name.ok_or_else(|| unknown("GGUF"))?, order?)
+                let name = name.ok_or_else(|| unknown("GGUF"))?;
+                (name, order?.map(RowOrder::List))
             }
             Naming::ToHf(architecture, heads) => {
                 let name = architecture.hf_tensor(&tensor.name);
                 let name = name.ok_or_else(|| unknown("a Hugging Face folder"))?;
                 let order = architecture.hf_rows(heads, &name, rows)?;
-                (name, order)
+                (name, order.map(RowOrder::List))
             }
         }))
     }

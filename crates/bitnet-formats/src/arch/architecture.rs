@@ -1,6 +1,7 @@
 //! What describes an architecture: facts that conversion, inference and training read. The
 //! descriptions are in `known.rs`.
 
+use super::experts::ExpertRule;
 use super::known::{ARCHITECTURES, BITNET, DECODER_KEYS};
 use super::values::{find, shown};
 use crate::{Error, Result, gguf};
@@ -97,6 +98,8 @@ pub enum LayerRule {
     Uniform,
     /// `sliding_window` holds for each layer.
     Window,
+    /// `use_sliding_window` turns `sliding_window` on for each layer.
+    SwitchedWindow,
     /// `use_sliding_window` turns `sliding_window` on, from layer `max_window_layers` on or where
     /// `layer_types` says so.
     UpperWindow,
@@ -190,6 +193,8 @@ pub struct Architecture {
     pub layers: LayerRule,
     /// What multiplies embedding, scores, residual stream and logits.
     pub scales: ScaleRule,
+    /// How it mixes experts, if it does.
+    pub experts: Option<ExpertRule>,
     /// Whether a Hugging Face norm with weights w multiplies by `1 + w`. A GGUF stores the factor.
     pub hf_norms_from_one: bool,
     /// Key of the activation in a config.json.

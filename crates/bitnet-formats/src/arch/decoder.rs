@@ -1,6 +1,7 @@
 //! A decoder's config.json, read once for conversion and inference.
 
 use super::architecture::{Activation, Architecture, BiasRule, ScaleRule};
+use super::experts::Experts;
 use super::layers::LayerAttention;
 use super::rope::HfRope;
 use super::values::HfConfig;
@@ -65,6 +66,8 @@ pub struct HfDecoder {
     pub biases: Biases,
     /// Multipliers.
     pub scales: Scales,
+    /// Experts, where layers have them.
+    pub experts: Option<Experts>,
 }
 
 impl HfDecoder {
@@ -104,6 +107,7 @@ impl HfDecoder {
             tied: config.flag_or("tie_word_embeddings", defaults.is_some_and(|d| d.tied))?,
             biases: biases(config, architecture)?,
             scales: scales(config, architecture, hidden, head_dim)?,
+            experts: Experts::read(config, architecture)?,
         })
     }
 }

@@ -5,10 +5,12 @@ use super::architecture::{
     Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ModelKind,
     ScaleRule,
 };
+use super::experts::ExpertRule;
 
 /// All architectures. Of those that share a name in GGUF files the first reads it.
 pub static ARCHITECTURES: &[&Architecture] = &[
-    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3, &BERT,
+    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3, &QWEN2_MOE,
+    &QWEN3_MOE, &BERT,
 ];
 
 /// `llama` on both sides.
@@ -36,6 +38,7 @@ pub static LLAMA: Architecture = Architecture {
     biases: BiasRule::Config,
     layers: LayerRule::Uniform,
     scales: ScaleRule::Plain,
+    experts: None,
     hf_norms_from_one: false,
     hf_activation: "hidden_act",
     activations: &[Activation::Silu],
@@ -298,6 +301,49 @@ pub static BERT: Architecture = Architecture {
     ..LLAMA
 };
 
+/// Qwen3-30B-A3B and its siblings: qwen3 whose feed-forward layers are mixtures of experts.
+pub static QWEN3_MOE: Architecture = Architecture {
+    name: "qwen3_moe",
+    hf_class: "Qwen3MoeForCausalLM",
+    gguf_names: &[GgufName {
+        name: "qwen3moe",
+        activation: Activation::Silu,
+    }],
+    gguf_keys: &EXPERT_KEYS,
+    layer_modules: &MOE_MODULES,
+    layers: LayerRule::SwitchedWindow,
+    hf_defaults: Some(HfDefaults {
+        kv_heads: Some(4),
+        ..DEFAULTS
+    }),
+    experts: Some(ExpertRule {
+        gguf_normalized: true,
+        shared: false,
+    }),
+    ..QWEN3
+};
+
+/// Qwen1.5-MoE and Qwen2-57B-A14B: qwen2 with experts, one of which sees every token.
+pub static QWEN2_MOE: Architecture = Architecture {
+    name: "qwen2_moe",
+    hf_class: "Qwen2MoeForCausalLM",
+    gguf_names: &[GgufName {
+        name: "qwen2moe",
+        activation: Activation::Silu,
+    }],
+    gguf_keys: &EXPERT_KEYS,
+    layer_modules: &MOE_MODULES,
+    hf_defaults: Some(HfDefaults {
+        kv_heads: Some(16),
+        ..DEFAULTS
+    }),
+    experts: Some(ExpertRule {
+        gguf_normalized: false,
+        shared: true,
+    }),
+    ..QWEN2
+};
+
 /// Values that the configuration classes of Hugging Face share.
 const DEFAULTS: HfDefaults = HfDefaults {
     rope_theta: 10000.0,
@@ -330,6 +376,39 @@ const LAYER_MODULES: [(&str, &str); 13] = [
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("mlp.ffn_sub_norm", "ffn_sub_norm"),
+];
+
+/// Modules of a layer with experts, or without in the same model. The stacks of one projection have
+/// the names of MLX; [`ExpertTensor`](super::ExpertTensor) knows the others.
+const MOE_MODULES: [(&str, &str); 19] = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.switch_mlp.gate_proj", "ffn_gate_exps"),
+    ("mlp.switch_mlp.up_proj", "ffn_up_exps"),
+    ("mlp.switch_mlp.down_proj", "ffn_down_exps"),
+    ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+    ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+    ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
+    ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
+];
+
+/// Keys of a GGUF with experts.
+const EXPERT_KEYS: [&str; 5] = [
+    "attention.sliding_window",
+    "expert_count",
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
 ];
 
 /// Modules of a layer of phi3.

@@ -53,6 +53,12 @@ impl LayerAttention {
                 let window = config.optional_size(size)?;
                 layers.iter_mut().for_each(|layer| layer.window = window);
             }
+            LayerRule::SwitchedWindow => {
+                if config.flag("use_sliding_window")? {
+                    let window = config.optional_size(size)?;
+                    layers.iter_mut().for_each(|layer| layer.window = window);
+                }
+            }
             LayerRule::UpperWindow => {
                 if config.flag("use_sliding_window")? {
                     let from = match config.get("max_window_layers") {

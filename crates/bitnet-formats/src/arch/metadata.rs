@@ -4,6 +4,7 @@ use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ModelKi
 use super::decoder::HfDecoder;
 use super::encoder::{self, HfEncoder};
 use super::end_ids;
+use super::experts::add_experts;
 use super::keys::GgufKeys;
 use super::layers::{LayerAttention, LayerRope};
 use super::rope::{RopeScaling, llama3_scaling};
@@ -197,6 +198,9 @@ fn check_limits(
              other results there"
         ));
     }
+    if let Some(experts) = &decoder.experts {
+        experts.check_gguf(config, architecture)?;
+    }
     Ok(())
 }
 
@@ -232,6 +236,14 @@ impl NewKeys {
         if decoder.head_dim * decoder.heads != decoder.hidden {
             self.size("attention.key_length", decoder.head_dim);
             self.size("attention.value_length", decoder.head_dim);
+        }
+        if let Some(experts) = &decoder.experts {
+            self.size("expert_count", experts.count);
+            self.size("expert_used_count", experts.used);
+            self.size("expert_feed_forward_length", experts.ffn);
+            if let Some(ffn) = experts.shared_ffn {
+                self.size("expert_shared_feed_forward_length", ffn);
+            }
         }
     }
 
@@ -298,7 +310,7 @@ impl NewKeys {
         let window = windows.iter().flatten().next().copied();
         match architecture.layers {
             LayerRule::Uniform => {}
-            LayerRule::Window | LayerRule::UpperWindow => {
+            LayerRule::Window | LayerRule::SwitchedWindow | LayerRule::UpperWindow => {
                 if windows.iter().any(|w| *w != window) {
                     return refused("max_window_layers", "a window in all layers or in none");
                 }
@@ -508,6 +520,7 @@ pub fn hf_config(
         config["attention_bias"] = Value::Null;
     }
     add_layers(&keys, &mut config)?;
+    add_experts(&keys, shape, &mut config)?;
     add_scales(&keys, head_dim, &mut config)?;
     for (key, id) in [
         ("bos_token_id", "bos_token_id"),
@@ -622,10 +635,12 @@ fn add_layers(keys: &GgufKeys, config: &mut Value) -> Result<()> {
     match keys.hf_architecture().layers {
         LayerRule::Uniform => {}
         LayerRule::Window => config["sliding_window"] = window.into(),
-        LayerRule::UpperWindow => {
+        rule @ (LayerRule::SwitchedWindow | LayerRule::UpperWindow) => {
             config["sliding_window"] = window.into();
             config["use_sliding_window"] = window.is_some().into();
-            config["max_window_layers"] = 0.into();
+            if rule == LayerRule::UpperWindow {
+                config["max_window_layers"] = 0.into();
+            }
         }
         LayerRule::SomeRotate => config["no_rope_layer_interval"] = SMOLLM3_INTERVAL.into(),
         LayerRule::Local => {

@@ -10,6 +10,7 @@ mod architecture;
 mod decoder;
 mod encoder;
 mod end_ids;
+mod experts;
 mod keys;
 mod known;
 mod layers;
@@ -29,8 +30,10 @@ pub use architecture::{
 pub use decoder::{Biases, HfDecoder, Scales};
 pub use encoder::{HfEncoder, gguf_pooling};
 pub use end_ids::eos_ids;
+pub use experts::{ExpertRule, ExpertTensor, Experts};
 pub use known::{
-    ARCHITECTURES, BERT, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3,
+    ARCHITECTURES, BERT, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3,
+    QWEN3_MOE, SMOLLM3,
 };
 pub use layers::{LayerAttention, LayerRope};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};

@@ -10,10 +10,12 @@
 //!
 //! `RMS_in` and `RMS_ffn` are in every model; r is 1 in all but minicpm. llama, mistral, smollm3 and
 //! minicpm have no other norm, `RMS_q` and `RMS_k` over each head are in qwen3 and gemma3, `RMS_sub`
-//! in bitnet, `RMS_post` in gemma3. phi3 has q, k and v in one matrix, and gate and up in another.
+//! in bitnet, `RMS_post` in gemma3. In qwen3_moe and qwen2_moe a mixture of experts
+//! (`crate::experts`) takes the place of the feed-forward in the layers that the config names. phi3 has q, k and v in one matrix, and gate and up in another.
 //! What a layer sees and how it rotates is [`LayerAttention`](bitnet_formats::arch::LayerAttention).
 
 use crate::Result;
+use crate::experts::ExpertBlock;
 use crate::forward::{ForwardPass, NormGain};
 use crate::linear::LinearLayer;
 use crate::load::WeightProvider;
@@ -23,7 +25,14 @@ use crate::projections::Projections;
 #[derive(Debug)]
 pub(crate) struct DecoderLayer {
     attention: AttentionBlock,
-    feed_forward: FeedForwardBlock,
+    feed_forward: FeedForward,
+}
+
+/// The second part of a layer.
+#[derive(Debug)]
+pub(crate) enum FeedForward {
+    Dense(Box<FeedForwardBlock>),
+    Experts(Box<ExpertBlock>),
 }
 
 /// Weights of the attention of a layer.
@@ -68,14 +77,14 @@ impl DecoderLayer {
             true => norm(module, len).map(Some),
             false => Ok(None),
         };
-        let post_norm = |i: usize| match graph.post_norms {
-            Some(modules) => norm(modules[i], c.hidden).map(Some),
-            None => Ok(None),
+        let post_norm = match graph.post_norms {
+            Some([module, _]) => Some(norm(module, c.hidden)?),
+            None => None,
         };
         let linear =
             |module: &str, rows, cols, bias| provider.linear(&name(module), rows, cols, bias);
         let (d, v) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let (qkv_bias, mlp_bias) = (c.biases.qkv, c.biases.mlp);
+        let qkv_bias = c.biases.qkv;
         let qkv = if graph.fused {
             Projections::Fused(Box::new(linear(
                 "self_attn.qkv_proj",
@@ -88,19 +97,6 @@ impl DecoderLayer {
                 linear("self_attn.q_proj", d, c.hidden, qkv_bias)?,
                 linear("self_attn.k_proj", v, c.hidden, qkv_bias)?,
                 linear("self_attn.v_proj", v, c.hidden, qkv_bias)?,
-            ])
-        };
-        let gate_up = if graph.fused {
-            Projections::Fused(Box::new(linear(
-                "mlp.gate_up_proj",
-                2 * c.ffn,
-                c.hidden,
-                mlp_bias,
-            )?))
-        } else {
-            Projections::Separate([
-                linear("mlp.gate_proj", c.ffn, c.hidden, mlp_bias)?,
-                linear("mlp.up_proj", c.ffn, c.hidden, mlp_bias)?,
             ])
         };
         let head_norms = if graph.head_norms {
@@ -116,15 +112,9 @@ impl DecoderLayer {
                 head_norms,
                 sub_norm: optional(graph.sub_norms, "self_attn.attn_sub_norm", d)?,
                 out: linear("self_attn.o_proj", c.hidden, d, c.biases.out)?,
-                post_norm: post_norm(0)?,
+                post_norm,
             },
-            feed_forward: FeedForwardBlock {
-                norm: norm(graph.ffn_norm, c.hidden)?,
-                gate_up,
-                sub_norm: optional(graph.sub_norms, "mlp.ffn_sub_norm", c.ffn)?,
-                down: linear("mlp.down_proj", c.hidden, c.ffn, mlp_bias)?,
-                post_norm: post_norm(1)?,
-            },
+            feed_forward: FeedForward::load(provider, layer)?,
         })
     }
 
@@ -138,16 +128,88 @@ impl DecoderLayer {
         self.attention.qkv.layers()
     }
 
-    /// The linear layers that in the last layer see only the tokens whose logits are wanted.
-    pub(crate) fn after_attention(&self) -> impl Iterator<Item = &LinearLayer> {
-        let gate_up = self.feed_forward.gate_up.layers();
-        [&self.attention.out, &self.feed_forward.down]
-            .into_iter()
-            .chain(gate_up)
-    }
-
     /// All linear layers.
     pub(crate) fn linears(&self) -> impl Iterator<Item = &LinearLayer> {
-        self.before_attention().iter().chain(self.after_attention())
+        let (dense, experts) = self.feed_forward.parts();
+        let dense = dense.into_iter().flat_map(FeedForwardBlock::linears);
+        let experts = experts
+            .into_iter()
+            .flat_map(|b| b.for_all_tokens().chain(b.of_experts()));
+        let attention = self.before_attention().iter().chain([&self.attention.out]);
+        attention.chain(dense).chain(experts)
+    }
+
+    /// Bytes of the experts that a token does not use.
+    pub(crate) fn unused_bytes(&self) -> usize {
+        let FeedForward::Experts(block) = &self.feed_forward else {
+            return 0;
+        };
+        let all = block.of_experts().map(LinearLayer::bytes).sum();
+        all - block.used_share(all)
+    }
+
+    /// Integer multiply-adds per token after attention: in the last layer only the tokens whose
+    /// logits are wanted need them.
+    pub(crate) fn products_after_attention(&self) -> usize {
+        let out = self.attention.out.integer_products();
+        out + match &self.feed_forward {
+            FeedForward::Dense(block) => block.linears().map(LinearLayer::integer_products).sum(),
+            FeedForward::Experts(block) => {
+                let sum = |n: usize, l: &LinearLayer| n + l.integer_products();
+                block.for_all_tokens().fold(0, sum)
+                    + block.used_share(block.of_experts().fold(0, sum))
+            }
+        }
+    }
+}
+
+impl FeedForwardBlock {
+    fn linears(&self) -> impl Iterator<Item = &LinearLayer> {
+        self.gate_up.layers().iter().chain([&self.down])
+    }
+}
+
+impl FeedForward {
+    fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
+        let c = provider.config();
+        let (graph, bias) = (c.graph, c.biases.mlp);
+        let name = |module: &str| format!("model.layers.{layer}.{module}");
+        let norm = provider.norm(&name(graph.ffn_norm), c.hidden)?;
+        let experts = c.experts.as_ref().filter(|experts| experts.layers[layer]);
+        if let Some(facts) = experts {
+            let block = ExpertBlock::load(provider, &name("mlp"), norm, facts)?;
+            return Ok(Self::Experts(Box::new(block)));
+        }
+        let linear = |module: &str, rows, cols| provider.linear(&name(module), rows, cols, bias);
+        let gate_up = if graph.fused {
+            Projections::Fused(Box::new(linear("mlp.gate_up_proj", 2 * c.ffn, c.hidden)?))
+        } else {
+            Projections::Separate([
+                linear("mlp.gate_proj", c.ffn, c.hidden)?,
+                linear("mlp.up_proj", c.ffn, c.hidden)?,
+            ])
+        };
+        let sub_norm = match graph.sub_norms {
+            true => Some(provider.norm(&name("mlp.ffn_sub_norm"), c.ffn)?),
+            false => None,
+        };
+        let post_norm = match graph.post_norms {
+            Some([_, module]) => Some(provider.norm(&name(module), c.hidden)?),
+            None => None,
+        };
+        Ok(Self::Dense(Box::new(FeedForwardBlock {
+            norm,
+            gate_up,
+            sub_norm,
+            down: linear("mlp.down_proj", c.hidden, c.ffn)?,
+            post_norm,
+        })))
+    }
+
+    fn parts(&self) -> (Option<&FeedForwardBlock>, Option<&ExpertBlock>) {
+        match self {
+            Self::Dense(block) => (Some(block), None),
+            Self::Experts(block) => (None, Some(block)),
+        }
     }
 }

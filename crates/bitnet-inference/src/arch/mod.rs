@@ -4,4 +4,4 @@ mod bert;
 mod decoder;
 
 pub(crate) use bert::{BertModel, EncoderBuffers};
-pub(crate) use decoder::{AttentionBlock, DecoderLayer, FeedForwardBlock};
+pub(crate) use decoder::{AttentionBlock, DecoderLayer, FeedForward};

@@ -1,16 +1,19 @@
 //! Weights of a checkpoint, in the layouts of the kernels.
 
 mod dense;
+mod experts;
 mod options;
+mod parts;
 mod provider;
 mod rounding;
 mod tensors;
 mod ternary;
 
 pub use options::{ActivationType, FloatType};
-pub(crate) use provider::{EmbeddingUse, WeightProvider};
+pub(crate) use provider::{EmbeddingUse, WeightProvider, numbered_experts};
 pub(crate) use tensors::CheckpointLoader;
 
+use crate::experts::Expert;
 use crate::forward::NormGain;
 use crate::linear::{LinearLayer, LinearWeights};
 use crate::{Config, Result};
@@ -19,6 +22,7 @@ use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::{Content, Kind};
 use bitnet_kernels::dense::DenseMatrix;
 use dense::WeightUse;
+use tensors::FoundTensor;
 
 /// The weights of a decoder.
 pub(crate) struct DecoderLoader<'a> {
@@ -42,6 +46,11 @@ impl WeightProvider for DecoderLoader<'_> {
 
     fn linear(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearLayer> {
         self.tensors.linear(module, rows, cols, bias)
+    }
+
+    fn experts(&self, mlp: &str, shape: [usize; 3]) -> Result<Vec<Expert>> {
+        let stacked = self.tensors.stacked_experts(mlp, shape)?;
+        stacked.map_or_else(|| numbered_experts(self, mlp, shape), Ok)
     }
 
     fn embedding(&self, module: &str, rows: usize, cols: usize) -> Result<DenseMatrix> {
@@ -68,6 +77,16 @@ impl CheckpointLoader<'_> {
         } else {
             None
         };
+        self.linear_of(found, module, bias)
+    }
+
+    /// A linear layer with the weights of a tensor, or of one matrix of a stack.
+    fn linear_of(
+        &self,
+        found: FoundTensor<'_>,
+        module: &str,
+        bias: Option<Vec<f32>>,
+    ) -> Result<LinearLayer> {
         let multiplier = self.multiplier(module)?;
         let quantize = self.int8
             && match &found.tensor.content {

@@ -4,11 +4,12 @@ use super::options::FloatType;
 use super::rounding::RoundingError;
 use crate::linear::KernelPool;
 use crate::{Error, Result};
+use bitnet_core::Matrix;
 use bitnet_formats::arch::{self, Architecture};
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Takes weights from a checkpoint.
 pub(crate) struct CheckpointLoader<'a> {
@@ -29,11 +30,17 @@ pub(crate) struct CheckpointLoader<'a> {
     pub(crate) rounding: Mutex<[RoundingError; 2]>,
 }
 
-/// A tensor and the file that holds it.
+/// A tensor and the file that holds it, or one matrix of a stack of them.
 #[derive(Clone, Copy)]
 pub(super) struct FoundTensor<'a> {
     pub(super) tensor: &'a Tensor,
     pub(super) path: &'a Path,
+    /// The first row of the matrix among those of all matrices of the tensor.
+    pub(super) first: usize,
+    /// Rows and columns of the matrix.
+    pub(super) shape: [usize; 2],
+    /// Where one matrix of a stack keeps the values of all, if they can only be unpacked together.
+    pub(super) unpacked: Option<&'a OnceLock<Matrix>>,
 }
 
 impl FoundTensor<'_> {
@@ -41,9 +48,9 @@ impl FoundTensor<'_> {
         bitnet_formats::Error::tensor(self.path, &self.tensor.name, expected, got).into()
     }
 
-    /// Rows and columns of a matrix.
-    pub(super) fn rows_and_cols(&self) -> [usize; 2] {
-        [self.tensor.shape[0], self.tensor.shape[1]]
+    /// Index of the first weight of the matrix in the tensor.
+    pub(super) fn first_weight(&self) -> usize {
+        self.first * self.shape[1]
     }
 
     /// The error of a matrix that the kernels reject.
@@ -55,7 +62,7 @@ impl FoundTensor<'_> {
         }
     }
 
-    /// Rejects NaN and infinity. `first` is the index of the first weight.
+    /// Rejects NaN and infinity. `first` is the index of the first weight in the matrix.
     pub(super) fn check_finite(&self, first: usize, w: &[f32]) -> Result<()> {
         match w.iter().position(|w| !w.is_finite()) {
             None => Ok(()),
@@ -65,6 +72,7 @@ impl FoundTensor<'_> {
 
     pub(super) fn not_finite(&self, index: usize, nan: bool) -> Error {
         let got = if nan { "NaN" } else { "infinity" };
+        let index = self.first_weight() + index;
         self.error("finite weights", format!("{got} at index {index}"))
     }
 }
@@ -111,11 +119,13 @@ impl<'a> CheckpointLoader<'a> {
             return Err(self.missing(&name, hf_name, shape));
         };
         locked(&self.used).insert(name);
-        let found = FoundTensor {
-            tensor,
-            path: self.file_of(tensor),
-        };
-        if tensor.shape != shape {
+        let mut found = self.found(tensor);
+        // llama.cpp keeps a matrix of one row as a vector.
+        let is_row = shape.len() == 2 && shape[0] == 1 && tensor.shape == shape[1..];
+        if is_row {
+            found.shape = [1, shape[1]];
+        }
+        if tensor.shape != shape && !is_row {
             return Err(found.error(
                 format!("shape {shape:?}, as config.json says"),
                 format!("{:?}", tensor.shape),
@@ -146,9 +156,18 @@ impl<'a> CheckpointLoader<'a> {
         bitnet_formats::Error::tensor(self.source.path(), name, expected, got).into()
     }
 
-    /// The file of a tensor's first part.
-    fn file_of(&self, tensor: &Tensor) -> &'a Path {
-        self.source.file_of_tensor(tensor)
+    /// A tensor with its file, the first part's, and with its first matrix.
+    fn found(&self, tensor: &'a Tensor) -> FoundTensor<'a> {
+        FoundTensor {
+            tensor,
+            path: self.source.file_of_tensor(tensor),
+            first: 0,
+            shape: match tensor.shape[..] {
+                [.., rows, cols] => [rows, cols],
+                _ => [tensor.elements(), 1],
+            },
+            unpacked: None,
+        }
     }
 
     pub(crate) fn stored_name(&self, hf_name: &str) -> String {
@@ -219,10 +238,7 @@ impl<'a> CheckpointLoader<'a> {
             if known {
                 continue;
             }
-            let found = FoundTensor {
-                tensor,
-                path: self.file_of(tensor),
-            };
+            let found = self.found(tensor);
             let graph = self.architecture.name;
             return Err(found.error(
                 format!("a tensor of the {graph} graph with this config"),

@@ -51,7 +51,7 @@ impl CheckpointLoader<'_> {
                 if let Some(packed) = self.prepacked(found, q, multiplier)? {
                     return Ok(packed);
                 }
-                self.source.matrix(&found.tensor.name, q)?
+                self.matrix(found, q)?
             }
             _ => self.ternarized(found)?,
         };
@@ -66,24 +66,24 @@ impl CheckpointLoader<'_> {
         q: &StoredMatrix,
         multiplier: f32,
     ) -> Result<Option<Prepacked>> {
+        found.check_spec(q)?;
+        let Some(part) = found.part(q) else {
+            return Ok(None);
+        };
         let scales = match q.scales {
             ScaleSource::Inside if multiplier != 1.0 => return Ok(None),
             ScaleSource::Inside => vec![],
-            ScaleSource::Stored { id, reciprocal } => {
-                let mut scales = vec![0.0; self.source.stored(id).elements()];
-                self.source
-                    .read_floats(id, 0..scales.len(), &mut vec![], &mut scales)?;
-                scales
-                    .iter_mut()
-                    .for_each(|s| *s = if reciprocal { 1.0 / *s } else { *s } * multiplier);
+            ScaleSource::Stored { .. } => {
+                let mut scales = self.stored_scales(q, &part)?;
+                scales.iter_mut().for_each(|s| *s *= multiplier);
                 scales
             }
         };
         let mut bytes = locked(&self.buffers).pop().unwrap_or_default();
-        self.source.read_all_into(q.packed, &mut bytes)?;
+        self.read_part(q, &part, &mut bytes)?;
         let KernelPool { kernels, pool } = self.runtime;
         let parts = MatrixParameters {
-            spec: &q.spec,
+            spec: &part.spec,
             scales: &scales,
             zero_points: &[],
         };
@@ -143,7 +143,7 @@ impl CheckpointLoader<'_> {
             ));
         };
         self.source.refuse_rotated(&found.tensor.name)?;
-        let [rows, cols] = found.rows_and_cols();
+        let [rows, cols] = found.shape;
         let mut w = vec![0.0; rows * cols];
         self.source
             .read_floats(stored, 0..w.len(), &mut vec![], &mut w)?;
