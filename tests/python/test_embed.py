@@ -6,13 +6,14 @@ BITNET_STSB names the file of sentence pairs: sentence, sentence, score. It is n
 
 import csv
 import os
+import subprocess
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, figure, run, run_json
+from conftest import BIN, MODELS, figure, run, run_json
 from transformers import BertModel, PreTrainedTokenizerFast
 
 MINILM = MODELS / "all-MiniLM-L6-v2"
@@ -61,11 +62,7 @@ def test_npy(tmp_path):
     """numpy reads what --format npy writes."""
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join(TEXTS) + "\n")
-    from subprocess import run as plain
-
-    from conftest import BIN
-
-    done = plain([BIN, "embed", MINILM, "--file", lines, "--format", "npy"], capture_output=True, check=True)
+    done = subprocess.run([BIN, "embed", MINILM, "--file", lines, "--format", "npy"], capture_output=True, check=True)
     (tmp_path / "v.npy").write_bytes(done.stdout)
     array = np.load(tmp_path / "v.npy")
     assert array.dtype == np.float32 and np.array_equal(array, ours(MINILM, TEXTS).astype(np.float32))

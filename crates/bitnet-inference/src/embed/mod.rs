@@ -76,12 +76,16 @@ pub struct Embedder {
 
 #[derive(Debug)]
 enum Graph {
-    Encoder {
-        model: Box<BertModel>,
-        runtime: KernelPool,
-        tokenizer: Tokenizer,
-    },
+    Encoder(Box<Encoder>),
     Decoder(Box<Model>),
+}
+
+/// An encoder with what runs it.
+#[derive(Debug)]
+struct Encoder {
+    model: BertModel,
+    runtime: KernelPool,
+    tokenizer: Tokenizer,
 }
 
 impl Embedder {
@@ -161,7 +165,7 @@ impl Embedder {
             return Err(Error::EmptyText);
         }
         let tokenizer = match &self.graph {
-            Graph::Encoder { tokenizer, .. } => tokenizer,
+            Graph::Encoder(encoder) => &encoder.tokenizer,
             Graph::Decoder(model) => model.tokenizer()?,
         };
         let text = format!("{}{text}", self.prompt);
@@ -206,9 +210,7 @@ impl Embedder {
             rest = after;
             let batch_texts: Vec<&[u32]> = batch.iter().map(|&i| texts[i]).collect();
             let pools = match &self.graph {
-                Graph::Encoder { model, runtime, .. } => {
-                    self.encoder_batch(model, runtime, &batch_texts, &mut encoder)
-                }
+                Graph::Encoder(graph) => self.encoder_batch(graph, &batch_texts, &mut encoder),
                 Graph::Decoder(model) => self.decoder_batch(model, &batch_texts, &mut decoder),
             }?;
             for (&i, pool) in batch.iter().zip(pools) {
@@ -232,11 +234,11 @@ impl Embedder {
 
     fn encoder_batch(
         &self,
-        model: &BertModel,
-        runtime: &KernelPool,
+        encoder: &Encoder,
         texts: &[&[u32]],
         buffers: &mut EncoderBuffers,
     ) -> Result<Vec<Pool>> {
+        let Encoder { model, runtime, .. } = encoder;
         let states = model.hidden_states(runtime, texts, buffers)?;
         let mut pools = self.pools(texts.len());
         let mut states = states.chunks_exact(model.facts.hidden);
@@ -290,7 +292,10 @@ impl Graph {
     /// Elements of a hidden state, and positions.
     fn sizes(&self) -> (usize, usize) {
         match self {
-            Self::Encoder { model, .. } => (model.facts.hidden, model.facts.context),
+            Self::Encoder(encoder) => {
+                let facts = &encoder.model.facts;
+                (facts.hidden, facts.context)
+            }
             Self::Decoder(model) => (model.config().hidden, model.config().context),
         }
     }
@@ -298,7 +303,7 @@ impl Graph {
     /// The pooling that models of the kind are trained with.
     fn usual_pooling(&self) -> Pooling {
         match self {
-            Self::Encoder { .. } => Pooling::Mean,
+            Self::Encoder(_) => Pooling::Mean,
             Self::Decoder(_) => Pooling::Last,
         }
     }
@@ -429,7 +434,7 @@ fn load_encoder(
     let floats = [options.weights, options.embedding];
     let tensors =
         CheckpointLoader::new(source, (facts.architecture, false), &runtime, int8, floats);
-    let model = Box::new(BertModel::load(&tensors, facts)?);
+    let model = BertModel::load(&tensors, facts)?;
     tensors.check_all_used()?;
     let tokenizer = Tokenizer::read(source, facts.vocab, None)?;
     let mut notes = source.notes().to_vec();
@@ -437,11 +442,11 @@ fn load_encoder(
     notes.extend(tensors.rounding_notes());
     notes.extend(tokenizer.notes().iter().cloned());
     drop(tensors);
-    let graph = Graph::Encoder {
+    let graph = Graph::Encoder(Box::new(Encoder {
         model,
         runtime,
         tokenizer,
-    };
+    }));
     Ok((graph, notes))
 }
 
