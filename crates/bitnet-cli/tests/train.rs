@@ -860,7 +860,7 @@ fn a_bonsai_is_ternary_in_every_matrix() {
         ("ptq.gguf", &[][..], "q2_0"),
         ("pq2.gguf", &["--layout", "pq2_0"], "pq2_0"),
         ("ptq1.gguf", &["--layout", "ptq1_0"], "ptq1_0"),
-        ("mlx", &["--format", "mlx"], "MLX 2-bit group 128"),
+        ("mlx", &["--format", "mlx"], "two-bit"),
     ] {
         let args = ["quantize", "run/full", "--preset", "bonsai", "--out", out];
         dir.run(&[&args[..], more].concat()).is(0);

@@ -408,9 +408,7 @@ impl QatLinear {
     /// [`Error::Input`] for a scheme that the device of the weights has no operations for.
     pub fn fake_quantized_weights(&self) -> Result<Tensor> {
         if !self.weight.device().is_cpu() {
-            return self
-                .graph()
-                .fake_quantized_weights(&self.weight, self.scale.as_ref().map(Var::as_tensor));
+            return self.fake_quantized_graph();
         }
         let w = self.weight.to_dtype(DType::F32)?.contiguous()?;
         let op = FakeQuantizedWeights(QuantizedProduct {
@@ -421,6 +419,12 @@ impl QatLinear {
             None => w.apply_op1(op)?,
             Some(scale) => w.apply_op2(scale, op)?,
         })
+    }
+
+    /// [`QatLinear::fake_quantized_weights`] in candle's operations, on any device.
+    pub(crate) fn fake_quantized_graph(&self) -> Result<Tensor> {
+        let scale = self.scale.as_ref().map(Var::as_tensor);
+        self.graph().fake_quantized_weights(&self.weight, scale)
     }
 
     /// y in candle's operations, on any device.
