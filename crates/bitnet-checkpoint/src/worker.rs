@@ -17,7 +17,7 @@ use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
 use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{OutputId, Writer};
-use bitnet_formats::{Content, StoredId, Tensor, dtype};
+use bitnet_formats::{Content, StoredId, StoredMatrix, Tensor, dtype};
 use bitnet_kernels::{Pool, stream};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -435,14 +435,13 @@ impl Worker<'_> {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
-            (Some(given), _) => (**given).clone(),
-            (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
+            (Some(given), _) => match &self.tensor_job.rows {
+                Some(order) => given.select_rows(&order.to_list()),
+                None => (**given).clone(),
+            },
+            (None, Content::Quantized(q)) => self.ordered_matrix(tensor, q)?,
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
-        let mut matrix = self.joined_matrix(matrix)?;
-        if let Some(order) = &self.tensor_job.rows {
-            matrix = matrix.select_rows(&order.to_list());
-        }
         let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
         for scale in &mut matrix.scales {
             *scale = pack.spec.scale_dtype.round(*scale);
@@ -462,6 +461,22 @@ impl Worker<'_> {
         total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
         self.advance(1, 1);
         Ok(self.packed_report(pack, layout, total))
+    }
+
+    /// The matrix of the output: joined, or some rows of a tensor's.
+    fn ordered_matrix(&self, tensor: &Tensor, q: &StoredMatrix) -> Result<Matrix> {
+        let (source, name) = (self.job.source, &tensor.name);
+        let order = self.tensor_job.rows.as_ref();
+        if let Some(rows) = order.and_then(RowOrder::single_run)
+            && let Some(matrix) = source.matrix_part(name, q, rows)?
+        {
+            return Ok(matrix);
+        }
+        let matrix = self.joined_matrix(source.matrix(name, q)?)?;
+        Ok(match order {
+            Some(order) => matrix.select_rows(&order.to_list()),
+            None => matrix,
+        })
     }
 
     /// A matrix with the rows of those that are joined to it.

@@ -27,6 +27,7 @@ pub static LLAMA: Architecture = Architecture {
     gguf_adjacent_pairs: true,
     gguf_biases: true,
     gguf_head: true,
+    gguf_tied: true,
     gguf_activation: false,
     heads_fill_hidden: false,
     gguf_rope_freqs: true,
@@ -292,6 +293,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
         activation: Activation::Silu,
     }],
     gguf_keys: &EXPERT_KEYS,
+    gguf_tied: false,
     layer_modules: &MOE_MODULES,
     hf_defaults: Some(HfDefaults {
         kv_heads: Some(16),
