@@ -365,12 +365,14 @@ const MOE_MODULES: [(&str, &str); 19] = [
 ];
 
 /// Keys of a GGUF with experts.
-const EXPERT_KEYS: [&str; 5] = [
+const EXPERT_KEYS: [&str; 7] = [
     "attention.sliding_window",
     "expert_count",
     "expert_used_count",
     "expert_feed_forward_length",
     "expert_shared_feed_forward_length",
+    "expert_gating_func",
+    "expert_weights_norm",
 ];
 
 /// Modules of a layer of phi3.
