@@ -68,6 +68,19 @@ impl RowOrder {
         }
     }
 
+    /// The rows, if they are one run.
+    pub(crate) fn single_run(&self) -> Option<Range<usize>> {
+        match *self {
+            Self::Runs {
+                first,
+                len,
+                count: 1,
+                ..
+            } => Some(first..first + len),
+            _ => None,
+        }
+    }
+
     /// All rows.
     pub(crate) fn to_list(&self) -> Vec<usize> {
         (0..self.len()).map(|row| self.row(row)).collect()
@@ -423,7 +436,14 @@ pub(crate) fn with_rows<T>(
             f(&rows(RowSource::Stored(*stored), cols))
         }
         Content::Quantized(q) => {
-            let matrix = source.matrix(&tensor.name, q)?;
+            let name = &tensor.name;
+            if let Some(rows) = order.and_then(RowOrder::single_run)
+                && q.spec.cols == shape.1
+                && let Some(matrix) = source.matrix_part(name, q, rows)?
+            {
+                return with_matrix_rows(source, &matrix, f);
+            }
+            let matrix = source.matrix(name, q)?;
             let (from, spec) = (RowSource::Matrix(&matrix), &matrix.spec);
             if q.transposed {
                 if order.is_some() {

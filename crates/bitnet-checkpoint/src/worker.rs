@@ -17,7 +17,7 @@ use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
 use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{OutputId, Writer};
-use bitnet_formats::{Content, StoredId, Tensor, dtype};
+use bitnet_formats::{Content, StoredId, StoredMatrix, Tensor, dtype};
 use bitnet_kernels::{Pool, stream};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -114,10 +114,13 @@ impl Worker<'_> {
     }
 
     fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
-        let weights = self
-            .tensor_job
-            .tensor
-            .map_or(bytes / 4, |i| self.job.source.tensor(i).elements() as u64);
+        let source = self.job.source;
+        let tensors = self.tensor_job.tensors().map(|t| source.tensor(t));
+        let weights = match (self.tensor_job.tensor, &self.tensor_job.rows) {
+            (None, _) => bytes / 4,
+            (Some(id), Some(order)) => (order.len() * row_len(source.tensor(id))) as u64,
+            (Some(_), None) => tensors.map(|t| t.elements() as u64).sum(),
+        };
         TensorReport {
             name: self.tensor_job.name.clone(),
             became: became.to_string(),
@@ -146,39 +149,35 @@ impl Worker<'_> {
         let Some(&first) = tensor.stored().first() else {
             return Ok(self.report("nothing", 0));
         };
-        let mut total = 0;
-        match &self.tensor_job.rows {
+        let total = match &self.tensor_job.rows {
             None => {
                 let tensors = self.tensor_job.tensors().map(|t| source.tensor(t));
-                for stored in tensors.map(Tensor::first_stored) {
-                    let len = source.stored(stored).len;
-                    self.copy_bytes(stored, 0..len)?;
-                    total += len;
+                let stored: Vec<StoredId> = tensors.map(Tensor::first_stored).collect();
+                let total = stored.iter().map(|&id| source.stored(id).len).sum();
+                for id in stored {
+                    self.copy_bytes(id, 0..source.stored(id).len, total)?;
                 }
+                total
             }
             Some(order) => {
-                let rows = match tensor.shape[..] {
-                    [ref outer @ .., _] if !outer.is_empty() => outer.iter().product(),
-                    _ => tensor.elements(),
-                };
+                let rows = tensor.elements() / row_len(tensor);
                 let row_bytes = source.stored(first).len / rows.max(1) as u64;
-                total = order.len() as u64 * row_bytes;
                 self.copy_rows(first, order, row_bytes)?;
+                order.len() as u64 * row_bytes
             }
-        }
+        };
         self.send(WriterMessage::End(self.tensor_job.data))?;
         Ok(self.report(format!("copied {}", source.stored(first).dtype), total))
     }
 
-    /// Sends bytes of a stored tensor.
-    fn copy_bytes(&self, stored: StoredId, bytes: Range<u64>) -> Result<()> {
+    /// Sends bytes of a stored tensor, of `total` that are sent for the output.
+    fn copy_bytes(&self, stored: StoredId, bytes: Range<u64>, total: u64) -> Result<()> {
         let (source, mut at) = (self.job.source, bytes.start);
-        let all = source.stored(stored).len as usize;
         while at < bytes.end {
             let mut buffer = vec![0; (bytes.end - at).min(COPY_BYTES as u64) as usize];
             source.read(stored, at, &mut buffer)?;
             at += buffer.len() as u64;
-            self.advance(buffer.len(), all);
+            self.advance(buffer.len(), total as usize);
             self.send(WriterMessage::Append(self.tensor_job.data, buffer))?;
             self.check_interrupt()?;
         }
@@ -187,6 +186,7 @@ impl Worker<'_> {
 
     /// Sends rows of a stored tensor.
     fn copy_rows(&self, stored: StoredId, order: &RowOrder, row_bytes: u64) -> Result<()> {
+        let total = order.len() as u64 * row_bytes;
         if let &RowOrder::Runs {
             first,
             len,
@@ -196,12 +196,11 @@ impl Worker<'_> {
         {
             for run in 0..count {
                 let start = (first + run * stride) as u64 * row_bytes;
-                self.copy_bytes(stored, start..start + len as u64 * row_bytes)?;
+                self.copy_bytes(stored, start..start + len as u64 * row_bytes, total)?;
             }
             return Ok(());
         }
         let (source, mut buffer) = (self.job.source, vec![]);
-        let all = source.stored(stored).len as usize;
         for row in 0..order.len() {
             let end = buffer.len();
             buffer.resize(end + row_bytes as usize, 0);
@@ -211,7 +210,7 @@ impl Worker<'_> {
                 &mut buffer[end..],
             )?;
             if buffer.len() >= COPY_BYTES || row + 1 == order.len() {
-                self.advance(buffer.len(), all);
+                self.advance(buffer.len(), total as usize);
                 let bytes = std::mem::take(&mut buffer);
                 self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
                 self.check_interrupt()?;
@@ -435,14 +434,13 @@ impl Worker<'_> {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
-            (Some(given), _) => (**given).clone(),
-            (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
+            (Some(given), _) => match &self.tensor_job.rows {
+                Some(order) => given.select_rows(&order.to_list()),
+                None => (**given).clone(),
+            },
+            (None, Content::Quantized(q)) => self.ordered_matrix(tensor, q)?,
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
-        let mut matrix = self.joined_matrix(matrix)?;
-        if let Some(order) = &self.tensor_job.rows {
-            matrix = matrix.select_rows(&order.to_list());
-        }
         let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
         for scale in &mut matrix.scales {
             *scale = pack.spec.scale_dtype.round(*scale);
@@ -462,6 +460,22 @@ impl Worker<'_> {
         total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
         self.advance(1, 1);
         Ok(self.packed_report(pack, layout, total))
+    }
+
+    /// The matrix of the output: joined, or some rows of a tensor's.
+    fn ordered_matrix(&self, tensor: &Tensor, q: &StoredMatrix) -> Result<Matrix> {
+        let (source, name) = (self.job.source, &tensor.name);
+        let order = self.tensor_job.rows.as_ref();
+        if let Some(rows) = order.and_then(RowOrder::single_run)
+            && let Some(matrix) = source.matrix_part(name, q, rows)?
+        {
+            return Ok(matrix);
+        }
+        let matrix = self.joined_matrix(source.matrix(name, q)?)?;
+        Ok(match order {
+            Some(order) => matrix.select_rows(&order.to_list()),
+            None => matrix,
+        })
     }
 
     /// A matrix with the rows of those that are joined to it.
@@ -638,6 +652,14 @@ impl Worker<'_> {
             granularity: Some(pack.spec.granularity),
             ..self.report(became, bytes)
         }
+    }
+}
+
+/// Elements of a row: the last dimension, or one element of a vector.
+fn row_len(tensor: &Tensor) -> usize {
+    match tensor.shape[..] {
+        [_, .., cols] => cols.max(1),
+        _ => 1,
     }
 }
 

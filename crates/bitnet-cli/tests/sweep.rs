@@ -21,10 +21,20 @@ fn models() -> Vec<PathBuf> {
     let entries = fs::read_dir(golden).unwrap();
     let mut folders: Vec<PathBuf> = entries
         .map(|entry| entry.unwrap().path())
-        .filter(|path| path.join("config.json").exists())
+        .filter(|path| generates(path))
         .collect();
     folders.sort();
     folders
+}
+
+/// Whether a folder holds a model that generates text; encoders do not.
+fn generates(path: &Path) -> bool {
+    let Ok(config) = fs::read(path.join("config.json")) else {
+        return false;
+    };
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let class = config["architectures"][0].as_str();
+    class.is_some_and(|class| class.ends_with("ForCausalLM"))
 }
 
 /// A byte-level BPE of `size` tokens without merges: three special tokens, then single characters.

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::forward::{ForwardPass, NormGain};
 use crate::linear::{LayerInput, LinearLayer};
 use crate::load::WeightProvider;
-use crate::projections::{GatedWeights, Projections};
+use crate::projections::{GatedBuffers, GatedWeights, Projections};
 use bitnet_formats::arch::Experts;
 use std::cmp::Ordering;
 
@@ -131,6 +131,9 @@ pub(crate) struct RoutingBuffers {
     input: LayerInput,
     /// What it makes of them, `[tokens of it, hidden]`.
     output: Vec<f32>,
+    /// Buffers of the experts and of the shared one: each width has its own, which stay.
+    gated: GatedBuffers,
+    shared: GatedBuffers,
     /// The logits of the shared expert's gate.
     gates: Vec<f32>,
 }
@@ -260,7 +263,7 @@ impl ForwardPass<'_, '_> {
                 .with(|layers| r.input.write(runtime, layers, shape, row))?;
             r.output.resize(chosen.len() * hidden, 0.0);
             let weights = expert.weights(facts.ffn);
-            s.gated
+            r.gated
                 .apply((runtime, config), &weights, &mut r.input, &mut r.output)?;
             for (&choice, output) in chosen.iter().zip(r.output.chunks_exact(hidden)) {
                 let delta = &mut s.delta[choice / facts.used * hidden..][..hidden];
@@ -272,7 +275,7 @@ impl ForwardPass<'_, '_> {
             shared.gate.apply(runtime, &mut s.normed, &mut r.gates)?;
             r.output.resize(tokens * hidden, 0.0);
             let weights = shared.expert.weights(ffn);
-            s.gated
+            r.shared
                 .apply((runtime, config), &weights, &mut s.normed, &mut r.output)?;
             let outputs = r.output.chunks_exact(hidden);
             for ((delta, output), &gate) in

@@ -48,6 +48,16 @@ fn a_decoded_token_allocates_nothing() {
         decodes_without_allocating("bonsai, made up", &model);
     }
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    // Ternary experts with int8 inputs.
+    let path = golden.join("qwen2-moe/config.json");
+    let config = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let config = Config::from_hf(&path, &config).unwrap();
+    let options = LoadOptions {
+        threads: 1,
+        ..LoadOptions::default()
+    };
+    let model = Model::synthetic(config, &options).unwrap();
+    decodes_without_allocating("qwen2_moe, made up", &model);
     let mut models = 0;
     for entry in std::fs::read_dir(golden).unwrap() {
         let path = entry.unwrap().path();

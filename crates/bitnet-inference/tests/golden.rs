@@ -2,7 +2,8 @@
 //! scripts/make-inference-golden.py generates both.
 
 use bitnet_inference::{
-    CacheType, FloatType, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model, WantedLogits,
+    CacheType, Config, FloatType, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model,
+    WantedLogits,
 };
 use bitnet_kernels::Kernels;
 use safetensors::{Dtype, SafeTensors};
@@ -280,6 +281,41 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
     }
 }
 
+/// Ternary experts, router and shared expert with int8 inputs: the same bits everywhere.
+#[test]
+fn ternary_experts_have_the_same_bits_everywhere() {
+    let path = folder("qwen2-moe").join("config.json");
+    let config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let config = Config::from_hf(&path, &config).unwrap();
+    let tokens = golden("qwen2-moe").tokens;
+    let mut first: Option<Vec<u32>> = None;
+    for kernels in Kernels::all() {
+        for threads in [1, 3] {
+            let options = LoadOptions {
+                threads,
+                kernels,
+                ..LoadOptions::default()
+            };
+            let model = Model::synthetic(config.clone(), &options).unwrap();
+            assert!(model.integer_products(1, 1) > 0);
+            for piece in [tokens.len(), 5, 1] {
+                let mut cache = KvCache::new(model.config(), 40, CacheType::F32);
+                let (mut buffers, mut logits) = (ForwardBuffers::default(), vec![]);
+                for tokens in tokens.chunks(piece) {
+                    let step = ForwardStep {
+                        cache: &mut cache,
+                        tokens,
+                        want: WantedLogits::All,
+                    };
+                    logits.extend(bits(model.forward(&mut [step], &mut buffers).unwrap()));
+                }
+                let first = first.get_or_insert_with(|| logits.clone());
+                assert_eq!(*first, logits, "{}, {threads}, {piece}", kernels.isa());
+            }
+        }
+    }
+}
+
 /// A copy of a model folder that a test may change.
 fn copy(name: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -474,7 +510,15 @@ fn each_expert_has_its_place() {
 #[test]
 fn experts_that_do_not_fit_are_refused() {
     type Edit = fn(&mut serde_json::Value);
-    let cases: [(&str, Edit, &[&str]); 6] = [
+    let cases: [(&str, Edit, &[&str]); 7] = [
+        (
+            "qwen3-moe",
+            |c| {
+                c["quantization_config"] = serde_json::json!({"quant_method": "bitnet",
+                    "linear_class": "autobitlinear", "quantization_mode": "online"})
+            },
+            &["quantization_mode", "experts"],
+        ),
         (
             "qwen3-moe",
             |c| c["num_local_experts"] = 7.into(),

@@ -328,6 +328,8 @@ impl Builder<'_> {
     fn not_in_mlx(&self, tensor: &Tensor, transposed: bool) -> Option<bitnet_core::Error> {
         let why = if self.format != Format::Mlx {
             return None;
+        } else if is_numbered_expert(&tensor.name) {
+            "mlx-lm stacks the weights of experts, and not their scales".into()
         } else if transposed {
             "its matrices are [out, in], and this is stored [in, out]".into()
         } else if tensor.shape.len() == 2 && is_module(&tensor.name) {

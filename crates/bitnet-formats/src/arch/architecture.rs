@@ -175,6 +175,8 @@ pub struct Architecture {
     pub gguf_biases: bool,
     /// Whether llama.cpp reads an output matrix of its own; otherwise it takes the embedding.
     pub gguf_head: bool,
+    /// Whether llama.cpp takes the embedding where a file has no output matrix.
+    pub gguf_tied: bool,
     /// Whether a GGUF names the activation, under `hidden_activation`.
     pub gguf_activation: bool,
     /// Whether the heads together must have `hidden_size` dimensions.

@@ -152,6 +152,10 @@ fn biases(config: &HfConfig, architecture: &Architecture) -> Result<Biases> {
         BiasRule::Attention => none("mlp_bias", mlp)?,
         BiasRule::Qkv => {
             none("mlp_bias", mlp)?;
+            if !config.flag_or("qkv_bias", true)? {
+                let expected = format!("true: q, k and v of {} have biases", architecture.name);
+                return Err(config.bad("qkv_bias", &expected));
+            }
             return Ok(Biases {
                 qkv: true,
                 ..Biases::default()

@@ -161,6 +161,9 @@ impl Architecture {
     }
 }
 
+/// llama.cpp's number of the softmax.
+const SOFTMAX: u64 = 1;
+
 const STEP: &str = "decoder_sparse_step";
 const DENSE: &str = "mlp_only_layers";
 
@@ -189,6 +192,18 @@ pub(super) fn add_experts(
     let Some(rule) = keys.architecture.experts else {
         return Ok(());
     };
+    // What llama.cpp's graphs take as given.
+    let key = "expert_gating_func";
+    if keys.get(key).is_some_and(|v| v.as_u64() != Some(SOFTMAX)) {
+        return Err(keys.bad(key, &format!("{SOFTMAX}, a softmax over all experts")));
+    }
+    let (key, normalized) = ("expert_weights_norm", rule.gguf_normalized);
+    if keys
+        .get(key)
+        .is_some_and(|v| v.as_bool() != Some(normalized))
+    {
+        return Err(keys.bad(key, &normalized.to_string()));
+    }
     // Files older than the keys: the sizes of the matrices.
     let ffn_of = |tensor: &str| {
         let shape = shape(&format!("blk.0.{tensor}.weight"));

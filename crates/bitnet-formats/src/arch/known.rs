@@ -29,6 +29,7 @@ pub static LLAMA: Architecture = Architecture {
     gguf_adjacent_pairs: true,
     gguf_biases: true,
     gguf_head: true,
+    gguf_tied: true,
     gguf_activation: false,
     heads_fill_hidden: false,
     gguf_rope_freqs: true,
@@ -320,6 +321,7 @@ pub static QWEN3_MOE: Architecture = Architecture {
         gguf_normalized: true,
         shared: false,
     }),
+    training: None,
     ..QWEN3
 };
 
@@ -332,6 +334,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
         activation: Activation::Silu,
     }],
     gguf_keys: &EXPERT_KEYS,
+    gguf_tied: false,
     layer_modules: &MOE_MODULES,
     hf_defaults: Some(HfDefaults {
         kv_heads: Some(16),
@@ -341,6 +344,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
         gguf_normalized: false,
         shared: true,
     }),
+    training: None,
     ..QWEN2
 };
 
@@ -403,12 +407,14 @@ const MOE_MODULES: [(&str, &str); 19] = [
 ];
 
 /// Keys of a GGUF with experts.
-const EXPERT_KEYS: [&str; 5] = [
+const EXPERT_KEYS: [&str; 7] = [
     "attention.sliding_window",
     "expert_count",
     "expert_used_count",
     "expert_feed_forward_length",
     "expert_shared_feed_forward_length",
+    "expert_gating_func",
+    "expert_weights_norm",
 ];
 
 /// Modules of a layer of phi3.

@@ -188,6 +188,11 @@ fn check_limits(
              output.weight of its own is refused there"
         ));
     }
+    if !architecture.gguf_tied && decoder.tied {
+        notes.push(format!(
+            "llama.cpp opens no {name} without an output matrix, and this model's is the embedding"
+        ));
+    }
     let windows = decoder.layers.iter().filter_map(|layer| layer.window);
     if let Some(window) = windows
         .min()

@@ -56,7 +56,7 @@ impl CheckpointLoader<'_> {
                 found.check_spec(q)?;
                 let (pool, keeps) = (&self.runtime.pool, |kind| choice.keeps(kind));
                 let error = |e| found.kernel_error(e);
-                let range = found.first..found.first + rows;
+                let range = found.rows();
                 let blocks = blocks::strip_blocks(pool, self.source, q, range, keeps, error)?;
                 if let Some(blocks) = blocks {
                     return Ok(blocks.into());
@@ -109,10 +109,7 @@ impl CheckpointLoader<'_> {
         else {
             return Ok(None);
         };
-        let (pool, rows) = (
-            &self.runtime.pool,
-            found.first..found.first + found.shape[0],
-        );
+        let (pool, rows) = (&self.runtime.pool, found.rows());
         let cols = found.shape[1];
         blocks::gguf_blocks(pool, self.source, stored, ggml_type, kind, (rows, cols)).map(Some)
     }

@@ -15,6 +15,7 @@ impl CheckpointLoader<'_> {
         mlp: &str,
         [count, ffn, hidden]: [usize; 3],
     ) -> Result<Option<Vec<Expert>>> {
+        self.check_not_online(mlp)?;
         let both = format!("{mlp}.experts.gate_up_proj");
         let apart = |name: &str| format!("{mlp}.switch_mlp.{name}.weight");
         let is_there = |name: &str| self.source.find(&self.stored_name(name)).is_some();
@@ -42,15 +43,24 @@ impl CheckpointLoader<'_> {
         Ok(Some(experts.collect()))
     }
 
+    /// Refuses experts that a model might make ternary in each forward pass: transformers does it to
+    /// linear modules, which its experts are no more since version 5.
+    fn check_not_online(&self, mlp: &str) -> Result<()> {
+        if !self.is_online(&format!("{mlp}.experts.0.gate_proj"))? {
+            return Ok(());
+        }
+        let expected = "offline in a model with experts, which transformers 5 leaves as they are";
+        let (path, key) = (
+            self.source.path().join("config.json"),
+            "quantization_config.quantization_mode",
+        );
+        Err(bitnet_formats::Error::config(&path, key, expected, "'online'").into())
+    }
+
     /// A linear layer for each matrix of a tensor.
     fn stack(&self, name: &str, [count, rows, cols]: [usize; 3]) -> Result<Vec<LinearLayer>> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let found = self.find(name, &[count, rows, cols])?;
-        if self.is_online(module)? {
-            let expected = "experts that are modules of their own, or quantization_mode offline: \
-                            transformers makes linear modules ternary, and no stacks";
-            return Err(found.error(expected, "stacked experts"));
-        }
         let unpacked = OnceLock::new();
         let expert = |i: usize| {
             let mut matrix = found;

@@ -6,7 +6,7 @@ use crate::linear::KernelPool;
 use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::{Content, ScaleSource, StoredMatrix};
+use bitnet_formats::{Content, PackedPart, ScaleSource, StoredMatrix};
 use bitnet_kernels::matmul::{MatrixParameters, Prepacked, Stream};
 use serde_json::Value;
 
@@ -67,20 +67,33 @@ impl CheckpointLoader<'_> {
         multiplier: f32,
     ) -> Result<Option<Prepacked>> {
         found.check_spec(q)?;
-        let Some(part) = found.part(q) else {
-            return Ok(None);
+        let whole = found.shape[0] == q.spec.rows;
+        let part = match q.part(found.rows()) {
+            Some(part) => part,
+            None if whole => PackedPart {
+                spec: q.spec.clone(),
+                bytes: 0..self.source.stored(q.packed).len as usize,
+                scales: 0..q.spec.scales_len(),
+            },
+            None => return Ok(None),
         };
         let scales = match q.scales {
             ScaleSource::Inside if multiplier != 1.0 => return Ok(None),
             ScaleSource::Inside => vec![],
             ScaleSource::Stored { .. } => {
-                let mut scales = self.stored_scales(q, &part)?;
+                let mut scales = self.source.part_scales(q, &part)?;
                 scales.iter_mut().for_each(|s| *s *= multiplier);
                 scales
             }
         };
         let mut bytes = locked(&self.buffers).pop().unwrap_or_default();
-        self.read_part(q, &part, &mut bytes)?;
+        if whole {
+            self.source.read_all_into(q.packed, &mut bytes)?;
+        } else {
+            bytes.resize(part.bytes.len(), 0);
+            let start = part.bytes.start as u64;
+            self.source.read(q.packed, start, &mut bytes)?;
+        }
         let KernelPool { kernels, pool } = self.runtime;
         let parts = MatrixParameters {
             spec: &part.spec,
