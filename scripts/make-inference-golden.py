@@ -38,6 +38,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_p
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 40,
             "short_factor": [1.0, 1.5, 2.25], "long_factor": [2.0, 3.0, 5.0]}
 BF16, HEADS = torch.bfloat16, dict(head_dim=10)
+EXPERTS = dict(num_experts=6, moe_intermediate_size=20, initializer_range=0.25)
 # As in its own code, which is not part of transformers.
 MINICPM = {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
@@ -72,6 +73,26 @@ MODELS = {
                      rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5})),
 }
 
+# transformers saves experts as modules of their own, and reads stacks too.
+MODELS.update({
+    "qwen3-moe": ("qwen3_moe", BF16, None, dict(tie_word_embeddings=False, num_experts_per_tok=2, norm_topk_prob=True, **EXPERTS, **HEADS)),
+    "qwen3-moe-stacked": ("qwen3_moe", BF16, None, dict(tie_word_embeddings=True, num_hidden_layers=3, mlp_only_layers=[1], num_experts_per_tok=3, norm_topk_prob=False, **EXPERTS, **HEADS)),
+    "qwen2-moe": ("qwen2_moe", BF16, None, dict(tie_word_embeddings=False, num_experts_per_tok=3, shared_expert_intermediate_size=28, **EXPERTS)),
+})
+
+
+def stack_experts(path):
+    """Numbered experts as the parameters of transformers' modules: [E, 2·ffn, hidden] and [E, hidden, ffn]."""
+    tensors = load_file(path)
+    modules = sorted({name.split(".experts.")[0] + ".experts" for name in tensors if ".experts." in name})
+    for module in modules:
+        count = 1 + max(int(name[len(module) + 1:].split(".")[0]) for name in tensors if name.startswith(module + "."))
+        take = lambda kind: [tensors.pop(f"{module}.{i}.{kind}_proj.weight") for i in range(count)]
+        gate, up, down = take("gate"), take("up"), take("down")
+        tensors[module + ".gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
+        tensors[module + ".down_proj"] = torch.stack(down)
+    save_file(tensors, path, metadata={"format": "pt"})
+
 
 def make(name, seed):
     architecture, dtype, quantization, settings = MODELS[name]
@@ -93,6 +114,8 @@ def make(name, seed):
     folder = OUT / name
     model.to(dtype).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if name.endswith("-stacked"):
+        stack_experts(folder / "model.safetensors")
     if architecture == "minicpm":
         config = json.loads((folder / "config.json").read_text())
         config.update(MINICPM)

@@ -14,7 +14,8 @@ GOLDEN = ROOT / "crates/bitnet-inference/tests/golden"
 # Both compute in f32; llama.cpp's exponentials and sines are a little coarser.
 BOUND = 1e-3
 # name → tokens that llama.cpp computes like transformers: it has no sliding windows for these.
-MODELS = {"llama-f32": None, "qwen2-bias": None, "qwen3-yarn": None, "smollm3-nope": None, "phi3-partial": None, "minicpm": None, "qwen35": None, "mistral-window": 5}
+MODELS = {"llama-f32": None, "qwen2-bias": None, "qwen3-yarn": None, "smollm3-nope": None, "phi3-partial": None, "minicpm": None, "mistral-window": 5,
+          "qwen35": None, "qwen3-moe": None, "qwen2-moe": None}
 
 
 def floats(name, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import figure, make_llama, read_gguf, run
+from conftest import ROOT, figure, make_llama, read_gguf, run
 from transformers import AutoModelForCausalLM
 
 F16, BOUND, SMOLLM2 = 1e-3, 0.02, 0.1
@@ -202,6 +202,22 @@ def test_i2_s_is_for_bitnet_cpp_alone(llama256, tmp_path):
     assert 36 in kinds(out)
     with pytest.raises(ValueError):
         open_gguf(out)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bonsai(tied, tmp_path):
+    """A qwen3 that was trained with every matrix ternary, as `--preset bonsai` packs it: Q2_0, embedding and head too."""
+    text, config = tmp_path / "text.txt", tmp_path / "shape.toml"
+    text.write_text(" ".join(f"{i} and {i + 1} make {2 * i + 1}." for i in range(1500)))
+    config.write_text(f"[model.shape]\ntied = {str(tied).lower()}\n")
+    shape = ["--architecture", "qwen3", "--hidden", 128, "--ffn", 256, "--layers", 2, "--heads", 2, "--kv-heads", 1, "--head-dim", 96, "--context", 128]
+    flags = ["--config", config, "--tokenizer", ROOT / "assets/glassllm-en/tokenizer.json", "--batch", 2, "--steps", 20, "--no-twin", "--quiet"]
+    run("train", "lm", "--text", text, "--out", tmp_path / "run", "--preset", "bonsai", "--format", "gguf", *shape, *flags)
+    out = tmp_path / "run/packed.gguf"
+    assert kinds(out) == {42}
+    worst, same, *_ = compare(out, dequantized_folder(out, tmp_path), TOKENS["glassllm"])
+    assert worst < BOUND, worst
+    figure(f"llama.cpp, bonsai {'tied' if tied else 'untied'}: logits within {worst:.2e} of the largest, greedy tokens equal at {same:.0%}")
 
 
 def test_types_that_llama_cpp_knows():

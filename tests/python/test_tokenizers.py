@@ -86,7 +86,9 @@ def test_small(name, weights, tmp_path):
     assert (metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")) == (model, pre)
     # White space beside ▁ is dropped before there is a ▁ for it.
     texts = [t for t in cases.TEXTS + cases.LETTERS if not (name == "unigram" and "▁" in t)]
-    assert different(hf(tokenizer), hf(back), texts) == []
+    # The tokenizer of a GGUF cuts at line feeds, so unknown text before and behind one stays apart.
+    whole = [t for t in texts if not (name == "spm-no-bytes" and ("\n" in t or "\r" in t))]
+    assert different(hf(tokenizer), hf(back), whole) == []
     skipped = SKIPPED.get(name, [])
     if name == "spm-no-bytes":
         # llama.cpp drops what the tokenizer does not know.

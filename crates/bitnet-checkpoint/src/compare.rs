@@ -1,10 +1,10 @@
 //! Error between two checkpoints of the same model, tensor by tensor.
 
 use crate::job::Progress;
-use crate::rows::{in_parallel, strip_rows, windows, with_original_rows};
+use crate::rows::{OutputOrder, RowOrder, in_parallel, strip_rows, windows, with_original_rows};
 use crate::{Error, Result};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
-use bitnet_formats::arch::{self, Architecture, HeadCounts, TensorOrder};
+use bitnet_formats::arch::{self, Architecture, ExpertTensor, HeadCounts};
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use bitnet_kernels::Kernels;
 
@@ -101,7 +101,12 @@ pub fn compare(
         else {
             continue;
         };
-        if shape != other.shape {
+        // One of several experts.
+        let got = match order {
+            Some(OutputOrder::Rows(RowOrder::Runs { .. })) => &other.shape[1..],
+            _ => &other.shape[..],
+        };
+        if shape != got && shape[..] != [&[1], got].concat() {
             let what = format!(
                 "tensor '{}': expected shape {shape:?}, got {:?}",
                 other.name, other.shape
@@ -169,7 +174,7 @@ struct TensorPairs<'a> {
 struct Paired<'a> {
     tensor: &'a Tensor,
     /// For each row or column of the original that of the counterpart.
-    order: Option<TensorOrder>,
+    order: Option<OutputOrder>,
     /// The shape of the counterpart.
     shape: Vec<usize>,
     /// An element of the original, from that of the counterpart.
@@ -209,21 +214,32 @@ impl<'a> TensorPairs<'a> {
         let (mut order, mut shape) = (None, tensor.shape.clone());
         let mut element: Box<dyn Fn(f32) -> f32 + Sync> = Box::new(|w| w);
         if let Some((architecture, heads)) = self.model {
-            if arch::is_rope_tensor(&tensor.name) {
+            if arch::is_rope_tensor(&tensor.name) || architecture.ignores(&tensor.name) {
                 return Ok(None);
             }
             if self.original.kind() == Kind::Gguf {
                 name = architecture.hf_tensor(&tensor.name);
                 if let Some(hf) = &name {
                     shape = architecture.hf_shape(hf, &tensor.shape);
-                    order = architecture.gguf_order(heads, hf, &shape)?;
+                    order = architecture.gguf_order(heads, hf, &shape)?.map(Into::into);
                     let form = architecture.gguf_elements(hf);
                     element = Box::new(move |w| form.to_gguf(w));
                 }
             } else {
                 name = architecture.gguf_tensor(&tensor.name);
                 shape = architecture.gguf_shape(&tensor.name, &tensor.shape);
-                order = architecture.hf_order(heads, &tensor.name, &shape)?;
+                order = architecture
+                    .hf_order(heads, &tensor.name, &shape)?
+                    .map(Into::into);
+                match architecture.gguf_experts(&tensor.name) {
+                    Some(ExpertTensor::One { stack, expert }) => {
+                        let rows = tensor.shape.first().copied().unwrap_or(0);
+                        order = Some(OutputOrder::Rows(RowOrder::run(expert * rows, rows)));
+                        name = Some(stack);
+                    }
+                    Some(ExpertTensor::Down(stack)) => name = Some(stack),
+                    Some(ExpertTensor::GateUp(_)) | None => {}
+                }
                 let form = architecture.gguf_elements(&tensor.name);
                 element = Box::new(move |w| form.to_hf(w));
             }

@@ -25,6 +25,86 @@ const TURNED_WEIGHTS: usize = 1 << 14;
 /// Rows of such a block: a cache line of floats.
 const TURNED_ROWS: usize = 16;
 
+/// Which rows of a source are those of an output, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RowOrder {
+    /// These.
+    List(Vec<usize>),
+    /// `count` runs of `len` rows; the first begins at row `first`, each other one `stride` rows
+    /// behind the one before.
+    Runs {
+        first: usize,
+        len: usize,
+        stride: usize,
+        count: usize,
+    },
+}
+
+impl RowOrder {
+    /// `len` rows from `first` on.
+    pub(crate) const fn run(first: usize, len: usize) -> Self {
+        Self::Runs {
+            first,
+            len,
+            stride: len,
+            count: 1,
+        }
+    }
+
+    /// Number of rows.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::List(rows) => rows.len(),
+            Self::Runs { len, count, .. } => len * count,
+        }
+    }
+
+    /// The source's row of a row.
+    pub(crate) fn row(&self, row: usize) -> usize {
+        match self {
+            Self::List(rows) => rows[row],
+            Self::Runs {
+                first, len, stride, ..
+            } => first + row / len * stride + row % len,
+        }
+    }
+
+    /// The rows, if they are one run.
+    pub(crate) fn single_run(&self) -> Option<Range<usize>> {
+        match *self {
+            Self::Runs {
+                first,
+                len,
+                count: 1,
+                ..
+            } => Some(first..first + len),
+            _ => None,
+        }
+    }
+
+    /// All rows.
+    pub(crate) fn to_list(&self) -> Vec<usize> {
+        (0..self.len()).map(|row| self.row(row)).collect()
+    }
+}
+
+/// Which rows or columns of a source are those of an output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum OutputOrder {
+    Rows(RowOrder),
+    /// All columns, for each that of the source.
+    Columns(Vec<usize>),
+}
+
+impl From<TensorOrder> for OutputOrder {
+    fn from(order: TensorOrder) -> Self {
+        match order {
+            TensorOrder::Rows(rows) => Self::Rows(RowOrder::List(rows)),
+            TensorOrder::Columns(columns) => Self::Columns(columns),
+        }
+    }
+}
+
 /// Rows of a tensor as f32: stored floats or blocks, or dequantized values.
 #[derive(Clone, Copy)]
 pub(crate) struct WeightRows<'a> {
@@ -34,7 +114,7 @@ pub(crate) struct WeightRows<'a> {
     pub(crate) count: usize,
     /// Weights of a row.
     pub(crate) cols: usize,
-    order: Option<&'a [usize]>,
+    order: Option<&'a RowOrder>,
     /// For each column the column of what is read.
     columns: Option<&'a [usize]>,
     /// The last two dimensions of what is read: those of each matrix.
@@ -48,6 +128,8 @@ pub(crate) struct WeightRows<'a> {
 #[derive(Clone, Copy)]
 enum RowSource<'a> {
     Stored(StoredId),
+    /// Tensors of so many elements each, one behind the other.
+    Joined(&'a [StoredId], usize),
     Matrix(&'a Matrix),
 }
 
@@ -57,6 +139,23 @@ pub(crate) struct StripBuffers {
     pub(crate) bytes: Vec<u8>,
     pub(crate) weights: Vec<f32>,
     pub(crate) back: Vec<f32>,
+}
+
+impl<'a> WeightRows<'a> {
+    /// All rows of a matrix, in its order.
+    const fn plain(source: &'a Source, from: RowSource<'a>, matrix: (usize, usize)) -> Self {
+        Self {
+            source,
+            from,
+            count: matrix.0,
+            cols: matrix.1,
+            order: None,
+            columns: None,
+            matrix,
+            turned: false,
+            unrotate: None,
+        }
+    }
 }
 
 impl WeightRows<'_> {
@@ -73,8 +172,8 @@ impl WeightRows<'_> {
             _ if self.turned => self.read_turned(rows.start * cols, bytes, out)?,
             None => self.read_flat(rows.start * cols, bytes, out)?,
             Some(order) => {
-                for (&row, out) in order[rows].iter().zip(out.chunks_mut(cols.max(1))) {
-                    self.read_flat(row * cols, bytes, out)?;
+                for (row, out) in rows.zip(out.chunks_mut(cols.max(1))) {
+                    self.read_flat(order.row(row) * cols, bytes, out)?;
                 }
             }
         }
@@ -100,6 +199,17 @@ impl WeightRows<'_> {
                 let range = start..start + out.len();
                 self.source.read_floats(stored, range, bytes, out)?;
             }
+            RowSource::Joined(all, elements) => {
+                let (mut start, mut rest) = (start, out);
+                while !rest.is_empty() {
+                    let (part, at) = (start / elements.max(1), start % elements.max(1));
+                    let len = (elements - at).min(rest.len());
+                    let (out, after) = rest.split_at_mut(len);
+                    self.source
+                        .read_floats(all[part], at..at + len, bytes, out)?;
+                    (start, rest) = (start + len, after);
+                }
+            }
             RowSource::Matrix(matrix) => dequantize_range(matrix, start, out),
         }
         Ok(())
@@ -109,7 +219,7 @@ impl WeightRows<'_> {
     fn read_part(&self, start: usize, bytes: &mut Vec<u8>, out: &mut [f32]) -> Result<()> {
         let block = match self.from {
             RowSource::Stored(stored) => self.source.stored(stored).dtype.block(),
-            RowSource::Matrix(_) => 1,
+            RowSource::Joined(..) | RowSource::Matrix(_) => 1,
         };
         if block == 1 {
             return self.read_flat(start, bytes, out);
@@ -145,7 +255,7 @@ impl WeightRows<'_> {
                 block.resize(height * width, 0.0);
                 for (i, part) in block.chunks_mut(width).enumerate() {
                     let row = matrix * rows + row + i;
-                    let row = self.order.map_or(row, |order| order[row]);
+                    let row = self.order.map_or(row, |order| order.row(row));
                     self.read_part(row * cols + first, bytes, part)?;
                 }
                 for (c, out) in turned.chunks_mut(rows).enumerate() {
@@ -329,13 +439,13 @@ pub fn read_matrix(source: &Source, tensor: &Tensor) -> Result<(Vec<f32>, (usize
 pub(crate) fn with_rows<T>(
     source: &Source,
     tensor: &Tensor,
-    order: Option<&TensorOrder>,
+    order: Option<&OutputOrder>,
     f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {
     let (order, columns) = match order {
         None => (None, None),
-        Some(TensorOrder::Rows(rows)) => (Some(&rows[..]), None),
-        Some(TensorOrder::Columns(columns)) => (None, Some(&columns[..])),
+        Some(OutputOrder::Rows(rows)) => (Some(rows), None),
+        Some(OutputOrder::Columns(columns)) => (None, Some(&columns[..])),
     };
     let shape = match tensor.shape[..] {
         [.., rows, cols] => (rows, cols),
@@ -344,7 +454,7 @@ pub(crate) fn with_rows<T>(
     let rows = |from, cols: usize| WeightRows {
         source,
         from,
-        count: tensor.elements() / cols.max(1),
+        count: order.map_or(tensor.elements() / cols.max(1), RowOrder::len),
         cols,
         order,
         columns,
@@ -362,7 +472,14 @@ pub(crate) fn with_rows<T>(
             f(&rows(RowSource::Stored(*stored), cols))
         }
         Content::Quantized(q) => {
-            let matrix = source.matrix(&tensor.name, q)?;
+            let name = &tensor.name;
+            if let Some(rows) = order.and_then(RowOrder::single_run)
+                && q.spec.cols == shape.1
+                && let Some(matrix) = source.matrix_part(name, q, rows)?
+            {
+                return with_matrix_rows(source, &matrix, f);
+            }
+            let matrix = source.matrix(name, q)?;
             let (from, spec) = (RowSource::Matrix(&matrix), &matrix.spec);
             if q.transposed {
                 if order.is_some() || columns.is_some() {
@@ -381,20 +498,50 @@ pub(crate) fn with_rows<T>(
             }
             // The same weights in the same order, if the matrix of the file has other rows than the
             // tensor.
-            let same_rows = tensor.shape.first() == Some(&spec.rows);
+            let same_rows = tensor.elements() == spec.rows * shape.1;
+            let order = order.filter(|_| same_rows);
             f(&WeightRows {
-                order: order.filter(|_| same_rows),
+                order,
+                count: order.map_or(spec.rows, RowOrder::len),
                 ..rows(from, spec.cols)
             })
         }
     }
 }
 
+/// Calls `f` with the rows of several tensors of floats of one shape `[N, K]`, one behind the other.
+pub(crate) fn with_joined_rows<T>(
+    source: &Source,
+    tensors: &[&Tensor],
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
+) -> Result<T> {
+    let stored: Vec<StoredId> = tensors.iter().map(|t| t.first_stored()).collect();
+    let &[rows, cols] = tensors.first().map_or(&[][..], |t| &t.shape[..]) else {
+        return Err(Error::Recipe("only matrices can be joined".into()));
+    };
+    let from = RowSource::Joined(&stored, rows * cols);
+    f(&WeightRows::plain(
+        source,
+        from,
+        (rows * tensors.len(), cols),
+    ))
+}
+
+/// Calls `f` with the rows of a quantized matrix.
+pub(crate) fn with_matrix_rows<T>(
+    source: &Source,
+    matrix: &Matrix,
+    f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
+) -> Result<T> {
+    let shape = (matrix.spec.rows, matrix.spec.cols);
+    f(&WeightRows::plain(source, RowSource::Matrix(matrix), shape))
+}
+
 /// [`with_rows`] in the original basis, where the source stores the tensor in a rotated one.
 pub(crate) fn with_original_rows<T>(
     source: &Source,
     tensor: &Tensor,
-    order: Option<&TensorOrder>,
+    order: Option<&OutputOrder>,
     kernels: Kernels,
     f: impl FnOnce(&WeightRows<'_>) -> Result<T>,
 ) -> Result<T> {

@@ -29,9 +29,10 @@ pub(crate) struct Outputs<'a> {
 }
 
 impl Outputs<'_> {
-    /// Whether a new folder has a file of that name.
+    /// Whether a new folder has a file of that name, or a folder with a file.
     fn holds(&self, name: &str) -> bool {
-        let sidecar = self.sidecars.is_some_and(|files| files.contains_key(name));
+        let files = self.sidecars.into_iter().flat_map(BTreeMap::keys);
+        let sidecar = files.into_iter().any(|file| is_within(file, name));
         sidecar || self.weights.iter().any(|w| w == Path::new(name))
     }
 }
@@ -92,6 +93,12 @@ fn check_path(
     }
 }
 
+/// Whether the path of a file in a folder is the entry `name` or in it.
+fn is_within(file: &str, name: &str) -> bool {
+    file.strip_prefix(name)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 /// What stays of a folder that is replaced: everything but the files that this program wrote. Where
 /// no document lists those, everything but the files that the new folder has.
 fn kept_entries(target: &Path, outputs: &Outputs<'_>) -> Result<Vec<String>> {
@@ -104,7 +111,7 @@ fn kept_entries(target: &Path, outputs: &Outputs<'_>) -> Result<Vec<String>> {
         let ours = if written.is_empty() {
             outputs.holds(&name)
         } else {
-            written.contains(&name)
+            written.iter().any(|file| is_within(file, &name))
         };
         if !ours {
             kept.push(name);
@@ -155,6 +162,10 @@ pub(crate) fn place_folder(
     }
     for (name, sidecar) in outputs.sidecars.into_iter().flatten() {
         let path = folder.join(name);
+        if let Some((parent, _)) = name.rsplit_once('/') {
+            let parent = folder.join(parent);
+            fs::create_dir_all(&parent).map_err(FileError::io(&parent, "create"))?;
+        }
         match sidecar {
             Sidecar::Copy(from) => fs::copy(from, &path).map(drop),
             Sidecar::Bytes(bytes) => fs::write(&path, bytes),

@@ -137,9 +137,8 @@ fn check_surroundings(
     let folder = path.parent().unwrap_or(std::path::Path::new("."));
     for (name, expected) in &document.files {
         // The name comes from a file: it must not lead out of the folder.
-        let plain = std::path::Path::new(name)
-            .file_name()
-            .is_some_and(|n| n == name.as_str());
+        let inside = |part| matches!(part, std::path::Component::Normal(_));
+        let plain = !name.is_empty() && std::path::Path::new(name).components().all(inside);
         let got = match plain.then(|| std::fs::read(folder.join(name))) {
             Some(Ok(bytes)) => document::checksum(&bytes),
             Some(Err(error)) => error.to_string(),

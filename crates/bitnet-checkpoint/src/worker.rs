@@ -6,8 +6,8 @@ use crate::plan::{Action, Job, Pack, TensorJob, mlx};
 use crate::recipe::Format;
 use crate::report::{Options, TensorReport};
 use crate::rows::{
-    StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows, windows, with_original_rows,
-    with_rows,
+    OutputOrder, RowOrder, StripBuffers, StripGranule, WeightRows, in_parallel, strip_rows,
+    windows, with_joined_rows, with_matrix_rows, with_original_rows, with_rows,
 };
 use crate::{Error, Result};
 use bitnet_core::granule::Importance;
@@ -15,10 +15,9 @@ use bitnet_core::pack::{self, Layout};
 use bitnet_core::quantize::{Fitted, fit, quantize_rows};
 use bitnet_core::stats::{CodeHistogram, ErrorStats};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleStorage, Scheme, ZeroPoints};
-use bitnet_formats::arch::TensorOrder;
 use bitnet_formats::onnx::BlockFormat;
 use bitnet_formats::output::{OutputId, Writer};
-use bitnet_formats::{Content, StoredId, dtype};
+use bitnet_formats::{Content, StoredId, StoredMatrix, Tensor, dtype};
 use bitnet_kernels::{Pool, stream};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -73,11 +72,9 @@ impl Worker<'_> {
     }
 
     fn advance(&self, share: usize, of: usize) {
-        let Some(index) = self.tensor_job.tensor else {
-            return;
-        };
         let source = self.job.source;
-        let bytes = source.bytes_of(source.tensor(index));
+        let tensors = self.tensor_job.tensors();
+        let bytes: u64 = tensors.map(|t| source.bytes_of(source.tensor(t))).sum();
         self.options
             .progress
             .advance((bytes as u128 * share as u128 / of.max(1) as u128) as u64);
@@ -117,10 +114,15 @@ impl Worker<'_> {
     }
 
     fn report(&self, became: impl ToString, bytes: u64) -> TensorReport {
-        let weights = self
-            .tensor_job
-            .tensor
-            .map_or(bytes / 4, |i| self.job.source.tensor(i).elements() as u64);
+        let source = self.job.source;
+        let tensors = self.tensor_job.tensors().map(|t| source.tensor(t));
+        let weights = match (self.tensor_job.tensor, &self.tensor_job.order) {
+            (None, _) => bytes / 4,
+            (Some(id), Some(OutputOrder::Rows(order))) => {
+                (order.len() * row_len(source.tensor(id))) as u64
+            }
+            (Some(_), _) => tensors.map(|t| t.elements() as u64).sum(),
+        };
         TensorReport {
             name: self.tensor_job.name.clone(),
             became: became.to_string(),
@@ -146,58 +148,103 @@ impl Worker<'_> {
             return Ok(self.report("nothing", 0));
         };
         let tensor = source.tensor(index);
-        let Some(&stored) = tensor.stored().first() else {
+        let Some(&first) = tensor.stored().first() else {
             return Ok(self.report("nothing", 0));
         };
-        let len = source.stored(stored).len;
-        let row_bytes = len / tensor.shape.first().copied().unwrap_or(1).max(1) as u64;
-        let mut buffer = vec![];
-        let send = |buffer: &mut Vec<u8>| -> Result<()> {
-            self.advance(buffer.len(), len as usize);
-            self.send(WriterMessage::Append(
-                self.tensor_job.data,
-                std::mem::take(buffer),
-            ))?;
-            self.check_interrupt()
-        };
-        match &self.tensor_job.order {
+        let total = match &self.tensor_job.order {
             None => {
-                let mut at = 0;
-                while at < len {
-                    buffer.resize((len - at).min(COPY_BYTES as u64) as usize, 0);
-                    source.read(stored, at, &mut buffer)?;
-                    at += buffer.len() as u64;
-                    send(&mut buffer)?;
+                let tensors = self.tensor_job.tensors().map(|t| source.tensor(t));
+                let stored: Vec<StoredId> = tensors.map(Tensor::first_stored).collect();
+                let total = stored.iter().map(|&id| source.stored(id).len).sum();
+                for id in stored {
+                    self.copy_bytes(id, 0..source.stored(id).len, total)?;
                 }
+                total
             }
-            Some(TensorOrder::Columns(order)) => {
-                let (order, unit) = self.moved_units(stored, order)?;
-                let mut row = vec![0; row_bytes as usize];
-                for at in 0..len / row_bytes.max(1) {
-                    source.read(stored, at * row_bytes, &mut row)?;
-                    for &from in &order {
-                        buffer.extend_from_slice(&row[from * unit..][..unit]);
-                    }
-                    if buffer.len() >= COPY_BYTES {
-                        send(&mut buffer)?;
-                    }
-                }
-                send(&mut buffer)?;
+            Some(OutputOrder::Columns(order)) => {
+                let rows = tensor.shape.first().copied().unwrap_or(1);
+                self.copy_columns(first, order, rows)?
             }
-            Some(TensorOrder::Rows(order)) => {
-                for &row in order {
-                    let end = buffer.len();
-                    buffer.resize(end + row_bytes as usize, 0);
-                    source.read(stored, row as u64 * row_bytes, &mut buffer[end..])?;
-                    if buffer.len() >= COPY_BYTES {
-                        send(&mut buffer)?;
-                    }
-                }
-                send(&mut buffer)?;
+            Some(OutputOrder::Rows(order)) => {
+                let rows = tensor.elements() / row_len(tensor);
+                let row_bytes = source.stored(first).len / rows.max(1) as u64;
+                self.copy_rows(first, order, row_bytes)?;
+                order.len() as u64 * row_bytes
+            }
+        };
+        self.send(WriterMessage::End(self.tensor_job.data))?;
+        Ok(self.report(format!("copied {}", source.stored(first).dtype), total))
+    }
+
+    /// Sends the rows of a stored tensor with their columns in another order; returns their bytes.
+    fn copy_columns(&self, stored: StoredId, order: &[usize], rows: usize) -> Result<u64> {
+        let source = self.job.source;
+        let total = source.stored(stored).len;
+        let row_bytes = total / rows.max(1) as u64;
+        let (order, unit) = self.moved_units(stored, order)?;
+        let (mut row, mut buffer) = (vec![0; row_bytes as usize], vec![]);
+        for at in 0..rows as u64 {
+            source.read(stored, at * row_bytes, &mut row)?;
+            for &from in &order {
+                buffer.extend_from_slice(&row[from * unit..][..unit]);
+            }
+            if buffer.len() >= COPY_BYTES || at + 1 == rows as u64 {
+                self.advance(buffer.len(), total as usize);
+                let bytes = std::mem::take(&mut buffer);
+                self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
+                self.check_interrupt()?;
             }
         }
-        self.send(WriterMessage::End(self.tensor_job.data))?;
-        Ok(self.report(format!("copied {}", source.stored(stored).dtype), len))
+        Ok(total)
+    }
+
+    /// Sends bytes of a stored tensor, of `total` that are sent for the output.
+    fn copy_bytes(&self, stored: StoredId, bytes: Range<u64>, total: u64) -> Result<()> {
+        let (source, mut at) = (self.job.source, bytes.start);
+        while at < bytes.end {
+            let mut buffer = vec![0; (bytes.end - at).min(COPY_BYTES as u64) as usize];
+            source.read(stored, at, &mut buffer)?;
+            at += buffer.len() as u64;
+            self.advance(buffer.len(), total as usize);
+            self.send(WriterMessage::Append(self.tensor_job.data, buffer))?;
+            self.check_interrupt()?;
+        }
+        Ok(())
+    }
+
+    /// Sends rows of a stored tensor.
+    fn copy_rows(&self, stored: StoredId, order: &RowOrder, row_bytes: u64) -> Result<()> {
+        let total = order.len() as u64 * row_bytes;
+        if let &RowOrder::Runs {
+            first,
+            len,
+            stride,
+            count,
+        } = order
+        {
+            for run in 0..count {
+                let start = (first + run * stride) as u64 * row_bytes;
+                self.copy_bytes(stored, start..start + len as u64 * row_bytes, total)?;
+            }
+            return Ok(());
+        }
+        let (source, mut buffer) = (self.job.source, vec![]);
+        for row in 0..order.len() {
+            let end = buffer.len();
+            buffer.resize(end + row_bytes as usize, 0);
+            source.read(
+                stored,
+                order.row(row) as u64 * row_bytes,
+                &mut buffer[end..],
+            )?;
+            if buffer.len() >= COPY_BYTES || row + 1 == order.len() {
+                self.advance(buffer.len(), total as usize);
+                let bytes = std::mem::take(&mut buffer);
+                self.send(WriterMessage::Append(self.tensor_job.data, bytes))?;
+                self.check_interrupt()?;
+            }
+        }
+        Ok(())
     }
 
     /// An order of columns as one of the blocks of a stored tensor, and the bytes of a block. The
@@ -213,6 +260,18 @@ impl Worker<'_> {
     /// Calls `f` with the rows of the tensor.
     fn with_rows<T>(&self, f: impl FnOnce(&WeightRows<'_>) -> Result<T>) -> Result<T> {
         let source = self.job.source;
+        if !self.tensor_job.joined.is_empty() {
+            let tensors: Vec<&Tensor> = self
+                .tensor_job
+                .tensors()
+                .map(|t| source.tensor(t))
+                .collect();
+            let Content::Quantized(q) = &tensors[0].content else {
+                return with_joined_rows(source, &tensors, f);
+            };
+            let matrix = self.joined_matrix(source.matrix(&tensors[0].name, q)?)?;
+            return with_matrix_rows(source, &matrix, f);
+        }
         match self.tensor_job.tensor {
             Some(index) => with_rows(
                 source,
@@ -411,8 +470,8 @@ impl Worker<'_> {
     fn ordered(&self, matrix: Matrix) -> Result<Matrix> {
         match &self.tensor_job.order {
             None => Ok(matrix),
-            Some(TensorOrder::Rows(order)) => Ok(matrix.select_rows(order)),
-            Some(TensorOrder::Columns(order)) => matrix.select_columns(order).ok_or_else(|| {
+            Some(OutputOrder::Rows(order)) => Ok(matrix.select_rows(&order.to_list())),
+            Some(OutputOrder::Columns(order)) => matrix.select_columns(order).ok_or_else(|| {
                 let name = &self.tensor_job.name;
                 Error::Recipe(format!(
                     "'{name}': groups of columns that do not move as one"
@@ -427,13 +486,11 @@ impl Worker<'_> {
             return Err(Error::Recipe("a literal has no codes".into()));
         };
         let matrix = match (&pack.given, &tensor.content) {
-            (Some(given), _) => (**given).clone(),
-            (None, Content::Quantized(q)) => source.matrix(&tensor.name, q)?,
+            (Some(given), _) => self.ordered((**given).clone())?,
+            (None, Content::Quantized(q)) => self.ordered_matrix(tensor, q)?,
             (None, _) => return Err(Error::Recipe("floats have no codes".into())),
         };
-        let mut matrix = self
-            .ordered(matrix)?
-            .with_granularity(pack.spec.granularity)?;
+        let mut matrix = matrix.with_granularity(pack.spec.granularity)?;
         for scale in &mut matrix.scales {
             *scale = pack.spec.scale_dtype.round(*scale);
             if !scale.is_finite() {
@@ -452,6 +509,46 @@ impl Worker<'_> {
         total += self.finish_matrix(pack, &matrix.scales, &matrix.zero_points)?;
         self.advance(1, 1);
         Ok(self.packed_report(pack, layout, total))
+    }
+
+    /// The matrix of the output: joined, or some rows of a tensor's.
+    fn ordered_matrix(&self, tensor: &Tensor, q: &StoredMatrix) -> Result<Matrix> {
+        let (source, name) = (self.job.source, &tensor.name);
+        if let Some(OutputOrder::Rows(order)) = &self.tensor_job.order
+            && let Some(rows) = order.single_run()
+            && let Some(matrix) = source.matrix_part(name, q, rows)?
+        {
+            return Ok(matrix);
+        }
+        self.ordered(self.joined_matrix(source.matrix(name, q)?)?)
+    }
+
+    /// A matrix with the rows of those that are joined to it.
+    fn joined_matrix(&self, mut matrix: Matrix) -> Result<Matrix> {
+        let source = self.job.source;
+        if self.tensor_job.joined.is_empty() {
+            return Ok(matrix);
+        }
+        if matrix.spec.planes != 1 {
+            let why = "experts of several planes cannot be joined to one tensor";
+            return Err(bitnet_core::Error::Scheme(why.into()).into());
+        }
+        if matrix.spec.granularity == Granularity::Tensor {
+            matrix = matrix.with_granularity(Granularity::Channel)?;
+        }
+        for &id in &self.tensor_job.joined {
+            let tensor = source.tensor(id);
+            let Content::Quantized(q) = &tensor.content else {
+                return Err(Error::Recipe("floats have no codes".into()));
+            };
+            let other = source.matrix(&tensor.name, q)?;
+            let other = other.with_granularity(matrix.spec.granularity)?;
+            matrix.spec.rows += other.spec.rows;
+            matrix.values.extend(other.values);
+            matrix.scales.extend(other.scales);
+            matrix.zero_points.extend(other.zero_points);
+        }
+        Ok(matrix)
     }
 
     /// Sends packed bytes as the format has them.
@@ -597,6 +694,14 @@ impl Worker<'_> {
             granularity: Some(pack.spec.granularity),
             ..self.report(became, bytes)
         }
+    }
+}
+
+/// Elements of a row: the last dimension, or one element of a vector.
+fn row_len(tensor: &Tensor) -> usize {
+    match tensor.shape[..] {
+        [_, .., cols] => cols.max(1),
+        _ => 1,
     }
 }
 

@@ -51,6 +51,7 @@ fn run(command: &Command, out: &mut Output) -> anyhow::Result<Answer> {
         Command::Verify(args) => commands::verify::run(args, out),
         Command::Run(args) => commands::run::run(args, out),
         Command::Chat(args) => commands::chat::run(args, out),
+        Command::Embed(args) => commands::embed::run(args, out),
         Command::Perplexity(args) => commands::perplexity::run(args, out),
         Command::Bench(args) => commands::bench::run(args, out),
         #[cfg(feature = "train")]

@@ -42,6 +42,7 @@ pub(crate) fn stderr_line(line: impl AsRef<str>) {
 pub(crate) struct Output {
     json: bool,
     text: String,
+    bytes: Option<Vec<u8>>,
     document: Option<serde_json::Value>,
 }
 
@@ -50,6 +51,7 @@ impl Output {
         Self {
             json,
             text: String::new(),
+            bytes: None,
             document: None,
         }
     }
@@ -100,13 +102,21 @@ impl Output {
             .context(CANNOT_WRITE)
     }
 
+    /// Bytes that are the result, in place of lines.
+    pub(crate) fn bytes(&mut self, bytes: Vec<u8>) {
+        self.bytes = Some(bytes);
+    }
+
     /// Prints what was collected.
     pub(crate) fn flush(&mut self) -> anyhow::Result<()> {
         let text = match &self.document {
             Some(document) if self.json => format!("{document:#}\n"),
             _ => std::mem::take(&mut self.text),
         };
-        self.raw(text.as_bytes())
+        match self.bytes.take().filter(|_| !self.json) {
+            Some(bytes) => self.raw(&bytes),
+            None => self.raw(text.as_bytes()),
+        }
     }
 }
 

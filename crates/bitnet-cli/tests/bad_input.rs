@@ -418,13 +418,12 @@ fn a_gguf_of_huge_counts() {
 
 #[test]
 fn a_gguf_of_another_version() {
-    for version in [0, 1, 4, 1000] {
+    for version in [0, 4, 1000] {
         bad_gguf(
             &gguf(version, 1, 0, 0, 16),
-            &[&format!("version {version}"), "expected 2 or 3"],
+            &[&format!("version {version}"), "expected 1, 2 or 3"],
         );
     }
-    bad_gguf(&gguf(3u32.swap_bytes(), 1, 0, 0, 16), &["big-endian"]);
 }
 
 #[test]

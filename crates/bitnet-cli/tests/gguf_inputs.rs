@@ -52,15 +52,11 @@ fn a_model_in_parts_is_the_model_in_one_file() {
 #[test]
 fn a_big_endian_model_is_the_little_endian_one() {
     let dir = copies(&["gguf/big.gguf", "gguf/little.gguf"]);
-    for (to, command) in [("gguf", "convert"), ("safetensors", "dequantize")] {
-        for order in ["big", "little"] {
-            let input = format!("{order}.gguf");
-            let out = format!("{order}-out.{to}");
-            dir.run(&[command, &input, "--out", &out]).is(0);
-        }
-        let [big, little] = ["big", "little"].map(|o| dir.read(&format!("{o}-out.{to}")));
-        assert!(big == little, "{command}");
+    for order in ["big", "little"] {
+        let (input, out) = (format!("{order}.gguf"), format!("{order}-out.gguf"));
+        dir.run(&["convert", &input, "--out", &out]).is(0);
     }
+    assert!(dir.read("big-out.gguf") == dir.read("little-out.gguf"));
     dir.run(&["inspect", "big.gguf"]).is(0);
     dir.run(&["compare", "big.gguf", "little.gguf"]).is(0);
     dir.run(&["verify", "big-out.gguf"]).is(0);

@@ -70,7 +70,7 @@ fn model(name: &str) -> Dir {
     dir
 }
 
-const MODELS: [&str; 12] = [
+const MODELS: [&str; 14] = [
     "llama-f32",
     "llama-f16-rope",
     "qwen2-bias",
@@ -83,6 +83,8 @@ const MODELS: [&str; 12] = [
     "gemma3",
     "qwen35",
     "bitnet-float",
+    "qwen3-moe",
+    "qwen2-moe",
 ];
 
 #[test]
@@ -129,6 +131,7 @@ fn facts_without_a_place_in_a_gguf_are_refused() {
         ("qwen2-window", "max_window_layers"),
         ("qwen3-bias", "attention_bias"),
         ("qwen35-mixed", "attention_bias"),
+        ("qwen3-moe-stacked", "norm_topk_prob"),
     ] {
         let dir = model(name);
         dir.refuses(&["convert", "m", "--out", "m.gguf"], &[key]);

@@ -219,7 +219,14 @@ fn goals_that_cannot_be() {
 fn presets_and_configurations_are_the_same_type() {
     let dir = three();
     let mut sizes = BTreeSet::new();
-    for preset in ["bitnet", "performance", "accuracy", "memory", "balanced"] {
+    for preset in [
+        "bitnet",
+        "performance",
+        "accuracy",
+        "memory",
+        "balanced",
+        "bonsai",
+    ] {
         let report = quantize(
             &dir,
             &format!("{preset}.safetensors"),
@@ -241,7 +248,7 @@ fn presets_and_configurations_are_the_same_type() {
             );
         }
     }
-    assert_eq!(sizes.len(), 5, "{sizes:?}");
+    assert_eq!(sizes.len(), 6, "{sizes:?}");
     let refused = |more: &[&'static str], parts: &[&str]| {
         dir.refuses(
             &[

@@ -23,7 +23,7 @@ fn unknown_values_are_named_with_those_there_are() {
         ("--granularity", "group:0", "group:N"),
         ("--granularity", "group:-1", "group:N"),
         ("--scale-dtype", "f8", "bf16"),
-        ("--format", "onnx", "gguf"),
+        ("--format", "tflite", "gguf"),
         ("--rounding", "up", "half-up"),
         ("--clip", "all", "search"),
         ("--mapping", "affine", "asymmetric"),

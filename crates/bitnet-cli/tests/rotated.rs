@@ -157,17 +157,12 @@ fn the_rotation_is_undone_on_request() {
 #[test]
 fn what_cannot_say_it_or_is_not_known_is_refused() {
     let dir = with_model();
-    dir.refuses(
-        &[
-            "convert",
-            "model.gguf",
-            "--format",
-            "hf-bitnet",
-            "--out",
-            "hf",
-        ],
-        &["hf-bitnet", "rotated basis", "--unrotate"],
-    );
+    for format in ["hf-bitnet", "mlx"] {
+        dir.refuses(
+            &["convert", "model.gguf", "--format", format, "--out", "x"],
+            &[format, "rotated basis", "--unrotate"],
+        );
+    }
     let inspect = dir.run(&["inspect", "model.gguf", "--json"]);
     let findings = inspect.is(0).json()["findings"].clone();
     assert_eq!(findings[0]["check"], "rotation");

@@ -415,7 +415,6 @@ fn a_gguf_set_has_the_names_and_keys_of_gguf_split() {
 }
 
 #[test]
-#[ignore = "until the reader opens split GGUF sets"]
 fn a_gguf_set_is_read_and_verified() {
     let dir = model();
     let quantize = |out, threshold| {

@@ -723,22 +723,150 @@ fn fine_tuning_begins_where_the_model_is() {
     }
     dir.refuses(&with(&base, &["--out", "x", "--hidden", "64"]), &["--from"]);
 
-    // A graph that is not there is no llama.
+    // A graph that is not there, or has other weights, is no llama.
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
         let bytes = std::fs::read(format!("{assets}/{file}")).unwrap();
         dir.write(&format!("qwen3/{file}"), bytes);
     }
     let mut config: Value = serde_json::from_slice(&dir.read("qwen3/config.json")).unwrap();
-    config["model_type"] = "qwen3".into();
-    dir.write("qwen3/config.json", config.to_string());
     let from_qwen3: Vec<&str> = base
         .iter()
         .map(|arg| if *arg == "model" { "qwen3" } else { arg })
         .collect();
-    dir.refuses(
-        &with(&from_qwen3, &["--out", "x"]),
-        &["qwen3/config.json: model_type", "'llama'", "'bitnet'"],
+    for (model_type, parts) in [
+        (
+            "phi3",
+            ["qwen3/config.json: model_type", "'llama'", "'qwen3'"],
+        ),
+        (
+            "qwen3",
+            ["qwen3", "self_attn.k_norm.weight", "no such tensor"],
+        ),
+    ] {
+        config["model_type"] = model_type.into();
+        dir.write("qwen3/config.json", config.to_string());
+        dir.refuses(&with(&from_qwen3, &["--out", "x"]), &parts);
+    }
+}
+
+/// Names and layouts of the tensors of two dimensions; each must be ternary.
+fn ternary_matrices(dir: &Dir, path: &str) -> Vec<(String, String)> {
+    let document = dir.run(&["inspect", path, "--json"]).is(0).json();
+    let tensors = document["tensors"].as_array().unwrap().iter();
+    let matrices = tensors.filter(|t| t["shape"].as_array().unwrap().len() == 2);
+    let text = |v: &Value| v.as_str().unwrap_or("none").to_string();
+    let found: Vec<_> = matrices
+        .map(|t| {
+            assert_eq!(t["precision"], "ternary", "{path}: {t}");
+            (text(&t["name"]), text(&t["stored_as"]))
+        })
+        .collect();
+    assert_eq!(found.len(), 9, "{path}: {found:?}");
+    found
+}
+
+/// A qwen3 that is trained as it is packed: every matrix ternary in groups of 128, embedding and
+/// output matrix too.
+#[test]
+fn a_bonsai_is_ternary_in_every_matrix() {
+    let dir = Dir::new();
+    text(&dir);
+    let tokenizer = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../assets/glassllm-en/tokenizer.json"
     );
+    dir.write("untied.toml", "[model.shape]\ntied = false");
+    let base = [
+        "train",
+        "lm",
+        "--config",
+        "untied.toml",
+        "--preset",
+        "bonsai",
+        "--architecture",
+        "qwen3",
+        "--head-dim",
+        "64",
+        "--hidden",
+        "128",
+        "--ffn",
+        "128",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--text",
+        "text.txt",
+        "--tokenizer",
+        tokenizer,
+        "--context",
+        "16",
+        "--batch",
+        "2",
+        "--steps",
+        "4",
+        "--quiet",
+        "--json",
+    ];
+    let trained = |out, format| {
+        let run = dir.run(&with(&base, &["--out", out, "--format", format]));
+        let report = run.is(0).json();
+        let (measured, in_training) = (number(&report, "qat"), number(&report, "qat_in_training"));
+        // The engine opened the file. Inputs of embedding and head are floats in both.
+        assert!((measured - in_training).abs() < 1e-4, "{report}");
+    };
+    trained("run", "gguf");
+    let layouts = |path: &str| -> Vec<String> {
+        let found = ternary_matrices(&dir, path);
+        let heads = ["token_embd.", "output.", "model.embed_tokens.", "lm_head."];
+        let is_head = |name: &str| heads.iter().any(|head| name.starts_with(head));
+        assert_eq!(
+            found.iter().filter(|(name, _)| is_head(name)).count(),
+            2,
+            "{found:?}"
+        );
+        found.into_iter().map(|(_, layout)| layout).collect()
+    };
+    assert_eq!(layouts("run/packed.gguf"), ["q2_0"; 9]);
+    let generate = [
+        "-p",
+        "the cat",
+        "--max-tokens",
+        "4",
+        "--temperature",
+        "0",
+        "--quiet",
+    ];
+    let text_of = |path| {
+        dir.run(&[&["run", path], &generate[..]].concat())
+            .is(0)
+            .stdout()
+    };
+    let text = text_of("run/packed.gguf");
+
+    // The same run in another container, and from there to a GGUF: groups of 128 are none of 256.
+    trained("same", "safetensors");
+    assert_eq!(layouts("same/packed"), ["two-bit"; 9]);
+    dir.run(&["convert", "same/packed", "--out", "same.gguf"])
+        .is(0);
+    assert_eq!(layouts("same.gguf"), ["q2_0"; 9]);
+    assert_eq!(text_of("same.gguf"), text);
+    dir.run(&["compare", "same.gguf", "run/packed.gguf"]).is(0);
+
+    // After training, and in the types of Prism's programs and in MLX.
+    for (out, more, layout) in [
+        ("ptq.gguf", &[][..], "q2_0"),
+        ("pq2.gguf", &["--layout", "pq2_0"], "pq2_0"),
+        ("ptq1.gguf", &["--layout", "ptq1_0"], "ptq1_0"),
+        ("mlx", &["--format", "mlx"], "two-bit"),
+    ] {
+        let args = ["quantize", "run/full", "--preset", "bonsai", "--out", out];
+        dir.run(&[&args[..], more].concat()).is(0);
+        assert_eq!(layouts(out), [layout; 9]);
+        assert_eq!(text_of(out), text_of("ptq.gguf"), "{out}");
+    }
 }
 
 /// Starts a run, waits for a checkpoint of the quantized model, sends a signal, and returns the

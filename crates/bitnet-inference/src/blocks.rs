@@ -7,6 +7,7 @@ use bitnet_formats::gguf::{BlockIntegers, GgmlType, integers};
 use bitnet_formats::{ScaleSource, Source, StoredId, StoredMatrix};
 use bitnet_kernels::Pool;
 use bitnet_kernels::dense::{BLOCK, BlockCodes, BlockRow, BlockType, Blocks, ScaleType};
+use std::ops::Range;
 
 /// Block type in memory for a GGUF type: 5- and 6-bit codes become 8-bit, the rest is unchanged.
 pub(crate) fn gguf_block_type(stored: GgmlType) -> Option<BlockType> {
@@ -28,14 +29,14 @@ pub(crate) fn gguf_block_type(stored: GgmlType) -> Option<BlockType> {
     })
 }
 
-/// Reads the blocks of a stored tensor, one strip of rows at a time.
+/// Reads the blocks of some rows of a stored tensor, one strip at a time.
 pub(crate) fn gguf_blocks(
     pool: &Pool,
     source: &Source,
     stored: StoredId,
     ggml_type: GgmlType,
     kind: BlockType,
-    [rows, cols]: [usize; 2],
+    (rows, cols): (Range<usize>, usize),
 ) -> Result<Blocks> {
     let (path, name) = (source.file_of(stored), &source.stored(stored).name);
     let bad = |e: &dyn std::fmt::Display| {
@@ -47,7 +48,8 @@ pub(crate) fn gguf_blocks(
         ))
     };
     let size = ggml_type.row_bytes(cols).map_err(|e| bad(&e))?;
-    Blocks::new(pool, rows, cols, kind, |first, strip| {
+    Blocks::new(pool, rows.len(), cols, kind, |first, strip| {
+        let first = rows.start + first;
         let mut bytes = vec![0; strip.rows() * size];
         source.read(stored, (first * size) as u64, &mut bytes)?;
         for (i, bytes) in bytes.chunks_exact(size.max(1)).enumerate() {
@@ -128,13 +130,14 @@ pub(crate) fn matrix_blocks(
     })
 }
 
-/// Converts a stored matrix that holds its scales, one strip of rows at a time, to the block type
-/// that its spec has. `None` if it has none, if `keeps` does not take it, or if the layout has no
+/// Converts some rows of a stored matrix that holds its scales, one strip at a time, to the block
+/// type that its spec has. `None` if it has none, if `keeps` does not take it, or if the layout has no
 /// rows that can be read alone.
 pub(crate) fn strip_blocks(
     pool: &Pool,
     source: &Source,
     q: &StoredMatrix,
+    range: Range<usize>,
     keeps: impl Fn(BlockType) -> bool,
     error: impl Fn(bitnet_kernels::Error) -> Error + Sync,
 ) -> Result<Option<Blocks>> {
@@ -146,7 +149,8 @@ pub(crate) fn strip_blocks(
     };
     let (rows, cols) = (spec.rows, spec.cols);
     let row_bytes = len / rows.max(1);
-    let blocks = Blocks::new(pool, rows, cols, kind, |first, strip| {
+    let blocks = Blocks::new(pool, range.len(), cols, kind, |first, strip| {
+        let first = range.start + first;
         let mut bytes = vec![0; strip.rows() * row_bytes];
         source.read(q.packed, (first * row_bytes) as u64, &mut bytes)?;
         let spec = MatrixSpec {
@@ -273,7 +277,7 @@ mod tests {
                 stored,
                 ggml_type,
                 kind,
-                [rows, cols],
+                (0..rows, cols),
             )
             .unwrap();
             let (mut expected, mut row) = (vec![0.0; rows * cols], vec![f32::NAN; cols]);
@@ -289,6 +293,13 @@ mod tests {
                     "{ggml_type}, row {n}: expected {expected:?}, got {row:?}"
                 );
             }
+            // Some rows alone, as of one expert.
+            let some = (130..170, cols);
+            let part =
+                gguf_blocks(&Pool::single(), &source, stored, ggml_type, kind, some).unwrap();
+            assert_eq!(part.rows(), 40);
+            part.row_into(3, &mut row);
+            assert_eq!(row, expected[133 * cols..][..cols], "{ggml_type}");
             let most = match ggml_type {
                 GgmlType::Q4K => 1.05,
                 GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q8_0 => 1.02,
@@ -360,14 +371,18 @@ mod tests {
                 tensor: "w".into(),
                 source: e,
             };
-            let blocks = strip_blocks(&Pool::new(2).unwrap(), &source, q, |_| true, refused);
-            let blocks = blocks.unwrap().unwrap();
-            assert_eq!(blocks.kind().codes, BlockCodes::Trits, "{name}");
             let (mut expected, mut row) = (vec![0.0; rows * cols], vec![f32::NAN; cols]);
             decode(ggml_type, &bytes, &mut expected).unwrap();
-            for (n, expected) in expected.chunks(cols).enumerate() {
-                blocks.row_into(n, &mut row);
-                assert_eq!(row, expected, "{name}, row {n}");
+            for range in [0..rows, 0..5, 33..rows] {
+                let (pool, first) = (Pool::new(2).unwrap(), range.start * cols);
+                let blocks = strip_blocks(&pool, &source, q, range.clone(), |_| true, refused);
+                let blocks = blocks.unwrap().unwrap();
+                assert_eq!(blocks.kind().codes, BlockCodes::Trits, "{name}");
+                assert_eq!(blocks.rows(), range.len());
+                for (n, expected) in expected[first..].chunks(cols).take(range.len()).enumerate() {
+                    blocks.row_into(n, &mut row);
+                    assert_eq!(row, expected, "{name}, row {n} of {range:?}");
+                }
             }
         }
     }
@@ -397,7 +412,7 @@ mod tests {
             stored,
             GgmlType::Q4_1,
             kind,
-            [8, 256],
+            (0..8, 256),
         )
         .unwrap_err()
         .to_string();

@@ -3,8 +3,8 @@
 
 use crate::Result;
 use bitnet_formats::arch::{
-    self, Activation, Architecture, Biases, DecoderGraph, DeltaShape, HfConfig, HfDecoder, HfRope,
-    LayerAttention, LayerRope, RopeScaling, Scales,
+    self, Activation, Architecture, Biases, DecoderGraph, DeltaShape, Experts, HfConfig, HfDecoder,
+    HfRope, LayerAttention, LayerRope, RopeScaling, Scales,
 };
 use bitnet_formats::{Error, Kind, Source, document};
 use bitnet_kernels::dense::RotaryPairing;
@@ -101,6 +101,8 @@ pub struct Config {
     pub value_heads: ValueHeads,
     /// Multipliers of embedding, scores, residual stream and logits.
     pub scales: Scales,
+    /// Mixtures of experts, where layers have them.
+    pub experts: Option<Experts>,
     /// Whether the embedding is also the output matrix.
     pub tied: bool,
     /// Which linear layers have biases.
@@ -177,6 +179,7 @@ impl Config {
             delta: decoder.delta,
             value_heads: ValueHeads::Grouped,
             scales: decoder.scales,
+            experts: decoder.experts,
             tied: decoder.tied,
             biases: decoder.biases,
             bos: config.token_ids("bos_token_id")?.first().copied(),
@@ -190,30 +193,8 @@ impl Config {
     /// Converts the keys of a GGUF to a config.json and reads that.
     fn from_gguf(source: &Source) -> Result<Self> {
         let path = source.path();
-        for (key, value) in source.gguf() {
-            if let Some((architecture, rest)) = arch::strip_prefix(key)
-                && !architecture.follows_gguf_key(rest)
-                && key != document::KEY
-            {
-                return Err(Error::config(
-                    path,
-                    key,
-                    "a key that this engine's graph follows",
-                    value.preview(80),
-                )
-                .into());
-            }
-        }
-        let shape = |name: &str| {
-            source
-                .find_stored(name)
-                .filter(|_| name != arch::ROPE_FREQS)
-                .map(|i| source.stored(i).shape.clone())
-        };
-        let mut config = Self::from_hf(
-            path,
-            &arch::hf_config(path, source.gguf(), &shape, &|name| source.vector(name))?,
-        )?;
+        check_gguf_keys(source)?;
+        let mut config = Self::from_hf(path, &gguf_config(source)?)?;
         config.value_heads = ValueHeads::Tiled;
         if config.architecture.gguf_adjacent_pairs {
             config.rope.pairing = RotaryPairing::Adjacent;
@@ -271,6 +252,11 @@ impl Config {
         };
         bounded("hidden_size", self.hidden, 1 << 17)?;
         bounded("intermediate_size", self.ffn, 1 << 20)?;
+        if let Some(experts) = &self.experts {
+            bounded("moe_intermediate_size", experts.ffn, 1 << 20)?;
+            let shared = experts.shared_ffn.unwrap_or(0);
+            bounded("shared_expert_intermediate_size", shared, 1 << 20)?;
+        }
         bounded("num_hidden_layers", self.layers, 1 << 12)?;
         bounded("num_attention_heads", self.heads, 1 << 12)?;
         bounded("head_dim", self.head_dim, 1 << 12)?;
@@ -278,4 +264,40 @@ impl Config {
         bounded("max_position_embeddings", self.context, 1 << 24)?;
         Ok(())
     }
+}
+
+/// Refuses a key of a GGUF that the graph does not follow.
+pub(crate) fn check_gguf_keys(source: &Source) -> Result<()> {
+    let path = source.path();
+    for (key, value) in source.gguf() {
+        if let Some((architecture, rest)) = arch::strip_prefix(key)
+            && !architecture.follows_gguf_key(rest)
+            && key != document::KEY
+        {
+            return Err(Error::config(
+                path,
+                key,
+                "a key that this engine's graph follows",
+                value.preview(80),
+            )
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// The config.json of a GGUF.
+pub(crate) fn gguf_config(source: &Source) -> Result<Value> {
+    let shape = |name: &str| {
+        source
+            .find_stored(name)
+            .filter(|_| name != arch::ROPE_FREQS)
+            .map(|i| source.stored(i).shape.clone())
+    };
+    Ok(arch::hf_config(
+        source.path(),
+        source.gguf(),
+        &shape,
+        &|name| source.vector(name),
+    )?)
 }

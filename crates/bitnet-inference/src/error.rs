@@ -60,6 +60,9 @@ pub enum Error {
     /// The prompt has no token.
     #[error("an empty prompt: it has no token, and the tokenizer adds none")]
     EmptyPrompt,
+    /// A text to embed has no characters but white space.
+    #[error("an empty text: it has nothing to embed")]
+    EmptyText,
     /// Activations became NaN or infinite.
     #[error("{at}: the activations are not finite numbers")]
     NotFinite {

@@ -1,10 +1,11 @@
 //! The operations that graphs consist of, over all tokens of a batch, and their buffers.
 
-use crate::arch::{AttentionBlock, DeltaBuffers, FeedForwardBlock};
+use crate::arch::{AttentionBlock, DeltaBuffers, FeedForward};
 use crate::cache::KvCache;
+use crate::experts::RoutingBuffers;
 use crate::linear::{KernelPool, LayerInput, LinearLayer};
-use crate::projections::Projections;
-use crate::{Activation, Config, Error, Result};
+use crate::projections::{GatedBuffers, GatedWeights, Projections};
+use crate::{Config, Error, Result};
 use bitnet_formats::arch::LayerRope;
 use bitnet_kernels::dense::{Attention, TokenHeads};
 
@@ -42,12 +43,10 @@ pub struct ForwardBuffers {
     /// The output of the last norm, `[tokens, hidden]`.
     pub(crate) normed: LayerInput,
     /// q and its gate.
-    gated: Vec<f32>,
+    q_and_gate: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    /// The output of a matrix that is several layers.
-    pub(crate) fused: Vec<f32>,
     /// The gate of what attention gives, of the same shape.
     pub(crate) output_gate: Vec<f32>,
     pub(crate) delta_net: DeltaBuffers,
@@ -55,12 +54,10 @@ pub struct ForwardBuffers {
     heads: LayerInput,
     /// The result of attention before a sub-norm or a gate, in the same shape.
     pub(crate) attended: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-    /// The input of the down projection, `[tokens, ffn]`.
-    product: LayerInput,
+    pub(crate) gated: GatedBuffers,
+    pub(crate) routing: RoutingBuffers,
     /// The output of the attention or feed-forward block, `[tokens, hidden]`.
-    delta: Vec<f32>,
+    pub(crate) delta: Vec<f32>,
     /// Step and position of each token.
     pub(crate) places: Vec<(usize, usize)>,
     /// Cosine and sine of each pair, `[tokens, pairs]`, of the model's rotary positions and then of
@@ -148,10 +145,22 @@ impl ForwardPass<'_, '_> {
         let [k, v] = kv;
         if !config.graph.output_gate {
             let outs = [(&mut s.q, width), k, v];
-            return qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs);
+            return qkv.apply(
+                self.runtime,
+                &mut s.normed,
+                tokens,
+                &mut s.gated.fused,
+                outs,
+            );
         }
-        let outs = [(&mut s.gated, 2 * width), k, v];
-        qkv.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)?;
+        let outs = [(&mut s.q_and_gate, 2 * width), k, v];
+        qkv.apply(
+            self.runtime,
+            &mut s.normed,
+            tokens,
+            &mut s.gated.fused,
+            outs,
+        )?;
         // Each head and then its gate.
         s.q.resize(tokens * width, 0.0);
         s.output_gate.resize(tokens * width, 0.0);
@@ -159,7 +168,7 @@ impl ForwardPass<'_, '_> {
         let heads =
             s.q.chunks_exact_mut(dim)
                 .zip(s.output_gate.chunks_exact_mut(dim));
-        for ((q, gate), both) in heads.zip(s.gated.chunks_exact(2 * dim)) {
+        for ((q, gate), both) in heads.zip(s.q_and_gate.chunks_exact(2 * dim)) {
             q.copy_from_slice(&both[..dim]);
             gate.copy_from_slice(&both[dim..]);
         }
@@ -317,33 +326,30 @@ impl ForwardPass<'_, '_> {
         o.apply(self.runtime, &mut s.heads, &mut s.delta)
     }
 
-    /// `x += feed-forward of RMS(x)`, as `arch/decoder.rs` writes it.
-    pub(crate) fn feed_forward(&mut self, block: &FeedForwardBlock) -> Result<()> {
+    /// `x += feed-forward of RMS(x)`, as `arch/decoder.rs` and `experts.rs` write it.
+    pub(crate) fn feed_forward(&mut self, block: &FeedForward) -> Result<()> {
+        let block = match block {
+            FeedForward::Experts(block) => {
+                self.experts(block)?;
+                self.add(None);
+                return Ok(());
+            }
+            FeedForward::Dense(block) => block,
+        };
         block
             .gate_up
             .with(|layers| self.norm(&block.norm, layers))?;
-        let (ffn, eps, kernels) = (self.config.ffn, self.config.norm_eps, &self.runtime.kernels);
-        let (down, activation) = (&block.down, self.config.activation);
+        let weights = GatedWeights {
+            gate_up: &block.gate_up,
+            sub_norm: block.sub_norm.as_ref(),
+            down: &block.down,
+            ffn: self.config.ffn,
+        };
         let s = &mut *self.buffers;
-        let tokens = s.x.len() / self.config.hidden;
-        let outs = [(&mut s.gate, ffn), (&mut s.up, ffn)];
-        let gate_up = &block.gate_up;
-        gate_up.apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)?;
-        let (gate, up) = (&s.gate, &s.up);
-        s.product
-            .write(self.runtime, &[down], (tokens, ffn), |token, out| {
-                let (gate, up) = (&gate[token * ffn..][..ffn], &up[token * ffn..][..ffn]);
-                match activation {
-                    Activation::Silu => kernels.silu_mul(gate, up, out),
-                    Activation::Relu2 => kernels.relu2_mul(gate, up, out),
-                    Activation::GeluTanh => kernels.gelu_tanh_mul(gate, up, out),
-                }
-                if let Some(norm) = &block.sub_norm {
-                    kernels.rms_norm_in_place(out, &norm.0, eps);
-                }
-            })?;
         s.delta.resize(s.x.len(), 0.0);
-        down.apply(self.runtime, &mut s.product, &mut s.delta)?;
+        let runtime = (self.runtime, self.config);
+        s.gated
+            .apply(runtime, &weights, &mut s.normed, &mut s.delta)?;
         self.add(block.post_norm.as_ref());
         Ok(())
     }

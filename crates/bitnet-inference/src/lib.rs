@@ -18,6 +18,7 @@
 //! - [`Model::generate`] continues a text; [`Session`] keeps the cache between calls.
 //! - [`Model::chat_tokens`] applies the chat template to a conversation.
 //! - [`Model::forward`] computes logits of batches of sequences.
+//! - [`Embedder`] gives texts vectors: encoders, and decoders whose hidden states are pooled.
 //! - [`perplexity`] measures a model on a text, or compares two models.
 //!
 //! Logits depend on weights and tokens only: the number of threads, the instruction set and the
@@ -29,7 +30,9 @@ mod blocks;
 mod cache;
 mod chat;
 mod config;
+mod embed;
 mod error;
+mod experts;
 mod forward;
 mod generate;
 mod hostile;
@@ -42,10 +45,11 @@ mod sample;
 mod synthetic;
 mod tokenizer;
 
-pub use bitnet_formats::arch::Activation;
+pub use bitnet_formats::arch::{Activation, Pooling};
 pub use cache::{CacheType, KvCache};
 pub use chat::{ChatMessage, Tools};
 pub use config::{Config, Rope, ValueHeads};
+pub use embed::{EmbedOptions, Embedder, EncodedText, Normalization};
 pub use error::{Error, Result};
 pub use forward::{ForwardBuffers, ForwardStep, WantedLogits};
 pub use generate::{Finish, GenerateOptions, Generation, Session, Timings, Token};

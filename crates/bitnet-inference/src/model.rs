@@ -4,17 +4,19 @@ use crate::arch::DecoderLayer;
 use crate::chat::{ChatMessage, ChatTemplate, Tools};
 use crate::forward::{ForwardBuffers, ForwardPass, ForwardStep, NormGain, located, scale};
 use crate::linear::{KernelPool, LinearLayer};
-use crate::load::{ActivationType, CheckpointLoader, EmbeddingUse, FloatType, WeightProvider};
-use crate::synthetic::SyntheticWeights;
+use crate::load::{
+    ActivationType, CheckpointLoader, DecoderLoader, EmbeddingUse, FloatType, WeightProvider,
+};
+use crate::synthetic::{Shape, SyntheticWeights};
 use crate::tokenizer::Tokenizer;
 use crate::{Config, Error, Result};
 use bitnet_core::hadamard::Hadamard;
 use bitnet_formats::Source;
+use bitnet_formats::arch::Architecture;
 use bitnet_formats::source::OpenOptions;
 use bitnet_kernels::dense::DenseMatrix;
 use bitnet_kernels::{Kernels, Pool};
 use std::path::Path;
-use std::sync::PoisonError;
 
 /// Options of [`Model::load_with`].
 #[derive(Debug, Clone)]
@@ -47,7 +49,7 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    fn runtime(&self) -> Result<KernelPool> {
+    pub(crate) fn runtime(&self) -> Result<KernelPool> {
         let threads = match self.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
@@ -152,52 +154,32 @@ impl Model {
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
         let source = Source::open_with(path.as_ref(), &options.open)?;
         let config = Config::read(&source)?;
+        Self::load_source(&source, config, options)
+    }
+
+    /// [`Model::load_with`] of an open checkpoint.
+    pub(crate) fn load_source(
+        source: &Source,
+        config: Config,
+        options: &LoadOptions,
+    ) -> Result<Self> {
         let runtime = options.runtime()?;
-        let trained_with_int8 = trained_with_int8(&source, &config);
-        let int8 = match options.activations {
-            ActivationType::Auto => trained_with_int8,
-            ActivationType::Int8 => true,
-            ActivationType::Float => false,
-        };
+        let (int8, int8_note) = int8_activations(source, config.architecture, options.activations);
+        let facts = (config.architecture, config.tied);
         let floats = [options.weights, options.embedding];
-        let loader = CheckpointLoader {
-            source: &source,
+        let loader = DecoderLoader {
+            tensors: CheckpointLoader::new(source, facts, &runtime, int8, floats),
             config: &config,
-            runtime: &runtime,
-            int8,
-            floats,
-            used: Default::default(),
-            buffers: Default::default(),
-            rounding: Default::default(),
         };
-        let (tokenizer, weights) = load_parts(&source, &config, &loader, &runtime);
+        let (tokenizer, weights) = load_parts(source, &config, &loader, &runtime);
         let weights = weights?;
-        loader.check_all_used()?;
+        loader.tensors.check_all_used()?;
         let mut notes = source.notes().to_vec();
         notes.extend(config.notes.iter().cloned());
-        if int8 != trained_with_int8 {
-            let (uses, says) = if int8 {
-                ("int8", "nothing about it")
-            } else {
-                ("floats", "it was trained with int8")
-            };
-            notes.push(format!(
-                "inputs of ternary layers are {uses}, where the model says {says}"
-            ));
-        }
-        let rounding = loader
-            .rounding
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
-        notes.extend(
-            rounding
-                .iter()
-                .zip(["linear layers", "embedding and output matrix"])
-                .zip(floats)
-                .filter_map(|((error, what), held)| error.note(what, held)),
-        );
+        notes.extend(int8_note);
+        notes.extend(loader.tensors.rounding_notes());
         // An unusable tokenizer or template is an error where it is used.
-        let template = ChatTemplate::read(&source);
+        let template = ChatTemplate::read(source);
         notes.extend(tokenizer.iter().flat_map(Tokenizer::notes).cloned());
         let templates = template.iter().flatten();
         notes.extend(templates.flat_map(ChatTemplate::notes).cloned());
@@ -207,16 +189,38 @@ impl Model {
     }
 
     /// A model of this shape with synthetic ternary weights and no tokenizer, for measurements of
-    /// speed and memory only.
+    /// speed and memory only. Ternary layers have one scale and int8 activations; the embedding is
+    /// floats.
     ///
     /// # Errors
     /// [`Error::Threads`], and [`Error::Kernels`] for a shape that the kernels reject.
     pub fn synthetic(config: Config, options: &LoadOptions) -> Result<Self> {
+        Self::synthetic_groups(config, None, options)
+    }
+
+    /// [`Model::synthetic`] of the shape of this name ([`Config::shape`]), with the weights that the
+    /// published models of that shape have: `bonsai-…` are ternary in groups of 128, embedding and
+    /// output matrix too, and have int8 activations only where the options say so, as their files
+    /// do not ask for it.
+    ///
+    /// # Errors
+    /// As [`Config::shape`] and [`Model::synthetic`].
+    pub fn synthetic_shape(name: &str, options: &LoadOptions) -> Result<Self> {
+        Self::synthetic_groups(Config::shape(name)?, Shape::by_name(name)?.group, options)
+    }
+
+    fn synthetic_groups(
+        config: Config,
+        group: Option<usize>,
+        options: &LoadOptions,
+    ) -> Result<Self> {
         let runtime = options.runtime()?;
         let provider = SyntheticWeights {
             config: &config,
             runtime: &runtime,
             embedding: options.embedding,
+            group,
+            int8: group.is_none() || options.activations == ActivationType::Int8,
         };
         let weights = ModelWeights::load(&provider, &runtime)?;
         Ok(Self::new(config, runtime, weights))
@@ -292,11 +296,13 @@ impl Model {
     }
 
     /// Bytes of the weights that a decoded token reads: without the embedding, unless it is the
-    /// output matrix too.
+    /// output matrix too, and without the experts that it does not use.
     pub fn bytes_per_token(&self) -> usize {
+        let layers = self.weights.layers.iter();
+        let read = self.bytes() - layers.map(DecoderLayer::unused_bytes).sum::<usize>();
         match &self.weights.head {
-            Some(_) => self.bytes() - self.weights.embedding.bytes(),
-            None => self.bytes(),
+            Some(_) => read - self.weights.embedding.bytes(),
+            None => read,
         }
     }
 
@@ -308,7 +314,7 @@ impl Model {
         let products = |(i, layer): (usize, &DecoderLayer)| {
             let sum = |n: usize, l: &LinearLayer| n + l.integer_products();
             let before = layer.before_attention().iter().fold(0, sum);
-            let after = layer.after_attention().fold(0, sum);
+            let after = layer.products_after_attention();
             tokens * before + if i == last { wanted } else { tokens } * after
         };
         layers.iter().enumerate().map(products).sum()
@@ -367,23 +373,8 @@ impl Model {
         steps: &mut [ForwardStep<'_>],
         buffers: &'s mut ForwardBuffers,
     ) -> Result<&'s [f32]> {
-        let (hidden, vocab) = (self.config.hidden, self.config.vocab);
-        self.place(steps, buffers)?;
-        self.embed(steps, buffers);
-        let mut pass = ForwardPass {
-            runtime: &self.runtime,
-            config: &self.config,
-            buffers,
-            steps,
-        };
-        if let Err(error) = self.weights.run(&mut pass) {
-            steps.iter_mut().for_each(|step| step.cache.abandon());
-            return Err(error);
-        }
-        let wanted = buffers.x.len() / hidden;
-        for step in steps {
-            step.cache.len += step.tokens.len();
-        }
+        let vocab = self.config.vocab;
+        let wanted = self.run_layers(steps, buffers)?;
         buffers.logits.resize(wanted * vocab, 0.0);
         let KernelPool { kernels, pool } = &self.runtime;
         let head = self.weights.head.as_ref();
@@ -405,6 +396,41 @@ impl Model {
             });
         }
         Ok(&buffers.logits)
+    }
+
+    /// [`Model::forward`] up to the norm before the output matrix: its output, `[wanted, hidden]`.
+    pub(crate) fn hidden_states<'s>(
+        &self,
+        steps: &mut [ForwardStep<'_>],
+        buffers: &'s mut ForwardBuffers,
+    ) -> Result<&'s [f32]> {
+        self.run_layers(steps, buffers)?;
+        Ok(buffers.normed.floats(&self.runtime, None))
+    }
+
+    /// Writes the output of the last norm for the wanted tokens, and returns their number.
+    fn run_layers(
+        &self,
+        steps: &mut [ForwardStep<'_>],
+        buffers: &mut ForwardBuffers,
+    ) -> Result<usize> {
+        self.place(steps, buffers)?;
+        self.embed(steps, buffers);
+        let mut pass = ForwardPass {
+            runtime: &self.runtime,
+            config: &self.config,
+            buffers,
+            steps,
+        };
+        if let Err(error) = self.weights.run(&mut pass) {
+            steps.iter_mut().for_each(|step| step.cache.abandon());
+            return Err(error);
+        }
+        let wanted = buffers.x.len() / self.config.hidden;
+        for step in steps {
+            step.cache.len += step.tokens.len();
+        }
+        Ok(wanted)
     }
 
     /// Checks the steps and writes the step and position of each token.
@@ -460,12 +486,28 @@ impl Model {
     }
 }
 
-/// Whether the checkpoint says that its ternary layers were trained with int8 activations.
-fn trained_with_int8(source: &Source, config: &Config) -> bool {
+/// Whether the inputs of ternary layers are int8, and a note where the checkpoint says otherwise.
+pub(crate) fn int8_activations(
+    source: &Source,
+    architecture: &Architecture,
+    wanted: ActivationType,
+) -> (bool, Option<String>) {
     let recipe = source.document();
-    config.architecture.int8_activations
+    let trained = architecture.int8_activations
         || source.bitnet().is_some()
-        || recipe.is_some_and(|d| d.recipe["activations"] == "int8")
+        || recipe.is_some_and(|d| d.recipe["activations"] == "int8");
+    let int8 = match wanted {
+        ActivationType::Auto => trained,
+        ActivationType::Int8 => true,
+        ActivationType::Float => false,
+    };
+    let (uses, says) = if int8 {
+        ("int8", "nothing about it")
+    } else {
+        ("floats", "it was trained with int8")
+    };
+    let note = format!("inputs of ternary layers are {uses}, where the model says {says}");
+    (int8, (int8 != trained).then_some(note))
 }
 
 /// Reads tokenizer and weights, in parallel if there are threads: a large vocabulary takes as long
@@ -476,7 +518,7 @@ fn load_parts(
     provider: &dyn WeightProvider,
     runtime: &KernelPool,
 ) -> (Result<Tokenizer>, Result<ModelWeights>) {
-    let tokenizer = || Tokenizer::read(source, config);
+    let tokenizer = || Tokenizer::read(source, config.vocab, config.bos);
     let weights = || ModelWeights::load(provider, runtime);
     if runtime.pool.threads() == 1 {
         return (tokenizer(), weights());

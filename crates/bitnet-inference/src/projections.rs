@@ -1,7 +1,8 @@
-//! Linear layers of one input.
+//! Linear layers of one input, and the gated feed-forward.
 
-use crate::Result;
+use crate::forward::NormGain;
 use crate::linear::{KernelPool, LayerInput, LinearLayer};
+use crate::{Activation, Config, Result};
 
 /// N linear layers of one input: a matrix each, or one whose rows are theirs after one another.
 #[derive(Debug)]
@@ -61,5 +62,62 @@ impl<const N: usize> Projections<N> {
             }
         }
         Ok(())
+    }
+}
+
+/// Weights of a gated feed-forward.
+pub(crate) struct GatedWeights<'a> {
+    /// `(ffn, hidden)` each.
+    pub(crate) gate_up: &'a Projections<2>,
+    /// `[ffn]`.
+    pub(crate) sub_norm: Option<&'a NormGain>,
+    /// `(hidden, ffn)`.
+    pub(crate) down: &'a LinearLayer,
+    pub(crate) ffn: usize,
+}
+
+/// Buffers of a gated feed-forward.
+#[derive(Debug, Default)]
+pub(crate) struct GatedBuffers {
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    /// The output of a matrix that is several layers.
+    pub(crate) fused: Vec<f32>,
+    /// The input of the down projection, `[tokens, ffn]`.
+    product: LayerInput,
+}
+
+impl GatedBuffers {
+    /// `out = down · RMS_sub(f(gate·x) ⊙ up·x)`, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// As [`LinearLayer::apply`].
+    pub(crate) fn apply(
+        &mut self,
+        (runtime, config): (&KernelPool, &Config),
+        weights: &GatedWeights<'_>,
+        x: &mut LayerInput,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (kernels, ffn, down) = (&runtime.kernels, weights.ffn, weights.down);
+        let tokens = out.len() / config.hidden;
+        let outs = [(&mut self.gate, ffn), (&mut self.up, ffn)];
+        weights
+            .gate_up
+            .apply(runtime, x, tokens, &mut self.fused, outs)?;
+        let (gate, up) = (&self.gate, &self.up);
+        self.product
+            .write(runtime, &[down], (tokens, ffn), |token, out| {
+                let (gate, up) = (&gate[token * ffn..][..ffn], &up[token * ffn..][..ffn]);
+                match config.activation {
+                    Activation::Silu => kernels.silu_mul(gate, up, out),
+                    Activation::Relu2 => kernels.relu2_mul(gate, up, out),
+                    Activation::GeluTanh => kernels.gelu_tanh_mul(gate, up, out),
+                }
+                if let Some(norm) = weights.sub_norm {
+                    kernels.rms_norm_in_place(out, &norm.0, config.norm_eps);
+                }
+            })?;
+        down.apply(runtime, &mut self.product, out)
     }
 }

@@ -2,7 +2,8 @@
 //! scripts/make-inference-golden.py generates both.
 
 use bitnet_inference::{
-    CacheType, FloatType, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model, WantedLogits,
+    CacheType, Config, FloatType, ForwardBuffers, ForwardStep, KvCache, LoadOptions, Model,
+    WantedLogits,
 };
 use bitnet_kernels::Kernels;
 use safetensors::{Dtype, SafeTensors};
@@ -16,7 +17,7 @@ const STEPS: usize = 16;
 /// across a tie to the next code, 1/127 of the largest of its token; these models have no such tie.
 const BOUND: f32 = 2e-5;
 
-const MODELS: [&str; 22] = [
+const MODELS: [&str; 25] = [
     "llama-f32",
     "llama-f16-rope",
     "llama-bf16-head",
@@ -39,6 +40,9 @@ const MODELS: [&str; 22] = [
     "gemma3",
     "qwen35",
     "qwen35-mixed",
+    "qwen3-moe",
+    "qwen3-moe-stacked",
+    "qwen2-moe",
 ];
 
 fn folder(name: &str) -> PathBuf {
@@ -186,6 +190,9 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
         "gemma3",
         "qwen35",
         "qwen35-mixed",
+        "qwen3-moe",
+        "qwen3-moe-stacked",
+        "qwen2-moe",
     ] {
         let golden = golden(name);
         let mut first: Option<Vec<u32>> = None;
@@ -278,6 +285,41 @@ fn threads_instruction_sets_and_batches_change_no_bit() {
     }
 }
 
+/// Ternary experts, router and shared expert with int8 inputs: the same bits everywhere.
+#[test]
+fn ternary_experts_have_the_same_bits_everywhere() {
+    let path = folder("qwen2-moe").join("config.json");
+    let config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let config = Config::from_hf(&path, &config).unwrap();
+    let tokens = golden("qwen2-moe").tokens;
+    let mut first: Option<Vec<u32>> = None;
+    for kernels in Kernels::all() {
+        for threads in [1, 3] {
+            let options = LoadOptions {
+                threads,
+                kernels,
+                ..LoadOptions::default()
+            };
+            let model = Model::synthetic(config.clone(), &options).unwrap();
+            assert!(model.integer_products(1, 1) > 0);
+            for piece in [tokens.len(), 5, 1] {
+                let mut cache = KvCache::new(model.config(), 40, CacheType::F32);
+                let (mut buffers, mut logits) = (ForwardBuffers::default(), vec![]);
+                for tokens in tokens.chunks(piece) {
+                    let step = ForwardStep {
+                        cache: &mut cache,
+                        tokens,
+                        want: WantedLogits::All,
+                    };
+                    logits.extend(bits(model.forward(&mut [step], &mut buffers).unwrap()));
+                }
+                let first = first.get_or_insert_with(|| logits.clone());
+                assert_eq!(*first, logits, "{}, {threads}, {piece}", kernels.isa());
+            }
+        }
+    }
+}
+
 /// A copy of a model folder that a test may change.
 fn copy(name: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -366,7 +408,7 @@ fn mistakes_change_the_logits() {
 #[test]
 fn each_fact_of_a_graph_counts() {
     type Edit = fn(&mut serde_json::Value);
-    let cases: [(&str, Edit); 24] = [
+    let cases: [(&str, Edit); 29] = [
         ("qwen2-window", |c| c["sliding_window"] = 8.into()),
         ("qwen2-window", |c| {
             c["layer_types"][0] = "sliding_attention".into()
@@ -417,6 +459,12 @@ fn each_fact_of_a_graph_counts() {
         ("qwen35-mixed", |c| {
             c["rope_parameters"]["rope_theta"] = 10000.into()
         }),
+        // Weights of experts that are softmaxed after they were chosen are normalized ones.
+        ("qwen3-moe", |c| c["norm_topk_prob"] = false.into()),
+        ("qwen3-moe", |c| c["num_experts_per_tok"] = 3.into()),
+        ("qwen3-moe-stacked", |c| c["norm_topk_prob"] = true.into()),
+        ("qwen3-moe-stacked", |c| c["num_experts_per_tok"] = 2.into()),
+        ("qwen2-moe", |c| c["norm_topk_prob"] = true.into()),
     ];
     for (i, (name, edit)) in cases.into_iter().enumerate() {
         let dir = copy(name);
@@ -440,6 +488,10 @@ fn each_fact_of_a_graph_counts() {
         ("qwen35-mixed", "linear_attn.dt_bias"),
         ("qwen35-mixed", "linear_attn.norm.weight"),
         ("qwen35-mixed", "linear_attn.in_proj_b.weight"),
+        ("qwen3-moe", "mlp.gate.weight"),
+        ("qwen2-moe", "mlp.gate.weight"),
+        ("qwen2-moe", "mlp.shared_expert_gate.weight"),
+        ("qwen2-moe", "mlp.shared_expert.up_proj.weight"),
     ] {
         let dir = copy(name);
         let tensor = format!("model.layers.1.{tensor}");
@@ -447,6 +499,100 @@ fn each_fact_of_a_graph_counts() {
         let got = error_of(dir.path(), name);
         assert!(got > 20.0 * BOUND, "{name}, {tensor}: {got}");
     }
+}
+
+/// Gate and up, experts, and matrices of one expert, in another place: the goldens must see it.
+#[test]
+fn each_expert_has_its_place() {
+    let name = "qwen3-moe-stacked";
+    let module = "model.layers.2.mlp.experts";
+    // Bytes of a matrix of 20 × 48.
+    let matrix = 2 * 20 * 48;
+    for (tensor, a, b) in [
+        ("gate_up_proj", 0, matrix),
+        ("gate_up_proj", 3 * matrix, 5 * matrix),
+        ("down_proj", matrix, 4 * matrix),
+    ] {
+        let dir = copy(name);
+        edit_tensor(dir.path(), &format!("{module}.{tensor}"), |bytes| {
+            let (first, second) = bytes.split_at_mut(b);
+            first[a..][..matrix].swap_with_slice(&mut second[..matrix]);
+        });
+        let got = error_of(dir.path(), name);
+        assert!(got > 20.0 * BOUND, "{tensor}, {a}, {b}: {got}");
+    }
+}
+
+#[test]
+fn experts_that_do_not_fit_are_refused() {
+    type Edit = fn(&mut serde_json::Value);
+    let cases: [(&str, Edit, &[&str]); 7] = [
+        (
+            "qwen3-moe",
+            |c| {
+                c["quantization_config"] = serde_json::json!({"quant_method": "bitnet",
+                    "linear_class": "autobitlinear", "quantization_mode": "online"})
+            },
+            &["quantization_mode", "experts"],
+        ),
+        (
+            "qwen3-moe",
+            |c| c["num_local_experts"] = 7.into(),
+            &["layers.0.mlp.gate.weight", "[7, 48]", "[6, 48]"],
+        ),
+        (
+            "qwen3-moe-stacked",
+            |c| c["moe_intermediate_size"] = 10.into(),
+            &["experts.gate_up_proj", "[6, 20, 48]", "[6, 40, 48]"],
+        ),
+        (
+            "qwen3-moe-stacked",
+            |c| c["mlp_only_layers"] = serde_json::json!([]),
+            &["layers.1.mlp.gate.weight", "no such tensor"],
+        ),
+        (
+            "qwen3-moe",
+            |c| c["mlp_only_layers"] = serde_json::json!([0]),
+            &["layers.0.mlp.gate_proj.weight", "no such tensor"],
+        ),
+        (
+            "qwen3-moe",
+            |c| c["num_experts"] = 5.into(),
+            &["num_local_experts", "5, as num_experts says", "6"],
+        ),
+        (
+            "qwen2-moe",
+            |c| c["model_type"] = "qwen3_moe".into(),
+            &["_norm", "no such tensor"],
+        ),
+    ];
+    for (name, edit, parts) in cases {
+        let dir = copy(name);
+        edit_config(dir.path(), edit);
+        refused(dir.path(), parts);
+    }
+    let dir = copy("qwen3-moe-stacked");
+    let tensor = "model.layers.2.mlp.experts.down_proj";
+    edit_tensor(dir.path(), tensor, |bytes| {
+        bytes[4000..4002].copy_from_slice(&0x7fc0u16.to_le_bytes())
+    });
+    refused(dir.path(), &[tensor, "finite", "NaN at index 2000"]);
+}
+
+/// A token without finite activations has experts like any other.
+#[test]
+fn logits_of_experts_that_are_no_numbers_do_not_panic() {
+    let dir = copy("qwen3-moe");
+    // The largest finite bf16, so that sums of products are infinite or NaN.
+    edit_tensor(dir.path(), "model.layers.0.mlp.gate.weight", |bytes| {
+        bytes
+            .chunks_exact_mut(2)
+            .enumerate()
+            .for_each(|(i, w)| w.copy_from_slice(&[0x7f, 0x7f | ((i % 2) as u8) << 7]))
+    });
+    let (golden, model) = (golden("qwen3-moe"), load(dir.path(), 1, Kernels::detect()));
+    let logits = as_generated(&model, &golden.tokens, CacheType::F32);
+    assert_eq!(logits.len(), golden.logits.len());
 }
 
 #[test]

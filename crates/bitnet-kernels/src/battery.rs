@@ -631,6 +631,15 @@ mod cases {
         })
     }
 
+    pub(super) fn layer_norm(table: &Table) -> String {
+        each_length(|n, results| {
+            let (mut out, gains) = (vec![9.0; n], floats(n + 1));
+            let weights = [&gains[1..], &gains[..n]];
+            table.layer_norm(&floats(n), weights, 1e-5, &mut out);
+            results.floats(&out);
+        })
+    }
+
     pub(super) fn rotate(table: &Table) -> String {
         each_length(|n, results| {
             let angles: Vec<(f32, f32)> = (0..n)
@@ -703,6 +712,14 @@ mod cases {
             results.floats(&out);
         }
         results.0
+    }
+
+    pub(super) fn gelu(table: &Table) -> String {
+        each_length(|n, results| {
+            let mut x: Vec<f32> = floats(n).iter().map(|x| 30.0 * x).collect();
+            table.gelu(&mut x);
+            results.floats(&x);
+        })
     }
 
     pub(super) fn add(table: &Table) -> String {

@@ -209,6 +209,10 @@ macro_rules! for_kernels {
             fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
                 elementwise::rms_norm_in_place(REGISTERS, x, weight, eps);
             }
+            /// [`elementwise::layer_norm`].
+            fn layer_norm(x: &[f32], weights: [&[f32]; 2], eps: f32, out: &mut [f32]) {
+                elementwise::layer_norm(REGISTERS, x, weights, eps, out);
+            }
             /// [`elementwise::rotate`].
             fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: RotaryPairing) {
                 elementwise::rotate(x, angles, pairing);
@@ -236,6 +240,10 @@ macro_rules! for_kernels {
             /// [`delta::delta_tokens`].
             fn delta_tokens(tokens: &DeltaTokens<'_>, state: &mut [f32], out: &mut [f32]) {
                 delta::delta_tokens(REGISTERS, tokens, state, out);
+            }
+            /// [`elementwise::gelu`].
+            fn gelu(x: &mut [f32]) {
+                elementwise::gelu(x);
             }
             /// [`elementwise::add`].
             fn add(x: &mut [f32], y: &[f32]) {

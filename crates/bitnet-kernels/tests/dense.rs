@@ -634,6 +634,88 @@ fn elementwise_steps() {
 }
 
 #[test]
+fn layer_norms_take_the_mean_away() {
+    for n in [1, 15, 16, 341] {
+        let (x, w, b) = (random(4, n), random(5, n), random(6, n));
+        let x: Vec<f32> = x.iter().map(|x| 0.3 * x + 7.0).collect();
+        let mut first: Option<Vec<u32>> = None;
+        let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / n as f64;
+        let square = |x: &f32| (f64::from(*x) - mean).powi(2);
+        let variance = x.iter().map(square).sum::<f64>() / n as f64;
+        for kernels in Kernels::all() {
+            let mut norm = vec![f32::NAN; n];
+            kernels.layer_norm(&x, &w, &b, 1e-3, &mut norm);
+            for i in 0..n {
+                let unit = (f64::from(x[i]) - mean) / (variance + 1e-3).sqrt();
+                let truth = f64::from(w[i]) * unit + f64::from(b[i]);
+                assert!((f64::from(norm[i]) - truth).abs() < 2e-5, "{n}: {i}");
+            }
+            let bits = bits(&norm);
+            assert_eq!(
+                *first.get_or_insert(bits.clone()),
+                bits,
+                "{}",
+                kernels.isa()
+            );
+        }
+    }
+}
+
+/// Against values of Python's `math.erf`: `x · (1 + erf(x / √2)) / 2`.
+#[test]
+fn gelu_is_that_of_erf() {
+    let cases = [
+        (0.0, 0.0),
+        (1e-06, 5.000003976798997e-07),
+        (0.01, 0.005039893449604255),
+        (-0.01, -0.004960106326878326),
+        (0.1, 0.0539827845912596),
+        (-0.1, -0.04601721689885652),
+        (0.5, 0.34573123063700656),
+        (-0.5, -0.15426876936299344),
+        (-0.75, -0.16997051428265114),
+        (1.0, 0.8413447460685429),
+        (-1.0, -0.15865525393145707),
+        (1.25, 1.1179377829164308),
+        (1.4140625, 1.3028156914536415),
+        (-1.4140625, -0.11124680854635836),
+        (1.421875, 1.3116352241012008),
+        (-1.421875, -0.11023977589879913),
+        (2.0, 1.9544997361036416),
+        (-2.0, -0.04550026389635844),
+        (3.0, 2.99595030590511),
+        (-3.0, -0.004049694094890287),
+        (4.5, 4.4999847104709385),
+        (-4.5, -1.5289529061285276e-05),
+        (6.0, 5.999999994080474),
+        (-6.0, -5.919525870226207e-09),
+        (9.5, 9.5),
+        (-9.5, -9.969789321594591e-21),
+        (20.0, 20.0),
+        (-20.0, -5.507248237212663e-88),
+        (100.0, 100.0),
+        (-100.0, -0.0),
+    ];
+    let mut first: Option<Vec<u32>> = None;
+    for kernels in Kernels::all() {
+        let mut x: Vec<f32> = cases.iter().map(|(x, _)| *x).collect();
+        kernels.gelu(&mut x);
+        for (got, (x, truth)) in x.iter().zip(cases) {
+            let error = (f64::from(*got) - truth).abs();
+            let bound = if x > 0.0 { 3e-7 * truth } else { 2e-7 };
+            assert!(error <= bound, "{x}: {got} {truth}");
+        }
+        let bits = bits(&x);
+        assert_eq!(
+            *first.get_or_insert(bits.clone()),
+            bits,
+            "{}",
+            kernels.isa()
+        );
+    }
+}
+
+#[test]
 fn rotations_pair_what_they_say() {
     let angles: Vec<(f32, f32)> = [0.3f32, 1.0].iter().map(|a| (a.cos(), a.sin())).collect();
     // Two heads of four elements; element (cos, sin) applied to the unit vector of the first of

@@ -1,6 +1,7 @@
 //! Model folders as Hugging Face has them: config.json, model.safetensors and tokenizer files.
 
 use crate::{Error, Result};
+use bitnet_formats::arch::is_rope_tensor;
 use bitnet_formats::replace::{Existing, PARTIAL, beside, place_folder, recover_folder, remove};
 use bitnet_formats::{Content, Source};
 use candle_core::{DType, Device, Tensor, Var};
@@ -28,7 +29,8 @@ pub fn tensors(vars: &VarMap) -> BTreeMap<String, Tensor> {
         .collect()
 }
 
-/// Sets every variable to the tensor of its name in a float checkpoint.
+/// Sets every variable to the tensor of its name in a float checkpoint. As in the engine, the copy
+/// of a tied output matrix and tables of rotary positions have no variable.
 ///
 /// # Errors
 /// [`Error::File`] for a tensor that is missing, has another shape, is quantized or not finite, and
@@ -38,10 +40,14 @@ pub fn load(vars: &VarMap, source: &Source) -> Result<()> {
     for (name, var) in &vars {
         var.set(&read(source, name, var.dims())?)?;
     }
+    let tied = source
+        .config()
+        .is_some_and(|config| config["tie_word_embeddings"] == true);
+    let is_copy = |name: &str| (tied && name == "lm_head.weight") || is_rope_tensor(name);
     match source
         .tensors()
         .iter()
-        .find(|t| !vars.contains_key(&t.name))
+        .find(|t| !vars.contains_key(&t.name) && !is_copy(&t.name))
     {
         Some(extra) => Err(bitnet_formats::Error::tensor(
             source.path(),

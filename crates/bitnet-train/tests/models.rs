@@ -1,8 +1,10 @@
 //! Models against the inference engine and difference quotients, and their rejection of bad input.
 
+use bitnet_core::Granularity;
 use bitnet_inference::{CacheType, ForwardBuffers, ForwardStep, Model, WantedLogits};
-use bitnet_quant::Source;
-use bitnet_quant::qat::Linears;
+use bitnet_quant::qat::{Linears, StraightThroughEstimator, prepare};
+use bitnet_quant::recipe::Preset;
+use bitnet_quant::{Activations, Source};
 use bitnet_train::folder;
 use bitnet_train::models::{
     Cnn, CnnConfig, DecoderModel, DecoderShape, ImageModel, ImageShape, Mlp, MlpConfig,
@@ -80,12 +82,8 @@ fn the_decoder_computes_what_the_inference_engine_does() {
     check_against_inference(&decoder, ASSETS.as_ref());
     let names = names(&mut decoder);
     assert_eq!(
-        (names.len(), names[0].as_str(), names[27].as_str()),
-        (
-            28,
-            "model.layers.0.self_attn.q_proj",
-            "model.layers.3.mlp.down_proj"
-        )
+        (names.len(), names[0].as_str(), names[28].as_str()),
+        (29, "model.embed_tokens", "model.layers.3.mlp.down_proj")
     );
     let all = vars.data().lock().unwrap();
     assert!(
@@ -97,21 +95,44 @@ fn the_decoder_computes_what_the_inference_engine_does() {
 
 #[test]
 fn what_is_written_is_what_is_run() {
-    for (architecture, tied) in [("llama", true), ("llama", false), ("bitnet", true)] {
+    for (architecture, tied, head_dim) in [
+        ("llama", true, None),
+        ("llama", false, None),
+        ("bitnet", true, None),
+        ("qwen2", true, None),
+        ("qwen3", true, Some(12)),
+        ("qwen3", false, None),
+        ("mistral", false, Some(6)),
+        ("smollm3", true, None),
+    ] {
         let shape = DecoderShape {
             architecture: architecture.into(),
             hidden: 32,
             ffn: 48,
-            layers: 2,
+            layers: 5,
             heads: 4,
             kv_heads: 2,
+            head_dim,
             tied,
             ..Default::default()
         };
-        let config = shape.config_json(50, 32).unwrap();
+        let mut config = shape.config_json(50, 32).unwrap();
+        if architecture == "mistral" {
+            // As many positions as are trained: it hides nothing.
+            config["sliding_window"] = 32.into();
+        }
         let vars = VarMap::new();
         let mut decoder =
             DecoderModel::new("new".as_ref(), &config, 32, &variables(&vars, 5)).unwrap();
+        // New gains and biases are 1 and 0, with which a graph without them computes the same.
+        let mut random = stream(9, "gains");
+        for (_, var) in folder::sorted(&vars).iter().filter(|(_, v)| v.rank() == 1) {
+            let offset: Vec<f32> = (0..var.elem_count())
+                .map(|_| 0.3 * random.normal() as f32)
+                .collect();
+            let offset = Tensor::from_vec(offset, var.shape(), &Device::Cpu).unwrap();
+            var.set(&(var.as_tensor() + offset).unwrap()).unwrap();
+        }
         let work = tempfile::tempdir().unwrap();
         let path = work.path().join("model");
         folder::save(&path, &folder::tensors(&vars), &config, &[]).unwrap();
@@ -234,15 +255,21 @@ fn check_slope(vars: &VarMap, loss: impl Fn() -> Tensor) {
 
 #[test]
 fn slopes_of_the_decoders_are_those_of_differences() {
-    for architecture in ["llama", "bitnet"] {
+    for architecture in ["llama", "bitnet", "qwen2", "qwen3", "smollm3"] {
         let shape = DecoderShape {
             architecture: architecture.into(),
             hidden: 16,
             ffn: 24,
-            layers: 2,
+            layers: if architecture == "smollm3" { 4 } else { 2 },
             heads: 4,
             kv_heads: 2,
+            head_dim: (architecture == "qwen3").then_some(6),
             ..Default::default()
+        };
+        let (q_len, kv_len) = if architecture == "qwen3" {
+            (24, 12)
+        } else {
+            (16, 8)
         };
         let vars = VarMap::new();
         let decoder = DecoderModel::new(
@@ -258,37 +285,47 @@ fn slopes_of_the_decoders_are_those_of_differences() {
             cross_entropy(&decoder.forward(&tokens).unwrap(), &tokens).unwrap()
         });
         let (logits, trace) = decoder.forward_traced(&tokens).unwrap();
-        assert_eq!((logits.dims(), trace.hidden.len()), (&[2, 6, 11][..], 2));
+        assert_eq!(
+            (logits.dims(), trace.hidden.len()),
+            (&[2, 6, 11][..], shape.layers)
+        );
         let ([q, k, v], heads) = trace.relations.unwrap();
         assert_eq!(
             (q.dims(), k.dims(), v.dims(), heads),
-            (&[2, 6, 16][..], &[2, 6, 8][..], &[2, 6, 8][..], 2)
+            (
+                &[2, 6, q_len][..],
+                &[2, 6, kv_len][..],
+                &[2, 6, kv_len][..],
+                2
+            )
         );
     }
 }
 
-/// A qwen3 is a llama with norms of q and k: trained as llama it would lose them.
+/// A gemma3 is a llama with more norms: trained as llama it would lose them.
 #[test]
 fn a_model_without_a_training_graph_is_refused() {
     let json = DecoderShape::default().config_json(11, 6).unwrap();
-    let mut qwen3 = json.clone();
-    qwen3["model_type"] = "qwen3".into();
+    let mut gemma3 = json.clone();
+    gemma3["model_type"] = "gemma3_text".into();
+    gemma3["hidden_activation"] = "gelu_pytorch_tanh".into();
+    gemma3["sliding_window"] = 6.into();
     let path = Path::new("config.json");
-    let error = DecoderModel::new(path, &qwen3, 6, &variables(&VarMap::new(), 2)).unwrap_err();
+    let error = DecoderModel::new(path, &gemma3, 6, &variables(&VarMap::new(), 2)).unwrap_err();
     let message = error.to_string();
     for part in [
         "config.json: model_type: expected a model that can be trained",
-        "'llama' or 'bitnet'",
-        "got 'qwen3'",
+        "'llama', 'bitnet', 'qwen2', 'qwen3', 'mistral' or 'smollm3'",
+        "got 'gemma3_text'",
     ] {
         assert!(message.contains(part), "{message}");
     }
     let shape = DecoderShape {
-        architecture: "qwen3".into(),
+        architecture: "gemma3_text".into(),
         ..Default::default()
     };
     let message = shape.config_json(11, 6).unwrap_err().to_string();
-    for part in ["expected llama", "bitnet", "got 'qwen3'"] {
+    for part in ["expected llama", "bitnet", "got 'gemma3_text'"] {
         assert!(message.contains(part), "{message}");
     }
 
@@ -309,6 +346,107 @@ fn a_model_without_a_training_graph_is_refused() {
         "{message}"
     );
     assert_eq!(message.lines().count(), 1);
+}
+
+/// What the graph has no gradient for is refused by the key that asks for it.
+#[test]
+fn windows_and_rotations_without_gradients_are_refused() {
+    for (architecture, key, value, got) in [
+        ("mistral", "sliding_window", serde_json::json!(5), "got 5"),
+        (
+            "qwen3",
+            "rope_scaling",
+            serde_json::json!({"rope_type": "linear", "factor": 2.0}),
+            "linear",
+        ),
+    ] {
+        let shape = DecoderShape {
+            architecture: architecture.into(),
+            ..Default::default()
+        };
+        let mut json = shape.config_json(11, 6).unwrap();
+        json[key] = value;
+        let new = DecoderModel::new("c".as_ref(), &json, 6, &variables(&VarMap::new(), 2));
+        let message = new.unwrap_err().to_string();
+        assert!(message.contains(key) && message.contains(got), "{message}");
+        assert_eq!(message.lines().count(), 1);
+    }
+}
+
+/// A fake-quantized embedding: rows and tied logits are those of Ŵ, and the gradient is that of
+/// both uses.
+#[test]
+fn an_embedding_is_quantized_in_both_places() {
+    let shape = DecoderShape {
+        architecture: "qwen3".into(),
+        hidden: 16,
+        ffn: 24,
+        layers: 1,
+        heads: 2,
+        kv_heads: 1,
+        ..Default::default()
+    };
+    let json = shape.config_json(11, 6).unwrap();
+    let vars = VarMap::new();
+    let mut decoder = DecoderModel::new("new".as_ref(), &json, 6, &variables(&vars, 2)).unwrap();
+    let mut recipe = Preset::Bonsai.build().unwrap();
+    recipe.default.granularity = Some(Granularity::Group(8));
+    recipe.activations = Some(Activations::Float);
+    let names = prepare(
+        &mut decoder,
+        &recipe,
+        StraightThroughEstimator::Plain,
+        &vars,
+    )
+    .unwrap();
+    assert_eq!((names.len(), names[0].as_str()), (8, "model.embed_tokens"));
+    let tokens = Tensor::new(&[[1u32, 5, 3, 9, 0, 2]], &Device::Cpu).unwrap();
+    let logits = decoder.forward(&tokens).unwrap();
+    let loss = cross_entropy(&logits, &tokens).unwrap();
+    let gradients = loss.backward().unwrap();
+    let latent = folder::sorted(&vars)["model.embed_tokens.weight"].clone();
+    let gradient = gradients.get(&latent).unwrap().to_vec2::<f32>().unwrap();
+    // Token 10 is not read: only the head sees its row.
+    assert!(gradient.iter().all(|row| row.iter().any(|g| *g != 0.0)));
+
+    // A float model on the quantized weights computes the same, and has the same gradients.
+    let rounded = VarMap::new();
+    let twin = DecoderModel::new("new".as_ref(), &json, 6, &variables(&rounded, 2)).unwrap();
+    let twins = folder::sorted(&rounded);
+    decoder
+        .visit_linears(&mut |name, linear| {
+            let weights = linear.as_qat().unwrap().dequantized_weights()?;
+            let first = weights.to_vec2::<f32>()?[0][..8].to_vec();
+            let scale = first.iter().fold(0f32, |m, w| m.max(w.abs()));
+            assert!(
+                first.iter().all(|w| [0.0, scale].contains(&w.abs())),
+                "{name}"
+            );
+            Ok(twins[&format!("{name}.weight")].set(&weights)?)
+        })
+        .unwrap();
+    let expected = twin.forward(&tokens).unwrap();
+    let of_twin = cross_entropy(&expected, &tokens)
+        .unwrap()
+        .backward()
+        .unwrap();
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    // Sums of the dense kernels and of candle, in different orders.
+    let pairs = flat(&logits).into_iter().zip(flat(&expected));
+    assert!(pairs.into_iter().all(|(a, b)| (a - b).abs() < 1e-6));
+    for (name, var) in folder::sorted(&vars) {
+        let (got, expected) = (
+            flat(gradients.get(&var).unwrap()),
+            flat(of_twin.get(&twins[&name]).unwrap()),
+        );
+        let largest = expected.iter().fold(1e-6f32, |m, x| m.max(x.abs()));
+        assert!(
+            got.iter()
+                .zip(&expected)
+                .all(|(g, e)| (g - e).abs() < 1e-5 * largest),
+            "{name}"
+        );
+    }
 }
 
 #[test]

@@ -105,6 +105,11 @@ fn beyond_the_graph(
     let parts = [
         (graph.fused, "model_type", "fused matrices"),
         (
+            decoder.experts.is_some(),
+            "model_type",
+            "mixtures of experts",
+        ),
+        (
             graph.post_norms.is_some(),
             "model_type",
             "norms behind attention and feed-forward",

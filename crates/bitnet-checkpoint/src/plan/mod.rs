@@ -1,5 +1,6 @@
 //! Plans a job: decides and checks the output of each tensor before the first byte is written.
 
+mod experts;
 mod floats;
 pub(crate) mod mlx;
 mod onnx;
@@ -14,11 +15,12 @@ use crate::forms::Forms;
 use crate::onnx::RotaryTable;
 use crate::recipe::Compute;
 use crate::recipe::{Format, Recipe, Target};
+use crate::rows::OutputOrder;
 use crate::target::weights_name;
 use crate::{Error, Result};
 use bitnet_core::pack::{self, Layout, PackedLen};
 use bitnet_core::{Granularity, Matrix, MatrixSpec, ScaleDtype, ScaleForm, Scheme, ZeroPoints};
-use bitnet_formats::arch::{Architecture, HeadCounts, TensorOrder};
+use bitnet_formats::arch::{Architecture, HeadCounts};
 use bitnet_formats::document::{self, Document, PackedTensor};
 use bitnet_formats::dtype::ggml_type_of;
 use bitnet_formats::hf::{LinearClass, Mode};
@@ -78,13 +80,22 @@ pub(crate) struct TensorJob {
     pub(crate) name: String,
     pub(crate) action: Action,
     /// For each row or column of the output that of the source.
-    pub(crate) order: Option<TensorOrder>,
+    pub(crate) order: Option<OutputOrder>,
+    /// Tensors of the source that follow the first one in the output.
+    pub(crate) joined: Vec<TensorId>,
     /// The written tensors: data, scales, zero points.
     pub(crate) data: OutputId,
     pub(crate) scale: Option<OutputId>,
     pub(crate) zero: Option<OutputId>,
     /// A note for the user, e.g. why a tensor is not quantized.
     pub(crate) note: Option<String>,
+}
+
+impl TensorJob {
+    /// The tensors of the source that it reads.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = TensorId> {
+        self.tensor.into_iter().chain(self.joined.iter().copied())
+    }
 }
 
 /// A file beside the tensors of a folder.
@@ -201,21 +212,23 @@ impl<'a> Job<'a> {
         builder.forms = selector.forms().clone();
         let mut count = 0;
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
-            match selector.choices(tensor) {
-                None => builder.keep(i)?,
-                Some(choices) => {
-                    // Floats too: a choice that does not apply to them is an error.
-                    choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)?;
-                    match choices.target() {
-                        Target::Keep => builder.keep(i)?,
-                        Target::Float(dtype) => builder.cast(i, dtype, None)?,
-                        Target::Quantized(_) => {
-                            count += 1;
-                            builder.quantize(i, &choices)?;
-                        }
+            let choices = selector.choices(tensor);
+            builder.for_each_output(i, |builder| {
+                builder.check_joined(tensor, |other| selector.choices(other) == choices)?;
+                let Some(choices) = &choices else {
+                    return builder.keep(i);
+                };
+                // Floats too: a choice that does not apply to them is an error.
+                choices.scheme(Granularity::Channel, ScaleDtype::F32, ScaleForm::Direct)?;
+                match choices.target() {
+                    Target::Keep => builder.keep(i),
+                    Target::Float(dtype) => builder.cast(i, dtype, None),
+                    Target::Quantized(_) => {
+                        count += 1;
+                        builder.quantize(i, choices)
                     }
                 }
-            }
+            })?;
         }
         builder.note_transposed();
         if let Some(name) = builder.given.keys().next() {
@@ -298,11 +311,11 @@ impl<'a> Job<'a> {
     ) -> Result<Self> {
         let mut builder = Builder::new(source, Format::Safetensors, out, None)?;
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
-            match tensor.content {
-                Content::Opaque(_) => builder.keep(i)?,
-                _ if builder.is_rotated(tensor)? => builder.unrotate(i, dtype)?,
-                _ => builder.cast(i, dtype, None)?,
-            }
+            builder.for_each_output(i, |builder| match tensor.content {
+                Content::Opaque(_) => builder.keep(i),
+                _ if builder.is_rotated(tensor)? => builder.unrotate(i, dtype),
+                _ => builder.cast(i, dtype, None),
+            })?;
         }
         builder.finish(serde_json::json!({"command": "dequantize", "dtype": dtype}))
     }
@@ -339,7 +352,7 @@ impl<'a> Job<'a> {
     pub fn input_bytes(&self) -> u64 {
         self.tensor_jobs
             .iter()
-            .filter_map(|u| u.tensor)
+            .flat_map(TensorJob::tensors)
             .map(|t| self.source.bytes_of(self.source.tensor(t)))
             .sum()
     }
@@ -380,6 +393,8 @@ pub(crate) struct Builder<'a> {
     importance: BTreeMap<String, Vec<f32>>,
     given: BTreeMap<String, Matrix>,
     pub(crate) forms: Forms,
+    /// The output that is planned, where it is not the tensor of the source as it is.
+    reshaped: Option<experts::Reshaped>,
 }
 
 impl<'a> Builder<'a> {
@@ -431,6 +446,7 @@ impl<'a> Builder<'a> {
             importance: BTreeMap::new(),
             given: BTreeMap::new(),
             forms: Forms::default(),
+            reshaped: None,
         };
         if source.bitnet().is_some_and(|b| b.mode == Mode::Online) {
             builder.notes.push(
@@ -493,7 +509,7 @@ impl<'a> Builder<'a> {
         tensor: Option<TensorId>,
         name: String,
         action: Action,
-        order: Option<TensorOrder>,
+        order: Option<OutputOrder>,
         (data, scale, zero): (OutputId, Option<OutputId>, Option<OutputId>),
         note: Option<String>,
     ) {
@@ -502,6 +518,7 @@ impl<'a> Builder<'a> {
             name,
             action,
             order,
+            joined: self.joined().to_vec(),
             data,
             scale,
             zero,
@@ -523,7 +540,9 @@ impl<'a> Builder<'a> {
         match (self.format, dtype) {
             // llama.cpp takes one-dimensional weights as f32 only.
             (Format::Gguf, StoredType::Plain(_))
-                if tensor.shape.len() == 1 && dtype.is_float() && dtype != StoredType::F32 =>
+                if self.shape(tensor).len() == 1
+                    && dtype.is_float()
+                    && dtype != StoredType::F32 =>
             {
                 return self.cast(index, ScaleDtype::F32, None);
             }
@@ -564,8 +583,15 @@ impl<'a> Builder<'a> {
         };
         self.check_groups(tensor, order.as_ref())?;
         self.check_basis(tensor, order.as_ref())?;
-        let len = PackedLen::Exact(self.source.stored(stored).len as usize);
-        let data = self.add_out(name.clone(), tensor.shape.clone(), dtype, len);
+        let shape = self.shape(tensor);
+        let elements: usize = shape.iter().product();
+        let len = self.source.stored(stored).len as usize;
+        let len = match elements == tensor.elements() {
+            true => len,
+            // Whole rows, which have whole bytes.
+            false => (len as u128 * elements as u128 / tensor.elements().max(1) as u128) as usize,
+        };
+        let data = self.add_out(name.clone(), shape, dtype, PackedLen::Exact(len));
         self.push(
             Some(index),
             name,
@@ -601,15 +627,16 @@ impl<'a> Builder<'a> {
         if !matches!(action, Action::Unrotate(_)) {
             self.check_basis(tensor, order.as_ref())?;
         }
-        let len = PackedLen::Exact(tensor.elements() * dtype.bytes());
-        let data = self.add_out(name.clone(), tensor.shape.clone(), dtype.into(), len);
+        let shape = self.shape(tensor);
+        let len = PackedLen::Exact(shape.iter().product::<usize>() * dtype.bytes());
+        let data = self.add_out(name.clone(), shape, dtype.into(), len);
         self.push(Some(index), name, action, order, (data, None, None), note);
         Ok(())
     }
 
     fn pack(&mut self, index: TensorId, mut pack: Pack, note: Option<String>) -> Result<()> {
         let tensor = self.source.tensor(index);
-        if pack.scheme.is_some_and(|s| s.uses_importance()) {
+        if pack.scheme.is_some_and(|s| s.uses_importance()) && self.reshaped.is_none() {
             pack.importance = self.importance.get(&tensor.name).cloned();
         }
         if pack.importance.is_some() {
@@ -654,7 +681,7 @@ impl<'a> Builder<'a> {
                     .and_then(ggml_type_of)
                     .map(StoredType::Ggml)
                     .unwrap_or(StoredType::U8);
-                (name.clone(), tensor.shape.clone(), ggml)
+                (name.clone(), self.shape(tensor), ggml)
             }
             Format::HfBitnet => (
                 name.clone(),
@@ -672,7 +699,7 @@ impl<'a> Builder<'a> {
         };
         let data = self.add_out(packed_name.clone(), shape, dtype, len);
         let mut entry = PackedTensor {
-            shape: tensor.shape.clone(),
+            shape: self.shape(tensor),
             transposed: pack.transposed,
             spec: spec.clone(),
             scheme: pack.scheme,

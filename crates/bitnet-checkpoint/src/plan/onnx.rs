@@ -6,10 +6,10 @@
 use super::{Action, Builder, Job, Sidecar};
 use crate::onnx::{self, Facts, RotaryFunction, RotaryTable, SUFFIXES, Weight};
 use crate::recipe::Format;
+use crate::rows::OutputOrder;
 use crate::{Error, Result};
 use bitnet_core::ScaleDtype;
 use bitnet_core::pack::PackedLen;
-use bitnet_formats::arch::TensorOrder;
 use bitnet_formats::arch::{self, HfConfig};
 use bitnet_formats::hf::Mode;
 use bitnet_formats::onnx::{BlockFormat, ElementType};
@@ -158,7 +158,7 @@ impl Builder<'_> {
         &mut self,
         id: TensorId,
         name: &str,
-        rows: Option<TensorOrder>,
+        rows: Option<OutputOrder>,
         format: &BlockFormat,
     ) {
         let (n, blocks) = (format.rows, format.blocks());

@@ -27,7 +27,7 @@ impl Builder<'_> {
         let Target::Quantized(precision) = choices.target() else {
             return self.keep(index);
         };
-        let Some(form) = self.forms.form(tensor) else {
+        let Some(form) = self.form(tensor)? else {
             return self.keep(index);
         };
         let named = match choices.layout.as_deref() {
@@ -42,7 +42,7 @@ impl Builder<'_> {
             Some(name) => Some(pack::by_name(name)?),
         };
         let mut allowed = self.allowed_layouts(named, precision)?;
-        if self.format == Format::Gguf && tensor.shape.len() > 2 {
+        if self.format == Format::Gguf && self.shape(tensor).len() > 2 {
             // Fewer readers know the later choices (Q2_0), above all for stacked experts.
             allowed.truncate(1);
         }
@@ -75,6 +75,25 @@ impl Builder<'_> {
             }
             Fit::None { refusal, .. } => Err(self.tensor_error(tensor)(refusal)),
         }
+    }
+
+    /// The form of the output of a tensor.
+    fn form(&self, tensor: &Tensor) -> Result<Option<MatrixForm>> {
+        let (form, output) = (self.forms.form(tensor), self.reshaped.as_ref());
+        let (Some(form), Some(output)) = (form, output) else {
+            return Ok(form);
+        };
+        if form.transposed {
+            let refusal = bitnet_core::Error::Unsupported {
+                layout: "gguf",
+                why: "it is stored [in, out], and experts are split and joined as [out, in]".into(),
+            };
+            return Err(self.tensor_error(tensor)(refusal));
+        }
+        Ok((output.shape.len() > 1).then(|| MatrixForm {
+            rows: output.matrix_rows(),
+            ..form
+        }))
     }
 
     /// Says which quantized matrices have the inputs first, how that is known, and what contradicts
@@ -309,6 +328,8 @@ impl Builder<'_> {
     fn not_in_mlx(&self, tensor: &Tensor, transposed: bool) -> Option<bitnet_core::Error> {
         let why = if self.format != Format::Mlx {
             return None;
+        } else if is_numbered_expert(&tensor.name) {
+            "mlx-lm stacks the weights of experts, and not their scales".into()
         } else if transposed {
             "its matrices are [out, in], and this is stored [in, out]".into()
         } else if tensor.shape.len() == 2 && is_module(&tensor.name) {
@@ -345,7 +366,7 @@ impl Builder<'_> {
 
     pub(super) fn quantize_auto(&mut self, index: TensorId, choices: &Choices) -> Result<()> {
         let tensor = self.source.tensor(index);
-        let Some(form) = self.forms.form(tensor) else {
+        let Some(form) = self.form(tensor)? else {
             return self.keep(index);
         };
         let (rows, cols) = (form.rows, form.cols);
@@ -435,8 +456,16 @@ impl Builder<'_> {
             } => Some(id),
             _ => None,
         };
+        let mut spec = q.spec.clone();
+        if let Some(output) = &self.reshaped {
+            spec.rows = output.matrix_rows();
+            if !self.joined().is_empty() && spec.granularity == Granularity::Tensor {
+                // Each expert has a scale.
+                spec.granularity = Granularity::Channel;
+            }
+        }
         let known = KnownValues {
-            spec: q.spec.clone(),
+            spec,
             transposed: q.transposed,
             layout: Some(q.layout),
             inverses,
@@ -489,31 +518,40 @@ impl Builder<'_> {
         } else {
             [32, 64, 128, 256]
         };
-        let mut refusal = None;
-        for layout in layouts {
+        for &layout in &layouts {
             if !output::stores(&self.container, layout) || !self.holds(layout) {
                 return Err(self.does_not_hold(layout));
             }
-            for spec in with_other_scales(&known.spec, groups) {
-                match self.check_matrix(layout, &spec) {
-                    Err(why) => refusal = refusal.or(Some(why)),
-                    Ok(()) => {
-                        let (stored, spec) = self.stored_scales(spec, known.inverses);
-                        let form = self.scale_form();
-                        let note = scale_note(known.spec.scale_dtype, &spec, stored, form);
-                        let pack = Pack {
-                            scheme: None,
-                            spec,
-                            transposed: known.transposed,
-                            layout: Some(layout),
-                            scale_dtype: stored,
-                            scale_form: form,
-                            importance: None,
-                            given: known.given,
-                        };
-                        return self.pack(index, pack, note);
-                    }
+        }
+        // Groups within those of the source hold its scales in any case, larger ones only if the
+        // scales agree, which is known when they are read: so larger ones are the last choice.
+        let (within, larger): (Vec<_>, Vec<_>) = with_other_scales(&known.spec, groups)
+            .into_iter()
+            .partition(|spec| is_within(spec.granularity, known.spec.granularity));
+        let mut refusal = None;
+        for specs in [within, larger] {
+            let pairs = layouts
+                .iter()
+                .flat_map(|&l| specs.iter().map(move |s| (l, s)));
+            for (layout, spec) in pairs {
+                if let Err(why) = self.check_matrix(layout, spec) {
+                    refusal = refusal.or(Some(why));
+                    continue;
                 }
+                let (stored, spec) = self.stored_scales(spec.clone(), known.inverses);
+                let form = self.scale_form();
+                let note = scale_note(known.spec.scale_dtype, &spec, stored, form);
+                let pack = Pack {
+                    scheme: None,
+                    spec,
+                    transposed: known.transposed,
+                    layout: Some(layout),
+                    scale_dtype: stored,
+                    scale_form: form,
+                    importance: None,
+                    given: known.given,
+                };
+                return self.pack(index, pack, note);
             }
         }
         let refusal = refusal.unwrap_or_else(no_layout);
@@ -565,6 +603,15 @@ enum Fit {
 
 fn no_layout() -> bitnet_core::Error {
     bitnet_core::Error::Scheme("no layout".into())
+}
+
+/// Whether each granule of `a` lies within one of `b`.
+fn is_within(a: Granularity, b: Granularity) -> bool {
+    match (a, b) {
+        (_, Granularity::Tensor) | (Granularity::Group(_), Granularity::Channel) => true,
+        (Granularity::Group(a), Granularity::Group(b)) => b.is_multiple_of(a),
+        (a, b) => a == b,
+    }
 }
 
 /// The spec with the granularities and scale types that hold the same scales, its own first.

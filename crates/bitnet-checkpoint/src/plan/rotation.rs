@@ -14,13 +14,13 @@ impl Builder<'_> {
     pub(super) fn convert(&mut self, layout: Option<&str>, basis: Basis) -> Result<()> {
         let source = self.source;
         for (i, tensor) in source.tensor_ids().zip(source.tensors()) {
-            match (&tensor.content, layout) {
-                _ if basis == Basis::Original && self.is_rotated(tensor)? => {
-                    self.unrotate(i, ScaleDtype::F32)?;
+            self.for_each_output(i, |builder| match (&tensor.content, layout) {
+                _ if basis == Basis::Original && builder.is_rotated(tensor)? => {
+                    builder.unrotate(i, ScaleDtype::F32)
                 }
-                (Content::Quantized(_), Some(layout)) => self.recode(i, Some(layout))?,
-                _ => self.keep(i)?,
-            }
+                (Content::Quantized(_), Some(layout)) => builder.recode(i, Some(layout)),
+                _ => builder.keep(i),
+            })?;
         }
         Ok(())
     }
@@ -70,10 +70,11 @@ impl Builder<'_> {
             ));
             return Ok(None);
         }
-        if self.format == Format::HfBitnet {
+        if !matches!(self.format, Format::Gguf | Format::Safetensors) {
             return Err(Error::Recipe(format!(
-                "format hf-bitnet cannot say that {} matrices are in a rotated basis; write a GGUF, \
+                "format {} cannot say that {} matrices are in a rotated basis; write a GGUF, \
                  --format safetensors, or floats with `bitnet convert --unrotate`",
+                self.format,
                 kept.len()
             )));
         }

@@ -52,6 +52,7 @@ pub(super) fn of_folder(
     let folder = source.path();
     let mut sidecars = BTreeMap::new();
     let mut left_out = vec![];
+    let steps = step_folders(folder);
     let list = fs::read_dir(folder).map_err(FileError::io(folder, "list"))?;
     for entry in list.filter_map(|e| e.ok()) {
         let path = entry.path();
@@ -64,6 +65,13 @@ pub(super) fn of_folder(
             continue;
         }
         if path.is_dir() {
+            let config = format!("{name}/config.json");
+            if steps.contains(&name) {
+                if path.join("config.json").is_file() {
+                    sidecars.insert(config, Sidecar::Copy(path.join("config.json")));
+                }
+                continue;
+            }
             notes.push(format!("the folder {name} is not copied"));
         } else if let Some(link) = hints::dangling_link(&path).filter(|_| has_ending(&name)) {
             let expected = "a file to copy into the result";
@@ -83,6 +91,15 @@ pub(super) fn of_folder(
         ));
     }
     Ok(sidecars)
+}
+
+/// The folders of the steps that sentence-transformers lists in modules.json.
+fn step_folders(folder: &Path) -> Vec<String> {
+    let modules = fs::read(folder.join("modules.json")).unwrap_or_default();
+    let modules: serde_json::Value = serde_json::from_slice(&modules).unwrap_or_default();
+    let steps = modules.as_array().into_iter().flatten();
+    let names = steps.filter_map(|step| step["path"].as_str());
+    names.map(String::from).collect()
 }
 
 /// Names for a note: the first of them, and how many more there are.

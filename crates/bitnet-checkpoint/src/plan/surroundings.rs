@@ -3,10 +3,11 @@
 
 use super::{Action, Builder, Naming, Sidecar, mlx, sidecars};
 use crate::recipe::Format;
+use crate::rows::OutputOrder;
 use crate::{Error, Result};
 use bitnet_core::codes::whole_groups;
 use bitnet_core::pack::PackedLen;
-use bitnet_formats::arch::{self, Architecture, ElementForm, HeadCounts, TensorOrder};
+use bitnet_formats::arch::{self, Architecture, ElementForm, HeadCounts};
 use bitnet_formats::document;
 use bitnet_formats::hf::{BitnetConfig, Mode};
 use bitnet_formats::output::{Container, OutputTensor};
@@ -38,6 +39,16 @@ impl Builder<'_> {
         let model = arch::gguf_metadata(source.path(), config)?;
         self.naming = Naming::ToGguf(model.architecture, HeadCounts::from_hf_config(config)?);
         self.notes.extend(model.notes);
+        let ignored = source.tensors().iter().map(|t| t.name.as_str());
+        let ignored = ignored.filter(|name| model.architecture.ignores(name));
+        let ignored: Vec<String> = ignored.map(str::to_string).collect();
+        if !ignored.is_empty() {
+            self.notes.push(format!(
+                "a GGUF of a {} has no place for {}: hidden states do not depend on them",
+                model.architecture.name,
+                sidecars::named(&ignored)
+            ));
+        }
         self.losses = model.losses;
         self.container = Container::Gguf(model.metadata);
         for (name, divisors) in model.rope_tensors {
@@ -137,9 +148,10 @@ impl Builder<'_> {
         let mut values = vec![0.0; tensor.elements()];
         let (source, len) = (self.source, values.len());
         source.read_floats(stored, 0..len, &mut vec![], &mut values)?;
-        if let Some(TensorOrder::Rows(order)) = &order {
+        if let Some(OutputOrder::Rows(order)) = &order {
             let row = len / order.len().max(1);
-            let moved = order.iter().flat_map(|&r| &values[r * row..][..row]);
+            let rows = (0..order.len()).map(|r| order.row(r));
+            let moved = rows.flat_map(|r| &values[r * row..][..row]);
             values = moved.copied().collect();
         }
         let element = |w: f32| match self.naming {
@@ -159,8 +171,8 @@ impl Builder<'_> {
 
     /// Refuses an order of columns that would tear apart what has one scale, in a tensor whose codes
     /// are kept.
-    pub(super) fn check_groups(&self, tensor: &Tensor, order: Option<&TensorOrder>) -> Result<()> {
-        let Some(TensorOrder::Columns(columns)) = order else {
+    pub(super) fn check_groups(&self, tensor: &Tensor, order: Option<&OutputOrder>) -> Result<()> {
+        let Some(OutputOrder::Columns(columns)) = order else {
             return Ok(());
         };
         let group = match &tensor.content {
@@ -181,8 +193,8 @@ impl Builder<'_> {
     }
 
     /// Refuses an order of columns in a rotated basis, which is not that of the original one.
-    pub(super) fn check_basis(&self, tensor: &Tensor, order: Option<&TensorOrder>) -> Result<()> {
-        if !matches!(order, Some(TensorOrder::Columns(_))) || !self.is_rotated(tensor)? {
+    pub(super) fn check_basis(&self, tensor: &Tensor, order: Option<&OutputOrder>) -> Result<()> {
+        if !matches!(order, Some(OutputOrder::Columns(_))) || !self.is_rotated(tensor)? {
             return Ok(());
         }
         let expected = "columns in their original basis, since heads change places between a \
@@ -193,11 +205,20 @@ impl Builder<'_> {
 
     /// Name and order of rows or columns in the output; `None` for a buffer that the other container does not
     /// store.
-    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<TensorOrder>)>> {
+    pub(super) fn rename(&self, tensor: &Tensor) -> Result<Option<(String, Option<OutputOrder>)>> {
+        if let Some(output) = &self.reshaped {
+            let order = output.rows.clone().map(OutputOrder::Rows);
+            return Ok(Some((output.name.clone(), order)));
+        }
         if matches!(self.naming, Naming::Same) {
             return Ok(Some((tensor.name.clone(), None)));
         }
         if arch::is_rope_tensor(&tensor.name) {
+            return Ok(None);
+        }
+        if let Naming::ToGguf(architecture, _) = self.naming
+            && architecture.ignores(&tensor.name)
+        {
             return Ok(None);
         }
         let unknown = |side: &str| {
@@ -214,13 +235,13 @@ impl Builder<'_> {
             Naming::ToGguf(architecture, heads) => {
                 let name = architecture.gguf_tensor(&tensor.name);
                 let order = architecture.gguf_order(heads, &tensor.name, &tensor.shape);
-                (name.ok_or_else(|| unknown("GGUF"))?, order?)
+                (name.ok_or_else(|| unknown("GGUF"))?, order?.map(Into::into))
             }
             Naming::ToHf(architecture, heads) => {
                 let name = architecture.hf_tensor(&tensor.name);
                 let name = name.ok_or_else(|| unknown("a Hugging Face folder"))?;
                 let order = architecture.hf_order(heads, &name, &tensor.shape)?;
-                (name, order)
+                (name, order.map(Into::into))
             }
         }))
     }

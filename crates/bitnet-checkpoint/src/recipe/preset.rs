@@ -20,7 +20,18 @@ pub enum Preset {
     MemoryOptimized,
     /// Between accuracy and memory.
     Balanced,
+    /// What the ternary Bonsai models are: every matrix ternary, embedding and head included.
+    Bonsai,
 }
+
+/// Weights that stay floats where every matrix is ternary: norms, tables of positions, routers.
+const BONSAI_EXCLUDE: &[&str] = &[
+    "*norm*",
+    "*Norm*",
+    "*.wpe.*",
+    "*.gate.weight",
+    "*ffn_gate_inp*",
+];
 
 impl Preset {
     /// What it consists of, for people.
@@ -39,6 +50,9 @@ impl Preset {
                 "ternary optimal, groups of 256 with f16 scales, the smallest layout, int4 activations; lax control"
             }
             Self::Balanced => "two trit planes, groups of 128 with f16 scales, int8 activations",
+            Self::Bonsai => {
+                "every matrix ternary by absmean, embedding and head too, groups of 128 with f16 scales, int8 activations; in a GGUF Q2_0, which llama.cpp opens"
+            }
         }
     }
 
@@ -130,12 +144,26 @@ impl Preset {
                     PrecisionControlConfig::balanced(),
                 )
             }
+            // The rule that ternary models are trained with: scale and threshold are one mean, which
+            // moves little from one step to the next. Codes of a trained model are the same by any
+            // rule.
+            Self::Bonsai => (
+                grouped(128, ternary(Threshold::Absmean)),
+                Activations::Int8,
+                PrecisionControlConfig::balanced(),
+            ),
+        };
+        let defaults = Recipe::default();
+        let exclude = match self {
+            Self::Bonsai => BONSAI_EXCLUDE.iter().map(|&glob| glob.into()).collect(),
+            _ => defaults.exclude,
         };
         Recipe {
+            exclude,
             default,
             activations: Some(activations),
             control: Some(control),
-            ..Recipe::default()
+            ..defaults
         }
     }
 }
@@ -146,6 +174,7 @@ named!(Preset, "preset", {
     AccuracyOptimized = "accuracy",
     MemoryOptimized = "memory",
     Balanced = "balanced",
+    Bonsai = "bonsai",
 });
 
 impl Recipe {

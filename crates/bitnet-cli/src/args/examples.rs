@@ -17,7 +17,8 @@ Examples:
   bitnet quantize model/ --out model-hf --format hf-bitnet
   bitnet quantize model/ --out mixed --rule '*embed*=int8' --rule '*.down_proj.*=int4'
   bitnet quantize model/ --out best --target-bpw 2.5
-  bitnet quantize model.gguf --out small.safetensors --planes 2 --layout auto";
+  bitnet quantize model.gguf --out small.safetensors --planes 2 --layout auto
+  bitnet quantize model/ --out model.gguf --preset bonsai";
 
 pub(super) const INSPECT: &str = "\
 Examples:
@@ -60,6 +61,12 @@ Examples:
   bitnet chat model.gguf
   bitnet chat model/ --system \"Answer in one sentence.\" --temperature 0.8";
 
+pub(super) const EMBED: &str = "\
+Examples:
+  bitnet embed model/ \"a cat\" \"a kitten\" --similarity
+  bitnet embed model/ --file lines.txt --format npy > vectors.npy
+  bitnet embed model.gguf --prompt-name query --format jsonl < questions.txt";
+
 pub(super) const PERPLEXITY: &str = "\
 Examples:
   bitnet perplexity model.gguf --text book.txt
@@ -68,7 +75,8 @@ Examples:
 pub(super) const BENCH: &str = "\
 Examples:
   bitnet bench model.gguf
-  bitnet bench --shape bitnet-2b-4t --prompt 512 --repeat 5";
+  bitnet bench --shape bitnet-2b-4t --prompt 512 --repeat 5
+  bitnet bench --shape bonsai-8b --activations int8";
 
 #[cfg(feature = "train")]
 pub(super) const TRAIN: &str = "\
@@ -86,7 +94,8 @@ Examples:
 pub(super) const TRAIN_LM: &str = "\
 Examples:
   bitnet train lm --text book.txt --steps 3000 --out run
-  bitnet train lm --text book.txt --from model/ --learning-rate 1e-4 --out tuned";
+  bitnet train lm --text book.txt --from model/ --learning-rate 1e-4 --out tuned
+  bitnet train lm --text book.txt --architecture qwen3 --preset bonsai --format gguf --out run";
 
 pub(super) const DEMO: &str = "\
 Examples:

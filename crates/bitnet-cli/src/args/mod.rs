@@ -10,13 +10,13 @@ pub(crate) mod train;
 use checkpoint::{CompareArgs, ConvertArgs, DequantizeArgs, InspectArgs, QuantizeArgs, VerifyArgs};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use model::{BenchArgs, ChatArgs, PerplexityArgs, RunArgs};
+use model::{BenchArgs, ChatArgs, EmbedArgs, PerplexityArgs, RunArgs};
 use std::path::PathBuf;
 #[cfg(feature = "train")]
 use train::TrainArgs;
 
 /// Ternary and low-bit models: quantize, inspect, convert, dequantize, compare and verify
-/// checkpoints; run models, chat with them, measure their perplexity, bench their speed, train new
+/// checkpoints; run models, chat with them, embed texts, measure their perplexity, bench their speed, train new
 /// ones. The demo quantizes a built-in model; completions and manual are for your shell
 #[derive(Debug, Parser)]
 #[command(name = "bitnet", version, max_term_width = 120, after_help = examples::PROGRAM)]
@@ -57,6 +57,9 @@ pub(crate) enum Command {
     /// Talk with a model that has a chat template
     #[command(after_help = examples::CHAT)]
     Chat(ChatArgs),
+    /// Give each text a vector, by an embedding model
+    #[command(after_help = examples::EMBED)]
+    Embed(EmbedArgs),
     /// Measure how well a model predicts a text, and how far it is from a reference
     #[command(after_help = examples::PERPLEXITY)]
     Perplexity(PerplexityArgs),

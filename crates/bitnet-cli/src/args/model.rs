@@ -5,8 +5,8 @@ use super::names::{NameParser, name};
 use crate::print::note;
 use bitnet_formats::source::OpenOptions;
 use bitnet_inference::{
-    ActivationType, CacheType, Config, FloatType, GenerateOptions, LoadOptions, Model, Sampling,
-    Tools,
+    ActivationType, CacheType, Config, FloatType, GenerateOptions, LoadOptions, Model, Pooling,
+    Sampling, Tools,
 };
 use bitnet_kernels::Kernels;
 use clap::Args;
@@ -37,11 +37,22 @@ pub(crate) struct LoadArgs {
     /// Embedding and output matrix, in memory
     #[arg(long, default_value = "exact", value_name = "TYPE", value_parser = name::<FloatType>())]
     embedding: FloatType,
-    /// Cached keys and values
-    #[arg(long, default_value = "f16", value_name = "TYPE", value_parser = name::<CacheType>())]
-    pub(crate) cache: CacheType,
     #[command(flatten)]
     open: OpenArgs,
+}
+
+/// What a model remembers of the tokens before.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Loading and computing")]
+pub(crate) struct CacheArgs {
+    /// Cached keys and values
+    #[arg(
+        long = "cache",
+        default_value = "f16",
+        value_name = "TYPE",
+        value_parser = name::<CacheType>()
+    )]
+    pub(crate) kind: CacheType,
 }
 
 impl LoadArgs {
@@ -199,6 +210,8 @@ pub(crate) struct RunArgs {
     pub(crate) generate: GenerateArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
 }
 
 #[derive(Debug, Args)]
@@ -218,6 +231,61 @@ pub(crate) struct ChatArgs {
     pub(crate) quiet: QuietArgs,
     #[command(flatten)]
     pub(crate) generate: GenerateArgs,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
+/// How vectors are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EmbedFormat {
+    /// A line of numbers for each text.
+    Text,
+    /// A JSON object for each text, in a line.
+    Jsonl,
+    /// A NumPy array of f32, texts × dimensions.
+    Npy,
+}
+
+bitnet_core::named!(EmbedFormat, "format", {
+    Text = "text",
+    Jsonl = "jsonl",
+    Npy = "npy",
+});
+
+#[derive(Debug, Args)]
+pub(crate) struct EmbedArgs {
+    /// The model: a folder with config.json, or a .gguf
+    pub(crate) model: PathBuf,
+    /// The texts; without them and --file, the lines of stdin
+    #[arg(value_name = "TEXT", conflicts_with = "file")]
+    pub(crate) texts: Vec<String>,
+    /// A file with a text in each line; - for stdin
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// How the vectors are printed
+    #[arg(
+        long,
+        default_value = "text",
+        value_name = "FORMAT",
+        value_parser = name::<EmbedFormat>()
+    )]
+    pub(crate) format: EmbedFormat,
+    /// Print the cosine similarity of each two texts in place of the vectors
+    #[arg(long)]
+    pub(crate) similarity: bool,
+    /// How the states of the tokens become one vector, where the model's own way is not wanted
+    #[arg(long, value_name = "POOLING", value_parser = name::<Pooling>())]
+    pub(crate) pooling: Option<Pooling>,
+    /// Keep the length of the vectors
+    #[arg(long)]
+    pub(crate) no_normalize: bool,
+    /// The model's prompt of this name is put before each text
+    #[arg(long, value_name = "NAME")]
+    pub(crate) prompt_name: Option<String>,
+    #[command(flatten)]
+    pub(crate) quiet: QuietArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }
@@ -245,6 +313,8 @@ pub(crate) struct PerplexityArgs {
     pub(crate) quiet: QuietArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
 }
 
 #[derive(Debug, Args)]
@@ -266,6 +336,8 @@ pub(crate) struct BenchArgs {
     pub(crate) repeat: u32,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
 }
 
 /// The parser of numbers from 1 to `most`.

@@ -144,7 +144,7 @@ mod tests {
         check(&name::<Rounding>(), 3);
         check(&name::<Format>(), 3);
         check(&name::<LinearClass>(), 2);
-        check(&name::<Preset>(), 5);
+        check(&name::<Preset>(), 6);
         check(&name::<ActivationType>(), 3);
         check(&name::<FloatType>(), 4);
         check(&name::<CacheType>(), 3);

@@ -3,13 +3,15 @@
 use super::checkpoint::QuietArgs;
 use super::examples;
 use super::names::{NameParser, name, rule};
-use bitnet_checkpoint::recipe::{Activations, Choices, Format, Recipe, Rule, Target};
+use bitnet_checkpoint::recipe::{Activations, Choices, Format, Preset, Recipe, Rule, Target};
 use bitnet_core::Granularity;
 use bitnet_core::scheme::Threshold;
+use bitnet_formats::arch::ARCHITECTURES;
 use bitnet_quant::qat::{EarlyStopping, Progressive, QATConfig, StraightThroughEstimator};
 
 use bitnet_train::config::{ImageConfig, LmConfig, Network, RunConfig, Teacher, read};
 use bitnet_train::run::RunOutput;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
@@ -89,6 +91,10 @@ pub(crate) struct StepArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Precision")]
 pub(crate) struct PrecisionArgs {
+    /// Start from a preset of `bitnet quantize`, not from the defaults or the recipe of --config;
+    /// `bonsai` makes every matrix ternary, embedding and head too
+    #[arg(long, value_name = "NAME", value_parser = name::<Preset>())]
+    preset: Option<Preset>,
     /// Precision of the layers [default: ternary]
     #[arg(long, value_parser = name::<Target>())]
     precision: Option<Target>,
@@ -104,7 +110,7 @@ pub(crate) struct PrecisionArgs {
     /// Precision of the layers that a glob matches; may be given several times
     #[arg(long, value_name = "GLOB=PRECISION", value_parser = rule(), hide_possible_values = true)]
     rule: Vec<Rule>,
-    /// Layers to leave in floats, besides embeddings, heads and norms
+    /// Layers to leave in floats, besides those of the preset [default: embeddings, heads, norms]
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// Container of the packed model [default: safetensors]
@@ -199,7 +205,7 @@ pub(crate) struct LmArgs {
     /// Text to learn from; may be given several times. The end of each is held out
     #[arg(long, value_name = "FILE", num_args = 1..)]
     text: Vec<PathBuf>,
-    /// A folder of a llama or bitnet model in floats to start from
+    /// A folder of a model in floats to start from, of an architecture that --architecture takes
     #[arg(long, value_name = "FOLDER", conflicts_with_all = SHAPE)]
     from: Option<PathBuf>,
     /// A tokenizer.json [default: the one beside --from; bytes without it]
@@ -215,13 +221,14 @@ pub(crate) struct LmArgs {
 }
 
 /// Flags that a model from a folder answers itself.
-const SHAPE: [&str; 6] = [
+const SHAPE: [&str; 7] = [
     "architecture",
     "hidden",
     "ffn",
     "layers",
     "heads",
     "kv_heads",
+    "head_dim",
 ];
 
 /// The shape of a model from scratch.
@@ -229,7 +236,7 @@ const SHAPE: [&str; 6] = [
 #[command(next_help_heading = "Model")]
 pub(crate) struct ShapeArgs {
     /// Architecture [default: llama]
-    #[arg(long, value_name = "NAME", value_parser = ["llama", "bitnet"])]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(trained()))]
     architecture: Option<String>,
     /// Tokens in a window [default: 128]
     #[arg(long, value_name = "N")]
@@ -249,6 +256,15 @@ pub(crate) struct ShapeArgs {
     /// Key and value heads [default: 2]
     #[arg(long, value_name = "N")]
     kv_heads: Option<usize>,
+    /// Width of a head [default: --hidden / --heads]
+    #[arg(long, value_name = "N")]
+    head_dim: Option<usize>,
+}
+
+/// Names of the architectures that can be trained.
+fn trained() -> impl Iterator<Item = &'static str> {
+    let all = ARCHITECTURES.iter().filter(|a| a.training.is_some());
+    all.map(|a| a.name)
 }
 
 fn set<T>(field: &mut T, flag: Option<T>) {
@@ -268,7 +284,7 @@ impl CommonArgs {
         }
     }
 
-    fn apply(&self, run: &mut RunConfig, training: &mut QATConfig) {
+    fn apply(&self, run: &mut RunConfig, training: &mut QATConfig) -> anyhow::Result<()> {
         let TwinArgs {
             teacher,
             fine_tune,
@@ -292,7 +308,7 @@ impl CommonArgs {
             });
         }
         self.method.apply(training);
-        self.precision.apply(&mut training.quantization);
+        self.precision.apply(&mut training.quantization)
     }
 
     pub(crate) fn output(&self) -> RunOutput {
@@ -332,7 +348,14 @@ impl MethodArgs {
 }
 
 impl PrecisionArgs {
-    fn apply(&self, recipe: &mut Recipe) {
+    fn apply(&self, recipe: &mut Recipe) -> anyhow::Result<()> {
+        if let Some(preset) = self.preset {
+            *recipe = Recipe {
+                format: recipe.format,
+                compute: recipe.compute.clone(),
+                ..preset.build()?
+            };
+        }
         set(&mut recipe.format, self.format);
         recipe.activations = self.activations.or(recipe.activations);
         // With --resume the run's own configuration has them already.
@@ -355,6 +378,7 @@ impl PrecisionArgs {
             ..Choices::default()
         }
         .over(&recipe.default);
+        Ok(())
     }
 }
 
@@ -367,7 +391,7 @@ impl ImageArgs {
         if !self.sizes.is_empty() {
             config.model.sizes.clone_from(&self.sizes);
         }
-        self.common.apply(&mut config.run, &mut config.training);
+        self.common.apply(&mut config.run, &mut config.training)?;
         anyhow::ensure!(
             !config.data.folder.as_os_str().is_empty(),
             "--data: expected the folder of the images, got none"
@@ -394,7 +418,8 @@ impl LmArgs {
         set(&mut shape.layers, self.shape.layers);
         set(&mut shape.heads, self.shape.heads);
         set(&mut shape.kv_heads, self.shape.kv_heads);
-        self.common.apply(&mut config.run, &mut config.training);
+        shape.head_dim = self.shape.head_dim.or(shape.head_dim);
+        self.common.apply(&mut config.run, &mut config.training)?;
         anyhow::ensure!(
             !config.data.text.is_empty(),
             "--text: expected at least one file, got none"

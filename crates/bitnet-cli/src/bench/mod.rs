@@ -4,7 +4,7 @@ mod ceilings;
 
 use crate::args::model::BenchArgs;
 use crate::progress::interrupt;
-use bitnet_inference::{Config, Error, LoadOptions, Model, Session};
+use bitnet_inference::{Error, LoadOptions, Model, Session};
 use bitnet_kernels::Isa;
 use ceilings::{Ceilings, peak_memory};
 use std::sync::atomic::Ordering;
@@ -42,13 +42,13 @@ pub(crate) fn measure(args: &BenchArgs, options: &LoadOptions) -> anyhow::Result
         (Some(path), _) => (path.display().to_string(), Model::load_with(path, options)?),
         (None, Some(shape)) => (
             format!("{shape}, synthetic weights"),
-            Model::synthetic(Config::shape(shape)?, options)?,
+            Model::synthetic_shape(shape, options)?,
         ),
         (None, None) => anyhow::bail!("expected a model or --shape, got none"),
     };
     let load_seconds = begin.elapsed().as_secs_f64();
     let (prompt, count) = (args.prompt as usize, args.tokens as usize);
-    let mut session = model.session(prompt + count, args.load.cache)?;
+    let mut session = model.session(prompt + count, args.cache.kind)?;
     let cache_bytes = session.cache_bytes();
     // A token reads the weights and, on average, the cache of half the tokens decoded before it.
     let bytes_per_token =

@@ -26,7 +26,7 @@ pub(crate) fn run(args: &ChatArgs, out: &mut Output) -> anyhow::Result<Answer> {
         0 => model.config().context.min(4096),
         n => n,
     };
-    let session = model.session(context, args.load.cache)?;
+    let session = model.session(context, args.cache.kind)?;
     catch_interrupts()?;
     let system = args.system.as_ref();
     let mut conversation = Conversation {

@@ -7,6 +7,7 @@ pub(crate) mod completions;
 pub(crate) mod convert;
 pub(crate) mod demo;
 pub(crate) mod dequantize;
+pub(crate) mod embed;
 pub(crate) mod inspect;
 pub(crate) mod manual;
 pub(crate) mod perplexity;

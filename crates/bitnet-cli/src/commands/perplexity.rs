@@ -114,7 +114,7 @@ fn windows(
             0 => context.div_ceil(2),
             n => n,
         },
-        cache: args.load.cache,
+        cache: args.cache.kind,
     })
 }
 

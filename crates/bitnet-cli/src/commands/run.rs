@@ -39,7 +39,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut Output) -> anyhow::Result<Answer> {
     };
     let interrupt = interrupt();
     let mut generation = model
-        .session(context, args.load.cache)?
+        .session(context, args.cache.kind)?
         .into_generation(&tokens, &options)?;
     let (mut text, mut ids) = (String::new(), vec![]);
     while !interrupt.load(Ordering::Relaxed)

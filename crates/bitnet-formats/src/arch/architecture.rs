@@ -1,6 +1,7 @@
 //! What describes an architecture: facts that conversion, inference and training read. The
 //! descriptions are in `known.rs`.
 
+use super::experts::ExpertRule;
 use super::known::{ARCHITECTURES, BITNET, DECODER_KEYS};
 use super::values::{find, shown};
 use crate::{Error, Result, gguf};
@@ -26,6 +27,25 @@ impl Activation {
             Self::Silu => "silu",
             Self::Relu2 => "relu2",
             Self::GeluTanh => "gelu_pytorch_tanh",
+        }
+    }
+}
+
+/// What a model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelKind {
+    /// The next token.
+    Decoder,
+    /// A vector for each token, which depends on all tokens of the text.
+    Encoder,
+}
+
+impl ModelKind {
+    /// What Hugging Face names of a layer's tensors begin with, before its number.
+    pub(super) const fn hf_layers(self) -> &'static str {
+        match self {
+            Self::Decoder => "model.layers.",
+            Self::Encoder => "encoder.layer.",
         }
     }
 }
@@ -82,6 +102,8 @@ pub enum LayerRule {
     Uniform,
     /// `sliding_window` holds for each layer.
     Window,
+    /// `use_sliding_window` turns `sliding_window` on for each layer.
+    SwitchedWindow,
     /// `use_sliding_window` turns `sliding_window` on, from layer `max_window_layers` on or where
     /// `layer_types` says so.
     UpperWindow,
@@ -141,6 +163,8 @@ pub struct HfDefaults {
 /// and the graphs that compute it.
 #[derive(Clone, Copy, PartialEq)]
 pub struct Architecture {
+    /// What a model computes.
+    pub kind: ModelKind,
     /// `model_type` of a config.json, and the name in messages.
     pub name: &'static str,
     /// Its class in transformers: `architectures` of a config.json.
@@ -162,6 +186,8 @@ pub struct Architecture {
     pub gguf_biases: bool,
     /// Whether llama.cpp reads an output matrix of its own; otherwise it takes the embedding.
     pub gguf_head: bool,
+    /// Whether llama.cpp takes the embedding where a file has no output matrix.
+    pub gguf_tied: bool,
     /// Whether a GGUF names the activation, under `hidden_activation`.
     pub gguf_activation: bool,
     /// Whether the heads together must have `hidden_size` dimensions.
@@ -180,6 +206,8 @@ pub struct Architecture {
     pub layers: LayerRule,
     /// What multiplies embedding, scores, residual stream and logits.
     pub scales: ScaleRule,
+    /// How it mixes experts, if it does.
+    pub experts: Option<ExpertRule>,
     /// Whether a Hugging Face norm with weights w multiplies by `1 + w`. A GGUF stores the factor.
     pub hf_norms_from_one: bool,
     /// Key of the activation in a config.json.
@@ -312,7 +340,13 @@ impl Architecture {
                 "a model that can be {used}: {}",
                 one_of(known.map(|a| a.name))
             );
-            Error::config(path, "model_type", expected, format!("'{}'", self.name))
+            let got = match self.kind {
+                ModelKind::Decoder => format!("'{}'", self.name),
+                ModelKind::Encoder => {
+                    format!("'{}', an encoder, which bitnet embed takes", self.name)
+                }
+            };
+            Error::config(path, "model_type", expected, got)
         })
     }
 
@@ -450,8 +484,8 @@ mod tests {
         let path = Path::new("config.json");
         assert_eq!(
             other.training_graph(path).unwrap_err().to_string(),
-            "config.json: model_type: expected a model that can be trained: 'llama' or 'bitnet', \
-             got 'other'"
+            "config.json: model_type: expected a model that can be trained: 'llama', 'bitnet', 'qwen2', \
+             'qwen3', 'mistral' or 'smollm3', got 'other'"
         );
         let message = other.inference_graph(path).unwrap_err().to_string();
         assert!(

@@ -2,6 +2,7 @@
 
 use super::architecture::{Activation, Architecture, BiasRule, ScaleRule};
 use super::delta::DeltaShape;
+use super::experts::Experts;
 use super::layers::LayerAttention;
 use super::rope::HfRope;
 use super::values::HfConfig;
@@ -68,6 +69,8 @@ pub struct HfDecoder {
     pub biases: Biases,
     /// Multipliers.
     pub scales: Scales,
+    /// Experts, where layers have them.
+    pub experts: Option<Experts>,
 }
 
 impl HfDecoder {
@@ -109,6 +112,7 @@ impl HfDecoder {
             tied: config.flag_or("tie_word_embeddings", defaults.is_some_and(|d| d.tied))?,
             biases: biases(config, architecture)?,
             scales: scales(config, architecture, hidden, head_dim)?,
+            experts: Experts::read(config, architecture)?,
         })
     }
 }
@@ -153,6 +157,10 @@ fn biases(config: &HfConfig, architecture: &Architecture) -> Result<Biases> {
         BiasRule::Attention => none("mlp_bias", mlp)?,
         BiasRule::Qkv => {
             none("mlp_bias", mlp)?;
+            if !config.flag_or("qkv_bias", true)? {
+                let expected = format!("true: q, k and v of {} have biases", architecture.name);
+                return Err(config.bad("qkv_bias", &expected));
+            }
             return Ok(Biases {
                 qkv: true,
                 ..Biases::default()

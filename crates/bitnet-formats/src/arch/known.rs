@@ -2,16 +2,20 @@
 //! [`ARCHITECTURES`].
 
 use super::architecture::{
-    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ScaleRule,
+    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ModelKind,
+    ScaleRule,
 };
+use super::experts::ExpertRule;
 
 /// All architectures. Of those that share a name in GGUF files the first reads it.
 pub static ARCHITECTURES: &[&Architecture] = &[
-    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3, &QWEN35,
+    &LLAMA, &BITNET, &QWEN2, &QWEN3, &MISTRAL, &SMOLLM3, &PHI3, &MINICPM, &GEMMA3, &QWEN2_MOE,
+    &QWEN3_MOE, &QWEN35, &BERT,
 ];
 
 /// `llama` on both sides.
 pub static LLAMA: Architecture = Architecture {
+    kind: ModelKind::Decoder,
     name: "llama",
     hf_class: "LlamaForCausalLM",
     gguf_names: &[GgufName {
@@ -26,6 +30,7 @@ pub static LLAMA: Architecture = Architecture {
     gguf_adjacent_pairs: true,
     gguf_biases: true,
     gguf_head: true,
+    gguf_tied: true,
     gguf_activation: false,
     heads_fill_hidden: false,
     gguf_rope_freqs: true,
@@ -35,6 +40,7 @@ pub static LLAMA: Architecture = Architecture {
     biases: BiasRule::Config,
     layers: LayerRule::Uniform,
     scales: ScaleRule::Plain,
+    experts: None,
     hf_norms_from_one: false,
     hf_activation: "hidden_act",
     activations: &[Activation::Silu],
@@ -104,7 +110,7 @@ pub static QWEN2: Architecture = Architecture {
         kv_heads: Some(32),
         ..DEFAULTS
     }),
-    training: None,
+    training: Some(DecoderGraph::LLAMA),
     ..LLAMA
 };
 
@@ -123,11 +129,14 @@ pub static QWEN3: Architecture = Architecture {
         head_dim: Some(128),
         ..DEFAULTS
     }),
-    inference: Some(DecoderGraph {
-        head_norms: true,
-        ..DecoderGraph::LLAMA
-    }),
+    inference: Some(QWEN3_GRAPH),
+    training: Some(QWEN3_GRAPH),
     ..QWEN2
+};
+
+const QWEN3_GRAPH: DecoderGraph = DecoderGraph {
+    head_norms: true,
+    ..DecoderGraph::LLAMA
 };
 
 /// Mistral and Ministral's first: llama with a sliding window. A GGUF calls it `llama`.
@@ -140,7 +149,7 @@ pub static MISTRAL: Architecture = Architecture {
         kv_heads: Some(8),
         ..DEFAULTS
     }),
-    training: None,
+    training: Some(DecoderGraph::LLAMA),
     ..LLAMA
 };
 
@@ -161,7 +170,7 @@ pub static SMOLLM3: Architecture = Architecture {
         kv_heads: Some(4),
         ..DEFAULTS
     }),
-    training: None,
+    training: Some(DecoderGraph::LLAMA),
     ..LLAMA
 };
 
@@ -305,6 +314,87 @@ pub static QWEN35: Architecture = Architecture {
     ..LLAMA
 };
 
+/// Bert, the encoder: norms after attention and feed-forward, learned positions, no output matrix.
+/// [`HfEncoder`](super::HfEncoder) reads its config.json; the facts of decoders are not looked at.
+pub static BERT: Architecture = Architecture {
+    kind: ModelKind::Encoder,
+    name: "bert",
+    hf_class: "BertModel",
+    gguf_names: &[GgufName {
+        name: "bert",
+        activation: Activation::GeluTanh,
+    }],
+    gguf_keys: &["attention.layer_norm_epsilon"],
+    modules: &[
+        ("embeddings.word_embeddings", "token_embd"),
+        ("embeddings.position_embeddings", "position_embd"),
+        ("embeddings.token_type_embeddings", "token_types"),
+        ("embeddings.LayerNorm", "token_embd_norm"),
+    ],
+    layer_modules: &[
+        ("attention.self.query", "attn_q"),
+        ("attention.self.key", "attn_k"),
+        ("attention.self.value", "attn_v"),
+        ("attention.output.dense", "attn_output"),
+        ("attention.output.LayerNorm", "attn_output_norm"),
+        ("intermediate.dense", "ffn_up"),
+        ("output.dense", "ffn_down"),
+        ("output.LayerNorm", "layer_output_norm"),
+    ],
+    gguf_adjacent_pairs: false,
+    gguf_rope_freqs: false,
+    hf_defaults: None,
+    inference: None,
+    training: None,
+    ..LLAMA
+};
+
+/// Qwen3-30B-A3B and its siblings: qwen3 whose feed-forward layers are mixtures of experts.
+pub static QWEN3_MOE: Architecture = Architecture {
+    name: "qwen3_moe",
+    hf_class: "Qwen3MoeForCausalLM",
+    gguf_names: &[GgufName {
+        name: "qwen3moe",
+        activation: Activation::Silu,
+    }],
+    gguf_keys: &EXPERT_KEYS,
+    layer_modules: &MOE_MODULES,
+    layers: LayerRule::SwitchedWindow,
+    hf_defaults: Some(HfDefaults {
+        kv_heads: Some(4),
+        ..DEFAULTS
+    }),
+    experts: Some(ExpertRule {
+        gguf_normalized: true,
+        shared: false,
+    }),
+    training: None,
+    ..QWEN3
+};
+
+/// Qwen1.5-MoE and Qwen2-57B-A14B: qwen2 with experts, one of which sees every token.
+pub static QWEN2_MOE: Architecture = Architecture {
+    name: "qwen2_moe",
+    hf_class: "Qwen2MoeForCausalLM",
+    gguf_names: &[GgufName {
+        name: "qwen2moe",
+        activation: Activation::Silu,
+    }],
+    gguf_keys: &EXPERT_KEYS,
+    gguf_tied: false,
+    layer_modules: &MOE_MODULES,
+    hf_defaults: Some(HfDefaults {
+        kv_heads: Some(16),
+        ..DEFAULTS
+    }),
+    experts: Some(ExpertRule {
+        gguf_normalized: false,
+        shared: true,
+    }),
+    training: None,
+    ..QWEN2
+};
+
 /// Values that the configuration classes of Hugging Face share.
 const DEFAULTS: HfDefaults = HfDefaults {
     rope_theta: 10000.0,
@@ -338,6 +428,41 @@ const LAYER_MODULES: [(&str, &str); 13] = [
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("mlp.ffn_sub_norm", "ffn_sub_norm"),
+];
+
+/// Modules of a layer with experts, or without in the same model. The stacks of one projection have
+/// the names of MLX; [`ExpertTensor`](super::ExpertTensor) knows the others.
+const MOE_MODULES: [(&str, &str); 19] = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.switch_mlp.gate_proj", "ffn_gate_exps"),
+    ("mlp.switch_mlp.up_proj", "ffn_up_exps"),
+    ("mlp.switch_mlp.down_proj", "ffn_down_exps"),
+    ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+    ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+    ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
+    ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
+];
+
+/// Keys of a GGUF with experts.
+const EXPERT_KEYS: [&str; 7] = [
+    "attention.sliding_window",
+    "expert_count",
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
+    "expert_gating_func",
+    "expert_weights_norm",
 ];
 
 /// Modules of a layer of phi3.
@@ -413,5 +538,6 @@ pub(super) const DECODER_KEYS: &[&str] = &[
     "hidden_activation",
     "tensor_data_layout",
     "attention.causal",
+    "pooling_type",
     "tie_word_embeddings",
 ];

@@ -72,6 +72,12 @@ impl LayerAttention {
                 let window = config.optional_size(size)?;
                 layers.iter_mut().for_each(|layer| layer.window = window);
             }
+            LayerRule::SwitchedWindow => {
+                if config.flag("use_sliding_window")? {
+                    let window = config.optional_size(size)?;
+                    layers.iter_mut().for_each(|layer| layer.window = window);
+                }
+            }
             LayerRule::UpperWindow => {
                 if config.flag("use_sliding_window")? {
                     let from = match config.get("max_window_layers") {
@@ -192,7 +198,7 @@ fn list<'a>(config: &HfConfig<'a>, key: &str, count: usize) -> Result<Option<&'a
 
 #[cfg(test)]
 mod tests {
-    use super::super::known::{GEMMA3, MISTRAL, QWEN3, QWEN35, SMOLLM3};
+    use super::super::known::{GEMMA3, MISTRAL, QWEN3, QWEN3_MOE, QWEN35, SMOLLM3};
     use super::*;
     use serde_json::json;
     use std::path::Path;
@@ -238,6 +244,16 @@ mod tests {
             (
                 &QWEN3,
                 json!({"use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0}),
+                "g0 g0 g0 g0 g0 g0",
+            ),
+            (
+                &QWEN3_MOE,
+                json!({"use_sliding_window": true, "sliding_window": 8}),
+                "g8 g8 g8 g8 g8 g8",
+            ),
+            (
+                &QWEN3_MOE,
+                json!({"use_sliding_window": false, "sliding_window": 8}),
                 "g0 g0 g0 g0 g0 g0",
             ),
             (&SMOLLM3, json!({}), "g0 g0 g0 -0 g0 g0"),

@@ -1,12 +1,14 @@
 //! The keys of a GGUF from a config.json, and a config.json from the keys of a GGUF.
 
-use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ScaleRule};
+use super::architecture::{Activation, Architecture, BiasRule, LayerRule, ModelKind, ScaleRule};
 use super::decoder::HfDecoder;
 use super::delta_keys::add_delta_net;
+use super::encoder::{self, HfEncoder};
 use super::end_ids;
+use super::experts::add_experts;
 use super::keys::GgufKeys;
 use super::layers::{LayerAttention, LayerRope};
-use super::rope::RopeScaling;
+use super::rope::{RopeScaling, llama3_scaling};
 use super::tokenizer;
 use super::values::{HfConfig, find};
 use crate::{Error, Result};
@@ -62,6 +64,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         path: &path,
         value: config,
     };
+    if architecture.kind == ModelKind::Encoder {
+        return encoder_metadata(folder, &config);
+    }
     let mut notes = vec![];
     let decoder = HfDecoder::read(&config, architecture)?;
     if decoder.vocab > MAX_VOCAB {
@@ -77,6 +82,9 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
     keys.layers(&config, architecture, &decoder)?;
     keys.scales(architecture, &decoder, &mut notes);
     keys.size("vocab_size", decoder.vocab);
+    if let Some((key, value)) = encoder::pooling_key(folder, decoder.hidden, &mut notes)? {
+        keys.put(key, value);
+    }
     if architecture.gguf_activation {
         keys.put("hidden_activation", decoder.activation.name().into());
         if decoder.activation == Activation::Relu2 {
@@ -106,6 +114,38 @@ pub fn gguf_metadata(folder: &Path, config: &Value) -> Result<GgufMetadata> {
         architecture,
         metadata,
         rope_tensors,
+        notes,
+        losses,
+    })
+}
+
+/// [`gguf_metadata`] of an encoder.
+fn encoder_metadata(folder: &Path, config: &HfConfig) -> Result<GgufMetadata> {
+    let facts = HfEncoder::read(config)?;
+    let architecture = facts.architecture;
+    let mut keys = NewKeys {
+        prefix: architecture.gguf_name(),
+        metadata: general_keys(folder, architecture),
+    };
+    let (mut notes, mut losses) = (vec![], vec![]);
+    let pooling = encoder::pooling_key(folder, facts.hidden, &mut notes)?;
+    for (key, value) in facts.gguf_keys().into_iter().chain(pooling) {
+        keys.put(key, value);
+    }
+    let mut metadata = keys.metadata;
+    let types = ("tokenizer.ggml.token_type_count", facts.token_types as u32);
+    metadata.push((types.0.into(), gguf::Value::U32(types.1)));
+    let said = (&mut losses, &mut notes);
+    metadata.extend(tokenizer::gguf_tokenizer(
+        folder,
+        config.value,
+        facts.vocab,
+        said,
+    )?);
+    Ok(GgufMetadata {
+        architecture,
+        metadata,
+        rope_tensors: vec![],
         notes,
         losses,
     })
@@ -149,6 +189,11 @@ fn check_limits(
              output.weight of its own is refused there"
         ));
     }
+    if !architecture.gguf_tied && decoder.tied {
+        notes.push(format!(
+            "llama.cpp opens no {name} without an output matrix, and this model's is the embedding"
+        ));
+    }
     let windows = decoder.layers.iter().filter_map(|layer| layer.window);
     if let Some(window) = windows
         .min()
@@ -158,6 +203,9 @@ fn check_limits(
             "llama.cpp computes no sliding window for {name}: texts of more than {window} tokens get \
              other results there"
         ));
+    }
+    if let Some(experts) = &decoder.experts {
+        experts.check_gguf(config, architecture)?;
     }
     Ok(())
 }
@@ -194,6 +242,14 @@ impl NewKeys {
         if decoder.head_dim * decoder.heads != decoder.hidden {
             self.size("attention.key_length", decoder.head_dim);
             self.size("attention.value_length", decoder.head_dim);
+        }
+        if let Some(experts) = &decoder.experts {
+            self.size("expert_count", experts.count);
+            self.size("expert_used_count", experts.used);
+            self.size("expert_feed_forward_length", experts.ffn);
+            if let Some(ffn) = experts.shared_ffn {
+                self.size("expert_shared_feed_forward_length", ffn);
+            }
         }
     }
 
@@ -260,7 +316,7 @@ impl NewKeys {
         let window = windows.iter().flatten().next().copied();
         match architecture.layers {
             LayerRule::Uniform => {}
-            LayerRule::Window | LayerRule::UpperWindow => {
+            LayerRule::Window | LayerRule::SwitchedWindow | LayerRule::UpperWindow => {
                 if windows.iter().any(|w| *w != window) {
                     return refused("max_window_layers", "a window in all layers or in none");
                 }
@@ -414,17 +470,12 @@ pub fn hf_config(
 ) -> Result<Value> {
     let keys = GgufKeys::new(path, metadata)?;
     let architecture = keys.hf_architecture();
+    if architecture.kind == ModelKind::Encoder {
+        return encoder::hf_config(path, &keys, shape);
+    }
     let hidden = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
     let (head_dim, rotated) = head_dim(&keys, hidden, heads)?;
-    if let Some(shape) = shape(ROPE_FREQS) {
-        return Err(Error::tensor(
-            path,
-            ROPE_FREQS,
-            "no divisors of rotation frequencies, which config.json cannot hold",
-            format!("shape {shape:?}"),
-        ));
-    }
     let Some(&[vocab_size, _]) = shape("token_embd.weight").as_deref() else {
         return Err(Error::tensor(
             path,
@@ -433,9 +484,18 @@ pub fn hf_config(
             "none",
         ));
     };
-    let scaling = match values(ROPE_FACTORS[0])? {
-        None => rope_scaling(&keys)?,
-        Some(short) => long_rope(&keys, short, values)?,
+    let theta = keys.optional_float("rope.freq_base")?.unwrap_or(10000.0);
+    let scaling = if shape(ROPE_FREQS).is_some() {
+        let divisors = values(ROPE_FREQS)?.unwrap_or_default();
+        llama3_scaling(&divisors, theta, rotated).ok_or_else(|| {
+            let expected = "divisors of llama3 rope scaling; others no config.json can hold";
+            Error::tensor(path, ROPE_FREQS, expected, format!("{divisors:.60?}"))
+        })?
+    } else {
+        match values(ROPE_FACTORS[0])? {
+            None => rope_scaling(&keys)?,
+            Some(short) => long_rope(&keys, short, values)?,
+        }
     };
     let hidden_act = gguf_activation(&keys)?.name();
     let eps_key = "attention.layer_norm_rms_epsilon";
@@ -455,7 +515,7 @@ pub fn hf_config(
         "num_key_value_heads": keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
         "rms_norm_eps": eps.ok_or_else(|| keys.bad(eps_key, "a positive number"))?,
         "rope_scaling": scaling,
-        "rope_theta": keys.optional_float("rope.freq_base")?.unwrap_or(10000.0),
+        "rope_theta": theta,
         "tie_word_embeddings": shape("output.weight").is_none(),
         "torch_dtype": "float32",
         "vocab_size": vocab_size,
@@ -467,6 +527,7 @@ pub fn hf_config(
         config["attention_bias"] = Value::Null;
     }
     add_layers(&keys, &mut config)?;
+    add_experts(&keys, shape, &mut config)?;
     add_scales(&keys, head_dim, &mut config)?;
     for (key, id) in [
         ("bos_token_id", "bos_token_id"),
@@ -581,10 +642,12 @@ fn add_layers(keys: &GgufKeys, config: &mut Value) -> Result<()> {
     match keys.hf_architecture().layers {
         LayerRule::Uniform => {}
         LayerRule::Window => config["sliding_window"] = window.into(),
-        LayerRule::UpperWindow => {
+        rule @ (LayerRule::SwitchedWindow | LayerRule::UpperWindow) => {
             config["sliding_window"] = window.into();
             config["use_sliding_window"] = window.is_some().into();
-            config["max_window_layers"] = 0.into();
+            if rule == LayerRule::UpperWindow {
+                config["max_window_layers"] = 0.into();
+            }
         }
         LayerRule::SomeRotate => config["no_rope_layer_interval"] = SMOLLM3_INTERVAL.into(),
         LayerRule::Delta => add_delta_net(keys, config)?,

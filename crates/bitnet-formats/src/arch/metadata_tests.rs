@@ -556,3 +556,68 @@ fn a_gguf_that_no_config_can_say_is_refused() {
         .contains("token_embd.weight")
     );
 }
+
+#[test]
+fn experts_go_round() {
+    let experts = json!({
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "norm_topk_prob": true, "head_dim": 16,
+    });
+    let qwen3 = other("qwen3_moe", experts.clone());
+    let mut qwen2 = other("qwen2_moe", experts);
+    qwen2["norm_topk_prob"] = false.into();
+    qwen2["shared_expert_intermediate_size"] = 40.into();
+    let keys = [
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "shared_expert_intermediate_size",
+    ];
+    let path = Path::new("m.gguf");
+    for (config, name) in [(&qwen3, "qwen3moe"), (&qwen2, "qwen2moe")] {
+        let metadata = made(config).unwrap().metadata;
+        let count = find(&metadata, &format!("{name}.expert_count"));
+        assert_eq!(count, Some(&G::U32(8)));
+        let back = hf_config(path, &metadata, &shape, &no_values).unwrap();
+        for key in keys {
+            assert_eq!(back.get(key), config.get(key), "{name}: {key}");
+        }
+        // What llama.cpp's graph does not follow.
+        for (key, value) in [
+            ("expert_gating_func", G::U32(2)),
+            ("expert_weights_norm", G::Bool(name == "qwen2moe")),
+        ] {
+            let mut metadata = metadata.clone();
+            metadata.push((format!("{name}.{key}"), value));
+            let error = hf_config(path, &metadata, &shape, &no_values).unwrap_err();
+            assert!(error.to_string().contains(key), "{error}");
+        }
+    }
+    // An older file says the size by its matrices.
+    let mut metadata = made(&qwen3).unwrap().metadata;
+    metadata.retain(|(key, _)| !key.ends_with("expert_feed_forward_length"));
+    let shape = |name: &str| match name {
+        "blk.0.ffn_gate_exps.weight" => Some(vec![8, 24, 64]),
+        _ => shape(name),
+    };
+    let back = hf_config(path, &metadata, &shape, &no_values).unwrap();
+    assert_eq!(back["moe_intermediate_size"], 24);
+    for (config, key, value) in [
+        (&qwen3, "norm_topk_prob", json!(false)),
+        (&qwen2, "norm_topk_prob", json!(true)),
+        (&qwen3, "mlp_only_layers", json!([1])),
+        (&qwen3, "decoder_sparse_step", json!(2)),
+        (&qwen2, "qkv_bias", json!(false)),
+    ] {
+        let message = refused(&with(config.clone(), key, value));
+        assert!(message.contains(key), "{message}");
+    }
+    let notes = made(&with(qwen2, "tie_word_embeddings", json!(true)))
+        .unwrap()
+        .notes;
+    assert!(
+        notes.iter().any(|note| note.contains("output matrix")),
+        "{notes:?}"
+    );
+}

@@ -10,7 +10,9 @@ mod architecture;
 mod decoder;
 mod delta;
 mod delta_keys;
+mod encoder;
 mod end_ids;
+mod experts;
 mod keys;
 mod known;
 mod layers;
@@ -19,18 +21,22 @@ mod names;
 mod rope;
 mod rotation;
 mod rows;
+mod sentence;
 mod tokenizer;
 mod values;
 
 pub use architecture::{
-    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ScaleRule,
-    strip_prefix,
+    Activation, Architecture, BiasRule, DecoderGraph, GgufName, HfDefaults, LayerRule, ModelKind,
+    ScaleRule, strip_prefix,
 };
 pub use decoder::{Biases, HfDecoder, Scales};
 pub use delta::DeltaShape;
+pub use encoder::{HfEncoder, gguf_pooling};
 pub use end_ids::eos_ids;
+pub use experts::{ExpertRule, ExpertTensor, Experts};
 pub use known::{
-    ARCHITECTURES, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN3, QWEN35, SMOLLM3,
+    ARCHITECTURES, BERT, BITNET, GEMMA3, LLAMA, MINICPM, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3,
+    QWEN3_MOE, QWEN35, SMOLLM3,
 };
 pub use layers::{LayerAttention, LayerRope, TokenMixer};
 pub use metadata::{GgufMetadata, ROPE_FREQS, gguf_metadata, hf_config, is_rope_tensor};
@@ -38,5 +44,6 @@ pub use names::ElementForm;
 pub use rope::{HfRope, RopeScaling};
 pub use rotation::{InputRotation, ROTATION_PREFIX, Rotation, RotationError, RotationFacts};
 pub use rows::{HeadCounts, TensorOrder};
+pub use sentence::{Pooling, SentenceFiles};
 pub use tokenizer::{GgufTokenizer, hf_tokenizer, hf_tokenizer_settings};
 pub use values::HfConfig;

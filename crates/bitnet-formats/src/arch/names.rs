@@ -1,6 +1,6 @@
 //! Tensor names: Hugging Face on one side, GGUF on the other.
 
-use super::architecture::{Architecture, LayerRule};
+use super::architecture::{Architecture, LayerRule, ModelKind};
 
 /// How elements of a Hugging Face tensor are stored in a GGUF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,12 +44,31 @@ impl Architecture {
     /// assert_eq!(LLAMA.gguf_tensor("model.layers.7.self_attn.rotary_emb.inv_freq"), None);
     /// ```
     pub fn gguf_tensor(&self, hf: &str) -> Option<String> {
-        self.rename(hf, ["model.layers.", "blk."], |(hf, gguf)| (hf, gguf))
+        // A bert of a larger model has names with its own before them.
+        let hf = match self.kind {
+            ModelKind::Encoder => hf.strip_prefix("bert.").unwrap_or(hf),
+            ModelKind::Decoder => hf,
+        };
+        self.rename(hf, [self.kind.hf_layers(), "blk."], |(hf, gguf)| (hf, gguf))
     }
 
     /// The Hugging Face name of a GGUF tensor; the inverse of [`Architecture::gguf_tensor`].
     pub fn hf_tensor(&self, gguf: &str) -> Option<String> {
-        self.rename(gguf, ["blk.", "model.layers."], |(hf, gguf)| (gguf, hf))
+        self.rename(gguf, ["blk.", self.kind.hf_layers()], |(hf, gguf)| {
+            (gguf, hf)
+        })
+    }
+
+    /// Whether the graph and a GGUF have no place for a Hugging Face tensor: the pooler and the
+    /// heads of an encoder, which do not belong to the hidden states, and a list of positions.
+    pub fn ignores(&self, hf: &str) -> bool {
+        let hf = hf.strip_prefix("bert.").unwrap_or(hf);
+        let buffers = ["embeddings.position_ids", "embeddings.token_type_ids"];
+        self.kind == ModelKind::Encoder
+            && (buffers.contains(&hf)
+                || ["pooler.", "cls.", "classifier."]
+                    .iter()
+                    .any(|head| hf.starts_with(head)))
     }
 
     /// How the elements of a Hugging Face tensor are stored in a GGUF.
@@ -121,7 +140,7 @@ type ModuleNames = (&'static str, &'static str);
 
 #[cfg(test)]
 mod tests {
-    use super::super::known::{ARCHITECTURES, GEMMA3, LLAMA, QWEN35};
+    use super::super::known::{ARCHITECTURES, BERT, GEMMA3, LLAMA, QWEN35};
     use super::*;
 
     #[test]
@@ -136,7 +155,7 @@ mod tests {
                 let layers = [0, 9, 131].into_iter().flat_map(|n| {
                     layer.iter().map(move |(hf, gguf)| {
                         (
-                            format!("model.layers.{n}.{hf}.{kind}"),
+                            format!("{}{n}.{hf}.{kind}", architecture.kind.hf_layers()),
                             format!("blk.{n}.{gguf}.{kind}"),
                         )
                     })
@@ -188,6 +207,22 @@ mod tests {
         }
         let up = "model.layers.0.mlp.up_proj.weight";
         assert_eq!(GEMMA3.gguf_elements(up), ElementForm::Same);
+    }
+
+    #[test]
+    fn a_bert_inside_another_model() {
+        let name = "bert.encoder.layer.3.output.LayerNorm.bias";
+        let gguf = "blk.3.layer_output_norm.bias";
+        assert_eq!(BERT.gguf_tensor(name).as_deref(), Some(gguf));
+        assert_eq!(LLAMA.gguf_tensor(name), None);
+        for name in [
+            "pooler.dense.weight",
+            "bert.embeddings.position_ids",
+            "cls.predictions.bias",
+        ] {
+            assert!(BERT.ignores(name) && !LLAMA.ignores(name), "{name}");
+        }
+        assert!(!BERT.ignores(name));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::architecture::{Architecture, LayerRule};
 use super::values::{HfConfig, shown};
 use crate::{Error, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::f64::consts::PI;
 
 /// Rotary embedding of a config.json: pair i of the first `dims` dimensions of a head rotates by
@@ -379,16 +379,67 @@ impl Llama3 {
     }
 }
 
+/// The `rope_scaling` that has these divisors: those of published models, for any factor and any
+/// context that is a power of two.
+pub(super) fn llama3_scaling(divisors: &[f32], theta: f64, head_dim: usize) -> Option<Value> {
+    let factor = f64::from(divisors.iter().copied().reduce(f32::max)?);
+    let near = |a: &f32, b: &f32| (a - b).abs() <= 1e-5 * b;
+    // 8192 first: where a head has few frequencies, several contexts have the same divisors.
+    let contexts = [13]
+        .into_iter()
+        .chain(4..=24)
+        .map(|bits| f64::from(1u32 << bits));
+    let scaling = contexts.map(|context| Llama3 {
+        factor,
+        low: 1.0,
+        high: 4.0,
+        context,
+    });
+    let found = scaling.into_iter().find(|scaling| {
+        let own = scaling.divisors(theta, head_dim);
+        own.len() == divisors.len() && divisors.iter().zip(&own).all(|(a, b)| near(a, b))
+    })?;
+    Some(json!({
+        "rope_type": "llama3",
+        "factor": found.factor,
+        "low_freq_factor": found.low,
+        "high_freq_factor": found.high,
+        "original_max_position_embeddings": found.context as u64,
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::known::{PHI3, QWEN3};
     use super::*;
-    use serde_json::json;
     use std::path::Path;
 
     fn read(architecture: &Architecture, value: &Value) -> Result<HfRope> {
         let path = Path::new("config.json");
         HfRope::read(&HfConfig { path, value }, architecture, 32)
+    }
+
+    #[test]
+    fn divisors_of_llama3_say_their_parameters() {
+        for (factor, context, theta, head_dim) in [
+            (8.0, 8192, 5e5, 128),
+            (32.0, 8192, 5e5, 64),
+            (8.0, 16, 1e4, 12),
+        ] {
+            let parameters = json!({"rope_type": "llama3", "factor": factor,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": context});
+            let scaling = Llama3 {
+                factor,
+                low: 1.0,
+                high: 4.0,
+                context: f64::from(context),
+            };
+            let divisors = scaling.divisors(theta, head_dim);
+            assert_eq!(llama3_scaling(&divisors, theta, head_dim), Some(parameters));
+        }
+        assert_eq!(llama3_scaling(&[1.0, 1.5, 2.0], 1e4, 6), None);
+        assert_eq!(llama3_scaling(&[], 1e4, 6), None);
     }
 
     /// transformers 5.23, ROPE_INIT_FUNCTIONS["yarn"]: plain frequency over scaled one, and the

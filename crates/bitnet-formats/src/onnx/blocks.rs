@@ -169,6 +169,8 @@ impl BlockFormat {
                 packed
                     .zero_points
                     .resize(start + self.zero_point_bytes(), 0);
+                // As onnxruntime fills the last byte.
+                zeros.resize(self.zero_point_bytes() * 8 / self.bits, self.zero() as u8);
                 put_codes(&zeros, self.bits, &mut packed.zero_points[start..]);
             }
         }

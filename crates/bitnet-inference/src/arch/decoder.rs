@@ -12,11 +12,14 @@
 //! minicpm have no other norm, `RMS_q` and `RMS_k` over each head are in qwen3 and gemma3, `RMS_sub`
 //! in bitnet, `RMS_post` in gemma3. `G(y) = y ⊙ sigmoid(gate·a)` in qwen3_5, where each head's rows
 //! of q are followed by those of its gate, and where most layers have a gated delta net (`delta.rs`)
-//! in place of attention. phi3 has q, k and v in one matrix, and gate and up in another.
+//! in place of attention. In qwen3_moe and qwen2_moe a mixture of experts (`crate::experts`) takes the
+//! place of the feed-forward in the layers that the config names. phi3 has q, k and v in one matrix,
+//! and gate and up in another.
 //! What a layer sees and how it rotates is [`LayerAttention`](bitnet_formats::arch::LayerAttention).
 
 use super::delta::DeltaBlock;
 use crate::Result;
+use crate::experts::ExpertBlock;
 use crate::forward::{ForwardPass, NormGain};
 use crate::linear::LinearLayer;
 use crate::load::WeightProvider;
@@ -27,7 +30,14 @@ use bitnet_formats::arch::TokenMixer;
 #[derive(Debug)]
 pub(crate) struct DecoderLayer {
     mixer: MixerBlock,
-    feed_forward: FeedForwardBlock,
+    feed_forward: FeedForward,
+}
+
+/// The second part of a layer.
+#[derive(Debug)]
+pub(crate) enum FeedForward {
+    Dense(Box<FeedForwardBlock>),
+    Experts(Box<ExpertBlock>),
 }
 
 /// What mixes the tokens of a layer.
@@ -112,38 +122,6 @@ impl AttentionBlock {
     }
 }
 
-impl FeedForwardBlock {
-    fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
-        let c = provider.config();
-        let (graph, bias) = (c.graph, c.biases.mlp);
-        let name = |module: &str| format!("model.layers.{layer}.{module}");
-        let norm = |module: &str, len| provider.norm(&name(module), len);
-        let linear = |module: &str, rows, cols| provider.linear(&name(module), rows, cols, bias);
-        let gate_up = if graph.fused {
-            let fused = linear("mlp.gate_up_proj", 2 * c.ffn, c.hidden)?;
-            Projections::Fused(Box::new(fused))
-        } else {
-            Projections::Separate([
-                linear("mlp.gate_proj", c.ffn, c.hidden)?,
-                linear("mlp.up_proj", c.ffn, c.hidden)?,
-            ])
-        };
-        Ok(Self {
-            norm: norm(graph.ffn_norm, c.hidden)?,
-            gate_up,
-            sub_norm: match graph.sub_norms {
-                true => Some(norm("mlp.ffn_sub_norm", c.ffn)?),
-                false => None,
-            },
-            down: linear("mlp.down_proj", c.hidden, c.ffn)?,
-            post_norm: match graph.post_norms {
-                Some([_, module]) => Some(norm(module, c.hidden)?),
-                None => None,
-            },
-        })
-    }
-}
-
 impl DecoderLayer {
     pub(crate) fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
         let c = provider.config();
@@ -155,7 +133,7 @@ impl DecoderLayer {
         };
         Ok(Self {
             mixer,
-            feed_forward: FeedForwardBlock::load(provider, layer)?,
+            feed_forward: FeedForward::load(provider, layer)?,
         })
     }
 
@@ -175,18 +153,96 @@ impl DecoderLayer {
         }
     }
 
-    /// The linear layers that in the last layer see only the tokens whose logits are wanted.
-    pub(crate) fn after_attention(&self) -> impl Iterator<Item = &LinearLayer> {
-        let gate_up = self.feed_forward.gate_up.layers();
-        let out = match &self.mixer {
+    /// The output matrix of what mixes the tokens.
+    fn out(&self) -> &LinearLayer {
+        match &self.mixer {
             MixerBlock::Attention(block) => &block.out,
             MixerBlock::DeltaNet(block) => block.out(),
-        };
-        [out, &self.feed_forward.down].into_iter().chain(gate_up)
+        }
     }
 
     /// All linear layers.
     pub(crate) fn linears(&self) -> impl Iterator<Item = &LinearLayer> {
-        self.before_attention().iter().chain(self.after_attention())
+        let (dense, experts) = self.feed_forward.parts();
+        let dense = dense.into_iter().flat_map(FeedForwardBlock::linears);
+        let experts = experts
+            .into_iter()
+            .flat_map(|b| b.for_all_tokens().chain(b.of_experts()));
+        let attention = self.before_attention().iter().chain([self.out()]);
+        attention.chain(dense).chain(experts)
+    }
+
+    /// Bytes of the experts that a token does not use.
+    pub(crate) fn unused_bytes(&self) -> usize {
+        let FeedForward::Experts(block) = &self.feed_forward else {
+            return 0;
+        };
+        let all = block.of_experts().map(LinearLayer::bytes).sum();
+        all - block.used_share(all)
+    }
+
+    /// Integer multiply-adds per token after attention: in the last layer only the tokens whose
+    /// logits are wanted need them.
+    pub(crate) fn products_after_attention(&self) -> usize {
+        let out = self.out().integer_products();
+        out + match &self.feed_forward {
+            FeedForward::Dense(block) => block.linears().map(LinearLayer::integer_products).sum(),
+            FeedForward::Experts(block) => {
+                let sum = |n: usize, l: &LinearLayer| n + l.integer_products();
+                block.for_all_tokens().fold(0, sum)
+                    + block.used_share(block.of_experts().fold(0, sum))
+            }
+        }
+    }
+}
+
+impl FeedForwardBlock {
+    fn linears(&self) -> impl Iterator<Item = &LinearLayer> {
+        self.gate_up.layers().iter().chain([&self.down])
+    }
+}
+
+impl FeedForward {
+    fn load(provider: &dyn WeightProvider, layer: usize) -> Result<Self> {
+        let c = provider.config();
+        let (graph, bias) = (c.graph, c.biases.mlp);
+        let name = |module: &str| format!("model.layers.{layer}.{module}");
+        let norm = provider.norm(&name(graph.ffn_norm), c.hidden)?;
+        let experts = c.experts.as_ref().filter(|experts| experts.layers[layer]);
+        if let Some(facts) = experts {
+            let block = ExpertBlock::load(provider, &name("mlp"), norm, facts)?;
+            return Ok(Self::Experts(Box::new(block)));
+        }
+        let linear = |module: &str, rows, cols| provider.linear(&name(module), rows, cols, bias);
+        let gate_up = if graph.fused {
+            Projections::Fused(Box::new(linear("mlp.gate_up_proj", 2 * c.ffn, c.hidden)?))
+        } else {
+            Projections::Separate([
+                linear("mlp.gate_proj", c.ffn, c.hidden)?,
+                linear("mlp.up_proj", c.ffn, c.hidden)?,
+            ])
+        };
+        let sub_norm = match graph.sub_norms {
+            true => Some(provider.norm(&name("mlp.ffn_sub_norm"), c.ffn)?),
+            false => None,
+        };
+        let post_norm = match graph.post_norms {
+            Some([_, module]) => Some(provider.norm(&name(module), c.hidden)?),
+            None => None,
+        };
+        Ok(Self::Dense(Box::new(FeedForwardBlock {
+            norm,
+            gate_up,
+            sub_norm,
+            down: linear("mlp.down_proj", c.hidden, c.ffn)?,
+            post_norm,
+        })))
+    }
+
+    fn parts(&self) -> (Option<&FeedForwardBlock>, Option<&ExpertBlock>) {
+        match self {
+            Self::Dense(block) => (Some(block), None),
+            Self::Experts(block) => (None, Some(block)),
+        }
     }
 }

@@ -161,7 +161,13 @@ impl ForwardPass<'_, '_> {
             (&mut s.delta_net.a, shape.value_heads),
         ];
         let tokens = s.places.len();
-        (block.inputs).apply(self.runtime, &mut s.normed, tokens, &mut s.fused, outs)
+        (block.inputs).apply(
+            self.runtime,
+            &mut s.normed,
+            tokens,
+            &mut s.gated.fused,
+            outs,
+        )
     }
 
     /// `q, k, v = silu(conv(mixed))` with q and k of length 1/√dk and 1.

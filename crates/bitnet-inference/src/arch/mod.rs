@@ -1,7 +1,9 @@
 //! The graphs, one file each.
 
+mod bert;
 mod decoder;
 mod delta;
 
-pub(crate) use decoder::{AttentionBlock, DecoderLayer, FeedForwardBlock};
+pub(crate) use bert::{BertModel, EncoderBuffers};
+pub(crate) use decoder::{AttentionBlock, DecoderLayer, FeedForward};
 pub(crate) use delta::{DeltaBuffers, DeltaVectors};

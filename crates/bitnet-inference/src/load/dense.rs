@@ -35,7 +35,7 @@ impl CheckpointLoader<'_> {
         if multiplier == 1.0 {
             return Ok(matrix);
         }
-        let [rows, cols] = found.rows_and_cols();
+        let [rows, cols] = found.shape;
         let mut all = vec![0.0; rows * cols];
         all.chunks_mut(cols)
             .enumerate()
@@ -50,21 +50,18 @@ impl CheckpointLoader<'_> {
         if let Some(blocks) = self.gguf_blocks(found, choice)? {
             return Ok(blocks.into());
         }
-        let [rows, cols] = found.rows_and_cols();
+        let [rows, cols] = found.shape;
         match &found.tensor.content {
             Content::Quantized(q) => {
-                if (q.spec.rows, q.spec.cols) != (rows, cols) {
-                    return Err(found.error(
-                        format!("a matrix of {rows} × {cols}"),
-                        format!("{} × {}", q.spec.rows, q.spec.cols),
-                    ));
-                }
+                found.check_spec(q)?;
                 let (pool, keeps) = (&self.runtime.pool, |kind| choice.keeps(kind));
                 let error = |e| found.kernel_error(e);
-                if let Some(blocks) = blocks::strip_blocks(pool, self.source, q, keeps, error)? {
+                let range = found.rows();
+                let blocks = blocks::strip_blocks(pool, self.source, q, range, keeps, error)?;
+                if let Some(blocks) = blocks {
                     return Ok(blocks.into());
                 }
-                let matrix = self.source.matrix(&found.tensor.name, q)?;
+                let matrix = self.matrix(found, q)?;
                 if let Some(kind) = blocks::block_type(&matrix).filter(|kind| choice.keeps(*kind)) {
                     return blocks::matrix_blocks(&self.runtime.pool, &matrix, kind)
                         .map(Into::into)
@@ -89,7 +86,7 @@ impl CheckpointLoader<'_> {
                     return DenseMatrix::new(rows, cols, data).map_err(|e| found.kernel_error(e));
                 }
                 let read = |first: usize, out: &mut [f32]| {
-                    let at = first * cols;
+                    let at = found.first_weight() + first * cols;
                     let range = at..at + out.len();
                     Ok(self.source.read_floats(*stored, range, &mut vec![], out)?)
                 };
@@ -112,8 +109,9 @@ impl CheckpointLoader<'_> {
         else {
             return Ok(None);
         };
-        let (pool, shape) = (&self.runtime.pool, found.rows_and_cols());
-        blocks::gguf_blocks(pool, self.source, stored, ggml_type, kind, shape).map(Some)
+        let (pool, rows) = (&self.runtime.pool, found.rows());
+        let cols = found.shape[1];
+        blocks::gguf_blocks(pool, self.source, stored, ggml_type, kind, (rows, cols)).map(Some)
     }
 
     /// Converts the rows that `read` decodes to the chosen type.
@@ -123,7 +121,7 @@ impl CheckpointLoader<'_> {
         used_as: WeightUse,
         read: &ReadRows<'_>,
     ) -> Result<DenseMatrix> {
-        let [rows, cols] = found.rows_and_cols();
+        let [rows, cols] = found.shape;
         let floats = |first: usize, count: usize| -> Result<Vec<f32>> {
             let mut floats = vec![0.0; count];
             read(first, &mut floats)?;
@@ -184,12 +182,15 @@ impl CheckpointLoader<'_> {
 
     /// 16-bit floats as they are stored. A value that is not finite has all bits of `special` set.
     fn halves(&self, found: FoundTensor<'_>, special: u16) -> Result<Vec<u16>> {
-        let [rows, cols] = found.rows_and_cols();
+        let [rows, cols] = found.shape;
         let stored = found.tensor.stored()[0];
         self.strips([rows, cols], |first, out: &mut [u16]| {
             let mut bytes = vec![0; 2 * out.len()];
-            self.source
-                .read(stored, 2 * (first * cols) as u64, &mut bytes)?;
+            self.source.read(
+                stored,
+                2 * (found.first_weight() + first * cols) as u64,
+                &mut bytes,
+            )?;
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
                 *out = u16::from_le_bytes(*bytes);
             }

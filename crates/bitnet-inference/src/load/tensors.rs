@@ -3,17 +3,20 @@
 use super::options::FloatType;
 use super::rounding::RoundingError;
 use crate::linear::KernelPool;
-use crate::{Config, Error, Result};
-use bitnet_formats::arch;
+use crate::{Error, Result};
+use bitnet_core::Matrix;
+use bitnet_formats::arch::{self, Architecture};
 use bitnet_formats::{Content, Kind, Source, Tensor};
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Takes weights from a checkpoint.
 pub(crate) struct CheckpointLoader<'a> {
     pub(crate) source: &'a Source,
-    pub(crate) config: &'a Config,
+    pub(crate) architecture: &'static Architecture,
+    /// Whether the embedding is also the output matrix.
+    pub(crate) tied: bool,
     pub(crate) runtime: &'a KernelPool,
     /// Whether ternary layers have int8 activations.
     pub(crate) int8: bool,
@@ -27,11 +30,17 @@ pub(crate) struct CheckpointLoader<'a> {
     pub(crate) rounding: Mutex<[RoundingError; 2]>,
 }
 
-/// A tensor and the file that holds it.
+/// A tensor and the file that holds it, or one matrix of a stack of them.
 #[derive(Clone, Copy)]
 pub(super) struct FoundTensor<'a> {
     pub(super) tensor: &'a Tensor,
     pub(super) path: &'a Path,
+    /// The first row of the matrix among those of all matrices of the tensor.
+    pub(super) first: usize,
+    /// Rows and columns of the matrix.
+    pub(super) shape: [usize; 2],
+    /// Where one matrix of a stack keeps the values of all, if they can only be unpacked together.
+    pub(super) unpacked: Option<&'a OnceLock<Matrix>>,
 }
 
 impl FoundTensor<'_> {
@@ -39,9 +48,9 @@ impl FoundTensor<'_> {
         bitnet_formats::Error::tensor(self.path, &self.tensor.name, expected, got).into()
     }
 
-    /// Rows and columns of a matrix.
-    pub(super) fn rows_and_cols(&self) -> [usize; 2] {
-        [self.tensor.shape[0], self.tensor.shape[1]]
+    /// Index of the first weight of the matrix in the tensor.
+    pub(super) fn first_weight(&self) -> usize {
+        self.first * self.shape[1]
     }
 
     /// The error of a matrix that the kernels reject.
@@ -53,7 +62,7 @@ impl FoundTensor<'_> {
         }
     }
 
-    /// Rejects NaN and infinity. `first` is the index of the first weight.
+    /// Rejects NaN and infinity. `first` is the index of the first weight in the matrix.
     pub(super) fn check_finite(&self, first: usize, w: &[f32]) -> Result<()> {
         match w.iter().position(|w| !w.is_finite()) {
             None => Ok(()),
@@ -63,6 +72,7 @@ impl FoundTensor<'_> {
 
     pub(super) fn not_finite(&self, index: usize, nan: bool) -> Error {
         let got = if nan { "NaN" } else { "infinity" };
+        let index = self.first_weight() + index;
         self.error("finite weights", format!("{got} at index {index}"))
     }
 }
@@ -73,6 +83,35 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'a> CheckpointLoader<'a> {
+    pub(crate) fn new(
+        source: &'a Source,
+        (architecture, tied): (&'static Architecture, bool),
+        runtime: &'a KernelPool,
+        int8: bool,
+        floats: [FloatType; 2],
+    ) -> Self {
+        Self {
+            source,
+            architecture,
+            tied,
+            runtime,
+            int8,
+            floats,
+            used: Default::default(),
+            buffers: Default::default(),
+            rounding: Default::default(),
+        }
+    }
+
+    /// Sentences on what was rounded by choice.
+    pub(crate) fn rounding_notes(&self) -> Vec<String> {
+        let rounding = locked(&self.rounding);
+        let kinds = ["linear layers", "embedding and output matrix"];
+        let all = rounding.iter().zip(kinds).zip(self.floats);
+        all.filter_map(|((error, what), held)| error.note(what, held))
+            .collect()
+    }
+
     /// The tensor of a Hugging Face name, which must have this shape.
     pub(super) fn find(&self, hf_name: &str, shape: &[usize]) -> Result<FoundTensor<'a>> {
         let name = self.stored_name(hf_name);
@@ -80,11 +119,13 @@ impl<'a> CheckpointLoader<'a> {
             return Err(self.missing(&name, hf_name, shape));
         };
         locked(&self.used).insert(name);
-        let found = FoundTensor {
-            tensor,
-            path: self.file_of(tensor),
-        };
-        if tensor.shape != shape {
+        let mut found = self.found(tensor);
+        // llama.cpp keeps a matrix of one row as a vector.
+        let is_row = shape.len() == 2 && shape[0] == 1 && tensor.shape == shape[1..];
+        if is_row {
+            found.shape = [1, shape[1]];
+        }
+        if tensor.shape != shape && !is_row {
             return Err(found.error(
                 format!("shape {shape:?}, as config.json says"),
                 format!("{:?}", tensor.shape),
@@ -115,15 +156,24 @@ impl<'a> CheckpointLoader<'a> {
         bitnet_formats::Error::tensor(self.source.path(), name, expected, got).into()
     }
 
-    /// The file of a tensor's first part.
-    fn file_of(&self, tensor: &Tensor) -> &'a Path {
-        self.source.file_of_tensor(tensor)
+    /// A tensor with its file, the first part's, and with its first matrix.
+    fn found(&self, tensor: &'a Tensor) -> FoundTensor<'a> {
+        FoundTensor {
+            tensor,
+            path: self.source.file_of_tensor(tensor),
+            first: 0,
+            shape: match tensor.shape[..] {
+                [.., rows, cols] => [rows, cols],
+                _ => [tensor.elements(), 1],
+            },
+            unpacked: None,
+        }
     }
 
-    pub(super) fn stored_name(&self, hf_name: &str) -> String {
+    pub(crate) fn stored_name(&self, hf_name: &str) -> String {
         match self.source.kind() {
             Kind::Gguf => {
-                let name = self.config.architecture.gguf_tensor(hf_name);
+                let name = self.architecture.gguf_tensor(hf_name);
                 name.unwrap_or_else(|| hf_name.into())
             }
             Kind::File | Kind::Folder => hf_name.into(),
@@ -131,7 +181,7 @@ impl<'a> CheckpointLoader<'a> {
     }
 
     /// A vector of floats: the gain of a norm or a bias.
-    pub(super) fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
+    pub(crate) fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
         self.floats(hf_name, &[len])
     }
 
@@ -189,15 +239,13 @@ impl<'a> CheckpointLoader<'a> {
             // computed or read elsewhere.
             let known = used.contains(name)
                 || arch::is_rope_tensor(name)
-                || (self.config.tied && name == "lm_head.weight");
+                || (self.tied && name == "lm_head.weight")
+                || self.architecture.ignores(name);
             if known {
                 continue;
             }
-            let found = FoundTensor {
-                tensor,
-                path: self.file_of(tensor),
-            };
-            let graph = self.config.architecture.name;
+            let found = self.found(tensor);
+            let graph = self.architecture.name;
             return Err(found.error(
                 format!("a tensor of the {graph} graph with this config"),
                 format!("one that it has no place for, of shape {:?}", tensor.shape),

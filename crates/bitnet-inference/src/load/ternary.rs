@@ -6,7 +6,7 @@ use crate::linear::KernelPool;
 use bitnet_core::ops::Ops;
 use bitnet_core::{Granularity, Matrix, MatrixSpec, Precision};
 use bitnet_formats::hf::{LinearClass, Mode};
-use bitnet_formats::{Content, ScaleSource, StoredMatrix};
+use bitnet_formats::{Content, PackedPart, ScaleSource, StoredMatrix};
 use bitnet_kernels::matmul::{MatrixParameters, Prepacked, Stream};
 use serde_json::Value;
 
@@ -51,7 +51,7 @@ impl CheckpointLoader<'_> {
                 if let Some(packed) = self.prepacked(found, q, multiplier)? {
                     return Ok(packed);
                 }
-                self.source.matrix(&found.tensor.name, q)?
+                self.matrix(found, q)?
             }
             _ => self.ternarized(found)?,
         };
@@ -66,24 +66,37 @@ impl CheckpointLoader<'_> {
         q: &StoredMatrix,
         multiplier: f32,
     ) -> Result<Option<Prepacked>> {
+        found.check_spec(q)?;
+        let whole = found.shape[0] == q.spec.rows;
+        let part = match q.part(found.rows()) {
+            Some(part) => part,
+            None if whole => PackedPart {
+                spec: q.spec.clone(),
+                bytes: 0..self.source.stored(q.packed).len as usize,
+                scales: 0..q.spec.scales_len(),
+            },
+            None => return Ok(None),
+        };
         let scales = match q.scales {
             ScaleSource::Inside if multiplier != 1.0 => return Ok(None),
             ScaleSource::Inside => vec![],
-            ScaleSource::Stored { id, reciprocal } => {
-                let mut scales = vec![0.0; self.source.stored(id).elements()];
-                self.source
-                    .read_floats(id, 0..scales.len(), &mut vec![], &mut scales)?;
-                scales
-                    .iter_mut()
-                    .for_each(|s| *s = if reciprocal { 1.0 / *s } else { *s } * multiplier);
+            ScaleSource::Stored { .. } => {
+                let mut scales = self.source.part_scales(q, &part)?;
+                scales.iter_mut().for_each(|s| *s *= multiplier);
                 scales
             }
         };
         let mut bytes = locked(&self.buffers).pop().unwrap_or_default();
-        self.source.read_all_into(q.packed, &mut bytes)?;
+        if whole {
+            self.source.read_all_into(q.packed, &mut bytes)?;
+        } else {
+            bytes.resize(part.bytes.len(), 0);
+            let start = part.bytes.start as u64;
+            self.source.read(q.packed, start, &mut bytes)?;
+        }
         let KernelPool { kernels, pool } = self.runtime;
         let parts = MatrixParameters {
-            spec: &q.spec,
+            spec: &part.spec,
             scales: &scales,
             zero_points: &[],
         };
@@ -143,7 +156,7 @@ impl CheckpointLoader<'_> {
             ));
         };
         self.source.refuse_rotated(&found.tensor.name)?;
-        let [rows, cols] = found.rows_and_cols();
+        let [rows, cols] = found.shape;
         let mut w = vec![0.0; rows * cols];
         self.source
             .read_floats(stored, 0..w.len(), &mut vec![], &mut w)?;

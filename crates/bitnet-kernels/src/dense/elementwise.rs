@@ -46,6 +46,35 @@ pub(crate) fn rms_norm_in_place<L: Lanes>(lanes: L, x: &mut [f32], weight: &[f32
     }
 }
 
+/// See [`Kernels::layer_norm`](crate::Kernels::layer_norm).
+#[inline(always)]
+pub(crate) fn layer_norm<L: Lanes>(
+    lanes: L,
+    x: &[f32],
+    [weight, bias]: [&[f32]; 2],
+    eps: f32,
+    out: &mut [f32],
+) {
+    let ones = lanes.f32(&[1.0; LANES]);
+    let (steps, rest) = x.as_chunks::<LANES>();
+    let mut sums = lanes.zero();
+    for step in steps {
+        sums = lanes.add_product(sums, lanes.f32(step), ones);
+    }
+    if !rest.is_empty() {
+        sums = lanes.add_product(sums, lanes.f32(&tail(x)), ones);
+    }
+    let mean = lanes.total(sums) / x.len() as f32;
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x - mean;
+    }
+    // Of deviations, the mean square is the variance.
+    let inverse = inverse_rms(lanes, out, eps);
+    for ((out, weight), bias) in out.iter_mut().zip(weight).zip(bias) {
+        *out = weight * (*out * inverse) + bias;
+    }
+}
+
 /// See [`Kernels::rotate`](crate::Kernels::rotate).
 #[inline(always)]
 pub(crate) fn rotate(x: &mut [f32], angles: &[(f32, f32)], pairing: RotaryPairing) {
@@ -93,6 +122,58 @@ pub(crate) fn gelu_tanh_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
         let u = TWICE_SQRT_2_OVER_PI * (gate + 0.044_715 * (gate * gate * gate));
         *out = gate / (1.0 + exp(-u)) * up;
     }
+}
+
+/// See [`Kernels::gelu`](crate::Kernels::gelu).
+#[inline(always)]
+pub(crate) fn gelu(x: &mut [f32]) {
+    for x in x {
+        *x *= normal_cdf(*x);
+    }
+}
+
+/// Φ(x), the share of the normal distribution below x, within 2⁻²² of it, relative where x > 0.
+///
+/// With z = |x|/√2, the part beyond |x| is `erfc(z) / 2`. Below z = 1, `erf(z) = z · P(z²)`; from
+/// there on, `erfc(z) = e^−z² · t · Q(t)` with `t = 1 / (1 + z)`. P and Q are least-squares fits at
+/// Chebyshev points, of relative errors below 2⁻²⁶.
+#[inline(always)]
+fn normal_cdf(x: f32) -> f32 {
+    const P: [f32; 7] = [
+        7.882_497_4e-5,
+        -8.018_855e-4,
+        5.189_312e-3,
+        -2.685_432_9e-2,
+        1.128_359_7e-1,
+        -3.761_262_6e-1,
+        std::f32::consts::FRAC_2_SQRT_PI,
+    ];
+    const Q: [f32; 9] = [
+        1.913_775,
+        -4.347_945,
+        3.097_579,
+        1.804_225_6e-1,
+        -9.604_05e-1,
+        -2.193_691_3e-1,
+        2.741_514_4e-1,
+        5.647_096_6e-1,
+        5.641_756_7e-1,
+    ];
+    #[inline(always)]
+    fn polynomial(coefficients: &[f32], x: f32) -> f32 {
+        let mut sum = 0.0;
+        for c in coefficients {
+            sum = x.mul_add(sum, *c);
+        }
+        sum
+    }
+    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+    let square = z * z;
+    let near = 1.0 - z * polynomial(&P, square);
+    let t = 1.0 / (1.0 + z);
+    let far = exp(-square) * t * polynomial(&Q, t);
+    let beyond = 0.5 * if z < 1.0 { near } else { far };
+    if x < 0.0 { beyond } else { 1.0 - beyond }
 }
 
 /// See [`Kernels::add`](crate::Kernels::add).

@@ -132,6 +132,19 @@ impl Kernels {
         self.table.rms_norm_in_place(x, weight, eps);
     }
 
+    /// `out = weight · (x − mean(x)) / √(mean((x − mean(x))²) + eps) + bias` of one token.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(
+            [weight.len(), bias.len(), out.len()] == [x.len(); 3],
+            "a norm of {} elements",
+            weight.len()
+        );
+        self.table.layer_norm(x, [weight, bias], eps, out);
+    }
+
     /// Rotates pair i of every head of a token by the angle with cosine and sine `angles[i]`.
     ///
     /// # Panics
@@ -215,6 +228,11 @@ impl Kernels {
     pub fn delta_tokens(&self, tokens: &DeltaTokens<'_>, state: &mut [f32], out: &mut [f32]) {
         tokens.check(state, out);
         self.table.delta_tokens(tokens, state, out);
+    }
+
+    /// `x = x · (1 + erf(x / √2)) / 2`.
+    pub fn gelu(&self, x: &mut [f32]) {
+        self.table.gelu(x);
     }
 
     /// `x += y`.

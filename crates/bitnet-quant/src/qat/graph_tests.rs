@@ -123,6 +123,28 @@ fn same(what: &str, layer: &QatLinear, x: &Var, vars: &[&Var]) -> Result<()> {
         };
         near(&format!("{what}: gradient {i}"), g, e, terms * f32::EPSILON);
     }
+    same_weights(what, layer, vars[0])
+}
+
+/// Compares W̃ as a tensor of its own, and its gradients for elements that count differently, as the
+/// rows of an embedding do.
+fn same_weights(what: &str, layer: &QatLinear, w: &Var) -> Result<()> {
+    let (got, expected) = (
+        layer.fake_quantized_weights()?,
+        layer.fake_quantized_graph()?,
+    );
+    near(&format!("{what}: weights"), &got, &expected, f32::EPSILON);
+    if layer.lambda() == 1.0 {
+        assert_eq!(flat(&got), flat(&layer.dequantized_weights()?), "{what}");
+    }
+    let r = numbers(78, got.dims(), 1.0);
+    let back = |w: &Tensor| -> Result<GradStore> { Ok((w * &r)?.sum_all()?.backward()?) };
+    let (got, expected) = (back(&got)?, back(&expected)?);
+    for var in [Some(w), layer.learned_scale()].into_iter().flatten() {
+        let (g, e) = (got.get(var).expect(what), expected.get(var).expect(what));
+        let bound = 33.0 * 48.0 * f32::EPSILON;
+        near(&format!("{what}: gradient of W̃"), g, e, bound);
+    }
     Ok(())
 }
 

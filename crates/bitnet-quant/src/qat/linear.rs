@@ -2,7 +2,7 @@
 
 use super::QatLinear;
 use crate::{BitLinear, Result};
-use candle_core::{Module, Tensor};
+use candle_core::{Device, Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// A linear layer, `y = x · Wᵀ + b` with x `[…, K]`, W `[N, K]`, y `[…, N]`, in one of the states
@@ -40,6 +40,25 @@ impl Linear {
             None
         };
         Ok(Self::Full(candle_nn::Linear::new(weight, bias)))
+    }
+
+    /// The weights `[out, in]` as the layer multiplies with them, with gradients where it is
+    /// trained: those of a float layer, the fake-quantized ones of a layer in training
+    /// ([`QatLinear::fake_quantized_weights`]), the dequantized ones of a packed layer. A table of
+    /// embeddings is a layer whose rows are looked up in these.
+    ///
+    /// # Errors
+    /// As [`QatLinear::fake_quantized_weights`] and [`BitLinear::quantized_weights`].
+    pub fn weights(&self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Full(linear) => linear.weight().clone(),
+            Self::Qat(layer) => layer.fake_quantized_weights()?,
+            Self::Packed(layer) => {
+                let matrix = layer.quantized_weights()?;
+                let shape = (matrix.spec.rows, matrix.spec.cols);
+                Tensor::from_vec(matrix.dequantize(), shape, &Device::Cpu)?
+            }
+        })
     }
 
     /// The layer in training; `None` in another state.

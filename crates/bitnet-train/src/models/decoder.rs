@@ -1,10 +1,16 @@
-//! The decoders of [`bitnet_inference`] as graphs with gradients: llama, and bitnet with its
-//! sub-norms and squared ReLU.
+//! The decoders of [`bitnet_inference`] as graphs with gradients: llama's layer with the parts that
+//! [`DecoderGraph`] and config.json turn on. These are the sub-norms and squared ReLU of bitnet, the
+//! norms of the heads of q and k of qwen3, biases (qwen2), and layers without rotary positions
+//! (smollm3).
+//!
+//! Embedding and output matrix are layers too, so they are quantized where the configuration says
+//! so. Their inputs stay floats, as in the engine: the rows of a fake-quantized embedding are looked
+//! up, and a tied one multiplies the last hidden state.
 
 use super::gain;
 use crate::ops::{self, Angles};
 use crate::{Error, Result};
-use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph, LayerAttention};
+use bitnet_formats::arch::{ARCHITECTURES, Architecture, DecoderGraph, LayerRope, LayerRule};
 use bitnet_inference::{Activation, Config};
 use bitnet_quant::qat::{Linear, Linears};
 use candle_core::{Module, Tensor};
@@ -17,7 +23,8 @@ use std::path::Path;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DecoderShape {
-    /// `llama`, or `bitnet`: with sub-norms and `relu²`.
+    /// An architecture with a training graph: `llama`, `bitnet` (with sub-norms and `relu²`),
+    /// `qwen3` (with norms of the heads of q and k), `qwen2`, `mistral` or `smollm3`.
     pub architecture: String,
     /// Elements of the residual stream.
     pub hidden: usize,
@@ -29,6 +36,9 @@ pub struct DecoderShape {
     pub heads: usize,
     /// Number of key and value heads, a divisor of `heads`.
     pub kv_heads: usize,
+    /// Elements of a head. Default: `hidden / heads`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
     /// Base of the rotary position embedding.
     pub rope_theta: f64,
     /// Whether the embedding is also the output matrix.
@@ -45,6 +55,7 @@ impl Default for DecoderShape {
             layers: 5,
             heads: 4,
             kv_heads: 2,
+            head_dim: None,
             rope_theta: 10_000.0,
             tied: true,
         }
@@ -68,7 +79,7 @@ impl DecoderShape {
                 format!("'{}'", self.architecture),
             ));
         };
-        Ok(json!({
+        let mut config = json!({
             "architectures": [architecture.hf_class],
             "model_type": architecture.name,
             "hidden_size": self.hidden,
@@ -76,7 +87,7 @@ impl DecoderShape {
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "head_dim": self.hidden / self.heads.max(1),
+            "head_dim": self.head_dim.unwrap_or(self.hidden / self.heads.max(1)),
             "vocab_size": vocabulary,
             "max_position_embeddings": context,
             "hidden_act": architecture.new_activation.name(),
@@ -88,7 +99,19 @@ impl DecoderShape {
             "mlp_bias": false,
             "initializer_range": 0.02,
             "torch_dtype": "float32",
-        }))
+        });
+        if architecture.layers != LayerRule::Uniform {
+            // Classes of transformers have tokens and windows of the published models as defaults.
+            for key in [
+                "sliding_window",
+                "bos_token_id",
+                "eos_token_id",
+                "pad_token_id",
+            ] {
+                config[key] = Value::Null;
+            }
+        }
+        Ok(config)
     }
 }
 
@@ -99,6 +122,10 @@ struct DecoderLayer {
     attention_norm: Tensor,
     /// Q `(D, hidden)`, K and V `(V, hidden)`, O `(hidden, D)`.
     attention: [Linear; 4],
+    /// Of each head of q and of k, `[head_dim]`.
+    head_norms: Option<[Tensor; 2]>,
+    /// Whether q and k rotate by their positions.
+    rotates: bool,
     /// Over all heads together, `[D]`.
     attention_sub_norm: Option<Tensor>,
     /// `[hidden]`.
@@ -125,7 +152,7 @@ pub struct Trace {
 pub struct DecoderModel {
     config: Config,
     /// `(vocab, hidden)`.
-    embedding: Tensor,
+    embedding: Linear,
     layers: Vec<DecoderLayer>,
     norm: Tensor,
     /// `(vocab, hidden)`; none if the embedding is the output matrix.
@@ -136,8 +163,14 @@ pub struct DecoderModel {
 const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const FFN: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
+/// Name of the embedding among the layers of a decoder.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens";
+/// Name of the output matrix, if it is not the embedding.
+pub(crate) const HEAD: &str = "lm_head";
+
 impl DecoderLayer {
-    fn new(config: &Config, graph: DecoderGraph, vb: &VarBuilder<'_>) -> Result<Self> {
+    fn new(config: &Config, layer: usize, vb: &VarBuilder<'_>) -> Result<Self> {
+        let graph = config.graph;
         let (hidden, ffn) = (config.hidden, config.ffn);
         let (d, v) = (
             config.heads * config.head_dim,
@@ -160,6 +193,12 @@ impl DecoderLayer {
             true => gain(&vb, len).map(Some),
             false => Ok(None),
         };
+        let head_norms = if graph.head_norms {
+            let norm = |name: &str| gain(&attention.pp(name), config.head_dim);
+            Some([norm("q_norm")?, norm("k_norm")?])
+        } else {
+            None
+        };
         Ok(Self {
             attention_norm: gain(&vb.pp("input_layernorm"), hidden)?,
             attention: [
@@ -168,8 +207,10 @@ impl DecoderLayer {
                 project(2, hidden, v)?,
                 project(3, d, hidden)?,
             ],
+            head_norms,
+            rotates: config.attention[layer].rope != LayerRope::None,
             attention_sub_norm: sub_norm(attention.pp("attn_sub_norm"), d)?,
-            ffn_norm: gain(&vb.pp("post_attention_layernorm"), hidden)?,
+            ffn_norm: gain(&vb.pp(graph.ffn_norm), hidden)?,
             ffn: [
                 feed(0, hidden, ffn)?,
                 feed(1, hidden, ffn)?,
@@ -185,18 +226,19 @@ impl DecoderModel {
     /// New embeddings are drawn with the deviation `initializer_range`.
     ///
     /// # Errors
-    /// As [`Config::from_hf`] and [`Architecture::training_graph`]; [`Error::Option`] for scaled
-    /// rotary positions or more positions than the model has; variables of another shape.
+    /// As [`Config::from_hf`] and [`Architecture::training_graph`]; [`Error::Option`] for scaled or
+    /// partial rotary positions, for windows that are smaller than `positions`, and for more
+    /// positions than the model has; variables of another shape.
     pub fn new(path: &Path, json: &Value, positions: usize, vb: &VarBuilder<'_>) -> Result<Self> {
         let config = Config::from_hf(path, json)?;
-        let graph = config.architecture.training_graph(path)?;
+        config.architecture.training_graph(path)?;
         check_trainable(&config, json, positions)?;
         let deviation = json
             .get("initializer_range")
             .and_then(Value::as_f64)
             .unwrap_or(0.02);
         let (model, layers) = (vb.pp("model"), vb.pp("model.layers"));
-        let embedding = model.pp("embed_tokens").get_with_hints(
+        let embedding = vb.pp(EMBEDDING).get_with_hints(
             (config.vocab, config.hidden),
             "weight",
             Init::Randn {
@@ -204,13 +246,14 @@ impl DecoderModel {
                 stdev: deviation,
             },
         )?;
-        let layers = (0..config.layers).map(|i| DecoderLayer::new(&config, graph, &layers.pp(i)));
+        let embedding = Linear::Full(candle_nn::Linear::new(embedding, None));
+        let layers = (0..config.layers).map(|i| DecoderLayer::new(&config, i, &layers.pp(i)));
         let layers = layers.collect::<Result<_>>()?;
         let norm = gain(&model.pp("norm"), config.hidden)?;
         let head = if config.tied {
             None
         } else {
-            let vb = vb.pp("lm_head");
+            let vb = vb.pp(HEAD);
             Some(Linear::new(config.hidden, config.vocab, false, &vb)?)
         };
         let angles = Angles::new(config.rope.theta, config.head_dim, positions);
@@ -249,8 +292,8 @@ impl DecoderModel {
     fn run(&self, tokens: &Tensor, mut trace: Option<&mut Trace>) -> candle_core::Result<Tensor> {
         let (batch, positions) = tokens.dims2()?;
         let shape = (batch, positions, self.config.hidden);
-        let mut x = self
-            .embedding
+        let embedding = self.embedding.weights().map_err(into_candle)?;
+        let mut x = embedding
             .index_select(&tokens.flatten_all()?, 0)?
             .reshape(shape)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -262,20 +305,26 @@ impl DecoderModel {
             }
         }
         let x = self.rms_norm(&x, &self.norm)?;
-        match &self.head {
-            Some(head) => head.forward(&x),
-            None => x
-                .reshape(((), self.config.hidden))?
-                .matmul(&self.embedding.t()?)?
-                .reshape((batch, positions, self.config.vocab)),
-        }
+        let head = match &self.head {
+            Some(head) => head.weights().map_err(into_candle)?,
+            None => embedding,
+        };
+        x.reshape(((), self.config.hidden))?
+            .matmul(&head.t()?)?
+            .reshape((batch, positions, self.config.vocab))
     }
 
     fn rms_norm(&self, x: &Tensor, gain: &Tensor) -> candle_core::Result<Tensor> {
         ops::rms_norm(x, gain, f64::from(self.config.norm_eps))
     }
 
-    /// `o · sub_norm(Attention(rope(q·z), rope(k·z), v·z))`, z = RMS(x).
+    /// RMS norm of each head of `[B, T, H·D]`.
+    fn head_norm(&self, x: &Tensor, gain: &Tensor) -> candle_core::Result<Tensor> {
+        let heads = x.reshape(((), self.config.head_dim))?;
+        self.rms_norm(&heads, gain)?.reshape(x.shape())
+    }
+
+    /// `o · sub_norm(Attention(rope(norm(q·z)), rope(norm(k·z)), v·z))`, z = RMS(x).
     fn attention(
         &self,
         layer: &DecoderLayer,
@@ -291,17 +340,21 @@ impl DecoderModel {
         } = self.config;
         let z = self.rms_norm(x, &layer.attention_norm)?;
         let [q, k, v, o] = &layer.attention;
-        let [q, k, v] = [q.forward(&z)?, k.forward(&z)?, v.forward(&z)?];
+        let [mut q, mut k, v] = [q.forward(&z)?, k.forward(&z)?, v.forward(&z)?];
+        if let Some([of_q, of_k]) = &layer.head_norms {
+            (q, k) = (self.head_norm(&q, of_q)?, self.head_norm(&k, of_k)?);
+        }
         if let Some(trace) = trace {
             trace.relations = Some(([q.clone(), k.clone(), v.clone()], kv_heads));
         }
-        let q = ops::heads_first(&q, heads, Some(&self.angles))?;
-        let k = ops::heads_first(&k, kv_heads, Some(&self.angles))?;
+        let angles = Some(&self.angles).filter(|_| layer.rotates);
+        let q = ops::heads_first(&q, heads, angles)?;
+        let k = ops::heads_first(&k, kv_heads, angles)?;
         let v = ops::heads_first(&v, kv_heads, None)?;
         // The queries of the heads that share a key head are stacked, so one product serves them.
         let grouped = q.reshape((batch, kv_heads, heads / kv_heads * positions, head_dim))?;
         let scores = grouped.matmul(&k.transpose(2, 3)?)?;
-        let mixed = ops::causal_softmax(&scores, 1.0 / (head_dim as f32).sqrt())?.matmul(&v)?;
+        let mixed = ops::causal_softmax(&scores, self.config.scales.scores)?.matmul(&v)?;
         let mut mixed = ops::heads_last(&mixed.reshape((batch, heads, positions, head_dim))?)?;
         if let Some(gain) = &layer.attention_sub_norm {
             mixed = self.rms_norm(&mixed, gain)?;
@@ -328,30 +381,36 @@ impl DecoderModel {
     }
 }
 
-/// Rejects a config that has no graph with gradients.
+/// Rejects a config that asks for what the graph does not differentiate, by the key that does.
 fn check_trainable(config: &Config, json: &Value, positions: usize) -> Result<()> {
-    // What the equations here have of a layer: sub-norms, and nothing else beside llama's.
+    // The parts that the equations here have beside llama's.
     let graph = DecoderGraph {
         sub_norms: config.graph.sub_norms,
+        head_norms: config.graph.head_norms,
         ..DecoderGraph::LLAMA
     };
     let scales = config.scales;
     let plain = [scales.embedding, scales.residual, scales.logits] == [1.0; 3]
         && scales.logit_cap.is_none()
-        && config
-            .attention
-            .iter()
-            .all(|layer| *layer == LayerAttention::FULL);
+        && config.local_rope.is_none();
     if config.graph != graph || !plain || config.activation == Activation::GeluTanh {
-        let known = "a graph of llama or bitnet, in a model to be trained";
+        let known = "a model whose parts have gradients here";
         return Err(Error::option("model_type", known, config.architecture.name));
     }
-    if config.rope.divisors.is_some() {
-        return Err(Error::option(
-            "rope_scaling",
-            "none, in a model to be trained",
-            json["rope_scaling"].to_string(),
-        ));
+    if config.rope.divisors.is_some() || config.rope.attention_factor != 1.0 {
+        let key = ["rope_scaling", "rope_parameters"].map(|key| (key, &json[key]));
+        let found = key.into_iter().find(|(_, value)| !value.is_null());
+        let (key, value) = found.unwrap_or(("rope_scaling", &Value::Null));
+        let expected = "no scaling, in a model to be trained";
+        return Err(Error::option(key, expected, value.to_string()));
+    }
+    if config.rope.dims != config.head_dim {
+        let expected = format!(
+            "1, in a model to be trained: all {} elements of a head rotate",
+            config.head_dim
+        );
+        let got = config.rope.dims as f64 / config.head_dim as f64;
+        return Err(Error::option("partial_rotary_factor", expected, got));
     }
     if positions == 0 || positions > config.context {
         return Err(Error::option(
@@ -360,10 +419,23 @@ fn check_trainable(config: &Config, json: &Value, positions: usize) -> Result<()
             positions,
         ));
     }
+    let windows = config.attention.iter().filter_map(|layer| layer.window);
+    if let Some(window) = windows.min().filter(|&window| window < positions) {
+        let expected = format!(
+            "none, or at least the {positions} tokens that are trained at once; a context of \
+             {window} has no window"
+        );
+        return Err(Error::option("sliding_window", expected, window));
+    }
     if !config.head_dim.is_multiple_of(2) {
         return Err(Error::option("head_dim", "an even number", config.head_dim));
     }
     Ok(())
+}
+
+/// As an error of candle, which a forward pass returns.
+fn into_candle(error: bitnet_quant::Error) -> candle_core::Error {
+    candle_core::Error::wrap(error)
 }
 
 impl Linears for DecoderModel {
@@ -371,6 +443,7 @@ impl Linears for DecoderModel {
         &mut self,
         visit: &mut dyn FnMut(&str, &mut Linear) -> bitnet_quant::Result<()>,
     ) -> bitnet_quant::Result<()> {
+        visit(EMBEDDING, &mut self.embedding)?;
         for (i, layer) in self.layers.iter_mut().enumerate() {
             for (name, linear) in ATTENTION.iter().zip(&mut layer.attention) {
                 visit(&format!("model.layers.{i}.self_attn.{name}"), linear)?;
@@ -379,8 +452,6 @@ impl Linears for DecoderModel {
                 visit(&format!("model.layers.{i}.mlp.{name}"), linear)?;
             }
         }
-        self.head
-            .iter_mut()
-            .try_for_each(|head| visit("lm_head", head))
+        self.head.iter_mut().try_for_each(|head| visit(HEAD, head))
     }
 }

@@ -6,6 +6,7 @@ mod mlp;
 
 pub use cnn::{Cnn, CnnConfig};
 pub use decoder::{DecoderModel, DecoderShape, Trace};
+pub(crate) use decoder::{EMBEDDING, HEAD};
 pub use mlp::{Mlp, MlpConfig};
 
 use bitnet_quant::qat::{Linear, Linears};

@@ -1,5 +1,6 @@
 //! The quantized layers of a trained model, on their way into the packed file.
 
+use crate::models::{EMBEDDING, HEAD};
 use crate::{Error, Result, folder};
 use bitnet_core::scheme::{Method, Threshold};
 use bitnet_core::{Matrix, Precision, Scheme};
@@ -43,13 +44,16 @@ impl TrainedLayers {
             layers: vec![],
             biases: BTreeMap::new(),
             given: BTreeMap::new(),
-            floats: vec!["lm_head".into()],
+            floats: vec![HEAD.into()],
             online: true,
         };
         if let Some(model) = model {
             model.visit_linears(&mut |name, linear| {
                 let Linear::Qat(layer) = linear else {
-                    trained.floats.push(name.into());
+                    // Only layers are on the list of modules; an embedding is none in transformers.
+                    if name != EMBEDDING {
+                        trained.floats.push(name.into());
+                    }
                     return Ok(());
                 };
                 let (scheme, learned) = (layer.scheme(), layer.learned_scale().is_some());
@@ -57,7 +61,8 @@ impl TrainedLayers {
                 trained.online &= *scheme == Scheme::ternary(Threshold::Absmean)
                     && !learned
                     && layer.activations() == Activations::Int8;
-                trained.online &= !dead_zone;
+                // transformers quantizes neither embedding nor head.
+                trained.online &= !dead_zone && ![EMBEDDING, HEAD].contains(&name);
                 if let Some(bias) = layer.packed_bias()?.filter(|_| dead_zone) {
                     trained.biases.insert(format!("{name}.bias"), bias);
                 }

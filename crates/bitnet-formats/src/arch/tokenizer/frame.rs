@@ -74,7 +74,7 @@ struct Parts {
 pub(super) fn frame(keys: &TokenizerKeys<'_>) -> Value {
     let parts = match keys.kind {
         Kind::ByteLevel(pre) => byte_level_parts(pre),
-        Kind::Ranked => ranked(),
+        Kind::Ranked => ranked(keys),
         Kind::Scored => scored(keys),
         Kind::Unigram => unigram(keys),
         Kind::WordPiece => wordpiece(keys),
@@ -143,12 +143,14 @@ fn from_marks(prefix: bool) -> Value {
     json!({"type": "Sequence", "decoders": steps})
 }
 
-fn ranked() -> Parts {
+fn ranked(keys: &TokenizerKeys<'_>) -> Parts {
+    let unknown = keys.token_of("unknown_token_id");
+    let unknown = unknown.map(|(token, _)| token.as_str());
     Parts {
         normalizer: to_marks(),
         pre_tokenizer: split(LINES),
         decoder: from_marks(false),
-        model: bpe(None, true.into(), false.into()),
+        model: bpe(unknown, true.into(), false.into()),
     }
 }
 

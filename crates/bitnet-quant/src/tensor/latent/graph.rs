@@ -129,6 +129,27 @@ impl DeviceGraph<'_> {
         Ok(bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))?)
     }
 
+    /// W̃ `[N, K]` of W `[N, K]`.
+    pub(crate) fn fake_quantized_weights(
+        &self,
+        w: &Tensor,
+        scale: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (n, k) = w.dims2()?;
+        self.check(k)?;
+        if self.lambda == 0.0 {
+            return Ok(w.clone());
+        }
+        let granules = self.granules(w)?;
+        let scale = scale.map(|s| s.reshape(((), 1))).transpose()?;
+        let rounded = self.round(
+            &granules.detach(),
+            scale.as_ref().map(Tensor::detach).as_ref(),
+        )?;
+        let weights = self.weights(&granules, scale.as_ref(), &rounded)?;
+        Ok(weights.reshape((n, k))?)
+    }
+
     /// W as `[granules, weights of one]`.
     pub(crate) fn granules(&self, w: &Tensor) -> Result<Tensor> {
         Ok(match self.rounding.scheme.granularity {

@@ -17,6 +17,7 @@ mod product;
 mod rounding;
 mod slope;
 mod stage;
+mod weights;
 
 pub use estimator::StraightThroughEstimator;
 pub use stage::Stage;
@@ -37,6 +38,7 @@ use graph::DeviceGraph;
 use product::QuantizedProduct;
 use rounding::WeightRounding;
 use std::sync::OnceLock;
+use weights::FakeQuantizedWeights;
 
 /// A linear layer with latent weights.
 ///
@@ -363,15 +365,7 @@ impl QatLinear {
         let floats = |t: &Tensor| t.to_dtype(DType::F32)?.contiguous();
         let (x, w) = (x.contiguous()?, floats(&self.weight)?);
         let bias = self.bias.as_ref().map(floats).transpose()?;
-        let op = QuantizedProduct {
-            rounding: self.rounding.clone(),
-            activations: self.activations,
-            lambda: self.lambda,
-            dead_zone: self.dead_zone,
-            scales: self.scale.as_ref().map_or(0, |s| s.elem_count()),
-            non_finite,
-            codes: OnceLock::new(),
-        };
+        let op = self.operation(non_finite);
         Ok(match (&self.scale, &bias) {
             (None, None) => x.apply_op2(&w, op)?,
             (None, Some(bias)) => x.apply_op3(&w, bias, op)?,
@@ -380,6 +374,57 @@ impl QatLinear {
                 x.apply_op3(&w, &Tensor::cat(&[scale.as_tensor(), bias], 0)?, op)?
             }
         })
+    }
+
+    fn operation(&self, non_finite: NonFinite) -> QuantizedProduct {
+        QuantizedProduct {
+            rounding: self.rounding.clone(),
+            activations: self.activations,
+            lambda: self.lambda,
+            dead_zone: self.dead_zone,
+            scales: self.scale.as_ref().map_or(0, |s| s.elem_count()),
+            non_finite,
+            codes: OnceLock::new(),
+        }
+    }
+
+    /// W̃ `[N, K]` with gradients, for what is no product of this layer: an embedding, whose rows
+    /// are looked up. Rows with NaN or infinity make all of it NaN.
+    ///
+    /// ```
+    /// use bitnet_quant::{QuantizationConfig, qat::{QatLinear, StraightThroughEstimator}};
+    /// use candle_core::{Device, Tensor, Var};
+    /// let table = Var::randn(0f32, 1f32, (10, 64), &Device::Cpu)?;
+    /// let config = QuantizationConfig::bitnet_158();
+    /// let layer = QatLinear::new(table.as_tensor().clone(), None, None, &config, StraightThroughEstimator::Plain)?;
+    /// let tokens = Tensor::new(&[3u32, 7], &Device::Cpu)?;
+    /// let rows = layer.fake_quantized_weights()?.index_select(&tokens, 0)?;
+    /// assert_eq!(rows.to_vec2::<f32>()?, layer.dequantized_weights()?.index_select(&tokens, 0)?.to_vec2::<f32>()?);
+    /// assert!(rows.sum_all()?.backward()?.get(&table).is_some());
+    /// # Ok::<(), bitnet_quant::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a scheme that the device of the weights has no operations for.
+    pub fn fake_quantized_weights(&self) -> Result<Tensor> {
+        if !self.weight.device().is_cpu() {
+            return self.fake_quantized_graph();
+        }
+        let w = self.weight.to_dtype(DType::F32)?.contiguous()?;
+        let op = FakeQuantizedWeights(QuantizedProduct {
+            dead_zone: 0.0,
+            ..self.operation(NonFinite::Propagate)
+        });
+        Ok(match &self.scale {
+            None => w.apply_op1(op)?,
+            Some(scale) => w.apply_op2(scale, op)?,
+        })
+    }
+
+    /// [`QatLinear::fake_quantized_weights`] in candle's operations, on any device.
+    pub(crate) fn fake_quantized_graph(&self) -> Result<Tensor> {
+        let scale = self.scale.as_ref().map(Var::as_tensor);
+        self.graph().fake_quantized_weights(&self.weight, scale)
     }
 
     /// y in candle's operations, on any device.

@@ -116,7 +116,7 @@ impl QuantizedProduct {
     }
 
     /// W̃.
-    fn mixed_weights(&self, w: &[f32], codes: Option<&WeightCodes>) -> Result<Vec<f32>> {
+    pub(super) fn mixed_weights(&self, w: &[f32], codes: Option<&WeightCodes>) -> Result<Vec<f32>> {
         let Some(codes) = codes else {
             return Ok(w.to_vec());
         };
@@ -191,23 +191,9 @@ impl QuantizedProduct {
             let product = grad
                 .t()?
                 .matmul(&Tensor::from_vec(tokens, ((), k), &Device::Cpu)?)?;
-            if let Some(codes) = self.codes.get() {
-                let of_scales = with_floats(w, |w| {
-                    let surrogate = Surrogate {
-                        of: self,
-                        w,
-                        codes,
-                        of_bias: &of_bias,
-                        of_scales: Mutex::new(None),
-                    };
-                    product.inplace_op1(&surrogate)?;
-                    Ok(surrogate
-                        .of_scales
-                        .into_inner()
-                        .unwrap_or_else(PoisonError::into_inner))
-                })?;
-                dthird = of_scales.unwrap_or(dthird);
-            }
+            dthird = self
+                .through_rounding(w, &of_bias, &product)?
+                .unwrap_or(dthird);
             dw = Some(product);
         }
         let dthird = match third {
@@ -220,10 +206,34 @@ impl QuantizedProduct {
         };
         Ok([dx, dw, dthird])
     }
+
+    /// Turns ∂L/∂W̃ into ∂L/∂W in place; returns that of learned scales.
+    pub(super) fn through_rounding(
+        &self,
+        w: &Tensor,
+        of_bias: &[f32],
+        grad: &Tensor,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some(codes) = self.codes.get() else {
+            return Ok(None);
+        };
+        with_floats(w, |w| {
+            let surrogate = Surrogate {
+                of: self,
+                w,
+                codes,
+                of_bias,
+                of_scales: Mutex::new(None),
+            };
+            grad.inplace_op1(&surrogate)?;
+            let of_scales = surrogate.of_scales.into_inner();
+            Ok(of_scales.unwrap_or_else(PoisonError::into_inner))
+        })
+    }
 }
 
 /// Whether the error is about NaN or infinity.
-fn is_not_finite(error: &Error) -> bool {
+pub(super) fn is_not_finite(error: &Error) -> bool {
     use bitnet_core::Error::NotFinite;
     matches!(
         error,
